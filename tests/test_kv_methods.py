@@ -50,6 +50,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "lagkv": {"lag": 16},
     "kivi": {"group": 8, "residual": 16},
     "mustafar": {"recent": 8},
+    "deltallm": {"window": 8, "group": 16},
     "think": {"window": 8, "recent": 8},
     "vkv-1bit": {"group": 8, "recent": 8},
     "zipcache": {"budget": 0.5},  # its default is for heads of 64 channels and more

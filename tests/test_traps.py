@@ -314,7 +314,7 @@ def test_short_prompts_keep_something_everywhere_or_say_what_is_possible(  # tra
 
 
 # Of these a budget moves whole precisions, channels or groups.
-COARSE = ("kivi", "mikv", "mustafar", "think", "vkv-1bit", "zipcache")
+COARSE = ("deltallm", "kivi", "mikv", "mustafar", "think", "vkv-1bit", "zipcache")
 
 
 @pytest.mark.parametrize("key", [key for key in COMPRESSING if key not in COARSE])

@@ -1,6 +1,7 @@
 """KV-cache methods: which tokens stay, and how they are stored."""
 
 from workbench.kv.adakv import AdaKV
+from workbench.kv.deltallm import DeltaLLM
 from workbench.kv.ems import EMS
 from workbench.kv.expected_attention import ExpectedAttention
 from workbench.kv.full import Full
@@ -34,6 +35,7 @@ __all__ = [
     "KIVI",
     "TOVA",
     "AdaKV",
+    "DeltaLLM",
     "ExpectedAttention",
     "Full",
     "HeadKV",

@@ -1,0 +1,253 @@
+"""Rows as a sequence of deltas: of each channel only the tokens at which it moved, with a bitmap of where that was."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
+from workbench.kv.stores.packed import first_of
+from workbench.kv.stores.rows import Rows, joined
+from workbench.kv.stores.store import Contents, Store
+from workbench.trace import LayerTrace
+from workbench_kernels import pack, unpack
+
+_TRIES = 4  # thresholds tried for each block
+_AIM = 0.99  # of the changes that a block has room for
+
+
+class DeltaRows:
+    """Keys or values of one layer: blocks of `group` tokens as deltas, followed by the newest `window` tokens whole.
+
+    A block begins with a whole row; after it a channel keeps its last number until one differs from that by more than
+    the block's threshold, and then takes that number, which is stored (a zero delta costs its bit alone). So what is
+    held never differs from the truth by more than the threshold, and nothing accumulates. Each block has its own
+    threshold: the smallest tried at which its changes fit into `count` numbers.
+
+    moves: what blocks hold, numbers [blocks, d + count] and bits uint8 [blocks, ceil(d * (group - 1) / 8)], channel
+    after channel; or None if nothing is ever held as deltas. tail: the rows that are whole.
+    """
+
+    def __init__(self, moves: tuple[Rows, Rows] | None, tail: Rows, group: int, window: int) -> None:
+        self.moves, self.tail = moves, tail
+        self.group, self.window = group, window
+
+    @classmethod
+    def where(
+        cls, x: Tensor, keep: Tensor, dtype: torch.dtype, *, zeros: float | None, group: int, window: int
+    ) -> DeltaRows:
+        """The rows of x [k, n, d] at which keep [k, n] is True, a share `zeros` of their deltas zero (None: whole)."""
+        if zeros is None:
+            return cls(None, Rows.where(x, keep, dtype), group, window)
+        lengths = older(keep.sum(dim=1), group, window)
+        old = first_of(keep, lengths)
+        blocks = x[old].to(dtype).view(-1, group, x.shape[-1])
+        numbers, bits, _ = deltas(blocks, count_of(x.shape[-1], group, zeros))
+        heads, each = x.shape[0], lengths // group
+        return cls(
+            (Rows(numbers, heads, each), Rows(bits, heads, each)), Rows.where(x, keep & ~old, dtype), group, window
+        )
+
+    def append(self, x: Tensor) -> None:
+        """Add x [k, q, d]; whole blocks leave the tail as soon as `window` tokens stay behind them."""
+        self.tail.append(x)
+        ready = int(older(self.tail.counts.min(), self.group, self.window))
+        if self.moves is None or not ready:
+            return
+        blocks = self.tail.cut_front(ready).view(-1, self.group, x.shape[-1])
+        numbers, bits, _ = deltas(blocks, self.moves[0].data.shape[1] - x.shape[-1])
+        for rows, new in zip(self.moves, (numbers, bits), strict=True):
+            rows.append(new.view(x.shape[0], ready // self.group, -1), block=4)
+
+    def reserve(self, tokens: int) -> None:
+        self.tail.reserve(tokens if self.moves is None else min(tokens, self.group))
+        for rows in self.moves or ():
+            rows.reserve(tokens // self.group)
+
+    def view(self, dtype: torch.dtype) -> Tensor:
+        """Everything held as [k, longest, d], each head's rows in order."""
+        if self.moves is None:
+            return self.tail.view().to(dtype)
+        numbers, bits = self.moves
+        width = self.tail.data.shape[1]
+        blocks = restored(numbers.view().flatten(0, 1), bits.view().flatten(0, 1), width, self.group)
+        x = blocks.reshape(numbers.heads, numbers.longest * self.group, width).to(dtype)
+        valid = numbers.valid()
+        keep = None if valid is None else valid.repeat_interleave(self.group, dim=1)
+        return joined(Rows.of(x) if keep is None else Rows.where(x, keep, dtype), self.tail)
+
+    def tensors(self) -> list[Tensor]:
+        """What blocks hold; the tail apart."""
+        return [tensor for rows in self.moves or () for tensor in rows.tensors()]
+
+    def clone(self) -> DeltaRows:
+        moves = None if self.moves is None else (self.moves[0].clone(), self.moves[1].clone())
+        return DeltaRows(moves, self.tail.clone(), self.group, self.window)
+
+
+class DeltaStore(Store):
+    """Keys, and values if asked for, as sequences of deltas. Attention restores them into scratch memory: exact scores
+    for the local window, approximate ones before it.
+    """
+
+    def __init__(self, keys: DeltaRows, values: DeltaRows, positions: Rows | None) -> None:
+        self.keys, self.values = keys, values
+        self._positions = positions
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.keys.append(keys)
+        self.values.append(values)
+        if self._positions is not None:
+            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+
+    def reserve(self, tokens: int) -> None:
+        self.keys.reserve(tokens)
+        self.values.reserve(tokens)
+        if self._positions is not None:
+            self._positions.reserve(tokens)
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        keys, values = self.keys.view(dtype), self.values.view(dtype)
+        if self._positions is None:
+            return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
+        return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        dtype = str(self.keys.tail.data.dtype).removeprefix("torch.")
+        positions = [] if self._positions is None else self._positions.tensors()
+        tails = [*self.keys.tail.tensors(), *self.values.tail.tensors()]
+        return {f"{dtype} deltas": [*self.keys.tensors(), *self.values.tensors()], dtype: [*tails, *positions]}
+
+    def clone(self) -> Self:
+        positions = None if self._positions is None else self._positions.clone()
+        return type(self)(self.keys.clone(), self.values.clone(), positions)
+
+
+@dataclass(frozen=True)
+class DeltaFormat(Format):
+    """Kept entries at `dtype`; of all but the newest `window`, in blocks of `group`, a share of the deltas zero.
+
+    keys, values: the share of zero deltas of each, None for a side that stays whole.
+    """
+
+    dtype: torch.dtype
+    keys: float
+    values: float | None
+    group: int
+    window: int
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        what = "key deltas" if self.values is None else "deltas"
+        return (f"{str(self.dtype).removeprefix('torch.')}, {self.keys:.0%} of {what} zero",)
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        partial = selected[(selected < shape.tokens).any(dim=1)]  # these need positions
+        sides = ((self.keys, shape.key_width), (self.values, shape.value_width))
+        return (
+            sum(self._side(zeros, width, shape.itemsize, selected) for zeros, width in sides)
+            + int(partial.sum()) * INDEX_BYTES
+            + index_nbytes(partial)
+        )
+
+    def _side(self, zeros: float | None, width: int, itemsize: int, selected: Tensor) -> int:
+        old = torch.zeros_like(selected) if zeros is None else older(selected, self.group, self.window)
+        blocks, whole = old // self.group, selected - old
+        each = 0
+        if zeros is not None:
+            numbers = width + count_of(width, self.group, zeros)
+            each = numbers * itemsize + -(-width * (self.group - 1) // 8)
+        return (
+            int(blocks.sum()) * each
+            + int(whole.sum()) * width * itemsize
+            + 2 * index_nbytes(blocks)
+            + index_nbytes(whole)
+        )
+
+    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+        keep = tiers > 0
+
+        def side(x: Tensor, zeros: float | None) -> DeltaRows:
+            return DeltaRows.where(x, keep, self.dtype, zeros=zeros, group=self.group, window=self.window)
+
+        where = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape[0], -1)[..., None]
+        positions = None if bool(keep.all()) else Rows.where(where, keep, torch.int32)
+        return DeltaStore(side(layer.keys, self.keys), side(layer.values, self.values), positions)
+
+
+def older(lengths: Tensor, group: int, window: int) -> Tensor:
+    """How many of each head's rows, int [k], are held as deltas when this many are held: whole blocks that leave at
+    least `window` behind them.
+    """
+    return (lengths - window).clamp_min(0) // group * group
+
+
+def count_of(width: int, group: int, zeros: float) -> int:
+    """How many of a block's deltas may differ from zero when a share `zeros` of them is zero."""
+    deltas = width * (group - 1)
+    return deltas - int(deltas * zeros + 1e-9)
+
+
+def deltas(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks x [b, g, d] with at most `count` changes each.
+
+    Returns the numbers [b, d + count], channel after channel the first and each that changed (zeros fill the rest);
+    the bits uint8 [b, ceil(d * (g - 1) / 8)] that say which later tokens those are; the thresholds [b].
+    """
+    blocks, _, width = x.shape
+    steps = x.float().transpose(0, 1).contiguous()  # [g, b, d]
+    threshold = _thresholds(steps, count)
+    moved = _moved(steps, threshold).permute(1, 2, 0)  # [b, d, g - 1]
+    bits = moved.flatten(1)
+    held = torch.cat([torch.ones_like(moved[..., :1]), moved], dim=-1).flatten(1)
+    place = held.cumsum(dim=1) - 1
+    numbers = x.new_zeros(blocks, width + count + 1)  # the last takes what is not held
+    numbers.scatter_(1, place.masked_fill_(~held, width + count), x.transpose(1, 2).flatten(1))
+    return numbers[:, :-1].clone(), pack(bits.to(torch.uint8), 1), threshold
+
+
+def restored(numbers: Tensor, bits: Tensor, width: int, group: int) -> Tensor:
+    """What numbers [b, d + count] and bits of `deltas` stand for, [b, g, d]."""
+    moved = unpack(bits, 1, width * (group - 1)).view(-1, width, group - 1)
+    held = torch.nn.functional.pad(moved, (1, 0), value=1)
+    # Every set bit is one number further: a channel that did not move stays at its last one. (Rows that hold nothing
+    # may have any bits.)
+    place = held.flatten(1).cumsum(dim=1).sub_(1).clamp_max_(numbers.shape[1] - 1)
+    return numbers.gather(1, place).view(-1, width, group).transpose(1, 2)
+
+
+def _thresholds(steps: Tensor, count: int) -> Tensor:
+    """Of each block the smallest threshold tried, float32 [b], at which at most `count` deltas of steps [g, b, d] are
+    not zero.
+
+    The number that move falls about exponentially with the threshold: each try is where that rule, between the two
+    that enclose the answer, expects a little less than `count`.
+    """
+    every = (steps[1:] != steps[:-1]).sum(dim=(0, 2))  # what moves at threshold 0
+    widest = (steps.amax(dim=0) - steps.amin(dim=0)).amax(dim=1)  # nothing moves
+    low, high = torch.zeros_like(widest), torch.where(every <= count, 0, widest)
+    many, few = every + 1.0, torch.ones_like(widest)
+    aim = math.log(count * _AIM + 1)
+    for step in range(_TRIES):
+        share = (many.log() - aim) / (many.log() - few.log()).clamp_min(1e-6)
+        middle = low + (high - low) * (share if step else share / 2).clamp(0.05, 0.95)
+        moving = _moved(steps, middle).sum(dim=(0, 2)).float()
+        fits = moving <= count
+        high, few = torch.where(fits, middle, high), torch.where(fits, moving + 1, few)
+        low, many = torch.where(fits, low, middle), torch.where(fits, many, moving + 1)
+    return high
+
+
+def _moved(steps: Tensor, threshold: Tensor) -> Tensor:
+    """Which deltas of steps [g, b, d] pass their block's threshold [b], bool [g - 1, b, d]."""
+    limit = threshold[:, None].expand(steps.shape[1:]).contiguous()
+    last = steps[0].clone()
+    moved = torch.empty(len(steps) - 1, *last.shape, dtype=torch.bool, device=steps.device)
+    for now, flags in zip(steps[1:], moved, strict=True):
+        torch.gt((now - last).abs_(), limit, out=flags)
+        torch.where(flags, now, last, out=last)
+    return moved
