@@ -29,7 +29,7 @@ def test_logits_equal_plain_transformers_at_float32(architecture):
     everything = torch.cat([prompt, question, torch.tensor(run.tokens)])[None].to(CUDA)
     with torch.inference_mode():
         want = model(everything).logits[0, 158:-1].float().cpu()
-    got, _ = forced(run.conversation.decoder(), session.trace, question, torch.tensor(run.tokens))
+    got, _ = forced(run.conversation.decoder(), session.trace.logits, question, torch.tensor(run.tokens))
     assert (got.cpu() - want).abs().max() < 1e-3  # float32 products on the GPU, in another order
 
 

@@ -15,6 +15,7 @@ from workbench.decoding import Decoder, greedy
 from workbench.errors import BadParameter, NotRead, PromptTooLong
 from workbench.judging import judge, reference
 from workbench.kv.plan import Plan
+from workbench.kv.stores import kv_categories
 from workbench.measure.memory import Timeline
 from workbench.measure.timing import Timing
 from workbench.models import Facts
@@ -31,14 +32,15 @@ class Conversation:
     """What stays the same from a run's first question to its last.
 
     plan: what the recipe keeps of its reading of the prompt. plain: the plan that keeps everything of the plain model's
-    reading, which the answers are judged against; plain_model runs it. on_run is called with every finished run.
+    reading, which the answers are judged against, None where nothing was recorded; plain_model runs it. on_run is
+    called with every finished run.
     """
 
     recipe: Recipe
     plan: Plan
     model: PreTrainedModel
     weight_nbytes: int
-    plain: Plan
+    plain: Plan | None
     plain_model: PreTrainedModel
     facts: Facts
     tokenizer: PreTrainedTokenizerBase | None
@@ -49,7 +51,7 @@ class Conversation:
         """The first question after the prompt (None: go on from the prompt), answered as the stream is iterated."""
         trace = self.plan.trace
         ids = trace.prompt.question_ids(question, self.tokenizer)
-        self._check(trace.ids, ids, max_new_tokens)
+        self._check(self.plan.position, ids, max_new_tokens)
         return Stream(self._first(question, ids, max_new_tokens, progress, plan_s), progress)
 
     def go_on(self, run: Run, question: Question, max_new_tokens: int, progress: Progress) -> Stream:
@@ -62,7 +64,7 @@ class Conversation:
         # The last token of the answer has been chosen but not read yet.
         ids = torch.cat([torch.tensor(run.tokens[-1:], dtype=torch.long), more])
         before = torch.cat([run.prompt_ids, torch.tensor(run.tokens[:-1], dtype=torch.long)])
-        self._check(before, ids, max_new_tokens)
+        self._check(run.decoder.position, ids, max_new_tokens)
         timeline = Timeline(self.recipe.label)
         steps = self._answer(run.decoder.clone(), timeline, question, ids, before, max_new_tokens, progress, 0.0, 0.0)
         return Stream(steps, progress)
@@ -73,12 +75,12 @@ class Conversation:
         trace = self.plan.trace
         began = time.perf_counter()
         decoder = self.decoder()
-        timeline = Timeline.concat([trace.timeline], run=self.recipe.label)
+        timeline = Timeline.concat([self.plan.timeline], run=self.recipe.label)
         self._sample(timeline, "plan", 0, decoder)
         plan_s += time.perf_counter() - began
         return (
             yield from self._answer(
-                decoder, timeline, question, ids, trace.ids, max_new_tokens, progress, trace.read_seconds, plan_s
+                decoder, timeline, question, ids, trace.ids, max_new_tokens, progress, self.plan.read_seconds, plan_s
             )
         )
 
@@ -100,7 +102,7 @@ class Conversation:
         tokens: list[int] = []
         text = ""
         began = first = time.perf_counter()
-        logits = self.plan.trace.logits
+        logits = self.plan.logits
         for token in greedy(decoder, ids, logits, max_new_tokens=max_new_tokens, eos=self.facts.eos_ids):
             if not tokens:
                 first = time.perf_counter()
@@ -133,28 +135,32 @@ class Conversation:
     def decoder(self) -> Decoder:
         """The model on fresh stores that hold what was planned."""
         evicting = self.plan.stages.evict if self.plan.evicts else None
-        return Decoder(self.model, self.plan.stores(), self.plan.trace.tokens, evicting)
+        return Decoder(self.model, self.plan.stores(), self.plan.position, evicting)
 
     def judged(self, run: Run, progress: Progress, continuation: Question = None) -> Verdict:
         """The run's verdict: compared with the uncompressed run on its answer, or on a given continuation."""
-        asked = run.prompt_ids[self.plan.trace.tokens :]
+        plain = self.plain
+        if plain is None:
+            raise NotRead(
+                "quality is measured against the uncompressed model, but this prompt was taken in without a recording"
+            )
+        asked = run.prompt_ids[plain.trace.tokens :]
         given = None if continuation is None else text_ids(continuation, self.tokenizer)
         if given is not None:
-            self._check(run.prompt_ids, given, 1)
-        found = reference(
-            self.plain.trace, self._plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given
-        )
+            self._check(run.prompt_ids.numel(), given, 1)
+
+        def plain_decoder() -> Decoder:
+            return Decoder(self.plain_model, plain.stores(), plain.position)
+
+        found = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
         answer = run.tokens if given is None else None
-        return judge(found, self.decoder(), self.plan.trace, asked, self.facts.heads, progress, answer)
+        return judge(found, self.decoder(), self.plan.logits, asked, self.facts.heads, progress, answer)
 
-    def _plain_decoder(self) -> Decoder:
-        return Decoder(self.plain_model, self.plain.stores(), self.plain.trace.tokens)
-
-    def _check(self, before: Tensor, ids: Tensor, more: int) -> None:
+    def _check(self, before: int, ids: Tensor, more: int) -> None:
         check_vocabulary(ids, self.facts.vocab_size, self.facts.name)
         if isinstance(more, bool) or not isinstance(more, int) or more < 1:
             raise BadParameter(f"max_new_tokens must be a whole number of at least 1, not {more!r}")
-        read = before.numel() + ids.numel()
+        read = before + ids.numel()
         if read + more > self.facts.max_positions:
             raise PromptTooLong(
                 f"{read} tokens read and {more} to generate exceed the {self.facts.max_positions} positions of "
@@ -167,16 +173,11 @@ class Conversation:
     def _sample(
         self, timeline: Timeline, phase: Literal["plan", "question", "decode"], step: int, decoder: Decoder
     ) -> None:
-        by_layer = [store.nbytes_by_precision for store in decoder.stores]
-        kv: dict[str, int] = {}
-        for layer in by_layer:
-            for name, nbytes in layer.items():
-                kv[f"kv {name}"] = kv.get(f"kv {name}", 0) + nbytes
         categories = {
             "weights": self.weight_nbytes,
-            **kv,
+            **kv_categories(decoder.stores),
             "activations": decoder.activations,
             "workspace": decoder.workspace,
             "trace": self.plan.trace.nbytes,
         }
-        timeline.add(phase, step, categories, [sum(layer.values()) for layer in by_layer])
+        timeline.add(phase, step, categories, [store.nbytes for store in decoder.stores])

@@ -46,22 +46,23 @@ def reference(
             answering = decoder()
             answering.progress = progress
             tokens = tuple(greedy(answering, ids, trace.logits, max_new_tokens=max_new_tokens, eos=eos))
-        return Reference(tokens, *forced(decoder(), trace, ids, torch.tensor(tokens), progress))
+        return Reference(tokens, *forced(decoder(), trace.logits, ids, torch.tensor(tokens), progress))
 
     on = max_new_tokens if given is None else tuple(given.tolist())
     return trace.once(("reference", tuple(ids.tolist()), on), compute)
 
 
 def forced(
-    decoder: Decoder, trace: Trace, ids: Tensor, targets: Tensor, progress: Progress | None = None
+    decoder: Decoder, logits: Tensor, ids: Tensor, targets: Tensor, progress: Progress | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits [t, v] that predict targets [t] after ids [q], and each layer's attention outputs [h, t', dv] on the way.
 
-    The targets are read one at a time, as in decoding, so that stores flush and evict as they would there.
+    logits [v]: those before ids, for when there are none. The targets are read one at a time, as in decoding, so that
+    stores flush and evict as they would there.
     """
     decoder.outputs = [[] for _ in decoder.stores]
     decoder.progress = progress or Progress()
-    rows = [decoder.feed(ids)[-1:]] if ids.numel() else [trace.logits[None]]
+    rows = [decoder.feed(ids)[-1:]] if ids.numel() else [logits[None]]
     for token in decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1):
         rows.append(decoder.feed(token[None]))
     outputs = [torch.cat(layer, dim=1) if layer else torch.empty(0) for layer in decoder.outputs]
@@ -71,18 +72,19 @@ def forced(
 def judge(
     found: Reference,
     decoder: Decoder,
-    trace: Trace,
+    before: Tensor,
     ids: Tensor,
     heads: int,
     progress: Progress,
     answer: Sequence[int] | None = None,
 ) -> Verdict:
-    """Compare a recipe, on a fresh `decoder` after the prompt of `trace` and ids [q], with the reference.
+    """Compare a recipe, on a fresh `decoder` after the prompt, whose logits are `before` [v], and ids [q], with
+    the reference.
 
     answer: what the run itself answered, if the reference is an answer too.
     """
     targets = torch.tensor(found.tokens)
-    logits, outputs = forced(decoder, trace, ids, targets, progress)
+    logits, outputs = forced(decoder, before, ids, targets, progress)
     figures = compare_logits(found.logits, logits, targets, reference_tokens=found.tokens, tokens=answer)
     pairs = zip(found.outputs, outputs, strict=True)
     errors = [output_error(a, b).cpu() if a.numel() else torch.zeros(heads) for a, b in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -128,6 +128,33 @@ def read(
     layers = tuple(recorder.layers[index] for index in range(facts.layers))
     exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
     return Trace(prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline)
+
+
+def take_in(
+    model: PreTrainedModel,
+    facts: Facts,
+    prompt: Prompt,
+    *,
+    keep_on: torch.device | None = None,
+    weight_nbytes: int = 0,
+    progress: Progress | None = None,
+) -> Trace:
+    """A trace of the prompt's shapes without data: only its first token is read, to learn them.
+
+    For prompts that a method will read in bounded memory. Raises BadPrompt, NotApplicable.
+    """
+    tokens = prompt.ids.numel()
+    first = read(
+        model,
+        facts,
+        replace(prompt, ids=prompt.ids[:1]),
+        keep_on=keep_on,
+        weight_nbytes=weight_nbytes,
+        progress=progress,
+    )
+    check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
+    layers = tuple(layer.blank(tokens) for layer in first.layers)
+    return Trace(prompt, layers, torch.full_like(first.logits, torch.nan), 0.0, first.exact, Timeline("read"))
 
 
 def _window_reason(layer: LayerTrace, method: AttentionMethod | None) -> str:

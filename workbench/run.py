@@ -134,6 +134,7 @@ class Run(Shown):
             "prompt_tokens": int(self.prompt_ids.numel()),
             "kv_nbytes": self.plan.nbytes,
             "kv_full_nbytes": self.plan.full_nbytes,
+            "kv_host_nbytes": self.plan.host_nbytes,
             "kv_share": self.plan.share,
             "exact_layers": {str(layer): reason for layer, reason in self.plan.exact.items()},
             "notes": list(self.notes),
@@ -150,13 +151,14 @@ class Run(Shown):
     def summary(self) -> str:
         """The answer, its cache and, once measured, its quality in words."""
         record = self.to_dict(quality=False)
-        held, full = record["kv_nbytes"], record["kv_full_nbytes"]
+        held, full, host = (record[name] for name in ("kv_nbytes", "kv_full_nbytes", "kv_host_nbytes"))
         asked = [f"  asked    {self.question}"] if self.question else []
         lines = [
             f"Run of {self.recipe.label}",
             *asked,
             f"  answer   {self.text.strip()}",
-            f"  cache    {mib(held)} of {mib(full)} ({held / full:.1%})",
+            f"  cache    {mib(held)} of {mib(full)} ({held / full:.1%})"
+            + (f", {mib(host)} more in host memory" if host else ""),
         ]
         if self.measured:
             lines.append(f"  quality  {self.quality}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
@@ -20,13 +21,13 @@ from workbench.display import Shown, controls, mib
 from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
 from workbench.measure.attention import PooledMap, pooled_map
 from workbench.measure.memory import Timeline
 from workbench.models import Facts, LoadedModel, facts, load
 from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
-from workbench.reading import read
+from workbench.reading import read, take_in
 from workbench.recipe import Recipe
 from workbench.registry import Method
 from workbench.run import Run, Stream
@@ -94,7 +95,7 @@ class Session(Shown):
         ]
         if self.trace is None:
             return "\n".join([*lines, "  prompt  nothing read yet: session.read(text)"])
-        full = self.plan("full").full_nbytes
+        full = uncompressed_nbytes(self.trace, self.kv_dtype)
         lines.append(f"  prompt  {self.trace.tokens:,} tokens, whose uncompressed cache takes {mib(full)}")
         for index, run in enumerate(self.runs, 1):
             quality = f"; {run.quality}" if run.measured else ""
@@ -116,14 +117,19 @@ class Session(Shown):
 
     # -- reading and planning
 
-    def read(self, text: Text, *, chat: bool | None = None, progress: Progress | None = None) -> Trace:
+    def read(
+        self, text: Text, *, chat: bool | None = None, record: bool = True, progress: Progress | None = None
+    ) -> Trace:
         """Read a prompt: text, chat messages, or token ids [n]; everything later is asked of it.
 
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
-        as they are. Raises BadPrompt, PromptTooLong; Cancelled between layers, with the earlier prompt still in place.
+        as they are. record: False takes the prompt in without reading it as a whole, for texts too long for that; only
+        methods that read in bounded memory can be used then, and quality is not measured. Raises BadPrompt,
+        PromptTooLong; Cancelled between layers, with the earlier prompt still in place.
         """
         prompt = replace(Prompt.of(text, self.tokenizer, chat), tokenizer=self.tokenizer)
-        trace = read(
+        reading = read if record else take_in
+        trace = reading(
             self.model,
             self.facts,
             prompt,
@@ -145,10 +151,14 @@ class Session(Shown):
         spec = Recipe.of(recipe, **parameters)
         return self._plan(spec, self._trace(spec, progress), progress)
 
-    def _plan(self, recipe: Recipe, trace: Trace, progress: Progress | None) -> Plan:
+    def _plan(self, recipe: Recipe, trace: Trace, progress: Progress | None, question: Tensor | None = None) -> Plan:
         methods = [method for method in recipe.family("kv") if isinstance(method, KVMethod)] or [Full()]
+        attention = _attention(recipe)
+        for method in methods:
+            if attention is not None and method.supplies("read"):
+                raise BadRecipe(f"{method.key} reads the prompt in its own way, and so does {attention.key}: use one")
         model = self._variants.get(recipe.family("weights"))
-        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress)
+        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question)
 
     def _trace(self, recipe: Recipe, progress: Progress | None = None) -> Trace:
         """The reading of the prompt under the recipe's weights and attention."""
@@ -159,14 +169,13 @@ class Session(Shown):
             return self.trace
         key = (tuple(weights), attention)
         if key not in self._traces:
-            self._traces[key] = read(
+            reading = partial(read, method=attention, plain=self.model) if self.trace.recorded else take_in
+            self._traces[key] = reading(
                 self._variants.get(weights, progress),
                 self.facts,
                 self.trace.prompt,
-                method=attention,
                 keep_on=self._keep_on,
                 weight_nbytes=self._variants.nbytes(weights),
-                plain=self.model,
                 progress=progress,
             )
             self._timelines.append(self._traces[key].timeline)
@@ -211,8 +220,11 @@ class Session(Shown):
         spec, progress = Recipe.of(recipe, **parameters), progress or Progress()
         trace = self._trace(spec, progress)
         began = time.perf_counter()
-        plan = self._plan(spec, trace, progress)
+        ids = trace.prompt.question_ids(question, self.tokenizer)
+        plan = self._plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
+        # The reading that a method made while planning is on its timeline, not part of planning.
+        plan_s = max(plan_s - plan.read_seconds, 0.0) if isinstance(plan, StreamedPlan) else plan_s
         return self._conversation(spec, plan).begin(question, max_new_tokens, progress, plan_s)
 
     def _conversation(self, recipe: Recipe, plan: Plan) -> Conversation:
@@ -224,7 +236,7 @@ class Session(Shown):
             plan=plan,
             model=self._variants.get(weights),
             weight_nbytes=self._variants.nbytes(weights),
-            plain=self._plan(Recipe.of("full"), self.trace, None),
+            plain=self._plan(Recipe.of("full"), self.trace, None) if self.trace.recorded else None,
             plain_model=self.model,
             facts=self.facts,
             tokenizer=self.tokenizer,
@@ -301,7 +313,7 @@ class Session(Shown):
         window of positions (from, to). Memory does not grow with the square of the length.
         """
         spec = Recipe.of(recipe or "full", **parameters)
-        trace = self._trace(spec, progress)
+        trace = _need_recording(self._trace(spec, progress))
         if layer not in range(len(trace.layers)):
             raise BadParameter(f"layer {layer} does not exist: the model has layers 0 to {len(trace.layers) - 1}")
         if head not in range(self.facts.heads):
@@ -336,7 +348,8 @@ class Session(Shown):
 
         if kind != "weights" and self.trace is None:
             raise NotRead("no prompt has been read yet: call read(text) first")
-        return channel_table(kind, self.model, self.trace, progress)
+        trace = self.trace if kind == "weights" or self.trace is None else _need_recording(self.trace)
+        return channel_table(kind, self.model, trace, progress)
 
     @property
     def memory(self) -> Timeline:
@@ -354,6 +367,8 @@ class Session(Shown):
         """Write the prompt, its trace and the record of all runs into a folder (safetensors and JSON)."""
         from workbench.saving import save
 
+        if self.trace is not None:
+            _need_recording(self.trace)
         return save(self, Path(path))
 
     @classmethod
@@ -375,6 +390,7 @@ def row_of(run: Run) -> dict[str, Any]:
         "budget": _shown(budget),
         "kv_share": run.plan.share,
         "kv_mib": run.plan.nbytes / 2**20,
+        "host_mib": run.plan.host_nbytes / 2**20,
         "weights_mib": run.memory.samples[-1].categories["weights"] / 2**20,
         "kl": quality.kl,
         "top1": quality.top1_agreement,
@@ -386,6 +402,12 @@ def row_of(run: Run) -> dict[str, Any]:
         "text": run.text,
         "error": None,
     }
+
+
+def _need_recording(trace: Trace) -> Trace:
+    if not trace.recorded:
+        raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
+    return trace
 
 
 def _shown(budget: Budget | None) -> float | str | None:

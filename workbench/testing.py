@@ -183,9 +183,10 @@ def live_nbytes(stores: Iterable[Store]) -> int:
 def check_plan(plan: Plan) -> list[Store]:
     """Check that a plan's stores hold exactly the bytes and the positions that it says; returns them."""
     stores, tokens = plan.stores(), plan.trace.tokens
-    said, live = sum(store.nbytes for store in stores), live_nbytes(stores)
+    said, host, live = sum(s.nbytes for s in stores), sum(s.host_nbytes for s in stores), live_nbytes(stores)
     _must(said == plan.nbytes, f"{plan.nbytes} bytes are planned, the stores count {said}")
-    _must(live == said, f"the stores count {said} bytes, their tensors hold {live}")
+    _must(host == plan.host_nbytes, f"{plan.host_nbytes} bytes are planned for host memory, the stores count {host}")
+    _must(live == said + host, f"the stores count {said + host} bytes, their tensors hold {live}")
     _must(int(plan.counts.min()) >= 1, "a head keeps nothing")
     for layer, store in enumerate(stores):
         _must(len(store.positions) == plan.tiers.shape[1], f"layer {layer} stores {len(store.positions)} KV heads")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import RLock
 from typing import Any, TypeVar
 
@@ -53,6 +54,13 @@ class LayerTrace:
     def queries(self) -> Tensor:
         return self.queries_held.to(self.device)
 
+    def blank(self, tokens: int | None = None) -> LayerTrace:
+        """The same layer without data (default as many tokens), for its shapes."""
+        count = self.tokens if tokens is None else tokens
+        held = (self.keys_held, self.values_held, self.queries_held)
+        keys, values, queries = (torch.empty(x.shape[0], count, x.shape[2], dtype=x.dtype, device="meta") for x in held)
+        return replace(self, keys_held=keys, values_held=values, queries_held=queries)
+
     @property
     def tokens(self) -> int:
         return self.keys_held.shape[1]
@@ -89,8 +97,12 @@ class LayerTrace:
 
     def received(self) -> Tensor:
         """Attention that each position received from all queries, summed over the group of each KV head: [k, n]
-        float32.
+        float32. Found once; not to be written to.
         """
+        return self._received
+
+    @cached_property
+    def _received(self) -> Tensor:
         sums = column_sums(
             self.queries, self.keys, scale=self.scale, window=self.window, softcap=self.softcap
         )  # [h, n]
@@ -145,6 +157,11 @@ class Trace:
     @property
     def tokens(self) -> int:
         return int(self.ids.numel())
+
+    @property
+    def recorded(self) -> bool:
+        """Whether keys, values and queries are there; without them only methods that read by themselves can be used."""
+        return self.layers[0].keys_held.device.type != "meta"
 
     @property
     def compressible(self) -> tuple[LayerTrace, ...]:

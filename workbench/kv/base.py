@@ -4,7 +4,9 @@
     allocate   how many each layer and head may keep
     merge      what of the dropped positions goes into kept ones
     store      at what precision, in which layout
+    retrieve   how entries in host memory are found again, where those that are not selected go there
     watch, evict   what is remembered while decoding, and who leaves when a new token needs room
+    read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest
 
 A stage that a class defines in its own body is its contribution; an inherited one is borrowed, and yields to another
 method of the recipe that contributes it.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +29,13 @@ from workbench.progress import Progress
 from workbench.registry import Family, Method
 from workbench.trace import LayerTrace, Trace
 
+if TYPE_CHECKING:
+    from workbench.kv.stores.offload import Index
+    from workbench.kv.streamed import Held, Reading
+
 # A stage is supplied by the method of its name, or by one of these.
-_METHODS_OF = {"score": {"score", "scores"}}
-STAGES = ("score", "allocate", "merge", "store", "evict")
+_METHODS_OF = {"score": {"score", "scores"}, "store": {"store", "layout"}}
+STAGES = ("score", "allocate", "merge", "store", "retrieve", "evict", "read")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class KVMethod(Method):
     aligned: ClassVar[bool] = False  # evicts the same positions from all heads of a layer
     uneven: ClassVar[bool] = False  # gives the heads of a layer different lengths
     remembers: ClassVar[int] = 1  # float32 numbers kept of each entry to evict by while decoding
+    asks: ClassVar[bool] = False  # reads the prompt for the question: another one needs another reading
 
     def score(self, layer: LayerTrace) -> Tensor:
         """Importance of each position, float [k, n]; the higher the longer it stays, inf for what must stay."""
@@ -90,6 +97,21 @@ class KVMethod(Method):
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         """How the kept entries of layers of these shapes are stored, if possible within `limit` bytes."""
         return DenseFormat(dtype)
+
+    def layout(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
+        """The same as `store`; override this instead where the format depends on what was read."""
+        return self.store(dtype, shapes, limit)
+
+    def retrieve(self, study: Study, shapes: Sequence[Shape]) -> Index:
+        """How what was not selected is found again: it goes to host memory, and each query fetches what it needs.
+
+        The budget is for device memory; what lies in host memory is counted apart.
+        """
+        raise NotImplementedError
+
+    def read(self, reading: Reading) -> Held:
+        """Read the prompt so that the caches never outgrow `reading.limit` bytes, and return what is left of it."""
+        raise NotImplementedError
 
     def evidence(self, layer: LayerTrace) -> Tensor:
         """What is remembered of each position when decoding begins; only asked of methods that evict then.
@@ -130,13 +152,27 @@ class Stages:
     allocate: KVMethod | None = None
     merge: KVMethod | None = None
     store: KVMethod | None = None
+    retrieve: KVMethod | None = None
     evict: KVMethod | None = None
+    read: KVMethod | None = None
 
     @classmethod
     def of(cls, methods: Sequence[KVMethod]) -> Stages:
         """Resolve the stages of a recipe. Raises BadRecipe if two methods contribute the same one."""
         chosen = {stage: cls._supplier(stage, methods) for stage in STAGES}
         stages = cls(**chosen)
+        if stages.read is not None and len(methods) > 1:
+            others = " and ".join(method.key for method in methods if method is not stages.read)
+            raise BadRecipe(
+                f"{stages.read.key} decides while it reads, in bounded memory, what stays and how: leave out {others}"
+            )
+        if stages.retrieve is not None:
+            for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
+                if other is not None:
+                    raise BadRecipe(
+                        f"{stages.retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use "
+                        "one of the two"
+                    )
         for lost in (stages.allocate, stages.merge):
             if lost is not None and stages.score is None:
                 raise BadRecipe(
@@ -149,10 +185,11 @@ class Stages:
                 scorer = stages.score.key if stages.score else "nothing"
                 raise BadRecipe(f"{stages.evict.key} evicts while decoding by its own scores, but {scorer} scores here")
             stages = cls(**{**chosen, "evict": None})
-        if stages.evict is not None and stages.store is not None:
+        keeping = stages.store or stages.retrieve
+        if stages.evict is not None and keeping is not None:
             raise BadRecipe(
-                f"{stages.evict.key} evicts single entries while decoding, which the packed store of "
-                f"{stages.store.key} cannot; use {stages.evict.key} with decode=False"
+                f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
+                f"use {stages.evict.key} with decode=False"
             )
         if stages.evict and stages.evict.aligned and stages.allocate and stages.allocate.uneven:
             raise BadRecipe(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from workbench.kv.stores.format import Format, Shape
+from workbench.kv.stores.format import Format, Shape, stored_nbytes
 
 _MILD = 0.8  # beyond this share the exact window is shortened first
 
@@ -16,13 +15,10 @@ def first_fitting(formats: Iterable[Format], shapes: Sequence[Shape], limit: int
     """The first of the formats, best first, in which layers of these shapes take at most `limit` bytes, every entry
     kept; the last if none does.
     """
-    alike = Counter(shapes)
+    everything = torch.tensor([[shape.tokens] * shape.kv_heads for shape in shapes])
     form = None
     for form in formats:
-        held = (
-            form.nbytes(shape, torch.full((layers, shape.kv_heads), shape.tokens)) for shape, layers in alike.items()
-        )
-        if sum(held) <= limit:
+        if stored_nbytes(form, shapes, everything) <= limit:
             break
     assert form is not None, "no format to choose from"
     return form

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 
 from workbench.budget import Budget
 from workbench.display import Shown, mib
-from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable
+from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import SlidingStore, Store
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
+from workbench.kv.stores.offload import OffloadFormat
+from workbench.kv.streamed import Streamed, streamed
+from workbench.measure.memory import Timeline
 from workbench.progress import Progress
 from workbench.trace import LayerTrace, Trace
 
@@ -30,7 +33,8 @@ class Plan(Shown):
     """What KV methods decided on a trace.
 
     tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`. nbytes: what the stores
-    will hold; full_nbytes: what the uncompressed cache would. exact: layers left alone, with the reason.
+    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. exact:
+    layers left alone, with the reason.
     """
 
     trace: Trace
@@ -41,6 +45,27 @@ class Plan(Shown):
     dtype: torch.dtype
     nbytes: int
     full_nbytes: int
+    host_nbytes: int = 0
+
+    @property
+    def timeline(self) -> Timeline:
+        """Live bytes while the prompt was read."""
+        return self.trace.timeline
+
+    @property
+    def read_seconds(self) -> float:
+        """How long reading the prompt took."""
+        return self.trace.read_seconds
+
+    @property
+    def logits(self) -> Tensor:
+        """Those after the prompt, float32 [v]."""
+        return self.trace.logits
+
+    @property
+    def position(self) -> int:
+        """Where the next token stands."""
+        return self.trace.tokens
 
     @property
     def exact(self) -> dict[int, str]:
@@ -62,7 +87,7 @@ class Plan(Shown):
 
     @property
     def share(self) -> float:
-        """Bytes held over uncompressed bytes."""
+        """Bytes held on the device over uncompressed bytes."""
         return self.nbytes / self.full_nbytes
 
     @property
@@ -138,7 +163,8 @@ class Plan(Shown):
         )
         lines = [
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
-            f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})",
+            f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
+            + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
             f"  kept   {kept}",
         ]
         if len(self.precisions) > 1:
@@ -157,6 +183,7 @@ class Plan(Shown):
             "tokens": self.trace.tokens,
             "nbytes": self.nbytes,
             "full_nbytes": self.full_nbytes,
+            "host_nbytes": self.host_nbytes,
             "kept": [int(kept) for kept in self.counts.sum(dim=1)],
         }
 
@@ -167,6 +194,8 @@ class Plan(Shown):
         ||compressed - exact|| / ||exact|| over those queries, both at float32; what eviction and rounding cost before
         any of it spreads through the model. A query that can see nothing of what is kept counts as giving zeros.
         """
+        if not self.trace.recorded:
+            raise NotRead("the error of heads is measured on a recording, but this prompt was taken in without one")
         rows = []
         for layer in self.trace.layers:
             probes = layer.queries[:, -_PROBES:].float()
@@ -191,17 +220,25 @@ def make_plan(
     budget: Budget | None = None,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
+    question: Tensor | None = None,
 ) -> Plan:
     """Decide what stays under `methods`, counted in `dtype`; `budget`, if given, is for all of them together.
 
-    model: the one that read the trace, for methods that let it read again.
+    model: the one that read the trace, for methods that let it read again. question: ids [q] that will be asked, for
+    methods that read for a question.
 
-    Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other.
+    Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
+    NotRead where a method needs what was not recorded.
     """
     stages, study = Stages.of(methods), Study(trace, model, progress or Progress())
+    if not trace.recorded and stages.read is None:
+        raise NotRead(
+            f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
+            "one: call read(text) without record=False, or use a method that reads in bounded memory"
+        )
     layers = trace.compressible
     shapes = [shape_of(layer, dtype) for layer in layers]
-    full = sum(shape_of(layer, dtype).full_nbytes for layer in trace.layers)
+    full = uncompressed_nbytes(trace, dtype)
     fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
     label = " + ".join(method.key for method in methods)
 
@@ -221,12 +258,94 @@ def make_plan(
             )
         return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
 
+    if stages.read is not None:
+        return _streamed_plan(
+            study, tuple(methods), stages, dtype, _total_budget(methods, stages, budget), full, question
+        )
+
     form, selected = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
     rest = 2 if form.keeps_rest else 0
     tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
     counts = selected.sum(dim=-1)
-    nbytes = fixed + _nbytes(_finished(form, counts, shapes), shapes, counts)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full)
+    finished = _finished(form, counts, shapes)
+    nbytes = fixed + stored_nbytes(finished, shapes, counts)
+    host = stored_nbytes(finished, shapes, counts, host=True)
+    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host)
+
+
+@dataclass(frozen=True)
+class StreamedPlan(Plan):
+    """A plan that came about while a method read the prompt by itself; its stores are copies of what that left."""
+
+    streamed: Streamed | None = field(default=None, repr=False)
+
+    @property
+    def _left(self) -> Streamed:
+        assert self.streamed is not None
+        return self.streamed
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._left.timeline
+
+    @property
+    def read_seconds(self) -> float:
+        return self._left.seconds
+
+    @property
+    def logits(self) -> Tensor:
+        return self._left.held.logits
+
+    @property
+    def position(self) -> int:
+        return self._left.held.position
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes, *self._left.held.notes)
+
+    def store(self, layer: LayerTrace) -> Store:
+        return self._left.held.stores[layer.index].clone()
+
+
+def _streamed_plan(
+    study: Study,
+    methods: tuple[KVMethod, ...],
+    stages: Stages,
+    dtype: torch.dtype,
+    budget: Budget | None,
+    full: int,
+    question: Tensor | None,
+) -> Plan:
+    """The plan of a method that reads by itself."""
+    assert stages.read is not None
+    trace = study.trace
+    limit = None if budget is None else budget.nbytes(full)
+    if budget is not None and budget.kind == "tokens":
+        limit = min(int(budget.amount * full / trace.tokens), full)
+    found = streamed(study, stages.read, dtype, limit, question)
+    held = found.held
+    tiers = held.tiers
+    if tiers is None:
+        tiers = torch.stack([store.tiers(trace.tokens) for store in held.stores])
+    copies = [store.clone() for store in held.stores]
+    return StreamedPlan(
+        trace,
+        methods,
+        stages,
+        held.format,
+        tiers,
+        dtype,
+        sum(store.nbytes for store in copies),
+        full,
+        sum(store.host_nbytes for store in copies),
+        found,
+    )
+
+
+def uncompressed_nbytes(trace: Trace, dtype: torch.dtype) -> int:
+    """Bytes of the uncompressed cache of the whole prompt in `dtype`."""
+    return sum(shape_of(layer, dtype).full_nbytes for layer in trace.layers)
 
 
 def shape_of(layer: LayerTrace, dtype: torch.dtype) -> Shape:
@@ -241,7 +360,9 @@ def shape_of(layer: LayerTrace, dtype: torch.dtype) -> Shape:
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     """The size of what a layer can hold at most in `dtype`: its window, or everything."""
     tokens = layer.tokens if layer.window is None else min(layer.tokens, layer.window)
-    return Shape(layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize)
+    return Shape(
+        layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index
+    )
 
 
 def rank(study: Study, method: KVMethod) -> Ranking:
@@ -281,17 +402,22 @@ def _fit(
     room = None if limit is None else limit - fixed
     everything = torch.ones(layers, kv_heads, tokens, dtype=torch.bool, device=study.trace.layers[0].device)
 
+    form: Format = dense
     if selecting is None:
-        form = storing.store(dtype, shapes, room) if storing else dense
+        if storing is not None:
+            form = storing.layout(study, dtype, shapes, room)
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
-        _check(_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
+        _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
         return form, everything
 
     allocating = stages.allocate or selecting
     ranking = rank(study, selecting).beside(_importance(study, allocating))
     # A method that selects and stores may let its budget decide the precision too.
-    form = storing.store(dtype, shapes, room if storing is selecting else None) if storing else dense
+    if storing is not None:
+        form = storing.layout(study, dtype, shapes, room if storing is selecting else None)
+    elif stages.retrieve is not None:
+        form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
     if form.keeps_rest and storing is not None and stages.merge is not None:
         raise BadRecipe(
             f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
@@ -305,7 +431,7 @@ def _fit(
     def measured(kind: Format) -> Callable[[int], int]:
         def nbytes(entries: int) -> int:
             counts = allocating.allocate(ranking, entries)
-            return _nbytes(_finished(kind, counts, shapes), shapes, counts)
+            return stored_nbytes(_finished(kind, counts, shapes), shapes, counts)
 
         return nbytes
 
@@ -323,7 +449,7 @@ def _fit(
     if room is not None and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
-        form = storing.store(dtype, chosen, room - entries * INDEX_BYTES)
+        form = storing.layout(study, dtype, chosen, room - entries * INDEX_BYTES)
         _check(measured(form)(entries), room, full, fixed, label)
     return form, selection(entries)
 
@@ -332,12 +458,6 @@ def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
     """A plan that keeps everything needs nothing to evict by."""
     complete = bool((counts == shapes[0].tokens).all())
     return DenseFormat(form.dtype) if complete and isinstance(form, DenseFormat) else form
-
-
-def _nbytes(form: Format, shapes: Sequence[Shape], counts: Tensor) -> int:
-    counts = counts.cpu()
-    alike = {shape: [index for index, other in enumerate(shapes) if other == shape] for shape in set(shapes)}
-    return sum(form.nbytes(shape, counts[layers]) for shape, layers in alike.items())
 
 
 def _largest(nbytes: Callable[[int], int], least: int, most: int, target: int) -> int:

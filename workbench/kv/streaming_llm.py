@@ -10,8 +10,19 @@ from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
 
 
+class SinksAndRecent(KVMethod):
+    """Score the first tokens highest, then by recency. A base class, for methods that add something to this window."""
+
+    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
+
+    def score(self, layer: LayerTrace) -> Tensor:
+        age = torch.arange(layer.tokens, device=layer.device)
+        rank = torch.where(age < self.sinks, 2 * layer.tokens - age, age)  # the first sink is the last to go
+        return rank.float().expand(layer.kv_heads, -1)
+
+
 @register
-class StreamingLLM(KVMethod):
+class StreamingLLM(SinksAndRecent):
     """Keep the first tokens, where attention sinks, and the most recent ones.
 
     The rolling cache of section 3.2: sinks first, then by recency; while decoding, a new token pushes out the oldest
@@ -25,13 +36,9 @@ class StreamingLLM(KVMethod):
     claim = "four sinks and a window keep perplexity stable over 4 million tokens"
     default_budget = 0.5
 
-    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
-    def score(self, layer: LayerTrace) -> Tensor:
-        age = torch.arange(layer.tokens, device=layer.device)
-        rank = torch.where(age < self.sinks, 2 * layer.tokens - age, age)  # the first sink is the last to go
-        return rank.float().expand(layer.kv_heads, -1)
+    score = SinksAndRecent.score  # what it is about: not borrowed, so it does not yield
 
     def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
         last = torch.iinfo(positions.dtype).max

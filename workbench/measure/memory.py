@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from workbench.errors import BadParameter, InputError, NotApplicable
 
 Phase = Literal["read", "plan", "question", "decode"]
+HOST = "host "  # categories that begin so lie in host memory, wherever the model computes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class Sample:
     def total(self) -> int:
         """Bytes over all categories."""
         return sum(self.categories.values())
+
+    @property
+    def host(self) -> int:
+        """Bytes of the categories in host memory: what stores keep there, never the device's own."""
+        return sum(nbytes for name, nbytes in self.categories.items() if name.startswith(HOST))
+
+    @property
+    def device(self) -> int:
+        """Bytes of all other categories."""
+        return self.total - self.host
 
 
 class Timeline:
@@ -91,6 +102,16 @@ class Timeline:
     def peak(self) -> int:
         """The largest total, in bytes; 0 for an empty timeline."""
         return max((sample.total for sample in self._samples), default=0)
+
+    @property
+    def device_peak(self) -> int:
+        """The largest number of bytes on the device; 0 for an empty timeline."""
+        return max((sample.device for sample in self._samples), default=0)
+
+    @property
+    def host_peak(self) -> int:
+        """The largest number of bytes in host memory; 0 for an empty timeline."""
+        return max((sample.host for sample in self._samples), default=0)
 
     @property
     def peaks(self) -> dict[str, int]:

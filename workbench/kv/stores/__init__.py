@@ -3,6 +3,6 @@
 from workbench.kv.stores.dense import DenseStore, SlidingStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.split import SplitStore
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Contents, Store, kv_categories
 
-__all__ = ["Contents", "DenseStore", "PackedStore", "SlidingStore", "SplitStore", "Store"]
+__all__ = ["Contents", "DenseStore", "PackedStore", "SlidingStore", "SplitStore", "Store", "kv_categories"]

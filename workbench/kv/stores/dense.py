@@ -36,6 +36,12 @@ class DenseStore(Store):
             None if mass is None else Rows.where(mass.view(*mass.shape[:2], -1), keep, torch.float32),
         )
 
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, positions: Tensor, keep: Tensor, dtype: torch.dtype) -> DenseStore:
+        """The same, of entries that stand at positions [k or 1, n]."""
+        where = positions.expand(keys.shape[0], -1)[..., None]
+        return cls(Rows.where(keys, keep, dtype), Rows.where(values, keep, dtype), Rows.where(where, keep, torch.int32))
+
     @property
     def longest(self) -> int:
         return self.keys.longest

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
+from workbench.kv.stores.mixed import MixedStore
 from workbench.kv.stores.packed import Axis, PackedStore, packed_length
-from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
 
@@ -21,7 +23,7 @@ _BALANCE_BYTES = 2  # float16
 @dataclass(frozen=True)
 class Shape:
     """What the size of a layer's cache depends on: KV heads, positions read, head sizes, bytes of an uncompressed
-    number.
+    number. `layer` says whose it is; shapes that differ in nothing else are equal.
     """
 
     kv_heads: int
@@ -29,6 +31,7 @@ class Shape:
     key_width: int
     value_width: int
     itemsize: int
+    layer: int = field(default=0, compare=False)
 
     @property
     def entry_nbytes(self) -> int:
@@ -42,9 +45,13 @@ class Shape:
 
 
 class Format(ABC):
-    """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1."""
+    """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
+
+    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer.
+    """
 
     tiers: tuple[str, ...]
+    by_layer: ClassVar[bool] = False
 
     @property
     def keeps_rest(self) -> bool:
@@ -57,11 +64,24 @@ class Format(ABC):
         selected.
         """
 
+    def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
+        """The same for host memory, which no budget limits."""
+        return 0
+
     @abstractmethod
     def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
         """The store of a layer under tiers [k, n] (0 dropped, else number of the tier); mass [k, n] or [k, n, w] for
         evicting methods.
         """
+
+
+def stored_nbytes(form: Format, shapes: Sequence[Shape], counts: Tensor, *, host: bool = False) -> int:
+    """The bytes of layers of these shapes when counts [l, k] entries are selected; in `host` memory, if asked for."""
+    nbytes, counts = (form.host_nbytes if host else form.nbytes), counts.cpu()
+    if form.by_layer:
+        return sum(nbytes(shape, counts[index : index + 1]) for index, shape in enumerate(shapes))
+    alike = {shape: [index for index, other in enumerate(shapes) if other == shape] for shape in set(shapes)}
+    return sum(nbytes(shape, counts[layers]) for shape, layers in alike.items())
 
 
 @dataclass(frozen=True)
@@ -136,13 +156,16 @@ class PackedFormat(Format):
 class MixedFormat(Format):
     """Selected entries at `dtype`, all others at `bits` bits per token in groups of `group` channels.
 
-    With `balance` the others' keys are balanced channel by channel before they are quantised (see `balancer`).
+    While decoding the share of selected entries stays as it is (see `MixedStore`), for which the attention that each
+    of them received is remembered; the newest `recent` part of them is safe. With `balance` the others' keys are
+    balanced channel by channel before they are quantised (see `balancer`).
     """
 
     dtype: torch.dtype
     bits: int
     group: int
     balance: bool = False
+    recent: float = 0.5
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -153,14 +176,23 @@ class MixedFormat(Format):
         return PackedFormat(self.dtype, self.bits, self.group, residual=0, key_axis="token")
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        others = (shape.tokens - selected)[(selected < shape.tokens).any(dim=1)]
-        factors = _BALANCE_BYTES * shape.kv_heads * shape.key_width * len(others) if self.balance else 0
-        return DenseFormat(self.dtype).nbytes(shape, selected) + self._low.nbytes(shape, others) + factors
+        mixed = (selected < shape.tokens).any(dim=1)
+        some = selected[mixed]
+        factors = _BALANCE_BYTES * shape.kv_heads * shape.key_width * len(some) if self.balance else 0
+        low = self._low.nbytes(shape, shape.tokens - some) + self._low_positions(shape, some)
+        high = DenseFormat(self.dtype, mass=1).nbytes(shape, some)
+        return DenseFormat(self.dtype).nbytes(shape, selected[~mixed]) + high + low + factors
+
+    @staticmethod
+    def _low_positions(shape: Shape, selected: Tensor) -> int:
+        """PackedFormat counts none for layers of which it holds everything, but a mixed store needs them."""
+        everything = selected[(selected == 0).all(dim=1)]
+        return everything.numel() * shape.tokens * INDEX_BYTES
 
     def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
-        high = DenseFormat(self.dtype).build(layer, (tiers == 1).to(tiers.dtype), None)
+        selected = tiers == 1
         if not bool((tiers == 2).any()):
-            return high
+            return DenseFormat(self.dtype).build(layer, selected.to(tiers.dtype), None)
         low = PackedStore.where(
             layer.keys,
             layer.values,
@@ -171,8 +203,10 @@ class MixedFormat(Format):
             residual=0,
             key_axis="token",
             balance=balancer(layer) if self.balance else None,
+            positions=True,
         )
-        return SplitStore((high, low))
+        high = DenseStore.where(layer.keys, layer.values, selected, self.dtype, layer.received())
+        return MixedStore(high, low, share=float(selected.float().mean()), recent=self.recent)
 
 
 def balancer(layer: LayerTrace) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from workbench.measure.memory import tensor_bytes
+from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import attend
 
 
@@ -60,8 +62,30 @@ class Store(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Live bytes of all tensors held."""
+        """Live bytes of all tensors held on the device."""
         return sum(self.nbytes_by_precision.values())
+
+    def host_tensors(self) -> dict[str, list[Tensor]]:
+        """The same as `tensors` for what lies in host memory, from where it is fetched when it is needed."""
+        return {}
+
+    @property
+    def host_nbytes_by_precision(self) -> dict[str, int]:
+        """Live bytes in host memory, by precision."""
+        return {name: tensor_bytes(tensors) for name, tensors in self.host_tensors().items()}
+
+    @property
+    def host_nbytes(self) -> int:
+        """Live bytes in host memory."""
+        return sum(self.host_nbytes_by_precision.values())
+
+    def tiers(self, tokens: int) -> Tensor:
+        """Where the first `tokens` positions lie, uint8 [k, n]: 0 nowhere, 1 on the device, 2 in host memory."""
+        held = self.positions
+        found = torch.zeros(len(held), tokens, dtype=torch.uint8, device=held[0].device)
+        for head, positions in enumerate(held):
+            found[head, positions[positions < tokens]] = 1
+        return found
 
     @property
     def positions(self) -> list[Tensor]:
@@ -106,3 +130,12 @@ def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, wi
     if window is not None:
         visible = visible & (slots > query - window)
     return visible if real is None else visible & real
+
+
+def kv_categories(stores: Iterable[Store]) -> dict[str, int]:
+    """Live bytes of all layers as a timeline's categories: "kv bfloat16", "kv 4-bit", "host kv bfloat16"."""
+    found: Counter[str] = Counter()
+    for store in stores:
+        found.update({f"kv {name}": nbytes for name, nbytes in store.nbytes_by_precision.items()})
+        found.update({f"{HOST}kv {name}": nbytes for name, nbytes in store.host_nbytes_by_precision.items()})
+    return dict(found)

@@ -1,0 +1,231 @@
+"""A part of the cache on the device, the rest in host memory, from where each query fetches what an index finds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.dense import DenseStore
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
+from workbench.kv.stores.host import HostRows
+from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.trace import LayerTrace
+from workbench_kernels import attend
+
+_AT_ONCE = 16  # queries that fetch together: bounds what is copied for a long question
+
+
+class Retriever(ABC):
+    """Finds the entries of one layer's host memory that a query needs; entries are numbered by their slot there."""
+
+    @abstractmethod
+    def find(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """For query [h, q, d], as attention gets it: slots int64 [k, q, c], and which of them count, bool [k, q, c].
+
+        A head's slots of one query are distinct where they count. All are within the longest head's length.
+        """
+
+    @abstractmethod
+    def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Entries [k, e, d], [k, e, dv] at positions [k, e] have moved to the next slots of host memory."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """What the index holds on the device."""
+
+    def host_tensors(self) -> list[Tensor]:
+        """What it holds in host memory."""
+        return []
+
+    @abstractmethod
+    def clone(self) -> Self:
+        """An independent copy."""
+
+
+class Index(ABC):
+    """How entries in host memory are indexed, as data: what it costs, and how to build it.
+
+    others [l, k]: how many entries each head has in host memory, of l layers of one shape.
+    """
+
+    @abstractmethod
+    def nbytes(self, shape: Shape, others: Tensor) -> int:
+        """Bytes of the index on the device."""
+
+    def host_nbytes(self, shape: Shape, others: Tensor) -> int:
+        """Bytes of the index in host memory."""
+        return 0
+
+    @abstractmethod
+    def build(self, layer: LayerTrace, others: Tensor) -> Retriever:
+        """The index over the positions of a layer at which others [k, n] is True, head after head in their order."""
+
+
+@dataclass(frozen=True)
+class OffloadFormat(Format):
+    """Selected entries on the device at `dtype`, all others in host memory with an index over them.
+
+    recent: while decoding, the device part grows by so many entries a head; then its oldest, but for the first `sinks`
+    positions, move to host memory until it is as large as planned.
+    """
+
+    dtype: torch.dtype
+    index: Index
+    sinks: int = 4
+    recent: int = 32
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (str(self.dtype).removeprefix("torch."), "host")
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        others = self._others(shape, selected)
+        found = self.index.nbytes(shape, others) if len(others) else 0
+        return DenseFormat(self.dtype).nbytes(shape, selected) + found
+
+    def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
+        others = self._others(shape, selected)
+        if not len(others):
+            return 0
+        entries = int(others.sum()) * (shape.entry_nbytes + INDEX_BYTES) + 3 * index_nbytes(others)
+        return entries + self.index.host_nbytes(shape, others)
+
+    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+        near = DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
+        others = tiers == 2
+        if not bool(others.any()):
+            return near
+        far = HostRows.where(layer.keys, layer.values, others, self.dtype)
+        return OffloadStore(near, far, self.index.build(layer, others), self.sinks, near.longest, self.recent)
+
+    def _others(self, shape: Shape, selected: Tensor) -> Tensor:
+        """Entries of each head in host memory [l', k], for the layers that have any there."""
+        others = shape.tokens - selected
+        return others[(others > 0).any(dim=1)]
+
+
+class OffloadStore(Store):
+    """Entries on the device (`near`), where new tokens enter too, and entries in host memory (`far`).
+
+    A query attends to all that is near and to what the retriever finds for it. When `recent` entries a head more than
+    `usual` would be near, the oldest, but not the first `sinks` positions, move to host memory.
+    """
+
+    def __init__(
+        self, near: DenseStore, far: HostRows, retriever: Retriever, sinks: int, usual: int, recent: int
+    ) -> None:
+        self.near, self.far, self.retriever = near, far, retriever
+        self.sinks, self.usual, self.recent = sinks, usual, recent
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        excess = self.near.longest + keys.shape[1] - self.usual
+        if excess > self.recent:
+            self._move_out(excess)
+        self.near.append(keys, values, positions)
+
+    def _move_out(self, count: int) -> None:
+        """Move the `count` oldest entries of each head that may go."""
+        held = self.near.contents(self.near.keys.data.dtype)
+        positions = held.positions.expand(held.keys.shape[0], -1)
+        age = torch.where(positions < self.sinks, torch.iinfo(torch.int64).max, positions.long())
+        if held.valid is not None:
+            age = age.masked_fill(~held.valid, torch.iinfo(torch.int64).max)
+        movable = (age < torch.iinfo(torch.int64).max).sum(dim=1)
+        count = min(count, int(movable.min()))
+        if count <= 0:
+            return
+        slots = age.argsort(dim=1, stable=True)[:, :count]  # [k, e], oldest first
+
+        def at(x: Tensor) -> Tensor:
+            return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
+
+        moved = (at(held.keys), at(held.values), positions.gather(1, slots).long())
+        self.far.append(*moved)
+        self.retriever.add(*moved)
+        self.near.evict(slots)
+
+    def reserve(self, tokens: int) -> None:
+        self.near.reserve(min(tokens, max(self.usual + self.recent - self.near.longest, 0)))
+
+    def attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        outs = []
+        for part, at in zip(query.split(_AT_ONCE, dim=1), query_positions.split(_AT_ONCE), strict=True):
+            slots, chosen = self.distinct(*self.retriever.find(part, scale))
+            wait = self.far.fetch(slots)
+            near = self.near.contents(query.dtype)
+            seen = seen_by(at, near.positions, near.valid, window)
+            keys, values, positions = wait()
+            if window is not None:
+                chosen = chosen & (positions[:, None] > at[None, :, None] - window)
+            shape = (near.keys.shape[0], len(at), near.keys.shape[1])
+            seen = torch.ones(shape, dtype=torch.bool, device=query.device) if seen is None else seen.expand(shape)
+            out, _ = attend(
+                part,
+                torch.cat([near.keys, keys.to(query.dtype)], dim=1),
+                torch.cat([near.values, values.to(query.dtype)], dim=1),
+                scale=scale,
+                visible=torch.cat([seen, chosen], dim=2),
+                softcap=softcap,
+            )
+            outs.append(out)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
+
+    def distinct(self, slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of slots [k, q, c] found by several queries: each once, int64 [k, u], and whose it is, bool [k, q, u]."""
+        kv_heads, queries, _ = slots.shape
+        wanted = torch.zeros(kv_heads, queries, self.far.longest + 1, dtype=torch.bool, device=slots.device)
+        wanted.scatter_(2, torch.where(counts, slots, self.far.longest), True)
+        wanted = wanted[..., :-1]
+        any_of = wanted.any(dim=1)  # [k, m]
+        most = int(any_of.sum(dim=1).max())
+        found = any_of.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        return found, wanted.gather(2, found[:, None].expand(-1, queries, -1))
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        near = self.near.contents(dtype)
+        heads, device = near.keys.shape[0], near.keys.device
+        far_valid = self.far.keys.valid()
+        valid = None
+        if near.valid is not None or far_valid is not None:
+            parts = ((near.valid, near.keys.shape[1]), (far_valid, self.far.longest))
+            valid = torch.cat([_valid(part, heads, slots, device) for part, slots in parts], dim=1)
+        return Contents(
+            torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
+            torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
+            torch.cat([near.positions.expand(heads, -1), self.far.positions.view()[..., 0].to(device)], dim=1),
+            valid,
+        )
+
+    def tiers(self, tokens: int) -> Tensor:
+        held = super().tiers(tokens)
+        return torch.where((held > 0) & (self.near.tiers(tokens) == 0), 2, held)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {**self.near.tensors(), "index": self.retriever.tensors()}
+
+    def host_tensors(self) -> dict[str, list[Tensor]]:
+        name = str(self.far.keys.data.dtype).removeprefix("torch.")
+        return {name: self.far.tensors(), "index": self.retriever.host_tensors()}
+
+    def clone(self) -> Self:
+        parts = self.near.clone(), self.far.clone(), self.retriever.clone()
+        return type(self)(*parts, self.sinks, self.usual, self.recent)
+
+
+def _valid(valid: Tensor | None, heads: int, slots: int, device: torch.device) -> Tensor:
+    if valid is None:
+        return torch.ones(heads, slots, dtype=torch.bool, device=device)
+    return valid.to(device)
