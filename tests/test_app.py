@@ -20,7 +20,7 @@ pytest.importorskip("panel_material_ui")
 
 from workbench_widgets.app.controls import MethodForm, control
 from workbench_widgets.app.lane import Lane
-from workbench_widgets.app.recipe_form import SLOTS, RecipeForm, kv_methods
+from workbench_widgets.app.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
 from workbench_widgets.app.serve import _check_port
 from workbench_widgets.app.shelf import Shelf
 from workbench_widgets.app.snippet import snippet
@@ -109,7 +109,7 @@ def test_a_method_registered_later_has_its_place_and_its_controls(monkeypatch: p
 
 
 def test_every_kv_method_can_be_chosen_in_one_place_at_least() -> None:
-    places = [cls.key for slot in ("kv", "allocate", "store") for cls in kv_methods(slot)]
+    places = [cls.key for slot in CACHE_SLOTS for cls in kv_methods(slot)]
     assert set(places) == {cls.key for cls in registered("kv")}
 
 

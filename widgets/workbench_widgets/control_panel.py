@@ -279,7 +279,7 @@ class Controls(w.VBox):  # type: ignore[misc]
         try:
             recipe = self._recipe(self.first, self.second)
             self.budget.disabled = all(method.key == "full" for method in recipe.methods)
-            self.view.plan = self._session.plan(recipe)
+            self.view.plan = self._session.plan(recipe, progress=Progress(self._planning))
             _say(self.trouble, "")
         except WorkbenchError as error:
             _say(self.trouble, str(error), wrong=True)
@@ -311,6 +311,12 @@ class Controls(w.VBox):  # type: ignore[misc]
             self.bar.layout.visibility = "hidden"
             self.run_button.disabled, self.cancel_button.disabled = False, True
             self._progress = None
+
+    def _planning(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._updated >= _STEP_S and total:
+            self._updated = now
+            _say(self.trouble, f"{stage[:1].upper()}{stage[1:]}: {done / total:.0%}")
 
     def _advance(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()

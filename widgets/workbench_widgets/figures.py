@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import BadParameter, MissingExtra
+from workbench.measure.memory import HOST
 from workbench_widgets.colors import theme
 
 if TYPE_CHECKING:
@@ -79,10 +80,11 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
 
 
 def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Live memory") -> go.Figure:
-    """Stacked areas of live bytes by category over time.
+    """Stacked areas of live bytes by category over time; what lies in host memory hangs below zero.
 
     `frame` has one row a sample: `step` (any ascending number), optionally `time` in seconds (then it is the
-    horizontal axis) and `event` (text, shown on hover), and one column of bytes for each category. Shown in MiB.
+    horizontal axis) and `event` (text, shown on hover), and one column of bytes for each category; those that begin
+    with "host " lie in host memory. Shown in MiB.
     """
     go = _plotly()
     _columns(frame, ["step"], "memory_timeline")
@@ -92,21 +94,23 @@ def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Li
     traces = [
         go.Scatter(
             x=x,
-            y=frame[name] / MIB,
+            y=(-1 if str(name).startswith(HOST) else 1) * frame[name] / MIB,
+            customdata=frame[name] / MIB,
             name=str(name),
             mode="lines",
-            stackgroup="bytes",
+            stackgroup="host" if str(name).startswith(HOST) else "device",
             line={"width": 0.5, "shape": "hv", "color": colours.categories[i % len(colours.categories)]},
-            hovertemplate="%{y:,.2f} MiB",
+            hovertemplate="%{customdata:,.2f} MiB",
         )
         for i, name in enumerate(names)
     ]
-    total = frame[names].sum(axis=1) / MIB
+    here = [name for name in names if not str(name).startswith(HOST)]
+    total = frame[here].sum(axis=1) / MIB
     traces.append(
         go.Scatter(
             x=x,
             y=total,
-            name="total",
+            name="total" if len(here) == len(names) else "on the device",
             mode="lines",
             line={"width": 1.5, "shape": "hv", "color": colours.ink},
             customdata=frame["event"] if "event" in frame.columns else None,
@@ -119,7 +123,7 @@ def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Li
         title_text=title,
         hovermode="x unified",
         xaxis_title_text="seconds" if "time" in frame.columns else "step",
-        yaxis_title_text="MiB",
+        yaxis_title_text="MiB" if len(here) == len(names) else "MiB (below zero: host memory)",
         yaxis_rangemode="tozero",
     )
 

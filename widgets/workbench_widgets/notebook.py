@@ -160,6 +160,7 @@ def plan_html(plan: Plan) -> str:
         [
             ("method", plan.label),
             ("cache", f"{mib(plan.nbytes)} of {mib(plan.full_nbytes)}"),
+            *([("host memory", mib(plan.host_nbytes))] if plan.host_nbytes else []),
             ("kept a head", f"{kept:,.0f} of {plan.trace.tokens:,} tokens"),
         ],
         plan.share,
@@ -171,6 +172,8 @@ def run_html(run: Run) -> str:
     record = run.to_dict(quality=False)
     share = record["kv_share"]
     tiles = [("recipe", run.recipe.label), ("cache", f"{mib(record['kv_nbytes'])} of {mib(record['kv_full_nbytes'])}")]
+    if record.get("kv_host_nbytes"):
+        tiles.append(("host memory", mib(record["kv_host_nbytes"])))
     with suppress(NotRead):  # loaded from disk, never measured
         quality = run.quality
         tiles += [

@@ -104,8 +104,9 @@ def plan_figures(plan: Plan) -> list[Figure]:
     tiers = {name: float((plan.tiers == i + 1).float().mean()) for i, name in enumerate(plan.precisions)}
     stored = ", ".join(f"{share:.0%} at {name}" for name, share in tiers.items() if share > 0)
     exact = f"; {len(plan.exact)} layers stay exact" if plan.exact else ""
+    host = f"; {size(plan.host_nbytes)} in host memory" if plan.host_nbytes else ""
     return [
-        Figure("KV cache", size(plan.nbytes), f"of {size(plan.full_nbytes)} uncompressed"),
+        Figure("KV cache", size(plan.nbytes), f"of {size(plan.full_nbytes)} uncompressed{host}"),
         Figure(
             "Share of bytes", f"{plan.share:.1%}", f"{plan.full_nbytes / max(plan.nbytes, 1):.3g} times smaller{exact}"
         ),

@@ -192,6 +192,7 @@ def compare(
         "recipe": "recipe",
         "kv_share": "cache share",
         "kv_mib": "cache MiB",
+        "host_mib": "host MiB",
         "kl": "KL",
         "top1": "same token",
         "nll_difference": "NLL diff.",

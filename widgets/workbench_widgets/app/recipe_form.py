@@ -18,13 +18,13 @@ NONE = ""
 
 
 def kv_methods(slot: str) -> list[type[Method]]:
-    """The KV methods for one place: "kv" (which tokens stay), "allocate" (how many a head keeps) or "store"."""
+    """The KV methods for one place: "kv" (which tokens stay), "allocate" (how many each head), "store", "retrieve"."""
     found: list[type[Method]] = []
     for cls in registered("kv"):
         assert issubclass(cls, KVMethod)
         fits = cls.contributes(slot)
         if slot == "kv":
-            fits = not cls.contributes("store") or cls.contributes("score")
+            fits = cls.contributes("score") or not (cls.contributes("store") or cls.contributes("retrieve"))
         if fits:
             found.append(cls)
     return sorted(found, key=lambda cls: cls.key != Full.key)  # the uncompressed cache first
@@ -38,6 +38,11 @@ SLOTS: dict[str, tuple[str, str, str]] = {  # slot -> label, what none means, he
         "A method that divides the budget among layers and heads.",
     ),
     "store": ("Stored at", "The model's precision", "A method that packs what is kept into fewer bits."),
+    "retrieve": (
+        "All others in host memory",
+        "Dropped",
+        "A method that moves what is not kept to host memory and fetches what a query needs.",
+    ),
     "weights": (
         "Weights",
         "As they are",
@@ -47,6 +52,10 @@ SLOTS: dict[str, tuple[str, str, str]] = {  # slot -> label, what none means, he
 }
 
 
+CACHE_SLOTS = ("kv", "allocate", "store", "retrieve")
+_SELECTING, _READING = "Chosen once the prompt is read", "Chosen while it is read, in bounded memory"
+
+
 class Slot:
     """One place of a recipe: a choice of methods, and the chosen one's controls."""
 
@@ -54,13 +63,16 @@ class Slot:
         self, slot: str, key: str, values: Mapping[str, Mapping[str, Any]], changed: Callable[[], None]
     ) -> None:
         label, none, help = SLOTS[slot]
-        classes = kv_methods(slot) if slot in ("kv", "allocate", "store") else list(registered(slot))
+        classes = kv_methods(slot) if slot in CACHE_SLOTS else list(registered(slot))
         self.classes = {cls.key: cls for cls in classes}
         options = {none: NONE} if none else {}
         options |= {cls.title or cls.key: cls.key for cls in classes}
+        offered: dict[str, Any] = {"options": options}
+        if slot == "kv":
+            offered = {"groups": _grouped(classes)}
         self.select = pmu.Select(
             label=label,
-            options=options,
+            **offered,
             value=key if key in self.classes else next(iter(options.values())),
             description=help,
             size="small",
@@ -110,6 +122,15 @@ class Slot:
         self._about.visible = cls is not None
 
 
+def _grouped(classes: list[type[Method]]) -> dict[str, dict[str, str]]:
+    """Methods that select, and methods that read the prompt themselves, as title -> key."""
+    groups: dict[str, dict[str, str]] = {_SELECTING: {}, _READING: {}}
+    for cls in classes:
+        reads = issubclass(cls, KVMethod) and cls.contributes("read")
+        groups[_READING if reads else _SELECTING][cls.title or cls.key] = cls.key
+    return {name: options for name, options in groups.items() if options}
+
+
 def _about(cls: type[Method]) -> str:
     paper = ""
     if cls.paper is not None:
@@ -134,7 +155,7 @@ class RecipeForm:
     @property
     def takes_budget(self) -> bool:
         """Whether the recipe compresses the cache at all."""
-        return any(self.slots[slot].key not in (NONE, Full.key) for slot in ("kv", "allocate", "store"))
+        return any(self.slots[slot].key not in (NONE, Full.key) for slot in CACHE_SLOTS)
 
     def recipe(self, budget: str) -> Recipe:
         """The recipe as the controls describe it. Raises BadParameter, BadBudget or BadRecipe."""

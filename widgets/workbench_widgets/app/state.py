@@ -21,6 +21,7 @@ class PageState:
     kv: str = "snapkv"
     allocate: str = ""
     store: str = ""
+    retrieve: str = ""
     weights: str = ""
     attention: str = ""
     values: dict[str, dict[str, Any]] = field(

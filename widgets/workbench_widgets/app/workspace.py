@@ -14,6 +14,7 @@ import pandas as pd
 import param
 
 from workbench.errors import Cancelled, WorkbenchError
+from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan
 from workbench.progress import Progress
 from workbench.recipe import Recipe
@@ -112,6 +113,7 @@ class Workspace(param.Parameterized):
             return
         session, trace = self.reading.session, self.reading.trace
         heavy = bool(recipe.family("weights") or recipe.family("attention"))  # may read the prompt once more
+        reads = any(isinstance(method, KVMethod) and method.supplies("read") for method in recipe.methods)
 
         def work(progress: Progress) -> Plan:
             if not heavy:
@@ -128,7 +130,8 @@ class Workspace(param.Parameterized):
             if not isinstance(error, Cancelled):
                 self.refuse(str(error))
 
-        self.planning.submit(work, finish, failed, interrupt=interrupt)
+        # A reading for a budget that is no longer wanted would only keep the wanted one waiting.
+        self.planning.submit(work, finish, failed, interrupt=interrupt or reads)
 
     def refuse(self, message: str) -> None:
         """Say why the recipe cannot be had; what was planned before stays in view."""

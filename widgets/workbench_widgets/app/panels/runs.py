@@ -20,12 +20,13 @@ _COLUMNS = {  # column -> title, width; the file has all there is
     "recipe": ("Recipe", 200),
     "kv_share": ("Share", 72),
     "kv_mib": ("KV MiB", 78),
+    "host_mib": ("Host MiB", 84),
     "kl": ("KL", 76),
     "top1": ("Top-1", 74),
     "nll_difference": ("NLL diff.", 88),
     "perplexity": ("Perplexity", 94),
     "tokens_per_s": ("Tokens/s", 86),
-    "text": ("Answer", 380),
+    "text": ("Answer", 340),
 }
 _STYLE = """
 .tabulator { font-size: 13px; background: transparent; }
@@ -42,7 +43,7 @@ class RunsPanel(Panel):
     needs = ("rows", "working", "reading")
 
     def __init__(self, workspace: Workspace, compare: Callable[[list[str], list[str]], None]) -> None:
-        every = {cls.title: cls.key for slot in ("kv", "store") for cls in kv_methods(slot)}
+        every = {cls.title: cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
         self.methods = pmu.MultiChoice(
             label="Methods",
             options=every,
@@ -148,6 +149,7 @@ def _table(frame: Any, theme: str) -> Any:
     shares = {name: NumberFormatter(format="0.0%", **plain) for name in ("kv_share", "top1")}
     numbers = {
         "kv_mib": "0.00",
+        "host_mib": "0.00",
         "kl": "0.0000",
         "nll_difference": "+0.0000",
         "perplexity": "0.000",
