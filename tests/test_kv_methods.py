@@ -128,7 +128,8 @@ def test_every_method_keeps_every_promise(key: str, promise: testing.Promise) ->
 def test_half_a_budget_is_used_rather_than_wasted(key: str) -> None:
     # Trap 19: budgets not reached.
     plan = within(key, 0.5, trace_of(tokens=200))
-    assert 0.42 <= plan.share <= (0.6 if key == "think" else 0.5)  # ThinK leaves the values alone
+    least = 0.25 if key == "fireq" else 0.42  # which has 4 bits or 8, and nothing between
+    assert least <= plan.share <= (0.6 if key == "think" else 0.5)  # ThinK leaves the values alone
 
 
 @pytest.mark.parametrize("key", FIXED)
@@ -460,7 +461,7 @@ def test_kivi_takes_the_most_bits_that_fit() -> None:
     assert isinstance(forms[0], DenseFormat)
     assert [form.bits for form in forms[1:] if isinstance(form, PackedFormat)] == [8, 4, 2]
     free = make_plan(trace, [KIVI()], torch.bfloat16).format
-    assert free == PackedFormat(torch.bfloat16, 4, 32, 128)
+    assert free == PackedFormat(torch.bfloat16, 2, 32, 128)  # the published defaults
 
 
 def test_kivi_lowers_the_residual_before_it_gives_up() -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from workbench.decoding import Decoder
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
-from workbench.kv import AdaKV, Mustafar, SnapKV, ThinK, VisualKV1Bit, ZipCache
+from workbench.kv import KIVI, AdaKV, MiKV, Mustafar, SnapKV, ThinK, VisualKV1Bit, ZipCache
 from workbench.kv.fitting import pruning_steps
 from workbench.kv.plan import make_plan
-from workbench.kv.stores import DenseStore, SplitStore, Store
+from workbench.kv.stores import DenseStore, PackedStore, SplitStore, Store
 from workbench.kv.stores.bitmap import BitmapFormat, BitmapStore, SparseRows, sparse
-from workbench.kv.stores.format import DenseFormat, Format, Shape
+from workbench.kv.stores.format import DenseFormat, Format, MixedFormat, PackedFormat, Shape, balancer
 from workbench.kv.stores.frozen import FrozenStore
+from workbench.kv.stores.mixed import MixedStore, weakest
 from workbench.kv.stores.onebit import OneBitFormat
 from workbench.kv.stores.pruned import PrunedFormat, PrunedStore, channel_scores
 from workbench.kv.stores.salient import SalientFormat, channel_factors
@@ -522,3 +523,261 @@ def test_a_store_reports_its_bytes_by_precision() -> None:
         "two tiers": {"4-bit", "2-bit"},
         "one bit": {"bfloat16", "1-bit"},
     }
+
+
+# -- KIVI
+
+
+def rounded_group(x: Tensor, bits: int) -> Tensor:
+    """One group as the paper rounds it: between its minimum and maximum, scale and zero float16."""
+    zero = x.min().half().float()
+    scale = ((x.max() - zero) / (2**bits - 1)).half().float()
+    return ((x - zero) / scale).round().clamp(0, 2**bits - 1) * scale + zero
+
+
+class PublishedKIVI:
+    """One head of the published cache, token by token: what is quantised, what waits, and when it moves."""
+
+    def __init__(self, keys: Tensor, values: Tensor, bits: int, group: int, residual: int) -> None:
+        self.bits, self.group, self.residual = bits, group, residual
+        self.keys, self.values, self.waiting_keys, self.waiting_values = [], [], [], []
+        whole = len(keys) - len(keys) % residual
+        for begin in range(0, whole, residual):
+            self.keys += self.key_block(list(keys[begin : begin + residual]))
+        self.waiting_keys = list(keys[whole:])
+        old = max(len(values) - residual, 0)
+        self.values = [self.value_token(value) for value in values[:old]]
+        self.waiting_values = list(values[old:])
+
+    def key_block(self, rows: list[Tensor]) -> list[Tensor]:
+        out = torch.stack(rows)
+        for begin in range(0, len(rows), self.group):
+            for channel in range(out.shape[1]):
+                at = slice(begin, begin + self.group)
+                out[at, channel] = rounded_group(out[at, channel], self.bits)
+        return list(out)
+
+    def value_token(self, row: Tensor) -> Tensor:
+        return torch.cat([rounded_group(part, self.bits) for part in row.split(self.group)])
+
+    def step(self, key: Tensor, value: Tensor, query: Tensor, scale: float) -> Tensor:
+        self.waiting_keys.append(key)
+        self.waiting_values.append(value)
+        weights = (torch.stack(self.keys + self.waiting_keys) @ query * scale).softmax(0)
+        out = weights @ torch.stack(self.values + self.waiting_values)
+        if len(self.waiting_keys) == self.residual:
+            self.keys += self.key_block(self.waiting_keys)
+            self.waiting_keys = []
+        if len(self.waiting_values) > self.residual:
+            self.values.append(self.value_token(self.waiting_values.pop(0)))
+        return out
+
+
+@pytest.mark.parametrize(("prompt", "bits"), [(1, 2), (47, 2), (48, 4), (49, 2), (200, 2)])
+def test_kivi_decodes_as_the_published_cache_over_hundreds_of_tokens(prompt: int, bits: int) -> None:
+    # Trap 5. Outputs too: a token is exact in its own pass, also where that fills the block.
+    group, residual, steps = 8, 48, 160
+    draw = torch.Generator().manual_seed(prompt)
+    keys, values, queries = (torch.randn(2, prompt + steps, 16, generator=draw) for _ in range(3))
+    layer = LayerTrace(0, keys[:, :prompt], values[:, :prompt], queries[:, :prompt], torch.device("cpu"), 0.25)
+    form = PackedFormat(torch.float32, bits, group, residual)
+    store = form.build(layer, torch.ones(2, prompt, dtype=torch.uint8), None)
+    assert isinstance(store, PackedStore)
+    heads = [PublishedKIVI(k[:prompt], v[:prompt], bits, group, residual) for k, v in zip(keys, values, strict=True)]
+    for at in range(prompt, prompt + steps):
+        now = slice(at, at + 1)
+        store.append(keys[:, now], values[:, now], torch.tensor([at]))
+        out, _ = store.attend(queries[:, now], torch.tensor([at]), scale=0.25)
+        for head, published in enumerate(heads):
+            expected = published.step(keys[head, at], values[head, at], queries[head, at], 0.25)
+            assert torch.allclose(out[head, 0], expected, atol=1e-4)
+        assert store.keys.codes.longest == len(heads[0].keys) == (at + 1) // residual * residual
+        assert store.values.codes.longest == len(heads[0].values) == max(at + 1 - residual, 0)
+        if at % 40 == 0 or at == prompt + steps - 1:
+            held = store.contents(torch.float32)
+            for head, published in enumerate(heads):
+                assert torch.allclose(held.keys[head], torch.stack(published.keys + published.waiting_keys), atol=1e-5)
+                assert torch.allclose(
+                    held.values[head], torch.stack(published.values + published.waiting_values), atol=1e-5
+                )
+
+
+def test_kivi_scales_and_zeros_are_float16_for_any_model() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        store = PackedFormat(dtype, 2, 8, 16).build(random_layer(), torch.ones(2, 60, dtype=torch.uint8), None)
+        assert isinstance(store, PackedStore) and store.key_tail.data.dtype == dtype
+        for rows in (store.keys, store.values):
+            assert rows.scale.data.dtype == rows.zero.data.dtype == torch.float16
+    method = KIVI()
+    assert (method.group, method.residual) == (32, 128)
+    assert method.store(torch.bfloat16, [], None) == PackedFormat(torch.bfloat16, 2, 32, 128)
+
+
+def test_the_exact_tail_of_kivi_lives_on_through_further_questions() -> None:
+    # Trap 4: the residual dropped where something rewrites the cache.
+    trace, model = trace_of(), tiny("llama")
+    plan = make_plan(trace, [KIVI(bits=2, group=8, residual=32)], torch.float32)
+    decoder, whole = (Decoder(model, stores, TOKENS) for stores in (plan.stores(), exact_stores(trace)))
+    for turn in range(4):
+        asked = torch.randint(0, 256, (11,), generator=torch.Generator().manual_seed(turn))
+        twin = decoder.clone()
+        assert torch.equal(decoder.feed(asked), twin.feed(asked))
+        whole.feed(asked)
+        store, exact = decoder.stores[0], whole.stores[0].contents(torch.float32)  # the first layer sees no rounding
+        assert isinstance(store, PackedStore)
+        total = TOKENS + 11 * (turn + 1)
+        assert store.key_tail.longest == total % 32 and store.value_tail.longest == 32
+        assert torch.allclose(store.key_tail.view(), exact.keys[:, total - total % 32 :], atol=1e-5)
+        assert torch.allclose(store.value_tail.view(), exact.values[:, -32:], atol=1e-5)
+
+
+def exact_stores(trace: Trace) -> list[Store]:
+    every = torch.ones(2, TOKENS, dtype=torch.uint8)
+    return [DenseFormat(torch.float32).build(layer, every, None) for layer in trace.layers]
+
+
+# -- MiKV
+
+
+def mixed(counts: list[int], *, recent: float = 0.5, balance: bool = True) -> tuple[LayerTrace, MixedStore]:
+    layer, form = random_layer(), MixedFormat(torch.float32, 4, 8, balance, recent)
+    store = form.build(layer, tiers_of(form, counts, 60), None)
+    assert isinstance(store, MixedStore)
+    return layer, store
+
+
+@pytest.mark.parametrize("counts", [[60, 41], [5, 52], [33, 33], [1, 9], [0, 60]])
+@pytest.mark.parametrize("balance", [True, False])
+def test_mixed_precision_is_predicted_with_what_it_remembers(counts: list[int], balance: bool) -> None:
+    layer, store = mixed(counts, balance=balance)
+    form = MixedFormat(torch.float32, 4, 8, balance)
+    assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 4), torch.tensor([counts]))
+    assert store.high.mass is not None and store.high.mass.total == sum(counts)
+    whole = form.build(layer, torch.ones(2, 60, dtype=torch.uint8), None)
+    assert isinstance(whole, DenseStore) and whole.mass is None  # nothing to demote at budget 1
+    both = torch.tensor([counts, [60, 60]])
+    assert store.nbytes + whole.nbytes == form.nbytes(Shape(2, 60, 20, 18, 4), both)
+
+
+@pytest.mark.parametrize("counts", [[30, 30], [20, 40], [0, 12]])
+@pytest.mark.parametrize("recent", [0.0, 0.5, 1.0])
+def test_mikv_demotes_the_least_attended_while_decoding(counts: list[int], recent: float) -> None:
+    layer, store = mixed(counts, recent=recent)
+    share, begun = sum(counts) / 120, torch.tensor(counts)
+    factors = balancer(layer).float()
+    mass = [{p: float(layer.received()[head, p]) for p in row} for head, row in enumerate(high_positions(store))]
+    draw, truth = torch.Generator().manual_seed(7), [dict[int, Tensor](), dict[int, Tensor]()]
+    position = 60
+    for count in (1, 1, 1, 5, 1, 1, 13, *[1] * 40):
+        keys, values = (torch.randn(2, count, x.shape[-1], generator=draw) for x in (layer.keys, layer.values))
+        query, at = torch.randn(4, count, 20, generator=draw), torch.arange(position, position + count)
+        store.append(keys, values, at)
+        held = store.contents(torch.float32)
+        plain = softmax_rows(held, query, at, 0.3)
+        out, _ = store.attend(query, at, scale=0.3)
+        position += count
+        for head in range(2):
+            mass[head] |= dict.fromkeys(at.tolist(), 0.0)
+            truth[head] |= dict(zip(at.tolist(), keys[head], strict=True))
+            for group in range(2):
+                for q in range(count):
+                    probs = plain[2 * head + group][q]
+                    for p in mass[head]:
+                        mass[head][p] += probs.get(p, 0.0)
+            excess = len(mass[head]) - int(begun[head]) - int(share * (position - 60) + 1e-6)
+            if excess > 0:
+                safe = min(int(recent * len(mass[head]) + 1e-6), len(mass[head]) - excess)
+                order = sorted(mass[head])
+                free = order[: len(order) - safe]
+                for p in sorted(free, key=lambda p: mass[head][p])[:excess]:
+                    del mass[head][p]
+        assert high_positions(store) == [sorted(kept) for kept in mass]
+        assert [row.tolist() for row in store.positions] == [list(range(position))] * 2
+        assert out.isfinite().all()
+    for head in range(2):
+        remembered, slots = store.high.remembered, store.high.slot_positions
+        assert remembered is not None
+        for slot in range(len(mass[head])):
+            assert float(remembered[head, slot]) == pytest.approx(
+                mass[head][int(slots[head, slot])], rel=1e-3, abs=1e-5
+            )
+        low = store.low.contents(torch.float32)
+        rows, valid = low.positions.expand(2, -1)[head], low.valid
+        for slot, p in enumerate(rows.tolist()):
+            if p >= 60 and (valid is None or bool(valid[head, slot])):
+                scaled = truth[head][p] * factors[head]
+                expected = torch.cat([rounded_group(part, 4) for part in scaled.split(8)]) / factors[head]
+                assert torch.allclose(low.keys[head, slot], expected, atol=1e-4)
+
+
+def high_positions(store: MixedStore) -> list[list[int]]:
+    return [row.tolist() for row in store.high.positions]
+
+
+def softmax_rows(held: Any, query: Tensor, at: Tensor, scale: float) -> list[list[dict[int, float]]]:
+    """For each head and query, the attention that each position gets."""
+    rows = []
+    for head in range(4):
+        where = held.positions.expand(2, -1)[head // 2]
+        real = torch.ones_like(where, dtype=torch.bool) if held.valid is None else held.valid[head // 2]
+        found = []
+        for q, position in enumerate(at.tolist()):
+            seen = (real & (where <= position)).nonzero()[:, 0]
+            probs = (held.keys[head // 2, seen] @ query[head, q] * scale).softmax(0)
+            found.append(dict(zip(where[seen].tolist(), probs.tolist(), strict=True)))
+        rows.append(found)
+    return rows
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.7])
+def test_the_cache_of_mikv_grows_at_nearly_the_rate_of_its_low_bits(budget: float) -> None:
+    trace, model, steps = trace_of(), tiny("llama"), 192
+    plan = make_plan(trace, [MiKV(group=16, budget=budget)], torch.bfloat16)
+    decoder, share = Decoder(model, plan.stores(), TOKENS), float((plan.tiers == 1).float().mean())
+    for step in range(steps):
+        decoder.feed(torch.tensor([(7 * step + 3) % 256]))
+    important = 0
+    for store in decoder.stores:
+        assert isinstance(store, MixedStore)
+        important += sum(len(row) for row in high_positions(store))
+    heads = 2 * len(decoder.stores)
+    assert abs(important / (heads * (TOKENS + steps)) - share) < 0.01
+    high, low = 32 * 2 + 8, 2 * (4 + 4) + 4  # bytes of an entry: numbers, position and sum; codes, scales and position
+    room = 2 * 64 * heads * (high + low)  # rows come in blocks
+    grown = sum(store.nbytes for store in decoder.stores) - plan.nbytes
+    assert grown <= steps * heads * (share * high + (1 - share) * low) + room
+    assert grown < steps * heads * 64  # as an uncompressed cache grows
+
+
+def test_a_reserved_mixed_cache_moves_nothing_while_it_grows() -> None:
+    _, store = mixed([30, 30])
+    store.reserve(40)
+    size, draw = store.nbytes, torch.Generator().manual_seed(1)
+    for step in range(40):
+        keys, values = (torch.randn(2, 1, width, generator=draw) for width in (20, 18))
+        store.append(keys, values, torch.tensor([60 + step]))
+        store.attend(torch.randn(4, 1, 20, generator=draw), torch.tensor([60 + step]), scale=0.3)
+    assert store.nbytes == size and [len(row) for row in high_positions(store)] == [50, 50]
+
+
+def test_a_copy_of_a_mixed_cache_goes_its_own_way() -> None:
+    _, store = mixed([30, 12])
+    new = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1))
+    store.append(new[:, :1], new[:, :1, :18], torch.tensor([60]))
+    store.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60]), scale=0.3)
+    twin, before = store.clone(), high_positions(store)
+    for other in (twin, store):
+        assert high_positions(other) == before
+        for step in range(1, 9):
+            other.append(new[:, step : step + 1], new[:, step : step + 1, :18], torch.tensor([60 + step]))
+            other.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60 + step]), scale=0.3)
+    assert high_positions(twin) == high_positions(store) != before
+    assert torch.equal(twin.contents(torch.float32).keys, store.contents(torch.float32).keys)
+
+
+def test_the_weakest_never_come_from_empty_slots_or_the_newest() -> None:
+    mass = torch.tensor([[5.0, 1, 2, 9, 3, 4], [5, 1, 2, torch.inf, torch.inf, torch.inf]])
+    positions = torch.tensor([[0, 11, 4, 2, 9, 7], [8, 3, 1, -1, -1, -1]])
+    got = weakest(mass, positions, 2, 0.5)
+    assert [set(row.tolist()) for row in got] == [{2, 0}, {1, 2}]
+    assert [set(row.tolist()) for row in weakest(mass, positions, 3, 1.0)] == [{0, 2, 3}, {0, 1, 2}]

@@ -165,6 +165,8 @@ def test_keys_flush_by_blocks_and_values_one_at_a_time(tokens: int) -> None:
         if count < total:
             at = slice(count, count + 1)
             store.append(keys[:, at], values[:, at], torch.tensor([count]))
+            assert store.value_tail.longest == count + 1 - quantised_values  # exact for its own pass
+            store.attend(keys[:, at], torch.tensor([count]), scale=0.25)
     found = entries(store)
     for head in range(2):
         assert set(found[head]) == set(range(total))

@@ -4,6 +4,7 @@ from workbench.kv.adakv import AdaKV
 from workbench.kv.deltallm import DeltaLLM
 from workbench.kv.ems import EMS
 from workbench.kv.expected_attention import ExpectedAttention
+from workbench.kv.fireq import FireQ
 from workbench.kv.full import Full
 from workbench.kv.h2o import H2O
 from workbench.kv.hack import HACK
@@ -37,6 +38,7 @@ __all__ = [
     "AdaKV",
     "DeltaLLM",
     "ExpectedAttention",
+    "FireQ",
     "Full",
     "HeadKV",
     "HeadKVR2",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workbench.kv.base import KVMethod
 from workbench.kv.ranking import places
+from workbench.kv.stores.mixed import weakest
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
 
@@ -52,7 +53,4 @@ class H2O(AccumulatedAttention):
         return mass + weights.sum(dim=(1, 2))
 
     def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
-        keep_recent = min(int(self.recent_share * positions.shape[1]), positions.shape[1] - room)
-        oldest_recent = positions.topk(max(keep_recent, 1), dim=1).values[:, -1:]
-        protected = positions >= oldest_recent if keep_recent else torch.zeros_like(positions, dtype=torch.bool)
-        return mass.masked_fill(protected, torch.inf).topk(room, dim=1, largest=False).indices
+        return weakest(mass, positions, room, self.recent_share)

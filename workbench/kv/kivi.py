@@ -17,10 +17,16 @@ from workbench.registry import Paper, param, register
 class KIVI(KVMethod):
     """Keep every token at few bits: keys quantised per channel, values per token, the newest tokens exact.
 
-    Keys share a scale and zero over `group` tokens of a channel, values over `group` channels of a token; the newest
-    tokens stay at full precision, up to `residual` of them (section 3.3, algorithm 1). With a budget, "auto" takes
-    the most bits that fit, the uncompressed cache included, and 4 without one. Where the residual does not fit into
-    the budget it is lowered, a group at a time.
+    Keys share a scale and zero over `group` tokens of a channel, values over `group` channels of a token, both from
+    the group's minimum and maximum. The newest tokens stay at full precision: of n tokens the keys of the last n %
+    residual, which are quantised all together once there are `residual` of them, and the values of the last
+    `residual`, which leave one at a time. A token leaves after its own pass (section 3.3, algorithm 1).
+
+    With a budget, "auto" takes the most bits that fit, the uncompressed cache included, and 2 without one, as
+    published. Where the residual does not fit into the budget it is lowered, a group at a time; at 0, keys wait for
+    one group. Other differences from the published code: scale and zero are float16 for models of any precision, and
+    the scale belongs to the rounded zero; a group of equal numbers is kept as it is (the code divides by zero); groups
+    need not divide the head size; several tokens may be read at once.
     """
 
     key = "kivi"
@@ -45,7 +51,7 @@ class KIVI(KVMethod):
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if limit is None:
-            return PackedFormat(dtype, 4 if self.bits == "auto" else self.bits, self.group, self.residual)
+            return PackedFormat(dtype, 2 if self.bits == "auto" else self.bits, self.group, self.residual)
         form: Format = DenseFormat(dtype)
         for form in self._formats(dtype):
             if sum(form.nbytes(shape, torch.full((1, shape.kv_heads), shape.tokens)) for shape in shapes) <= limit:

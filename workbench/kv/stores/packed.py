@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -69,6 +69,13 @@ class PackedRows:
         self.scale.append(scale.view(heads, count // per_scale, -1), block)
         self.zero.append(zero.view(heads, count // per_scale, -1), block)
 
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` further rows a head."""
+        self.codes.reserve(rows)
+        per_scale = self.group if self.axis == "channel" else 1
+        self.scale.reserve(-(-rows // per_scale))
+        self.zero.reserve(-(-rows // per_scale))
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """What the whole buffer stands for, [t, d]."""
         codes = unpack(self.codes.data, self.bits, self.channels)
@@ -110,7 +117,7 @@ class PackedStore(Store):
 
     Keys grouped along the tokens leave their tail a block of `residual` rows at a time, as soon as it is full, so it
     holds fewer than `residual`; whatever is grouped along the channels leaves one token at a time and the last
-    `residual` stay.
+    `residual` stay. Tokens leave once they have attended: each one's own pass still sees it exactly.
     """
 
     def __init__(
@@ -140,10 +147,11 @@ class PackedStore(Store):
         residual: int,
         key_axis: Axis = "channel",
         balance: Tensor | None = None,
+        positions: bool = False,
     ) -> PackedStore:
         """Quantise the entries of keys [k, n, d], values [k, n, dv] at which keep [k, n] is True.
 
-        balance [k, d]: factors of the keys' channels (see PackedRows).
+        balance [k, d]: factors of the keys' channels (see PackedRows). positions: hold them even where all are kept.
         """
         lengths = keep.sum(dim=1)
         front_keys = first_of(keep, packed_length(lengths, residual, group, key_axis))
@@ -158,15 +166,33 @@ class PackedStore(Store):
             Rows.where(keys, keep & ~front_keys, dtype),
             packed(values, front_values, "token"),
             Rows.where(values, keep & ~front_values, dtype),
-            None if bool(keep.all()) else Rows.where(where, keep, torch.int32),
+            None if bool(keep.all()) and not positions else Rows.where(where, keep, torch.int32),
             residual,
         )
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self._settle()  # where another store attended for this one
         self.key_tail.append(keys)
         self.value_tail.append(values)
         if self._positions is not None:
             self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+
+    def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        found = super().attend(*args, **options)
+        self._settle()
+        return found
+
+    def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Quantise and add keys [k, e, d], values [k, e, dv], each head's at positions [k, e] of its own.
+
+        Only where everything is grouped along the channels, nothing stays exact and positions are held.
+        """
+        assert self.residual == 0 and self.keys.axis == "token" and self._positions is not None
+        self.keys.append(keys.float())
+        self.values.append(values.float())
+        self._positions.append(positions.to(torch.int32)[..., None])
+
+    def _settle(self) -> None:
         self._flush(self.key_tail, self.keys)
         self._flush(self.value_tail, self.values)
 
@@ -178,6 +204,13 @@ class PackedStore(Store):
     def reserve(self, tokens: int) -> None:
         self.key_tail.reserve(tokens)
         self.value_tail.reserve(tokens)
+        if self._positions is not None:
+            self._positions.reserve(tokens)
+
+    def reserve_taken(self, tokens: int) -> None:
+        """Make room for `tokens` more that `take` adds."""
+        self.keys.reserve(tokens)
+        self.values.reserve(tokens)
         if self._positions is not None:
             self._positions.reserve(tokens)
 

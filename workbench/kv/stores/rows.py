@@ -64,9 +64,17 @@ class Rows:
 
     def view(self) -> Tensor:
         """All rows as [k, longest, d]; heads that are shorter repeat some row at the end (see `valid`)."""
+        return self.laid_out(self.data)
+
+    def laid_out(self, data: Tensor) -> Tensor:
+        """Another buffer [t, w] with one row for each of this one's, as `view` would show it."""
         if self.lengths is None:
-            return self.data.view(self.heads, self._room, self.data.shape[1])[:, : self.longest]
-        return self.data[self.slots()]
+            return data.view(self.heads, self._room, data.shape[1])[:, : self.longest]
+        return data[self.slots()]
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Each head's rows number `rows` [k, e], copied: [k, e, d]."""
+        return self.data[self.slots()[:, :1] + rows]
 
     def slots(self) -> Tensor:
         """Where in the buffer each row lies, int64 [k, longest]; beyond a head's length, the place of some row."""

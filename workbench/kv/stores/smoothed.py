@@ -1,0 +1,228 @@
+"""Symmetric integers with one small scale a group, and keys smoothed so that their rotary pairs stay pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
+from workbench.kv.stores.rows import Rows
+from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.trace import LayerTrace
+from workbench_kernels import attend, pack, unpack
+
+_REACH = 8.0  # the largest magnitude after smoothing: scales of 4 bits are then near 1, where FP8 is finest
+_SCALES = {4: torch.float8_e4m3fn, 8: torch.bfloat16}
+_HALF = 2  # factors are float16
+
+
+class SymmetricRows:
+    """Rows quantised to 4 or 8 bits around 0, each with one scale for every `group` consecutive channels (the last
+    group may be narrower): an FP8 (e4m3) number for 4 bits, bfloat16 for 8.
+    """
+
+    def __init__(self, codes: Rows, scale: Rows, bits: int, group: int, channels: int) -> None:
+        """codes [t, bytes], packed; scale [t, ceil(d / g)], FP8 as bytes."""
+        self.codes, self.scale, self.bits, self.group, self.channels = codes, scale, bits, group, channels
+
+    @classmethod
+    def of(cls, x: Tensor, lengths: Tensor, bits: int, group: int) -> SymmetricRows:
+        """Quantise x [t, d], head after head with `lengths` [k] rows each."""
+        codes, scale = _quantise(x, bits, group)
+        heads = lengths.numel()
+        return cls(Rows(codes, heads, lengths), Rows(scale, heads, lengths), bits, group, x.shape[1])
+
+    def append(self, x: Tensor) -> None:
+        """Quantise and add x [k, q, d]."""
+        codes, scale = _quantise(x.flatten(0, 1), self.bits, self.group)
+        self.codes.append(codes.unflatten(0, x.shape[:2]))
+        self.scale.append(scale.unflatten(0, x.shape[:2]))
+
+    def reserve(self, rows: int) -> None:
+        self.codes.reserve(rows)
+        self.scale.reserve(rows)
+
+    def view(self, dtype: torch.dtype) -> Tensor:
+        """What is held, [k, longest, d]."""
+        scale = self.scale.data.view(_SCALES[self.bits]).float()
+        codes = unpack(self.codes.data, self.bits, self.channels).float().sub_(2 ** (self.bits - 1))
+        return self.codes.laid_out((codes * _spread(scale, self.group, self.channels)).to(dtype))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.codes.tensors(), *self.scale.tensors()]
+
+    def clone(self) -> SymmetricRows:
+        return SymmetricRows(self.codes.clone(), self.scale.clone(), self.bits, self.group, self.channels)
+
+
+def _quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and stored scales (see SymmetricRows) of x [t, d]."""
+    most = 2 ** (bits - 1) - 1
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    scale = (padded.abs().amax(dim=-1) / most).to(_SCALES[bits])
+    divisor = torch.where(scale.float() > 0, scale.float(), 1.0)
+    codes = (x / _spread(divisor, group, x.shape[1])).round_().clamp_(-most - 1, most).add_(most + 1)
+    return pack(codes.to(torch.uint8), bits), scale.view(torch.uint8) if bits == 4 else scale
+
+
+def _spread(scale: Tensor, group: int, channels: int) -> Tensor:
+    """Each row's scales [t, groups] for every channel, [t, d] (or [t, 1] where one serves all)."""
+    return scale if scale.shape[1] == 1 else scale.repeat_interleave(group, dim=1)[:, :channels]
+
+
+class SmoothedStore(Store):
+    """Keys smoothed channel by channel and values head by head, both as symmetric integers from the moment they enter.
+
+    Scores are computed with keys as they are held: the queries are divided by the keys' factors instead, and rounded
+    to FP8 with a scale for each query and head if `fp8_query`. Sums are formed in the query's dtype.
+    """
+
+    def __init__(
+        self,
+        keys: SymmetricRows,
+        values: SymmetricRows,
+        key_factors: Tensor,
+        value_factors: Tensor,
+        positions: Rows | None,
+        fp8_query: bool,
+    ) -> None:
+        """key_factors [k, d], value_factors [k, 1], float16: what was multiplied before rounding."""
+        self.keys, self.values = keys, values
+        self.key_factors, self.value_factors = key_factors, value_factors
+        self._positions, self.fp8_query = positions, fp8_query
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.keys.append(keys.float() * self.key_factors.float()[:, None])
+        self.values.append(values.float() * self.value_factors.float()[:, None])
+        if self._positions is not None:
+            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+
+    def reserve(self, tokens: int) -> None:
+        self.keys.reserve(tokens)
+        self.values.reserve(tokens)
+        if self._positions is not None:
+            self._positions.reserve(tokens)
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        keys = self.keys.view(torch.float32) / self.key_factors.float()[:, None]
+        values = self.values.view(torch.float32) / self.value_factors.float()[:, None]
+        return Contents(keys.to(dtype), values.to(dtype), self._slot_positions, self.keys.codes.valid())
+
+    @property
+    def _slot_positions(self) -> Tensor:
+        if self._positions is None:
+            return torch.arange(self.keys.codes.longest, device=self.key_factors.device)[None]
+        return self._positions.view()[..., 0]
+
+    def attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        groups = query.shape[0] // self.key_factors.shape[0]
+        asked = query.float() / self.key_factors.float().repeat_interleave(groups, dim=0)[:, None]
+        asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
+        keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
+        visible = seen_by(query_positions, self._slot_positions, self.keys.codes.valid(), window)
+        out, rows = attend(asked, keys, values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+        per_head = self.value_factors.float().repeat_interleave(groups, dim=0)[:, None]  # [h, 1, 1]
+        return (out.float() / per_head).to(query.dtype), rows
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        positions = [] if self._positions is None else self._positions.tensors()
+        held = [*self.keys.tensors(), *self.values.tensors(), self.key_factors, self.value_factors, *positions]
+        return {f"{self.keys.bits}-bit": held}
+
+    def clone(self) -> Self:
+        factors = self.key_factors.clone(), self.value_factors.clone()
+        positions = None if self._positions is None else self._positions.clone()
+        return type(self)(self.keys.clone(), self.values.clone(), *factors, positions, self.fp8_query)
+
+
+@dataclass(frozen=True)
+class SmoothedFormat(Format):
+    """Kept entries as symmetric integers of 4 or 8 bits in groups of `group` channels, keys smoothed with `outliers`
+    channels of a head on their own (see `smoothing`).
+    """
+
+    bits: int
+    group: int
+    outliers: int
+    fp8_query: bool
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (f"{self.bits}-bit",)
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        partial = selected[(selected < shape.tokens).any(dim=1)]  # these need positions
+        row = sum(self._row_nbytes(width) for width in (shape.key_width, shape.value_width))
+        factors = _HALF * selected.numel() * (shape.key_width + 1)
+        positions = int(partial.sum()) * INDEX_BYTES + index_nbytes(partial)
+        return int(selected.sum()) * row + 4 * index_nbytes(selected) + factors + positions
+
+    def _row_nbytes(self, width: int) -> int:
+        return -(-width * self.bits // 8) + -(-width // self.group) * _SCALES[self.bits].itemsize
+
+    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+        keep = tiers > 0
+        keys, values = layer.keys.float(), layer.values.float()
+        factors = smoothing(keys, rotated_channels(layer), self.outliers)
+        lift = _to_reach(values.abs().amax(dim=(1, 2), keepdim=False)[:, None])
+        where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
+        lengths = keep.sum(dim=1)
+        return SmoothedStore(
+            SymmetricRows.of((keys * factors.float()[:, None])[keep], lengths, self.bits, self.group),
+            SymmetricRows.of((values * lift.float()[:, None])[keep], lengths, self.bits, self.group),
+            factors,
+            lift,
+            None if bool(keep.all()) else Rows.where(where, keep, torch.int32),
+            self.fp8_query,
+        )
+
+
+def smoothing(keys: Tensor, rotated: int, outliers: int) -> Tensor:
+    """What the keys [k, n, d] of each channel are multiplied with before they are rounded, float16 [k, d].
+
+    The two channels of a rotary pair (c and c + rotated / 2, of the first `rotated`) share a factor, 8 over the
+    largest length of the pair. As rotating keeps that length, the factor is the same before and after it, and commutes
+    with it. Only the `outliers` channels with the largest rotated numbers, and their partners, have factors of their
+    own: 8 over their largest magnitude. A channel that is not rotated is alone.
+    """
+    largest = keys.float().abs().amax(dim=1)  # [k, d]
+    half, width = rotated // 2, keys.shape[-1]
+    lengths = torch.hypot(keys[..., :half].float(), keys[..., half:rotated].float()).amax(dim=1)  # [k, r / 2]
+    shared = torch.cat([lengths, lengths, largest[:, rotated:]], dim=1)
+    alone = torch.zeros_like(largest, dtype=torch.bool)
+    alone.scatter_(1, largest.topk(min(outliers, width), dim=1).indices, True)
+    pairs = alone[:, :half] | alone[:, half:rotated]
+    alone = torch.cat([pairs, pairs, alone[:, rotated:]], dim=1)
+    return _to_reach(torch.where(alone, largest, shared))
+
+
+def _to_reach(largest: Tensor) -> Tensor:
+    factors = torch.where(largest > 0, _REACH / largest, 1.0)
+    return factors.clamp(2.0**-14, 2.0**14).to(torch.float16)
+
+
+def rotated_channels(layer: LayerTrace) -> int:
+    """How many of a key's channels, the first, are rotated in pairs; 0 where nothing is."""
+    if layer.rotary is None:
+        return 0
+    return layer.rotation(torch.zeros(1, dtype=torch.long, device=layer.device))[0].shape[-1]
+
+
+def rounded_to_fp8(x: Tensor) -> Tensor:
+    """x [..., d] rounded to FP8 (e4m3) with a scale for each last dimension, its largest magnitude / 448."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scale = x.abs().amax(dim=-1, keepdim=True) / most
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x / scale).clamp(-most, most).to(torch.float8_e4m3fn).float() * scale
