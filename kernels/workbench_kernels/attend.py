@@ -41,7 +41,7 @@ def attend(
             scores = scores.masked_fill_(~seen[:, None], float("-inf"))
         probs = torch.softmax(scores, dim=-1)
         out = torch.matmul(probs.flatten(1, 2).to(values.dtype), values)  # [k, g*q, dv]
-        outs.append(out.view(heads, -1, values.shape[-1]))
+        outs.append(out.view(heads, part.shape[2], values.shape[-1]))
         if weights:
             rows.append(probs)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -1,7 +1,9 @@
 """KV-cache methods: which tokens stay, and how they are stored."""
 
 from workbench.kv.adakv import AdaKV
+from workbench.kv.cskv import CSKV
 from workbench.kv.deltallm import DeltaLLM
+from workbench.kv.eigen_attention import EigenAttention
 from workbench.kv.ems import EMS
 from workbench.kv.expected_attention import ExpectedAttention
 from workbench.kv.fireq import FireQ
@@ -9,6 +11,7 @@ from workbench.kv.full import Full
 from workbench.kv.h2o import H2O
 from workbench.kv.hack import HACK
 from workbench.kv.headkv import HeadKV, HeadKVR2
+from workbench.kv.kcache import KCache
 from workbench.kv.keydiff import KeyDiff
 from workbench.kv.kivi import KIVI
 from workbench.kv.knorm import Knorm
@@ -30,6 +33,7 @@ from workbench.kv.vkv_1bit import VisualKV1Bit
 from workbench.kv.zipcache import ZipCache
 
 __all__ = [
+    "CSKV",
     "EMS",
     "H2O",
     "HACK",
@@ -37,11 +41,13 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "DeltaLLM",
+    "EigenAttention",
     "ExpectedAttention",
     "FireQ",
     "Full",
     "HeadKV",
     "HeadKVR2",
+    "KCache",
     "KVzip",
     "KeyDiff",
     "Knorm",

@@ -42,7 +42,8 @@ class HostRows:
         return self.keys.longest
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add keys [k, e, d] and values [k, e, dv] at positions [k, e]."""
+        """Add keys [k, e, d] and values [k, e, dv] at positions [k, e]; keys are left out where none are held here."""
+        keys = keys[..., : self.keys.data.shape[1]]
         for rows, new in ((self.keys, keys), (self.values, values), (self.positions, positions[..., None])):
             # Pinning copies everything, so room is made for many at once.
             rows.append(new.to("cpu", rows.data.dtype), block=max(_BLOCK, rows.longest // 4))

@@ -16,7 +16,7 @@ from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import attend
 
-_AT_ONCE = 16  # queries that fetch together: bounds what is copied for a long question
+QUERIES_AT_ONCE = 16  # queries that fetch together: bounds what is copied for a long question
 
 
 class Retriever(ABC):
@@ -162,7 +162,7 @@ class OffloadStore(Store):
         weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         outs = []
-        for part, at in zip(query.split(_AT_ONCE, dim=1), query_positions.split(_AT_ONCE), strict=True):
+        for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
             slots, chosen = self.distinct(*self.retriever.find(part, scale))
             wait = self.far.fetch(slots)
             near = self.near.contents(query.dtype)

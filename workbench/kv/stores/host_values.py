@@ -1,0 +1,159 @@
+"""Every key on the device, some values in host memory: exact scores, of which the largest fetch their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.dense import DenseStore
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
+from workbench.kv.stores.host import HostRows
+from workbench.kv.stores.offload import QUERIES_AT_ONCE, OffloadStore, Retriever
+from workbench.kv.stores.rows import Rows
+from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.trace import LayerTrace
+from workbench_kernels import attend
+
+
+@dataclass(frozen=True)
+class HostValuesFormat(Format):
+    """Selected entries whole on the device; of all others the keys there and the values in host memory.
+
+    fetch: how many of those values each query of a KV head gets. sinks, recent: as in `OffloadFormat`.
+    """
+
+    dtype: torch.dtype
+    fetch: int
+    sinks: int = 4
+    recent: int = 32
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (str(self.dtype).removeprefix("torch."), "values in host memory")
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        others = self._others(shape, selected)
+        keys = int(others.sum()) * (shape.key_width * shape.itemsize + INDEX_BYTES) + 2 * index_nbytes(others)
+        return DenseFormat(self.dtype).nbytes(shape, selected) + keys
+
+    def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
+        others = self._others(shape, selected)
+        return int(others.sum()) * (shape.value_width * shape.itemsize + INDEX_BYTES) + 3 * index_nbytes(others)
+
+    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+        near = DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
+        others = tiers == 2
+        if not bool(others.any()):
+            return near
+        far = HostRows.where(layer.keys[..., :0], layer.values, others, self.dtype)
+        where = torch.arange(layer.tokens, device=layer.device).expand(layer.kv_heads, -1)[..., None]
+        keys = _Keys(Rows.where(layer.keys, others, self.dtype), Rows.where(where, others, torch.int32))
+        return HostValuesStore(near, far, keys, self.sinks, near.longest, self.recent, self.fetch)
+
+    def _others(self, shape: Shape, selected: Tensor) -> Tensor:
+        others = shape.tokens - selected
+        return others[(others > 0).any(dim=1)]
+
+
+class _Keys(Retriever):
+    """The keys of what is far, and their positions."""
+
+    def __init__(self, keys: Rows, positions: Rows) -> None:
+        self.keys, self.positions = keys, positions
+
+    def find(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the store ranks by its own softmax, in which what is near takes part")
+
+    def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.keys.append(keys)
+        self.positions.append(positions.to(torch.int32)[..., None])
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.keys.tensors(), *self.positions.tensors()]
+
+    def clone(self) -> _Keys:
+        return _Keys(self.keys.clone(), self.positions.clone())
+
+
+class HostValuesStore(OffloadStore):
+    """The softmax runs over all keys; of the values in host memory only the `fetch` with most weight are added up."""
+
+    retriever: _Keys
+
+    def __init__(
+        self, near: DenseStore, far: HostRows, keys: _Keys, sinks: int, usual: int, recent: int, fetch: int
+    ) -> None:
+        super().__init__(near, far, keys, sinks, usual, recent)
+        self.fetch = fetch
+
+    def attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        near, far = self.near.contents(query.dtype), self.retriever
+        kv_heads, count = near.keys.shape[:2]
+        keys = torch.cat([near.keys, far.keys.view().to(query.dtype)], dim=1)  # [k, m, d]
+        positions = torch.cat([near.positions.expand(kv_heads, -1), far.positions.view()[..., 0]], dim=1)
+        valid = _both(near.valid, count, far.keys)
+        outs = []
+        for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
+            _, rows = attend(
+                part,
+                keys,
+                keys[..., :0],  # the values are not all here
+                scale=scale,
+                visible=seen_by(at, positions, valid, window),
+                softcap=softcap,
+                weights=True,
+            )
+            assert rows is not None  # [k, g, q, m]
+            there = rows[..., count:].sum(dim=1)  # [k, q, far]
+            slots = there.topk(min(self.fetch, there.shape[-1]), dim=-1).indices
+            slots, chosen = self.distinct(slots, torch.ones_like(slots, dtype=torch.bool))
+            wait = self.far.fetch_values(slots)
+            out = rows[..., :count].to(query.dtype) @ near.values[:, None]
+            picked = rows[..., count:].gather(3, slots[:, None, None].expand(*rows.shape[:3], -1)) * chosen[:, None]
+            out = out + picked.to(query.dtype) @ wait().to(query.dtype)[:, None]
+            outs.append(out.flatten(0, 1))  # [h, q, dv]
+        return torch.cat(outs, dim=1), None
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        near, far = self.near.contents(dtype), self.retriever
+        heads, count = near.keys.shape[:2]
+        return Contents(
+            torch.cat([near.keys, far.keys.view().to(dtype)], dim=1),
+            torch.cat([near.values, self.far.values.view().to(near.values.device, dtype)], dim=1),
+            torch.cat([near.positions.expand(heads, -1), far.positions.view()[..., 0]], dim=1),
+            _both(near.valid, count, far.keys),
+        )
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        held = self.near.tensors()
+        name = next(iter(held))
+        return {name: [*held[name], *self.retriever.tensors()]}
+
+    def clone(self) -> Self:
+        parts = self.near.clone(), self.far.clone(), self.retriever.clone()
+        return type(self)(*parts, self.sinks, self.usual, self.recent, self.fetch)
+
+
+def _both(near: Tensor | None, count: int, far: Rows) -> Tensor | None:
+    """Which slots are real, near ones first, bool [k, m]; None if all are."""
+    there = far.valid()
+    if near is None and there is None:
+        return None
+    device = far.data.device
+    if near is None:
+        near = torch.ones(far.heads, count, dtype=torch.bool, device=device)
+    if there is None:
+        there = torch.ones(far.heads, far.longest, dtype=torch.bool, device=device)
+    return torch.cat([near, there], dim=1)
