@@ -41,19 +41,22 @@ class Decoder:
     def __post_init__(self) -> None:
         self.capacity = [store.longest if isinstance(store, DenseStore) else None for store in self.stores]
 
-    def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False) -> Tensor:
+    def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:
         """Let the model read ids [q] as the next tokens; returns the last `logits` rows of logits [logits, v].
 
-        With `measure` the live bytes of activations and workspace of this pass are recorded.
+        With `measure` the live bytes of activations and workspace of this pass are recorded. positions: where the
+        tokens stand, int64 [q] ascending, if not one after another from `position` on.
         """
         rows = []
-        for part in ids.split(self._at_once(ids.numel())):
-            self._positions = torch.arange(self.position, self.position + part.numel())
+        if positions is None:
+            positions = torch.arange(self.position, self.position + ids.numel())
+        size = self._at_once(ids.numel())
+        for part, self._positions in zip(ids.split(size), positions.split(size), strict=True):
             if measure:
                 rows.append(self._measured(part, logits))
             else:
                 rows.append(forward(self.model, self, part, self._positions, logits=min(logits, part.numel())))
-            self.position += part.numel()
+            self.position = int(self._positions[-1]) + 1
         return torch.cat(rows)[-logits:]
 
     def attend(

@@ -16,7 +16,7 @@ from workbench.engine import device_of, forward
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.stores import DenseStore, SlidingStore, Store, kv_categories
-from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import HOST, CudaBytes, LiveBytes, Timeline, live_bytes, tensor_bytes
 from workbench.measure.timing import Stopwatch
@@ -100,13 +100,24 @@ class Reading:
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
         return Shape(layer.kv_heads, self.tokens, *widths, self.dtype.itemsize, layer.index)
 
-    def empty(self, layer: LayerTrace) -> Store:
-        """A store that holds nothing yet: plain, or a window where the layer slides."""
+    def empty(self, layer: LayerTrace, *, scattered: bool = False) -> Store:
+        """A store that holds nothing yet: plain, or a window where the layer slides.
+
+        scattered: for tokens that do not all follow one another from position 0 on.
+        """
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
         keys, values = (torch.empty(layer.kv_heads, 0, w, dtype=self.dtype, device=self.device) for w in widths)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore(keys, values, 0, layer.window)
-        return DenseStore.where(keys, values, keys.new_ones(keys.shape[:2], dtype=torch.bool), self.dtype)
+        everything = keys.new_ones(keys.shape[:2], dtype=torch.bool)
+        if scattered:
+            return DenseStore.of(keys, values, torch.empty(1, 0, device=self.device), everything, self.dtype)
+        return DenseStore.where(keys, values, everything, self.dtype)
+
+    def begin_again(self) -> None:
+        """Forget all that was read: the next tokens may stand anywhere."""
+        self.stores = [self.empty(layer, scattered=True) for layer in self.layers]
+        self.position = 0
 
     def entries(self, least: int, extra: Callable[[int], int] = lambda each: 0) -> int:
         """How many entries each head of each layer may hold at any moment: at least `least`, at most all.
@@ -124,21 +135,32 @@ class Reading:
             return stored_nbytes(form, shapes, counts) + extra(each)
 
         least = min(least, self.tokens)
-        if self.limit is None or not shapes or nbytes(self.tokens) <= self._room:
+        if self.limit is None or not shapes or nbytes(self.tokens) <= self.room:
             return self.tokens
-        if nbytes(least) > self._room:
+        if nbytes(least) > self.room:
             self.refuse(nbytes(least))
         low, high = least, self.tokens
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if nbytes(middle) <= self._room else (low, middle)
+            low, high = (middle, high) if nbytes(middle) <= self.room else (low, middle)
         return low
 
     @property
-    def _room(self) -> int:
-        """The limit, without what exact layers take."""
+    def room(self) -> int:
+        """The limit, without what exact layers take: what is left for those that may be compressed."""
         assert self.limit is not None
         return self.limit - self._fixed
+
+    @property
+    def scattered_nbytes(self) -> int:
+        """What sliding layers hold besides at most while their positions do not follow one another."""
+        exact = (layer for layer in self.layers if layer.index in self.exact)
+        return sum(INDEX_BYTES * min(layer.window or 0, self.tokens) for layer in exact)
+
+    @property
+    def max_positions(self) -> int:
+        """How many positions the model has."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
     def _fixed(self) -> int:
@@ -166,24 +188,34 @@ class Reading:
             yield self.ids[start : start + most]
         self.progress.update(f"reading for {self.label}", self.tokens, self.tokens)
 
-    def feed(self, ids: Tensor, watch: Watch | None = None, stores: Sequence[Store] | None = None) -> Tensor:
+    def feed(
+        self,
+        ids: Tensor,
+        watch: Watch | None = None,
+        stores: Sequence[Store] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Let the model read ids [p] as the next tokens: they enter the stores. Returns its logits [v] after them.
 
-        stores: instead of the reading's own. watch: sees what each layer read. Raises PromptTooLong beyond the model's
+        stores: instead of the reading's own. watch: sees what each layer read. positions: where the tokens stand, int64
+        [p] ascending (see `begin_again`), by default from `position` on. Raises PromptTooLong beyond the model's
         positions.
         """
-        most = self.model.config.get_text_config().max_position_embeddings
-        if self.position + ids.numel() > most:
-            raise PromptTooLong(
-                f"{self.label} reads at true positions, up to {self.position + ids.numel():,} here, but the model has "
-                f"only {most:,}; shorten the text"
-            )
+        self.check_positions(self.position + ids.numel() if positions is None else int(positions[-1]) + 1)
         feeder = _Feeder(self.model, list(stores or self.stores), self.position, progress=self.progress, watch=watch)
         feeder.reserve(ids.numel())
-        self.logits = feeder.feed(ids)[-1].cpu()
+        self.logits = feeder.feed(ids, positions=positions)[-1].cpu()
         self.position = feeder.position
         self.sample()
         return self.logits
+
+    def check_positions(self, end: int) -> None:
+        """Raise PromptTooLong if the model does not have the positions before `end`."""
+        if end > self.max_positions:
+            raise PromptTooLong(
+                f"{self.label} reads at true positions, up to {end:,} here, but the model has only "
+                f"{self.max_positions:,}; shorten the text"
+            )
 
     def look(self, ids: Tensor, score: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Let the model read ids [q] after what is held without keeping them.

@@ -114,11 +114,15 @@ class DenseStore(Store):
 
 
 class SlidingStore(Store):
-    """The last `window` positions of a sliding-window layer, exact."""
+    """The last `window` positions of a sliding-window layer, exact.
 
-    def __init__(self, keys: Tensor, values: Tensor, end: int, window: int) -> None:
-        """keys [k, m, d], values [k, m, dv] of the positions before `end`."""
+    While they follow one another, the end says them all; where some were never read, positions are held as int32.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, end: int, window: int, scattered: Tensor | None = None) -> None:
+        """keys [k, m, d], values [k, m, dv] of the positions before `end`, or at positions `scattered` [m]."""
         self.keys, self.values, self.end, self.window = keys, values, end, window
+        self._scattered = scattered
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, window: int, dtype: torch.dtype) -> SlidingStore:
@@ -127,27 +131,51 @@ class SlidingStore(Store):
         return cls(kept[0], kept[1], keys.shape[1], window)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        begin, last = positions[[0, -1]].tolist()
         # Tokens read together still need the window of the first of them: the rest is cut once they have attended.
-        first = max(self.keys.shape[1] - (self.window - 1), 0)
-        self.keys = torch.cat([self.keys[:, first:], keys.to(self.keys.dtype)], dim=1)
-        self.values = torch.cat([self.values[:, first:], values.to(self.values.dtype)], dim=1)
-        self.end = int(positions[-1]) + 1
+        self._cut(begin - self.window + 1)
+        if self._scattered is not None or begin != self.end or last - begin + 1 != positions.numel():
+            self._scattered = torch.cat([self._positions, positions.to(self.keys.device)]).to(torch.int32)
+        self.keys = torch.cat([self.keys, keys.to(self.keys.dtype)], dim=1)
+        self.values = torch.cat([self.values, values.to(self.values.dtype)], dim=1)
+        self.end = last + 1
 
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         found = super().attend(*args, **options)
-        if self.keys.shape[1] > self.window:
-            self.keys, self.values = self.keys[:, -self.window :].clone(), self.values[:, -self.window :].clone()
+        if self._cut(self.end - self.window):
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         return found
 
+    def _cut(self, begin: int) -> bool:
+        """Forget the positions before `begin`; whether there were any."""
+        held = self.keys.shape[1]
+        if self._scattered is None:
+            first = min(max(begin - (self.end - held), 0), held)
+        else:
+            first = int((self._scattered < begin).sum())
+            rest = self._scattered[first:]
+            follow = rest.numel() == 0 or self.end - int(rest[0]) == rest.numel()
+            self._scattered = None if follow else rest.clone()
+        self.keys, self.values = self.keys[:, first:], self.values[:, first:]
+        return first > 0
+
+    @property
+    def _positions(self) -> Tensor:
+        """Of all that is held, int64 [m]."""
+        if self._scattered is not None:
+            return self._scattered.long()
+        return torch.arange(self.end - self.keys.shape[1], self.end, device=self.keys.device)
+
     def contents(self, dtype: torch.dtype) -> Contents:
-        positions = torch.arange(self.end - self.keys.shape[1], self.end, device=self.keys.device)[None]
-        return Contents(self.keys.to(dtype), self.values.to(dtype), positions, None)
+        return Contents(self.keys.to(dtype), self.values.to(dtype), self._positions[None], None)
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        return {_name(self.keys.dtype): [self.keys, self.values]}
+        held = [self.keys, self.values] if self._scattered is None else [self.keys, self.values, self._scattered]
+        return {_name(self.keys.dtype): held}
 
     def clone(self) -> Self:
-        return type(self)(self.keys.clone(), self.values.clone(), self.end, self.window)
+        scattered = None if self._scattered is None else self._scattered.clone()
+        return type(self)(self.keys.clone(), self.values.clone(), self.end, self.window, scattered)
 
 
 def _name(dtype: torch.dtype) -> str:
