@@ -12,7 +12,8 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.tiered import TieredStore
 from workbench.trace import LayerTrace
 from workbench_kernels import attend
 
@@ -108,7 +109,7 @@ class OffloadFormat(Format):
         return others[(others > 0).any(dim=1)]
 
 
-class OffloadStore(Store):
+class OffloadStore(TieredStore):
     """Entries on the device (`near`), where new tokens enter too, and entries in host memory (`far`).
 
     A query attends to all that is near and to what the retriever finds for it. When `recent` entries a head more than
@@ -194,38 +195,12 @@ class OffloadStore(Store):
         found = any_of.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
         return found, wanted.gather(2, found[:, None].expand(-1, queries, -1))
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        near = self.near.contents(dtype)
-        heads, device = near.keys.shape[0], near.keys.device
-        far_valid = self.far.keys.valid()
-        valid = None
-        if near.valid is not None or far_valid is not None:
-            parts = ((near.valid, near.keys.shape[1]), (far_valid, self.far.longest))
-            valid = torch.cat([_valid(part, heads, slots, device) for part, slots in parts], dim=1)
-        return Contents(
-            torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
-            torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
-            torch.cat([near.positions.expand(heads, -1), self.far.positions.view()[..., 0].to(device)], dim=1),
-            valid,
-        )
+    def index(self) -> list[Tensor]:
+        return self.retriever.tensors()
 
-    def tiers(self, tokens: int) -> Tensor:
-        held = super().tiers(tokens)
-        return torch.where((held > 0) & (self.near.tiers(tokens) == 0), 2, held)
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        return {**self.near.tensors(), "index": self.retriever.tensors()}
-
-    def host_tensors(self) -> dict[str, list[Tensor]]:
-        name = str(self.far.keys.data.dtype).removeprefix("torch.")
-        return {name: self.far.tensors(), "index": self.retriever.host_tensors()}
+    def host_index(self) -> list[Tensor]:
+        return self.retriever.host_tensors()
 
     def clone(self) -> Self:
         parts = self.near.clone(), self.far.clone(), self.retriever.clone()
         return type(self)(*parts, self.sinks, self.usual, self.recent)
-
-
-def _valid(valid: Tensor | None, heads: int, slots: int, device: torch.device) -> Tensor:
-    if valid is None:
-        return torch.ones(heads, slots, dtype=torch.bool, device=device)
-    return valid.to(device)

@@ -1,0 +1,70 @@
+"""A part of the cache on the device, the rest in host memory: what all stores of that kind have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.dense import DenseStore
+from workbench.kv.stores.format import DenseFormat
+from workbench.kv.stores.host import HostRows
+from workbench.kv.stores.store import Contents, Store
+
+
+class TieredStore(Store):
+    """Entries on the device (`near`), where new tokens enter, and entries in host memory (`far`), with an index."""
+
+    near: DenseStore
+    far: HostRows
+
+    @abstractmethod
+    def index(self) -> list[Tensor]:
+        """What is held on the device of the entries in host memory."""
+
+    def host_index(self) -> list[Tensor]:
+        """What is held of them in host memory besides the entries."""
+        return []
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        near = self.near.contents(dtype)
+        heads, device = near.keys.shape[0], near.keys.device
+        far_valid = self.far.keys.valid()
+        valid = None
+        if near.valid is not None or far_valid is not None:
+            parts = ((near.valid, near.keys.shape[1]), (far_valid, self.far.longest))
+            valid = torch.cat([_valid(part, heads, slots, device) for part, slots in parts], dim=1)
+        return Contents(
+            torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
+            torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
+            torch.cat([near.positions.expand(heads, -1), self.far.positions.view()[..., 0].to(device)], dim=1),
+            valid,
+        )
+
+    def tiers(self, tokens: int) -> Tensor:
+        held = super().tiers(tokens)
+        return torch.where((held > 0) & (self.near.tiers(tokens) == 0), 2, held)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {**self.near.tensors(), "index": self.index()}
+
+    def host_tensors(self) -> dict[str, list[Tensor]]:
+        name = str(self.far.keys.data.dtype).removeprefix("torch.")
+        return {name: self.far.tensors(), "index": self.host_index()}
+
+
+@dataclass(frozen=True)
+class TieredFormat(DenseFormat):
+    """Entries at `dtype`, on the device or in host memory, as a method that reads by itself left them."""
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*super().tiers, "host")
+
+
+def _valid(valid: Tensor | None, heads: int, slots: int, device: torch.device) -> Tensor:
+    if valid is None:
+        return torch.ones(heads, slots, dtype=torch.bool, device=device)
+    return valid.to(device)
