@@ -161,7 +161,7 @@ class Conversation:
         if isinstance(more, bool) or not isinstance(more, int) or more < 1:
             raise BadParameter(f"max_new_tokens must be a whole number of at least 1, not {more!r}")
         read = before + ids.numel()
-        if read + more > self.facts.max_positions:
+        if read + more > self.facts.max_positions and not self.plan.endless:
             raise PromptTooLong(
                 f"{read} tokens read and {more} to generate exceed the {self.facts.max_positions} positions of "
                 f"{self.facts.name}; shorten the text or lower max_new_tokens"

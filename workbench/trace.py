@@ -130,6 +130,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, still], dim=-1)
 
 
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo in float32 what `rotate` with the same table did to x, but for the factor that YaRN and LongRoPE scale by."""
+    size = (cos.square() + sin.square()).sqrt()
+    return rotate(x.float(), cos / size, -sin / size)
+
+
 @dataclass
 class Trace:
     """A prompt's keys, values and queries at every layer, the logits after its last token, and scores computed from

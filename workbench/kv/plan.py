@@ -68,6 +68,11 @@ class Plan(Shown):
         return self.trace.tokens
 
     @property
+    def endless(self) -> bool:
+        """Whether what follows may stand beyond the model's positions."""
+        return False
+
+    @property
     def exact(self) -> dict[int, str]:
         """Layers that stay exact, with the reason."""
         return self.trace.exact
@@ -299,6 +304,10 @@ class StreamedPlan(Plan):
     @property
     def position(self) -> int:
         return self._left.held.position
+
+    @property
+    def endless(self) -> bool:
+        return all(store.reach is not None for store in self._left.held.stores)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -199,15 +199,29 @@ class Reading:
 
         stores: instead of the reading's own. watch: sees what each layer read. positions: where the tokens stand, int64
         [p] ascending (see `begin_again`), by default from `position` on. Raises PromptTooLong beyond the model's
-        positions.
+        positions, unless every store limits the distances that it attends at.
         """
-        self.check_positions(self.position + ids.numel() if positions is None else int(positions[-1]) + 1)
-        feeder = _Feeder(self.model, list(stores or self.stores), self.position, progress=self.progress, watch=watch)
+        held = list(stores or self.stores)
+        if any(store.reach is None for store in held):
+            self.check_positions(self.position + ids.numel() if positions is None else int(positions[-1]) + 1)
+        feeder = _Feeder(self.model, held, self.position, progress=self.progress, watch=watch)
         feeder.reserve(ids.numel())
         self.logits = feeder.feed(ids, positions=positions)[-1].cpu()
         self.position = feeder.position
         self.sample()
         return self.logits
+
+    def read_only(self, where: Tensor, most: int, *, closed_up: bool = False) -> None:
+        """Forget all that was read, and read only the tokens at `where` int64 [m] ascending, `most` at a time.
+
+        closed_up: they stand one after another from position 0 on, instead of where they stand in the prompt.
+        """
+        self.begin_again()
+        stand = torch.arange(where.numel()) if closed_up else where
+        for piece, positions in zip(where.split(most), stand.split(most), strict=True):
+            self.progress.update(f"reading again for {self.label}", int(piece[0]), self.tokens)
+            self.feed(self.ids[piece], positions=positions)
+        self.progress.update(f"reading again for {self.label}", self.tokens, self.tokens)
 
     def check_positions(self, end: int) -> None:
         """Raise PromptTooLong if the model does not have the positions before `end`."""

@@ -130,6 +130,10 @@ class SlidingStore(Store):
         kept = [x[:, -window:].to(dtype, copy=True).contiguous() for x in (keys, values)]
         return cls(kept[0], kept[1], keys.shape[1], window)
 
+    @property
+    def reach(self) -> int:
+        return self.window
+
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         begin, last = positions[[0, -1]].tolist()
         # Tokens read together still need the window of the first of them: the rest is cut once they have attended.

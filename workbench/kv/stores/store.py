@@ -56,6 +56,14 @@ class Store(ABC):
         """Make room for `tokens` more, so that appending them moves nothing."""
 
     @property
+    def reach(self) -> int | None:
+        """The distance between a query and a key at which attention is computed at most; None: any that there is.
+
+        Where all stores have one, positions beyond the model's own do no harm.
+        """
+        return None
+
+    @property
     def nbytes_by_precision(self) -> dict[str, int]:
         """Live bytes by precision."""
         return {name: tensor_bytes(tensors) for name, tensors in self.tensors().items()}
