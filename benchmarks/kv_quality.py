@@ -1,197 +1,256 @@
-"""What each KV method costs the answer at equal bytes: needles, one of many keys, a chain of variables, a held text.
+"""What each KV method costs the answer at equal bytes: needles, one of many keys, a chain of variables, held texts.
 
-The question comes after compression, so no method knows it. Every method runs at the same shares of the
-uncompressed bytes; a budget that it cannot meet leaves a gap.
+The question comes after compression, so no method knows it (except in the task "asked first"). Every method runs at
+the same shares of the uncompressed bytes; a budget that it cannot meet leaves a gap. Rows are saved as they are
+measured: `--resume` goes on with what is there, `--table` makes the results of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import random
-import statistics
+import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import workbench as wb
-from benchmarks.record import environment, write
-from workbench.errors import BudgetTooSmall, NotApplicable
-from workbench.examples import needle
-from workbench.recipe import Recipe
-from workbench.registry import registered
+from benchmarks.kv_cases import HELD, HELD_TOKENS, TASKS, Spec, build, held_text, specs
+from benchmarks.kv_evidence import report
+from benchmarks.kv_recipes import OWN, Entry, entries, fixed
+from benchmarks.parts import Part, Row, identity, read_parts, settled
+from benchmarks.record import RESULTS, environment, where
+from workbench.errors import BudgetTooSmall, Cancelled, NotApplicable
+from workbench.measure.quality import compare_logits
+from workbench.progress import Progress
+from workbench.prompt import text_ids
+from workbench.run import Run
 
 BUDGETS = (0.5, 0.25, 0.1)
 LENGTHS = (512, 1024, 2048)
-DEPTHS = (0.1, 0.5, 0.9)
-PUBLISHED = {  # recipes that say something which single methods do not
-    "kivi 4-bit": [wb.method("kivi", bits=4)],
-    "kivi 2-bit": [wb.method("kivi", bits=2)],
-    "snapkv | adakv | mikv": [wb.method("snapkv"), wb.method("adakv"), wb.method("mikv")],
-}
-
-
-Results = dict[str, dict[str, list[dict[str, Any]]]]
+JSON = RESULTS / "kv_quality.json"
+COLUMNS = (  # of the rows in the results
+    *(
+        "case",
+        "task",
+        "length",
+        "depth",
+        "recipe",
+        "budget",
+        "share",
+        "right",
+        "nll",
+        "kl",
+        "top1",
+        "tokens",
+        "seconds",
+    ),
+    *("device", "gap", "error"),
+)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A text, a question asked after compression, and what a right answer contains."""
+class Item:
+    """What a worker takes at once: a case, and some of the recipes on its reading."""
 
-    task: str
-    text: str
-    question: str
-    answer: str
-
-
-def cases(session: wb.Session, lengths: tuple[int, ...]) -> Iterator[Case]:
-    """All tasks, the same ones every time."""
-    assert session.tokenizer is not None
-    tokenizer: Any = session.tokenizer
-
-    def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
-
-    for length in lengths:
-        for number, depth in enumerate(DEPTHS):
-            made = needle(length, depth, seed=length + number, count=count)
-            yield Case("needle", made.text, made.question, str(made.answer))
-        draw = random.Random(length)
-        filler = needle(length, 0.5, seed=1, count=count).text.split("\n\n")
-        names = ["Ada", "Boris", "Clara", "Dmitri", "Elena", "Felix", "Greta", "Hugo"]
-        codes = {name: draw.randrange(100, 1000) for name in names}
-        facts = [f"The room of {name} is number {code}." for name, code in codes.items()]
-        wanted = draw.choice(names)
-        yield Case(
-            "multi-key", _mixed(draw, filler, facts), f"What is the room number of {wanted}?", str(codes[wanted])
-        )
-        value = draw.randrange(100, 1000)
-        chain = [f"The red box holds {value}.", "The blue box holds the same as the red box."]
-        yield Case("variables", _mixed(draw, filler, chain), "What number does the blue box hold?", str(value))
+    spec: Spec
+    recipes: tuple[str, ...]
+    budgets: tuple[float, ...]
 
 
-def _mixed(draw: random.Random, paragraphs: list[str], facts: list[str]) -> str:
-    """The facts, in their order, at random places between paragraphs."""
-    places = sorted(draw.sample(range(len(paragraphs) + 1), min(len(facts), len(paragraphs) + 1)))
-    while len(places) < len(facts):
-        places.append(places[-1])
-    out = list(paragraphs)
-    for place, fact in reversed(list(zip(places, facts, strict=True))):
-        out.insert(place, fact)
-    return "\n\n".join(out)
+def items(cases: Sequence[Spec], names: Sequence[str], budgets: Sequence[float], chunk: int) -> list[Item]:
+    """All work, case after case; recipes that are neighbours, and cost alike, go to different items."""
+    parts = -(-len(names) // chunk)
+    return [Item(spec, tuple(names[part::parts]), tuple(budgets)) for spec in cases for part in range(parts)]
 
 
-def recipes(keys: list[str]) -> dict[str, Recipe]:
-    """Every registered KV method, and the published recipes."""
-    single = {cls.key: Recipe.of(cls.key) for cls in registered("kv") if cls.key != "full"}
-    found = {**single, **{name: Recipe.of(spec) for name, spec in PUBLISHED.items()}}
-    return {name: recipe for name, recipe in found.items() if not keys or name in keys}
+def missing(item: Item, known: dict[str, Entry], done: set[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """The (recipe, budget) of an item that have not been measured yet."""
+    wanted = [(name, budget) for name in item.recipes for budget in known[name].budgets(item.budgets)]
+    return [(name, budget) for name, budget in wanted if (item.spec.key, name, budget) not in done]
 
 
-def measure(session: wb.Session, recipe: Recipe, budget: float | None, case: Case) -> dict[str, float]:
-    """Whether the answer is right, and how likely the right one would have been: nats a token beyond the full cache."""
-    run = session.run(
-        recipe if budget is None else Recipe.of(recipe, budget=budget), question=case.question, max_new_tokens=16
-    )
-    figures = run.measure(f"The answer is {case.answer}.").figures
-    return {"right": float(case.answer in run.text), "nll": figures.nll_difference, "share": run.plan.share}
+class Bench:
+    """A session that has read one case at a time, and what the uncompressed cache makes of that case."""
+
+    def __init__(self, model: str, device: str, progress: Progress) -> None:
+        # float32 everywhere, so that rows of different devices can stand in one table.
+        self.session = wb.Session(model, device=device, dtype="float32")
+        assert self.session.tokenizer is not None
+        self.tokenizer: Any = self.session.tokenizer
+        self.progress, self.device = progress, device
+        self.spec: Spec | None = None
+
+    def read(self, spec: Spec) -> None:
+        """Read the text of a case, and what the right reply costs the full cache; nothing if it was read last."""
+        if spec == self.spec:
+            return
+        self.spec = None
+        if spec.task == HELD:
+            ids = torch.tensor(self.tokenizer(held_text(spec.draw))["input_ids"])
+            text: str | Tensor = ids[: spec.length]
+            self.question = None
+            self.targets, self.counted = ids[spec.length :][:HELD_TOKENS], HELD_TOKENS - 1
+        else:
+            case = build(spec, lambda text: len(self.tokenizer(text)["input_ids"]))
+            text, self.question = case.text, case.question
+            self.targets = text_ids(f"{case.lead} {case.answer}", self.session.tokenizer)
+            self.counted = len(self.targets) - len(text_ids(case.lead, self.session.tokenizer))
+        self.session.read(text, progress=self.progress)
+        self.full, _ = self._reply(fixed(wb.Recipe.of("full")), OWN)
+        self.spec = spec
+
+    def row(self, name: str, entry: Entry, budget: str) -> Row:
+        """One measurement; see the notes of the report for what its figures mean."""
+        assert self.spec is not None and self.session.trace is not None
+        spec, began = self.spec, time.perf_counter()
+        about = {"case": spec.key, "task": spec.task, "length": spec.length, "depth": spec.depth, "recipe": name}
+        about |= {"budget": budget, "device": self.device, "tokens": self.session.trace.tokens}
+        try:
+            logits, run = self._reply(entry, budget)
+        except (BudgetTooSmall, NotApplicable) as problem:
+            return {**about, "gap": str(problem)}
+        except Cancelled:
+            raise
+        except Exception as problem:  # one method's defect must not take the others with it
+            return {**about, "error": f"{type(problem).__name__}: {problem}"}
+        whole = compare_logits(self.full, logits, self.targets[1:])
+        last = slice(-self.counted, None)
+        answer = compare_logits(self.full[last], logits[last], self.targets[last])
+        nll = answer.nll if name == "full" else answer.nll_difference
+        host = run.plan.host_nbytes / run.plan.full_nbytes
+        figures = {"share": run.plan.share, "host": host, "nll": nll, "kl": whole.kl, "top1": whole.top1_agreement}
+        if spec.task != HELD:
+            figures["right"] = float((logits[last].argmax(-1) == self.targets[last]).all())
+        return {**about, **figures, "seconds": round(time.perf_counter() - began, 3)}
+
+    def _reply(self, entry: Entry, budget: str) -> tuple[Tensor, Run]:
+        """Logits [t - 1, v] for the reply's tokens after the first; the answer is read token by token, as in decoding.
+
+        What comes before the answer is read at once: it is given, as the question is, and costs one pass.
+        """
+        run = self.session.run(entry.at(budget), question=self.question, max_new_tokens=1, progress=self.progress)
+        self.session.runs.clear()  # nothing more is asked of it
+        decoder, given = run.decoder, len(self.targets) - self.counted
+        assert decoder is not None
+        rows = [decoder.feed(self.targets[:given], logits=given).cpu()]
+        for token in self.targets[given:-1]:
+            rows.append(decoder.feed(token[None]).cpu())
+        return torch.cat(rows), run
 
 
-def results(model: str, names: list[str], budgets: tuple[float, ...], lengths: tuple[int, ...]) -> Results:
-    """Everything measured for these recipes."""
-    session = wb.Session(model)
-    chosen = recipes(names)
-    found: Results = {}
-    for number, case in enumerate(cases(session, lengths), 1):
-        trace = session.read(case.text)
-        print(f"case {number}: {case.task}, {trace.tokens} tokens", file=sys.stderr, flush=True)
-        if "full" in names:
-            full = measure(session, Recipe.of("full"), None, case)
-            found.setdefault("full", {}).setdefault("1", []).append({"task": case.task, "tokens": trace.tokens, **full})
-        for name, recipe in chosen.items():
-            for budget in budgets if "-bit" not in name else (None,):
-                try:
-                    row = measure(session, recipe, budget, case)
-                except (BudgetTooSmall, NotApplicable):
-                    continue
-                at = "own" if budget is None else str(budget)
-                found.setdefault(name, {}).setdefault(at, []).append({"task": case.task, "tokens": trace.tokens, **row})
-    for name, by_budget in perplexities(session, chosen, budgets).items():
-        for at, loss in by_budget.items():
-            found.setdefault(name, {}).setdefault(at, []).append({"task": "held text", "nll": loss})
-    return found
+def work(options: argparse.Namespace, device: str, taken: Synchronized[int], ends: float) -> None:
+    """One process: take the next item until none is left or the time is up."""
+    torch.set_num_threads(1)
+    progress = Progress()
+    alarm = threading.Timer(max(ends - time.time(), 0), progress.cancel)
+    alarm.daemon = True
+    alarm.start()
+    known = entries(options.methods)
+    done = settled(read_parts(options.parts)) if options.resume else set()
+    todo = _items(options, known)
+    bench, part = Bench(options.model, device, progress), Part(options.parts)
+    try:
+        while time.time() < ends:
+            with taken.get_lock():
+                number, taken.value = taken.value, taken.value + 1
+            if number >= len(todo):
+                return
+            rest = missing(todo[number], known, done)
+            if rest:
+                bench.read(todo[number].spec)
+            for name, budget in rest:
+                progress.check()
+                part.add(bench.row(name, known[name], budget))
+    except Cancelled:
+        return
+
+
+def _items(options: argparse.Namespace, known: dict[str, Entry]) -> list[Item]:
+    cases = specs(options.tasks, options.lengths, options.draws)
+    return items(cases, list(known), options.budgets, options.chunk)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Let the workers measure what is missing, and say how far they came."""
+    ends = time.time() + (options.limit_s or 1e9)
+    options.parts.mkdir(parents=True, exist_ok=True)
+    before = environment() | {"command": " ".join(["python -m benchmarks.kv_quality", *sys.argv[1:]])}
+    (options.parts / "environment.json").write_text(json.dumps({"model": options.model, **before}))
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
+    context = multiprocessing.get_context("spawn")
+    taken: Synchronized[int] = context.Value("l", 0)
+    devices = [options.devices[index % len(options.devices)] for index in range(options.workers)]
+    workers = [context.Process(target=work, args=(options, device, taken, ends), daemon=True) for device in devices]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        # A worker that does not stop when asked has saved what it measured; it ends with this process.
+        worker.join(max(ends + 15 - time.time(), 0) if options.limit_s else None)
+    done, known = settled(read_parts(options.parts)), entries(options.methods)
+    left = sum(len(missing(item, known, done)) for item in _items(options, known))
+    print(f"{len(done)} rows in {options.parts}, {left} left to measure; --table makes the results", file=sys.stderr)
+
+
+def tabulate(parts: Path) -> None:
+    """Make the results of the rows in `parts`, or again of those in the results themselves where there are none."""
+    rows = read_parts(parts) if parts.is_dir() else []
+    if rows:
+        before = json.loads((parts / "environment.json").read_text())
+        devices = sorted({str(row["device"]).partition(":")[0] for row in rows})
+        before["device"] = f"{before['device']} ({', '.join(devices)})"
+        lines = [json.dumps([_short(row.get(column)) for column in COLUMNS]) for row in sorted(rows, key=identity)]
+        head = json.dumps({"environment": before, "columns": COLUMNS}, indent=1)[:-2]
+        JSON.write_text(head + ',\n "rows": [\n' + ",\n".join(lines) + "\n]}\n")
+    if not JSON.exists():
+        raise SystemExit(f"nothing has been measured: no rows in {parts}, and no {JSON}")
+    saved = json.loads(JSON.read_text())
+    rows = [
+        {name: value for name, value in zip(saved["columns"], row, strict=True) if value is not None}
+        for row in saved["rows"]
+    ]
+    text = report(rows) + f"\n{where(saved['environment'])}\n"
+    JSON.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def _short(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("methods", nargs="*")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="recipes (all); the full cache is always measured")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--quick", action="store_true", help="512 tokens and one budget only")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with some of the methods")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="TOKENS")
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, metavar="SHARE")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--draws", type=int, default=4, help="how many of each kind of case")
+    parser.add_argument("--chunk", type=int, default=12, help="recipes that a worker takes at once")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument(
+        "--devices", type=lambda text: text.split(","), default=["cpu"], help="for the workers in turns: cuda:0,cpu"
+    )
+    parser.add_argument("--limit-s", type=float, help="seconds after which no worker goes on")
+    parser.add_argument("--parts", type=Path, default=Path("build/kv_quality"), help="where rows are saved")
+    parser.add_argument("--resume", action="store_true", help="leave out what is in the parts already")
+    parser.add_argument("--table", action="store_true", help="only make results/kv_quality.* of the parts")
     options = parser.parse_args()
-    before = environment()
-    names = ["full", *recipes(options.methods)]
-    budgets, lengths = (BUDGETS[1:2], LENGTHS[:1]) if options.quick else (BUDGETS, LENGTHS)
-    shares = [names[first :: options.workers] for first in range(options.workers)]
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        parts = [pool.submit(results, options.model, share, budgets, lengths) for share in shares if share]
-        measured = {name: found for part in parts for name, found in part.result().items()}
-    found = {name: measured[name] for name in names if name in measured}
-    write("kv_quality", {"model": options.model, "results": found}, table(found), before)
-
-
-def perplexities(
-    session: wb.Session, chosen: dict[str, Recipe], budgets: tuple[float, ...]
-) -> dict[str, dict[str, float]]:
-    """How much less likely the rest of a text becomes, nats a token, when its first half is compressed."""
-    from workbench.examples import examples
-
-    assert session.tokenizer is not None
-    text = "\n\n".join(example.text for example in examples())
-    ids = torch.tensor(session.tokenizer(text)["input_ids"])
-    session.read(ids[: len(ids) // 2])
-    rest = ids[len(ids) // 2 :][:256]
-    found: dict[str, dict[str, float]] = {}
-    for name, recipe in chosen.items():
-        for budget in budgets if "-bit" not in name else (None,):
-            try:
-                run = session.run(recipe if budget is None else Recipe.of(recipe, budget=budget), max_new_tokens=1)
-            except (BudgetTooSmall, NotApplicable):
-                continue
-            at = "own" if budget is None else str(budget)
-            found.setdefault(name, {})[at] = run.measure(rest).figures.nll_difference
-    return found
-
-
-def table(found: Results) -> list[list[str]]:
-    """One row a method and budget: right answers by task, and the loss of likelihood."""
-    head = ["recipe", "budget", "bytes", "needle", "multi-key", "variables", "answer, nats lost", "text, nats lost"]
-    rows = [head]
-    for name, by_budget in found.items():
-        for at, results in by_budget.items():
-            asked = [r for r in results if "right" in r]
-            text = [r["nll"] for r in results if r["task"] == "held text"]
-            share = statistics.mean(r["share"] for r in asked) if asked else math.nan
-            rows.append(
-                [
-                    name,
-                    at,
-                    f"{share:.1%}",
-                    *[_right([r["right"] for r in asked if r["task"] == task]) for task in head[3:6]],
-                    f"{statistics.mean(r['nll'] for r in asked):+.3f}" if asked else "",
-                    f"{text[0]:+.3f}" if text else "",
-                ]
-            )
-    return rows
-
-
-def _right(values: list[float]) -> str:
-    return f"{sum(values):.0f}/{len(values)}" if values else ""
+    if options.table:
+        tabulate(options.parts)
+        return
+    if not options.resume and options.parts.is_dir() and any(options.parts.glob("*.jsonl")):
+        parser.error(f"{options.parts} has rows already: --resume, or give other --parts")
+    measure(options)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,18 @@ def write(name: str, figures: dict[str, Any], table: Sequence[Sequence[str]], be
     """Save results/NAME.json and results/NAME.md. table: its first row is the head; before: what `environment` said."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"environment": before, **figures}, indent=1) + "\n")
-    head, *rows = table
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    where = ", ".join(f"{key} {value}" for key, value in before.items() if key not in ("command", "load_before"))
-    text = "\n".join([f"# {name}", "", *lines, "", f"{where}. Repeat: `{before['command']}`.", ""])
+    text = "\n".join([f"# {name}", "", markdown(table), "", where(before), ""])
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the head."""
+    head, *rows = table
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def where(before: dict[str, Any]) -> str:
+    """What `environment` said, as the last line of a report."""
+    facts = ", ".join(f"{key} {value}" for key, value in before.items() if key not in ("command", "load_before"))
+    return f"{facts}. Repeat: `{before['command']}`."

@@ -1,0 +1,295 @@
+"""From measured rows to the report: tables, the directions that papers lead us to expect, and each method's claim."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kv_cases import ASKED_FIRST, ASKED_LATER, HELD, TASKS
+from benchmarks.kv_recipes import OWN
+from benchmarks.parts import Row
+from benchmarks.record import markdown
+from workbench.registry import registered
+
+NOTES = Path(__file__).with_name("kv_quality_notes.toml")
+NEAR = 0.1  # nats a token: what "near lossless" may cost
+SMALL = 0.3  # budgets below this one are small
+
+_HEAD = f"""# kv_quality
+
+What each KV method costs the answer at equal bytes. Every figure is a mean over cases, ± its standard error.
+
+- **bytes**: what the plan holds on the device, as a share of the uncompressed cache, scales, indices and all;
+  **host**: what it holds in host memory besides. Budgets count the device. "own" is a method's size without a budget.
+- **right**: how often the greedy answer is the right one, when the reply's beginning ("The secret number of the archive
+  is") is given. In {", ".join(ASKED_LATER)} the question comes after compression; in "{ASKED_FIRST}", a needle too, it
+  ends the text that is compressed.
+- **nats lost**: by how much the right answer's tokens became less likely than with the full cache, nats a token. For
+  the full cache: their negative log-likelihood itself.
+- **text, nats lost**: the same for the next 63 tokens of a held text; e to its power is the factor by which perplexity
+  grows.
+- **KL, top-1**: over all tokens of the right reply but the first, against the full cache.
+"""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over n cases and its standard error (not a number for one case)."""
+
+    value: float
+    error: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Mean | None:
+        """None where there are no values."""
+        found = list(values)
+        if not found:
+            return None
+        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+        return cls(statistics.fmean(found), error, len(found))
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {self.error:.3f}"
+        return f"{self.value:+.3f}{error}"
+
+
+class Rows:
+    """Measured rows by recipe, budget and case; gaps and failures apart."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.found: dict[tuple[str, str], dict[str, Row]] = {}
+        self.gaps: dict[tuple[str, str], list[Row]] = {}
+        self.errors: list[Row] = []
+        for row in rows:
+            at = row["recipe"], row["budget"]
+            if "error" in row:
+                self.errors.append(row)
+            elif "gap" in row:
+                self.gaps.setdefault(at, []).append(row)
+            else:
+                self.found.setdefault(at, {})[row["case"]] = row
+
+    def of(self, recipe: str, budget: str, tasks: Sequence[str] = TASKS) -> list[Row]:
+        """The rows of a recipe at a budget."""
+        return [row for row in self.found.get((recipe, budget), {}).values() if row["task"] in tasks]
+
+    def mean(self, recipe: str, budget: str, tasks: Sequence[str], figure: str = "nll") -> Mean | None:
+        return Mean.of(row[figure] for row in self.of(recipe, budget, tasks) if figure in row)
+
+    def advantage(self, recipe: str, other: str, budget: str, tasks: Sequence[str] = ASKED_LATER) -> Mean | None:
+        """By how many nats a token `recipe` loses less than `other`, paired over the cases that both have."""
+        others = {row["case"]: row["nll"] for row in self.of(other, budget, tasks)}
+        rows = self.of(recipe, budget, tasks)
+        return Mean.of(others[row["case"]] - row["nll"] for row in rows if row["case"] in others)
+
+    @property
+    def budgets(self) -> list[str]:
+        """Those measured, large to small."""
+        return sorted({budget for _, budget in self.found if budget != OWN}, key=float, reverse=True)
+
+    @property
+    def small(self) -> list[str]:
+        return [budget for budget in self.budgets if float(budget) < SMALL]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A direction that was expected, the numbers, and what they say of it."""
+
+    expected: str
+    numbers: str
+    verdict: str
+
+    @classmethod
+    def better(cls, rows: Rows, recipe: str, other: str, budget: str, tasks: Sequence[str] = ASKED_LATER) -> Check:
+        """Whether `recipe` loses less than `other`; within one standard error it is undecided."""
+        expected = f"{recipe} loses less than {other}{_at(budget)}{_on(tasks)}"
+        gained = rows.advantage(recipe, other, budget, tasks)
+        if gained is None:
+            return cls(expected, "", "not measured")
+        own, others = rows.mean(recipe, budget, tasks), rows.mean(other, budget, tasks)
+        assert own is not None and others is not None
+        numbers = f"{own.value:+.3f} against {others.value:+.3f}: {gained} nats a token better (n = {gained.n})"
+        return cls(expected, numbers, _verdict(gained.value, gained.error))
+
+    @classmethod
+    def near(
+        cls, rows: Rows, recipe: str, budget: str, tasks: Sequence[str] = ASKED_LATER, limit: float = NEAR
+    ) -> Check:
+        """Whether `recipe` loses less than `limit` nats a token; within one standard error it is undecided."""
+        expected = f"{recipe} loses less than {limit:g} nats a token{_at(budget)}{_on(tasks)}"
+        lost = rows.mean(recipe, budget, tasks)
+        if lost is None:
+            gap = rows.gaps.get((recipe, budget))
+            return cls(expected, gap[0]["gap"] if gap else "", "not possible" if gap else "not measured")
+        return cls(expected, f"{lost} (n = {lost.n})", _verdict(limit - lost.value, lost.error))
+
+    def turned(self, expected: str) -> Check:
+        """The check of the opposite."""
+        verdicts = {"holds": "does not hold", "does not hold": "holds"}
+        return Check(expected, self.numbers, verdicts.get(self.verdict, self.verdict))
+
+
+def _at(budget: str) -> str:
+    return "" if budget == OWN else f" at {float(budget):.0%}"
+
+
+def _on(tasks: Sequence[str]) -> str:
+    return "" if tuple(tasks) == ASKED_LATER else f" ({', '.join(tasks)})"
+
+
+def _verdict(margin: float, error: float) -> str:
+    if not math.isnan(error) and abs(margin) <= error:
+        return "undecided"
+    return "holds" if margin > 0 else "does not hold"
+
+
+def direction_checks(rows: Rows) -> list[Check]:
+    """What the papers together lead us to expect, each on its own at every budget where it says something."""
+    return [
+        *(Check.better(rows, "kvzip", "snapkv", budget) for budget in rows.budgets),
+        *(
+            Check.better(rows, method, even, budget)
+            for method, even in (
+                *((method, "snapkv") for method in ("adakv", "pyramidkv", "headkv", "headkv-r2")),
+                ("kvzip", "kvzip, equal heads"),
+            )
+            for budget in rows.budgets[-1:]
+        ),
+        *(
+            Check.better(rows, method, "snapkv", budget, (ASKED_FIRST,))
+            for method in ("adakv", "pyramidkv", "headkv", "headkv-r2")
+            for budget in rows.budgets[-1:]
+        ),
+        *(Check.better(rows, "mikv", other, budget) for other in ("h2o", "snapkv") for budget in rows.small),
+        Check.near(rows, "kivi 4-bit", OWN),
+        Check.near(rows, "kivi 4-bit", OWN, (HELD,)),
+        Check.near(rows, "per-token 2-bit", OWN).turned(f"per-token 2-bit loses more than {NEAR:g} nats a token"),
+        Check.better(rows, "kivi 2-bit, no residual", "per-token 2-bit", OWN),
+        Check.better(rows, "kivi 2-bit, no residual", "per-token 2-bit", OWN, (HELD,)),
+    ]
+
+
+def claim_check(rows: Rows, key: str, note: dict[str, Any]) -> Check:
+    """The measurement closest to what a method's paper claims, as its note describes it.
+
+    near: the loss that the claim allows; against: the recipe that it says to beat; at: the budget ("own": the size
+    that it has without one); tasks: on which (those asked after compression); recipe: under which name (the key).
+    Without a note, a method with a size of its own should be near lossless, another better than a window.
+    """
+    own = (key, OWN) in rows.found and "against" not in note
+    recipe, budget = note.get("recipe", key), str(note.get("at", OWN if own else "0.25"))
+    tasks = tuple(note.get("tasks", ASKED_LATER))
+    if "near" in note or (own and budget == OWN):
+        return Check.near(rows, recipe, budget, tasks, note.get("near", NEAR))
+    return Check.better(rows, recipe, note.get("against", "streaming-llm"), budget, tasks)
+
+
+def report(measured: Iterable[Row], notes: dict[str, Any] | None = None) -> str:
+    """The whole report as Markdown. notes: by method, those beside this file unless given."""
+    rows = Rows(measured)
+    sections = [
+        _HEAD,
+        "## At equal bytes\n",
+        markdown(_figures(rows)),
+        "\n## Needles by length and depth, nats lost\n",
+        markdown(_needles(rows)),
+        "\n## Directions\n",
+        "Differences are paired over the cases that both have; a difference within its standard error is undecided. "
+        "Tasks are those whose question comes after compression unless others are named.\n",
+        markdown(_checks(direction_checks(rows))),
+        "\n## Claims\n",
+        "Each paper's claim, the measurement here that comes closest to it, and why it fails where it does.\n",
+        markdown(_claims(rows, tomllib.loads(NOTES.read_text()) if notes is None else notes)),
+        *_gaps(rows),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _figures(rows: Rows) -> list[list[str]]:
+    asked = [task for task in TASKS if task != HELD]
+    table = [
+        [
+            "recipe",
+            "budget",
+            "bytes",
+            *asked,
+            "nats lost",
+            f"nats lost, {ASKED_FIRST}",
+            "text, nats lost",
+            "KL",
+            "top-1",
+        ]
+    ]
+    for (recipe, budget), found in rows.found.items():
+        share, host = (Mean.of(row.get(name, 0.0) for row in found.values()) for name in ("share", "host"))
+        kl, top1 = (rows.mean(recipe, budget, ASKED_LATER, figure) for figure in ("kl", "top1"))
+        table.append(
+            [
+                recipe,
+                budget,
+                f"{share.value:.1%}" if share else "",
+                f"{host.value:.1%}" if host and host.value else "",
+                *(_right(rows.of(recipe, budget, [task])) for task in asked),
+                *(str(rows.mean(recipe, budget, tasks) or "") for tasks in (ASKED_LATER, [ASKED_FIRST], [HELD])),
+                f"{kl.value:.3f}" if kl else "",
+                f"{top1.value:.0%}" if top1 else "",
+            ]
+        )
+    order = {recipe: place for place, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in rows.found))}
+    return [table[0], *sorted(table[1:], key=lambda row: (row[0] != "full", order[row[0]], -_amount(row[1])))]
+
+
+def _amount(budget: str) -> float:
+    return 2.0 if budget == OWN else float(budget)
+
+
+def _right(rows: list[Row]) -> str:
+    return f"{sum(row['right'] for row in rows):.0f}/{len(rows)}" if rows else ""
+
+
+def _needles(rows: Rows) -> list[list[str]]:
+    needles = {at: [row for row in found.values() if row["task"] == "needle"] for at, found in rows.found.items()}
+    every = [row for found in needles.values() for row in found]
+    lengths, depths = sorted({row["length"] for row in every}), sorted({row["depth"] for row in every})
+    table = [["recipe", "budget", *(f"{length:,}" for length in lengths), *(f"depth {depth:g}" for depth in depths)]]
+    for (recipe, budget), found in needles.items():
+        means = [
+            *(Mean.of(row["nll"] for row in found if row["length"] == length) for length in lengths),
+            *(Mean.of(row["nll"] for row in found if row["depth"] == depth) for depth in depths),
+        ]
+        table.append([recipe, budget, *(f"{mean.value:+.2f}" if mean else "" for mean in means)])
+    return table
+
+
+def _checks(checks: Iterable[Check]) -> list[list[str]]:
+    return [["expected", "measured", "verdict"], *([c.expected, c.numbers, c.verdict] for c in checks)]
+
+
+def _claims(rows: Rows, notes: dict[str, Any]) -> list[list[str]]:
+    table = [["method", "the paper claims", "tested here", "measured", "verdict", "why"]]
+    for cls in registered("kv"):
+        if cls.key == "full":
+            continue
+        note = notes.get(cls.key, {})
+        check = claim_check(rows, cls.key, note)
+        why = note.get("why", "") if check.verdict in ("undecided", "does not hold", "not possible") else ""
+        table.append([f"{cls.title} (`{cls.key}`)", cls.claim, check.expected, check.numbers, check.verdict, why])
+    return table
+
+
+def _gaps(rows: Rows) -> list[str]:
+    found = []
+    if rows.gaps:
+        lines = [f"- {recipe} at {budget}: {gaps[0]['gap']}" for (recipe, budget), gaps in rows.gaps.items()]
+        found += ["\n## Gaps\n", *lines]
+    if rows.errors:
+        lines = [f"- {row['recipe']} at {row['budget']}, {row['case']}: {row['error']}" for row in rows.errors]
+        found += ["\n## Failures\n", *lines]
+    return found

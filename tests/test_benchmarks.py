@@ -1,0 +1,208 @@
+"""The quality benchmark's bookkeeping: rows survive a kill, a resumed run leaves out what is there, verdicts follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kv_cases import ASKED_FIRST, HELD, TASKS, build, specs
+from benchmarks.kv_evidence import NEAR, Check, Mean, Rows, claim_check, direction_checks, report
+from benchmarks.kv_quality import items, missing
+from benchmarks.kv_recipes import OWN, entries
+from benchmarks.parts import Part, Row, identity, read_parts, settled
+
+
+def row(recipe: str, nll: float, case: str = "needle/512/0.5/0", budget: str = "0.25", **others: object) -> Row:
+    task = case.split("/")[0]
+    found = {"case": case, "task": task, "length": 512, "depth": 0.5, "recipe": recipe, "budget": budget}
+    return {**found, "share": 0.25, "nll": nll, "kl": nll, "top1": 0.5, "right": float(nll < 0.1), **others}
+
+
+def rows_of(recipe: str, losses: Iterable[float], budget: str = "0.25", task: str = "needle") -> list[Row]:
+    return [row(recipe, nll, f"{task}/512/0.5/{draw}", budget) for draw, nll in enumerate(losses)]
+
+
+def verdicts(checks: Iterable[Check]) -> dict[str, str]:
+    return {check.expected: check.verdict for check in checks}
+
+
+# -- rows on disk
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path: Path) -> None:
+    part = Part(tmp_path / "new")
+    part.add(row("snapkv", 1.0))
+    assert read_parts(tmp_path / "new") == [row("snapkv", 1.0)]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    part = Part(tmp_path)
+    part.add(row("snapkv", 1.0))
+    (file,) = tmp_path.glob("*.jsonl")
+    with file.open("a") as torn:
+        torn.write('{"case": "needle/512/0.5/1", "reci')
+    assert [identity(found) for found in read_parts(tmp_path)] == [identity(row("snapkv", 1.0))]
+
+
+def test_parts_merge_and_the_later_row_wins(tmp_path: Path) -> None:
+    for name, nll in (("1", 1.0), ("2", 2.0)):
+        (tmp_path / f"{name}.jsonl").write_text("")
+        part = Part(tmp_path)
+        part.add(row("snapkv", nll))
+        part.add(row("h2o", nll, budget=f"0.{name}"))
+    found = {identity(row): row["nll"] for row in read_parts(tmp_path)}
+    case = "needle/512/0.5/0"
+    assert found == {(case, "snapkv", "0.25"): 2.0, (case, "h2o", "0.1"): 1.0, (case, "h2o", "0.2"): 2.0}
+
+
+def test_a_failure_never_hides_a_row_and_is_tried_again(tmp_path: Path) -> None:
+    part = Part(tmp_path)
+    failed = {**row("h2o", 0.0), "error": "RuntimeError: no"}
+    for one in (
+        row("snapkv", 1.0),
+        {**row("snapkv", 0.0), "error": "no"},
+        failed,
+        {**row("tova", 0.0), "gap": "small"},
+    ):
+        part.add(one)
+    found = read_parts(tmp_path)
+    assert [one.get("error") for one in found] == [None, "RuntimeError: no", None]
+    assert {recipe for _, recipe, _ in settled(found)} == {"snapkv", "tova"}
+
+
+# -- work
+
+
+def test_cases_are_balanced_from_the_beginning_and_never_repeat() -> None:
+    found = specs(TASKS, (512, 1024, 2048), 4)
+    assert len({spec.key for spec in found}) == len(found)
+    assert [spec.length for spec in found] == [
+        length for draw in range(4) for length in (512, 1024, 2048) for spec in found
+        if (spec.draw, spec.length) == (draw, length)
+    ]  # fmt: skip
+    assert {spec.task for spec in found[:7]} == set(TASKS) and all(spec.length == 512 for spec in found[:7])
+    assert max(spec.length for spec in found if spec.task == HELD) == 1024
+
+
+def test_a_case_is_the_same_every_time_and_holds_its_answer() -> None:
+    def count(text: str) -> int:
+        return len(text.split())
+
+    for spec in specs([task for task in TASKS if task != HELD], (256,), 2):
+        case = build(spec, count)
+        assert case == build(spec, count)
+        assert case.answer in case.text and case.answer not in case.lead
+        assert (case.question is None) == (spec.task == ASKED_FIRST)
+
+
+def test_items_cover_every_recipe_of_every_case_once() -> None:
+    cases = specs(("needle",), (512,), 1)
+    names = [f"m{number}" for number in range(7)]
+    work = items(cases, names, (0.5,), chunk=3)
+    assert sorted((item.spec.key, name) for item in work for name in item.recipes) == sorted(
+        (spec.key, name) for spec in cases for name in names
+    )
+    assert max(len(item.recipes) for item in work) == 3
+
+
+def test_resuming_leaves_out_exactly_what_is_settled() -> None:
+    known = entries(["snapkv", "kivi 4-bit"])
+    (item, *_) = items(specs(("needle",), (512,), 1), list(known), (0.5, 0.25), chunk=10)
+    every = missing(item, known, set())
+    assert sorted(every) == [("full", OWN), ("kivi 4-bit", OWN), ("snapkv", "0.25"), ("snapkv", "0.5")]
+    done = {(item.spec.key, "snapkv", "0.5"), ("another case", "full", OWN)}
+    assert missing(item, known, done) == [pair for pair in every if pair != ("snapkv", "0.5")]
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(SystemExit, match="snapvk"):
+        entries(["snapvk"])
+
+
+# -- verdicts
+
+
+def test_mean_and_standard_error() -> None:
+    found = Mean.of([1.0, 2.0, 3.0])
+    assert found is not None
+    assert (found.value, found.n) == (2.0, 3) and math.isclose(found.error, 1 / math.sqrt(3))
+    assert Mean.of([]) is None and str(Mean.of([1.0])) == "+1.000"
+
+
+def test_differences_are_paired_over_common_cases() -> None:
+    rows = Rows([*rows_of("kvzip", [0.0, 1.0, 5.0]), *rows_of("snapkv", [0.5, 1.5])])
+    gained = rows.advantage("kvzip", "snapkv", "0.25")
+    assert gained is not None and (gained.value, gained.error, gained.n) == (0.5, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ([0.1, 0.2, 0.3], [0.9, 1.1, 1.0], "holds"),
+        ([0.9, 1.1, 1.0], [0.1, 0.2, 0.3], "does not hold"),
+        ([0.0, 1.0, 0.0], [1.0, 0.0, 0.1], "undecided"),
+    ],
+)
+def test_the_better_recipe_is_told_from_chance(ours: list[float], theirs: list[float], verdict: str) -> None:
+    rows = Rows([*rows_of("kvzip", ours), *rows_of("snapkv", theirs)])
+    assert verdicts(direction_checks(rows))["kvzip loses less than snapkv at 25%"] == verdict
+
+
+def test_near_lossless_and_its_opposite() -> None:
+    good, bad = [0.01, 0.02, 0.0], [1.0, 2.0, 1.5]
+    rows = Rows([*rows_of("kivi 4-bit", good, OWN), *rows_of("per-token 2-bit", bad, OWN)])
+    found = verdicts(direction_checks(rows))
+    assert found[f"kivi 4-bit loses less than {NEAR:g} nats a token"] == "holds"
+    assert found[f"per-token 2-bit loses more than {NEAR:g} nats a token"] == "holds"
+    swapped = Rows([*rows_of("kivi 4-bit", bad, OWN), *rows_of("per-token 2-bit", good, OWN)])
+    found = verdicts(direction_checks(swapped))
+    assert found[f"kivi 4-bit loses less than {NEAR:g} nats a token"] == "does not hold"
+    assert found[f"per-token 2-bit loses more than {NEAR:g} nats a token"] == "does not hold"
+
+
+def test_mikv_is_compared_with_eviction_at_small_budgets_only() -> None:
+    losses = [0.1, 0.2]
+    rows = Rows(
+        row for name in ("mikv", "h2o", "snapkv") for budget in ("0.5", "0.25") for row in rows_of(name, losses, budget)
+    )
+    found = [check.expected for check in direction_checks(rows) if check.expected.startswith("mikv")]
+    assert found == ["mikv loses less than h2o at 25%", "mikv loses less than snapkv at 25%"]
+
+
+def test_a_claim_is_tested_as_its_note_says() -> None:
+    rows = Rows([*rows_of("kivi", [0.3, 0.3], OWN), {**row("think", 0.0), "gap": "the smallest is 0.7"}])
+    assert claim_check(rows, "kivi", {"near": 0.5}).verdict == "holds"
+    assert claim_check(rows, "kivi", {"near": 0.2}).verdict == "does not hold"
+    impossible = claim_check(rows, "think", {"near": 0.1})
+    assert (impossible.verdict, impossible.numbers) == ("not possible", "the smallest is 0.7")
+    assert claim_check(rows, "h2o", {}).verdict == "not measured"
+
+
+def test_the_report_gives_the_reason_only_where_a_claim_fails() -> None:
+    notes = {"snapkv": {"near": 0.1, "why": "too small a model"}, "h2o": {"near": 9.0, "why": "never shown"}}
+    text = report([*rows_of("snapkv", [1.0, 1.2]), *rows_of("h2o", [1.0, 1.2])], notes)
+    assert "too small a model" in text and "never shown" not in text
+    assert "| snapkv | 0.25 | 25.0% |  | 0/2 |" in text
+
+
+def test_gaps_and_failures_are_reported() -> None:
+    rows = [*rows_of("h2o", [1.0]), {**row("think", 0.0), "gap": "no room"}, {**row("tova", 0.0), "error": "broken"}]
+    text = report(rows, {})
+    assert "think at 0.25: no room" in text and "tova at 0.25, needle/512/0.5/0: broken" in text
+
+
+def test_every_note_is_about_a_registered_method_and_can_be_read() -> None:
+    import tomllib
+
+    from benchmarks.kv_evidence import NOTES
+    from workbench.registry import registered
+
+    notes = tomllib.loads(NOTES.read_text(encoding="utf-8"))
+    assert set(notes) <= {cls.key for cls in registered("kv")}
+    for key, note in notes.items():
+        assert set(note) <= {"near", "against", "at", "tasks", "recipe", "why"}, key
+        assert set(note.get("tasks", ())) <= set(TASKS), key
+        assert {note.get("against", "full"), note.get("recipe", "full")} <= set(entries()), key
