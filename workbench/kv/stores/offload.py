@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.trace import LayerTrace
 from workbench_kernels import attend
@@ -33,6 +33,12 @@ class Retriever(ABC):
     @abstractmethod
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Entries [k, e, d], [k, e, dv] at positions [k, e] have moved to the next slots of host memory."""
+
+    def watch(self, weights: Tensor, positions: Tensor) -> None:  # noqa: B027 (most need no feedback)
+        """What queries gave to the entries they attended to; computed only for a class that overrides this.
+
+        weights: softmax rows float32 [k, g, q, m], 0 for what a query did not see; positions: int64 [k, m].
+        """
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -163,26 +169,39 @@ class OffloadStore(TieredStore):
         weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         outs = []
+        watched = type(self.retriever).watch is not Retriever.watch
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
             slots, chosen = self.distinct(*self.retriever.find(part, scale))
             wait = self.far.fetch(slots)
-            near = self.near.contents(query.dtype)
+            near = self.near_contents(query.dtype)
             seen = seen_by(at, near.positions, near.valid, window)
             keys, values, positions = wait()
             if window is not None:
                 chosen = chosen & (positions[:, None] > at[None, :, None] - window)
             shape = (near.keys.shape[0], len(at), near.keys.shape[1])
             seen = torch.ones(shape, dtype=torch.bool, device=query.device) if seen is None else seen.expand(shape)
-            out, _ = attend(
+            out, rows = attend(
                 part,
-                torch.cat([near.keys, keys.to(query.dtype)], dim=1),
-                torch.cat([near.values, values.to(query.dtype)], dim=1),
+                torch.cat([near.keys, self.as_numbers(keys, query.dtype)], dim=1),
+                torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
                 scale=scale,
                 visible=torch.cat([seen, chosen], dim=2),
                 softcap=softcap,
+                weights=watched,
             )
             outs.append(out)
+            if rows is not None:
+                there = near.positions.expand(len(positions), -1).long()
+                self.retriever.watch(rows, torch.cat([there, positions], dim=1))
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
+
+    def near_contents(self, dtype: torch.dtype) -> Contents:
+        """What is on the device, as `dtype`."""
+        return self.near.contents(dtype)
+
+    def as_numbers(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [..., w] as they are held, as keys or values of `dtype`."""
+        return rows.to(dtype)
 
     def distinct(self, slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of slots [k, q, c] found by several queries: each once, int64 [k, u], and whose it is, bool [k, q, u]."""
