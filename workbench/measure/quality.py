@@ -126,10 +126,13 @@ def output_error(reference: Tensor, other: Tensor) -> Tensor:
     """Relative L2 error of each head's output: [h] float32, for outputs [h, t, d] of any dtype.
 
     The norm of the difference over the norm of the reference, both over all tokens and channels of the head. Where the
-    reference is zero: 0 if the other is zero too, else infinity.
+    reference is zero: 0 if the other is zero too, else infinity. Heads that weight methods made narrower or wider have
+    no common channels: their error is not a number.
     """
-    if reference.ndim != 3 or reference.shape != other.shape:
+    if reference.ndim != 3 or other.ndim != 3 or reference.shape[:2] != other.shape[:2]:
         raise InputError(f"outputs must both be [h, t, d], not {list(reference.shape)} and {list(other.shape)}")
+    if reference.shape[2] != other.shape[2]:
+        return torch.full((len(reference),), torch.nan, device=reference.device)
     reference, other = reference.detach().float(), other.detach().float()
     error = torch.linalg.vector_norm(other - reference, dim=(1, 2))
     size = torch.linalg.vector_norm(reference, dim=(1, 2))

@@ -2,5 +2,6 @@
 
 from workbench.weights.base import WeightMethod, compressed
 from workbench.weights.hqq import HQQ
+from workbench.weights.transact import TransAct
 
-__all__ = ["HQQ", "WeightMethod", "compressed"]
+__all__ = ["HQQ", "TransAct", "WeightMethod", "compressed"]

@@ -25,21 +25,35 @@ class WeightMethod(Method):
     """
 
     family: ClassVar[Family] = "weights"
+    measure: ClassVar[str] = "16-bit size"  # what `full_nbytes` counts, in words
 
     def refuses(self, linear: nn.Linear) -> str | None:
         """Why this layer must be left alone whatever the parameters; None if it can be compressed."""
         return None
 
+    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+        """Which of these layers must be left alone because of where they stand in the model, by name, and why."""
+        return {}
+
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
         """Raise NotApplicable, naming the layers, where the parameters do not fit them; nothing was started yet."""
 
     def nbytes(self, linear: nn.Linear) -> int:
-        """Bytes of what `compress` makes of this layer's weight."""
+        """Bytes of what becomes of this layer's weight."""
         raise NotImplementedError
+
+    def full_nbytes(self, linear: nn.Linear) -> int:
+        """Bytes of this layer's weight by which budgets are measured: those at 16 bits."""
+        return 2 * linear.weight.numel()
 
     def compress(self, linear: nn.Linear) -> nn.Module:
         """The layer that stands in for this one, which stays as it is."""
         raise NotImplementedError
+
+    def apply(self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], progress: Progress) -> None:
+        """Put what becomes of these layers into the copy `twin`; override where they depend on each other."""
+        for name, linear in progress.track(linears.items(), f"compressing by {self.key}", len(linears)):
+            twin.set_submodule(name, self.compress(linear))
 
     def left_alone(self, model: nn.Module) -> dict[str, str]:
         """The weight matrices that keep their precision, by name, and why; vectors such as biases are not listed."""
@@ -54,7 +68,7 @@ class WeightMethod(Method):
         kept = f"; left alone: {'; '.join(parts)}" if parts else ""
         return (
             f"{self.key}: {len(survey.linears)} linear layers in {compact / 2**20:.1f} MiB "
-            f"({compact / full:.1%} of their 16-bit size){kept}"
+            f"({compact / full:.1%} of their {self.measure}){kept}"
         )
 
 
@@ -104,6 +118,9 @@ class Survey:
                         linears[name] = module
                     else:
                         left[name] = reason
+        refused = method.refused(model, linears)
+        linears = {name: linear for name, linear in linears.items() if name not in refused}
+        left.update(refused)
         if not linears:
             raise NotApplicable(f"{method.key}: this model has no linear layer left that could be compressed")
         return cls(method, linears, left)
@@ -115,8 +132,8 @@ class Survey:
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes of the same layers at 16 bits."""
-        return sum(2 * linear.weight.numel() for linear in self.linears.values())
+        """Bytes of the same layers as the method measures them, usually at 16 bits."""
+        return sum(self.method.full_nbytes(linear) for linear in self.linears.values())
 
     def check(self) -> None:
         """Raise NotApplicable or BudgetTooSmall before anything is computed."""
@@ -130,8 +147,8 @@ class Survey:
         if self.nbytes > limit:
             smallest = math.ceil(self.nbytes / self.full_nbytes * 1e4) / 1e4
             raise BudgetTooSmall(
-                f"{method.key}: the budget {method.effective_budget} of the 16-bit weights cannot be met with "
-                f"{_settings(method)}; the smallest possible is {smallest:.4g}",
+                f"{method.key}: the budget {method.effective_budget} of the weights' {method.measure} cannot be met "
+                f"with {_settings(method)}; the smallest possible is {smallest:.4g}",
                 smallest,
             )
 
@@ -149,8 +166,7 @@ def compressed(model: PreTrainedModel, methods: Sequence[Method], progress: Prog
             raise BadRecipe(f"{method.key} is no weight method: it is of the family {method.family!r}")
         survey = Survey.of(twin, method)
         survey.check()
-        for name, linear in progress.track(survey.linears.items(), f"compressing by {method.key}", len(survey.linears)):
-            twin.set_submodule(name, method.compress(linear))
+        method.apply(twin, survey.linears, progress)
     return twin
 
 

@@ -1,0 +1,238 @@
+"""TransAct."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workbench.progress import Progress
+from workbench.registry import Paper, param, register
+from workbench.weights.base import WeightMethod
+from workbench.weights.narrow import NarrowAttention, known_attention, narrowed, sampled_texts
+
+_TEXT = 32  # tokens of each calibration text
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer stands: in whose modules, which side of it is inside, and how the whole model divides.
+
+    axis: 0 for layers that lead into a module, 1 for those that lead out of it. heads: parts of this many dimensions,
+    `width`. whole: bytes of all layers that are pruned; values: of those in attention, whose heads have `value_width`.
+    """
+
+    axis: int
+    in_attention: bool
+    heads: int
+    width: int
+    whole: int
+    values: int
+    value_width: int
+
+
+# Found when a model is looked through, and the same for every budget.
+_places: WeakKeyDictionary[nn.Linear, _Place] = WeakKeyDictionary()
+
+
+@register
+class TransAct(WeightMethod):
+    """Leave out dimensions inside attention and MLP modules that carry little, and keep what flows between modules.
+
+    Inside a module lie its transitional activations: the neurons of an MLP, and in attention what each head takes out
+    of its values. Those with the smallest magnitude over calibration texts (root of the mean square) go, with the rows
+    and columns of the weights around them, the same share in every module and head; the query heads that share a KV
+    head count together. Matrices are really smaller, and so is the cache, whose values have fewer channels. Pruning is
+    iterative: a part goes, the activations of what is left are measured again, the next part goes.
+
+    The published method also prunes queries and keys, calibrates on a corpus, and trains the pruned model on. Here
+    queries and keys stay whole, so that scores are exact and rotary positions keep their meaning; the texts are what
+    the model itself says (so no data are needed); and nothing is trained, so that much smaller shares can be pruned.
+
+    Budget: the share of the bytes of the layers that are pruned, at the precision they are held in.
+    """
+
+    key = "transact"
+    title = "TransAct"
+    paper = Paper(
+        "Pruning Large Language Models to Intra-module Low-rank Architecture with Transitional Activations",
+        "Shen et al. 2024",
+        "2407.05690",
+    )
+    claim = "smaller weights, KV cache and attention at high compression, with training after pruning"
+    default_budget = 0.9
+    measure: ClassVar[str] = "size"
+
+    texts: int = param(24, ge=1, le=256, help=f"texts of {_TEXT} tokens over which activations are measured")
+    rounds: int = param(2, ge=1, le=16, help="in how many steps the dimensions go")
+    seed: int = param(0, ge=0, le=2**31 - 1, help="which texts the model says")
+
+    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+        sites = _sites(model)
+        places = {name: place for site in sites for name, place in site.places.items()}
+        taken = {name: linear for name, linear in linears.items() if name in places}
+        whole = sum(self.full_nbytes(linear) for linear in taken.values())
+        values = sum(self.full_nbytes(linear) for name, linear in taken.items() if places[name][1])
+        value_width = next((site.width for site in sites if isinstance(site, _Values)), 1)
+        for name, linear in taken.items():
+            axis, in_attention, heads = places[name]
+            width = linear.weight.shape[axis] // heads
+            _places[linear] = _Place(axis, in_attention, heads, width, whole, values, value_width)
+        return {name: _why(name) for name in linears if name not in taken}
+
+    def nbytes(self, linear: nn.Linear) -> int:
+        place = _places[linear]
+        return self.full_nbytes(linear) // linear.weight.shape[place.axis] * self._kept(place) * place.heads
+
+    def full_nbytes(self, linear: nn.Linear) -> int:
+        return linear.weight.numel() * linear.weight.element_size()
+
+    def _kept(self, place: _Place) -> int:
+        """How many dimensions of each head, or neurons, stay."""
+        assert self.effective_budget is not None
+        limit = self.effective_budget.nbytes(place.whole)
+        if limit is None:
+            return place.width  # a budget in tokens, which is refused
+        # Each head keeps at least one channel; neurons take what is left of the budget.
+        channels = _within(place.value_width, limit / place.whole)
+        if place.in_attention:
+            return _within(place.width, limit / place.whole)
+        room = limit - place.values * channels // place.value_width
+        return _within(place.width, room / (place.whole - place.values))
+
+    def apply(self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], progress: Progress) -> None:
+        sites = [site for site in _sites(twin) if any(name in linears for name in site.places)]
+        targets = [self._kept(_places[linears[next(iter(site.places))]]) for site in sites]
+        begun = [site.width for site in sites]
+        if begun == targets:
+            return
+        ids = sampled_texts(twin, self.texts, _TEXT, self.seed)
+        steps = progress.track(range(self.rounds * len(sites)), f"compressing by {self.key}", self.rounds * len(sites))
+        for step in steps:
+            done, index = divmod(step, len(sites))
+            if index == 0:
+                sizes = activations(twin, sites, ids)
+            left = self.rounds - done - 1
+            count = targets[index] + math.ceil((begun[index] - targets[index]) * left / self.rounds)
+            sites[index].prune(twin, sizes[index].topk(count, dim=-1).indices.sort(dim=-1).values)
+
+
+def _within(width: int, share: float) -> int:
+    return min(max(int(width * share + 1e-9), 1), width)
+
+
+class _Site:
+    """One module with something inside that can be narrower."""
+
+    out: str  # the layer whose input is inside
+    places: dict[str, tuple[int, bool, int]]  # its layers: axis, whether it is attention, heads
+    width: int
+
+    def prune(self, model: PreTrainedModel, kept: Tensor) -> None:
+        """Keep only these dimensions int64 [heads, m]."""
+        raise NotImplementedError
+
+    def by_head(self, squares: Tensor) -> Tensor:
+        """The mean squares of the inputs of `out` [i] as [heads, width]."""
+        raise NotImplementedError
+
+
+class _Neurons(_Site):
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.out = name, f"{name}.down_proj"
+        self.places = {
+            f"{name}.gate_proj": (0, False, 1),
+            f"{name}.up_proj": (0, False, 1),
+            f"{name}.down_proj": (1, False, 1),
+        }
+        self.width = module.get_submodule("down_proj").in_features  # type: ignore[assignment]
+
+    def by_head(self, squares: Tensor) -> Tensor:
+        return squares[None]
+
+    def prune(self, model: PreTrainedModel, kept: Tensor) -> None:
+        for name, (axis, _, _) in self.places.items():
+            linear: Any = model.get_submodule(name)
+            model.set_submodule(name, narrowed(linear, kept[0], axis))
+
+
+class _Values(_Site):
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.out = name, f"{name}.o_proj"
+        self.kv_heads = module.k_proj.out_features // module.head_dim
+        self.groups = module.num_key_value_groups
+        self.places = {
+            f"{name}.v_proj": (0, True, self.kv_heads),
+            f"{name}.o_proj": (1, True, self.kv_heads * self.groups),
+        }
+        self.width = module.v_proj.out_features // self.kv_heads
+
+    def by_head(self, squares: Tensor) -> Tensor:
+        return squares.view(self.kv_heads, self.groups, -1).sum(dim=1)
+
+    def prune(self, model: PreTrainedModel, kept: Tensor) -> None:
+        attention: Any = model.get_submodule(self.name)
+        width = attention.v_proj.out_features // self.kv_heads
+        kept = kept.cpu()
+        heads = torch.arange(self.kv_heads)[:, None]
+        queries = torch.arange(self.kv_heads * self.groups)[:, None]
+        channels = getattr(attention, "value_channels", torch.arange(width).expand(self.kv_heads, -1))
+        narrow = NarrowAttention(
+            attention,
+            narrowed(attention.v_proj, (heads * width + kept).flatten(), 0),
+            narrowed(attention.o_proj, (queries * width + kept.repeat_interleave(self.groups, dim=0)).flatten(), 1),
+            channels.gather(1, kept),
+        )
+        model.set_submodule(self.name, narrow)
+
+
+def _sites(model: nn.Module) -> list[_Site]:
+    """The modules that can be narrower inside, in order."""
+    found: list[_Site] = []
+    for name, module in model.named_modules():
+        projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
+        if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
+            found.append(_Values(name, module))
+        elif projections == ["gate_proj", "up_proj", "down_proj"]:
+            found.append(_Neurons(name, module))
+    return found
+
+
+def _why(name: str) -> str:
+    if name.endswith(("q_proj", "k_proj")):
+        return "queries and keys stay whole"
+    return "it stands in no module whose inside is known"
+
+
+def activations(model: PreTrainedModel, sites: list[_Site], ids: Tensor) -> list[Tensor]:
+    """Root mean square of each site's transitional activations over texts ids [t, n], float32 [heads, width] each."""
+    sums: dict[str, Tensor] = {}
+    with _listening(model, [site.out for site in sites], sums), torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
+    return [site.by_head(sums[site.out] / ids.numel()).sqrt() for site in sites]
+
+
+@contextmanager
+def _listening(model: PreTrainedModel, names: list[str], sums: dict[str, Tensor]) -> Iterator[None]:
+    """Until the block ends, add the squares of what enters these layers, over all tokens, to `sums`."""
+
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        squares = inputs[0].float().square().flatten(0, -2).sum(dim=0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    hooks: list[Callable[[], None]] = []
+    try:
+        for name in names:
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(partial(add, name)).remove)
+        yield
+    finally:
+        for remove in hooks:
+            remove()
