@@ -11,6 +11,7 @@ from workbench.kv.full import Full
 from workbench.kv.h2o import H2O
 from workbench.kv.hack import HACK
 from workbench.kv.headkv import HeadKV, HeadKVR2
+from workbench.kv.ilre import ILRe
 from workbench.kv.kcache import KCache
 from workbench.kv.keydiff import KeyDiff
 from workbench.kv.kivi import KIVI
@@ -47,6 +48,7 @@ __all__ = [
     "Full",
     "HeadKV",
     "HeadKVR2",
+    "ILRe",
     "KCache",
     "KVzip",
     "KeyDiff",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -211,6 +212,20 @@ class Reading:
         self.sample()
         return self.logits
 
+    def feed_below(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Let only the layers below `layer` read ids [p] as the next tokens; their stores take them.
+
+        Returns the queries [h, p, d] and keys [k, p, d] that this layer would attend with; there the pass stops.
+        """
+        self.check_positions(self.position + ids.numel())
+        stopping = _Stopping(self.model, list(self.stores), self.position, progress=self.progress, last=layer)
+        for store in self.stores[:layer]:
+            store.reserve(ids.numel())
+        seen = stopping.stop(ids)
+        self.position += ids.numel()
+        self.sample()
+        return seen
+
     def read_only(self, where: Tensor, most: int, *, closed_up: bool = False) -> None:
         """Forget all that was read, and read only the tokens at `where` int64 [m] ascending, `most` at a time.
 
@@ -297,6 +312,41 @@ class _Feeder(Decoder):
         if self.watch is not None:
             self.watch(layer, query, key, value)
         return out
+
+
+class _Stopped(Exception):
+    """The forward pass has come to the last layer that is needed."""
+
+
+@dataclass
+class _Stopping(Decoder):
+    """A decoder that leaves the model at layer `last`, before its attention."""
+
+    last: int = 0
+    seen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def stop(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries [h, p, d] and keys [k, p, d] of the last layer."""
+        with suppress(_Stopped):
+            self.feed(ids)
+        assert self.seen is not None
+        return self.seen
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        if layer == self.last:
+            self.seen = query, key
+            raise _Stopped
+        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
 
 
 @dataclass
