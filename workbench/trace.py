@@ -131,7 +131,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo in float32 what `rotate` with the same table did to x, but for the factor that YaRN and LongRoPE scale by."""
+    """Undo in float32 what `rotate` with the same table did to x, but for the factor of YaRN and LongRoPE."""
     size = (cos.square() + sin.square()).sqrt()
     return rotate(x.float(), cos / size, -sin / size)
 

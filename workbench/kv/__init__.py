@@ -12,6 +12,7 @@ from workbench.kv.h2o import H2O
 from workbench.kv.hack import HACK
 from workbench.kv.headkv import HeadKV, HeadKVR2
 from workbench.kv.ilre import ILRe
+from workbench.kv.infllm import InfLLM
 from workbench.kv.kcache import KCache
 from workbench.kv.keydiff import KeyDiff
 from workbench.kv.kivi import KIVI
@@ -49,6 +50,7 @@ __all__ = [
     "HeadKV",
     "HeadKVR2",
     "ILRe",
+    "InfLLM",
     "KCache",
     "KVzip",
     "KeyDiff",

@@ -1,0 +1,160 @@
+"""Distant context in blocks in host memory: each pass fetches the blocks that match it, all at one distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.dense import DenseStore
+from workbench.kv.stores.host import HostRows
+from workbench.kv.stores.rows import Rows
+from workbench.kv.stores.tiered import TieredStore
+from workbench.trace import turned_back
+
+_TOGETHER = 128  # queries that look up blocks together: bounds what scores take for a long question
+
+Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From positions [p] to the rotary table (cos, sin), each [p, r]."""
+
+
+class BlockStore(TieredStore):
+    """The first `sinks` tokens and a window on the device; what leaves the window goes to host memory in whole blocks.
+
+    What stands `window` tokens or more behind a query is attended to as if it stood exactly `window` behind it, so no
+    text is too long for the model's positions. Of each block the device holds the mean key of the `representatives`
+    that its own window attended to most, as it would be at position 0; a pass fetches the `blocks` blocks that match
+    the mean of its queries best over all heads. All heads hold the same positions.
+
+    room: entries a head that may be on the device; a pass of more tokens than fit takes what it needs.
+    """
+
+    def __init__(
+        self,
+        near: DenseStore,
+        far: HostRows,
+        means: Rows,
+        rotation: Rotation,
+        *,
+        room: int,
+        sinks: int,
+        window: int,
+        block: int,
+        representatives: int,
+        blocks: int,
+    ) -> None:
+        """near: with a mass, which is the attention that each entry received from its window. means [k, far blocks, d].
+
+        rotation: the layer's rotary table.
+        """
+        self.near, self.far, self.means, self.rotation = near, far, means, rotation
+        self.room, self.sinks, self.window = room, sinks, window
+        self.block, self.representatives, self.blocks = block, representatives, blocks
+
+    @classmethod
+    def empty(cls, keys: Tensor, values: Tensor, rotation: Rotation, **sizes: int) -> BlockStore:
+        """A store without entries, for such keys [k, 0, d] and values [k, 0, dv]."""
+        positions, mass = (keys.new_empty(keys.shape[0], 0, 1, dtype=kind) for kind in (torch.int32, torch.float32))
+        near = DenseStore(Rows.of(keys), Rows.of(values), Rows.of(positions), Rows.of(mass))
+        far = HostRows.where(keys, values, torch.ones(keys.shape[:2], dtype=torch.bool), keys.dtype)
+        return cls(near, far, Rows.of(keys.clone()), rotation, **sizes)
+
+    @property
+    def reach(self) -> int:
+        return self.window
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        excess = self.near.longest + keys.shape[1] - self.room
+        movable = max(self.near.longest - self.sinks, 0) // self.block
+        if excess > 0 and movable:
+            self._move_out(min(-(-excess // self.block), movable))
+        self.near.append(keys, values, positions)
+
+    def _move_out(self, count: int) -> None:
+        """Move the oldest `count` blocks behind the sinks to host memory."""
+        held, mass = self.near.contents(self.means.data.dtype), self.near.remembered
+        assert mass is not None
+        positions = held.positions[0].long()
+        slots = positions.argsort()[self.sinks : self.sinks + count * self.block]  # [e], oldest first
+        keys, where, heads = held.keys[:, slots], positions[slots], held.keys.shape[0]
+        self.far.append(keys, held.values[:, slots], where.expand(heads, -1))
+        flat = turned_back(keys, *self.rotation(where)).unflatten(1, (count, self.block))  # [k, c, block, d]
+        most = mass[:, slots].unflatten(1, (count, self.block)).topk(self.representatives, dim=2).indices
+        means = flat.gather(2, most[..., None].expand(*most.shape, flat.shape[-1])).mean(dim=2)
+        self.means.append(means.to(self.means.data.dtype), block=count)
+        self.near.evict(slots.expand(heads, -1))
+
+    def reserve(self, tokens: int) -> None:
+        self.near.reserve(max(min(tokens, self.room - self.near.longest), 0))
+
+    def attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = zip(query.split(_TOGETHER, dim=1), query_positions.split(_TOGETHER), strict=True)
+        return torch.cat([self._pass(part, at, scale, softcap) for part, at in parts], dim=1), None
+
+    def _pass(self, query: Tensor, at: Tensor, scale: float, softcap: float | None) -> Tensor:
+        near = self.near.contents(torch.float32)
+        kv_heads = near.keys.shape[0]
+        keys, values, positions = near.keys, near.values, near.positions[0].long()
+        grouped = query.float().unflatten(0, (kv_heads, -1))  # [k, g, q, d]
+        at = at.to(positions.device)
+        # As queries would be at position `window`, where all that is distant is at position 0.
+        distant = turned_back(grouped, *self.rotation((at - self.window).clamp_min(0)))
+        slots = self.find(distant)
+        if slots.numel():
+            far_keys, far_values, far_positions = self.far.fetch(slots.expand(kv_heads, -1))()
+            keys = torch.cat([keys, far_keys.float()], dim=1)
+            values = torch.cat([values, far_values.float()], dim=1)
+            positions = torch.cat([positions, far_positions[0]])
+        behind = at[:, None] - positions  # [q, m]
+        scores = grouped @ keys[:, None].transpose(2, 3)  # [k, g, q, m]
+        clipped = (behind[-1] >= self.window).nonzero()[:, 0]
+        if clipped.numel():
+            flat = turned_back(keys[:, clipped], *self.rotation(positions[clipped]))
+            scores[..., clipped] = torch.where(
+                behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), scores[..., clipped]
+            )
+        scores *= scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        rows = scores.masked_fill_(behind < 0, -torch.inf).softmax(dim=-1)
+        mass, count = self.near.remembered, near.keys.shape[1]
+        assert mass is not None
+        inside = (behind[:, :count] < self.window).float()
+        self.near.remember(mass + (rows[..., :count] * inside).sum(dim=(1, 2)))
+        return (rows @ values[:, None]).flatten(0, 1).to(query.dtype)
+
+    def find(self, distant: Tensor) -> Tensor:
+        """The slots in host memory of the blocks for queries [k, g, q, d] at position `window`, int64 [e]."""
+        held = self.means.longest
+        query = distant.mean(dim=2).sum(dim=1)  # [k, d]
+        relevance = torch.einsum("kd,kbd->b", query, self.means.view().float())
+        best = relevance.topk(min(self.blocks, held)).indices.sort().values
+        return (best[:, None] * self.block + torch.arange(self.block, device=best.device)).flatten()
+
+    def index(self) -> list[Tensor]:
+        return self.means.tensors()
+
+    def clone(self) -> Self:
+        return type(self)(
+            self.near.clone(),
+            self.far.clone(),
+            self.means.clone(),
+            self.rotation,
+            room=self.room,
+            sinks=self.sinks,
+            window=self.window,
+            block=self.block,
+            representatives=self.representatives,
+            blocks=self.blocks,
+        )
