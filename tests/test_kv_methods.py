@@ -65,6 +65,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "lazyeviction": {"window": 8},
     "infllm": {"sinks": 2, "block": 4},
     "ilre": {"query": 8, "window": 16, "chunk": 8},
+    "xl3m": {"segment": 8, "query": 8},
 }
 KEYS = [cls.key for cls in registered("kv")]
 BUDGETED = [key for key in KEYS if key != "full"]

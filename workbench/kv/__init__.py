@@ -32,6 +32,7 @@ from workbench.kv.think import ThinK
 from workbench.kv.tova import TOVA
 from workbench.kv.uncomp import UNComp
 from workbench.kv.vkv_1bit import VisualKV1Bit
+from workbench.kv.xl3m import XL3M
 from workbench.kv.zipcache import ZipCache
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "HACK",
     "KIVI",
     "TOVA",
+    "XL3M",
     "AdaKV",
     "DeltaLLM",
     "EigenAttention",
