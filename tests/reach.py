@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# ThinK prunes keys alone: values and the layers that stay exact are more than half.
-LEAST = {"think": 0.7}
+# ThinK prunes keys alone, KCache moves values alone: the other half, positions and exact layers stay.
+LEAST = {"think": 0.7, "kcache": 0.7}
 
 
 def within_reach(key: str, budget: float) -> float:

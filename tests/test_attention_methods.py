@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import workbench as wb
 from workbench.attention import MASFormer, MemoryEfficient
 from workbench.attention import memory_efficient as module
-from workbench.attention.base import AttentionMethod, visible_entries
+from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.attention.exact import causal_attention
 from workbench.attention.memory_efficient import chunked_attention
 from workbench.errors import BadBudget, BudgetTooSmall
@@ -77,7 +77,7 @@ def test_chunks_equal_exact_attention_for_every_grouping(heads: int, kv_heads: i
     query, key, value = drawn(200, heads, kv_heads)
     want = causal_attention(query, key, value, scale=0.35, window=window)
     got = MemoryEfficient(query_chunk=32, key_chunk=48).attend(
-        query, key, value, scale=0.35, window=window, softcap=None
+        query, key, value, scale=0.35, window=window, softcap=None, at=Pass(1, 200)
     )
     assert (got - want).abs().max() < 1e-5
 

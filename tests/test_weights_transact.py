@@ -188,7 +188,7 @@ def test_the_cache_of_a_run_is_narrower(tiny_llama: PreTrainedModel) -> None:
     session.read(IDS)
     plain, narrow = session.run("full", max_new_tokens=4), session.run(TransAct(budget=0.5), max_new_tokens=4)
     # Keys of 16 channels and values of 16, against values of 8.
-    assert narrow.plan.nbytes == plain.plan.nbytes * 3 // 4
+    assert narrow.plan.nbytes == plain.plan.nbytes * 3 // 4 and narrow.plan.full_nbytes == plain.plan.full_nbytes
     assert narrow.decoder is not None and sum(store.nbytes for store in narrow.decoder.stores) > 0
     held = [run.memory.samples[-1].categories["weights"] for run in (plain, narrow)]
     assert held[1] < held[0] and narrow.quality.kl > 0

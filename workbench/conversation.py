@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workbench.attention.base import AttentionMethod
 from workbench.decoding import Decoder, greedy
 from workbench.errors import BadParameter, NotRead, PromptTooLong
 from workbench.judging import judge, reference
@@ -135,7 +136,8 @@ class Conversation:
     def decoder(self) -> Decoder:
         """The model on fresh stores that hold what was planned."""
         evicting = self.plan.stages.evict if self.plan.evicts else None
-        return Decoder(self.model, self.plan.stores(), self.plan.position, evicting)
+        attending = next((m for m in self.recipe.methods if isinstance(m, AttentionMethod) and m.decodes), None)
+        return Decoder(self.model, self.plan.stores(), self.plan.position, evicting, attending)
 
     def judged(self, run: Run, progress: Progress, continuation: Question = None) -> Verdict:
         """The run's verdict: compared with the uncompressed run on its answer, or on a given continuation."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine import device_of, forward
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes
 from workbench.progress import Progress
 
@@ -23,19 +25,21 @@ class Decoder:
     needed.
 
     evicting: the method that evicts while decoding, or None; entries beyond the size that its stores begin with make
-    others leave. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress: asked at every layer
-    whether to stop.
+    others leave. attention: the method that attends in its own way while decoding, or None. outputs: where asked for,
+    each layer's attention outputs [h, t, dv]. progress: asked at every layer whether to stop.
     """
 
     model: PreTrainedModel
     stores: list[Store]
     position: int
     evicting: KVMethod | None = None
+    attention: AttentionMethod | None = None
     outputs: list[list[Tensor]] | None = None
     progress: Progress | None = None
     activations: int = 0
     workspace: int = 0
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
+    _at: Pass = field(default_factory=lambda: Pass(0, 0), repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +85,10 @@ class Decoder:
         if watching:
             self._make_room(layer, key.shape[1])
         store.append(key, value, positions)
-        out, weights = store.attend(query, positions, scale=scale, window=window, softcap=softcap, weights=watching)
+        if self.attention is not None and not isinstance(store, SlidingStore):
+            out, weights = self._own_way(layer, query, positions, scale, window, softcap), None
+        else:
+            out, weights = store.attend(query, positions, scale=scale, window=window, softcap=softcap, weights=watching)
         if watching and weights is not None and isinstance(store, DenseStore) and store.mass is not None:
             assert self.evicting is not None and store.remembered is not None
             store.remember(self.evicting.watch(store.remembered, weights))
@@ -90,9 +97,24 @@ class Decoder:
         self._leave(before)
         return out
 
+    def _own_way(
+        self, layer: int, query: Tensor, positions: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """The attention method's output over what the layer's store holds."""
+        assert self.attention is not None
+        self._at.layer = layer
+        store = self.stores[layer]
+        held = store.contents(query.dtype)
+        shape = (held.keys.shape[0], query.shape[1], held.keys.shape[1])
+        seen = seen_by(positions, held.positions, held.valid, window)
+        everything = torch.ones(1, dtype=torch.bool, device=query.device)
+        visible = (everything if seen is None else seen).expand(shape)
+        return self.attention.decode(query, held, visible, scale=scale, softcap=softcap, at=self._at)
+
     def clone(self) -> Decoder:
         """An independent continuation from here."""
-        twin = Decoder(self.model, [s.clone() for s in self.stores], self.position, self.evicting)
+        stores = [store.clone() for store in self.stores]
+        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from workbench.attention.base import AttentionMethod
+from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.attention.exact import causal_attention
 from workbench.engine import device_of, forward
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
@@ -33,6 +34,8 @@ class _Recorder:
     timeline: Timeline
     weights: int
     live: LiveBytes | CudaBytes
+    at: Pass
+    plain_widths: Sequence[tuple[int, int]] | None
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerTrace] = {}
@@ -52,8 +55,12 @@ class _Recorder:
         self.progress.update("reading", len(self.layers), self.facts.layers)
         tokens, own = query.shape[1], window
         window = _combined_window(own, self.method, layer, self.facts.layers, tokens)
-        attend = causal_attention if self.method is None else self.method.attend
-        out = attend(query, key, value, scale=scale, window=window, softcap=softcap)
+        self.at.layer = layer
+        if self.method is None:
+            self.at.count(query.shape[0] * visible_entries(tokens, window))
+            out = causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+        else:
+            out = self.method.attend(query, key, value, scale=scale, window=window, softcap=softcap, at=self.at)
         before = self.held if self.home == query.device else 0  # of what is live here, the recording so far
         held = tuple(x.to(self.home) for x in (key, value, query))
         self.layers[layer] = LayerTrace(
@@ -67,6 +74,7 @@ class _Recorder:
             softcap=softcap,
             rotary=partial(rotary, self.plain, layer),
             narrowed_from=min(own or tokens, tokens) if window != own else None,
+            plain_widths=None if self.plain_widths is None else self.plain_widths[layer],
         )
         self.held += sum(x.nbytes for x in held)
         self.timeline.add(
@@ -96,12 +104,14 @@ def read(
     keep_on: torch.device | None = None,
     weight_nbytes: int = 0,
     plain: PreTrainedModel | None = None,
+    plain_widths: Sequence[tuple[int, int]] | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """Read a prompt and record it.
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
-    host memory for a model on the GPU (default: the model's device). Raises PromptTooLong, BadPrompt, NotApplicable;
+    host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
+    compressed from, and the sizes (d, dv) of its heads, layer by layer. Raises PromptTooLong, BadPrompt, NotApplicable;
     BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between layers.
     """
     tokens = prompt.ids.numel()
@@ -119,7 +129,10 @@ def read(
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
     with watch("read"), live_bytes(device) as live:
-        recorder = _Recorder(plain or model, facts, method, progress, keep_on or device, timeline, weight_nbytes, live)
+        at = Pass(facts.layers, tokens)
+        recorder = _Recorder(
+            plain or model, facts, method, progress, keep_on or device, timeline, weight_nbytes, live, at, plain_widths
+        )
         logits = forward(model, recorder, prompt.ids, torch.arange(tokens))[-1]
     if sorted(recorder.layers) != list(range(facts.layers)):
         missing = sorted(set(range(facts.layers)) - set(recorder.layers))
@@ -127,7 +140,7 @@ def read(
     progress.update("reading", facts.layers, facts.layers)
     layers = tuple(recorder.layers[index] for index in range(facts.layers))
     exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
-    return Trace(prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline)
+    return Trace(prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed))
 
 
 def take_in(

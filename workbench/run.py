@@ -136,6 +136,7 @@ class Run(Shown):
             "kv_full_nbytes": self.plan.full_nbytes,
             "kv_host_nbytes": self.plan.host_nbytes,
             "kv_share": self.plan.share,
+            "score_share": self.plan.trace.score_share,
             "exact_layers": {str(layer): reason for layer, reason in self.plan.exact.items()},
             "notes": list(self.notes),
             "timing": self.timing.to_dict(),
@@ -153,12 +154,17 @@ class Run(Shown):
         record = self.to_dict(quality=False)
         held, full, host = (record[name] for name in ("kv_nbytes", "kv_full_nbytes", "kv_host_nbytes"))
         asked = [f"  asked    {self.question}"] if self.question else []
+        scores = record["score_share"]
+        attended = (
+            [] if scores is None or not self.recipe.family("attention") else [f"  scores   {scores:.1%} computed"]
+        )
         lines = [
             f"Run of {self.recipe.label}",
             *asked,
             f"  answer   {self.text.strip()}",
             f"  cache    {mib(held)} of {mib(full)} ({held / full:.1%})"
             + (f", {mib(host)} more in host memory" if host else ""),
+            *attended,
         ]
         if self.measured:
             lines.append(f"  quality  {self.quality}")

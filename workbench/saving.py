@@ -186,6 +186,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "layers": [{"scale": x.scale, "window": x.window, "softcap": x.softcap} for x in trace.layers],
         "exact": {str(layer): reason for layer, reason in trace.exact.items()},
         "timeline": trace.timeline.to_dict(),
+        "computed": list(trace.computed),
     }
 
 
@@ -354,6 +355,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
         float(saved["read_seconds"]),
         {int(layer): str(reason) for layer, reason in saved["exact"].items()},
         Timeline.from_dict(saved["timeline"]),
+        tuple(int(entries) for entries in saved.get("computed", ())),
     )
 
 

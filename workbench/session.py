@@ -153,10 +153,7 @@ class Session(Shown):
 
     def _plan(self, recipe: Recipe, trace: Trace, progress: Progress | None, question: Tensor | None = None) -> Plan:
         methods = [method for method in recipe.family("kv") if isinstance(method, KVMethod)] or [Full()]
-        attention = _attention(recipe)
-        for method in methods:
-            if attention is not None and method.supplies("read"):
-                raise BadRecipe(f"{method.key} reads the prompt in its own way, and so does {attention.key}: use one")
+        _check_together(_attention(recipe), methods)
         model = self._variants.get(recipe.family("weights"))
         return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question)
 
@@ -169,7 +166,10 @@ class Session(Shown):
             return self.trace
         key = (tuple(weights), attention)
         if key not in self._traces:
-            reading = partial(read, method=attention, plain=self.model) if self.trace.recorded else take_in
+            widths = [(layer.keys_held.shape[-1], layer.values_held.shape[-1]) for layer in self.trace.layers]
+            reading = take_in
+            if self.trace.recorded:
+                reading = partial(read, method=attention, plain=self.model, plain_widths=widths)
             self._traces[key] = reading(
                 self._variants.get(weights, progress),
                 self.facts,
@@ -391,6 +391,7 @@ def row_of(run: Run) -> dict[str, Any]:
         "kv_share": run.plan.share,
         "kv_mib": run.plan.nbytes / 2**20,
         "host_mib": run.plan.host_nbytes / 2**20,
+        "score_share": run.plan.trace.score_share,
         "weights_mib": run.memory.samples[-1].categories["weights"] / 2**20,
         "kl": quality.kl,
         "top1": quality.top1_agreement,
@@ -416,6 +417,20 @@ def _shown(budget: Budget | None) -> float | str | None:
 
 def _takes_budget(recipe: Recipe) -> bool:
     return any(method.key != "full" for method in recipe.family("kv"))
+
+
+def _check_together(attention: AttentionMethod | None, methods: Sequence[KVMethod]) -> None:
+    """Raise BadRecipe where an attention method and KV methods both want to do the same thing."""
+    if attention is None:
+        return
+    for method in methods:
+        if method.supplies("read"):
+            raise BadRecipe(f"{method.key} reads the prompt in its own way, and so does {attention.key}: use one")
+        if attention.decodes and (method.supplies("evict") or method.supplies("retrieve")):
+            raise BadRecipe(
+                f"{attention.key} attends in its own way while decoding, where {method.key} watches or fetches: use "
+                "one of the two"
+            )
 
 
 def _attention(recipe: Recipe) -> AttentionMethod | None:

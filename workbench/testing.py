@@ -538,6 +538,8 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 def a_whole_budget_attends_exactly(method: AttentionMethod) -> None:
+    if not _takes_budget(method):
+        return
     whole = method.with_budget(1.0)
     for architecture in ("llama", "mqa", "gemma3"):
         for tokens in (1, 2, TOKENS):
@@ -549,20 +551,51 @@ def a_whole_budget_attends_exactly(method: AttentionMethod) -> None:
 
 
 def attention_keeps_to_the_budget(method: AttentionMethod) -> None:
-    found = reading()
-    layers = len(found.trace.layers)
-    full = layers * TOKENS * (TOKENS + 1) // 2
-    for budget in BUDGETS:
-        asked = method.with_budget(budget)
-        try:
-            asked.check(TOKENS, layers)
-        except BudgetTooSmall as refusal:
-            _must(budget < refusal.smallest <= 1, f"the budget {budget} is refused, and {refusal.smallest} named")
-            budget = refusal.smallest
+    for architecture in ("llama", "gemma3") if _takes_budget(method) else ():
+        found = reading(architecture)
+        layers = len(found.trace.layers)
+        full = layers * TOKENS * (TOKENS + 1) // 2
+        for budget in BUDGETS:
             asked = method.with_budget(budget)
-            asked.check(TOKENS, layers)
-        entries = asked.entries(TOKENS, layers)
-        _must(entries <= budget * full, f"a budget of {budget} computes {entries} of {full} score entries")
+            try:
+                asked.check(TOKENS, layers)
+            except BudgetTooSmall as refusal:
+                _must(budget < refusal.smallest <= 1, f"the budget {budget} is refused, and {refusal.smallest} named")
+                budget = refusal.smallest
+                asked = method.with_budget(budget)
+                asked.check(TOKENS, layers)
+            foretold = asked.entries(TOKENS, layers)
+            _must(foretold <= budget * full, f"a budget of {budget} foretells {foretold} of {full} score entries")
+            got = read(found.model, facts(found.model), found.trace.prompt, method=asked)
+            computed = sum(got.computed)
+            _must(computed > 0, "it does not tell the pass how many score entries it computed")
+            heads = found.trace.layers[0].heads
+            said = f"{foretold} score entries a head are foretold, {computed / heads:.1f} computed"
+            _must(computed <= foretold * heads, said)
+
+
+def what_comes_after_changes_nothing_before(method: AttentionMethod) -> None:
+    if method.looks_ahead:
+        return
+    found, ids = reading(), reading().trace.ids
+    one, other = (Prompt(torch.cat([ids[:-9], _ids(9, seed)]), chat=False) for seed in (1, 2))
+    rows = [read(found.model, facts(found.model), prompt, method=method).layers[-1].keys for prompt in (one, other)]
+    same = torch.equal(rows[0][:, : TOKENS - 9], rows[1][:, : TOKENS - 9])
+    close = torch.allclose(rows[0][:, : TOKENS - 9], rows[1][:, : TOKENS - 9], rtol=1e-4, atol=1e-5)
+    _must(same or close, "a token sees what comes after it")
+
+
+def decoding_goes_on_as_reading_would(method: AttentionMethod) -> None:
+    found = reading()
+    session = Session((found.model, None), kv_dtype="float32")
+    session.read(found.trace.ids)
+    run = session.run(method, question=_ids(3, seed=2), max_new_tokens=4)
+    again = session.run(method, question=_ids(3, seed=2), max_new_tokens=4)
+    _must(run.tokens == again.tokens, "the same question gets another answer the second time")
+    asked = run.ask(_ids(3, seed=3), max_new_tokens=2)
+    _must(len(asked.tokens) == 2, "a second question is not answered")
+    share = run.to_dict(quality=False)["score_share"]
+    _must(share is not None and 0 < share <= 1, f"the run reports {share} of the score entries")
 
 
 def reading_twice_gives_the_same(method: AttentionMethod) -> None:
@@ -600,6 +633,8 @@ PROMISES: dict[type[Method], tuple[Promise, ...]] = {
         describes_itself,
         a_whole_budget_attends_exactly,
         attention_keeps_to_the_budget,
+        what_comes_after_changes_nothing_before,
+        decoding_goes_on_as_reading_would,
         reading_twice_gives_the_same,
     ),
 }

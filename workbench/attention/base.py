@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -11,14 +12,43 @@ from workbench.attention.exact import causal_attention
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.registry import Family, Method
 
+if TYPE_CHECKING:
+    from workbench.kv.stores import Contents
+
+
+@dataclass
+class Pass:
+    """One pass of a model over some tokens, as the attention method in it sees it.
+
+    layers: how many the model has; layer: the one that attends now. tokens: how many are read with this pass, those
+    before them included. computed: score entries that were really computed at each layer, summed over the query heads.
+    left: what a layer leaves for later ones of the same pass.
+    """
+
+    layers: int
+    tokens: int
+    layer: int = 0
+    computed: list[int] = field(default_factory=list)
+    left: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.computed = self.computed or [0] * self.layers
+
+    def count(self, entries: int) -> None:
+        """Note that so many more score entries were computed at this layer, over all its query heads."""
+        self.computed[self.layer] += entries
+
 
 class AttentionMethod(Method):
     """Base of all methods that change how attention is computed.
 
     Budget: the share of the full causal score entries, over all layers, that are computed while the prompt is read.
+    A method that takes no budget computes all of them, in its own way.
     """
 
     family: ClassVar[Family] = "attention"
+    decodes: ClassVar[bool] = False  # attends in its own way while decoding too
+    looks_ahead: ClassVar[bool] = False  # what a query sees depends on later tokens of the prompt
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
@@ -36,10 +66,31 @@ class AttentionMethod(Method):
         return None
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        at: Pass,
     ) -> Tensor:
-        """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv]."""
+        """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv].
+
+        window: what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
+        """
+        at.count(query.shape[0] * visible_entries(query.shape[1], window))
         return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+
+    def decode(
+        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
+    ) -> Tensor:
+        """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
+
+        Only asked of methods that say `decodes`.
+        """
+        raise NotImplementedError
 
     def entries(self, tokens: int, layers: int) -> int:
         """Score entries that each query head computes over all layers while `tokens` are read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod
+from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.registry import Paper, param, register
 
 
@@ -26,8 +26,17 @@ class MemoryEfficient(AttentionMethod):
     key_chunk: int = param(256, ge=1, le=65536, unit="tokens", help="keys that they look at in one step")
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        at: Pass,
     ) -> Tensor:
+        at.count(query.shape[0] * visible_entries(query.shape[1], window))
         return chunked_attention(
             query,
             key,

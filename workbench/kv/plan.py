@@ -242,7 +242,7 @@ def make_plan(
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
         )
     layers = trace.compressible
-    shapes = [shape_of(layer, dtype) for layer in layers]
+    shapes = [held_shape(layer, dtype) for layer in layers]
     full = uncompressed_nbytes(trace, dtype)
     fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
     label = " + ".join(method.key for method in methods)
@@ -354,16 +354,18 @@ def _streamed_plan(
 
 def uncompressed_nbytes(trace: Trace, dtype: torch.dtype) -> int:
     """Bytes of the uncompressed cache of the whole prompt in `dtype`."""
-    return sum(shape_of(layer, dtype).full_nbytes for layer in trace.layers)
+    return sum(_plain_shape(layer, dtype).full_nbytes for layer in trace.layers)
 
 
-def shape_of(layer: LayerTrace, dtype: torch.dtype) -> Shape:
+def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     """The size of a layer's uncompressed cache in `dtype`: what the plain model's own cache would hold.
 
-    The model's own sliding window never holds more than itself; one that an attention method set is its saving.
+    The model's own sliding window never holds more than itself; one that an attention method set is its saving, and so
+    are heads that a weight method made narrower.
     """
     held = held_shape(layer, dtype)
-    return held if layer.narrowed_from is None else replace(held, tokens=layer.narrowed_from)
+    keys, values = layer.plain_widths or (held.key_width, held.value_width)
+    return replace(held, tokens=layer.narrowed_from or held.tokens, key_width=keys, value_width=values)
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
