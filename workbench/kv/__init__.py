@@ -1,5 +1,6 @@
 """KV-cache methods: which tokens stay, and how they are stored."""
 
+from workbench.kv.a2ats import A2ATS
 from workbench.kv.adakv import AdaKV
 from workbench.kv.cskv import CSKV
 from workbench.kv.deltallm import DeltaLLM
@@ -25,6 +26,7 @@ from workbench.kv.mikv import MiKV
 from workbench.kv.mustafar import Mustafar
 from workbench.kv.prefixkv import PrefixKV
 from workbench.kv.pyramidkv import PyramidKV
+from workbench.kv.retrievalattention import RetrievalAttention
 from workbench.kv.scalekv import ScaleKV
 from workbench.kv.snapkv import SnapKV
 from workbench.kv.streaming_llm import StreamingLLM
@@ -36,6 +38,7 @@ from workbench.kv.xl3m import XL3M
 from workbench.kv.zipcache import ZipCache
 
 __all__ = [
+    "A2ATS",
     "CSKV",
     "EMS",
     "H2O",
@@ -64,6 +67,7 @@ __all__ = [
     "Mustafar",
     "PrefixKV",
     "PyramidKV",
+    "RetrievalAttention",
     "ScaleKV",
     "SnapKV",
     "StreamingLLM",

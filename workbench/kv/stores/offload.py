@@ -23,12 +23,16 @@ QUERIES_AT_ONCE = 16  # queries that fetch together: bounds what is copied for a
 class Retriever(ABC):
     """Finds the entries of one layer's host memory that a query needs; entries are numbered by their slot there."""
 
-    @abstractmethod
     def find(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """For query [h, q, d], as attention gets it: slots int64 [k, q, c], and which of them count, bool [k, q, c].
 
         A head's slots of one query are distinct where they count. All are within the longest head's length.
         """
+        raise NotImplementedError
+
+    def find_at(self, query: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The same for queries at positions [q]; override this instead of `find` where positions matter."""
+        return self.find(query, scale)
 
     @abstractmethod
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -171,7 +175,7 @@ class OffloadStore(TieredStore):
         outs = []
         watched = type(self.retriever).watch is not Retriever.watch
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
-            slots, chosen = self.distinct(*self.retriever.find(part, scale))
+            slots, chosen = self.distinct(*self.retriever.find_at(part, at, scale))
             wait = self.far.fetch(slots)
             near = self.near_contents(query.dtype)
             seen = seen_by(at, near.positions, near.valid, window)
