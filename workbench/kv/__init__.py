@@ -21,6 +21,7 @@ from workbench.kv.knorm import Knorm
 from workbench.kv.kvzip import KVzip
 from workbench.kv.lagkv import LagKV
 from workbench.kv.lazyeviction import LazyEviction
+from workbench.kv.livevlm import LiveVLM
 from workbench.kv.look_m import LookM
 from workbench.kv.mikv import MiKV
 from workbench.kv.mustafar import Mustafar
@@ -62,6 +63,7 @@ __all__ = [
     "Knorm",
     "LagKV",
     "LazyEviction",
+    "LiveVLM",
     "LookM",
     "MiKV",
     "Mustafar",

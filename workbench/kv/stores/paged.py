@@ -1,0 +1,97 @@
+"""Long-term memory in pages on the device, of which a question attends only to those that match it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.dense import DenseStore
+from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.trace import turned_back
+from workbench_kernels import attend
+
+
+class PagedStore(Store):
+    """The first `sinks` entries, pages of what is older than position `recent`, and everything since.
+
+    A pass over several tokens is a question: it chooses `share` of the pages, and single tokens that follow attend to
+    the same ones. Sinks and everything since `recent` are always attended to. All heads hold the same positions, in
+    order.
+    """
+
+    def __init__(
+        self,
+        near: DenseStore,
+        rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
+        *,
+        sinks: int,
+        recent: int,
+        page: int,
+        share: float,
+        pages: tuple[int, ...] | None = None,
+    ) -> None:
+        """rotation: the layer's rotary table. pages: those chosen, None before the first pass."""
+        self.near, self.rotation = near, rotation
+        self.sinks, self.recent, self.page, self.share = sinks, recent, page, share
+        self.pages = pages
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.near.append(keys, values, positions)
+
+    def reserve(self, tokens: int) -> None:
+        self.near.reserve(tokens)
+
+    def attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        held = self.near.contents(query.dtype)
+        positions = held.positions[0].long()
+        last = int((positions < self.recent).sum())
+        numbers = torch.arange(last - self.sinks, device=positions.device) // self.page  # of each long-term slot
+        if self.pages is None or query.shape[1] > 1:
+            at = query_positions.to(positions.device)
+            queries = turned_back(query, *self.rotation(at))
+            self.pages = self.find(queries, held.keys, positions, numbers, scale)
+        open_ = torch.ones_like(positions, dtype=torch.bool)
+        open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
+        causal = seen_by(query_positions, positions[None], None, window)
+        visible = open_[None, None] if causal is None else causal & open_
+        return attend(query, held.keys, held.values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+
+    def find(self, queries: Tensor, keys: Tensor, positions: Tensor, numbers: Tensor, scale: float) -> tuple[int, ...]:
+        """The pages for queries [h, q, d] without rotary embedding; numbers [e]: the page of each long-term slot.
+
+        The attention of the queries to the mean keys of pages, without rotary embedding too, averaged over queries and
+        heads.
+        """
+        if not numbers.numel():
+            return ()
+        count, (kv_heads, _, width) = int(numbers[-1]) + 1, keys.shape
+        part = slice(self.sinks, self.sinks + numbers.numel())
+        flat = turned_back(keys[:, part], *self.rotation(positions[part]))
+        sums = torch.zeros(kv_heads, count, width, device=keys.device).index_add_(1, numbers, flat)
+        means = sums / numbers.bincount(minlength=count)[:, None]
+        rows = queries.unflatten(0, (kv_heads, -1)) @ means[:, None].transpose(2, 3) * scale  # [k, g, q, pages]
+        relevance = rows.softmax(dim=-1).mean(dim=(0, 1, 2))
+        return tuple(sorted(relevance.topk(math.ceil(self.share * count)).indices.tolist()))
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        return self.near.contents(dtype)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return self.near.tensors()
+
+    def clone(self) -> Self:
+        sizes = {"sinks": self.sinks, "recent": self.recent, "page": self.page}
+        return type(self)(self.near.clone(), self.rotation, **sizes, share=self.share, pages=self.pages)
