@@ -29,6 +29,7 @@ class LayerTrace:
     multiplied with. window: width of a sliding-window layer in tokens, or None. rotary: function from positions [p] to
     (cos, sin), each [p, r] with r <= d the rotated channels. narrowed_from: where an attention method set the window,
     how many positions the plain model's cache would hold.
+    plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
     """
 
     index: int
@@ -41,6 +42,7 @@ class LayerTrace:
     softcap: float | None = None
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     narrowed_from: int | None = None
+    plain_widths: tuple[int, int] | None = None
 
     @property
     def keys(self) -> Tensor:
