@@ -34,6 +34,10 @@ class RetrievalAttention(SinksAndRecent):
     search begins at the keys that most guides find first. Each query head finds keys of its own, and all heads of a
     group attend to those of any. Entries that move to host memory while decoding are compared one by one. The index
     holds its own float32 keys, in host memory.
+
+    Measured on the default model over a needle text of 2,048 tokens: of the 20 keys that a question's queries give most
+    this graph finds 80 % where it looks at 9 % of the keys, graphs built from the keys alone find 35 to 40 %
+    (benchmarks/results/retrieval_recall.md).
     """
 
     key = "retrievalattention"
