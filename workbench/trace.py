@@ -145,7 +145,8 @@ class Trace:
 
     prompt: what was read. layers: LayerTrace each. logits: float32 [v] after the last token. read_seconds: how long it
     took. exact: layers that KV methods must leave alone, with the reason (sliding windows and the like). timeline: live
-    bytes while reading.
+    bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
+    heads; empty where nothing counted them.
     """
 
     prompt: Prompt
@@ -154,6 +155,7 @@ class Trace:
     read_seconds: float
     exact: dict[int, str] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline, repr=False)
+    computed: tuple[int, ...] = field(default=(), repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=RLock, repr=False)
 
@@ -182,6 +184,14 @@ class Trace:
         return tensor_bytes(
             held for layer in self.layers for held in (layer.keys_held, layer.values_held, layer.queries_held)
         )
+
+    @property
+    def score_share(self) -> float | None:
+        """Score entries computed while reading, of all causal ones; None where nothing counted them."""
+        if not self.computed:
+            return None
+        heads = sum(layer.heads for layer in self.layers)
+        return sum(self.computed) / (heads * self.tokens * (self.tokens + 1) // 2)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for as long as the trace lives."""
