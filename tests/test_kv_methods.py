@@ -63,6 +63,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "ems": {"window": 8},
     "cskv": {"window": 8},
     "lazyeviction": {"window": 8},
+    "video-xl-2": {"marks": 1, "chunk": 8},
     "livevlm": {"sinks": 2, "window": 4, "recent": 8, "page": 4},
     "infllm": {"sinks": 2, "block": 4},
     "ilre": {"query": 8, "window": 16, "chunk": 8},

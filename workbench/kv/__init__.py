@@ -34,6 +34,7 @@ from workbench.kv.streaming_llm import StreamingLLM
 from workbench.kv.think import ThinK
 from workbench.kv.tova import TOVA
 from workbench.kv.uncomp import UNComp
+from workbench.kv.video_xl_2 import VideoXL2
 from workbench.kv.vkv_1bit import VisualKV1Bit
 from workbench.kv.xl3m import XL3M
 from workbench.kv.zipcache import ZipCache
@@ -75,6 +76,7 @@ __all__ = [
     "StreamingLLM",
     "ThinK",
     "UNComp",
+    "VideoXL2",
     "VisualKV1Bit",
     "ZipCache",
 ]
