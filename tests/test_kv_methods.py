@@ -68,6 +68,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "infllm": {"sinks": 2, "block": 4},
     "ilre": {"query": 8, "window": 16, "chunk": 8},
     "xl3m": {"segment": 8, "query": 8},
+    "sentencekv": {"fetch": 8, "longest": 8, "window": 8},
 }
 KEYS = [cls.key for cls in registered("kv")]
 BUDGETED = [key for key in KEYS if key != "full"]

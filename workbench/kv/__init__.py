@@ -29,6 +29,7 @@ from workbench.kv.prefixkv import PrefixKV
 from workbench.kv.pyramidkv import PyramidKV
 from workbench.kv.retrievalattention import RetrievalAttention
 from workbench.kv.scalekv import ScaleKV
+from workbench.kv.sentencekv import SentenceKV
 from workbench.kv.snapkv import SnapKV
 from workbench.kv.streaming_llm import StreamingLLM
 from workbench.kv.think import ThinK
@@ -72,6 +73,7 @@ __all__ = [
     "PyramidKV",
     "RetrievalAttention",
     "ScaleKV",
+    "SentenceKV",
     "SnapKV",
     "StreamingLLM",
     "ThinK",
