@@ -1,4 +1,4 @@
-"""Recipes: an ordered list of methods of any family, used together."""
+"""Recipes: an ordered list of methods of any family that can be run, used together."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ class Recipe:
 
     methods: tuple[Method, ...]
     budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        operators = [item.key for item in self.methods if item.family == "operator"]
+        if operators:
+            raise BadRecipe(
+                f"{', '.join(operators)}: operators are studied on a recording, not run in the model: "
+                f"session.operator({operators[0]!r}, layer, head)"
+            )
 
     @classmethod
     def of(cls, spec: Recipe | Method | str | Sequence[Method | str], **parameters: Any) -> Recipe:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from workbench.recipe import Recipe
 
-Family = Literal["kv", "weights", "attention"]
+Family = Literal["kv", "weights", "attention", "operator"]
 PLUGINS = "workbench.methods"
 FAMILIES: tuple[Family, ...] = get_args(Family)
+_HOMES = {"operator": "workbench.attention.operators"}  # the others live in a package of their family's name
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def registered(family: str | None = None) -> tuple[type[Method], ...]:
     if family is not None and family not in FAMILIES:
         raise UnknownMethod(f"unknown family {family!r}: there are {', '.join(FAMILIES)}")
     for name in FAMILIES:
-        import_module(f"workbench.{name}")
+        import_module(_HOMES.get(name, f"workbench.{name}"))
     _load_plugins()
     return tuple(cls for cls in _METHODS.values() if family in (None, cls.family))
 

@@ -247,7 +247,7 @@ def sweep(
 
 @app.command("methods")
 def list_methods(
-    family: Annotated[str | None, typer.Option("--family", help="kv, weights or attention")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="kv, weights, attention or operator")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods with their parameters."""

@@ -3,6 +3,7 @@
 from workbench.measure.attention import (
     PooledMap,
     column_sums,
+    pool_rows,
     pooled_map,
     queries_per_key,
     row_entropy,
@@ -50,6 +51,7 @@ __all__ = [
     "live_bytes",
     "massive_activations",
     "output_error",
+    "pool_rows",
     "pooled_map",
     "queries_per_key",
     "row_blocks",

@@ -7,6 +7,7 @@ All functions take queries and keys after the rotary embedding, any dtype, compu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadParameter, InputError
-from workbench.measure.rows import BLOCK_BYTES, row_blocks, token_positions, visible_keys
+from workbench.measure.rows import BLOCK_BYTES, RowBlock, row_blocks, token_positions, visible_keys
 from workbench.progress import Progress
 
 Pooling = Literal["max", "mean", "sum"]
@@ -69,53 +70,83 @@ def pooled_map(
         raise InputError(
             f"a map shows one head: queries [nq, d], keys [nk, d], not {list(queries.shape)}, {list(keys.shape)}"
         )
-    if pixels < 1:
-        raise BadParameter(f"pixels is {pixels}: give at least 1")
-    if pooling not in get_args(Pooling):
-        raise BadParameter(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
     (nq, _), (nk, _) = queries.shape, keys.shape
     if nq == 0 or nk == 0:
         raise InputError(f"a map needs at least one query and one key, not {nq} and {nk}")
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [1, nk]
     held = held[0]
+
+    def blocks(first: int, stop: int) -> Iterator[RowBlock]:
+        return row_blocks(
+            queries[None, first:stop],
+            keys[None],
+            scale=scale,
+            query_positions=at[first:stop],
+            key_positions=held,
+            window=window,
+            softcap=softcap,
+            block_bytes=block_bytes,
+            progress=progress,
+        )
+
+    return pool_rows(blocks, at, held, pixels=pixels, pooling=pooling, rows=rows, cols=cols)
+
+
+def pool_rows(
+    blocks: Callable[[int, int], Iterable[RowBlock]],
+    at: Tensor,
+    held: Tensor,
+    *,
+    pixels: int = 512,
+    pooling: Pooling = "max",
+    rows: Span | None = None,
+    cols: Span | None = None,
+) -> PooledMap:
+    """Pool rows of any attention map of one head into at most `pixels` x `pixels` cells.
+
+    blocks: makes the rows of queries first .. stop - 1 as consecutive blocks, their `rows` counted from `first` and
+    their `probs` [1, r, keys]. at: positions of the queries [nq]; held: of the keys [nk]; both ascending, on the CPU.
+    pixels, pooling, rows, cols: as in `pooled_map`. Weights may be negative.
+    """
+    if pixels < 1:
+        raise BadParameter(f"pixels is {pixels}: give at least 1")
+    if pooling not in get_args(Pooling):
+        raise BadParameter(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
     row_edges = _edges(rows or (int(at[0]), int(at[-1]) + 1), pixels, "rows")
     col_edges = _edges(cols or (0, max(int(held[-1]), int(at[-1])) + 1), pixels, "cols")
 
     row_first, row_stop = _slots(at, row_edges)
     col_first, col_stop = _slots(held, col_edges)
-    row_cell = torch.bucketize(at, row_edges, right=True) - 1  # [nq]
-    col_cell = (torch.bucketize(held, col_edges, right=True) - 1).to(keys.device)  # [nk]
-    values = torch.zeros(len(row_edges) - 1, len(col_edges) - 1, device=queries.device)
+    row_cell = (torch.bucketize(at, row_edges, right=True) - 1)[row_first:row_stop]
+    col_cell = torch.bucketize(held, col_edges, right=True) - 1  # [nk]
+    areas = row_edges.diff()[:, None] * col_edges.diff()
+    covered = torch.zeros_like(areas)  # how many weights of each cell the blocks held: the others are zero
+    lowest = -torch.inf if pooling == "max" else 0.0
+    values = torch.full(areas.shape, lowest)
 
-    for block in row_blocks(
-        queries[None, row_first:row_stop],
-        keys[None],
-        scale=scale,
-        query_positions=at[row_first:row_stop],
-        key_positions=held,
-        window=window,
-        softcap=softcap,
-        block_bytes=block_bytes,
-        progress=progress,
-    ):
+    for block in blocks(row_first, row_stop):
+        values = values.to(block.probs.device)  # moves once: to where the blocks are
         low, high = max(block.keys.start, col_first), min(block.keys.stop, col_stop)
         if low >= high:
             continue
         probs = block.probs[0, :, low - block.keys.start : high - block.keys.start]  # [r, c]
-        cells, heights = row_cell[row_first:row_stop][block.rows].unique_consecutive(return_counts=True)
+        cells, heights = row_cell[block.rows].unique_consecutive(return_counts=True)
         # Rows first: that reduction runs along contiguous memory and leaves little for the scatter over columns.
         strips = _pool_rows(probs, heights.tolist(), pooling)  # [cells, c]
-        pooled = values.new_zeros(len(cells), values.shape[1])
-        pooled.scatter_reduce_(
-            1, col_cell[low:high].expand_as(strips), strips, "amax" if pooling == "max" else "sum", include_self=True
-        )
+        covered[cells] += heights[:, None] * col_cell[low:high].bincount(minlength=values.shape[1])
+        pooled = values.new_full((len(cells), values.shape[1]), lowest)
+        into = col_cell[low:high].to(values.device).expand_as(strips)
+        pooled.scatter_reduce_(1, into, strips, "amax" if pooling == "max" else "sum", include_self=True)
         cells = cells.to(values.device)
         so_far = values[cells]  # a cell may have begun in the block before
         values[cells] = torch.maximum(so_far, pooled) if pooling == "max" else so_far + pooled
 
-    if pooling == "mean":
-        values /= (row_edges.diff()[:, None] * col_edges.diff()).to(values)
-    return PooledMap(values.cpu(), row_edges, col_edges, pooling)
+    values = values.cpu()
+    if pooling == "max":
+        values = torch.where(covered < areas, values.clamp(min=0.0), values)
+    elif pooling == "mean":
+        values /= areas
+    return PooledMap(values, row_edges, col_edges, pooling)
 
 
 def column_sums(

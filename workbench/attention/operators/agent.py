@@ -1,0 +1,95 @@
+"""Agent Attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench.attention.operators.base import Operator, check, chunks, hide_later, per_head
+from workbench.attention.operators.landmarks import epochs, means
+from workbench.registry import Paper, param, register
+
+
+@register
+class AgentAttention(Operator):
+    """Let a few agents attend to all tokens, and every token only to the agents.
+
+    Agents are queries averaged over segments. Each takes a softmax over the keys, each query a softmax over the
+    agents, and the implied map is the product of both (the paper's equation 4). Rows sum to 1.
+
+    The paper is bidirectional and pools all queries into `agents` tokens. Causal form: a query uses the agents of
+    segments that are complete, and their softmax runs over the keys up to the query; a running sum for each agent
+    carries it on. As the past grows, agents are thinned out so that at most `agents` lie evenly over it (see
+    `landmarks.epochs`): time is linear in the length. Until the first segment is complete, the first query is the
+    agent. Biases and the depthwise convolution of the values, both trained in the paper, are left out. In float64.
+    """
+
+    key = "agent-attention"
+    title = "Agent Attention"
+    paper = Paper(
+        "Agent Attention: On the Integration of Softmax and Linear Attention", "Han et al. 2023", "2312.08874"
+    )
+    claim = "linear complexity with a global receptive field; faster and more accurate vision models"
+
+    agents: int = param(49, ge=1, le=4096, unit="tokens", help="agents at most")
+    segment: int = param(16, ge=1, le=65536, unit="tokens", help="queries that an agent is the mean of")
+
+    def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
+        query, key = q[:, :stop].double() * scale, per_head(k[:, :stop], len(q)).double()
+        weights = torch.zeros(len(q), stop - first, stop, device=q.device)
+        for start, end, members in epochs(stop, self.segment, self.agents):
+            if end <= first:
+                continue
+            low = max(start, first)
+            agents = means(query, self.segment, members)  # [h, a, d]
+            scores = agents @ key[:, :end].transpose(1, 2)  # [h, a, end]
+            highest = scores.amax(-1, keepdim=True)
+            total = (scores - highest).logcumsumexp(-1)[..., low:]  # of the keys up to each query, [h, a, r]
+            asked = _ask(query[:, low:], agents, scale)[:, : end - low] / total.exp().transpose(1, 2)
+            weights[:, low - first : end - first, :end] = hide_later(asked @ (scores - highest).exp(), low).float()
+        return weights
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        check(q, k, v)
+        query, key = q.double() * scale, per_head(k, len(q)).double()
+        value = per_head(torch.nn.functional.pad(v, (0, 1), value=1.0), len(q)).double()  # the ones count the weights
+        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
+        before: tuple[int, ...] = ()
+        highest, sums = _past(query[:, :0], key[:, :0], value[:, :0], self.chunk)
+        for start, end, members in epochs(q.shape[1], self.segment, self.agents):
+            agents = means(query, self.segment, members)
+            stay = [before.index(member) for member in members if member in before]
+            fresh = _past(agents[:, len(stay) :], key[:, :start], value[:, :start], self.chunk)
+            highest = torch.cat([highest[:, stay], fresh[0]], dim=1)  # [h, a, 1]
+            sums = torch.cat([sums[:, stay], fresh[1]], dim=1)  # [h, a, dv + 1]
+            for low, high in chunks(start, end, self.chunk):
+                scores = agents @ key[:, low:high].transpose(1, 2)  # [h, a, c]
+                higher = torch.maximum(highest, scores.amax(-1, keepdim=True))
+                sums, highest = sums * (highest - higher).exp(), higher
+                lifted = (scores - highest).exp()
+                total = sums[..., -1:] + lifted.cumsum(-1)
+                asked = _ask(query[:, low:high], agents, scale) / total.transpose(1, 2)  # [h, c, a]
+                mixed = asked @ sums[..., :-1] + (asked @ lifted).tril_() @ value[:, low:high, :-1]
+                out[:, low:high] = mixed.to(out.dtype)
+                sums = sums + lifted @ value[:, low:high]
+            before = members
+        return out
+
+
+def _ask(query: Tensor, agents: Tensor, scale: float) -> Tensor:
+    """Each query's softmax over the agents, [h, n, a]; both come scaled."""
+    return (query @ agents.transpose(1, 2) / scale).softmax(-1)
+
+
+def _past(agents: Tensor, key: Tensor, value: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """What each agent has gathered from the keys: its highest score [h, a, 1] and the sums of values, [h, a, dv + 1],
+    weighted by exp(score - highest).
+    """
+    highest = agents.new_full((*agents.shape[:2], 1), torch.finfo(torch.float32).min)  # finite: no inf - inf
+    sums = agents.new_zeros(*agents.shape[:2], value.shape[-1])
+    for low, high in chunks(0, key.shape[1] if agents.shape[1] else 0, chunk):
+        scores = agents @ key[:, low:high].transpose(1, 2)
+        higher = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        sums = sums * (highest - higher).exp() + (scores - higher).exp() @ value[:, low:high]
+        highest = higher
+    return highest, sums
