@@ -2,6 +2,7 @@
 
 from workbench.kv.a2ats import A2ATS
 from workbench.kv.adakv import AdaKV
+from workbench.kv.alisa import ALISA
 from workbench.kv.cskv import CSKV
 from workbench.kv.deltallm import DeltaLLM
 from workbench.kv.eigen_attention import EigenAttention
@@ -32,6 +33,7 @@ from workbench.kv.scalekv import ScaleKV
 from workbench.kv.sentencekv import SentenceKV
 from workbench.kv.snapkv import SnapKV
 from workbench.kv.streaming_llm import StreamingLLM
+from workbench.kv.tailorkv import TailorKV
 from workbench.kv.think import ThinK
 from workbench.kv.tova import TOVA
 from workbench.kv.uncomp import UNComp
@@ -42,6 +44,7 @@ from workbench.kv.zipcache import ZipCache
 
 __all__ = [
     "A2ATS",
+    "ALISA",
     "CSKV",
     "EMS",
     "H2O",
@@ -76,6 +79,7 @@ __all__ = [
     "SentenceKV",
     "SnapKV",
     "StreamingLLM",
+    "TailorKV",
     "ThinK",
     "UNComp",
     "VideoXL2",
