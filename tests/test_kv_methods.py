@@ -63,6 +63,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "ems": {"window": 8},
     "cskv": {"window": 8},
     "lazyeviction": {"window": 8},
+    "epicache": {"segment": 8},
+    "streammem": {"frame": 8},
     "tailorkv": {"budget": 0.5, "threshold": 0.35, "group": 8, "residual": 16, "fetch": 16},
     "video-xl-2": {"marks": 1, "chunk": 8},
     "livevlm": {"sinks": 2, "window": 4, "recent": 8, "page": 4},

@@ -7,6 +7,7 @@ from workbench.kv.cskv import CSKV
 from workbench.kv.deltallm import DeltaLLM
 from workbench.kv.eigen_attention import EigenAttention
 from workbench.kv.ems import EMS
+from workbench.kv.epicache import EpiCache
 from workbench.kv.expected_attention import ExpectedAttention
 from workbench.kv.fireq import FireQ
 from workbench.kv.full import Full
@@ -33,6 +34,7 @@ from workbench.kv.scalekv import ScaleKV
 from workbench.kv.sentencekv import SentenceKV
 from workbench.kv.snapkv import SnapKV
 from workbench.kv.streaming_llm import StreamingLLM
+from workbench.kv.streammem import StreamMem
 from workbench.kv.tailorkv import TailorKV
 from workbench.kv.think import ThinK
 from workbench.kv.tova import TOVA
@@ -55,6 +57,7 @@ __all__ = [
     "AdaKV",
     "DeltaLLM",
     "EigenAttention",
+    "EpiCache",
     "ExpectedAttention",
     "FireQ",
     "Full",
@@ -78,6 +81,7 @@ __all__ = [
     "ScaleKV",
     "SentenceKV",
     "SnapKV",
+    "StreamMem",
     "StreamingLLM",
     "TailorKV",
     "ThinK",
