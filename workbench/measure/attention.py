@@ -8,9 +8,11 @@ All functions take queries and keys after the rotary embedding, any dtype, compu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -38,6 +40,65 @@ class PooledMap:
     col_edges: Tensor
     """[cols + 1] int64 positions"""
     pooling: Pooling
+
+    def minus(self, other: PooledMap) -> PooledMap:
+        """The difference of two maps, cell by cell: what this one has more than the other.
+
+        The difference of maxima says how the strongest links changed, not how strong the largest change is: where a
+        cell is one token each way, and for "mean" and "sum", the two are the same. Raises InputError for maps with
+        other cells or another pooling.
+        """
+        same_cells(self, other)
+        return replace(self, values=self.values - other.values)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a cell: row_from, row_to, col_from, col_to (half-open ranges of positions), value."""
+        rows, cols = self.values.shape
+        edges = self.row_edges.numpy(), self.col_edges.numpy()
+        return pd.DataFrame(
+            {
+                "row_from": edges[0][:-1].repeat(cols),
+                "row_to": edges[0][1:].repeat(cols),
+                "col_from": np.tile(edges[1][:-1], rows),
+                "col_to": np.tile(edges[1][1:], rows),
+                "value": self.values.flatten().numpy(),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: pooling, row_edges, col_edges, and values as a list of rows."""
+        return {
+            "pooling": self.pooling,
+            "row_edges": self.row_edges.tolist(),
+            "col_edges": self.col_edges.tolist(),
+            "values": self.values.tolist(),
+        }
+
+
+class Cells(Protocol):
+    """What lies on cells of positions."""
+
+    @property
+    def row_edges(self) -> Tensor: ...
+    @property
+    def col_edges(self) -> Tensor: ...
+    @property
+    def pooling(self) -> Pooling: ...
+
+
+def same_cells(one: Cells, other: Cells) -> None:
+    """Raise InputError unless two maps have the same cells and pooling."""
+    if one.pooling != other.pooling:
+        raise InputError(
+            f"one map is pooled by {one.pooling}, the other by {other.pooling}: pool both the same way to subtract them"
+        )
+    for name in ("row_edges", "col_edges"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if not torch.equal(ours, theirs):
+            raise InputError(
+                f"the maps do not lie over each other: {name} are {_spanned(ours)} and {_spanned(theirs)}; make both "
+                "of the same prompt, with the same pixels, rows and cols"
+            )
 
 
 def pooled_map(
@@ -70,16 +131,54 @@ def pooled_map(
         raise InputError(
             f"a map shows one head: queries [nq, d], keys [nk, d], not {list(queries.shape)}, {list(keys.shape)}"
         )
-    (nq, _), (nk, _) = queries.shape, keys.shape
+    return pooled_maps(
+        queries[None],
+        keys[None],
+        scale=scale,
+        pixels=pixels,
+        pooling=pooling,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        window=window,
+        softcap=softcap,
+        rows=rows,
+        cols=cols,
+        block_bytes=block_bytes,
+        progress=progress,
+    )[0]
+
+
+def pooled_maps(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    pixels: int = 32,
+    pooling: Pooling = "max",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    rows: Span | None = None,
+    cols: Span | None = None,
+    block_bytes: int = BLOCK_BYTES,
+    progress: Progress | None = None,
+) -> list[PooledMap]:
+    """The pooled maps of all query heads of a layer, on the same cells, in one pass.
+
+    queries: [h, nq, d]; keys: [k, nk, d]; key_positions: [nk], or [k, nk] where KV heads hold different positions. The
+    rest as in `pooled_map`.
+    """
+    _check_pooling(pixels, pooling)
+    (heads, nq, _), nk = queries.shape, keys.shape[1]
     if nq == 0 or nk == 0:
         raise InputError(f"a map needs at least one query and one key, not {nq} and {nk}")
-    at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [1, nk]
-    held = held[0]
+    at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
 
     def blocks(first: int, stop: int) -> Iterator[RowBlock]:
         return row_blocks(
-            queries[None, first:stop],
-            keys[None],
+            queries[:, first:stop],
+            keys,
             scale=scale,
             query_positions=at[first:stop],
             key_positions=held,
@@ -89,7 +188,9 @@ def pooled_map(
             progress=progress,
         )
 
-    return pool_rows(blocks, at, held, pixels=pixels, pooling=pooling, rows=rows, cols=cols)
+    edges = _edges_of(at, held, pixels, rows, cols)
+    values = _pool(blocks, heads, at, held, *edges, pooling, signed=False)
+    return [PooledMap(each, *edges, pooling) for each in values]
 
 
 def pool_rows(
@@ -108,45 +209,68 @@ def pool_rows(
     their `probs` [1, r, keys]. at: positions of the queries [nq]; held: of the keys [nk]; both ascending, on the CPU.
     pixels, pooling, rows, cols: as in `pooled_map`. Weights may be negative.
     """
-    if pixels < 1:
-        raise BadParameter(f"pixels is {pixels}: give at least 1")
-    if pooling not in get_args(Pooling):
-        raise BadParameter(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
-    row_edges = _edges(rows or (int(at[0]), int(at[-1]) + 1), pixels, "rows")
-    col_edges = _edges(cols or (0, max(int(held[-1]), int(at[-1])) + 1), pixels, "cols")
+    _check_pooling(pixels, pooling)
+    edges = _edges_of(at, held[None], pixels, rows, cols)
+    return PooledMap(_pool(blocks, 1, at, held[None], *edges, pooling, signed=True)[0], *edges, pooling)
 
+
+def _pool(
+    blocks: Callable[[int, int], Iterable[RowBlock]],
+    heads: int,
+    at: Tensor,
+    held: Tensor,
+    row_edges: Tensor,
+    col_edges: Tensor,
+    pooling: Pooling,
+    *,
+    signed: bool,
+) -> Tensor:
+    """The cells of all heads, [h, rows, cols] on the CPU; at [nq], held [k or 1, nk]; signed: weights may be negative.
+
+    On the way there is one column more, for keys outside of the edges.
+    """
+    height, width = len(row_edges) - 1, len(col_edges) - 1
     row_first, row_stop = _slots(at, row_edges)
-    col_first, col_stop = _slots(held, col_edges)
     row_cell = (torch.bucketize(at, row_edges, right=True) - 1)[row_first:row_stop]
-    col_cell = torch.bucketize(held, col_edges, right=True) - 1  # [nk]
+    col_cell = torch.bucketize(held, col_edges, right=True) - 1  # [k or 1, nk]
+    inside = (col_cell >= 0) & (col_cell < width)
+    col_cell = col_cell.masked_fill(~inside, width)
+    shown = inside.any(dim=0).nonzero()[:, 0]  # slots; none where all of the span was evicted
+    col_first, col_stop = (int(shown[0]), int(shown[-1]) + 1) if len(shown) else (0, 0)
+    # Weights that no block holds are zero: the least for a maximum, unless some of those that are there are negative.
     areas = row_edges.diff()[:, None] * col_edges.diff()
-    covered = torch.zeros_like(areas)  # how many weights of each cell the blocks held: the others are zero
-    lowest = -torch.inf if pooling == "max" else 0.0
-    values = torch.full(areas.shape, lowest)
+    counted = signed and pooling == "max"
+    covered = torch.zeros(height, width + 1, dtype=torch.int64)
+    lowest = -torch.inf if counted else 0.0
+    values = torch.full((heads, height, width + 1), lowest)
+    reduce = "amax" if pooling == "max" else "sum"
 
     for block in blocks(row_first, row_stop):
-        values = values.to(block.probs.device)  # moves once: to where the blocks are
+        if values.device != block.probs.device:
+            values, col_cell = values.to(block.probs.device), col_cell.to(block.probs.device)
         low, high = max(block.keys.start, col_first), min(block.keys.stop, col_stop)
         if low >= high:
             continue
-        probs = block.probs[0, :, low - block.keys.start : high - block.keys.start]  # [r, c]
+        probs = block.probs[..., low - block.keys.start : high - block.keys.start]  # [h, r, c]
         cells, heights = row_cell[block.rows].unique_consecutive(return_counts=True)
         # Rows first: that reduction runs along contiguous memory and leaves little for the scatter over columns.
-        strips = _pool_rows(probs, heights.tolist(), pooling)  # [cells, c]
-        covered[cells] += heights[:, None] * col_cell[low:high].bincount(minlength=values.shape[1])
-        pooled = values.new_full((len(cells), values.shape[1]), lowest)
-        into = col_cell[low:high].to(values.device).expand_as(strips)
-        pooled.scatter_reduce_(1, into, strips, "amax" if pooling == "max" else "sum", include_self=True)
+        strips = _pool_rows(probs, heights.tolist(), pooling)  # [h, cells, c]
+        into = col_cell[:, low:high]  # [k or 1, c]
+        if counted:
+            covered[cells] += heights[:, None] * into[0].cpu().bincount(minlength=width + 1)
+        pooled = values.new_full((heads, len(cells), width + 1), lowest)
+        into = into.repeat_interleave(heads // len(into), dim=0)[:, None].expand_as(strips)
+        pooled.scatter_reduce_(2, into, strips, reduce, include_self=True)
         cells = cells.to(values.device)
-        so_far = values[cells]  # a cell may have begun in the block before
-        values[cells] = torch.maximum(so_far, pooled) if pooling == "max" else so_far + pooled
+        so_far = values[:, cells]  # a cell may have begun in the block before
+        values[:, cells] = torch.maximum(so_far, pooled) if pooling == "max" else so_far + pooled
 
-    values = values.cpu()
-    if pooling == "max":
-        values = torch.where(covered < areas, values.clamp(min=0.0), values)
+    values = values[..., :width].cpu()
+    if counted:
+        values = torch.where(covered[:, :width] < areas, values.clamp(min=0.0), values)
     elif pooling == "mean":
-        values /= areas
-    return PooledMap(values, row_edges, col_edges, pooling)
+        values = values / areas
+    return values.contiguous()
 
 
 def column_sums(
@@ -276,6 +400,21 @@ def queries_per_key(
     return steps.scatter_add_(1, first, ones).scatter_add_(1, stop, -ones).cumsum(1)[:, :nk]
 
 
+def _check_pooling(pixels: int, pooling: Pooling) -> None:
+    if pixels < 1:
+        raise BadParameter(f"pixels is {pixels}: give at least 1")
+    if pooling not in get_args(Pooling):
+        raise BadParameter(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
+
+
+def _edges_of(at: Tensor, held: Tensor, pixels: int, rows: Span | None, cols: Span | None) -> tuple[Tensor, Tensor]:
+    """Edges of rows and columns for queries at [nq] and keys held [k or 1, nk], all of them by default."""
+    return (
+        _edges(rows or (int(at[0]), int(at[-1]) + 1), pixels, "rows"),
+        _edges(cols or (0, max(int(held[:, -1].max()), int(at[-1])) + 1), pixels, "cols"),
+    )
+
+
 def _edges(span: Span, pixels: int, name: str) -> Tensor:
     begin, end = span
     if begin >= end:
@@ -292,7 +431,13 @@ def _slots(positions: Tensor, edges: Tensor) -> Span:
 
 
 def _pool_rows(probs: Tensor, heights: list[int], pooling: Pooling) -> Tensor:
-    """Reduce probs [r, c] over consecutive groups of rows of the given heights: [cells, c]."""
-    if len(heights) == probs.shape[0]:  # one row a cell
+    """Reduce probs [h, r, c] over consecutive groups of rows of the given heights: [h, cells, c]."""
+    if len(heights) == probs.shape[1]:  # one row a cell
         return probs
-    return torch.stack([rows.amax(0) if pooling == "max" else rows.sum(0) for rows in probs.split(heights)])
+    groups = probs.split(heights, dim=1)
+    return torch.stack([rows.amax(1) if pooling == "max" else rows.sum(1) for rows in groups], dim=1)
+
+
+def _spanned(edges: Tensor) -> str:
+    """Edges in words: where they begin and end, and how many cells that makes."""
+    return f"{int(edges[0]):,} to {int(edges[-1]):,} in {len(edges) - 1} cells"
