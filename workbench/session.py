@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
 from workbench.budget import Budget
+from workbench.capture import Captured, capture
 from workbench.conversation import Conversation, Question
 from workbench.display import Shown, controls, mib
 from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
-from workbench.measure.attention import PooledMap, pooled_map
+from workbench.measure.attention import PooledMap, Pooling, column_sums, pooled_maps
+from workbench.measure.grid import GridOfMaps
+from workbench.measure.heads import HeadStats, head_stats
 from workbench.measure.memory import Timeline
 from workbench.models import Facts, LoadedModel, facts, load
 from workbench.progress import Progress
@@ -38,6 +41,7 @@ from workbench.weights.base import WeightMethod
 if TYPE_CHECKING:
     import pandas as pd
 
+T = TypeVar("T")
 Spec = Recipe | Method | str | Sequence[Method | str]
 Outliers = Literal["keys", "values", "activations", "weights"]
 
@@ -301,7 +305,7 @@ class Session(Shown):
         recipe: Spec | None = None,
         *,
         pixels: int = 512,
-        pooling: Literal["max", "mean", "sum"] = "max",
+        pooling: Pooling = "max",
         rows: tuple[int, int] | None = None,
         cols: tuple[int, int] | None = None,
         progress: Progress | None = None,
@@ -309,35 +313,113 @@ class Session(Shown):
     ) -> PooledMap:
         """The attention map of one query head over the prompt, pooled to at most pixels x pixels cells.
 
-        recipe: what the map would be with that plan's positions only (default: everything). rows, cols: zoom into a
-        window of positions (from, to). Memory does not grow with the square of the length.
+        recipe: what the map would be with that plan's positions and keys only (default: everything), and under its
+        weights and attention: see `workbench.capture`. An attention method's reading is shown by the softmax of its
+        queries and keys, within the window that it leaves. rows, cols: zoom into a window of positions (from, to); a
+        window of at most `pixels` tokens shows each of them. Memory does not grow with the square of the length.
         """
         spec = Recipe.of(recipe or "full", **parameters)
-        trace = _need_recording(self._trace(spec, progress))
-        if layer not in range(len(trace.layers)):
-            raise BadParameter(f"layer {layer} does not exist: the model has layers 0 to {len(trace.layers) - 1}")
-        if head not in range(self.facts.heads):
-            raise BadParameter(f"head {head} does not exist: the model has query heads 0 to {self.facts.heads - 1}")
-        part = trace.layers[layer]
-        kv_head = head // part.groups
-        if layer in trace.exact:  # what its window has left behind was seen by earlier queries
-            kept = torch.arange(part.tokens, device=part.device)
-        else:
-            kept = self._plan(spec, trace, progress).kept(layer, kv_head).to(part.device)
-        return pooled_map(
-            part.queries[head],
-            part.keys[kv_head, kept],
-            scale=part.scale,
+        found = self._captured(spec, layer, head, progress)
+        cols = cols or (0, found.tokens)
+        return pooled_maps(
+            found.queries,
+            found.keys,
+            **found.options,
             pixels=pixels,
             pooling=pooling,
-            query_positions=torch.arange(trace.tokens, device=part.device),
-            key_positions=kept,
-            window=part.window,
-            softcap=part.softcap,
             rows=rows,
             cols=cols,
             progress=progress,
+        )[0]
+
+    def attention_grid(
+        self,
+        recipe: Spec | None = None,
+        *,
+        pixels: int = 32,
+        pooling: Pooling = "max",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> GridOfMaps:
+        """The attention maps of all layers and query heads, each pooled to at most pixels x pixels cells.
+
+        recipe: as in `attention`. One pass over each layer; memory for the cells and a few blocks of rows.
+        """
+        spec = Recipe.of(recipe or "full", **parameters)
+
+        def maps(found: Captured, steps: Progress) -> list[PooledMap]:
+            cols = (0, found.tokens)
+            return pooled_maps(
+                found.queries,
+                found.keys,
+                **found.options,
+                pixels=pixels,
+                pooling=pooling,
+                cols=cols,
+                progress=steps,
+            )
+
+        return GridOfMaps.of(self._each_layer(spec, maps, "attention maps", progress))
+
+    def received(
+        self,
+        layer: int,
+        head: int | None = None,
+        recipe: Spec | None = None,
+        *,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Tensor:
+        """The attention that each token of the prompt receives from all queries together: [n] float32, on the CPU.
+
+        head: of one query head (default: the mean of the layer's). Adds up to the number of queries, where each sees
+        something. recipe: as in `attention`; what it does not hold receives nothing.
+        """
+        found = self._captured(Recipe.of(recipe or "full", **parameters), layer, head, progress)
+        sums = column_sums(found.queries, found.keys, **found.options, progress=progress).cpu()  # [h, m]
+        at = found.positions.repeat_interleave(len(sums) // len(found.positions), dim=0)
+        return torch.zeros(len(sums), found.tokens + 1).scatter_add_(1, at, sums)[:, : found.tokens].mean(dim=0)
+
+    def heads(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> pd.DataFrame:
+        """Where each head's attention goes, and its class: one row a layer and query head.
+
+        Columns: layer, head, kv_head, entropy, sink, local, retrieval, distance, class; they are explained in
+        `workbench.measure.HeadStats` and `Thresholds`. recipe: as in `attention`.
+        """
+        return self.head_stats(recipe, progress=progress, **parameters).to_frame(self.facts.kv_heads)
+
+    def head_stats(
+        self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any
+    ) -> HeadStats:
+        """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
+        spec = Recipe.of(recipe or "full", **parameters)
+        trace = _need_recording(self._trace(spec, progress))
+
+        def stats(found: Captured, steps: Progress) -> HeadStats:
+            return head_stats(found.queries, found.keys, trace.ids, **found.options, progress=steps)[0]
+
+        return trace.once(
+            ("head_stats", spec.methods, spec.budget),
+            lambda: HeadStats.stack(self._each_layer(spec, stats, "judging heads", progress)),
         )
+
+    def _captured(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Captured:
+        """What attention of a layer, or one query head of it, is computed from under a recipe."""
+        trace = _need_recording(self._trace(recipe, progress))
+        if layer not in range(len(trace.layers)):
+            raise BadParameter(f"layer {layer} does not exist: the model has layers 0 to {len(trace.layers) - 1}")
+        if head is not None and head not in range(self.facts.heads):
+            raise BadParameter(f"head {head} does not exist: the model has query heads 0 to {self.facts.heads - 1}")
+        return capture(trace.layers[layer], self._plan(recipe, trace, progress), head)
+
+    def _each_layer(
+        self, recipe: Recipe, work: Callable[[Captured, Progress], T], stage: str, progress: Progress | None
+    ) -> list[T]:
+        """`work` on all heads of each layer under a recipe; within a layer it can be cancelled but reports nothing."""
+        trace = _need_recording(self._trace(recipe, progress))
+        plan, progress = self._plan(recipe, trace, progress), progress or Progress()
+        steps = Progress(lambda *_: progress.check())
+        return [work(capture(layer, plan), steps) for layer in progress.track(trace.layers, stage, len(trace.layers))]
 
     def outliers(self, kind: Outliers = "keys", *, progress: Progress | None = None) -> pd.DataFrame:
         """Largest magnitude, kurtosis and share of energy of every channel, layer by layer.

@@ -8,6 +8,7 @@ from torch import Tensor
 from workbench.kv.apportion import apportion
 from workbench.kv.base import KVMethod, Study, keep_first, keep_last
 from workbench.kv.ranking import Ranking
+from workbench.measure.heads import contextual, probe_positions
 from workbench.measure.rows import attention_rows
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
@@ -47,9 +48,9 @@ class HACK(KVMethod):
 
     def scores(self, study: Study) -> Tensor:
         probed = self._probed(study)
-        contextual = self._contextual(torch.stack([variance for variance, _ in probed]))  # [l, k]
+        kinds = contextual(torch.stack([variance for variance, _ in probed]), self.contextual)  # [l, k]
         found = []
-        for (_, votes), vertical in zip(probed, contextual, strict=True):
+        for (_, votes), vertical in zip(probed, kinds, strict=True):
             held = keep_last(keep_first(votes, self.first), min(self.recent, study.trace.tokens))
             found.append(torch.where(vertical[:, None].to(votes.device), votes, held))
         return torch.stack(found)
@@ -63,7 +64,7 @@ class HACK(KVMethod):
         total = min(entries, number * ranking.tokens)
         if variance is None or total < number:
             return super().allocate(ranking, entries)
-        vertical = self._contextual(variance)
+        vertical = contextual(variance, self.contextual)
         least = max(int(self.contextual_room * (total // number)), 1)
         if bool(vertical.all()):
             least = total // number
@@ -76,23 +77,13 @@ class HACK(KVMethod):
         )
         return room + structural + back
 
-    def _contextual(self, variance: Tensor) -> Tensor:
-        """Which heads [l, k] are contextual: those with the smallest variances of all."""
-        number = round(self.contextual * variance.numel())
-        chosen = torch.zeros(variance.numel(), dtype=torch.bool)
-        chosen[variance.cpu().flatten().argsort(stable=True)[:number]] = True
-        return chosen.view(variance.shape)
-
     def _probed(self, study: Study) -> list[tuple[Tensor, Tensor]]:
         """Of each compressible layer, variances [k] and the attention that positions received from probes [k, n]."""
         name = ("hack", self.probes)
         return study.trace.once(name, lambda: [self._probe(layer) for layer in study.trace.compressible])
 
     def _probe(self, layer: LayerTrace) -> tuple[Tensor, Tensor]:
-        half = layer.tokens // 2
-        count = min(self.probes, layer.tokens - half)
-        at = torch.linspace(half, layer.tokens - 1, count, device=layer.device).round().long()
-        at[-1] = layer.tokens - 1
+        at = probe_positions(layer.tokens, self.probes).to(layer.device)
         blocks = attention_rows(
             layer.queries[:, at], layer.keys, scale=layer.scale, query_positions=at, softcap=layer.softcap
         )

@@ -10,6 +10,8 @@ from workbench.measure.attention import (
     row_entropy,
     sink_mass,
 )
+from workbench.measure.grid import GridOfMaps
+from workbench.measure.heads import HeadStats, Thresholds, head_stats
 from workbench.measure.memory import CudaBytes, LiveBytes, Sample, Timeline, live_bytes, tensor_bytes
 from workbench.measure.outliers import (
     ChannelStats,
@@ -30,6 +32,8 @@ from workbench.measure.timing import Stopwatch, Timing
 __all__ = [
     "ChannelStats",
     "CudaBytes",
+    "GridOfMaps",
+    "HeadStats",
     "LayerStats",
     "LiveBytes",
     "MassiveActivation",
@@ -41,6 +45,7 @@ __all__ = [
     "Sink",
     "Sinks",
     "Stopwatch",
+    "Thresholds",
     "Timeline",
     "Timing",
     "attention_rows",
@@ -48,6 +53,7 @@ __all__ = [
     "column_sums",
     "compare_logits",
     "first_divergence",
+    "head_stats",
     "layer_stats",
     "live_bytes",
     "massive_activations",

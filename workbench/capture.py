@@ -1,0 +1,98 @@
+"""What attention over the prompt is made of under a recipe: the recorded queries, over the keys that are held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.kv.plan import Plan, StreamedPlan
+from workbench.kv.stores.format import DenseFormat
+from workbench.trace import LayerTrace
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What the attention of one layer, or of one query head of it, is computed from.
+
+    queries [h, n, d], at positions 0 .. n - 1; keys [k, m, d]; positions int64 [k or 1, m], ascending: n, which no
+    query sees, where a head holds fewer than others. scale, window, softcap: as in LayerTrace.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    positions: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords for the measures of `workbench.measure`, which take queries and keys before them."""
+        return {
+            "scale": self.scale,
+            "query_positions": torch.arange(self.tokens),
+            "key_positions": self.positions,
+            "window": self.window,
+            "softcap": self.softcap,
+        }
+
+
+def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None) -> Captured:
+    """One layer as it was recorded, or with what a plan holds of its keys; head: only that query head.
+
+    With a plan every query looks at what the plan keeps, as if it had been decided before the prompt was read. Keys are
+    those that the plan's stores hold, merged and dequantised; what they hold in host memory is all there. Recorded keys
+    stand in where a store only rounds them to the type in which the uncompressed cache is held too, so that the
+    difference of two maps shows the method; in layers that stay exact; and for plans of methods that read the prompt by
+    themselves, whose own keys belong to other queries than those recorded.
+    """
+    own = slice(None) if head is None else slice(head, head + 1)
+    kv = slice(None) if head is None else slice(head // layer.groups, head // layer.groups + 1)
+    queries = layer.queries_held[own].to(layer.device)
+    if plan is None or layer.index in plan.exact:
+        keys, positions = layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens)[None]
+    elif _only_selects(plan):
+        there = plan.tiers[layer.index, kv] > 0  # [k, n]
+        keys, positions = _in_order(
+            layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens, device=there.device)[None], there
+        )
+    else:
+        held = plan.store(layer).contents(torch.float32)
+        heads = held.keys.shape[0]
+        valid = torch.ones(heads, held.keys.shape[1], dtype=torch.bool, device=held.keys.device)
+        keys, positions = _in_order(
+            held.keys[kv],
+            held.positions.expand(heads, -1)[kv],
+            (valid if held.valid is None else held.valid)[kv],
+            end=layer.tokens,
+        )
+    return Captured(queries, keys, positions, layer.scale, layer.window, layer.softcap)
+
+
+def _only_selects(plan: Plan) -> bool:
+    """Whether the plan's stores hold recorded keys in the type of the uncompressed cache, and nothing else."""
+    dense = isinstance(plan.format, DenseFormat)
+    return isinstance(plan, StreamedPlan) or (dense and (plan.stages.merge is None or plan.keeps_all))
+
+
+def _in_order(keys: Tensor, positions: Tensor, there: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:
+    """Keys [k, m, d] at positions [k or 1, m] by ascending position, without those that are not there [k, m].
+
+    end: the position of slots that a head holds fewer than others, by default the number of slots.
+    """
+    end = there.shape[1] if end is None else end
+    at = torch.where(there, positions.long(), end)
+    at, order = at.sort(dim=1, stable=True)
+    most = max(int(there.sum(dim=1).max()), 1)
+    at, order = at[:, :most], order[:, :most].to(keys.device)
+    keys = keys.gather(1, order[..., None].expand(-1, -1, keys.shape[-1]))
+    if bool((at == at[:1]).all()):  # one set of positions for all heads is quicker to work with
+        at = at[:1]
+    return keys, at.cpu()

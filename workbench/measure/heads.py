@@ -1,0 +1,355 @@
+"""What kind each attention head is: where its attention goes over a whole prompt, in one streamed pass a layer.
+
+Arguments shared with `workbench.measure.rows.row_blocks` are explained there. Memory is that of a few blocks of rows,
+never n x n; all sums of weights are float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from workbench.errors import BadParameter, InputError
+from workbench.measure.rows import BLOCK_BYTES, row_blocks, token_positions, visible_keys
+from workbench.progress import Progress
+
+HeadClass = Literal["retrieval", "sink", "local", "contextual", "structural"]
+
+SINKS = 4  # first tokens that count as sinks
+RECENT = 32  # tokens, the query's own included, that count as local
+PROBES = 32  # queries by which contextual heads are told from structural ones
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From when on a head belongs to a class. Classes are tried in the order of these fields."""
+
+    retrieval: float = 0.2
+    """share of attention on tokens that followed the query's token before"""
+    sink: float = 0.5
+    """share of attention on the first tokens"""
+    local: float = 0.5
+    """share of attention on the most recent tokens"""
+    contextual: float = 0.5
+    """share of all heads, those whose attention differs least from query to query, that count as contextual (HACK);
+    the others are structural. Only what no other class has taken is called either"""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not 0 <= value <= 1:
+                raise BadParameter(f"the threshold {each.name} is {value}: give a share between 0 and 1")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStats:
+    """Where the attention of heads goes, as means over the queries: of one layer [h], or of a model [l, h].
+
+    Queries that see no key, because all of them were evicted, are left out of every mean.
+    """
+
+    entropy: Tensor
+    """[..., h] in nats: 0 for heads that always look at one token"""
+    sink: Tensor
+    """[..., h] share that goes to the first `sinks` positions, of the queries after them (Xiao et al. 2023,
+    arXiv:2309.17453); not a number where there is none"""
+    local: Tensor
+    """[..., h] share that goes less than `recent` tokens back, of the queries that have as many before them; not a
+    number where there is none"""
+    retrieval: Tensor
+    """[..., h] share that goes to tokens right after an earlier occurrence of the query's own token, of the queries
+    that see one: how much the head looks where induction would copy from, the prefix matching of Olsson et al. 2022
+    (arXiv:2209.11895), on the prompt itself and not on repeated random tokens; not a number where no token occurs
+    again"""
+    distance: Tensor
+    """[..., h] mean distance between query and key, in tokens"""
+    variance: Tensor
+    """[..., h] variance over probing queries of the attention that a position gets, summed over positions: HACK's
+    measure (arXiv:2504.09261), small for heads that look at the same tokens from everywhere"""
+    profile: Tensor
+    """[..., h, bins] share of the attention by distance: in bin 0 the token itself, in bin b > 0 the distances from
+    2 ** (b - 1) to 2 ** b - 1; adds up to 1"""
+
+    @property
+    def bins(self) -> list[tuple[int, int]]:
+        """The distances of each bin of the profile, half-open: (0, 1), (1, 2), (2, 4), (4, 8), ..."""
+        return [(0, 1), *((2 ** (b - 1), 2**b) for b in range(1, self.profile.shape[-1]))]
+
+    def classes(self, thresholds: Thresholds | None = None) -> list[list[HeadClass]]:
+        """The class of each head of a model, [l][h]: the first in the order of `Thresholds` that it meets.
+
+        Retrieval heads are known here by how they read this very prompt. HeadKV (`workbench.kv.headkv`) measures
+        whether a head copies the answers of needle tasks instead, which costs readings of their own, and is about the
+        model, not the prompt.
+        """
+        if self.entropy.ndim != 2:
+            raise InputError("classes are about all layers of a model: stack the layers' statistics first")
+        limits = thresholds or Thresholds()
+        vertical = contextual(self.variance, limits.contextual)
+        layers, heads = self.entropy.shape
+        found: list[list[HeadClass]] = [
+            ["contextual" if vertical[layer, head] else "structural" for head in range(heads)]
+            for layer in range(layers)
+        ]
+        names: tuple[HeadClass, ...] = ("local", "sink", "retrieval")  # the first to be tried is the last to be written
+        for name in names:
+            for layer, head in (getattr(self, name) >= getattr(limits, name)).nonzero().tolist():
+                found[layer][head] = name
+        return found
+
+    def to_frame(self, kv_heads: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
+        """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class."""
+        layers, heads = self.entropy.shape
+        head = torch.arange(heads)
+        columns = {name: getattr(self, name).flatten().numpy() for name in _COLUMNS}
+        classes = [name for layer in self.classes(thresholds) for name in layer]
+        return pd.DataFrame(
+            {
+                "layer": torch.arange(layers).repeat_interleave(heads).numpy(),
+                "head": head.repeat(layers).numpy(),
+                "kv_head": (head // (heads // kv_heads)).repeat(layers).numpy(),
+                **columns,
+                "class": classes,
+            }
+        )
+
+    @classmethod
+    def stack(cls, layers: Sequence[HeadStats]) -> HeadStats:
+        """The statistics of all layers of a model, from those of each."""
+        return cls(**{each.name: torch.stack([getattr(layer, each.name) for layer in layers]) for each in fields(cls)})
+
+
+_COLUMNS = ("entropy", "sink", "local", "retrieval", "distance")
+
+
+def head_stats(
+    queries: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    *,
+    scale: float,
+    sinks: int = SINKS,
+    recent: int = RECENT,
+    probes: int = PROBES,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    block_bytes: int = BLOCK_BYTES,
+    progress: Progress | None = None,
+) -> tuple[HeadStats, Tensor]:
+    """The statistics of one layer's query heads [h], and what each key receives from each head's queries [h, nk].
+
+    queries: [h, nq, d]; keys: [k, nk, d]; ids: the prompt's tokens [n], from which those at the positions of queries
+    and keys are taken. sinks, recent: how many first and last tokens count. probes: how many queries, spread evenly
+    over the second half, the variance is over.
+
+    All float32 on the CPU. The column sums are those of `workbench.measure.column_sums`.
+    """
+    for name, count in (("sinks", sinks), ("recent", recent), ("probes", probes)):
+        if count < 1:
+            raise BadParameter(f"{name} is {count}: give at least 1")
+    (h, nq, _), (k, nk, _) = queries.shape, keys.shape
+    if nq == 0 or nk == 0:
+        raise InputError(f"heads are judged by at least one query and one key, not {nq} and {nk}")
+    at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
+    if int(at[-1]) >= len(ids):
+        raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
+    first, stop = visible_keys(nq, nk, at, held, window, kv_heads=k)
+    passed = _Pass(h, k, at, held, first < stop, ids, window, sinks, recent, probes, queries.device)
+    for rows, at_keys, probs in row_blocks(
+        queries,
+        keys,
+        scale=scale,
+        query_positions=at,
+        key_positions=held,
+        window=window,
+        softcap=softcap,
+        block_bytes=block_bytes,
+        progress=progress,
+    ):
+        if probs.shape[2]:
+            passed.add(rows, at_keys, probs)
+        del probs
+    return passed.stats(), passed.received.cpu()
+
+
+class _Pass:
+    """The sums that one pass over the rows of a layer's attention makes."""
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        at: Tensor,
+        held: Tensor,
+        seeing: Tensor,
+        ids: Tensor,
+        window: int | None,
+        sinks: int,
+        recent: int,
+        probes: int,
+        device: torch.device,
+    ) -> None:
+        ids, nk = ids.cpu(), held.shape[1]
+        self.heads, self.kv_heads, self.window, self.sinks, self.recent = heads, kv_heads, window, sinks, recent
+        self.at, self.held, self.seeing = at, held, seeing  # [nq], [k or 1, nk], [k or 1, nq]
+        self.at_there, self.held_there = at.to(device), held.to(device)
+        # What each query is, and what came before each key: -1 where nothing did, and for slots that hold nothing.
+        self.own = ids[at].to(device)
+        before = ids[(held - 1).clamp(0, len(ids) - 1)]
+        self.before = before.masked_fill((held < 1) | (held >= len(ids)), -1).to(device)
+        self.again = bool(len(ids) > ids.unique().numel())  # else no token follows an earlier occurrence of another
+        self.first_sinks = (held < sinks).sum(dim=1)  # how many slots of each KV head are sinks
+        self.probed = probe_positions(len(at), probes)  # slots of queries
+        bins = 1 + int(at[-1]).bit_length()
+        self.bounds = [2**b for b in range(bins)]  # distances below the first, the second, ...
+
+        self.received = torch.zeros(heads, nk, device=device)
+        self.entropy, self.sink, self.local, self.retrieval, self.distance, self.squares = torch.zeros(
+            6, heads, dtype=torch.float64, device=device
+        )
+        self.within = torch.zeros(heads, bins, dtype=torch.float64, device=device)  # mass at distances below bounds
+        self.probe_sums = torch.zeros(heads, nk, dtype=torch.float64, device=device)
+        self.retrieving = torch.zeros(len(held), dtype=torch.int64, device=device)
+
+    def add(self, rows: slice, slots: slice, probs: Tensor) -> None:
+        """Add a block of rows: probs [h, r, c]."""
+        at = self.at[rows]
+        sums = probs.sum(1)  # [h, c]
+        self.received[:, slots] += sums
+        self.within += self._below(probs, sums, at, slots, self.bounds)
+        late = int(torch.searchsorted(at, self.recent - 1))  # from here on there are enough tokens before
+        if late < len(at):
+            part = probs[:, late:]
+            self.local += self._below(part, part.sum(1) if late else sums, at[late:], slots, [self.recent])[:, 0]
+        self._add_sinks(probs, sums, at, slots)
+        self._add_retrieval(probs, rows, slots)
+        self._add_probes(probs, rows, slots)
+        self._add_distance(sums, rows, slots)
+        self._add_entropy(probs)
+
+    def _below(self, probs: Tensor, sums: Tensor, at: Tensor, slots: slice, bounds: list[int]) -> Tensor:
+        """The mass at distances below each of `bounds`: float64 [h, bounds]; probs [h, r, c], sums over r [h, c].
+
+        Where a distance ends lies at another key for every row, but for most keys all rows agree on whether they are
+        within: only the few where rows differ are looked at row by row.
+        """
+        total = sums.double().cumsum(1)
+        found = torch.zeros(len(sums), len(bounds), dtype=torch.float64, device=sums.device)
+        limits = torch.tensor(bounds)
+        for kv, held in enumerate(self.held[:, slots]):
+            mine = slice(None) if len(self.held) == 1 else slice(kv * self._group, (kv + 1) * self._group)
+            ends = torch.searchsorted(held, torch.stack([at[0] - limits, at[-1] - limits]), right=True)
+            there = self.held_there[kv, slots]
+            rows = self.at_there[self._slots_of(at)]
+            for bound, (limit, low, high) in enumerate(zip(bounds, *ends.tolist(), strict=True)):
+                found[mine, bound] = total[mine, -1] - (total[mine, high - 1] if high else 0.0)
+                if low < high:
+                    near = rows[:, None] - there[low:high] < limit  # [r, some]
+                    found[mine, bound] += (probs[mine, :, low:high] * near).sum((1, 2))
+        return found
+
+    def _slots_of(self, at: Tensor) -> slice:
+        """Which queries stand at positions `at`, a run of them."""
+        begin = int(torch.searchsorted(self.at, at[0]))
+        return slice(begin, begin + len(at))
+
+    @property
+    def _group(self) -> int:
+        return self.heads // self.kv_heads
+
+    def _add_sinks(self, probs: Tensor, sums: Tensor, at: Tensor, slots: slice) -> None:
+        after = int(torch.searchsorted(at, self.sinks))
+        most = int(self.first_sinks.max()) - slots.start
+        if most <= 0 or after == len(at):
+            return
+        part = (sums if after == 0 else probs[:, after:].sum(1))[:, :most]  # [h, some]
+        there = self.held_there[:, slots][:, :most] < self.sinks  # [k or 1, some]
+        self.sink += (part * self._heads_of(there)).sum(1)
+
+    def _add_retrieval(self, probs: Tensor, rows: slice, slots: slice) -> None:
+        if not self.again:
+            return
+        at, held = self.at_there[rows, None], self.held_there[:, None, slots]
+        follows = self.own[rows, None] == self.before[:, None, slots]  # [k or 1, r, c]
+        follows &= held < at
+        if self.window is not None:
+            follows &= held > at - self.window
+        self.retrieving += follows.any(dim=2).sum(dim=1)
+        weights = probs.view(len(follows), -1, follows[0].numel())  # [k or 1, its heads, r * c]
+        self.retrieval += torch.bmm(weights, follows.float().flatten(1)[..., None]).flatten()
+
+    def _add_probes(self, probs: Tensor, rows: slice, slots: slice) -> None:
+        begin, end = torch.searchsorted(self.probed, torch.tensor([rows.start, rows.stop])).tolist()
+        if begin == end:
+            return
+        chosen = probs[:, (self.probed[begin:end] - rows.start).to(probs.device)].double()
+        self.probe_sums[:, slots] += chosen.sum(1)
+        self.squares += chosen.square().sum((1, 2))
+
+    def _add_distance(self, sums: Tensor, rows: slice, slots: slice) -> None:
+        """Add up distances by columns, since every row that sees something adds up to 1."""
+        start = int(self.at[rows.start])  # distances are differences: of small numbers, where attention is local
+        from_rows = (self.seeing[:, rows] * (self.at[rows] - start)).sum(dim=1)  # [k or 1]
+        behind = (self.held_there[:, slots] - start).double()  # [k or 1, c]
+        self.distance += self._each(from_rows) - (sums * self._heads_of(behind)).sum(1)
+
+    def _add_entropy(self, probs: Tensor) -> None:
+        logs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()  # 0 * log 0 is 0
+        self.entropy -= logs.mul_(probs).sum((1, 2))
+
+    def stats(self) -> HeadStats:
+        """The means, once all rows were added."""
+        seeing = self.seeing.sum(dim=1)  # [k or 1]
+        after, late = ((self.seeing & (self.at >= least)).sum(dim=1) for least in (self.sinks, self.recent - 1))
+        below = self.within / self._each(seeing)[:, None]
+        profile = torch.cat([below[:, :1], below.diff(dim=1)], dim=1)
+        number = len(self.probed)
+        mean = self.probe_sums / number
+        figures = {
+            "entropy": self.entropy / self._each(seeing),
+            "sink": self.sink / self._each(after),
+            "local": self.local / self._each(late),
+            "retrieval": self.retrieval / self._each(self.retrieving),
+            "distance": (self.distance / self._each(seeing)).clamp(min=0.0),
+            "variance": self.squares / number - mean.square().sum(1),
+            "profile": profile.clamp(min=0.0),
+        }
+        return HeadStats(**{name: each.float().cpu() for name, each in figures.items()})
+
+    def _each(self, counts: Tensor) -> Tensor:
+        """Counts [k or 1] of KV heads as those of their query heads, float64 [h]."""
+        return self._heads_of(counts.to(self.received.device, torch.float64))
+
+    def _heads_of(self, x: Tensor) -> Tensor:
+        """What is of KV heads [k or 1, ...], for each query head [h, ...]."""
+        return x.repeat_interleave(self.heads // len(x), dim=0)
+
+
+def probe_positions(tokens: int, count: int) -> Tensor:
+    """At most `count` of `tokens` queries, spread evenly over the second half, the last one included: int64, ascending.
+
+    By them HACK judges heads.
+    """
+    half = tokens // 2
+    at = torch.linspace(half, tokens - 1, min(count, tokens - half)).round().long()
+    at[-1] = tokens - 1
+    return at
+
+
+def contextual(variance: Tensor, share: float) -> Tensor:
+    """Which heads are contextual: the `share` of all of them with the smallest variances, bool like `variance`.
+
+    HACK (Qin et al. 2025, arXiv:2504.09261) calls contextual the heads whose attention forms vertical patterns, the
+    same tokens from every query, and structural those with diagonal patterns.
+    """
+    number = round(share * variance.numel())
+    chosen = torch.zeros(variance.numel(), dtype=torch.bool)
+    chosen[variance.cpu().flatten().argsort(stable=True)[:number]] = True
+    return chosen.view(variance.shape)
