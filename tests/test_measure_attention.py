@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from workbench.errors import BadParameter, Cancelled, InputError
+import workbench as wb
+from workbench.errors import BadParameter, BudgetTooSmall, Cancelled, InputError
 from workbench.measure import (
+    GridOfMaps,
     LiveBytes,
+    PooledMap,
     attention_rows,
     column_sums,
     pooled_map,
+    pooled_maps,
     queries_per_key,
     row_blocks,
     row_entropy,
     sink_mass,
 )
 from workbench.progress import Progress
+from workbench.registry import registered
 
 
 def full_attention(
@@ -249,6 +258,93 @@ def test_maps_of_full_and_evicted_caches_lie_over_each_other():
     torch.testing.assert_close(evicted.values[:, kept].double(), expected, atol=1e-6, rtol=0)
 
 
+def pooled_by_hand(full: Tensor, pooled: PooledMap, held: list[int]) -> Tensor:
+    """Pool full [nq, m] of queries 0 .. nq - 1 and keys at positions `held`, cell by cell and weight by weight."""
+    found = []
+    for a, b in pairs(pooled.row_edges):
+        row = []
+        for c, d in pairs(pooled.col_edges):
+            inside = [full[i, j].item() for i in range(a, b) for j, at in enumerate(held) if c <= at < d]
+            row.append(
+                max(inside, default=0.0)
+                if pooled.pooling == "max"
+                else sum(inside) / ((b - a) * (d - c) if pooled.pooling == "mean" else 1)
+            )
+        found.append(row)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40)),
+    st.sampled_from(["max", "mean", "sum"]),
+    st.integers(1, 12),
+    st.integers(1, 40),
+    windows,
+    blocks,
+    st.data(),
+)
+def test_maps_of_all_heads_equal_pooling_each_full_matrix(shape, pooling, pixels, kept, window, block_bytes, data):
+    k, group, n = shape
+    kept = min(kept, n)
+    queries, keys = some(n, k * group, k, n, kept)
+    held = some_positions(kept, k, kept, span=n)
+    at = torch.arange(n)
+    begin, end = (data.draw(st.integers(0, n - 1)) for _ in range(2))
+    cols = data.draw(st.sampled_from([(0, n), (min(begin, end), max(begin, end) + 1)]))
+    maps = pooled_maps(
+        queries,
+        keys,
+        scale=0.3,
+        pixels=pixels,
+        pooling=pooling,
+        window=window,
+        query_positions=at,
+        key_positions=held,
+        cols=cols,
+        block_bytes=block_bytes,
+    )
+    full = full_attention(queries, keys, 0.3, at, held, window)
+    assert len(maps) == k * group
+    for head, pooled in enumerate(maps):
+        assert (pooled.col_edges[0].item(), pooled.col_edges[-1].item()) == cols
+        expected = pooled_by_hand(full[head], pooled, held[head // group].tolist())
+        torch.testing.assert_close(pooled.values.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_difference_is_taken_cell_by_cell_and_only_on_the_same_cells():
+    queries, keys = some(0, 1, 1, 40, 40)
+    kept = torch.tensor([0, 1, 20, 30, 38, 39])
+    full = pooled_map(queries[0], keys[0], scale=0.3, pixels=8)
+    evicted = pooled_map(
+        queries[0], keys[0, kept], scale=0.3, pixels=8, query_positions=torch.arange(40), key_positions=kept
+    )
+    less = evicted.minus(full)
+    torch.testing.assert_close(less.values + full.values, evicted.values)
+    assert less.values.min() < 0 < less.values.max()
+    assert not full.minus(full).values.any()
+    with pytest.raises(InputError, match="8 cells and 0 to 40 in 10 cells"):
+        full.minus(pooled_map(queries[0], keys[0], scale=0.3, pixels=10))
+    with pytest.raises(InputError, match="col_edges are 0 to 40"):
+        full.minus(pooled_map(queries[0], keys[0], scale=0.3, pixels=8, cols=(0, 20)))
+    with pytest.raises(InputError, match="pooled by max, the other by sum"):
+        full.minus(pooled_map(queries[0], keys[0], scale=0.3, pixels=8, pooling="sum"))
+
+
+def test_maps_as_data_hold_every_cell():
+    queries, keys = some(0, 1, 1, 20, 20)
+    pooled = pooled_map(queries[0], keys[0], scale=0.3, pixels=7, cols=(3, 20))
+    frame = pooled.to_frame()
+    assert len(frame) == 49
+    for cell in frame.itertuples():
+        row, col = pooled.row_edges.tolist().index(cell.row_from), pooled.col_edges.tolist().index(cell.col_from)
+        assert (cell.row_to, cell.col_to) == (pooled.row_edges[row + 1], pooled.col_edges[col + 1])
+        assert cell.value == pooled.values[row, col]
+    data = json.loads(json.dumps(pooled.to_dict(), allow_nan=False))
+    assert data["pooling"] == "max" and data["col_edges"] == pooled.col_edges.tolist()
+    torch.testing.assert_close(torch.tensor(data["values"]), pooled.values)
+
+
 def test_memory_does_not_grow_with_the_square_of_the_length():
     n, d, mib = 8192, 64, 2**20
     queries, keys = some(0, 1, 1, n, n, d)
@@ -299,3 +395,164 @@ def test_long_work_reports_and_can_be_cancelled():
     progress.cancel()
     with pytest.raises(Cancelled):
         column_sums(queries, keys, scale=1.0, progress=progress)
+
+
+# --- in a session
+
+
+def tiny_gemma2() -> PreTrainedModel:
+    """A random Gemma 2 whose soft cap is low enough to be felt; every other layer slides."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=16,
+        attn_logit_softcapping=1.5,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.fixture(params=["llama", "mqa", "gemma2", "gemma3"])  # shared KV heads, soft caps, sliding windows
+def session(request: pytest.FixtureRequest, tiny_model: Callable[[str], PreTrainedModel]) -> wb.Session:
+    made = wb.Session((tiny_gemma2() if request.param == "gemma2" else tiny_model(request.param), None))
+    trace = made.read(torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)))
+    assert (trace.layers[0].softcap == 1.5) == (request.param == "gemma2")
+    return made
+
+
+RECIPES: list[tuple[Any, dict[str, Any]]] = [
+    (None, {}),
+    ("snapkv", {"budget": 0.6, "window": 8}),
+    ("kivi", {"bits": 2, "group": 16, "residual": 16}),
+    (["snapkv", "kivi"], {"budget": 0.5}),
+    ("masformer", {"window": 16}),
+]
+
+
+def expected_rows(session: wb.Session, recipe: Any, options: dict[str, Any], layer: int) -> tuple[Tensor, list[Tensor]]:
+    """The full matrix of a layer [h, n, n] under a recipe, and the positions of each KV head, from its stores."""
+    spec = wb.Recipe.of(recipe or "full", **options)
+    plan = session.plan(spec)
+    part, at = plan.trace.layers[layer], torch.arange(60)
+    full, places = torch.zeros(part.heads, 60, 60, dtype=torch.float64), []
+    held = plan.store(part).contents(torch.float32)
+    for kv in range(part.kv_heads):
+        if layer in plan.exact or recipe in (None, "masformer"):
+            place, keys = at, part.keys[kv]
+        elif recipe == "snapkv":
+            place = plan.kept(layer, kv)
+            keys = part.keys[kv, place]
+        else:
+            place = held.positions.expand(part.kv_heads, -1)[kv].long()
+            real = torch.ones_like(place, dtype=torch.bool) if held.valid is None else held.valid[kv]
+            place, keys = place[real], held.keys[kv, real]
+            order = place.argsort()
+            place, keys = place[order], keys[order]
+        own = slice(kv * part.groups, (kv + 1) * part.groups)
+        full[own][..., place] = full_attention(
+            part.queries[own], keys[None], part.scale, at, place, part.window, part.softcap
+        )
+        places.append(place)
+    return full, places
+
+
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=lambda x: str(x))
+def test_maps_of_a_recipe_are_exact_at_every_zoom(session: wb.Session, recipe: Any, options: dict[str, Any]) -> None:
+    for layer in range(session.facts.layers):
+        full, _ = expected_rows(session, recipe, options, layer)
+        for head in range(session.facts.heads):
+            whole = session.attention(layer, head, recipe, **options)
+            torch.testing.assert_close(whole.values.double(), full[head], atol=1e-5, rtol=0)
+            zoomed = session.attention(layer, head, recipe, rows=(20, 31), cols=(3, 25), **options)
+            assert zoomed.values.shape == (11, 22)
+            torch.testing.assert_close(zoomed.values.double(), full[head, 20:31, 3:25], atol=1e-5, rtol=0)
+            coarse = session.attention(layer, head, recipe, pixels=9, pooling="mean", **options)
+            by_hand = pooled_by_hand(full[head], coarse, list(range(60)))
+            torch.testing.assert_close(coarse.values.double(), by_hand, atol=1e-5, rtol=0)
+            received = session.received(layer, head, recipe, **options)
+            torch.testing.assert_close(received.double(), full[head].sum(0), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            session.received(layer, recipe=recipe, **options).double(), full.sum(1).mean(0), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=lambda x: str(x))
+@pytest.mark.parametrize("pooling", ["max", "mean", "sum"])
+def test_the_grid_holds_the_map_of_every_head(
+    session: wb.Session, recipe: Any, options: dict[str, Any], pooling: Any
+) -> None:
+    grid = session.attention_grid(recipe, pixels=8, pooling=pooling, **options)
+    facts = session.facts
+    assert grid.values.shape == (facts.layers, facts.heads, 8, 8)
+    for layer in range(facts.layers):
+        for head in range(facts.heads):
+            alone = session.attention(layer, head, recipe, pixels=8, pooling=pooling, **options)
+            torch.testing.assert_close(grid.map(layer, head).values, alone.values)
+            assert not grid.map(layer, head).minus(alone).values.abs().gt(1e-5).any()
+
+
+def test_few_bits_are_seen_in_the_map(session: wb.Session) -> None:
+    layer = next(layer.index for layer in session.trace.compressible)  # type: ignore[union-attr]
+    errors = []
+    for bits in (2, 4, 8):
+        found = session.attention(layer, 0, "kivi", bits=bits, group=16, residual=16, budget=1.0)
+        errors.append(found.minus(session.attention(layer, 0)).values.abs().max().item())
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+@pytest.mark.parametrize("key", [cls.key for cls in registered("kv")])
+def test_every_method_has_maps_whose_rows_add_up_and_show_only_what_is_held(
+    tiny_llama: PreTrainedModel, key: str
+) -> None:
+    session = wb.Session((tiny_llama, None))
+    session.read(torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)))
+    try:
+        plan = session.plan(key, **({} if key == "full" else {"budget": 0.6}))
+    except BudgetTooSmall as refusal:
+        plan = session.plan(key, budget=refusal.smallest)
+    options = {} if key == "full" else {"budget": plan.methods[0].effective_budget}
+    grid = session.attention_grid(key, pixels=60, **options).values
+    sums = grid.sum(-1)  # [l, h, n]
+    groups = session.facts.heads // session.facts.kv_heads
+    held = (plan.tiers > 0).repeat_interleave(groups, dim=1)  # [l, h, n]
+    torch.testing.assert_close(sums, (held.cumsum(-1) > 0).float(), atol=1e-5, rtol=0)
+    assert not grid.transpose(2, 3)[~held].any()
+
+
+def test_grids_are_subtracted_on_the_same_cells_only(tiny_llama: PreTrainedModel) -> None:
+    session = wb.Session((tiny_llama, None))
+    session.read(torch.arange(60))
+    full, half = session.attention_grid(pixels=6), session.attention_grid("snapkv", budget=0.5, window=8, pixels=6)
+    less = half.minus(full)
+    assert isinstance(less, GridOfMaps) and less.values.abs().max() > 0.01
+    torch.testing.assert_close(less.map(1, 2).values, half.map(1, 2).minus(full.map(1, 2)).values)
+    with pytest.raises(InputError, match="pixels"):
+        full.minus(session.attention_grid(pixels=5))
+    with pytest.raises(BadParameter, match="layer 9"):
+        full.map(9, 0)
+    assert json.loads(json.dumps(full.to_dict(), allow_nan=False))["row_edges"] == full.row_edges.tolist()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda s: s.attention_grid(pixels=0),
+        lambda s: s.attention_grid(pooling="median"),
+        lambda s: s.received(99),
+        lambda s: s.received(0, 99),
+    ],
+)
+def test_maps_that_do_not_exist_are_refused(tiny_llama: PreTrainedModel, ask: Callable[[wb.Session], Any]) -> None:
+    session = wb.Session((tiny_llama, None))
+    session.read(torch.arange(20))
+    with pytest.raises(BadParameter):
+        ask(session)
