@@ -219,6 +219,7 @@ def _figures(rows: Rows) -> list[list[str]]:
             "recipe",
             "budget",
             "bytes",
+            "host",
             *asked,
             "nats lost",
             f"nats lost, {ASKED_FIRST}",

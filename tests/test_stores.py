@@ -335,3 +335,11 @@ def test_reserved_room_is_counted_and_then_used(kind: str) -> None:
         store.append(new[:, step : step + 1], new[:, step : step + 1], torch.tensor([30 + step]))
     if kind in ("dense", "ragged", "split"):
         assert store.nbytes == reserved
+
+
+def test_a_head_that_holds_nothing_shows_numbers_after_room_was_made() -> None:
+    # What is masked is multiplied by zero, and zero times whatever lay in that memory may not be zero.
+    keep = torch.tensor([[False] * 5, [True] * 5])
+    rows = Rows.where(torch.ones(2, 5, 3), keep, torch.float16)
+    rows.reserve(64)
+    assert bool((rows.view()[0] == 0).all()) and bool((rows.view()[1] == 1).all())
