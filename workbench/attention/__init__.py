@@ -1,7 +1,15 @@
 """Attention methods: how scores are computed, and how far a layer looks back."""
 
 from workbench.attention.base import AttentionMethod
+from workbench.attention.block_sparse import BlockSparse
 from workbench.attention.masformer import MASFormer
 from workbench.attention.memory_efficient import MemoryEfficient
+from workbench.attention.streaming_window import StreamingWindow
 
-__all__ = ["AttentionMethod", "MASFormer", "MemoryEfficient"]
+__all__ = [
+    "AttentionMethod",
+    "BlockSparse",
+    "MASFormer",
+    "MemoryEfficient",
+    "StreamingWindow",
+]

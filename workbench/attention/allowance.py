@@ -1,0 +1,42 @@
+"""What a budget of score entries allows one head in one layer, and layers whose window is already narrow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from torch import Tensor
+
+from workbench.attention.base import Pass, visible_entries
+from workbench.attention.exact import causal_attention
+from workbench.budget import Budget
+
+
+def allowed_entries(budget: Budget, tokens: int) -> int:
+    """Score entries that each head of each layer may compute while `tokens` are read, every layer the same."""
+    return int(budget.amount * visible_entries(tokens) + 1e-6)
+
+
+def widest_window(tokens: int, entries: int) -> int:
+    """The widest window in which a head computes no more than `entries`; 0 if there is none."""
+    return bisect_right(range(1, tokens + 1), entries, key=lambda width: visible_entries(tokens, width))
+
+
+def windowed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float | None,
+    at: Pass,
+    entries: int | None,
+) -> Tensor:
+    """Attention in a layer that has a sliding window of its own: exact, or in a narrower window where a head may
+    compute no more than `entries`. Sparse patterns over long distances have nothing to gain there.
+    """
+    tokens = query.shape[1]
+    if entries is not None:
+        window = min(window, max(widest_window(tokens, entries), 1))
+    at.count(query.shape[0] * visible_entries(tokens, window))
+    return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
