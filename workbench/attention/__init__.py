@@ -2,6 +2,8 @@
 
 from workbench.attention.base import AttentionMethod
 from workbench.attention.block_sparse import BlockSparse
+from workbench.attention.cca import CoreContext
+from workbench.attention.deltallm import DeltaAttention
 from workbench.attention.masformer import MASFormer
 from workbench.attention.memory_efficient import MemoryEfficient
 from workbench.attention.streaming_window import StreamingWindow
@@ -9,6 +11,8 @@ from workbench.attention.streaming_window import StreamingWindow
 __all__ = [
     "AttentionMethod",
     "BlockSparse",
+    "CoreContext",
+    "DeltaAttention",
     "MASFormer",
     "MemoryEfficient",
     "StreamingWindow",

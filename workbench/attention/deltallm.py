@@ -1,0 +1,194 @@
+"""DeltaLLM's attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench.attention.allowance import allowed_entries, windowed_attention
+from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.old_groups import groups_behind, split
+from workbench.attention.parts import ROWS, Part
+from workbench.kv.stores.delta import deltas, restored
+from workbench.registry import Paper, param, register
+
+_MOST_ZEROS = 0.9  # beyond it a narrower window, or shorter groups, come first
+
+
+@register
+class DeltaAttention(AttentionMethod):
+    """Score a key by its difference to the key before it, multiplying only the channels that moved.
+
+    A product q k_j is q k_(j-1) plus q times what changed between the two keys. A channel counts as unchanged until it
+    differs by more than a threshold from its last number, so most differences are zero and nothing is multiplied for
+    them, while errors do not add up. Attention is hybrid: exact scores over the last `window` tokens, such sums before.
+
+    As in the KV method of this paper, sums begin anew every `group` tokens with a whole key, and each such group of a
+    KV head has the smallest threshold at which the share `sparsity` of its differences is zero; only whole groups are
+    approximated, so that no query sees what comes after it. An entry here is d products, one for each channel of a key:
+    a key of which a quarter of the channels moved counts a quarter. The values are not approximated, nor counted. With
+    a budget "auto" takes the fewest zeros that meet it; beyond 90 % the window is narrowed first, and then the groups.
+    Only reading is changed: the KV method `deltallm` does the same for the cache.
+    """
+
+    key = "deltallm-attention"
+    title = "DeltaLLM (attention)"
+    paper = Paper(
+        "DeltaLLM: A Training-Free Framework Exploiting Temporal Sparsity for Efficient Edge LLM Inference",
+        "Qi et al. 2025",
+        "2507.19608",
+    )
+    claim = "60 % of the products with keys skipped while reading, at about the same accuracy"
+
+    sparsity: Literal["auto", 30, 40, 50, 60, 70, 80, 90] = param(
+        "auto", unit="%", help="share of key differences that are zero: 60, or as few as the budget asks for"
+    )
+    window: int = param(32, ge=1, le=4096, unit="tokens", help="last tokens with exact scores, at most with a budget")
+    group: Literal[16, 32, 64, 128] = param(64, unit="tokens", help="after how many tokens sums begin anew, at most")
+
+    def entries(self, tokens: int, layers: int) -> int:
+        return layers * self._shape(tokens).entries
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        at: Pass,
+    ) -> Tensor:
+        shape, tokens = self._shape(query.shape[1]), query.shape[1]
+        if window is not None or shape.zeros <= 0 or shape.window >= tokens:
+            window = min(window or tokens, tokens)
+            return windowed_attention(
+                query, key, value, scale=scale, window=window, softcap=softcap, at=at, entries=shape.entries
+            )
+        out, computed = delta_attention(query, key, value, shape, scale=scale, softcap=softcap)
+        at.count(computed)
+        return out
+
+    def _shape(self, tokens: int) -> _Shape:
+        """Groups, window and share of zeros on a prompt of this length."""
+        fixed = None if self.sparsity == "auto" else self.sparsity / 100
+        if self.budget is None:
+            return _Shape.of(tokens, self.group, self.window, 0.6 if fixed is None else fixed)
+        allowed = allowed_entries(self.budget, tokens)
+        if allowed >= visible_entries(tokens):
+            return _Shape.of(tokens, self.group, tokens, 0.0)
+        sizes = [(group, window) for group in _halves(self.group, 4) for window in _halves(self.window, 1)]
+        fitting = []
+        for group, window in sizes:
+            zeros = _fewest_zeros(tokens, group, window, allowed) if fixed is None else fixed
+            shape = _Shape.of(tokens, group, window, min(zeros, 1.0))
+            if shape.entries <= allowed:
+                fitting.append(shape)
+                if fixed is not None or zeros <= _MOST_ZEROS:
+                    return shape
+        if fitting:
+            return min(fitting, key=lambda shape: shape.zeros)
+        least = 1.0 if fixed is None else fixed
+        return min((_Shape.of(tokens, *size, least) for size in sizes), key=lambda shape: shape.entries)
+
+
+class _Shape(NamedTuple):
+    """Groups, window, share of differences that are zero, and the entries that a head computes."""
+
+    group: int
+    window: int
+    zeros: float
+    entries: int
+
+    @classmethod
+    def of(cls, tokens: int, group: int, window: int, zeros: float) -> _Shape:
+        found = split(tokens, group, window)
+        each = 1 + (group - 1) * (1 - zeros)
+        return cls(group, window, zeros, found.exact + math.ceil(found.coarse * each - 1e-6))
+
+
+def _fewest_zeros(tokens: int, group: int, window: int, allowed: int) -> float:
+    """The smallest share of zeros with which no more entries are computed than allowed; above 1 if none is enough."""
+    found = split(tokens, group, window)
+    if not found.coarse:
+        return 0.0 if found.exact <= allowed else 2.0
+    each = (allowed - found.exact) / found.coarse  # entries for a query and a group
+    return max(0.0, 1 - (each - 1) / (group - 1))
+
+
+def _halves(first: int, last: int) -> list[int]:
+    return [first] if first <= last else [first, *_halves(first // 2, last)]
+
+
+def delta_attention(
+    query: Tensor, key: Tensor, value: Tensor, shape: _Shape, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, int]:
+    """Attention [h, n, dv] of query [h, n, d] over key [k, n, d], value [k, n, dv], and the entries computed."""
+    heads, tokens, width = query.shape
+    device, groups = query.device, heads // key.shape[0]
+    out = torch.empty(heads, tokens, value.shape[-1], dtype=query.dtype, device=device)
+    changes = [_changes(x, shape) for x in key.float()]
+    products = 0
+    for start in range(0, tokens, ROWS):
+        at_row = torch.arange(start, min(start + ROWS, tokens), device=device)
+        stop = start + len(at_row)
+        rows = query[:, start:stop].float() * scale
+        old = groups_behind(at_row, shape.group, shape.window)
+        low, most = int(old[0]) * shape.group, int(old[-1])
+        near = torch.arange(low, stop, device=device)
+        hidden = (near > at_row[:, None]) | (near < old[:, None] * shape.group)
+        part = Part.of(rows, key[:, low:stop], value[:, low:stop], hidden=hidden, softcap=softcap)
+        if most:
+            by_group = rows.reshape(len(changes), -1, width)  # [k, g * r, d]
+            scores = torch.stack([_sums(x, held, most) for x, held in zip(by_group, changes, strict=True)])
+            scores = scores.view(heads, len(at_row), -1)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            scores.masked_fill_(torch.arange(scores.shape[-1], device=device) >= old[:, None] * shape.group, -torch.inf)
+            part = part.joined(Part.weighing(scores, value[:, : most * shape.group]))
+            products += groups * sum(int(c.products[old].sum()) for c in changes)
+        out[:, start:stop] = part.output()
+    exact = heads * split(tokens, shape.group, shape.window).exact
+    return out, exact + -(-products // width)
+
+
+class _Changes(NamedTuple):
+    """One KV head's keys as differences: where int [2, nnz] (token, channel), by token; how much [nnz]. products
+    int [m + 1]: how many there are in the first 0 .. m groups of `group` tokens.
+    """
+
+    where: Tensor
+    much: Tensor
+    products: Tensor
+    group: int
+
+
+def _changes(key: Tensor, shape: _Shape) -> _Changes:
+    """The differences of float32 keys [n, d] in all groups that some query sees as such."""
+    (tokens, width), group = key.shape, shape.group
+    number = split(tokens, group, shape.window).groups
+    blocks = key[: number * group].view(number, group, width)
+    count = int(width * (group - 1) * (1 - shape.zeros) + 1e-9)
+    numbers, bits, _ = deltas(blocks, count)
+    near = restored(numbers, bits, width, group)  # [m, g, d]
+    moves = torch.cat([near[:, :1], near.diff(dim=1)], dim=1)
+    moves[:, 0].masked_fill_(moves[:, 0] == 0, torch.finfo(moves.dtype).tiny)  # a whole key is multiplied whole
+    where = moves.flatten(0, 1).nonzero().T  # ascending by token
+    each = torch.zeros(number + 1, dtype=torch.long, device=key.device)
+    each.index_add_(0, where[0] // group + 1, torch.ones_like(where[0]))
+    return _Changes(where, moves.flatten(0, 1)[where[0], where[1]], each.cumsum(dim=0), group)
+
+
+def _sums(rows: Tensor, changes: _Changes, number: int) -> Tensor:
+    """Scores [r, number * group] of scaled rows [r, d] over the first groups: only what changed is multiplied."""
+    held = int(changes.products[number])
+    size = (number * changes.group, rows.shape[1])
+    moves = torch.sparse_coo_tensor(
+        changes.where[:, :held], changes.much[:held], size, is_coalesced=True, check_invariants=False
+    )
+    steps = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
+    return steps.cumsum(dim=1).flatten(0, 1).T.contiguous()
