@@ -39,10 +39,11 @@ class Decoder:
     activations: int = 0
     workspace: int = 0
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
-    _at: Pass = field(default_factory=lambda: Pass(0, 0), repr=False)
+    _at: Pass = field(init=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __post_init__(self) -> None:
+        self._at = Pass(len(self.stores), 0)
         self.capacity = [store.longest if isinstance(store, DenseStore) else None for store in self.stores]
 
     def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from workbench.attention.deltallm import DeltaAttention
 from workbench.attention.masformer import MASFormer
 from workbench.attention.memory_efficient import MemoryEfficient
 from workbench.attention.streaming_window import StreamingWindow
+from workbench.attention.uniattn import UniAttn
 
 __all__ = [
     "AttentionMethod",
@@ -16,4 +17,5 @@ __all__ = [
     "MASFormer",
     "MemoryEfficient",
     "StreamingWindow",
+    "UniAttn",
 ]
