@@ -4,6 +4,8 @@ from workbench.attention.base import AttentionMethod
 from workbench.attention.block_sparse import BlockSparse
 from workbench.attention.cca import CoreContext
 from workbench.attention.deltallm import DeltaAttention
+from workbench.attention.l_mul import LMul
+from workbench.attention.lean import Lean
 from workbench.attention.masformer import MASFormer
 from workbench.attention.memory_efficient import MemoryEfficient
 from workbench.attention.streaming_window import StreamingWindow
@@ -14,6 +16,8 @@ __all__ = [
     "BlockSparse",
     "CoreContext",
     "DeltaAttention",
+    "LMul",
+    "Lean",
     "MASFormer",
     "MemoryEfficient",
     "StreamingWindow",
