@@ -30,11 +30,12 @@ class UniAttn(AttentionMethod):
     downwards; where blocks of `size` cannot save enough they are longer.
 
     The paper also trains a linear projection that compensates the error; that is left out here, and without it only a
-    few layers can go: on the default model a budget of 0.9 is good, and below 0.75 answers change. The weights that are shared
-    have to be kept, for all tokens of a prompt: half of heads x n x n numbers, one block's at a time. There is no way
-    round that which computes no scores again, so prompts for which they take more than `keep` are refused. In a layer
-    whose window is narrower, weights outside it are dropped and the others scaled up; so are those of tokens that a
-    layer's cache no longer holds.
+    few layers can go: on the default model a budget of 0.9 is good, and below 0.75 answers change.
+
+    The shared weights have to be kept, for all tokens of a prompt read at once: half of heads x n x n numbers, one
+    block's at a time. Computing them again would be computing scores, so prompts for which they take more than `keep`
+    are refused. In a layer whose window is narrower, weights outside it are dropped and the others scaled up; so are
+    those of tokens that a layer's cache no longer holds.
     """
 
     key = "uniattn"
