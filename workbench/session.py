@@ -400,7 +400,7 @@ class Session(Shown):
 
         return trace.once(
             ("head_stats", spec.methods, spec.budget),
-            lambda: HeadStats.stack(self._each_layer(spec, stats, "judging heads", progress)),
+            lambda: HeadStats.join(self._each_layer(spec, stats, "judging heads", progress)),
         )
 
     def _captured(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Captured:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadParameter, InputError
-from workbench.measure.rows import BLOCK_BYTES, RowBlock, row_blocks, token_positions, visible_keys
+from workbench.measure.rows import (
+    BLOCK_BYTES,
+    HeadsPart,
+    RowBlock,
+    head_parts,
+    row_blocks,
+    token_positions,
+    visible_keys,
+)
 from workbench.progress import Progress
 
 Pooling = Literal["max", "mean", "sum"]
@@ -170,27 +178,32 @@ def pooled_maps(
     rest as in `pooled_map`.
     """
     _check_pooling(pixels, pooling)
-    (heads, nq, _), nk = queries.shape, keys.shape[1]
+    nq, nk = queries.shape[1], keys.shape[1]
     if nq == 0 or nk == 0:
         raise InputError(f"a map needs at least one query and one key, not {nq} and {nk}")
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
 
-    def blocks(first: int, stop: int) -> Iterator[RowBlock]:
-        return row_blocks(
-            queries[:, first:stop],
-            keys,
-            scale=scale,
-            query_positions=at[first:stop],
-            key_positions=held,
-            window=window,
-            softcap=softcap,
-            block_bytes=block_bytes,
-            progress=progress,
-        )
-
     edges = _edges_of(at, held, pixels, rows, cols)
-    values = _pool(blocks, heads, at, held, *edges, pooling, signed=False)
-    return [PooledMap(each, *edges, pooling) for each in values]
+    maps = []
+    for part in head_parts(queries, keys, held, progress):
+        held_here = held if part.key_positions is None else part.key_positions.view(-1, nk)
+
+        def blocks(first: int, stop: int, part: HeadsPart = part) -> Iterator[RowBlock]:
+            return row_blocks(
+                part.queries[:, first:stop],
+                part.keys,
+                scale=scale,
+                query_positions=at[first:stop],
+                key_positions=part.key_positions,
+                window=window,
+                softcap=softcap,
+                block_bytes=block_bytes,
+                progress=part.progress,
+            )
+
+        values = _pool(blocks, len(part.queries), at, held_here, *edges, pooling, signed=False)
+        maps += [PooledMap(each, *edges, pooling) for each in values]
+    return maps
 
 
 def pool_rows(
@@ -290,18 +303,19 @@ def column_sums(
     queries: [h, nq, d]; keys: [k, nk, d]. The accumulated attention of H2O (Zhang et al. 2023, arXiv:2306.14048).
     """
     received = torch.zeros(queries.shape[0], keys.shape[1], device=queries.device)
-    for _, at, probs in row_blocks(
-        queries,
-        keys,
-        scale=scale,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        window=window,
-        softcap=softcap,
-        block_bytes=block_bytes,
-        progress=progress,
-    ):
-        received[:, at] += probs.sum(1)
+    for part in head_parts(queries, keys, key_positions, progress):
+        for _, at, probs in row_blocks(
+            part.queries,
+            part.keys,
+            scale=scale,
+            query_positions=query_positions,
+            key_positions=part.key_positions,
+            window=window,
+            softcap=softcap,
+            block_bytes=block_bytes,
+            progress=part.progress,
+        ):
+            received[part.heads, at] += probs.sum(1)
     return received
 
 

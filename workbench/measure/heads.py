@@ -6,7 +6,7 @@ never n x n; all sums of weights are float32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadParameter, InputError
-from workbench.measure.rows import BLOCK_BYTES, row_blocks, token_positions, visible_keys
+from workbench.measure.rows import BLOCK_BYTES, head_parts, row_blocks, token_positions, visible_keys
 from workbench.progress import Progress
 
 HeadClass = Literal["retrieval", "sink", "local", "contextual", "structural"]
@@ -119,9 +119,9 @@ class HeadStats:
         )
 
     @classmethod
-    def stack(cls, layers: Sequence[HeadStats]) -> HeadStats:
-        """The statistics of all layers of a model, from those of each."""
-        return cls(**{each.name: torch.stack([getattr(layer, each.name) for layer in layers]) for each in fields(cls)})
+    def join(cls, parts: Sequence[HeadStats], how: Callable[[list[Tensor]], Tensor] = torch.stack) -> HeadStats:
+        """The statistics of a model from its layers'; how: torch.cat for those of a layer from its heads'."""
+        return cls(**{each.name: how([getattr(part, each.name) for part in parts]) for each in fields(cls)})
 
 
 _COLUMNS = ("entropy", "sink", "local", "retrieval", "distance")
@@ -154,29 +154,34 @@ def head_stats(
     for name, count in (("sinks", sinks), ("recent", recent), ("probes", probes)):
         if count < 1:
             raise BadParameter(f"{name} is {count}: give at least 1")
-    (h, nq, _), (k, nk, _) = queries.shape, keys.shape
+    (_, nq, _), (k, nk, _) = queries.shape, keys.shape
     if nq == 0 or nk == 0:
         raise InputError(f"heads are judged by at least one query and one key, not {nq} and {nk}")
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     if int(at[-1]) >= len(ids):
         raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
-    first, stop = visible_keys(nq, nk, at, held, window, kv_heads=k)
-    passed = _Pass(h, k, at, held, first < stop, ids, window, sinks, recent, probes, queries.device)
-    for rows, at_keys, probs in row_blocks(
-        queries,
-        keys,
-        scale=scale,
-        query_positions=at,
-        key_positions=held,
-        window=window,
-        softcap=softcap,
-        block_bytes=block_bytes,
-        progress=progress,
-    ):
-        if probs.shape[2]:
-            passed.add(rows, at_keys, probs)
-        del probs
-    return passed.stats(), passed.received.cpu()
+    visible_keys(nq, nk, at, held, window, kv_heads=k)  # complains about positions that do not fit
+    found, received = [], []
+    for part in head_parts(queries, keys, held, progress):
+        here = held if part.key_positions is None else part.key_positions.view(-1, nk)
+        passed = _Pass(part.queries, part.keys, at, here, ids.cpu(), window, sinks, recent, probes)
+        for rows, slots, probs in row_blocks(
+            part.queries,
+            part.keys,
+            scale=scale,
+            query_positions=at,
+            key_positions=here,
+            window=window,
+            softcap=softcap,
+            block_bytes=block_bytes,
+            progress=part.progress,
+        ):
+            if probs.shape[2]:
+                passed.add(rows, slots, probs)
+            del probs
+        found.append(passed.stats())
+        received.append(passed.received.cpu())
+    return HeadStats.join(found, torch.cat), torch.cat(received)
 
 
 class _Pass:
@@ -184,50 +189,57 @@ class _Pass:
 
     def __init__(
         self,
-        heads: int,
-        kv_heads: int,
+        queries: Tensor,
+        keys: Tensor,
         at: Tensor,
         held: Tensor,
-        seeing: Tensor,
         ids: Tensor,
         window: int | None,
         sinks: int,
         recent: int,
         probes: int,
-        device: torch.device,
     ) -> None:
-        ids, nk = ids.cpu(), held.shape[1]
-        self.heads, self.kv_heads, self.window, self.sinks, self.recent = heads, kv_heads, window, sinks, recent
-        self.at, self.held, self.seeing = at, held, seeing  # [nq], [k or 1, nk], [k or 1, nq]
+        (heads, nq, _), (kv_heads, nk, _), device = queries.shape, keys.shape, queries.device
+        self.heads, self.kv_heads, self.sinks, self.recent = heads, kv_heads, sinks, recent
+        self.at, self.held = at, held  # [nq], [k or 1, nk]
         self.at_there, self.held_there = at.to(device), held.to(device)
-        # What each query is, and what came before each key: -1 where nothing did, and for slots that hold nothing.
-        self.own = ids[at].to(device)
-        before = ids[(held - 1).clamp(0, len(ids) - 1)]
-        self.before = before.masked_fill((held < 1) | (held >= len(ids)), -1).to(device)
-        self.again = bool(len(ids) > ids.unique().numel())  # else no token follows an earlier occurrence of another
-        self.first_sinks = (held < sinks).sum(dim=1)  # how many slots of each KV head are sinks
-        self.probed = probe_positions(len(at), probes)  # slots of queries
+        first, stop = visible_keys(nq, nk, at, held, window, kv_heads=kv_heads)
+        self.seeing = first < stop  # [k or 1, nq]
+        self.first_sinks = int((held < sinks).sum(dim=1).max())  # slots that may hold sinks
+        self.probed = probe_positions(nq, probes)  # slots of queries
         bins = 1 + int(at[-1]).bit_length()
-        self.bounds = [2**b for b in range(bins)]  # distances below the first, the second, ...
+        self.bounds = [*(2**b for b in range(bins)), recent]  # distances below which mass is summed up
+
+        # What each query is, and what came before each key; -1 where nothing did, and for slots that hold nothing.
+        # Token ids are exact in float32, in which comparing yields factors at once.
+        own = ids[at]
+        before = ids[(held - 1).clamp(0, len(ids) - 1)].masked_fill((held < 1) | (held >= len(ids)), -1)
+        self.own, self.before = own.to(device, torch.float32), before.to(device, torch.float32)
+        self.retrieving, self.itself = _earlier(own, at, before, held, window)  # [k or 1, nq] each
+        self.itself_slot = torch.searchsorted(held, at.expand(len(held), -1).contiguous()).clamp(max=nk - 1)
 
         self.received = torch.zeros(heads, nk, device=device)
-        self.entropy, self.sink, self.local, self.retrieval, self.distance, self.squares = torch.zeros(
-            6, heads, dtype=torch.float64, device=device
+        self.entropy, self.sink, self.retrieval, self.distance, self.squares = torch.zeros(
+            5, heads, dtype=torch.float64, device=device
         )
-        self.within = torch.zeros(heads, bins, dtype=torch.float64, device=device)  # mass at distances below bounds
+        self.within = torch.zeros(heads, len(self.bounds), dtype=torch.float64, device=device)  # mass below bounds
         self.probe_sums = torch.zeros(heads, nk, dtype=torch.float64, device=device)
-        self.retrieving = torch.zeros(len(held), dtype=torch.int64, device=device)
+        self.scratch = torch.empty(0, device=device)
 
     def add(self, rows: slice, slots: slice, probs: Tensor) -> None:
         """Add a block of rows: probs [h, r, c]."""
         at = self.at[rows]
         sums = probs.sum(1)  # [h, c]
         self.received[:, slots] += sums
-        self.within += self._below(probs, sums, at, slots, self.bounds)
-        late = int(torch.searchsorted(at, self.recent - 1))  # from here on there are enough tokens before
-        if late < len(at):
-            part = probs[:, late:]
-            self.local += self._below(part, part.sum(1) if late else sums, at[late:], slots, [self.recent])[:, 0]
+        # Queries that have fewer tokens before them than are recent say nothing about how local a head is.
+        late = int(torch.searchsorted(at, self.recent - 1))
+        if late == 0:
+            self.within += self._below(probs, sums, at, slots, self.bounds)
+        else:
+            self.within[:, :-1] += self._below(probs, sums, at, slots, self.bounds[:-1])
+            if late < len(at):
+                part = probs[:, late:]
+                self.within[:, -1:] += self._below(part, part.sum(1), at[late:], slots, self.bounds[-1:])
         self._add_sinks(probs, sums, at, slots)
         self._add_retrieval(probs, rows, slots)
         self._add_probes(probs, rows, slots)
@@ -266,7 +278,7 @@ class _Pass:
 
     def _add_sinks(self, probs: Tensor, sums: Tensor, at: Tensor, slots: slice) -> None:
         after = int(torch.searchsorted(at, self.sinks))
-        most = int(self.first_sinks.max()) - slots.start
+        most = self.first_sinks - slots.start
         if most <= 0 or after == len(at):
             return
         part = (sums if after == 0 else probs[:, after:].sum(1))[:, :most]  # [h, some]
@@ -274,16 +286,18 @@ class _Pass:
         self.sink += (part * self._heads_of(there)).sum(1)
 
     def _add_retrieval(self, probs: Tensor, rows: slice, slots: slice) -> None:
-        if not self.again:
-            return
-        at, held = self.at_there[rows, None], self.held_there[:, None, slots]
-        follows = self.own[rows, None] == self.before[:, None, slots]  # [k or 1, r, c]
-        follows &= held < at
-        if self.window is not None:
-            follows &= held > at - self.window
-        self.retrieving += follows.any(dim=2).sum(dim=1)
-        weights = probs.view(len(follows), -1, follows[0].numel())  # [k or 1, its heads, r * c]
-        self.retrieval += torch.bmm(weights, follows.float().flatten(1)[..., None]).flatten()
+        per_kv = probs.flatten(1).unflatten(0, (len(self.before), -1))  # [k or 1, its heads, r * c]
+        follows = self._room(probs[0].numel()).view(1, *probs.shape[1:])
+        for kv, weights in enumerate(per_kv):
+            if not bool(self.retrieving[kv, rows].any()):
+                continue
+            mine = slice(kv * len(weights), (kv + 1) * len(weights))
+            torch.eq(self.own[rows, None], self.before[kv, None, slots], out=follows[0])
+            self.retrieval[mine] += weights @ follows.flatten()
+            twice = self.itself[kv, rows].nonzero()[:, 0]  # those also follow themselves
+            if len(twice):
+                slot = self.itself_slot[kv, rows][twice] - slots.start
+                self.retrieval[mine] -= probs[mine, twice.to(probs.device), slot.to(probs.device)].sum(1)
 
     def _add_probes(self, probs: Tensor, rows: slice, slots: slice) -> None:
         begin, end = torch.searchsorted(self.probed, torch.tensor([rows.start, rows.stop])).tolist()
@@ -301,22 +315,31 @@ class _Pass:
         self.distance += self._each(from_rows) - (sums * self._heads_of(behind)).sum(1)
 
     def _add_entropy(self, probs: Tensor) -> None:
-        logs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()  # 0 * log 0 is 0
-        self.entropy -= logs.mul_(probs).sum((1, 2))
+        logs = torch.log(probs, out=self._room(probs.numel()).view(probs.shape))
+        logs.clamp_(min=-1e4)  # 0 * log 0 is 0
+        self.entropy -= torch.stack(
+            [torch.dot(log, weights) for log, weights in zip(logs.flatten(1), probs.flatten(1), strict=True)]
+        )
+
+    def _room(self, numbers: int) -> Tensor:
+        """So many float32 numbers to write on, the same memory each time."""
+        if self.scratch.numel() < numbers:
+            self.scratch = torch.empty(numbers, device=self.scratch.device)
+        return self.scratch[:numbers]
 
     def stats(self) -> HeadStats:
         """The means, once all rows were added."""
         seeing = self.seeing.sum(dim=1)  # [k or 1]
         after, late = ((self.seeing & (self.at >= least)).sum(dim=1) for least in (self.sinks, self.recent - 1))
-        below = self.within / self._each(seeing)[:, None]
+        below = self.within[:, :-1] / self._each(seeing)[:, None]
         profile = torch.cat([below[:, :1], below.diff(dim=1)], dim=1)
         number = len(self.probed)
         mean = self.probe_sums / number
         figures = {
             "entropy": self.entropy / self._each(seeing),
             "sink": self.sink / self._each(after),
-            "local": self.local / self._each(late),
-            "retrieval": self.retrieval / self._each(self.retrieving),
+            "local": self.within[:, -1] / self._each(late),
+            "retrieval": (self.retrieval / self._each(self.retrieving.sum(dim=1))).clamp(min=0.0),
             "distance": (self.distance / self._each(seeing)).clamp(min=0.0),
             "variance": self.squares / number - mean.square().sum(1),
             "profile": profile.clamp(min=0.0),
@@ -330,6 +353,27 @@ class _Pass:
     def _heads_of(self, x: Tensor) -> Tensor:
         """What is of KV heads [k or 1, ...], for each query head [h, ...]."""
         return x.repeat_interleave(self.heads // len(x), dim=0)
+
+
+def _earlier(own: Tensor, at: Tensor, before: Tensor, held: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Which queries see an earlier key that followed their token, and whose own key did so: bool [k or 1, nq] each.
+
+    own [nq]: the queries' tokens, at positions at [nq]; before [k or 1, nk]: the tokens before the keys held [k or 1,
+    nk].
+    """
+    beyond = int(max(at[-1], held.max())) + 1
+    mine = own * beyond + at  # tokens and positions as one number, by token first
+    sees, itself = torch.zeros(2, len(held), len(at), dtype=torch.bool)
+    for kv in range(len(held)):
+        known = (before[kv] * beyond + held[kv]).sort().values
+        place = torch.searchsorted(known, mine)  # the first that is not earlier
+        last = known[(place - 1).clamp(min=0)]  # the most recent one that is
+        nearest = last - own * beyond
+        sees[kv] = (place > 0) & (nearest >= 0) & (nearest < beyond)
+        if window is not None:
+            sees[kv] &= nearest > at - window
+        itself[kv] = known[place.clamp(max=len(known) - 1)] == mine
+    return sees, itself
 
 
 def probe_positions(tokens: int, count: int) -> Tensor:

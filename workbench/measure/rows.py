@@ -22,7 +22,7 @@ BLOCK_BYTES = 64 * 2**20
 # 2,048 keys).
 _CPU_CACHE_BYTES = 8 * 2**20
 _CPU_MAX_ROWS = 128
-_CPU_MIN_ROWS = 32
+_CPU_MIN_ROWS = 16
 
 
 class RowBlock(NamedTuple):
@@ -129,6 +129,46 @@ def row_blocks(
             probs.view(k, group, r, c).masked_fill_(blind[:, None, :, None].to(probs.device), 0.0)
         yield RowBlock(rows, slice(low, high), probs.view(h, r, c))
         del probs  # the receiver may have let go of it: do not hold it while the next one is made
+
+
+class HeadsPart(NamedTuple):
+    """Some query heads of a layer with their KV heads, to be worked on by themselves."""
+
+    heads: slice
+    """which query heads"""
+    queries: Tensor
+    """[h', nq, d]"""
+    keys: Tensor
+    """[k', nk, d]"""
+    key_positions: Tensor | None
+    """[nk] or [k', nk]"""
+    progress: Progress | None
+    """reports to the one that was given, as a part of the whole"""
+
+
+def head_parts(
+    queries: Tensor, keys: Tensor, key_positions: Tensor | None = None, progress: Progress | None = None
+) -> list[HeadsPart]:
+    """Divide queries [h, nq, d] and keys [k, nk, d] so that row_blocks works fastest: into KV heads where a few rows of
+    all heads would not stay in a CPU's caches, else not at all.
+    """
+    (h, k), nk = (len(queries), len(keys)), keys.shape[1]
+    if k < 2 or h % k or queries.device.type != "cpu" or h * nk * 4 * _CPU_MIN_ROWS <= _CPU_CACHE_BYTES:
+        return [HeadsPart(slice(0, h), queries, keys, key_positions, progress)]
+    each = h // k
+    shared = key_positions is None or key_positions.ndim < 2 or len(key_positions) == 1
+    parts = []
+    for kv in range(k):
+        heads = slice(kv * each, (kv + 1) * each)
+        held = key_positions if shared or key_positions is None else key_positions[kv]
+        steps = None if progress is None else _part_of(progress, kv, k)
+        parts.append(HeadsPart(heads, queries[heads], keys[kv : kv + 1], held, steps))
+    return parts
+
+
+def _part_of(progress: Progress, index: int, parts: int) -> Progress:
+    """What reports as one of several equal parts."""
+    return Progress(lambda stage, done, total: progress.update(stage, index * total + done, parts * total))
 
 
 def visible_keys(
