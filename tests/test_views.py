@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 from workbench.errors import BadParameter
-from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, TokenText, View, figures
-from workbench_widgets.pool import edges, pool_map, pool_tiers, quantise, scale_values
+from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, View, figures
+from workbench_widgets.pool import edges, pool_map, pool_tiers, quantise, scale_differences, scale_values
 from workbench_widgets.wire import pack, unpack
 
-VIEWS = [AnswerDiff, Heatmap, KeptRaster, TokenText]
+VIEWS = [AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText]
 
 
 def built(view: type[View], host: str):
@@ -26,6 +26,8 @@ def built(view: type[View], host: str):
         return make(np.eye(4))
     if view is KeptRaster:
         return make(np.ones((2, 3, 5), bool))
+    if view is MapGrid:
+        return make(np.ones((2, 3, 4, 4)), classes=["sink", "local"] * 3, measures={"entropy": np.arange(6.0)})
     return make(["a", "b"], shares=[0.5, 1])
 
 
@@ -106,6 +108,63 @@ def test_quantised_values_read_back_close_to_the_truth(scale):
         assert np.max(np.abs(ranks[0] - ranks[1])) < 0.01
 
 
+@pytest.mark.parametrize("scale", ["linear", "log", "percentile"])
+def test_a_difference_shows_its_sign_and_no_difference_is_the_middle(scale):
+    values = np.random.default_rng(2).normal(size=(30, 30)).astype(np.float32) ** 5
+    values[0, :2] = 0, np.nan
+    sent = Heatmap.data(values, scale=scale, diverging=True)
+    levels, knots = unpack(sent["tiles"]).astype(int), unpack(sent["knots"])
+    np.testing.assert_allclose(knots, -knots[::-1])
+    assert np.all(np.diff(knots) >= 0)
+    assert list(levels[0, :2]) == [128, 0]
+    assert np.all((levels - 128) * np.nan_to_num(values) >= 0)
+    mirrored = unpack(Heatmap.data(-values, scale=scale, diverging=True)["tiles"]).astype(int)
+    np.testing.assert_array_equal(np.where(levels, 256 - levels, 0), mirrored)
+
+
+def test_a_difference_pooled_keeps_what_is_farthest_from_zero():
+    values = np.zeros((8, 8), np.float32)
+    values[0, 0], values[1, 1], values[7, 7] = 0.5, -2, 1
+    pooled = unpack(Heatmap.data(values, pixels=2, diverging=True)["exact"])
+    np.testing.assert_array_equal(pooled, [[-2, 0], [0, 1]])
+
+
+def test_no_difference_at_all_has_a_scale_too():
+    assert np.all(np.isfinite(scale_differences(np.zeros((3, 3)))))
+    assert set(unpack(Heatmap.data(np.zeros((3, 3)), diverging=True)["tiles"]).ravel()) == {128}
+
+
+def test_a_map_brings_its_values_unless_it_is_very_large():
+    values = np.random.default_rng(3).random((512, 512)).astype(np.float32)
+    np.testing.assert_array_equal(unpack(Heatmap.data(values, scale="log")["exact"]), values)
+    assert Heatmap.data(np.ones((513, 512)))["exact"] == b""
+
+
+def test_the_grid_keeps_layers_heads_and_classes_together():
+    maps = np.zeros((2, 3, 4, 4))
+    maps[1, 2] = 1
+    names = ["sink", "local", "sink", "local", "sink", "retrieval"]
+    sent = MapGrid.data(
+        maps, classes=names, class_names=["retrieval", "sink", "local"], measures={"entropy": np.arange(6)}
+    )
+    tiles, places = unpack(sent["tiles"]), unpack(sent["places"])
+    assert tiles.shape == (6, 4, 4)
+    assert tiles[:5].max() == 0
+    assert list(places[5]) == [1, 2]
+    assert unpack(sent["classes"])[5] == 0
+    assert unpack(sent["measures"])[0, 5] == 5
+
+
+def test_a_view_is_one_html_file_without_a_network():
+    tokens = ["</script><b>", 'a"b'] * 32
+    page = Heatmap.html(np.tril(np.random.default_rng(0).random((64, 64))), tokens=tokens, title="Map <1>")
+    assert page.count("</script>") == 1
+    assert "<title>Map &lt;1&gt;</title>" in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
+    assert len(page) < 100_000
+
+
 def test_nothing_there_is_level_zero():
     assert quantise([np.nan, 1.0], scale_values([0, 1]))[0] == 0
     tiles = unpack(Heatmap.data([[0, 1e-3], [-1, 1]], scale="log")["tiles"])
@@ -171,6 +230,15 @@ def test_missing_data_is_said_with_the_signature():
         lambda: Heatmap.data(np.eye(3), scale="loud"),
         lambda: Heatmap.data(np.eye(3), at=(0, 0, 0, 3)),
         lambda: AnswerDiff.data(["a"], ["a"], left_odds=[0.1, 0.2]),
+        lambda: TokenText.data(["a"], values=[-1]),
+        lambda: TokenText.data(["a"], values=[1], shares=[1]),
+        lambda: TokenText.data(["a"], values=[1, 2]),
+        lambda: scale_differences([1], "loud"),
+        lambda: MapGrid.data(np.zeros((2, 3, 4))),
+        lambda: MapGrid.data(np.zeros((2, 3, 4, 5))),
+        lambda: MapGrid.data(np.zeros((1, 2, 4, 4)), classes=["sink"]),
+        lambda: MapGrid.data(np.zeros((1, 1, 4, 4)), classes=["sink"], class_names=["local"]),
+        lambda: MapGrid.data(np.zeros((1, 1, 4, 4)), measures={"entropy": [1, 2]}),
     ],
 )
 def test_data_that_does_not_fit_is_refused(wrong):
@@ -244,6 +312,18 @@ def test_the_timeline_stacks_to_the_total():
     figure = figures.memory_timeline(frame)
     assert [trace.name for trace in figure.data] == ["weights", "kv", "total"]
     assert list(figure.data[-1].y) == [1, 4]
+
+
+def test_the_line_of_a_long_prompt_keeps_its_peaks():
+    received = np.full(10_000, 0.1)
+    received[[0, 7321]] = 100, 50
+    received[100:200] = 0
+    tokens = [f"t{i}" for i in range(10_000)]
+    (line,) = figures.received_line(received, tokens, points=500).data
+    assert len(line.x) == 500
+    assert line.y[list(line.x).index(7321)] == 50
+    assert line.text[list(line.x).index(7321)] == "'t7321'"
+    assert np.isnan(line.y[6])  # received nothing
 
 
 def test_the_front_holds_the_runs_that_none_beats():

@@ -152,11 +152,18 @@ function inkOn(colour) {
 /** Make a canvas `width` x `height` CSS pixels with sharp device pixels; returns its 2d context, cleared. */
 function fit(canvas, width, height) {
   const ratio = devicePixelRatio || 1;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
+  const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
   const context = canvas.getContext("2d");
+  if (canvas.width !== across || canvas.height !== down) {
+    canvas.width = across;
+    canvas.height = down;
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+  } else {
+    // A new backing store for each frame would cost more than the frame.
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, across, down);
+  }
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   return context;
 }

@@ -36,7 +36,7 @@ function flow(tokens, width, measure) {
 
 export default {
   render(host) {
-    return mount(host, "Prompt tokens, shaded by what survives", ["tokens", "levels", "tiers", "groups", "label", "rows", "selected"], (view) => {
+    return mount(host, "Prompt tokens, shaded by what survives", ["tokens", "levels", "knots", "what", "tiers", "groups", "label", "rows", "selected"], (view) => {
       const { root, get } = view;
       const uid = `wb${Math.random().toString(36).slice(2)}`;
       const head = node("div", "wb-head", root);
@@ -56,13 +56,15 @@ export default {
       const widths = new Map();
       let tokens = [];
       let levels = new Uint8Array(0);
+      let knots = new Float32Array(0); // where tokens have values
+      let places = new Uint8Array(0); // of the values on the colour scale
       let starts = [0];
       let colours = [];
       let cursor = -1;
 
       const tiered = () => get("tiers").length > 0;
-      const kept = (i) => (tiered() ? (levels[i] > 0 ? 1 : 0) : levels[i]);
-      const colour = (i) => (tiered() ? colours[Math.min(levels[i], colours.length - 1)] : colours[Math.round(clamp(levels[i], 0, 1) * 255)]);
+      const kept = (i) => (knots.length ? places[i] / 255 : tiered() ? (levels[i] > 0 ? 1 : 0) : levels[i]);
+      const colour = (i) => (knots.length ? colours[places[i]] : tiered() ? colours[Math.min(levels[i], colours.length - 1)] : colours[Math.round(clamp(levels[i], 0, 1) * 255)]);
       const lineOf = (i) => {
         let low = 0;
         let high = starts.length - 1;
@@ -82,7 +84,8 @@ export default {
 
       function describe(i) {
         const lines = [`${quoted(tokens[i])} at position ${count(i)}`];
-        if (tiered()) lines.push(get("tiers")[levels[i]] ?? `tier ${levels[i]}`);
+        if (knots.length) lines.push(`${get("what")} ${short(levels[i])}`.trim());
+        else if (tiered()) lines.push(get("tiers")[levels[i]] ?? `tier ${levels[i]}`);
         else if (levels.length > i) {
           const groups = get("groups");
           lines.push(groups ? `kept by ${percent(levels[i])} of layers and heads (${Math.round(levels[i] * groups)} of ${groups})` : `kept: ${percent(levels[i])}`);
@@ -213,7 +216,19 @@ export default {
           tokens = get("tokens");
           cursor = -1;
         }
-        if (dirty.has("levels")) levels = unpack(get("levels")).data;
+        if (dirty.has("levels") || dirty.has("knots")) {
+          levels = unpack(get("levels")).data;
+          knots = get("knots")?.byteLength ? unpack(get("knots")).data : new Float32Array(0);
+          places = Uint8Array.from(knots.length ? levels : [], (value) => {
+            let [low, high] = [0, knots.length]; // how many knots lie at or below the value
+            while (low < high) {
+              const middle = (low + high) >> 1;
+              if (knots[middle] <= value) low = middle + 1;
+              else high = middle;
+            }
+            return low;
+          });
+        }
         empty.hidden = tokens.length > 0;
         empty.style.display = tokens.length ? "none" : "";
         body.style.display = tokens.length ? "" : "none";
@@ -234,12 +249,13 @@ export default {
           swatches(legend, names.map((name, i) => [i ? css(colours[i]) : null, name]));
         } else {
           colours = ramp(share);
-          if (levels.length) rampLegend(legend, share, ["none", "half", "all"], "kept by layers and heads");
+          if (knots.length) rampLegend(legend, share, [0, 64, 127, 190, 254].map((i) => short(knots[i])), get("what"));
+          else if (levels.length) rampLegend(legend, share, ["none", "half", "all"], "kept by layers and heads");
           else legend.replaceChildren();
         }
         let sum = 0;
         for (let i = 0; i < levels.length; i++) sum += kept(i);
-        note.textContent = tokens.length ? `${count(tokens.length)} tokens${levels.length ? `, ${percent(sum / levels.length)} kept` : ""}` : "";
+        note.textContent = tokens.length ? `${count(tokens.length)} tokens${levels.length && !knots.length ? `, ${percent(sum / levels.length)} kept` : ""}` : "";
         if (dirty.has("selected") && get("selected") !== null && get("selected") < tokens.length) reveal(get("selected"));
         drawLines();
         drawMap();

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from workbench_widgets.answer_diff import AnswerDiff
 from workbench_widgets.heatmap import Heatmap
 from workbench_widgets.kept_raster import KeptRaster
+from workbench_widgets.map_grid import MapGrid
 from workbench_widgets.token_text import TokenText
 from workbench_widgets.view import View
 
 if TYPE_CHECKING:
     from workbench_widgets.app import serve
+    from workbench_widgets.attention_view import AttentionView
 
-__all__ = ["AnswerDiff", "Heatmap", "KeptRaster", "TokenText", "View", "serve"]
+__all__ = ["AnswerDiff", "AttentionView", "Heatmap", "KeptRaster", "MapGrid", "TokenText", "View", "serve"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from workbench_widgets.app import serve
 
         return serve
+    if name == "AttentionView":  # needs the whole workbench, the views need nothing
+        from workbench_widgets.attention_view import AttentionView
+
+        return AttentionView
     raise AttributeError(f"module 'workbench_widgets' has no attribute {name!r}")

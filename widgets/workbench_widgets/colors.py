@@ -18,8 +18,9 @@ PAPER = ("#fffbe0", "#d8ecb6", "#9dd3a8", "#57b3ad", "#2f8aab", "#2c5f9c", "#353
 class Theme:
     """The colours of one theme.
 
-    `share` shades a share from 0 to 1 behind text, `sequential` maps a quantity on a canvas, `categories` tell kinds
-    apart (precision tiers, memory categories); the rest are surfaces and ink.
+    `share` shades a share from 0 to 1 behind text, `sequential` maps a quantity on a canvas, `diverging` a difference
+    (blue below zero, orange above: told apart by every common kind of sight), `categories` tell kinds apart (precision
+    tiers, memory categories); the rest are surfaces and ink.
     """
 
     surface: str
@@ -30,6 +31,7 @@ class Theme:
     mark: str
     share: tuple[str, ...]
     sequential: tuple[str, ...]
+    diverging: tuple[str, ...]
     categories: tuple[str, ...]
 
 
@@ -42,6 +44,7 @@ LIGHT = Theme(
     mark="#b34700",
     share=("#ffffff", "#d6e8f7", "#9ccaeb", "#549fd4", "#0f6db3", "#06457a"),
     sequential=PAPER,
+    diverging=("#053061", "#2166ac", "#4393c3", "#a6cee3", "#ffffff", "#fdc590", "#e5832a", "#b35806", "#7f3b08"),
     categories=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"),
 )
 DARK = Theme(
@@ -53,6 +56,7 @@ DARK = Theme(
     mark="#ff9d5c",
     share=("#121212", "#12304a", "#14507f", "#2f80ba", "#73b5e0", "#c9e5f8"),
     sequential=VIRIDIS,
+    diverging=("#c6e4ff", "#6db9f0", "#2f80ba", "#17466b", "#121212", "#6b3a10", "#c26a1c", "#ff9d4a", "#ffe0bf"),
     categories=("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#3d7fc4"),
 )
 

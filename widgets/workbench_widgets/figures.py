@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from workbench.errors import BadParameter, MissingExtra
 from workbench.measure.memory import HOST
 from workbench_widgets.colors import theme
+from workbench_widgets.pool import edges
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+    from numpy.typing import ArrayLike
 
 MIB = 1024**2
 
@@ -191,6 +195,51 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
             "title": {"text": "share of energy", "standoff": 8},
         }
     return _figure(traces, dark, title_text=title, hovermode="x unified", **layout)
+
+
+def received_line(
+    received: ArrayLike,
+    tokens: Sequence[str],
+    *,
+    dark: bool = False,
+    title: str = "Attention received",
+    points: int = 2000,
+) -> go.Figure:
+    """What each token of a prompt receives, along its positions, on a log axis.
+
+    `received` [n] from `Session.received`. Of a long prompt the largest of every few tokens is drawn, `points` in
+    all; tokens that receive nothing leave a gap.
+    """
+    go = _plotly()
+    values = np.asarray(received, dtype=np.float64)
+    starts = edges(len(values), points)
+    ends = np.append(starts[1:], len(values))
+    at = np.array([low + int(values[low:high].argmax()) for low, high in zip(starts, ends, strict=True)], dtype=int)
+    shown = np.where(values[at] > 0, values[at], np.nan)
+    trace = go.Scatter(
+        x=at,
+        y=shown,
+        mode="lines",
+        line={"width": 1.2, "color": theme(dark).categories[0]},
+        text=[repr(str(tokens[i])) for i in at],
+        hovertemplate="position %{x:,}: %{text}<br>%{y:.4g}<extra></extra>",
+    )
+    some = shown[np.isfinite(shown)]
+    powers = range(int(np.floor(np.log10(some.min()))), int(np.ceil(np.log10(some.max()))) + 1) if some.size else (0,)
+    return _figure(
+        [trace],
+        dark,
+        title_text=title,
+        height=220 if title else 190,
+        margin={"l": 64, "r": 16, "t": 40 if title else 12, "b": 44},
+        hovermode="closest",
+        yaxis_type="log",
+        yaxis_tickvals=[10.0**power for power in powers],
+        yaxis_tickformat="~g",
+        yaxis_title_text="received",
+        xaxis_title_text="position",
+        xaxis_range=[0, max(1, len(values) - 1)],
+    )
 
 
 def pareto(

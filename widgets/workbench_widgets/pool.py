@@ -80,6 +80,28 @@ def scale_values(values: ArrayLike, scale: Scale = "linear") -> NDArray[np.float
     raise BadParameter(f"no colour scale {scale!r}: use 'linear', 'log' or 'percentile'")
 
 
+def scale_differences(values: ArrayLike, scale: Scale = "linear") -> NDArray[np.float32]:
+    """The true value of each of the 255 levels of a difference, ascending and symmetric, zero in the middle.
+
+    `scale` is that of the magnitudes; `log` shows four decades on either side.
+    """
+    sizes = np.abs(np.asarray(values, dtype=np.float32))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    side = LEVELS // 2
+    if sizes.size == 0:
+        up = np.linspace(0, 1, side + 1, dtype=np.float32)[1:]
+    elif scale == "log":
+        high = float(sizes.max())
+        up = np.geomspace(max(float(sizes.min()), high * 1e-4), high, side, dtype=np.float32)
+    elif scale == "percentile":
+        up = np.quantile(sizes, np.linspace(0, 1, side)).astype(np.float32)
+    elif scale == "linear":
+        up = np.linspace(0, float(sizes.max()), side + 1, dtype=np.float32)[1:]
+    else:
+        raise BadParameter(f"no colour scale {scale!r}: use 'linear', 'log' or 'percentile'")
+    return np.concatenate([-up[::-1], np.zeros(1, np.float32), up])
+
+
 def quantise(values: ArrayLike, knots: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The level 1..255 whose true value in `knots` lies nearest; 0 where a value is not finite."""
     array = np.asarray(values, dtype=np.float32)

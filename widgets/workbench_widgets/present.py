@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap
+from workbench.measure.grid import GridOfMaps
+from workbench.measure.heads import HeadClass
 from workbench.measure.memory import Timeline
 from workbench.run import Run
 from workbench_widgets.heatmap import Heatmap
 from workbench_widgets.pool import Scale
+
+HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
 
 
 class Figure(NamedTuple):
@@ -60,21 +65,84 @@ def kept_raster(plan: Plan, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def attention_map(
-    pooled: PooledMap, tokens: Sequence[str], *, layer: int, head: int, scale: Scale = "log"
+    pooled: PooledMap,
+    tokens: Sequence[str],
+    *,
+    layer: int,
+    head: int,
+    scale: Scale = "log",
+    of: str = "",
+    difference: bool = False,
 ) -> dict[str, Any]:
-    """Keywords for Heatmap: the attention of one head, queries down and keys across."""
+    """Keywords for Heatmap: the attention of one head, queries down and keys across.
+
+    of: under which recipe, where not everything is kept. difference: `pooled` is one map minus another, `of` says
+    which.
+    """
     edges = (pooled.row_edges, pooled.col_edges)
     rows, columns = ((int(e[0]), int(e[-1])) for e in edges)
+    single = all(int(e.diff().max()) == 1 for e in edges)
+    cells = "token by token" if single else f"{pooled.pooling} of each cell"
+    what = "Difference in attention" if difference else "Attention"
+    values = pooled.values.numpy()
+    if not difference:  # zero is where a query cannot look: later tokens, and what was not kept
+        values = np.where(values == 0, np.nan, values)
     return {
-        "values": pooled.values.numpy(),
+        "values": values,
         "at": (*rows, *columns),
         "scale": scale,
-        "row_labels": list(tokens),
-        "column_labels": list(tokens),
+        "diverging": difference,
+        "tokens": list(tokens),
         "row_title": "query",
         "column_title": "key",
-        "label": f"Attention of layer {layer}, head {head} ({pooled.pooling} of each cell)",
+        "label": f"{what} of layer {layer}, head {head}" + (f", {of}" if of else ""),
+        "note": cells,
     }
+
+
+def attention_html(pooled: PooledMap, tokens: Sequence[str], *, layer: int, head: int, scale: Scale = "log") -> str:
+    """The map as one HTML file that needs no kernel and no network; zooming shows the cells it has."""
+    keywords = attention_map(pooled, tokens, layer=layer, head=head, scale=scale)
+    return Heatmap.html(**keywords, title=keywords["label"])
+
+
+def map_grid(
+    grid: GridOfMaps, heads: pd.DataFrame | None = None, *, of: str = "", difference: bool = False
+) -> dict[str, Any]:
+    """Keywords for MapGrid from `Session.attention_grid` and, for classes and measures, `Session.heads`."""
+    keywords: dict[str, Any] = {
+        "maps": grid.values.numpy(),
+        # In maps so small sinks and the diagonal fill every pooled cell on a log scale; ranks still show the rest.
+        "scale": "log" if difference else "percentile",
+        "diverging": difference,
+        "label": "All layers and heads",
+        "note": of,
+    }
+    if heads is not None:
+        frame = heads.sort_values(["layer", "head"])
+        keywords |= {
+            "classes": [str(name) for name in frame["class"]],
+            "class_names": list(get_args(HeadClass)),
+            "measures": {name: frame[name].to_numpy() for name in HEAD_MEASURES},
+        }
+    return keywords
+
+
+def received_text(
+    received: ArrayLike, tokens: Sequence[str], *, layer: int, head: int | None, of: str = "", scale: Scale = "log"
+) -> dict[str, Any]:
+    """Keywords for TokenText from `Session.received`: the prompt coloured by the attention each token gets."""
+    return {
+        "tokens": tokens,
+        "values": np.asarray(received),
+        "scale": scale,
+        "what": "attention received",
+        "label": f"Attention received, {_head(layer, head)}" + (f", {of}" if of else ""),
+    }
+
+
+def _head(layer: int, head: int | None) -> str:
+    return f"layer {layer}" + ("" if head is None else f", head {head}")
 
 
 def answers(run: Run, tokenizer: Any) -> dict[str, Any]:

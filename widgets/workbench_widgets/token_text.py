@@ -1,4 +1,4 @@
-"""The prompt as running text, each token shaded by what survives of it."""
+"""The prompt as running text, each token shaded by what survives of it, or by any number that it has."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from workbench.errors import BadParameter
+from workbench_widgets.pool import Scale, scale_values
 from workbench_widgets.view import View
 from workbench_widgets.wire import pack
 
 
 class TokenText(View):
-    """Prompt tokens shaded by the share of layers and heads that keep them, or by the precision one head keeps them
-    at.
+    """Prompt tokens shaded by the share of layers and heads that keep them, by the precision one head keeps them at, or
+    by a number each, as the attention they receive.
 
     Click or press Enter to set `selected` to a token's position (None: nothing selected).
     """
 
     module: ClassVar[str] = "token_text.js"
     tokens: list[str] = []  # noqa: RUF012  (a declaration: hosts copy it)
-    levels: bytes = b""  # float32 [n] shares in 0..1, or uint8 [n] tiers
+    levels: bytes = b""  # float32 [n] shares in 0..1, or any values where there are knots; or uint8 [n] tiers
+    knots: bytes = b""  # float32 [255]: the value of each level of the colour scale
+    what: str = ""  # what the values are
     tiers: list[str] = []  # noqa: RUF012
     groups: int = 0
     label: str = "Prompt"
@@ -38,32 +41,40 @@ class TokenText(View):
         tier_of: ArrayLike | None = None,
         tiers: Sequence[str] = ("dropped", "kept"),
         groups: int = 0,
+        values: ArrayLike | None = None,
+        scale: Scale = "log",
     ) -> dict[str, Any]:
         """Field values for `n` tokens, already decoded to text.
 
         `shares` [n] in 0..1: the part of all layers and KV heads that keep each token; `groups` is how many
         layer-head pairs there are, for the readout. Or `tier_of` [n]: for one chosen layer and head, the index into
-        `tiers` at which each token is kept (0 is dropped). With neither the text is plain. Raises `BadParameter`
-        where lengths or ranges do not fit.
+        `tiers` at which each token is kept (0 is dropped). Or `values` [n], any numbers not below zero, coloured on
+        `scale`; the field `what` names them. With none of them the text is plain. Raises `BadParameter` where lengths
+        or ranges do not fit.
         """
-        if shares is not None and tier_of is not None:
-            raise BadParameter("TokenText: give shares (all heads) or tier_of (one head), not both")
-        values: dict[str, Any] = {"tokens": [str(token) for token in tokens], "groups": int(groups)}
-        if tier_of is not None:
+        if sum(given is not None for given in (shares, tier_of, values)) > 1:
+            raise BadParameter("TokenText: give one of shares (all heads), tier_of (one head) and values")
+        made: dict[str, Any] = {"tokens": [str(token) for token in tokens], "groups": int(groups), "knots": b""}
+        if values is not None:
+            levels = np.asarray(values, dtype=np.float32)
+            if levels.size and not levels.min() >= 0:
+                raise BadParameter("TokenText: values must be numbers not below zero")
+            made |= {"tiers": [], "knots": pack(scale_values(levels, scale))}
+        elif tier_of is not None:
             tier = np.asarray(tier_of)
             if tier.size and not (tier.min() >= 0 and tier.max() < len(tiers)):
                 raise BadParameter(
                     f"TokenText: tier_of must lie in 0..{len(tiers) - 1}, the places in tiers {list(tiers)}"
                 )
             levels = tier.astype(np.uint8)
-            values["tiers"] = list(tiers)
+            made["tiers"] = list(tiers)
         else:
             levels = np.zeros(0, np.float32) if shares is None else np.asarray(shares, dtype=np.float32)
             if levels.size and not (levels.min() >= 0 and levels.max() <= 1):
                 raise BadParameter("TokenText: shares must lie in 0..1")
-            values["tiers"] = []
-        if levels.size and levels.shape != (len(values["tokens"]),):
+            made["tiers"] = []
+        if levels.size and levels.shape != (len(made["tokens"]),):
             raise BadParameter(
-                f"TokenText: {len(values['tokens'])} tokens but values of shape {levels.shape}: give one a token"
+                f"TokenText: {len(made['tokens'])} tokens but values of shape {levels.shape}: give one a token"
             )
-        return values | {"levels": pack(levels)}
+        return made | {"levels": pack(levels)}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, ge
 
 from workbench.errors import BadParameter, MissingExtra
 from workbench_widgets.colors import css_variables, js_constants
+from workbench_widgets.standalone import standalone
 from workbench_widgets.wire import unpack
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class View:
     """
 
     module: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ()  # further files of widgets/js that the module needs
     data: ClassVar[Callable[..., dict[str, Any]]]
     dark: bool | None = None
 
@@ -75,7 +77,7 @@ class View:
     @cache
     def source(cls) -> str:
         """The whole ES module: colours, shared functions, then the view itself."""
-        return js_constants() + _asset("base.js") + _asset(cls.module)
+        return js_constants() + "".join(map(_asset, ("base.js", *cls.parts, cls.module)))
 
     @classmethod
     @cache
@@ -107,6 +109,14 @@ class View:
         if values.get("dark") is None:  # a Panel page has its own theme, whatever the browser prefers
             values["dark"] = panel.config.theme == "dark"
         return component(**{"sizing_mode": "stretch_width"} | values)
+
+    @classmethod
+    def html(cls, *args: Any, title: str = "", **given: Any) -> str:
+        """A page of its own, as one HTML file that works offline. Takes what `data` takes, and any field by name.
+
+        `dark` is None to follow the browser. What needs Python does nothing there, as finer tiles of a zoomed map.
+        """
+        return standalone(cls, cls._values(args, given, ()), title)
 
     @classmethod
     def update(cls, widget: AnyWidget | AnyWidgetComponent, *args: Any, **given: Any) -> None:

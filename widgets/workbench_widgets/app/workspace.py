@@ -40,8 +40,9 @@ class Reading:
 class Workspace(param.Parameterized):
     """What one tab knows. Parameters change in the page's thread only; views watch them.
 
-    Three lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
-    `looking` for maps and tables. A budget move never waits for a run.
+    Four lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
+    `looking` for maps and tables, `surveying` for looks at all heads of a long prompt. A budget move never waits for a
+    run, nor a map for a survey.
     """
 
     reading: Any = param.Parameter(None)
@@ -56,6 +57,7 @@ class Workspace(param.Parameterized):
     working: Any = param.Boolean(False)
     stage: Any = param.Parameter(("", None))  # what the main lane does, and the share done
     model: Any = param.String("")  # the model that is loaded
+    survey_stage: Any = param.Parameter(("", None))  # what the survey does, and the share done
     dark: Any = param.Boolean(False)
     recipe: Any = param.Parameter(None)  # the one that was planned last
 
@@ -66,15 +68,17 @@ class Workspace(param.Parameterized):
         self.main = Lane("work", post, self._busy, self._progress)
         self.planning = Lane("planning", post, None, self._planning_progress)
         self.looking = Lane("looking", post)
+        self.surveying = Lane("surveying", post, self._survey_busy, self._survey_progress)
 
     def cancel(self) -> None:
         """Stop what is going on; what was there before stays."""
         self.main.cancel()
         self.planning.cancel()
+        self.surveying.cancel()
 
     def close(self) -> None:
         """The tab is gone: stop its work and let go of what it holds."""
-        for lane in (self.main, self.planning, self.looking):
+        for lane in (self.main, self.planning, self.looking, self.surveying):
             lane.close()
         with param.parameterized.discard_events(self):  # there is no page to tell
             self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None)
@@ -201,6 +205,15 @@ class Workspace(param.Parameterized):
 
         self.looking.submit(work, show, failed)
 
+    def survey(self, work: Callable[[Progress], Any], show: Callable[[Any], None]) -> None:
+        """As `look`, for what takes long: a newer request cancels it, and `survey_stage` tells how far it is."""
+
+        def failed(error: WorkbenchError) -> None:
+            if not isinstance(error, Cancelled):
+                self.problem = str(error)
+
+        self.surveying.submit(work, show, failed, interrupt=True)
+
     @property
     def kv_head(self) -> tuple[int, int] | None:
         """The selected layer, with the KV head that the selected query head reads."""
@@ -237,6 +250,12 @@ class Workspace(param.Parameterized):
     def _planning_progress(self, stage: str, done: int, total: int) -> None:
         if not self.working:
             self._progress(stage, done, total)
+
+    def _survey_busy(self, busy: bool) -> None:
+        self.survey_stage = self.survey_stage if busy else ("", None)
+
+    def _survey_progress(self, stage: str, done: int, total: int) -> None:
+        self.survey_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
 
     def _coming(self, shown: list[str]) -> None:
         self.answer = tuple(shown)

@@ -1,67 +1,128 @@
-"""The attention map of one head, with or without the recipe; dragging zooms to the exact window."""
+"""The attention of one head and what its tokens receive, all heads beside it; under a recipe, or as a difference."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench.progress import Progress
-from workbench_widgets import Heatmap, present
+from workbench.recipe import Recipe
+from workbench_widgets import Heatmap, MapGrid, TokenText, figures, present
 from workbench_widgets.app.panels.panel import Panel, hint
+from workbench_widgets.app.recent import Recent
 from workbench_widgets.app.workspace import Workspace
 
 _PIXELS = 512
+_SMALL = 32  # pixels of a map in the grid
+_REMEMBERED = 24  # maps and surveys; the largest is 1 MiB
+_AT_ONCE = 1.5e9  # score entries of all heads that are surveyed unasked: some ten seconds on one CPU core
+
+
+class Shown(NamedTuple):
+    """Whose attention is shown: of `recipe` (None: all keys), where `difference` less that of `base`."""
+
+    recipe: Recipe | None
+    base: Recipe | None = None
+    difference: bool = False
+
+    @property
+    def name(self) -> str:
+        first = "all keys" if self.recipe is None else self.recipe.label
+        base = "all keys" if self.base is None else self.base.label
+        return f"{first} − {base}" if self.difference else "" if self.recipe is None else f"under {first}"
 
 
 class AttentionPanel(Panel):
     title = "Attention"
-    needs = ("reading", "plan", "selected")
+    needs = ("reading", "plan", "selected", "run")
 
     def __init__(self, workspace: Workspace) -> None:
         slim: dict[str, Any] = {"size": "small", "margin": (8, 12, 4, 8)}
         self.layer = pmu.IntSlider(label="Layer", start=0, end=1, value=0, width=165, **slim)
         self.head = pmu.IntSlider(label="Query head", start=0, end=1, value=0, width=130, **slim)
-        self.held = pmu.Select(
-            label="Keys", options={"all of them": False, "those the recipe keeps": True}, value=False, width=190, **slim
-        )
+        self.shows = pmu.Select(label="Shows", options={"all keys": "full"}, value="full", width=230, **slim)
         self.pooling = pmu.Select(
             label="Cell shows", options={"largest": "max", "mean": "mean", "sum": "sum"}, width=102, **slim
         )
         self.scale = pmu.Select(label="Colours", options=["log", "linear", "percentile"], width=112, **slim)
         self.map: Any = Heatmap.panel(margin=0)
+        self.line = pn.pane.Plotly(
+            None, config={"displaylogo": False, "displayModeBar": False}, sizing_mode="stretch_width", height=190
+        )
+        self.text: Any = TokenText.panel(rows=8, margin=0)
+        self.grid: Any = MapGrid.panel(margin=0)
+        self.survey = pmu.Button(label="Show all heads", icon="grid_view", size="small", variant="outlined", margin=4)
+        self._told = pn.pane.HTML("", margin=(6, 4), sizing_mode="stretch_width")
+        self._bar = pmu.LinearProgress(value=0, variant="determinate", sizing_mode="stretch_width", visible=False)
         self._hint = hint("The map comes when a prompt has been read.")
         self._controls = pn.FlexBox(
             self.layer,
             self.head,
-            self.held,
+            self.shows,
             self.pooling,
             self.scale,
             align_items="center",
             sizing_mode="stretch_width",
         )
         for widget in (self.layer, self.head):
-            widget.param.watch(self._choose, "value")
-        for choice in (self.held, self.pooling, self.scale):
-            choice.param.watch(lambda event: self.stale(), "value")
-        Heatmap.watch(self.map, "window", lambda window: self.stale())
-        self.body = pn.Column(self._hint, self._controls, self.map, sizing_mode="stretch_width", margin=(6, 0))
-        self._controls.visible = self.map.visible = False
+            widget.param.watch(self._slide, "value")
+        for choice in (self.shows, self.pooling, self.scale):
+            choice.param.watch(lambda event: self._changed(), "value")
+        Heatmap.watch(self.map, "window", lambda window: self._changed())
+        MapGrid.watch(self.grid, "selected", self._choose)
+        self.survey.on_click(lambda event: self._survey(asked=True))
+        workspace.param.watch(self._tell, "survey_stage")
+        one = pn.Column(
+            self.map,
+            self.line,
+            self.text,
+            sizing_mode="stretch_width",
+            styles={"flex": "1 1 430px", "min-width": "0"},
+            margin=0,
+        )
+        all_heads = pn.Column(
+            self.survey,
+            self._told,
+            self._bar,
+            self.grid,
+            sizing_mode="stretch_width",
+            styles={"flex": "0 1 370px", "min-width": "300px"},
+            margin=0,
+        )
+        self._views = pn.FlexBox(one, all_heads, sizing_mode="stretch_width", gap="12px 24px", margin=0)
+        self.body = pn.Column(self._hint, self._controls, self._views, sizing_mode="stretch_width", margin=(6, 0))
+        self._controls.visible = self._views.visible = False
         self._trace: Any = None
+        self._memory = Recent(_REMEMBERED)
+        self._asked: Any = None  # what the map shows or will show
+        self._surveyed: Any = None  # what the grid shows or will show
         self._quiet = False
         super().__init__(workspace)
 
-    def _choose(self, event: Any) -> None:
+    # -- what a person does
+
+    def _slide(self, event: Any) -> None:
         if not self._quiet:
             self.workspace.selected = (self.layer.value, self.head.value)
 
+    def _changed(self) -> None:
+        if not self._quiet:
+            self.stale()
+
+    def _choose(self, cell: tuple[int, int] | None) -> None:
+        if not self._quiet and cell is not None:
+            self.workspace.selected = (int(cell[0]), int(cell[1]))
+
+    # -- what is shown
+
     def refresh(self) -> None:
         workspace = self.workspace
-        reading, plan = workspace.reading, workspace.plan
+        reading = workspace.reading
         if reading is None:
             return
-        self._quiet = True  # sliders that follow the selection do not make one
+        self._quiet = True  # controls that follow do not lead
         try:
             layer, head = workspace.selected or (0, 0)
             facts = reading.session.facts
@@ -69,22 +130,133 @@ class AttentionPanel(Panel):
             self.head.param.update(end=facts.heads - 1, value=head)
             if reading.trace is not self._trace:
                 self._trace = reading.trace
-                self.map.window = None
+                self._memory = Recent(_REMEMBERED)
+                self.map.param.update(window=None, selected=None)
+                self._asked = self._surveyed = None
+            self._offer()
+            if self.grid.selected != (layer, head):
+                self.grid.selected = (layer, head)
         finally:
             self._quiet = False
-        recipe = workspace.recipe if self.held.value and plan is not None else None
-        window, pooling, scale = self.map.window, self.pooling.value, self.scale.value
-        tokens = reading.tokens
+        self._show_map(layer, head)
+        self._survey()
 
-        def work(progress: Progress) -> dict[str, Any]:
-            spans = {} if window is None else {"rows": tuple(window[:2]), "cols": tuple(window[2:])}
-            pooled = reading.session.attention(
-                layer, head, recipe, pixels=_PIXELS, pooling=pooling, progress=progress, **spans
+    def _offer(self) -> None:
+        """The choices of what to show: they follow the recipe and the runs so far."""
+        workspace = self.workspace
+        options = {"all keys": "full"}
+        if workspace.plan is not None and workspace.recipe is not None:
+            name = workspace.recipe.label
+            options |= {f"keys kept by {name}": "recipe", f"difference: {name} − all keys": "difference"}
+            options |= {f"difference: {name} − run of {label}": f"run:{label}" for label in self._runs()}
+        if options != self.shows.options:
+            value = self.shows.value if self.shows.value in options.values() else "full"
+            self.shows.param.update(options=options, value=value)
+
+    def _runs(self) -> dict[str, Recipe]:
+        """Recipes of the session's runs, by label, the latest first; not the full cache, which is always offered."""
+        runs = self.workspace.reading.session.runs
+        return {run.recipe.label: run.recipe for run in reversed(runs) if run.recipe != Recipe.of("full")}
+
+    @property
+    def shown(self) -> Shown:
+        """What is chosen."""
+        recipe = self.workspace.recipe if self.workspace.plan is not None else None
+        value = self.shows.value
+        if recipe is None or value == "full":
+            return Shown(None)
+        if value == "recipe":
+            return Shown(recipe)
+        base = self._runs().get(value.removeprefix("run:")) if value.startswith("run:") else None
+        return Shown(recipe, base, difference=True)
+
+    def _show_map(self, layer: int, head: int) -> None:
+        workspace, shown = self.workspace, self.shown
+        session, tokens, memory = workspace.reading.session, workspace.reading.tokens, self._memory
+        window, pooling, scale, dark = self.map.window, self.pooling.value, self.scale.value, workspace.dark
+        wanted = (layer, head, shown, window, pooling, scale, dark)
+        if wanted == self._asked:
+            return
+        self._asked = wanted
+        spans = {} if window is None else {"rows": tuple(window[:2]), "cols": tuple(window[2:])}
+
+        def work(progress: Progress) -> tuple[dict[str, Any], dict[str, Any], Any]:
+            def one(recipe: Recipe | None) -> Any:
+                return memory.once(
+                    ("map", layer, head, recipe, window, pooling),
+                    lambda: session.attention(
+                        layer, head, recipe, pixels=_PIXELS, pooling=pooling, progress=progress, **spans
+                    ),
+                )
+
+            found = one(shown.recipe).minus(one(shown.base)) if shown.difference else one(shown.recipe)
+            keywords = present.attention_map(
+                found, tokens, layer=layer, head=head, scale=scale, of=shown.name, difference=shown.difference
             )
-            return present.attention_map(pooled, tokens, layer=layer, head=head, scale=scale)
+            # A difference has no colours of its own in the text: what the recipe's tokens receive says it as well.
+            of = "" if shown.recipe is None else f"under {shown.recipe.label}"
+            received = memory.once(
+                ("received", layer, head, shown.recipe),
+                lambda: session.received(layer, head, shown.recipe, progress=progress),
+            ).numpy()
+            text = present.received_text(received, tokens, layer=layer, head=head, of=of)
+            line = figures.received_line(received, tokens, dark=dark, title="")
+            return keywords, text, line
 
-        def show(keywords: dict[str, Any]) -> None:
-            self._hint.visible, self._controls.visible, self.map.visible = False, True, True
-            Heatmap.update(self.map, **keywords, dark=workspace.dark)
+        def show(made: tuple[dict[str, Any], dict[str, Any], Any]) -> None:
+            keywords, text, line = made
+            self._hint.visible, self._controls.visible, self._views.visible = False, True, True
+            Heatmap.update(self.map, **keywords, dark=dark)
+            TokenText.update(self.text, **text, dark=dark)
+            self.line.object = line
 
         workspace.look(work, show)
+
+    # -- all heads
+
+    def _survey(self, *, asked: bool = False) -> None:
+        workspace, shown = self.workspace, self.shown
+        session, facts, memory = workspace.reading.session, workspace.reading.session.facts, self._memory
+        MapGrid.update(self.grid, dark=workspace.dark)
+        wanted = (self._trace, shown)
+        if wanted == self._surveyed:
+            return
+        entries = facts.layers * facts.heads * self._trace.tokens**2 * (2 if shown.difference else 1)
+        known = all(("grid", recipe) in memory for recipe in self._needed(shown))
+        if not (asked or known or entries <= _AT_ONCE):
+            self.survey.visible, self.grid.visible = True, False
+            return
+        self.survey.visible = False
+        self._surveyed = wanted
+
+        def work(progress: Progress) -> dict[str, Any]:
+            def one(recipe: Recipe | None) -> Any:
+                return memory.once(
+                    ("grid", recipe),
+                    lambda: (
+                        session.attention_grid(recipe, pixels=_SMALL, progress=progress),
+                        session.heads(recipe, progress=progress),
+                    ),
+                )
+
+            found, heads = one(shown.recipe)
+            if shown.difference:
+                found = found.minus(one(shown.base)[0])
+            return present.map_grid(found, heads, of=shown.name, difference=shown.difference)
+
+        def show(keywords: dict[str, Any]) -> None:
+            self.grid.visible = True
+            MapGrid.update(self.grid, **keywords)
+
+        workspace.survey(work, show)
+
+    def _needed(self, shown: Shown) -> list[Recipe | None]:
+        return [shown.recipe, shown.base] if shown.difference else [shown.recipe]
+
+    def _tell(self, event: Any) -> None:
+        stage, share = event.new
+        self._bar.visible = bool(stage)
+        self._bar.value = round(100 * (share or 0))
+        self._told.object = stage
+        if not stage and not self.grid.tiles:  # cancelled
+            self.survey.visible, self._surveyed = True, None
