@@ -179,8 +179,9 @@ def test_probing_takes_at_most_a_quarter(allowed: int) -> None:
 # --- Blocks
 
 
+@pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize(("tokens", "budget"), [(30, 0.6), (64, 0.4), (133, 0.3), (133, 0.7)])
-def test_blocks_with_the_largest_mean_products_are_computed(tokens: int, budget: float) -> None:
+def test_blocks_with_the_largest_mean_products_are_computed(tokens: int, budget: float, sinks: bool) -> None:
     query, key, value = drawn(tokens)
     plan = _blocks(tokens, int(budget * visible_entries(tokens)), 16)
     edges = list(range(0, tokens, plan.size))
@@ -189,11 +190,13 @@ def test_blocks_with_the_largest_mean_products_are_computed(tokens: int, budget:
         for b, start in enumerate(edges):
             mean = query[h, start : start + plan.size].mean(0)
             products = [float(mean @ key[h // 2, low : low + plan.size].mean(0)) for low in edges[:b]]
+            if sinks and products:
+                products[0] = torch.inf
             guesses += len(products) if plan.top > 1 else 0
             for other in [*sorted(range(b), key=lambda o: -products[o])[: plan.top - 1], b]:
                 seen[h, start : start + plan.size, edges[other] : edges[other] + plan.size] = True
     seen &= torch.ones(tokens, tokens).tril().bool()
-    method = BlockSparse(budget=budget, pattern="block", block=16)
+    method = BlockSparse(budget=budget, pattern="block", block=16, sinks=sinks)
     got, computed = attend(method, (query, key, value))
     torch.testing.assert_close(got, on_pairs(query, key, value, seen, 0.4, None), rtol=1e-4, atol=1e-5)
     assert computed == int(seen.sum()) + guesses == 4 * plan.entries <= 4 * budget * visible_entries(tokens)

@@ -30,10 +30,16 @@ class BlockSparse(AttentionMethod):
     The paper searches offline how many columns and diagonals each head gets; here columns and diagonals compete, one
     ranking a head by mean weight per entry, until the entries allowed are spent, so each head finds its own mixture.
     Only the main diagonal is certain (the paper also keeps some first columns and last diagonals, which win anyway).
-    The probing queries' rows are exact, since they have been computed. With a small budget there are fewer of them, so
-    that they take at most a quarter, and blocks are smaller on short prompts. All that is computed counts: the probes,
-    averaged blocks, and twice an entry where a chosen column and diagonal cross; of a block on the main diagonal the
-    visible half, as elsewhere. Only reading is changed: while decoding, all that was read is seen.
+    The probing queries' rows are exact, since they have been computed.
+
+    Means hide an attention sink among its neighbours, so the first block of keys is always one of those seen, unless
+    `sinks` is off, as published: on the default model, at half of the entries, the divergence from exact attention
+    falls from 3.3 to 0.06 nats. Blocks of 16 served best there; the paper's kernel has 64.
+
+    With a small budget there are fewer probing queries, so that they take at most a quarter, and blocks are smaller on
+    short prompts. All that is computed counts: the probes, averaged blocks, and twice an entry where a chosen column
+    and diagonal cross; of a block on the main diagonal the visible half, as elsewhere. Only reading is changed: while
+    decoding, all that was read is seen.
     """
 
     key = "block-sparse"
@@ -49,7 +55,8 @@ class BlockSparse(AttentionMethod):
 
     pattern: Literal["vertical-slash", "block"] = param("vertical-slash", help="what is computed of the scores")
     probe: int = param(64, ge=1, le=4096, unit="tokens", help="last queries that choose columns and diagonals")
-    block: Literal[16, 32, 64, 128] = param(64, unit="tokens", help="size of the blocks, at most")
+    block: Literal[16, 32, 64, 128] = param(16, unit="tokens", help="size of the blocks, at most")
+    sinks: bool = param(True, help="whether all see the first block, in the block pattern")
 
     def entries(self, tokens: int, layers: int) -> int:
         allowed, full = self._allowed(tokens), visible_entries(tokens)
@@ -81,7 +88,7 @@ class BlockSparse(AttentionMethod):
         if self.pattern == "block":
             plan = _blocks(tokens, allowed, self.block)
             at.count(query.shape[0] * plan.entries)
-            return block_attention(query, key, value, plan, scale=scale, softcap=softcap)
+            return block_attention(query, key, value, plan, sinks=self.sinks, scale=scale, softcap=softcap)
         probe = min(self.probe, _widest_probe(tokens, allowed))
         out, computed = vertical_slash_attention(query, key, value, probe, allowed, scale=scale, softcap=softcap)
         at.count(computed)
@@ -238,10 +245,17 @@ def _most_blocks(tokens: int, allowed: int, size: int) -> _Blocks | None:
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: _Blocks, *, scale: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: _Blocks,
+    *,
+    sinks: bool,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention [h, n, dv] in which each block of queries sees its own block and the `top` - 1 before it whose mean
-    keys have the largest products with its mean query.
+    keys have the largest products with its mean query; with `sinks` the first block is one of them.
     """
     heads, tokens, _ = query.shape
     size, top, _ = plan
@@ -258,6 +272,8 @@ def block_attention(
         if top > 1 and number:
             mean = rows.mean(dim=1).view(-1, groups, rows.shape[-1])  # [k, g, d]
             guess = torch.bmm(mean, means[:, :number].transpose(1, 2)).flatten(0, 1)  # [h, b]
+            if sinks:
+                guess[:, 0] = torch.inf
             best = guess.argsort(dim=1, descending=True, stable=True)[:, : top - 1]  # [h, t]
             keys, values = (x[owner, best].flatten(1, 2) for x in blocks)  # [h, t * size, d]
             part = part.joined(Part.of(rows, keys, values, softcap=softcap))
