@@ -22,6 +22,7 @@ from workbench.measure import (
     PooledMap,
     attention_rows,
     column_sums,
+    head_stats,
     pooled_map,
     pooled_maps,
     queries_per_key,
@@ -29,6 +30,7 @@ from workbench.measure import (
     row_entropy,
     sink_mass,
 )
+from workbench.measure.rows import head_parts
 from workbench.progress import Progress
 from workbench.registry import registered
 
@@ -310,6 +312,32 @@ def test_maps_of_all_heads_equal_pooling_each_full_matrix(shape, pooling, pixels
         assert (pooled.col_edges[0].item(), pooled.col_edges[-1].item()) == cols
         expected = pooled_by_hand(full[head], pooled, held[head // group].tolist())
         torch.testing.assert_close(pooled.values.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_long_prompts_go_through_kv_heads_one_by_one_with_the_same_results(own_positions, monkeypatch):
+    queries, keys = some(0, 4, 2, 40, 40)
+    held = some_positions(0, 2, 30, span=40) if own_positions else some_positions(0, 30, span=40)
+    options = dict(scale=0.3, query_positions=torch.arange(40), key_positions=held)
+    ids = torch.arange(40) % 7
+
+    def everything(progress: Progress | None = None) -> list[Tensor]:
+        stats, received = head_stats(queries, keys[:, :30], ids, progress=progress, **options)
+        maps = pooled_maps(queries, keys[:, :30], pixels=9, progress=progress, **options)
+        sums = column_sums(queries, keys[:, :30], progress=progress, **options)
+        return [received, sums, stats.entropy, stats.profile, stats.retrieval, *(each.values for each in maps)]
+
+    whole = everything()
+    monkeypatch.setattr("workbench.measure.rows._CPU_CACHE_BYTES", 4096)
+    assert [part.heads for part in head_parts(queries, keys)] == [slice(0, 2), slice(2, 4)]
+    reports: list[tuple[int, int]] = []
+    parted = everything(Progress(lambda stage, done, total: reports.append((done, total))))
+    for one, other in zip(whole, parted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert reports[0][0] == 0 and reports[-1][0] == reports[-1][1]
+    assert [done for done, _ in reports[: len(reports) // 3]] == sorted(
+        done for done, _ in reports[: len(reports) // 3]
+    )
 
 
 def test_a_difference_is_taken_cell_by_cell_and_only_on_the_same_cells():

@@ -229,6 +229,9 @@ class _Pass:
     def add(self, rows: slice, slots: slice, probs: Tensor) -> None:
         """Add a block of rows: probs [h, r, c]."""
         at = self.at[rows]
+        most = probs.shape[0] * probs.shape[1] * self.held.shape[1]
+        if self.scratch.numel() < most:  # once: later blocks have no more rows, and more keys only up to all
+            self.scratch = torch.empty(most, device=probs.device)
         sums = probs.sum(1)  # [h, c]
         self.received[:, slots] += sums
         # Queries that have fewer tokens before them than are recent say nothing about how local a head is.
@@ -253,19 +256,21 @@ class _Pass:
         within: only the few where rows differ are looked at row by row.
         """
         total = sums.double().cumsum(1)
-        found = torch.zeros(len(sums), len(bounds), dtype=torch.float64, device=sums.device)
+        before = torch.nn.functional.pad(total, (1, 0))  # [h, c + 1]: the mass of so many first slots
         limits = torch.tensor(bounds)
+        rows = self.at_there[self._slots_of(at)]
+        found = []
         for kv, held in enumerate(self.held[:, slots]):
             mine = slice(None) if len(self.held) == 1 else slice(kv * self._group, (kv + 1) * self._group)
-            ends = torch.searchsorted(held, torch.stack([at[0] - limits, at[-1] - limits]), right=True)
+            ends = torch.searchsorted(held, torch.stack([at[0] - limits, at[-1] - limits]), right=True)  # [2, bounds]
+            below = total[mine, -1:] - before[mine, ends[1].to(sums.device)]
             there = self.held_there[kv, slots]
-            rows = self.at_there[self._slots_of(at)]
             for bound, (limit, low, high) in enumerate(zip(bounds, *ends.tolist(), strict=True)):
-                found[mine, bound] = total[mine, -1] - (total[mine, high - 1] if high else 0.0)
                 if low < high:
                     near = rows[:, None] - there[low:high] < limit  # [r, some]
-                    found[mine, bound] += (probs[mine, :, low:high] * near).sum((1, 2))
-        return found
+                    below[:, bound] += (probs[mine, :, low:high] * near).sum((1, 2))
+            found.append(below)
+        return torch.cat(found)
 
     def _slots_of(self, at: Tensor) -> slice:
         """Which queries stand at positions `at`, a run of them."""
@@ -323,8 +328,6 @@ class _Pass:
 
     def _room(self, numbers: int) -> Tensor:
         """So many float32 numbers to write on, the same memory each time."""
-        if self.scratch.numel() < numbers:
-            self.scratch = torch.empty(numbers, device=self.scratch.device)
         return self.scratch[:numbers]
 
     def stats(self) -> HeadStats:
