@@ -114,7 +114,9 @@ def main() -> None:
     for name in found[lengths[0]]["work"]:
         cells = [found[tokens]["work"][name] for tokens in lengths]
         if asked.device == "cpu":
-            table.append([name, *[f"{at['seconds']:.2f} s ({at['cpu_seconds']:.2f})" for at in cells], "wall (busy)"])
+            table.append(
+                [name, *[f"{at['seconds']:.2f} s ({at['cpu_seconds']:.2f})" for at in cells], "wall (CPU time)"]
+            )
         else:
             table.append(
                 [name, *[f"{at['seconds']:.2f} s, {at['peak_bytes'] / MIB:,.0f} MiB" for at in cells], "on the GPU"]
