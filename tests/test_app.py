@@ -396,6 +396,116 @@ def test_two_sharing_a_model_never_meet(workspace: Any, tiny_llama: Any) -> None
     assert workspace.reading is not None
 
 
+# -- attention
+
+
+@pytest.fixture
+def attention(workspace: Any) -> Any:
+    """The Attention tab in view, of a prompt with a plan."""
+    from workbench_widgets.app.panels import AttentionPanel
+
+    made = AttentionPanel(workspace)
+    made.show(True)
+    workspace.read("tiny", TEXT)
+    wait_for(lambda: workspace.reading is not None)
+    workspace.selected = (0, 1)
+    workspace.recipe = Recipe.of("snapkv", budget=0.5)
+    workspace.make_plan(workspace.recipe, interrupt=True)
+    wait_for(lambda: workspace.plan is not None and not workspace.looking.busy and not workspace.surveying.busy)
+    return made
+
+
+def choose_to_show(panel: Any, start: str) -> None:
+    panel.shows.value = next(value for name, value in panel.shows.options.items() if name.startswith(start))
+    wait_for(lambda: not panel.workspace.looking.busy and not panel.workspace.surveying.busy)
+
+
+def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(attention: Any) -> None:
+    assert attention.map.label == "Attention of layer 0, head 1"
+    assert attention.text.label == "Attention received, layer 0, head 1"
+    assert attention.grid.tiles
+    assert attention.grid.classes
+    assert attention.grid.selected == (0, 1)
+    attention.grid.selected = (1, 2)  # a click
+    wait_for(lambda: attention.map.label == "Attention of layer 1, head 2")
+    assert attention.workspace.selected == (1, 2)
+    assert (attention.layer.value, attention.head.value) == (1, 2)
+
+
+def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> None:
+    import numpy as np
+
+    from workbench_widgets.wire import unpack
+
+    workspace = attention.workspace
+    session = workspace.reading.session
+    choose_to_show(attention, "difference: snapkv 0.5 − all keys")
+    assert attention.map.diverging
+    assert attention.grid.diverging
+    assert attention.map.label == "Difference in attention of layer 0, head 1, snapkv 0.5 − all keys"
+    wanted = session.attention(0, 1, workspace.recipe).minus(session.attention(0, 1)).values.numpy()
+    np.testing.assert_array_equal(unpack(attention.map.exact), wanted)
+    assert abs(wanted).max() > 0
+    choose_to_show(attention, "all keys")
+    assert not attention.map.diverging
+
+
+def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
+    workspace = attention.workspace
+    workspace.generate(Recipe.of("knorm", budget=0.5), None, 2)
+    wait_for(lambda: workspace.run is not None and not workspace.working)
+    choose_to_show(attention, "difference: snapkv 0.5 − run of knorm 0.5")
+    assert attention.map.label.endswith("snapkv 0.5 − knorm 0.5")
+
+
+def test_what_was_looked_at_is_not_computed_again(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = attention.workspace
+    session = workspace.reading.session
+    asked: list[str] = []
+    for name in ("attention", "attention_grid", "heads", "received"):
+        real = getattr(session, name)
+        monkeypatch.setattr(session, name, lambda *a, _n=name, _r=real, **k: (asked.append(_n), _r(*a, **k))[1])
+    before = attention.map.knots
+    attention.scale.value = "linear"
+    wait_for(lambda: attention.map.knots != before and not workspace.looking.busy)
+    choose_to_show(attention, "keys kept")
+    assert sorted(asked) == ["attention", "attention_grid", "heads", "received"]
+    choose_to_show(attention, "all keys")
+    choose_to_show(attention, "difference")
+    workspace.make_plan(Recipe.of("snapkv", budget=0.5), interrupt=True)
+    wait_for(lambda: not workspace.planning.busy and not workspace.looking.busy)
+    assert len(asked) == 4
+
+
+def test_a_long_prompts_heads_wait_to_be_asked_for_and_can_be_cancelled(
+    attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench_widgets.app.panels.attention._AT_ONCE", 0)
+    workspace = attention.workspace
+    workspace.read("tiny", TEXT + "more")
+    wait_for(lambda: attention.survey.visible)
+    assert not attention.grid.visible
+    began, session = threading.Event(), workspace.reading.session
+
+    def endless(*args: Any, progress: Progress, **kwargs: Any) -> Any:
+        began.set()
+        while True:
+            progress.update("attention maps", 1, 4)
+            time.sleep(0.005)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "attention_grid", endless)
+        attention.survey.clicks += 1
+        assert began.wait(5)
+        wait_for(lambda: workspace.survey_stage == ("Attention maps", 0.25))
+        assert not attention.survey.visible
+        workspace.cancel()
+        wait_for(lambda: attention.survey.visible and not workspace.surveying.busy)
+    attention.survey.clicks += 1
+    wait_for(lambda: attention.grid.visible and not workspace.surveying.busy)
+    assert not attention.survey.visible
+
+
 # -- starting
 
 

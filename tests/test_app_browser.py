@@ -253,3 +253,32 @@ def test_the_page_as_python_can_be_copied(open_tab: Callable[..., Watched]) -> N
     code = page.locator("pre").first.text_content()
     assert "wb.method('kivi')" in code
     compile(code, "page", "exec")
+
+
+def test_attention_is_looked_into_head_by_head_and_cell_by_cell(open_tab: Callable[..., Watched]) -> None:
+    page = open_tab(own(SHORT, tab="1", budget="40%")).page
+    page.wait_for_selector("text=Attention of layer 0, head 0")
+    grid = page.locator(".wb-grid canvas")
+    grid.wait_for()
+    grid.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):  # the first press goes to the head in view
+        grid.press(key)
+    page.wait_for_selector("text=Attention of layer 1, head 1")
+    page.wait_for_selector("text=Attention received, layer 1, head 1")
+    canvas = page.locator("section[aria-label^='Attention of layer 1'] .wb-map canvas")
+    canvas.press("ArrowDown")
+    canvas.press("Enter")
+    page.locator(".wb-trail b").wait_for()
+    page.locator(".wb-note", has_text="token by token").wait_for()
+    canvas.press("ArrowDown")
+    said = page.locator("section[aria-label^='Attention of layer 1'] .wb-live").text_content()
+    assert re.search(r"^[\d.e-]+, query \d “.+”, key \d “.+”$", said), said
+    canvas.press("Escape")
+    page.locator(".wb-trail b").wait_for(state="detached")
+
+    page.get_by_role("combobox", name="Shows", exact=True).click()
+    page.locator("li", has_text="− all keys").click()
+    page.wait_for_selector("text=Difference in attention of layer 1, head 1, snapkv 0.4 − all keys")
+    page.wait_for_selector(".wb-grid canvas")
+    page.locator(".wb-sort select").select_option("class")
+    assert page.locator(".wb-legend", has_text="contextual").count() == 1

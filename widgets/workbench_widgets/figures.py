@@ -219,7 +219,8 @@ def received_line(
     trace = go.Scatter(
         x=at,
         y=shown,
-        mode="lines",
+        mode="lines+markers" if np.isnan(shown).any() else "lines",  # a token between gaps has no line
+        marker={"size": 3},
         line={"width": 1.2, "color": theme(dark).categories[0]},
         text=[repr(str(tokens[i])) for i in at],
         hovertemplate="position %{x:,}: %{text}<br>%{y:.4g}<extra></extra>",

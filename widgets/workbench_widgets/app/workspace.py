@@ -205,10 +205,16 @@ class Workspace(param.Parameterized):
 
         self.looking.submit(work, show, failed)
 
-    def survey(self, work: Callable[[Progress], Any], show: Callable[[Any], None]) -> None:
-        """As `look`, for what takes long: a newer request cancels it, and `survey_stage` tells how far it is."""
+    def survey(
+        self, work: Callable[[Progress], Any], show: Callable[[Any], None], given_up: Callable[[], None]
+    ) -> None:
+        """As `look`, for what takes long: a newer request cancels it, and `survey_stage` tells how far it is.
+
+        given_up: called where it failed or a person cancelled it.
+        """
 
         def failed(error: WorkbenchError) -> None:
+            given_up()
             if not isinstance(error, Cancelled):
                 self.problem = str(error)
 

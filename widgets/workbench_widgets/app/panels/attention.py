@@ -248,7 +248,11 @@ class AttentionPanel(Panel):
             self.grid.visible = True
             MapGrid.update(self.grid, **keywords)
 
-        workspace.survey(work, show)
+        def given_up() -> None:
+            self._surveyed = None
+            self.survey.visible = True
+
+        workspace.survey(work, show, given_up)
 
     def _needed(self, shown: Shown) -> list[Recipe | None]:
         return [shown.recipe, shown.base] if shown.difference else [shown.recipe]
@@ -258,5 +262,3 @@ class AttentionPanel(Panel):
         self._bar.visible = bool(stage)
         self._bar.value = round(100 * (share or 0))
         self._told.object = stage
-        if not stage and not self.grid.tiles:  # cancelled
-            self.survey.visible, self._surveyed = True, None
