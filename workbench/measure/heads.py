@@ -339,7 +339,7 @@ class _Pass:
         number = len(self.probed)
         mean = self.probe_sums / number
         figures = {
-            "entropy": self.entropy / self._each(seeing),
+            "entropy": (self.entropy / self._each(seeing)).clamp(min=0.0),
             "sink": self.sink / self._each(after),
             "local": self.within[:, -1] / self._each(late),
             "retrieval": (self.retrieval / self._each(self.retrieving.sum(dim=1))).clamp(min=0.0),
