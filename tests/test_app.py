@@ -497,13 +497,26 @@ def test_a_long_prompts_heads_wait_to_be_asked_for_and_can_be_cancelled(
         patch.setattr(session, "attention_grid", endless)
         attention.survey.clicks += 1
         assert began.wait(5)
-        wait_for(lambda: workspace.survey_stage == ("Attention maps", 0.25))
-        assert not attention.survey.visible
+        wait_for(lambda: attention.survey.label == "Attention maps …" and attention.survey.disabled)
         workspace.cancel()
-        wait_for(lambda: attention.survey.visible and not workspace.surveying.busy)
+        wait_for(lambda: attention.survey.label == "Show all heads" and not attention.survey.disabled)
+        wait_for(lambda: not workspace.surveying.busy)
     attention.survey.clicks += 1
     wait_for(lambda: attention.grid.visible and not workspace.surveying.busy)
     assert not attention.survey.visible
+
+
+def test_what_comes_when_the_tab_was_left_is_shown_when_one_comes_back(attention: Any) -> None:
+    workspace = attention.workspace
+    hold, real = threading.Event(), workspace.reading.session.received
+    workspace.reading.session.received = lambda *a, **k: (hold.wait(10), real(*a, **k))[1]
+    workspace.selected = (1, 1)
+    attention.show(False)
+    hold.set()
+    wait_for(lambda: not workspace.looking.busy)
+    assert attention.map.label == "Attention of layer 0, head 1"
+    attention.show(True)
+    wait_for(lambda: attention.map.label == "Attention of layer 1, head 1")
 
 
 # -- starting

@@ -129,7 +129,12 @@ class SvgPen {
     this.#add("text", { x, y, fill: this.fillStyle, "text-anchor": anchor, "dominant-baseline": "central", "xml:space": "preserve", style: `font:${this.#font.replace(/"/g, "'")}` }, safe);
   }
   drawImage(image, sx, sy, sw, sh, dx, dy, dw, dh) {
-    const picture = `<image width="${image.width}" height="${image.height}" style="image-rendering:pixelated" href="${image.toDataURL()}"/>`;
-    this.#add("svg", { x: dx, y: dy, width: dw, height: dh, viewBox: `${sx} ${sy} ${sw} ${sh}`, preserveAspectRatio: "none" }, picture);
+    const [x, y] = [Math.floor(sx), Math.floor(sy)];
+    const piece = document.createElement("canvas"); // only what is seen of the image goes into the file
+    piece.width = Math.ceil(sx + sw) - x;
+    piece.height = Math.ceil(sy + sh) - y;
+    piece.getContext("2d").drawImage(image, -x, -y);
+    const picture = `<image width="${piece.width}" height="${piece.height}" style="image-rendering:pixelated" href="${piece.toDataURL()}"/>`;
+    this.#add("svg", { x: dx, y: dy, width: dw, height: dh, viewBox: `${sx - x} ${sy - y} ${sw} ${sh}`, preserveAspectRatio: "none" }, picture);
   }
 }

@@ -16,6 +16,7 @@ from workbench_widgets.app.workspace import Workspace
 
 _PIXELS = 512
 _SMALL = 32  # pixels of a map in the grid
+_SURVEY = "Show all heads"
 _REMEMBERED = 24  # maps and surveys; the largest is 1 MiB
 _AT_ONCE = 1.5e9  # score entries of all heads that are surveyed unasked: some ten seconds on one CPU core
 
@@ -53,8 +54,7 @@ class AttentionPanel(Panel):
         )
         self.text: Any = TokenText.panel(rows=8, margin=0)
         self.grid: Any = MapGrid.panel(margin=0)
-        self.survey = pmu.Button(label="Show all heads", icon="grid_view", size="small", variant="outlined", margin=4)
-        self._told = pn.pane.HTML("", margin=(6, 4), sizing_mode="stretch_width")
+        self.survey = pmu.Button(label=_SURVEY, icon="grid_view", size="small", variant="outlined", margin=4)
         self._bar = pmu.LinearProgress(value=0, variant="determinate", sizing_mode="stretch_width", visible=False)
         self._hint = hint("The map comes when a prompt has been read.")
         self._controls = pn.FlexBox(
@@ -84,7 +84,6 @@ class AttentionPanel(Panel):
         )
         all_heads = pn.Column(
             self.survey,
-            self._told,
             self._bar,
             self.grid,
             sizing_mode="stretch_width",
@@ -210,7 +209,10 @@ class AttentionPanel(Panel):
             TokenText.update(self.text, **text, dark=dark)
             self.line.object = line
 
-        workspace.look(work, show)
+        def missed() -> None:
+            self._asked = None
+
+        workspace.look(work, self.in_view(show, missed))
 
     # -- all heads
 
@@ -226,7 +228,7 @@ class AttentionPanel(Panel):
         if not (asked or known or entries <= _AT_ONCE):
             self.survey.visible, self.grid.visible = True, False
             return
-        self.survey.visible = False
+        self.survey.visible = not known
         self._surveyed = wanted
 
         def work(progress: Progress) -> dict[str, Any]:
@@ -245,20 +247,21 @@ class AttentionPanel(Panel):
             return present.map_grid(found, heads, of=shown.name, difference=shown.difference)
 
         def show(keywords: dict[str, Any]) -> None:
-            self.grid.visible = True
+            self.grid.visible, self.survey.visible = True, False
             MapGrid.update(self.grid, **keywords)
 
         def given_up() -> None:
             self._surveyed = None
             self.survey.visible = True
 
-        workspace.survey(work, show, given_up)
+        workspace.survey(work, self.in_view(show, given_up), given_up)
 
     def _needed(self, shown: Shown) -> list[Recipe | None]:
         return [shown.recipe, shown.base] if shown.difference else [shown.recipe]
 
-    def _tell(self, event: Any) -> None:
-        stage, share = event.new
+    def _tell(self, event: Any = None) -> None:
+        """How far the survey is, on its own button."""
+        stage, share = self.workspace.survey_stage
         self._bar.visible = bool(stage)
         self._bar.value = round(100 * (share or 0))
-        self._told.object = stage
+        self.survey.param.update(label=f"{stage} …" if stage else _SURVEY, disabled=bool(stage))

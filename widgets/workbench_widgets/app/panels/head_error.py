@@ -64,4 +64,4 @@ class HeadErrorPanel(Panel):
                 self._quiet = False
             self.map.visible, self._hint.visible = True, False
 
-        workspace.look(work, show)
+        workspace.look(work, self.in_view(show))

@@ -54,4 +54,4 @@ class OutliersPanel(Panel):
             if grid is not None:
                 Heatmap.update(self.map, **grid, dark=dark, window=None, selected=None)
 
-        workspace.look(work, show)
+        workspace.look(work, self.in_view(show))

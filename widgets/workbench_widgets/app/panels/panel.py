@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import panel as pn
@@ -39,6 +40,22 @@ class Panel:
         self._shown = shown
         if shown and self._stale:
             self._update()
+
+    def in_view(self, show: Callable[[Any], None], missed: Callable[[], None] = lambda: None) -> Callable[[Any], None]:
+        """`show`, for a result that comes later: dropped, and `missed` called, if the tab has been left by then.
+
+        It is brought up to date when it is next in view. (Panel writes the addresses of its style sheets anew with
+        each update of a pane, and wrongly for one that is on no page.)
+        """
+
+        def arrived(result: Any) -> None:
+            if self._shown:
+                show(result)
+            else:
+                self._stale = True
+                missed()
+
+        return arrived
 
     def _update(self) -> None:
         self._stale = False
