@@ -47,6 +47,7 @@ COLUMNS = (  # of the rows in the results
         "recipe",
         "budget",
         "share",
+        "host",
         "right",
         "nll",
         "kl",
