@@ -30,6 +30,7 @@ CELLS = (
     "s",
     "s.plan('snapkv', budget=0.25)",
     "s.run('streaming-llm', budget=0.2, max_new_tokens=8).show()",
+    "from workbench_widgets import AttentionView\nAttentionView(s, 1, 2)",
     "s.controls(max_new_tokens=6)",
 )
 CONFIG = """
@@ -96,7 +97,7 @@ def opened(lab: str, chromium: Any) -> Iterator[Watched]:
     page.wait_for_selector("text=/Python 3.*Idle/")
     page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_selector(".widget-hslider")
-    page.wait_for_function("document.querySelectorAll('.wb-view[data-paint-ms]').length >= 6")
+    page.wait_for_function("document.querySelectorAll('.wb-view[data-paint-ms]').length >= 9")
     yield watched
     page.context.close()
 
@@ -108,10 +109,10 @@ def test_every_view_paints(opened):
         == 0
     )
     views = page.locator(".wb-view")
-    assert views.count() >= 6  # the plan's two, the run's one, the panel's three
+    assert views.count() >= 9  # the plan's two, the run's one, three of attention, the panel's three
     rasters = page.locator(".wb-map canvas")
-    assert rasters.count() == 2
-    for i in range(2):
+    assert rasters.count() == 3
+    for i in range(3):
         assert rasters.nth(i).evaluate(INKED) > 3
     assert page.locator(".js-plotly-plot, .jp-RenderedPlotly svg").count() >= 1
 
@@ -151,6 +152,24 @@ def test_a_run_from_the_panel_shows_its_answer_and_its_row(opened):
     page.locator("button", has_text="Run").last.click()
     page.wait_for_selector("td:has-text('snapkv 0.')")
     assert page.locator(".wb-answer span").count() >= 12
+
+
+def test_a_head_chosen_among_the_small_maps_is_shown_and_zoomed_into(opened):
+    page = opened.page
+    grid = page.locator(".wb-grid canvas")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowLeft", "Enter"):  # the first press goes to the head in view
+        grid.press(key)
+    page.wait_for_selector("text=Attention of layer 0, head 1")
+    page.wait_for_selector("text=Attention received, layer 0, head 1")
+    canvas = page.locator("section[aria-label^='Attention of'] .wb-map canvas")
+    for key in ("ArrowDown", "Enter", "+"):
+        canvas.press(key)
+    page.locator(".wb-trail b").wait_for()
+    page.locator(".wb-note", has_text="token by token").wait_for()
+    assert page.locator("section[aria-label^='Attention of']").evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+    canvas.press("Escape")
+    canvas.press("Escape")
+    page.locator(".wb-trail b").wait_for(state="detached")
 
 
 def test_the_console_stays_clean_and_nothing_is_asked_of_the_network(opened):

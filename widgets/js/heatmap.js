@@ -1,6 +1,6 @@
 // A map of any size as 255 levels on a canvas: attention, a difference of two, or one value for each layer and head.
 
-const TOP = 4;
+const TOP = 7;
 const BOTTOM = 38;
 const NONE = { rows: 0, columns: 0 };
 const MOVED_MS = 150; // a moved or zoomed window is told to Python this long after the last move
