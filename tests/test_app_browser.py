@@ -113,6 +113,7 @@ def test_an_example_is_read_a_budget_moved_and_a_question_answered(open_tab: Cal
         slider.press("ArrowRight")
     figure(page, "Share of bytes").filter(has_text=re.compile("^3[45]")).wait_for()
     assert changed(lambda: raster(page), before) != before
+    page.wait_for_url(re.compile("budget=35"))  # 34% of the bytes is in view a little earlier
     assert page.get_by_label("Exactly").input_value() == "35%"
 
     page.get_by_label("At most (tokens)").fill("24")
