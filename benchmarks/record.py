@@ -46,11 +46,20 @@ def median_seconds(work: Callable[[], Any], repeats: int, warm_up: int = 1) -> f
     return statistics.median(times)
 
 
-def write(name: str, figures: dict[str, Any], table: Sequence[Sequence[str]], before: dict[str, Any]) -> None:
-    """Save results/NAME.json and results/NAME.md. table: its first row is the head; before: what `environment` said."""
+def write(
+    name: str,
+    figures: dict[str, Any],
+    table: Sequence[Sequence[str]],
+    before: dict[str, Any],
+    *more: Sequence[Sequence[str]],
+) -> None:
+    """Save results/NAME.json and results/NAME.md. table: its first row is the head; before: what `environment` said;
+    more: further tables.
+    """
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"environment": before, **figures}, indent=1) + "\n")
-    text = "\n".join([f"# {name}", "", markdown(table), "", where(before), ""])
+    tables = [line for each in (table, *more) for line in (markdown(each), "")]
+    text = "\n".join([f"# {name}", "", *tables, where(before), ""])
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 

@@ -1,13 +1,18 @@
-"""The quality benchmark's bookkeeping: rows survive a kill, a resumed run leaves out what is there, verdicts follow."""
+"""The benchmarks' bookkeeping: rows survive a kill, a resumed run leaves out what is there, verdicts follow; of
+views in a browser, the first failure is the end, and tables tell what was measured, what was expected and what was not.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import attention_view
+from benchmarks.attention_view import VIEWS, amount, cell, comparison, expected_bytes, longest
 from benchmarks.kv_cases import ASKED_FIRST, HELD, TASKS, build, specs
 from benchmarks.kv_evidence import NEAR, Check, Mean, Rows, claim_check, direction_checks, report
 from benchmarks.kv_quality import items, missing
@@ -206,3 +211,82 @@ def test_every_note_is_about_a_registered_method_and_can_be_read() -> None:
         assert set(note) <= {"near", "against", "at", "tasks", "recipe", "why"}, key
         assert set(note.get("tasks", ())) <= set(TASKS), key
         assert {note.get("against", "full"), note.get("recipe", "full")} <= set(entries()), key
+
+
+# -- attention views in a browser
+
+
+def pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, maker: str, size: float, paints: int
+) -> list[dict[str, Any]]:
+    """What is found for a view whose page at 64 tokens has `size` bytes, and that paints up to `paints` tokens."""
+    (view,) = (view for view in VIEWS if view.maker == maker)
+
+    def make(view: Any, tokens: int, *paths: Path) -> dict[str, Any]:
+        grown = size * (tokens / 64) ** 2 if view.package else size
+        return {"compute_s": 0.1, "write_s": 0.2, "page_bytes": int(grown), "tokens": tokens}
+
+    def first_paint(playwright: Any, page: Path, expects: tuple[str, int], *rest: Any) -> dict[str, Any]:
+        tokens = round(math.sqrt(expects[1] / attention_view.HEADS)) if expects[0] == "line" else 0
+        return {"script_bytes": 1000} | ({"paint_s": 1.5} if tokens <= paints else {"failed": "not painted in 60 s"})
+
+    monkeypatch.setattr(attention_view, "make", make)
+    monkeypatch.setattr(attention_view, "first_paint", first_paint)
+    recordings = {False: tmp_path, True: tmp_path}
+    return attention_view.measure(view, (64, 128, 256, 512), recordings, tmp_path, tmp_path, None)
+
+
+def test_after_a_view_failed_only_the_size_of_longer_pages_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = pages(monkeypatch, tmp_path, "bertviz.head_view", 1e6, paints=128)
+    assert [cell(one) for one in found] == [
+        "1.0 MB, 1.50 s",
+        "4.0 MB, 1.50 s",
+        "16 MB, not painted in 60 s",
+        "about 64 MB, failed at 256",
+    ]
+    assert longest(found) == "128"
+
+
+def test_a_page_beyond_the_limit_is_never_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = pages(monkeypatch, tmp_path, "bertviz.head_view", 100e6, paints=10_000)
+    assert [cell(one) for one in found][-2:] == ["1.6 GB, 1.50 s", "about 6.4 GB, over 2 GB"]
+    assert "page_bytes" not in found[-1]
+
+
+def test_a_view_that_never_failed_may_take_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = pages(monkeypatch, tmp_path, "heatmap", 40_000, paints=0)
+    assert longest(found) == "512 or more" and {cell(one) for one in found} == {"41 kB, 1.50 s"}
+
+
+def test_a_peer_that_is_not_installed_is_named_in_the_table() -> None:
+    table = comparison({"heatmap": [{"tokens": 64, "page_bytes": 5000, "paint_s": 0.25}]}, (64,))
+    assert {len(row) for row in table} == {4}
+    rows = {tuple(row[:2]): row[2:] for row in table}
+    assert rows["bertviz head_view", "bertviz is not installed"] == ["", ""]
+    assert ["5 kB, 0.25 s", "64 or more"] in rows.values()
+
+
+def test_sizes_are_told_in_decimal_units_and_grow_with_the_square() -> None:
+    assert [amount(size) for size in (5e4, 1.25e6, 4.27e7, 3.2e9)] == ["50 kB", "1.2 MB", "43 MB", "3.2 GB"]
+    assert expected_bytes({"tokens": 128, "page_bytes": 1e6}, 512) == 16e6
+
+
+def test_a_shorter_prompt_is_a_prefix_of_the_recording(tmp_path: Path) -> None:
+    import torch
+
+    from benchmarks.attention_pages import exact_attention, load
+
+    recording = {
+        "queries": torch.randn(2, 4, 9, 8),
+        "keys": torch.randn(2, 2, 9, 8),
+        "scale": 0.3,
+        "tokens": [*"abcdefghi"],
+    }
+    torch.save(recording, tmp_path / "read.pt")
+    short = load(tmp_path / "read.pt", 5)
+    assert short["tokens"] == [*"abcde"]
+    whole = exact_attention(recording, every=True)
+    torch.testing.assert_close(exact_attention(short, every=True), whole[..., :5, :5])
+    torch.testing.assert_close(whole.sum(-1), torch.ones(2, 4, 9))
