@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.errors import BudgetTooSmall
 from workbench.judging import forced
 from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.registry import registered
@@ -37,9 +38,13 @@ def test_logits_equal_plain_transformers_at_float32(architecture):
 def test_a_plan_on_the_gpu_is_the_plan_of_host_memory(key):
     model = tiny("llama").to(CUDA)
     here, there = wb.Session((model, None)), wb.Session((model, None), keep_trace_on="cpu")
-    options = {} if key == "full" else {"budget": 0.5}
     for session in (here, there):
         session.read(ids(400))
+    options = {} if key == "full" else {"budget": 0.5}
+    try:
+        here.plan(key, **options)
+    except BudgetTooSmall as refusal:
+        options = {"budget": refusal.smallest}
     assert there.trace.layers[0].keys_held.device.type == "cpu"
     plans = [session.plan(key, **options) for session in (here, there)]
     assert torch.equal(plans[0].tiers.cpu(), plans[1].tiers.cpu())
@@ -70,3 +75,41 @@ def test_half_precision_computes_and_agrees():
         assert run.quality.kl >= 0 and run.quality.kl == run.quality.kl
     full = session.run("full", question=ids(8, seed=2), max_new_tokens=16)
     assert full.quality.kl == 0 and full.quality.top1_agreement == 1
+
+
+@pytest.mark.parametrize("key", ["retrievalattention", "a2ats", "sentencekv", "kcache", "alisa"])
+def test_what_lies_in_host_memory_is_pinned_and_not_on_the_device(key):
+    session = wb.Session((tiny("llama").to(CUDA), None))
+    session.read(ids(1000))
+    plan = session.plan(key, budget=0.6)
+    before = torch.cuda.memory_allocated()
+    stores = plan.stores()
+    grown = torch.cuda.memory_allocated() - before
+    assert plan.host_nbytes > 0 and grown <= plan.nbytes * 1.1 + 512 * 12 * len(stores)  # the allocator rounds up
+    for store in stores:
+        for tensors in store.host_tensors().values():
+            assert all(tensor.device.type == "cpu" for tensor in tensors)
+        for tensors in store.tensors().values():
+            assert all(tensor.device.type == "cuda" for tensor in tensors)
+    entries = [
+        t
+        for store in stores
+        for t in store.host_tensors().get("bfloat16", [])
+        if t.numel() and t.dtype == torch.bfloat16
+    ]
+    assert all(tensor.is_pinned() for tensor in entries)
+    run = session.run(key, budget=0.6, question=ids(8, seed=2), max_new_tokens=40)
+    assert len(run.tokens) == 40 and run.quality.kl >= 0
+
+
+@pytest.mark.parametrize("key", ["streammem", "infllm"])
+def test_a_reading_in_bounded_memory_does_not_grow_with_the_text(key):
+    peaks = []
+    for tokens in (600, 1900):
+        session = wb.Session((tiny("llama").to(CUDA), None))
+        session.read(ids(tokens), record=False)
+        plan = session.plan(key, budget="128 tokens")
+        samples = plan.timeline.samples
+        peaks.append(max(sample.device - sample.categories["weights"] for sample in samples))
+        assert max(sum(sample.kv_layers) for sample in samples) <= plan.full_nbytes * 128 / tokens
+    assert peaks[1] <= peaks[0] * 1.25  # indexes grow a little; the cache of 1,900 tokens would be three times as large

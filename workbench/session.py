@@ -32,7 +32,7 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
 from workbench.reading import read, take_in
 from workbench.recipe import Recipe
-from workbench.registry import Method
+from workbench.registry import Method, find
 from workbench.run import Run, Stream
 from workbench.trace import Trace
 from workbench.variants import Variants
@@ -40,6 +40,9 @@ from workbench.weights.base import WeightMethod
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from workbench.attention.operators import Operator
+    from workbench.attention.operators import Study as OperatorStudy
 
 T = TypeVar("T")
 Spec = Recipe | Method | str | Sequence[Method | str]
@@ -420,6 +423,30 @@ class Session(Shown):
         plan, progress = self._plan(recipe, trace, progress), progress or Progress()
         steps = Progress(lambda *_: progress.check())
         return [work(capture(layer, plan), steps) for layer in progress.track(trace.layers, stage, len(trace.layers))]
+
+    def operator(
+        self,
+        operator: Operator | str,
+        layer: int,
+        head: int = 0,
+        *,
+        pixels: int = 512,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> OperatorStudy:
+        """What another attention operator makes of a layer's recorded queries, keys and values, beside exact attention.
+
+        operator: one of `wb.methods("operator")`, whose parameters may follow. Gives the output error of each head, and
+        the maps of `head`, the implied one and the exact one, pooled to at most pixels x pixels cells.
+        """
+        from workbench.attention.operators import Operator, study_operator
+
+        chosen = find(operator)(**parameters) if isinstance(operator, str) else operator
+        if not isinstance(chosen, Operator):
+            raise BadParameter(f"{chosen.key} is no attention operator: choose one of wb.methods('operator')")
+        if self.trace is None:
+            raise NotRead("no prompt has been read yet: call read(text) first")
+        return study_operator(_need_recording(self.trace), chosen, layer, head, pixels=pixels, progress=progress)
 
     def outliers(self, kind: Outliers = "keys", *, progress: Progress | None = None) -> pd.DataFrame:
         """Largest magnitude, kurtosis and share of energy of every channel, layer by layer.

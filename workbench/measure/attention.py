@@ -18,7 +18,6 @@ from torch import Tensor
 
 from workbench.errors import BadParameter, InputError
 from workbench.measure.rows import (
-    BLOCK_BYTES,
     HeadsPart,
     RowBlock,
     head_parts,
@@ -122,7 +121,7 @@ def pooled_map(
     softcap: float | None = None,
     rows: Span | None = None,
     cols: Span | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> PooledMap:
     """The attention of one query head, pooled into at most `pixels` x `pixels` cells; exact where it fits.
@@ -169,7 +168,7 @@ def pooled_maps(
     softcap: float | None = None,
     rows: Span | None = None,
     cols: Span | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[PooledMap]:
     """The pooled maps of all query heads of a layer, on the same cells, in one pass.
@@ -295,7 +294,7 @@ def column_sums(
     key_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """How much attention each key receives from all queries together: [h, nk] float32, each row summing to nq.
@@ -328,7 +327,7 @@ def row_entropy(
     key_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """How spread out each query's attention is: entropy in nats, [h, nq] float32, from 0 (one key) to log(visible
@@ -362,7 +361,7 @@ def sink_mass(
     key_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """The mean share of attention that goes to positions 0 .. first - 1: [h] float32, 0 to 1 (Xiao et al. 2023,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadParameter, InputError
-from workbench.measure.rows import BLOCK_BYTES, head_parts, row_blocks, token_positions, visible_keys
+from workbench.measure.rows import head_parts, row_blocks, token_positions, visible_keys
 from workbench.progress import Progress
 
 HeadClass = Literal["retrieval", "sink", "local", "contextual", "structural"]
@@ -140,7 +140,7 @@ def head_stats(
     key_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[HeadStats, Tensor]:
     """The statistics of one layer's query heads [h], and what each key receives from each head's queries [h, nk].

@@ -18,6 +18,8 @@ from workbench.errors import BadParameter, InputError
 from workbench.progress import Progress
 
 BLOCK_BYTES = 64 * 2**20
+# On a GPU small blocks only wait for one another: 131,072 tokens take 1.0 s in blocks of 512 MiB, 3.4 s in those of 64.
+_CUDA_BLOCK_BYTES = 512 * 2**20
 # On CPUs a block that stays in the caches is up to three times faster than a large one (measured: 64 to 128 rows of
 # 2,048 keys).
 _CPU_CACHE_BYTES = 8 * 2**20
@@ -45,7 +47,7 @@ def attention_rows(
     key_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield `(rows, probs)`: a slice of queries and their whole softmax rows, [h, rows, nk] float32.
@@ -77,7 +79,7 @@ def row_blocks(
     key_positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[RowBlock]:
     """Yield the causal softmax attention of `queries` over `keys`, block by block from the first query to the last.
@@ -89,8 +91,8 @@ def row_blocks(
     key_positions: [nk], or [k, nk] where KV heads hold different positions; ascending; by default 0 .. nk - 1.
     window: a query sees keys less than this many tokens back, itself included; None sees everything before it.
     softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
-    block_bytes: upper bound of one block of scores. Up to three such blocks live at a time, beside a float32 copy of
-    the keys.
+    block_bytes: upper bound of one block of scores (default 64 MiB, on a GPU 512 MiB). Up to three such blocks live at
+    a time, beside a float32 copy of the keys.
 
     Raises InputError for shapes or positions that do not fit together.
     """
@@ -218,7 +220,7 @@ def token_positions(
 
 
 def _check(
-    queries: Tensor, keys: Tensor, window: int | None, softcap: float | None, block_bytes: int
+    queries: Tensor, keys: Tensor, window: int | None, softcap: float | None, block_bytes: int | None
 ) -> tuple[int, int, int, int]:
     if queries.ndim != 3 or keys.ndim != 3:
         raise InputError(
@@ -233,12 +235,14 @@ def _check(
         raise BadParameter(f"window is {window}: give at least 1 token, or None for no window")
     if softcap is not None and not softcap > 0:
         raise BadParameter(f"softcap is {softcap}: give a positive number, or None for none")
-    if block_bytes < 1:
+    if block_bytes is not None and block_bytes < 1:
         raise BadParameter(f"block_bytes is {block_bytes}: give a positive number of bytes")
     return h, nq, k, nk
 
 
-def _rows_per_block(row_bytes: int, nq: int, block_bytes: int, device: torch.device) -> int:
+def _rows_per_block(row_bytes: int, nq: int, block_bytes: int | None, device: torch.device) -> int:
+    if block_bytes is None:
+        block_bytes = _CUDA_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
     rows = block_bytes // max(row_bytes, 1)
     if device.type == "cpu":
         in_cache = min(_CPU_MAX_ROWS, max(_CPU_MIN_ROWS, _CPU_CACHE_BYTES // max(row_bytes, 1)))

@@ -121,7 +121,7 @@ class Rows:
         counts = self.lengths.long()
         held = counts + rows
         starts = held.cumsum(0) - held
-        # Zeros: a head that is still empty shows a row that nothing was written to, and what is masked must be a number.
+        # Zeros: an empty head shows a row that nothing was written to, and what is masked must be a number too.
         grown = self.data.new_zeros(self.total + self.heads * rows, self.data.shape[-1])
         head = torch.repeat_interleave(torch.arange(self.heads, device=self.data.device), counts)
         step = torch.arange(self.total, device=self.data.device) - (counts.cumsum(0) - counts)[head]
