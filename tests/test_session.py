@@ -529,3 +529,24 @@ def test_perplexity_of_a_given_text_is_that_of_plain_transformers(tiny_model: Mo
     assert figures.tokens == 20 and figures.first_divergence is None and not run.measured
     worse = made.run("streaming-llm", budget=0.3, question=question, max_new_tokens=2).measure(text).figures
     assert worse.perplexity_reference == pytest.approx(want, rel=1e-4) and worse.kl > 0
+
+
+def test_what_takes_long_keeps_only_those_waiting_who_want_the_same(session: wb.Session) -> None:
+    trace, begun, go_on = session.trace, threading.Event(), threading.Event()
+    assert trace is not None
+
+    def slow() -> int:
+        begun.set()
+        assert go_on.wait(10)
+        return 1
+
+    found: list[int] = []
+    askers = [threading.Thread(target=lambda: found.append(trace.once("slow", slow))) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    assert begun.wait(10)
+    assert trace.once("quick", lambda: 2) == 2 and found == []  # while the slow one is still being computed
+    go_on.set()
+    for asker in askers:
+        asker.join(10)
+    assert found == [1, 1]

@@ -158,6 +158,7 @@ class Trace:
     computed: tuple[int, ...] = field(default=(), repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=RLock, repr=False)
+    _locks: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def ids(self) -> Tensor:
@@ -194,8 +195,13 @@ class Trace:
         return sum(self.computed) / (heads * self.tokens * (self.tokens + 1) // 2)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """`compute()`, remembered under `key` for as long as the trace lives."""
+        """`compute()`, remembered under `key` for as long as the trace lives.
+
+        Who asks for the same waits; who asks for something else does not.
+        """
         with self._lock:
+            own = self._locks.setdefault(key, RLock())
+        with own:
             if key not in self._cache:
                 self._cache[key] = compute()
             return self._cache[key]
