@@ -131,9 +131,13 @@ def make(view: View, tokens: int, recording: Path, page: Path, peers: Path) -> F
     return {**json.loads(done.stdout.splitlines()[-1]), "page_bytes": page.stat().st_size}
 
 
-def expected_bytes(before: Found, tokens: int) -> float:
-    """A peer's page at more tokens, from the one made before: it holds every number of every n x n matrix as text."""
-    return float(before["page_bytes"]) * (tokens / before["tokens"]) ** 2
+def expected_bytes(made: Sequence[Found], tokens: int) -> float:
+    """A peer's page at more tokens, from the last two made: scripts, and every number of every n x n matrix as text."""
+    last = made[-1]
+    size, square = last["page_bytes"], last["tokens"] ** 2
+    if len(made) > 1:
+        size, square = size - made[-2]["page_bytes"], square - made[-2]["tokens"] ** 2
+    return float(last["page_bytes"] + size / square * (tokens**2 - last["tokens"] ** 2))
 
 
 def measure(
@@ -141,12 +145,12 @@ def measure(
 ) -> list[Found]:
     """A view at each length, until it fails: after that only the size of its pages is told."""
     found: list[Found] = []
-    last: Found | None = None  # made last, to tell the size of longer pages
     for tokens in lengths:
         here: Found = {"tokens": tokens}
         found.append(here)
-        if view.package and last:
-            here["expected_bytes"] = expected_bytes(last, tokens)
+        made = [one for one in found if "page_bytes" in one]
+        if view.package and made:
+            here["expected_bytes"] = expected_bytes(made, tokens)
         failed = next((one for one in found if "failed" in one), None)
         if failed:
             here["skipped"] = f"failed at {failed['tokens']}"
@@ -158,7 +162,6 @@ def measure(
             page = folder / "page.html"
             here |= make(view, tokens, recordings[tokens > READ], page, peers)
             if "failed" not in here:
-                last = here
                 scripts = {name: peers / path for name, path in LIBRARIES.items()} if view.package else {}
                 here |= first_paint(playwright, page, view.expects(tokens), scripts, LIMIT_S)
             page.unlink(missing_ok=True)

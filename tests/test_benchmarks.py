@@ -270,7 +270,9 @@ def test_a_peer_that_is_not_installed_is_named_in_the_table() -> None:
 
 def test_sizes_are_told_in_decimal_units_and_grow_with_the_square() -> None:
     assert [amount(size) for size in (5e4, 1.25e6, 4.27e7, 3.2e9)] == ["50 kB", "1.2 MB", "43 MB", "3.2 GB"]
-    assert expected_bytes({"tokens": 128, "page_bytes": 1e6}, 512) == 16e6
+    one, two = {"tokens": 128, "page_bytes": 1e6}, {"tokens": 256, "page_bytes": 2.5e6}
+    assert expected_bytes([one], 512) == 16e6
+    assert expected_bytes([one, two], 512) == 8.5e6  # half a megabyte of scripts in each
 
 
 def test_a_shorter_prompt_is_a_prefix_of_the_recording(tmp_path: Path) -> None:
