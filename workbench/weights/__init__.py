@@ -1,7 +1,9 @@
 """Weight methods: how the model itself is made smaller."""
 
 from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.flashsvd import FlashSVD
 from workbench.weights.hqq import HQQ
+from workbench.weights.svd import SVD
 from workbench.weights.transact import TransAct
 
-__all__ = ["HQQ", "TransAct", "WeightMethod", "compressed"]
+__all__ = ["HQQ", "SVD", "FlashSVD", "TransAct", "WeightMethod", "compressed"]
