@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
+from workbench.attention.implied import implied_map
 from workbench.budget import Budget
 from workbench.capture import Captured, capture
 from workbench.conversation import Conversation, Question
@@ -317,12 +318,18 @@ class Session(Shown):
         """The attention map of one query head over the prompt, pooled to at most pixels x pixels cells.
 
         recipe: what the map would be with that plan's positions and keys only (default: everything), and under its
-        weights and attention: see `workbench.capture`. An attention method's reading is shown by the softmax of its
-        queries and keys, within the window that it leaves. rows, cols: zoom into a window of positions (from, to); a
-        window of at most `pixels` tokens shows each of them. Memory does not grow with the square of the length.
+        weights and attention: see `workbench.capture`. An attention method alone is shown by what it really adds up,
+        see `workbench.attention.implied`; beside a KV method, by the softmax of its queries and keys. rows, cols: zoom
+        into a window of positions (from, to); a window of at most `pixels` tokens shows each of them. Memory does not
+        grow with the square of the length.
         """
         spec = Recipe.of(recipe or "full", **parameters)
         found = self._captured(spec, layer, head, progress)
+        method = _attention(spec)
+        if method is not None and not _takes_budget(spec) and type(method).attend is not AttentionMethod.attend:
+            part = self._trace(spec, progress).layers[layer]
+            shown: dict[str, Any] = {"pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
+            return implied_map(method, part, head, self.facts.layers, **shown, progress=progress)
         cols = cols or (0, found.tokens)
         return pooled_maps(
             found.queries,
