@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import Index, OffloadStore
 from workbench.kv.stores.store import Contents, Store
@@ -43,7 +43,7 @@ class EightBitOffloadFormat(Format):
         return DenseFormat(self.dtype).nbytes(shape, selected[~split]) + near + index
 
     def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
-        others = shape.tokens - selected[(selected < shape.tokens).any(dim=1)]
+        others = left_over(shape, selected)
         if not len(others):
             return 0
         entries = int(others.sum()) * (_entry_nbytes(shape) + INDEX_BYTES) + 3 * index_nbytes(others)

@@ -220,6 +220,12 @@ def balancer(layer: LayerTrace) -> Tensor:
     return factors.clamp(2.0**-14, 2.0**14).to(torch.float16)
 
 
+def left_over(shape: Shape, selected: Tensor) -> Tensor:
+    """How many entries of each head [l, k] are not selected, for the layers that have any such: [l', k]."""
+    others = shape.tokens - selected
+    return others[(others > 0).any(dim=1)]
+
+
 def index_nbytes(lengths: Tensor) -> int:
     """Starts and lengths that rows of unequal length [l, k] need."""
     unequal = (lengths != lengths[:, :1]).any(dim=1)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import QUERIES_AT_ONCE, OffloadStore, Retriever
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Contents, Store, joined_valid, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import attend
 
@@ -35,12 +35,12 @@ class HostValuesFormat(Format):
         return (str(self.dtype).removeprefix("torch."), "values in host memory")
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        others = self._others(shape, selected)
+        others = left_over(shape, selected)
         keys = int(others.sum()) * (shape.key_width * shape.itemsize + INDEX_BYTES) + 2 * index_nbytes(others)
         return DenseFormat(self.dtype).nbytes(shape, selected) + keys
 
     def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
-        others = self._others(shape, selected)
+        others = left_over(shape, selected)
         return int(others.sum()) * (shape.value_width * shape.itemsize + INDEX_BYTES) + 3 * index_nbytes(others)
 
     def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
@@ -52,10 +52,6 @@ class HostValuesFormat(Format):
         where = torch.arange(layer.tokens, device=layer.device).expand(layer.kv_heads, -1)[..., None]
         keys = _Keys(Rows.where(layer.keys, others, self.dtype), Rows.where(where, others, torch.int32))
         return HostValuesStore(near, far, keys, self.sinks, near.longest, self.recent, self.fetch)
-
-    def _others(self, shape: Shape, selected: Tensor) -> Tensor:
-        others = shape.tokens - selected
-        return others[(others > 0).any(dim=1)]
 
 
 class _Keys(Retriever):
@@ -103,7 +99,7 @@ class HostValuesStore(OffloadStore):
         kv_heads, count = near.keys.shape[:2]
         keys = torch.cat([near.keys, far.keys.view().to(query.dtype)], dim=1)  # [k, m, d]
         positions = torch.cat([near.positions.expand(kv_heads, -1), far.positions.view()[..., 0]], dim=1)
-        valid = _both(near.valid, count, far.keys)
+        valid = self._valid(near)
         outs = []
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
             _, rows = attend(
@@ -128,13 +124,19 @@ class HostValuesStore(OffloadStore):
 
     def contents(self, dtype: torch.dtype) -> Contents:
         near, far = self.near.contents(dtype), self.retriever
-        heads, count = near.keys.shape[:2]
+        heads = near.keys.shape[0]
         return Contents(
             torch.cat([near.keys, far.keys.view().to(dtype)], dim=1),
             torch.cat([near.values, self.far.values.view().to(near.values.device, dtype)], dim=1),
             torch.cat([near.positions.expand(heads, -1), far.positions.view()[..., 0]], dim=1),
-            _both(near.valid, count, far.keys),
+            self._valid(near),
         )
+
+    def _valid(self, near: Contents) -> Tensor | None:
+        """Which slots are real, near ones first, bool [k, m]; None if all are."""
+        far = self.retriever.keys
+        parts = ((near.valid, near.keys.shape[1]), (far.valid(), far.longest))
+        return joined_valid(parts, far.heads, far.data.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         held = self.near.tensors()
@@ -144,16 +146,3 @@ class HostValuesStore(OffloadStore):
     def clone(self) -> Self:
         parts = self.near.clone(), self.far.clone(), self.retriever.clone()
         return type(self)(*parts, self.sinks, self.usual, self.recent, self.fetch)
-
-
-def _both(near: Tensor | None, count: int, far: Rows) -> Tensor | None:
-    """Which slots are real, near ones first, bool [k, m]; None if all are."""
-    there = far.valid()
-    if near is None and there is None:
-        return None
-    device = far.data.device
-    if near is None:
-        near = torch.ones(far.heads, count, dtype=torch.bool, device=device)
-    if there is None:
-        there = torch.ones(far.heads, far.longest, dtype=torch.bool, device=device)
-    return torch.cat([near, there], dim=1)

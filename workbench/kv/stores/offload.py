@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
@@ -94,12 +94,12 @@ class OffloadFormat(Format):
         return (str(self.dtype).removeprefix("torch."), "host")
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        others = self._others(shape, selected)
+        others = left_over(shape, selected)
         found = self.index.nbytes(shape, others) if len(others) else 0
         return DenseFormat(self.dtype).nbytes(shape, selected) + found
 
     def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
-        others = self._others(shape, selected)
+        others = left_over(shape, selected)
         if not len(others):
             return 0
         entries = int(others.sum()) * (shape.entry_nbytes + INDEX_BYTES) + 3 * index_nbytes(others)
@@ -112,11 +112,6 @@ class OffloadFormat(Format):
             return near
         far = HostRows.where(layer.keys, layer.values, others, self.dtype)
         return OffloadStore(near, far, self.index.build(layer, others), self.sinks, near.longest, self.recent)
-
-    def _others(self, shape: Shape, selected: Tensor) -> Tensor:
-        """Entries of each head in host memory [l', k], for the layers that have any there."""
-        others = shape.tokens - selected
-        return others[(others > 0).any(dim=1)]
 
 
 class OffloadStore(TieredStore):

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Contents, Store, joined_valid
 
 
 class SplitStore(Store):
@@ -25,9 +25,7 @@ class SplitStore(Store):
     def contents(self, dtype: torch.dtype) -> Contents:
         held = [part.contents(dtype) for part in self.parts]
         heads = held[0].keys.shape[0]
-        valid = None
-        if any(part.valid is not None for part in held):
-            valid = torch.cat([_valid(part) for part in held], dim=1)
+        valid = joined_valid([(part.valid, part.keys.shape[1]) for part in held], heads, held[0].keys.device)
         return Contents(
             torch.cat([part.keys for part in held], dim=1),
             torch.cat([part.values for part in held], dim=1),
@@ -44,9 +42,3 @@ class SplitStore(Store):
 
     def clone(self) -> Self:
         return type(self)(tuple(part.clone() for part in self.parts))
-
-
-def _valid(held: Contents) -> Tensor:
-    if held.valid is not None:
-        return held.valid
-    return torch.ones(held.keys.shape[:2], dtype=torch.bool, device=held.keys.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -122,6 +122,20 @@ class Store(ABC):
         held = self.contents(query.dtype)
         visible = seen_by(query_positions, held.positions, held.valid, window)
         return attend(query, held.keys, held.values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+
+
+def joined_valid(parts: Sequence[tuple[Tensor | None, int]], heads: int, device: torch.device) -> Tensor | None:
+    """Which slots are real when several stretches of them, (valid [k, m] or None, m) each, stand one behind the other.
+
+    bool [k, sum of m]; None if all are.
+    """
+    if all(valid is None for valid, _ in parts):
+        return None
+    whole = [
+        torch.ones(heads, slots, dtype=torch.bool, device=device) if valid is None else valid.to(device)
+        for valid, slots in parts
+    ]
+    return torch.cat(whole, dim=1)
 
 
 def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, window: int | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Contents, Store, joined_valid
 
 
 class TieredStore(Store):
@@ -31,11 +31,8 @@ class TieredStore(Store):
     def contents(self, dtype: torch.dtype) -> Contents:
         near = self.near.contents(dtype)
         heads, device = near.keys.shape[0], near.keys.device
-        far_valid = self.far.keys.valid()
-        valid = None
-        if near.valid is not None or far_valid is not None:
-            parts = ((near.valid, near.keys.shape[1]), (far_valid, self.far.longest))
-            valid = torch.cat([_valid(part, heads, slots, device) for part, slots in parts], dim=1)
+        parts = ((near.valid, near.keys.shape[1]), (self.far.keys.valid(), self.far.longest))
+        valid = joined_valid(parts, heads, device)
         return Contents(
             torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
             torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
@@ -62,9 +59,3 @@ class TieredFormat(DenseFormat):
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*super().tiers, "host")
-
-
-def _valid(valid: Tensor | None, heads: int, slots: int, device: torch.device) -> Tensor:
-    if valid is None:
-        return torch.ones(heads, slots, dtype=torch.bool, device=device)
-    return valid.to(device)
