@@ -552,3 +552,24 @@ def test_recipes_that_make_no_sense_are_errors_of_ours() -> None:
 
     with pytest.raises(BadRecipe, match="allocate"):
         Stages.of(form.recipe("25%").methods)  # type: ignore[arg-type]
+
+
+def test_progress_that_arrives_after_the_outcome_is_not_shown() -> None:
+    posted: list[Any] = []
+    told: list[str] = []
+    lane = Lane("late", posted.append, None, lambda stage, done, total: told.append(stage))
+    finished = threading.Event()
+
+    def work(progress: Progress) -> int:
+        progress.update("on the way", 1, 2)
+        finished.set()
+        return 1
+
+    lane.submit(work, lambda result: told.append("done"), lambda error: None)
+    assert finished.wait(5)
+    deadline = time.monotonic() + 5
+    while len(posted) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for late in reversed(posted):  # the page takes the outcome first
+        late()
+    assert told == ["done"]

@@ -27,6 +27,7 @@ class _Job(Generic[T]):
     failed: Callable[[WorkbenchError], None]
     progress: Progress = field(default_factory=Progress)
     dropped: bool = False  # by a newer job: nobody waits for its outcome
+    over: bool = False  # its outcome is on the page: what it reported on the way comes too late
 
 
 class Lane:
@@ -67,7 +68,7 @@ class Lane:
         It replaces whatever waits; with `interrupt` also what is being done, which is cancelled and forgotten.
         """
         job = _Job(work, done, failed)
-        job.progress = Progress(self._reporter())
+        job.progress = Progress(self._reporter(job))
         with self._lock:
             if self._closed:
                 return
@@ -118,6 +119,7 @@ class Lane:
             applied = threading.Event()
 
             def apply(job: _Job[Any] = job, outcome: Callable[[], None] = outcome, applied: Any = applied) -> None:
+                job.over = True
                 try:
                     if not job.dropped:
                         outcome()
@@ -148,7 +150,7 @@ class Lane:
                 return lambda: job.done(result)
         return lambda: job.failed(found)
 
-    def _reporter(self) -> Callable[[str, int, int], None] | None:
+    def _reporter(self, job: _Job[Any]) -> Callable[[str, int, int], None] | None:
         if self._on_progress is None:
             return None
         show = self._on_progress
@@ -158,6 +160,6 @@ class Lane:
             now = time.monotonic()
             if stage != last[0] or now - last[1] >= _EVERY_S:
                 last[:] = stage, now
-                self._post(lambda: show(stage, done, total))
+                self._post(lambda: None if job.dropped or job.over else show(stage, done, total))
 
         return report
