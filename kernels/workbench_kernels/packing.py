@@ -43,17 +43,22 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = 
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes [..., c] into bytes [..., ceil(c * bits / 8)], the first code in the lowest bits."""
+    """Pack uint8 codes [..., c] into bytes [..., b], b = ceil(c * bits / 8): byte j holds the codes j, j + b, j + 2 b and
+    so on, the first in its lowest bits.
+
+    So the same bits of neighbouring bytes are neighbouring codes, and a kernel unpacks whole words without moving
+    anything between them.
+    """
     per_byte = 8 // bits
     if per_byte == 1:
         return codes
     missing = -codes.shape[-1] % per_byte
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    lanes = codes.unflatten(-1, (-1, per_byte))
-    packed = lanes[..., 0].clone()
-    for lane in range(1, per_byte):
-        packed |= lanes[..., lane] << (lane * bits)
+    fields = codes.unflatten(-1, (per_byte, -1))
+    packed = fields[..., 0, :].clone()
+    for field in range(1, per_byte):
+        packed |= fields[..., field, :] << (field * bits)
     return packed
 
 
@@ -62,5 +67,5 @@ def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
     per_byte = 8 // bits
     if per_byte == 1:
         return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :channels]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
+    return ((packed[..., None, :] >> shifts) & (2**bits - 1)).flatten(-2)[..., :channels]

@@ -21,7 +21,7 @@ class SparseRows:
     """Rows of d numbers of which each keeps its c largest magnitudes, in order, and d bits that say which they are."""
 
     def __init__(self, numbers: Rows, bitmap: Rows, width: int) -> None:
-        """numbers [t, c]; bitmap uint8 [t, ceil(d / 8)], the first channel in the lowest bit; width: d."""
+        """numbers [t, c]; bitmap uint8 [t, ceil(d / 8)] as `pack` lays bits out; width: d."""
         self.numbers, self.bitmap, self.width = numbers, bitmap, width
 
     @classmethod

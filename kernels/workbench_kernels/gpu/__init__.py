@@ -1,0 +1,1 @@
+"""Triton kernels, imported only where there is a GPU, or under Triton's interpreter."""

@@ -1,0 +1,13 @@
+"""Triton kernels without a GPU: tests run them under Triton's interpreter, on tensors in host memory."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+# Read when a kernel is decorated, so it must be set before any of ours is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+interpreted = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
