@@ -1,15 +1,25 @@
-"""What attention over the prompt is made of under a recipe: the recorded queries, over the keys that are held."""
+"""What attention over the prompt is made of under a recipe: the recorded queries over the keys that are held, or the
+weights that an attention method made while it read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workbench.attention.base import AttentionMethod
+from workbench.attention.implied import Implied
+from workbench.attention.memory_efficient import MemoryEfficient
+from workbench.attention.uniattn import UniAttn
 from workbench.kv.plan import Plan, StreamedPlan
 from workbench.kv.stores.format import DenseFormat
+from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, pooled_maps
+from workbench.measure.heads import HeadStats, head_stats
+from workbench.progress import Progress
 from workbench.trace import LayerTrace
 
 
@@ -43,6 +53,29 @@ class Captured:
             "softcap": self.softcap,
         }
 
+    def maps(
+        self,
+        *,
+        pixels: int = 512,
+        pooling: Pooling = "max",
+        rows: Span | None = None,
+        cols: Span | None = None,
+        progress: Progress | None = None,
+    ) -> list[PooledMap]:
+        """The map of each query head, pooled as `pooled_maps` does."""
+        shown: dict[str, Any] = {"pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols or (0, self.tokens)}
+        return pooled_maps(self.queries, self.keys, **self.options, **shown, progress=progress)
+
+    def received(self, progress: Progress | None = None) -> Tensor:
+        """What each position receives from all queries together: float32 [h, n], on the CPU."""
+        sums = column_sums(self.queries, self.keys, **self.options, progress=progress).cpu()  # [h, m]
+        at = self.positions.repeat_interleave(len(sums) // len(self.positions), dim=0)
+        return torch.zeros(len(sums), self.tokens + 1).scatter_add_(1, at, sums)[:, : self.tokens]
+
+    def judge(self, ids: Tensor, progress: Progress | None = None) -> HeadStats:
+        """The statistics of the query heads; ids: the prompt's tokens [n]."""
+        return head_stats(self.queries, self.keys, ids, **self.options, progress=progress)[0]
+
 
 def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None) -> Captured:
     """One layer as it was recorded, or with what a plan holds of its keys; head: only that query head.
@@ -74,6 +107,39 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
             end=layer.tokens,
         )
     return Captured(queries, keys, positions, layer.scale, layer.window, layer.softcap)
+
+
+def changes_reading(method: AttentionMethod | None) -> bool:
+    """Whether an attention method changes what the queries of a prompt see, and not only decoding."""
+    if method is None:
+        return False
+    kind = type(method)
+    return kind.attend is not AttentionMethod.attend or kind.span is not AttentionMethod.span
+
+
+def has_to_run(method: AttentionMethod | None) -> bool:
+    """Whether the weights that a method makes are found only by running it, which takes much longer than to look at
+    exact attention; else they are a softmax over recorded queries and keys.
+    """
+    softmax = method is None or isinstance(method, UniAttn | MemoryEfficient)
+    return not softmax and type(method).attend is not AttentionMethod.attend
+
+
+def as_read(
+    method: AttentionMethod, layers: Sequence[LayerTrace], layer: int, head: int | None = None
+) -> Captured | Implied:
+    """One layer as an attention method computed it while the prompt was read; head: only that query head.
+
+    layers: all that were recorded under the method. UniAttn's layers that reuse weights show those of the layer that
+    they take them from, its queries and keys in the narrower of both windows: dropping weights and scaling the others
+    up is the softmax over those.
+    """
+    own = layers[layer]
+    if isinstance(method, UniAttn):
+        source = layers[method.anchor(layer, len(layers))]
+        widths = [width for width in (own.window, source.window) if width is not None]
+        return replace(capture(source, head=head), window=min(widths, default=None))
+    return Implied(method, own, len(layers), head) if has_to_run(method) else capture(own, head=head)
 
 
 def _only_selects(plan: Plan) -> bool:

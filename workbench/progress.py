@@ -48,3 +48,7 @@ class Progress:
             self.update(stage, done, total)
             yield item
         self.update(stage, total, total)
+
+    def part(self, index: int, parts: int, stage: str | None = None) -> Progress:
+        """What reports to this one as one of several equal parts, and under another stage where one is given."""
+        return Progress(lambda own, done, total: self.update(stage or own, index * total + done, parts * total))

@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
-from workbench.attention.implied import implied_map
+from workbench.attention.implied import Implied
 from workbench.budget import Budget
-from workbench.capture import Captured, capture
+from workbench.capture import Captured, as_read, capture, changes_reading
 from workbench.conversation import Conversation, Question
 from workbench.display import Shown, controls, mib
 from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
-from workbench.measure.attention import PooledMap, Pooling, column_sums, pooled_maps
+from workbench.measure.attention import PooledMap, Pooling
 from workbench.measure.grid import GridOfMaps
-from workbench.measure.heads import HeadStats, head_stats
+from workbench.measure.heads import HeadStats
 from workbench.measure.memory import Timeline
 from workbench.models import Facts, LoadedModel, facts, load
 from workbench.progress import Progress
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from workbench.attention.operators import Study as OperatorStudy
 
 T = TypeVar("T")
+Seen = Captured | Implied
 Spec = Recipe | Method | str | Sequence[Method | str]
 Outliers = Literal["keys", "values", "activations", "weights"]
 
@@ -160,7 +161,7 @@ class Session(Shown):
         return self._plan(spec, self._trace(spec, progress), progress)
 
     def _plan(self, recipe: Recipe, trace: Trace, progress: Progress | None, question: Tensor | None = None) -> Plan:
-        methods = [method for method in recipe.family("kv") if isinstance(method, KVMethod)] or [Full()]
+        methods = _kv(recipe)
         _check_together(_attention(recipe), methods)
         model = self._variants.get(recipe.family("weights"))
         return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question)
@@ -317,30 +318,17 @@ class Session(Shown):
     ) -> PooledMap:
         """The attention map of one query head over the prompt, pooled to at most pixels x pixels cells.
 
-        recipe: what the map would be with that plan's positions and keys only (default: everything), and under its
-        weights and attention: see `workbench.capture`. An attention method alone is shown by what it really adds up,
-        see `workbench.attention.implied`; beside a KV method, by the softmax of its queries and keys. rows, cols: zoom
-        into a window of positions (from, to); a window of at most `pixels` tokens shows each of them. Memory does not
-        grow with the square of the length.
+        recipe: whose attention. rows, cols: zoom into a window of positions (from, to); a window of at most `pixels`
+        tokens shows each of them. Memory does not grow with the square of the length.
+
+        Under KV methods every query sees what the plan holds, as if it had been decided before the prompt was read.
+        Under an attention method that changes reading, the map is what that method really added up
+        (`workbench.attention.implied`), whatever KV methods stand beside it: the prompt's queries attended before they
+        dropped anything. Queries after the prompt see what their plan holds: by softmax, so for that leave the
+        attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
-        spec = Recipe.of(recipe or "full", **parameters)
-        found = self._captured(spec, layer, head, progress)
-        method = _attention(spec)
-        if method is not None and not _takes_budget(spec) and type(method).attend is not AttentionMethod.attend:
-            part = self._trace(spec, progress).layers[layer]
-            shown: dict[str, Any] = {"pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
-            return implied_map(method, part, head, self.facts.layers, **shown, progress=progress)
-        cols = cols or (0, found.tokens)
-        return pooled_maps(
-            found.queries,
-            found.keys,
-            **found.options,
-            pixels=pixels,
-            pooling=pooling,
-            rows=rows,
-            cols=cols,
-            progress=progress,
-        )[0]
+        seen = self._seen(Recipe.of(recipe or "full", **parameters), layer, head, progress)
+        return seen.maps(pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)[0]
 
     def attention_grid(
         self,
@@ -353,23 +341,25 @@ class Session(Shown):
     ) -> GridOfMaps:
         """The attention maps of all layers and query heads, each pooled to at most pixels x pixels cells.
 
-        recipe: as in `attention`. One pass over each layer; memory for the cells and a few blocks of rows.
+        recipe: as in `attention`. One pass over each layer; memory for the cells and a few blocks of rows. Under an
+        attention method whose weights have to be found, largest values take time with the third power of the length;
+        the heads are judged on the way, and `heads` is quick after it.
         """
         spec = Recipe.of(recipe or "full", **parameters)
+        trace = _need_recording(self._trace(spec, progress))
+        judged: list[HeadStats] = []
 
-        def maps(found: Captured, steps: Progress) -> list[PooledMap]:
-            cols = (0, found.tokens)
-            return pooled_maps(
-                found.queries,
-                found.keys,
-                **found.options,
-                pixels=pixels,
-                pooling=pooling,
-                cols=cols,
-                progress=steps,
-            )
+        def maps(seen: Seen, steps: Progress) -> list[PooledMap]:
+            if isinstance(seen, Implied) and pooling == "max":
+                found, stats = seen.survey(trace.ids, pixels=pixels, progress=steps)
+                judged.append(stats)
+                return found
+            return seen.maps(pixels=pixels, pooling=pooling, progress=steps)
 
-        return GridOfMaps.of(self._each_layer(spec, maps, "attention maps", progress))
+        grid = GridOfMaps.of(self._each_layer(spec, maps, "attention maps", progress))
+        if judged:
+            trace.once(_stats_key(spec), lambda: HeadStats.join(judged))
+        return grid
 
     def received(
         self,
@@ -385,10 +375,8 @@ class Session(Shown):
         head: of one query head (default: the mean of the layer's). Adds up to the number of queries, where each sees
         something. recipe: as in `attention`; what it does not hold receives nothing.
         """
-        found = self._captured(Recipe.of(recipe or "full", **parameters), layer, head, progress)
-        sums = column_sums(found.queries, found.keys, **found.options, progress=progress).cpu()  # [h, m]
-        at = found.positions.repeat_interleave(len(sums) // len(found.positions), dim=0)
-        return torch.zeros(len(sums), found.tokens + 1).scatter_add_(1, at, sums)[:, : found.tokens].mean(dim=0)
+        seen = self._seen(Recipe.of(recipe or "full", **parameters), layer, head, progress)
+        return seen.received(progress).mean(dim=0)
 
     def heads(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> pd.DataFrame:
         """Where each head's attention goes, and its class: one row a layer and query head.
@@ -405,31 +393,45 @@ class Session(Shown):
         spec = Recipe.of(recipe or "full", **parameters)
         trace = _need_recording(self._trace(spec, progress))
 
-        def stats(found: Captured, steps: Progress) -> HeadStats:
-            return head_stats(found.queries, found.keys, trace.ids, **found.options, progress=steps)[0]
+        def stats(seen: Seen, steps: Progress) -> HeadStats:
+            return seen.judge(trace.ids, steps)
 
         return trace.once(
-            ("head_stats", spec.methods, spec.budget),
-            lambda: HeadStats.join(self._each_layer(spec, stats, "judging heads", progress)),
+            _stats_key(spec), lambda: HeadStats.join(self._each_layer(spec, stats, "judging heads", progress))
         )
 
-    def _captured(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Captured:
-        """What attention of a layer, or one query head of it, is computed from under a recipe."""
+    def _seen(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Seen:
+        """What attention of a layer, or one query head of it, is under a recipe."""
         trace = _need_recording(self._trace(recipe, progress))
         if layer not in range(len(trace.layers)):
             raise BadParameter(f"layer {layer} does not exist: the model has layers 0 to {len(trace.layers) - 1}")
         if head is not None and head not in range(self.facts.heads):
             raise BadParameter(f"head {head} does not exist: the model has query heads 0 to {self.facts.heads - 1}")
-        return capture(trace.layers[layer], self._plan(recipe, trace, progress), head)
+        return self._view(recipe, trace, progress)(layer, head)
 
     def _each_layer(
-        self, recipe: Recipe, work: Callable[[Captured, Progress], T], stage: str, progress: Progress | None
+        self, recipe: Recipe, work: Callable[[Seen, Progress], T], stage: str, progress: Progress | None
     ) -> list[T]:
-        """`work` on all heads of each layer under a recipe; within a layer it can be cancelled but reports nothing."""
+        """`work` on all heads of each layer under a recipe. Within a layer it can be cancelled, and reports where a
+        layer takes long.
+        """
         trace = _need_recording(self._trace(recipe, progress))
-        plan, progress = self._plan(recipe, trace, progress), progress or Progress()
-        steps = Progress(lambda *_: progress.check())
-        return [work(capture(layer, plan), steps) for layer in progress.track(trace.layers, stage, len(trace.layers))]
+        progress = progress or Progress()
+        quiet = Progress(lambda *_: progress.check())
+        view, found, layers = self._view(recipe, trace, progress), [], len(trace.layers)
+        for layer in progress.track(range(layers), stage, layers):
+            seen = view(layer, None)
+            found.append(work(seen, progress.part(layer, layers, stage) if isinstance(seen, Implied) else quiet))
+        return found
+
+    def _view(self, recipe: Recipe, trace: Trace, progress: Progress | None) -> Callable[[int, int | None], Seen]:
+        """What finds the attention of a layer and a query head (None: all) under a recipe."""
+        method = _attention(recipe)
+        if method is not None and changes_reading(method):
+            _check_together(method, _kv(recipe))
+            return partial(as_read, method, trace.layers)
+        plan = self._plan(recipe, trace, progress)
+        return lambda layer, head: capture(trace.layers[layer], plan, head)
 
     def operator(
         self,
@@ -533,6 +535,15 @@ def _shown(budget: Budget | None) -> float | str | None:
 
 def _takes_budget(recipe: Recipe) -> bool:
     return any(method.key != "full" for method in recipe.family("kv"))
+
+
+def _stats_key(recipe: Recipe) -> tuple[Any, ...]:
+    """Under what a trace remembers the statistics of heads: of a reading that a method changed there are only one."""
+    return ("head_stats",) if changes_reading(_attention(recipe)) else ("head_stats", recipe.methods, recipe.budget)
+
+
+def _kv(recipe: Recipe) -> list[KVMethod]:
+    return [method for method in recipe.family("kv") if isinstance(method, KVMethod)] or [Full()]
 
 
 def _check_together(attention: AttentionMethod | None, methods: Sequence[KVMethod]) -> None:

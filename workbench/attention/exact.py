@@ -17,7 +17,9 @@ def causal_attention(
     window: each query sees that many positions, itself included; None: all before it. Memory grows with n, not n * n.
     """
     tokens = query.shape[1]
-    if softcap is None and (window is None or window >= tokens):
+    # On a CPU torch attends to values of another size than the keys' with all n * n weights in memory.
+    in_blocks = query.device.type == "cpu" and value.shape[-1] != query.shape[-1]
+    if softcap is None and (window is None or window >= tokens) and not in_blocks:
         groups = query.shape[0] // key.shape[0]
         if tokens == 1:
             return value.repeat_interleave(groups, dim=0)

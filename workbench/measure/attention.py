@@ -176,7 +176,7 @@ def pooled_maps(
     queries: [h, nq, d]; keys: [k, nk, d]; key_positions: [nk], or [k, nk] where KV heads hold different positions. The
     rest as in `pooled_map`.
     """
-    _check_pooling(pixels, pooling)
+    check_pooling(pixels, pooling)
     nq, nk = queries.shape[1], keys.shape[1]
     if nq == 0 or nk == 0:
         raise InputError(f"a map needs at least one query and one key, not {nq} and {nk}")
@@ -221,9 +221,25 @@ def pool_rows(
     their `probs` [1, r, keys]. at: positions of the queries [nq]; held: of the keys [nk]; both ascending, on the CPU.
     pixels, pooling, rows, cols: as in `pooled_map`. Weights may be negative.
     """
-    _check_pooling(pixels, pooling)
+    return pool_blocks(blocks, 1, at, held, pixels=pixels, pooling=pooling, rows=rows, cols=cols)[0]
+
+
+def pool_blocks(
+    blocks: Callable[[int, int], Iterable[RowBlock]],
+    heads: int,
+    at: Tensor,
+    held: Tensor,
+    *,
+    pixels: int = 512,
+    pooling: Pooling = "max",
+    rows: Span | None = None,
+    cols: Span | None = None,
+) -> list[PooledMap]:
+    """The same for several heads at once, whose blocks have `probs` [heads, r, keys]. Blocks may divide rows too."""
+    check_pooling(pixels, pooling)
     edges = _edges_of(at, held[None], pixels, rows, cols)
-    return PooledMap(_pool(blocks, 1, at, held[None], *edges, pooling, signed=True)[0], *edges, pooling)
+    values = _pool(blocks, heads, at, held[None], *edges, pooling, signed=True)
+    return [PooledMap(each, *edges, pooling) for each in values]
 
 
 def _pool(
@@ -413,7 +429,8 @@ def queries_per_key(
     return steps.scatter_add_(1, first, ones).scatter_add_(1, stop, -ones).cumsum(1)[:, :nk]
 
 
-def _check_pooling(pixels: int, pooling: Pooling) -> None:
+def check_pooling(pixels: int, pooling: Pooling) -> None:
+    """Raise BadParameter unless maps can be pooled so."""
     if pixels < 1:
         raise BadParameter(f"pixels is {pixels}: give at least 1")
     if pooling not in get_args(Pooling):
@@ -423,12 +440,13 @@ def _check_pooling(pixels: int, pooling: Pooling) -> None:
 def _edges_of(at: Tensor, held: Tensor, pixels: int, rows: Span | None, cols: Span | None) -> tuple[Tensor, Tensor]:
     """Edges of rows and columns for queries at [nq] and keys held [k or 1, nk], all of them by default."""
     return (
-        _edges(rows or (int(at[0]), int(at[-1]) + 1), pixels, "rows"),
-        _edges(cols or (0, max(int(held[:, -1].max()), int(at[-1])) + 1), pixels, "cols"),
+        cell_edges(rows or (int(at[0]), int(at[-1]) + 1), pixels, "rows"),
+        cell_edges(cols or (0, max(int(held[:, -1].max()), int(at[-1])) + 1), pixels, "cols"),
     )
 
 
-def _edges(span: Span, pixels: int, name: str) -> Tensor:
+def cell_edges(span: Span, pixels: int, name: str) -> Tensor:
+    """The edges of at most `pixels` cells over a span of positions, [cells + 1]; name: of the span, for errors."""
     begin, end = span
     if begin >= end:
         raise BadParameter(f"{name} is {span}: the range of positions must not be empty")

@@ -164,7 +164,18 @@ def head_stats(
     found, received = [], []
     for part in head_parts(queries, keys, held, progress):
         here = held if part.key_positions is None else part.key_positions.view(-1, nk)
-        passed = _Pass(part.queries, part.keys, at, here, ids.cpu(), window, sinks, recent, probes)
+        passed = HeadSums(
+            len(part.queries),
+            len(part.keys),
+            queries.device,
+            at,
+            here,
+            ids.cpu(),
+            window,
+            sinks=sinks,
+            recent=recent,
+            probes=probes,
+        )
         for rows, slots, probs in row_blocks(
             part.queries,
             part.keys,
@@ -184,22 +195,31 @@ def head_stats(
     return HeadStats.join(found, torch.cat), torch.cat(received)
 
 
-class _Pass:
-    """The sums that one pass over the rows of a layer's attention makes."""
+class HeadSums:
+    """The sums that one pass over a layer's attention makes: `add` its blocks, then take its `stats` and `received`.
+
+    heads, kv_heads: how many query heads on how many KV heads. at: positions of the queries [nq]; held: of the keys
+    [k or 1, nk]; ids, window, sinks, recent, probes: as in `head_stats`. whole: whether every block holds all there is
+    of its rows, each of which adds up to 1; otherwise blocks may divide rows, and rows add up to whatever they do.
+    """
 
     def __init__(
         self,
-        queries: Tensor,
-        keys: Tensor,
+        heads: int,
+        kv_heads: int,
+        device: torch.device,
         at: Tensor,
         held: Tensor,
         ids: Tensor,
         window: int | None,
-        sinks: int,
-        recent: int,
-        probes: int,
+        *,
+        sinks: int = SINKS,
+        recent: int = RECENT,
+        probes: int = PROBES,
+        whole: bool = True,
     ) -> None:
-        (heads, nq, _), (kv_heads, nk, _), device = queries.shape, keys.shape, queries.device
+        nq, nk = len(at), held.shape[1]
+        self.whole = whole
         self.heads, self.kv_heads, self.sinks, self.recent = heads, kv_heads, sinks, recent
         self.at, self.held = at, held  # [nq], [k or 1, nk]
         self.at_there, self.held_there = at.to(device), held.to(device)
@@ -229,8 +249,9 @@ class _Pass:
     def add(self, rows: slice, slots: slice, probs: Tensor) -> None:
         """Add a block of rows: probs [h, r, c]."""
         at = self.at[rows]
-        most = probs.shape[0] * probs.shape[1] * self.held.shape[1]
-        if self.scratch.numel() < most:  # once: later blocks have no more rows, and more keys only up to all
+        # Once, where rows are whole: later blocks have no more rows, and more keys only up to all.
+        most = probs.shape[0] * probs.shape[1] * self.held.shape[1] if self.whole else probs.numel()
+        if self.scratch.numel() < most:
             self.scratch = torch.empty(most, device=probs.device)
         sums = probs.sum(1)  # [h, c]
         self.received[:, slots] += sums
@@ -246,7 +267,7 @@ class _Pass:
         self._add_sinks(probs, sums, at, slots)
         self._add_retrieval(probs, rows, slots)
         self._add_probes(probs, rows, slots)
-        self._add_distance(sums, rows, slots)
+        self._add_distance(probs, sums, rows, slots)
         self._add_entropy(probs)
 
     def _below(self, probs: Tensor, sums: Tensor, at: Tensor, slots: slice, bounds: list[int]) -> Tensor:
@@ -300,8 +321,10 @@ class _Pass:
             torch.eq(self.own[rows, None], self.before[kv, None, slots], out=follows[0])
             self.retrieval[mine] += weights @ follows.flatten()
             twice = self.itself[kv, rows].nonzero()[:, 0]  # those also follow themselves
+            slot = self.itself_slot[kv, rows][twice] - slots.start
+            here = (slot >= 0) & (slot < probs.shape[2])
+            twice, slot = twice[here], slot[here]
             if len(twice):
-                slot = self.itself_slot[kv, rows][twice] - slots.start
                 self.retrieval[mine] -= probs[mine, twice.to(probs.device), slot.to(probs.device)].sum(1)
 
     def _add_probes(self, probs: Tensor, rows: slice, slots: slice) -> None:
@@ -312,12 +335,16 @@ class _Pass:
         self.probe_sums[:, slots] += chosen.sum(1)
         self.squares += chosen.square().sum((1, 2))
 
-    def _add_distance(self, sums: Tensor, rows: slice, slots: slice) -> None:
-        """Add up distances by columns, since every row that sees something adds up to 1."""
+    def _add_distance(self, probs: Tensor, sums: Tensor, rows: slice, slots: slice) -> None:
+        """Add up distances by rows and by columns; of whole rows the first is known, for they add up to 1."""
         start = int(self.at[rows.start])  # distances are differences: of small numbers, where attention is local
-        from_rows = (self.seeing[:, rows] * (self.at[rows] - start)).sum(dim=1)  # [k or 1]
+        at = self.at[rows] - start
+        if self.whole:
+            from_rows = self._each((self.seeing[:, rows] * at).sum(dim=1))
+        else:
+            from_rows = probs.sum(2).double() @ at.to(probs.device, torch.float64)
         behind = (self.held_there[:, slots] - start).double()  # [k or 1, c]
-        self.distance += self._each(from_rows) - (sums * self._heads_of(behind)).sum(1)
+        self.distance += from_rows - (sums * self._heads_of(behind)).sum(1)
 
     def _add_entropy(self, probs: Tensor) -> None:
         logs = torch.log(probs, out=self._room(probs.numel()).view(probs.shape))

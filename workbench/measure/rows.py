@@ -163,14 +163,9 @@ def head_parts(
     for kv in range(k):
         heads = slice(kv * each, (kv + 1) * each)
         held = key_positions if shared or key_positions is None else key_positions[kv]
-        steps = None if progress is None else _part_of(progress, kv, k)
+        steps = None if progress is None else progress.part(kv, k)
         parts.append(HeadsPart(heads, queries[heads], keys[kv : kv + 1], held, steps))
     return parts
-
-
-def _part_of(progress: Progress, index: int, parts: int) -> Progress:
-    """What reports as one of several equal parts."""
-    return Progress(lambda stage, done, total: progress.update(stage, index * total + done, parts * total))
 
 
 def visible_keys(
