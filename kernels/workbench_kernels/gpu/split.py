@@ -1,0 +1,172 @@
+"""How decode attention is shared out over a GPU, and how its parts are joined.
+
+A decode step has too few heads to fill a GPU, and heads may be unequally long. So the tiles of all heads are laid end to
+end and cut into runs of equal length, one a program (stream-K; "Lean Attention", Sanovar et al. 2024, arXiv:2405.10480):
+a run may end within a head and begin in the next. Each program leaves the softmax over its part of a head, not yet
+divided, in a slot of its own; `join` adds a head's slots up. As runs follow the heads, program + head is a different
+slot for each part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where two of them may be subtracted
+
+
+class Slots(NamedTuple):
+    """Room for the parts of an attention: sums float32 [s, r, d], largest score and sum of weights float32 [s, r]."""
+
+    sums: Tensor
+    largest: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, count: int, rows: int, width: int, device: torch.device) -> Slots:
+        sums = torch.empty(count, rows, width, dtype=torch.float32, device=device)
+        both = torch.empty(2, count, rows, dtype=torch.float32, device=device)
+        return cls(sums, both[0], both[1])
+
+
+def programs_for(device: torch.device, tiles: int, per_processor: int, blocks: int = 1) -> int:
+    """How many programs share `tiles` tiles, when so many run on a multiprocessor at once, for each block of rows."""
+    if device.type != "cuda":
+        return min(3, max(tiles, 1))  # under the interpreter: enough for runs that end within heads
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(min(-(-processors * per_processor // blocks), tiles), 1)
+
+
+def rows_of(query: Tensor, heads: int) -> tuple[int, int, int]:
+    """Query rows that share a KV head, rows of a block (8 or 16), and blocks, of query [h, q, d] over `heads`."""
+    rows = query.shape[0] // heads * query.shape[1]
+    block = 8 if rows <= 8 else 16
+    return rows, block, -(-rows // block)
+
+
+@triton.jit
+def tiles_of(lengths, K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr):
+    """The tiles of each head [KP], given its length, and where they end when all lie end to end."""
+    tiles = (lengths + TILE - 1) // TILE
+    return tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
+def at(values, index, KP: tl.constexpr):
+    """values [KP] at a scalar index."""
+    return tl.sum(tl.where(tl.arange(0, KP) == index, values, 0), 0)
+
+
+@triton.jit
+def run_start(total, program, programs):
+    """The first tile of a program's run."""
+    return (total.to(tl.int64) * program // programs).to(tl.int32)
+
+
+@triton.jit
+def owner_of(total, tile, programs):
+    """The program whose run holds this tile."""
+    return (((tile.to(tl.int64) + 1) * programs - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def capped(scores, softcap, SOFTCAP: tl.constexpr):
+    """Scores, in units of log2, bent by softcap * tanh(score / softcap) if there is one (in the same units)."""
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which stays finite at both ends
+        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.8853900817779268 / softcap)) + 1.0))
+    return scores
+
+
+@triton.jit
+def leave(
+    sums, largest, weights, slot, rows, out, top, total,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Write the part out [DP, R], top and total [R] of query rows `rows` [R] to a slot."""
+    d = tl.arange(0, DP)
+    place = slot.to(tl.int64) * ROWS + rows
+    real = rows < ROWS
+    tl.store(sums + place[None, :] * D + d[:, None], out, mask=real[None, :] & (d[:, None] < D))
+    tl.store(largest + place, top, mask=real)
+    tl.store(weights + place, total, mask=real)
+
+
+@triton.jit
+def _join(
+    sums, largest, weights, lengths, tail_slots, out, lse, queries, programs,
+    K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    TAILS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One query row of one KV head: its slots, rescaled to the largest score, added up and divided."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    heads, d = tl.arange(0, KP), tl.arange(0, DP)
+    spans = tl.load(lengths + heads, mask=heads < K, other=0)
+    tiles, ends = tiles_of(spans, K, KP, TILE)
+    total = tl.sum(tiles, 0)
+    end = at(ends, head, KP)
+    count = at(tiles, head, KP)
+    first = owner_of(tl.maximum(total, 1), end - count, programs)
+    last = tl.where(count > 0, owner_of(tl.maximum(total, 1), end - 1, programs), first - 1)
+    top = tl.full([], LOWEST, tl.float32)
+    whole = tl.zeros([], tl.float32)
+    mixed = tl.zeros([DP], tl.float32)
+    if TAILS:
+        place = (tail_slots + head).to(tl.int64) * ROWS + row
+        top = tl.load(largest + place)
+        whole = tl.load(weights + place)
+        mixed = tl.load(sums + place * D + d, mask=d < D, other=0.0)
+    step = tl.arange(0, CHUNK)
+    for begin in range(first, last + 1, CHUNK):
+        slot = begin + step
+        there = slot <= last
+        place = (slot + head).to(tl.int64) * ROWS + row
+        tops = tl.load(largest + place, mask=there, other=LOWEST)
+        parts = tl.load(weights + place, mask=there, other=0.0)
+        found = tl.load(sums + place[:, None] * D + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        old, new = tl.exp2(top - higher), tl.where(there, tl.exp2(tops - higher), 0.0)
+        whole = whole * old + tl.sum(parts * new, 0)
+        mixed = mixed * old + tl.sum(found * new[:, None], 0)
+        top = higher
+    # Row j * queries + i of KV head `head` is query i of query head head * groups + j, so rows lie as heads do.
+    place = (head * ROWS + row).to(tl.int64)
+    tl.store(out + place * D + d, mixed / tl.where(whole > 0, whole, 1.0), mask=d < D)
+    if LSE:
+        tl.store(lse + place, tl.where(whole > 0, (top + tl.log2(tl.maximum(whole, 1e-37))) * 0.6931471805599453, float("-inf")))
+
+
+def join(
+    slots: Slots, lengths: Tensor, query: Tensor, width: int, *, tile: int, programs: int, tails: bool, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Add up what the programs left: output [h, q, width] in the query's dtype, and its log-sum-exp [h, q] if asked.
+
+    lengths int32 [k]: of what was cut into tiles. tails: whether a further slot for each head follows those of the
+    programs. A head of which nothing was seen gives zeros, and minus infinity.
+    """
+    heads, rows = lengths.numel(), slots.sums.shape[1]
+    out = torch.empty(*query.shape[:2], width, dtype=query.dtype, device=query.device)
+    found = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
+    _join[(heads, rows)](
+        slots.sums, slots.largest, slots.weights, lengths, programs + heads, out, found, query.shape[1], programs,
+        K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, DP=power(width), TAILS=tails, LSE=lse, CHUNK=64,
+        num_warps=4,
+    )  # fmt: skip
+    return out, found
+
+
+def power(count: int) -> int:
+    """The least power of two that is not smaller."""
+    return int(triton.next_power_of_2(count))
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter."""
+    knobs: Any = triton.knobs
+    return bool(knobs.runtime.interpret)
