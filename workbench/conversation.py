@@ -124,9 +124,10 @@ class Conversation:
             timing=Timing(read_s, plan_s, first - began, time.perf_counter() - first, len(tokens)),
             plan=self.plan,
             question=question if isinstance(question, str) else None,
-            notes=self.notes,
+            notes=(*self.notes, *_left_to_stores(decoder)),
             conversation=self,
             decoder=decoder,
+            decode_score_share=decoder.score_share,
             max_new_tokens=max_new_tokens,
         )
         decoder.progress = None
@@ -137,7 +138,15 @@ class Conversation:
         """The model on fresh stores that hold what was planned."""
         evicting = self.plan.stages.evict if self.plan.evicts else None
         attending = next((m for m in self.recipe.methods if isinstance(m, AttentionMethod) and m.decodes), None)
-        return Decoder(self.model, self.plan.stores(), self.plan.position, evicting, attending)
+        trace = self.plan.trace
+        return Decoder(
+            self.model,
+            self.plan.stores(),
+            self.plan.position,
+            evicting,
+            attending,
+            trace.layers if trace.recorded else (),
+        )
 
     def judged(self, run: Run, progress: Progress, continuation: Question = None) -> Verdict:
         """The run's verdict: compared with the uncompressed run on its answer, or on a given continuation."""
@@ -180,6 +189,18 @@ class Conversation:
             **kv_categories(decoder.stores),
             "activations": decoder.activations,
             "workspace": decoder.workspace,
+            **({"attention": nbytes} if (nbytes := decoder.attention_nbytes) else {}),
             "trace": self.plan.trace.nbytes,
         }
         timeline.add(phase, step, categories, [store.nbytes for store in decoder.stores])
+
+
+def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:
+    """What a run has to say about layers at which its attention method does not decode."""
+    if decoder.attention is None or not decoder.finding:
+        return ()
+    layers = ", ".join(map(str, decoder.finding))
+    return (
+        f"layers {layers}: {decoder.attention.key} changes only reading here; how the cache is attended to while "
+        "decoding is part of the KV method",
+    )

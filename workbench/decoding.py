@@ -14,9 +14,16 @@ from workbench.engine import device_of, forward
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.kv.stores.mixed import MixedStore
+from workbench.kv.stores.paged import PagedStore
 from workbench.kv.stores.store import seen_by
+from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes
 from workbench.progress import Progress
+from workbench.trace import LayerTrace
+
+_FINDING = (TieredStore, PagedStore)  # stores that look for what a query needs: how many scores they compute is theirs
+_OWN = (*_FINDING, MixedStore)  # with those that move entries by what they got: no attention but their own will do
 
 
 @dataclass
@@ -25,8 +32,9 @@ class Decoder:
     needed.
 
     evicting: the method that evicts while decoding, or None; entries beyond the size that its stores begin with make
-    others leave. attention: the method that attends in its own way while decoding, or None. outputs: where asked for,
-    each layer's attention outputs [h, t, dv]. progress: asked at every layer whether to stop.
+    others leave. attention: the method that attends in its own way while decoding, or None; it begins from `recorded`,
+    the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
+    asked at every layer whether to stop. finding: layers whose stores attend in their own way, without `attention`.
     """
 
     model: PreTrainedModel
@@ -34,16 +42,27 @@ class Decoder:
     position: int
     evicting: KVMethod | None = None
     attention: AttentionMethod | None = None
+    recorded: Sequence[LayerTrace] = field(default=(), repr=False)
     outputs: list[list[Tensor]] | None = None
     progress: Progress | None = None
     activations: int = 0
     workspace: int = 0
+    finding: tuple[int, ...] = field(init=False, default=())
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
     _at: Pass = field(init=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __post_init__(self) -> None:
-        self._at = Pass(len(self.stores), 0)
+        self._at = Pass(len(self.stores), self.position)
+        self._causal, self._uncounted = 0, False
+        self._held: list[int | None] = [None] * len(self.stores)
+        self._widths = [0] * len(self.stores)
+        if self.attention is not None:
+            self.finding = tuple(i for i, store in enumerate(self.stores) if isinstance(store, _OWN))
+            for layer in self.recorded:
+                self._at.layer = layer.index
+                if self._attends(layer.index):
+                    self.attention.begin(layer, self._at)
         self.capacity = [store.longest if isinstance(store, DenseStore) else None for store in self.stores]
 
     def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:
@@ -86,10 +105,18 @@ class Decoder:
         if watching:
             self._make_room(layer, key.shape[1])
         store.append(key, value, positions)
-        if self.attention is not None and not isinstance(store, SlidingStore):
-            out, weights = self._own_way(layer, query, positions, scale, window, softcap), None
-        else:
-            out, weights = store.attend(query, positions, scale=scale, window=window, softcap=softcap, weights=watching)
+        self._at.layer, self._at.positions = layer, positions
+        self._causal += query.shape[0] * int((self._positions + 1).sum())
+        weights = None
+        own = self._attends(layer)
+        if own:
+            out = self._own_way(layer, query, positions, scale, window, softcap)
+        if watching or not own:  # who evicts by attention needs all its weights, whatever else is computed
+            self._count_exact(store, query.shape[0], positions, window)
+            exact, weights = store.attend(
+                query, positions, scale=scale, window=window, softcap=softcap, weights=watching
+            )
+            out = out if own else exact
         if watching and weights is not None and isinstance(store, DenseStore) and store.mass is not None:
             assert self.evicting is not None and store.remembered is not None
             store.remember(self.evicting.watch(store.remembered, weights))
@@ -103,7 +130,6 @@ class Decoder:
     ) -> Tensor:
         """The attention method's output over what the layer's store holds."""
         assert self.attention is not None
-        self._at.layer = layer
         store = self.stores[layer]
         held = store.contents(query.dtype)
         shape = (held.keys.shape[0], query.shape[1], held.keys.shape[1])
@@ -112,10 +138,51 @@ class Decoder:
         visible = (everything if seen is None else seen).expand(shape)
         return self.attention.decode(query, held, visible, scale=scale, softcap=softcap, at=self._at)
 
+    def _attends(self, layer: int) -> bool:
+        """Whether the attention method attends at this layer, not the store."""
+        return self.attention is not None and not isinstance(self.stores[layer], (SlidingStore, *_OWN))
+
+    def _count_exact(self, store: Store, heads: int, positions: Tensor, window: int | None) -> None:
+        """Count what `heads` query heads see at positions [q] of all that a store holds, these included."""
+        if isinstance(store, _FINDING):
+            self._uncounted = True
+            return
+        layer, new = self._at.layer, positions.numel()
+        if window is not None:
+            held = store.contents(torch.float32)
+            seen = seen_by(positions, held.positions, held.valid, window)
+            assert seen is not None
+            self._at.count_seen(heads, seen.expand(len(held.keys), -1, -1))
+            return
+        if isinstance(store, DenseStore):
+            kv_heads, total = store.keys.heads, store.keys.total
+        else:  # nothing leaves these: what was held at first and what came since
+            before = self._held[layer]
+            rows = store.positions if before is None else []
+            total = sum(len(row) for row in rows) if before is None else before + self._widths[layer] * new
+            self._widths[layer] = kv_heads = len(rows) or self._widths[layer]
+            self._held[layer] = total
+        # Of t new tokens the last sees everything, the one before it one entry less.
+        self._at.count(heads // kv_heads * (new * total - kv_heads * (new * (new - 1) // 2)))
+
+    @property
+    def score_share(self) -> float | None:
+        """Score entries computed since the prompt, of all causal ones; None where nothing was read, or where some were
+        computed by a store that looks for what it needs and does not say how many.
+        """
+        return None if self._uncounted or not self._causal else sum(self._at.computed) / self._causal
+
+    @property
+    def attention_nbytes(self) -> int:
+        """Bytes of what the attention method holds beside the stores."""
+        return self._at.left_nbytes
+
     def clone(self) -> Decoder:
-        """An independent continuation from here."""
+        """An independent continuation from here; it counts score entries anew."""
         stores = [store.clone() for store in self.stores]
         twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
+        twin._at = Pass(len(stores), self._at.tokens, left=dict(self._at.left))
+        twin._held, twin._widths = list(self._held), list(self._widths)
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         return twin

@@ -53,6 +53,9 @@ class Run(Shown):
     text: the answer. tokens: its ids, with the one that ended it. prompt_ids: everything read before it [n + q].
     memory: live bytes over time. timing: where the seconds went. plan: what the KV methods kept. quality: against the
     uncompressed run, measured when first asked for. `ask` goes on from here, on the same compressed cache.
+    decode_score_share: score entries computed for the question and the answer, of all that exact attention over
+    everything before would compute (the record's `score_share` is the prompt's); None where they were not counted, for
+    some store looks for what it needs.
     """
 
     recipe: Recipe
@@ -67,6 +70,7 @@ class Run(Shown):
     max_new_tokens: int = 32
     conversation: Conversation | None = field(default=None, repr=False)
     decoder: Decoder | None = field(default=None, repr=False)
+    decode_score_share: float | None = None
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -137,6 +141,7 @@ class Run(Shown):
             "kv_host_nbytes": self.plan.host_nbytes,
             "kv_share": self.plan.share,
             "score_share": self.plan.trace.score_share,
+            "decode_score_share": self.decode_score_share,
             "exact_layers": {str(layer): reason for layer, reason in self.plan.exact.items()},
             "notes": list(self.notes),
             "timing": self.timing.to_dict(),
@@ -154,9 +159,11 @@ class Run(Shown):
         record = self.to_dict(quality=False)
         held, full, host = (record[name] for name in ("kv_nbytes", "kv_full_nbytes", "kv_host_nbytes"))
         asked = [f"  asked    {self.question}"] if self.question else []
-        scores = record["score_share"]
+        scores, later = record["score_share"], record.get("decode_score_share")
         attended = (
-            [] if scores is None or not self.recipe.family("attention") else [f"  scores   {scores:.1%} computed"]
+            []
+            if scores is None or not self.recipe.family("attention")
+            else [f"  scores   {scores:.1%} computed" + (f", {later:.1%} while decoding" if later is not None else "")]
         )
         lines = [
             f"Run of {self.recipe.label}",

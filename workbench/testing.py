@@ -28,6 +28,7 @@ from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.reading import read
 from workbench.registry import Method
+from workbench.registry import method as make
 from workbench.run import Run
 from workbench.session import Session
 from workbench.trace import Trace
@@ -596,6 +597,50 @@ def decoding_goes_on_as_reading_would(method: AttentionMethod) -> None:
     _must(len(asked.tokens) == 2, "a second question is not answered")
     share = run.to_dict(quality=False)["score_share"]
     _must(share is not None and 0 < share <= 1, f"the run reports {share} of the score entries")
+    later = run.decode_score_share
+    _must(later is not None and 0 < later <= 1, f"the run reports {later} of the score entries while decoding")
+
+
+def decoding_at_a_whole_budget_is_exact(method: AttentionMethod) -> None:
+    if not method.decodes or not _takes_budget(method):
+        return
+    for architecture, kv in (("llama", ()), ("gemma3", ()), ("mqa", (("knorm", {"budget": 0.5}),)), ("llama", _RAGGED)):
+        got, want = (_decoded(architecture, kv, chosen)[0] for chosen in (method.with_budget(1.0), None))
+        furthest = float((got - want).abs().max() / want.abs().max())
+        over = f"{architecture}, over what {kv[0][0]} keeps" if kv else architecture
+        _must(furthest < _CLOSE, f"{over}: at a budget of 1 decoding differs from exact attention by {furthest:.1e}")
+
+
+def decoding_computes_no_more_than_exact_attention(method: AttentionMethod) -> None:
+    for kv in ((), _RAGGED, _PACKED):
+        (_, exact), (logits, share) = (_decoded("llama", kv, chosen) for chosen in (None, method))
+        over = f"over what {kv[0][0]} keeps" if kv else "over the whole cache"
+        _must(bool(logits.isfinite().all()), f"{over}: decoding gives logits that are not finite")
+        assert exact is not None
+        _must(share is not None and share > 0, f"{over}: it does not tell the pass what it computed while decoding")
+        assert share is not None
+        _must(
+            share <= exact + 1e-9, f"{over}: {share:.2%} of the score entries are computed, exact attention {exact:.2%}"
+        )
+
+
+_KVChosen = tuple[tuple[str, dict[str, Any]], ...]
+_RAGGED: _KVChosen = (("adakv", {"budget": 0.6, "window": 8}),)
+_PACKED: _KVChosen = (("kivi", {}),)
+
+
+def _decoded(architecture: str, kv: _KVChosen, attention: AttentionMethod | None) -> tuple[Tensor, float | None]:
+    """Logits [t, v] of tokens after the usual prompt, read exactly, under KV methods and an attention method that
+    decodes (or exact attention); and the share of the score entries computed.
+    """
+    found = reading(architecture)
+    methods = [make(key, **parameters) for key, parameters in kv]
+    plan = make_plan(found.trace, cast("list[KVMethod]", methods), torch.float32, model=found.model)
+    chosen = attention if attention is not None and attention.decodes else None
+    decoder = Decoder(found.model, plan.stores(), TOKENS, None, chosen, found.trace.layers)
+    new = _ids(18, seed=5)
+    logits = [decoder.feed(new[:6], logits=6), *[decoder.feed(token[None]) for token in new[6:]]]
+    return torch.cat(logits), decoder.score_share
 
 
 def reading_twice_gives_the_same(method: AttentionMethod) -> None:
@@ -635,6 +680,8 @@ PROMISES: dict[type[Method], tuple[Promise, ...]] = {
         attention_keeps_to_the_budget,
         what_comes_after_changes_nothing_before,
         decoding_goes_on_as_reading_would,
+        decoding_at_a_whole_budget_is_exact,
+        decoding_computes_no_more_than_exact_attention,
         reading_twice_gives_the_same,
     ),
 }

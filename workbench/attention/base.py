@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from workbench.attention.exact import causal_attention
 from workbench.errors import BadBudget, BudgetTooSmall
+from workbench.measure.memory import tensor_bytes
 from workbench.registry import Family, Method
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
+    from workbench.trace import LayerTrace
 
 
 @dataclass
 class Pass:
     """One pass of a model over some tokens, as the attention method in it sees it.
 
-    layers: how many the model has; layer: the one that attends now. tokens: how many are read with this pass, those
-    before them included. computed: score entries that were really computed at each layer, summed over the query heads.
-    left: what a layer leaves for later ones of the same pass.
+    layers: how many the model has; layer: the one that attends now. tokens: the length of the prompt. computed: score
+    entries that were really computed at each layer, summed over the query heads. left: what a layer leaves for later
+    ones, and while decoding for later tokens. positions: where the new tokens [q] stand while decoding, ascending.
+
+    While decoding one Pass goes on from the first token after the prompt to the last. A copy of the run shares what
+    `left` holds: replace it, never write into it. Its tensors are counted as memory that attention takes.
     """
 
     layers: int
@@ -30,6 +37,7 @@ class Pass:
     layer: int = 0
     computed: list[int] = field(default_factory=list)
     left: dict[Any, Any] = field(default_factory=dict)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __post_init__(self) -> None:
         self.computed = self.computed or [0] * self.layers
@@ -37,6 +45,15 @@ class Pass:
     def count(self, entries: int) -> None:
         """Note that so many more score entries were computed at this layer, over all its query heads."""
         self.computed[self.layer] += entries
+
+    def count_seen(self, heads: int, seen: Tensor) -> None:
+        """Note that `heads` query heads computed the entries where seen [k, q, m] is True for their KV head."""
+        self.count(heads // len(seen) * int(seen.sum()))
+
+    @property
+    def left_nbytes(self) -> int:
+        """Bytes of the tensors in `left`."""
+        return tensor_bytes(_tensors(self.left))
 
 
 class AttentionMethod(Method):
@@ -47,7 +64,7 @@ class AttentionMethod(Method):
     """
 
     family: ClassVar[Family] = "attention"
-    decodes: ClassVar[bool] = False  # attends in its own way while decoding too
+    decodes: ClassVar[bool] = False  # attends in its own way while decoding too, not exactly
     looks_ahead: ClassVar[bool] = False  # what a query sees depends on later tokens of the prompt
 
     def __init__(self, **values: Any) -> None:
@@ -83,14 +100,28 @@ class AttentionMethod(Method):
         at.count(query.shape[0] * visible_entries(query.shape[1], window))
         return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
 
+    def begin(self, layer: LayerTrace, at: Pass) -> None:
+        """Leave in `at` what decoding needs of the prompt besides what the store will hold; nothing by default.
+
+        Asked before the first token after the prompt, of methods that say `decodes`. What reading has computed may be
+        computed again from its recording, as stores are filled from it, and is not counted a second time.
+        """
+
     def decode(
         self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
     ) -> Tensor:
         """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
 
-        Only asked of methods that say `decodes`.
+        The tokens stand at `at.positions` and are held already, each the last that it sees. Tells `at` how many entries
+        it computed. Only asked of methods that say `decodes`, and not for layers with a sliding window: these attend to
+        it exactly. A budget is met by reading; what that leaves visible, fixed by the length of the prompt, holds here.
         """
         raise NotImplementedError
+
+    @property
+    def whole(self) -> bool:
+        """Whether the budget allows everything, so that nothing may be left out."""
+        return self.effective_budget is not None and self.effective_budget.amount >= 1
 
     def entries(self, tokens: int, layers: int) -> int:
         """Score entries that each query head computes over all layers while `tokens` are read."""
@@ -117,3 +148,14 @@ def visible_entries(tokens: int, window: int | None = None) -> int:
     """Pairs of query and key that causal attention over `tokens` computes, each query seeing `window` positions."""
     width = tokens if window is None else min(window, tokens)
     return width * tokens - width * (width - 1) // 2
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, tuple | list):
+        for item in thing:
+            yield from _tensors(item)
+    elif isinstance(thing, dict):
+        yield from _tensors(list(thing.values()))

@@ -38,8 +38,12 @@ class BlockSparse(AttentionMethod):
 
     With a small budget there are fewer probing queries, so that they take at most a quarter, and blocks are smaller on
     short prompts. All that is computed counts: the probes, averaged blocks, and twice an entry where a chosen column
-    and diagonal cross; of a block on the main diagonal the visible half, as elsewhere. Only reading is changed: while
-    decoding, all that was read is seen.
+    and diagonal cross; of a block on the main diagonal the visible half, as elsewhere.
+
+    Only reading is changed, as published: MInference is for the time before the first token, and decodes over the whole
+    cache. Its patterns need many queries at once: the last of a prompt choose columns and diagonals for all before
+    them, and blocks of queries share a choice; a single query has nobody to share with. (Choosing blocks of keys for
+    each new token is another family of methods; KV methods with an index do it.)
     """
 
     key = "block-sparse"

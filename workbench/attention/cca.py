@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from torch import Tensor
 from workbench.attention.allowance import allowed_entries, windowed_attention
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.attention.exact import causal_attention
+from workbench.attention.held import Seen
 from workbench.attention.old_groups import groups_behind, split, widest
 from workbench.attention.parts import ROWS, Part
 from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from workbench.kv.stores import Contents
+    from workbench.trace import LayerTrace
 
 _GROUPS = (2, 4, 8, 16, 32, 64, 128, 256)
 _CORES = 0.25  # of the entries that core tokens may take, where "auto" chooses the groups
@@ -35,7 +40,13 @@ class CoreContext(AttentionMethod):
     of the entries, they bring the divergence from exact attention from 0.77 to 0.30 nats.
 
     With a budget the window is as wide as it allows; groups on "auto" are so large that core tokens take about a
-    quarter of it. Only reading is changed: while decoding, all that was read is seen.
+    quarter of it.
+
+    Decoding goes on so, with groups and window as they were for the prompt (a budget of 1: all is seen). Core tokens of
+    old groups are held beside the cache, one for each query head, and counted as memory of attention: the cache is
+    not made smaller here, and a KV method's budget does not include them. A group's last query gives its core token as
+    it passes by, from scores that it computes anyway; of entries that a KV method has dropped by then nothing goes in.
+    Core tokens of the prompt are those of its reading.
     """
 
     key = "cca"
@@ -44,6 +55,8 @@ class CoreContext(AttentionMethod):
         "Core Context Aware Transformers for Long Context Language Modeling", "Chen et al. 2024", "2412.12465"
     )
     claim = "5.7 times faster at 64k tokens"
+
+    decodes: ClassVar[bool] = True
 
     group: Literal["auto", 2, 4, 8, 16, 32, 64, 128, 256] = param(
         "auto", unit="tokens", help="tokens that one core token stands for: 16, or what suits the budget"
@@ -86,6 +99,44 @@ class CoreContext(AttentionMethod):
             softcap=softcap,
         )
 
+    def begin(self, layer: LayerTrace, at: Pass) -> None:
+        at.left[self.key, at.layer] = _Cores.none(layer.device, layer)
+
+    def decode(
+        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
+    ) -> Tensor:
+        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+        shape = self._shape(at.tokens)
+        cores = at.left.get((self.key, at.layer)) or _Cores.none(query.device)
+        positions = at.positions.to(query.device)
+        for start in range(0, query.shape[1], ROWS):
+            stop = min(start + ROWS, query.shape[1])
+            rows, seen, at_row = query[:, start:stop].float() * scale, visible[:, start:stop], positions[start:stop]
+            if self.whole:
+                at.count_seen(len(query), seen)
+                out[:, start:stop] = Seen.of(rows, held, seen, softcap=softcap).part().output()
+                continue
+            old = groups_behind(at_row, shape.group, shape.window, self.sinks)
+            cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
+            ends = (at_row + 1 - self.sinks) // shape.group - 1  # the group that each query is the last of
+            last = ((at_row + 1 - self.sinks) % shape.group == 0) & (ends >= 0)
+            known = torch.cat([cores.groups, ends[last]])
+            number = torch.div(held.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
+            coarse = (held.positions >= self.sinks) & torch.isin(number, known)
+            seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
+            near = Seen.of(rows, held, seen, softcap=softcap)
+            cores = cores.grown(near, held, number, ends, last, query.dtype)
+            at.count_seen(len(query), seen)
+            part = near.part()
+            hidden = cores.groups >= old[:, None]  # [r, m]
+            if not bool(hidden.all()):
+                bias = cores.sizes.log() if self.weight == "group" else torch.zeros_like(cores.sizes)
+                part = part.joined(cores.part(rows, hidden, bias, softcap))
+                at.count(len(query) * int((~hidden).sum()))
+            out[:, start:stop] = part.output()
+        at.left[self.key, at.layer] = cores
+        return out
+
     def _shape(self, tokens: int) -> _Shape:
         """The groups and the window on a prompt of this length."""
         fixed = None if self.group == "auto" else self.group
@@ -117,6 +168,89 @@ class _Shape(NamedTuple):
     window: int
     whole: bool
     entries: int
+
+
+class _Cores(NamedTuple):
+    """The core tokens of one layer that decoding has so far.
+
+    groups int64 [m]: which groups they are of, ascending. keys [h, m, d] and values [h, m, dv]; sizes float32 [h, m]:
+    of how many tokens they are made. recorded: the prompt, of whose groups those before `ready` have been made; they
+    are made when they are needed, for until they lie behind the window nothing looks at them.
+    """
+
+    groups: Tensor
+    keys: Tensor
+    values: Tensor
+    sizes: Tensor
+    recorded: LayerTrace | None
+    ready: int
+
+    @classmethod
+    def none(cls, device: torch.device, recorded: LayerTrace | None = None) -> _Cores:
+        empty = torch.empty(0, device=device)
+        return cls(torch.empty(0, dtype=torch.long, device=device), empty, empty, empty, recorded, 0)
+
+    def recalled(self, behind: int, group: int, sinks: int, dtype: torch.dtype) -> _Cores:
+        """With the core tokens of those of the prompt's whole groups that lie among the first `behind`."""
+        layer = self.recorded
+        if layer is None or (ready := min(behind, max(layer.tokens - sinks, 0) // group)) <= self.ready:
+            return self
+        more = ready - self.ready
+        made = core_tokens(
+            layer.queries,
+            layer.keys,
+            layer.values,
+            sinks + self.ready * group,
+            more,
+            group,
+            layer.scale,
+            layer.softcap,
+        )
+        groups = torch.arange(self.ready, ready, device=layer.device)
+        sizes = torch.full((layer.heads, more), float(group), device=layer.device)
+        return self._with(groups, made[0].to(dtype), made[1].to(dtype), sizes)._replace(ready=ready)
+
+    def grown(
+        self, near: Seen, held: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
+    ) -> _Cores:
+        """With those of the groups `ends` [r] where a query is the `last` [r] of its group.
+
+        near: what the queries see of what is held; number int [k or 1, m]: the group of each slot held.
+        """
+        cores = self
+        kv_heads, heads = len(near.slots), len(near.scores)
+        inside = number.expand(kv_heads, -1).gather(1, near.slots)  # [k, c]
+        for row in last.nonzero()[:, 0].tolist():
+            scores = near.scores[:, row].view(kv_heads, -1, near.slots.shape[1])  # [k, g, c]
+            own = (inside == ends[row])[:, None] & (scores > -torch.inf)
+            weights = scores.masked_fill(~own, -torch.inf).softmax(dim=-1)
+            keys = held.keys.gather(1, near.slots[..., None].expand(-1, -1, held.keys.shape[-1]))
+            made = ((weights @ x.float()).flatten(0, 1)[:, None].to(dtype) for x in (keys, near.values))
+            sizes = own.sum(dim=-1).float().reshape(heads, 1)
+            cores = cores._with(ends[row : row + 1], next(made), next(made), sizes)
+        return cores
+
+    def _with(self, groups: Tensor, keys: Tensor, values: Tensor, sizes: Tensor) -> _Cores:
+        if not len(self.groups):
+            return self._replace(groups=groups, keys=keys, values=values, sizes=sizes)
+        order = torch.cat([self.groups, groups]).argsort()
+        joined = (torch.cat(pair, dim=1)[:, order] for pair in ((self.keys, keys), (self.values, values)))
+        return self._replace(
+            groups=torch.cat([self.groups, groups])[order],
+            keys=next(joined),
+            values=next(joined),
+            sizes=torch.cat([self.sizes, sizes], dim=1)[:, order],
+        )
+
+    def part(self, rows: Tensor, hidden: Tensor, bias: Tensor, softcap: float | None) -> Part:
+        """What scaled rows [h, r, d] get from those not hidden [r, m]; bias [h, m] is added to their scores."""
+        most = int((~hidden).any(dim=0).sum())  # those seen come first, for they ascend
+        keys, values = self.keys[:, :most], self.values[:, :most]
+        scores = torch.bmm(rows, keys.float().transpose(1, 2))  # [h, r, m]
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        scores += bias[:, None, :most]
+        return Part.weighing(scores.masked_fill_(hidden[:, :most], -torch.inf), values)
 
 
 def core_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from workbench.attention.old_groups import groups_behind, split
 from workbench.attention.parts import ROWS, Part
 from workbench.kv.stores.delta import deltas, restored
 from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from workbench.kv.stores import Contents
 
 _MOST_ZEROS = 0.9  # beyond it a narrower window, or shorter groups, come first
 
@@ -31,7 +34,12 @@ class DeltaAttention(AttentionMethod):
     approximated, so that no query sees what comes after it. An entry here is d products, one for each channel of a key:
     a key of which a quarter of the channels moved counts a quarter. The values are not approximated, nor counted. With
     a budget "auto" takes the fewest zeros that meet it; beyond 90 % the window is narrowed first, and then the groups.
-    Only reading is changed: the KV method `deltallm` does the same for the cache.
+
+    Decoding goes on so, as published: groups, window and zeros are those of the prompt (a budget of 1: all is exact),
+    and what a KV method has dropped or rounded is not there for either. The window and the groups count what a KV head
+    holds. As soon as a group is old its differences are made and held beside the cache until what the cache holds of it
+    changes: 8 bytes for each that is not zero, counted as memory of attention. The KV method `deltallm` makes the cache
+    itself smaller in the same manner.
     """
 
     key = "deltallm-attention"
@@ -42,6 +50,8 @@ class DeltaAttention(AttentionMethod):
         "2507.19608",
     )
     claim = "60 % of the products with keys skipped while reading, at about the same accuracy"
+
+    decodes: ClassVar[bool] = True
 
     sparsity: Literal["auto", 30, 40, 50, 60, 70, 80, 90] = param(
         "auto", unit="%", help="share of key differences that are zero: 60, or as few as the budget asks for"
@@ -71,6 +81,33 @@ class DeltaAttention(AttentionMethod):
             )
         out, computed = delta_attention(query, key, value, shape, scale=scale, softcap=softcap)
         at.count(computed)
+        return out
+
+    def decode(
+        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
+    ) -> Tensor:
+        shape, kv_heads = self._shape(at.tokens), len(held.keys)
+        groups = len(query) // kv_heads
+        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+        exact = self.whole or shape.zeros <= 0
+        for head, where in enumerate(held.positions.expand(kv_heads, -1)):
+            own = slice(head * groups, (head + 1) * groups)
+            slots = visible[head].any(dim=0).nonzero()[:, 0]
+            slots = slots[where[slots].argsort()]  # what is seen, by position
+            keys, values, where = held.keys[head, slots].float(), held.values[head, slots], where[slots]
+            seen = visible[head][:, slots]  # [q, c]
+            left = at.left.get((self.key, at.layer, head), ())
+            for start in range(0, query.shape[1], ROWS):
+                some = seen[start : start + ROWS]
+                place = (some * torch.arange(some.shape[1], device=some.device)).amax(dim=1)  # each query's own
+                old = torch.zeros_like(place) if exact else groups_behind(place, shape.group, shape.window)
+                left = _brought_up(left, keys, where, int(old.amax()), shape)
+                rows = query[own, start : start + ROWS].float() * scale
+                part, computed = _over(rows, keys, values, some, old, left, shape.group, softcap)
+                at.count(computed)
+                out[own, start : start + ROWS] = part.output()
+            if left:
+                at.left[self.key, at.layer, head] = left
         return out
 
     def _shape(self, tokens: int) -> _Shape:
@@ -168,17 +205,21 @@ class _Changes(NamedTuple):
 
 
 def _changes(key: Tensor, shape: _Shape) -> _Changes:
-    """The differences of float32 keys [n, d] in all groups that some query sees as such."""
-    (tokens, width), group = key.shape, shape.group
-    number = split(tokens, group, shape.window).groups
-    blocks = key[: number * group].view(number, group, width)
+    """The differences of float32 keys [n, d] in all groups that some query of a prompt sees as such."""
+    number = split(len(key), shape.group, shape.window).groups
+    return _changes_in(key[: number * shape.group].view(number, shape.group, key.shape[1]), shape)
+
+
+def _changes_in(blocks: Tensor, shape: _Shape) -> _Changes:
+    """The differences in groups [m, g, d] of float32 keys."""
+    number, group, width = blocks.shape
     count = int(width * (group - 1) * (1 - shape.zeros) + 1e-9)
     numbers, bits, _ = deltas(blocks, count)
     near = restored(numbers, bits, width, group)  # [m, g, d]
     moves = torch.cat([near[:, :1], near.diff(dim=1)], dim=1)
     moves[:, 0].masked_fill_(moves[:, 0] == 0, torch.finfo(moves.dtype).tiny)  # a whole key is multiplied whole
     where = moves.flatten(0, 1).nonzero().T  # ascending by token
-    each = torch.zeros(number + 1, dtype=torch.long, device=key.device)
+    each = torch.zeros(number + 1, dtype=torch.long, device=blocks.device)
     each.index_add_(0, where[0] // group + 1, torch.ones_like(where[0]))
     return _Changes(where, moves.flatten(0, 1)[where[0], where[1]], each.cumsum(dim=0), group)
 
@@ -192,3 +233,87 @@ def _sums(rows: Tensor, changes: _Changes, number: int) -> Tensor:
     )
     steps = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
     return steps.cumsum(dim=1).flatten(0, 1).T.contiguous()
+
+
+class _Left(NamedTuple):
+    """The differences of some groups that follow one another, held from one new token to the next.
+
+    places int32 [nnz] (token * d + channel), ascending; much float32 [nnz]; products as in _Changes. positions int
+    [m * g] and sums float32 [m, d] of their keys: whether these are still the groups that the cache holds.
+    """
+
+    places: Tensor
+    much: Tensor
+    products: Tensor
+    positions: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, blocks: Tensor, positions: Tensor, shape: _Shape) -> _Left:
+        """Of groups [m, g, d] of float32 keys at positions [m * g]."""
+        found = _changes_in(blocks, shape)
+        places = (found.where[0] * blocks.shape[2] + found.where[1]).to(torch.int32)
+        return cls(places, found.much, found.products, positions.clone(), blocks.sum(dim=1))
+
+    def still(self, blocks: Tensor, positions: Tensor) -> bool:
+        """Whether groups that begin where these do are the same."""
+        here = blocks[: len(self.sums)]
+        return torch.equal(self.positions, positions[: len(self.positions)]) and torch.equal(self.sums, here.sum(dim=1))
+
+    def changes(self, group: int) -> _Changes:
+        width = self.sums.shape[1]
+        places = self.places.long()
+        where = torch.stack([torch.div(places, width, rounding_mode="floor"), places % width])
+        return _Changes(where, self.much, self.products, group)
+
+
+def _brought_up(
+    left: tuple[_Left, ...], keys: Tensor, positions: Tensor, number: int, shape: _Shape
+) -> tuple[_Left, ...]:
+    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those are `left`
+    that have been made before; what has changed since is made anew.
+    """
+    group = shape.group
+    blocks, positions = keys[: number * group].view(number, group, keys.shape[1]), positions[: number * group]
+    kept: list[_Left] = []
+    done = 0
+    for some in left:
+        if not some.still(blocks[done:], positions[done * group :]):
+            break
+        kept.append(some)
+        done += len(some.sums)
+    if done < number:
+        kept.append(_Left.of(blocks[done:], positions[done * group :], shape))
+    return tuple(kept)
+
+
+def _over(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    old: Tensor,
+    left: tuple[_Left, ...],
+    group: int,
+    softcap: float | None,
+) -> tuple[Part, int]:
+    """What scaled rows [g, r, d] get from one KV head's float32 keys [c, d] and values [c, dv] by position, where seen
+    [r, c], the first old [r] groups by their differences; and how many entries that takes.
+    """
+    heads, number, width = rows.shape
+    low, most = int(old.amin()) * group, int(old.amax()) * group
+    fine = seen[:, low:] & (torch.arange(low, len(keys), device=keys.device) >= old[:, None] * group)
+    part = Part.of(rows, keys[None, low:], values[None, low:], hidden=~fine, softcap=softcap)
+    computed = heads * int(fine.sum())
+    if not most:
+        return part, computed
+    changes = [some.changes(group) for some in left]
+    scores = torch.cat([_sums(rows.flatten(0, 1), some, len(some.products) - 1) for some in changes], dim=1)
+    scores = scores.view(heads, number, -1)[..., :most]
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    coarse = seen[:, :most] & (torch.arange(most, device=keys.device) < old[:, None] * group)
+    part = part.joined(Part.weighing(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
+    each = torch.cat([some.products.diff() for some in changes])
+    products = torch.nn.functional.pad(each.cumsum(0), (1, 0))
+    return part, computed + -(-heads * int(products[old].sum()) // width)

@@ -78,6 +78,7 @@ class LMul(AttentionMethod):
     def decode(
         self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
     ) -> Tensor:
+        at.count_seen(len(query), visible)
         keys, values = (number_bits(x, self.mantissa) for x in (held.keys, held.values))
         seen = visible.repeat_interleave(query.shape[0] // len(keys), dim=0)  # [h, q, m]
         return self._attend(query.float() * scale, keys, values, seen, softcap).to(query.dtype)

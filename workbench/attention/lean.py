@@ -50,6 +50,7 @@ class Lean(AttentionMethod):
     def decode(
         self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
     ) -> Tensor:
+        at.count_seen(len(query), visible)
         heads, tokens, _ = held.keys.shape
         rows = query.float() * scale  # [h, q, d]
         groups = len(query) // heads

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from torch import Tensor
 
 from workbench.attention.allowance import allowed_entries, widest_window, windowed_attention
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.held import Seen
 from workbench.attention.parts import ROWS, Part
 from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from workbench.kv.stores import Contents
 
 
 @register
@@ -17,14 +23,20 @@ class StreamingWindow(AttentionMethod):
 
     The first tokens take up attention that has nowhere else to go; without them a sliding window fails (StreamingLLM).
     As a pattern for reading prompts this is the A-shape of MInference. The scores of the two parts share one softmax.
-    With a budget, window and first tokens together are as wide as it allows, and `window` is not used. Only reading is
-    changed: while decoding, all that was read is seen (`streaming-llm` drops it from the cache).
+    With a budget, window and first tokens together are as wide as it allows, and `window` is not used.
+
+    Decoding goes on so: a new token sees, of what the cache holds, the first tokens and the last ones by their true
+    positions. Without a budget both are as wide as they were set; with one, as wide as it made them for the prompt,
+    however many tokens follow (a budget of 1: all is seen). The cache itself keeps everything; the KV method
+    `streaming-llm` drops what this does not look at.
     """
 
     key = "streaming-window"
     title = "Streaming window"
     paper = Paper("Efficient Streaming Language Models with Attention Sinks", "Xiao et al. 2023", "2309.17453")
     claim = "stable perplexity on endless text with 4 sinks and a window"
+
+    decodes: ClassVar[bool] = True
 
     sinks: int = param(4, ge=0, le=4096, unit="tokens", help="first tokens that all see")
     window: int = param(512, ge=1, le=1_048_576, unit="tokens", help="how far back a query looks, itself included")
@@ -36,6 +48,21 @@ class StreamingWindow(AttentionMethod):
         width = max(widest_window(tokens, allowed_entries(self.budget, tokens)), 1)
         sinks = min(self.sinks, width - 1)
         return sinks, width - sinks
+
+    def decode(
+        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
+    ) -> Tensor:
+        if not self.whole:
+            sinks, width = self.widths(at.tokens)
+            where = held.positions[:, None]  # [k or 1, 1, m]
+            visible = visible & ((where < sinks) | (where > at.positions.to(where.device)[:, None] - width))
+        at.count_seen(len(query), visible)
+        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+        for start in range(0, query.shape[1], ROWS):
+            rows = query[:, start : start + ROWS].float() * scale
+            near = Seen.of(rows, held, visible[:, start : start + ROWS], softcap=softcap)
+            out[:, start : start + ROWS] = near.part().output()
+        return out
 
     def entries(self, tokens: int, layers: int) -> int:
         return layers * visible_entries(tokens, sum(self.widths(tokens)))  # each query sees sinks + window positions

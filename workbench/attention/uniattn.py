@@ -33,9 +33,11 @@ class UniAttn(AttentionMethod):
     few layers can go: on the default model a budget of 0.9 is good, and below 0.75 answers change.
 
     The shared weights have to be kept, for all tokens of a prompt read at once: half of heads x n x n numbers, one
-    block's at a time. Computing them again would be computing scores, so prompts for which they take more than `keep`
-    are refused. In a layer whose window is narrower, weights outside it are dropped and the others scaled up; so are
-    those of tokens that a layer's cache no longer holds.
+    block's at a time, and prompts for which they take more than `keep` are refused. To keep the first layer's queries
+    and keys instead, and make its weights again for each layer, would take little memory and be exact, but computes
+    every score entry as often as without sharing: nothing would be saved, and no budget met. In a layer whose window is
+    narrower, weights outside it are dropped and the others scaled up; so are those of tokens that a layer's cache no
+    longer holds. The map of a layer that reuses weights is that of the layer that it takes them from.
     """
 
     key = "uniattn"
@@ -108,6 +110,7 @@ class UniAttn(AttentionMethod):
             weights = _moved(left, held.positions).masked_fill(~seen, 0)
             weights /= weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         else:  # also where the layer that it would follow has a sliding window and did not leave its weights
+            at.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
             scores = torch.bmm(rows, held.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
             scores *= scale
