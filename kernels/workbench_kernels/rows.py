@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from workbench_kernels.packing import unpack
 
 
 class Ragged(NamedTuple):
@@ -34,3 +36,47 @@ class Ragged(NamedTuple):
         real = steps < self.lengths[:, None]
         at = self.starts.long()[:, None] + torch.where(real, steps, 0)
         return self.data[at.clamp_max(max(self.data.shape[0] - 1, 0))], real
+
+
+class PackedRows(NamedTuple):
+    """Rows of several heads, the first of each quantised in groups, the newest whole behind them.
+
+    codes uint8 [t, b] as `pack` lays them out; scale and zero float16, alike: axis "channel": [t', d], a row for
+    `group` consecutive rows of a head; axis "token": [t', ceil(d / group)], a row for each row. tail [t'', d].
+    balance float16 [k, d] or None: what a head's channels were multiplied with before they were quantised.
+    """
+
+    codes: Ragged
+    scale: Ragged
+    zero: Ragged
+    tail: Ragged
+    bits: int
+    group: int
+    axis: Literal["channel", "token"]
+    balance: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """No head has more rows."""
+        return self.codes.longest + self.tail.longest
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """What the rows stand for, float32 [k, longest, d], filled up with anything, and which are real [k, longest]."""
+        width = self.tail.data.shape[1]
+        codes, packed = self.codes.padded()
+        codes = unpack(codes, self.bits, width)
+        scale, zero = self.scale.padded()[0], self.zero.padded()[0]
+        if self.axis == "channel":
+            each = torch.arange(codes.shape[1], device=codes.device) // self.group
+            scale, zero = scale[:, each.clamp_max(max(scale.shape[1] - 1, 0))], zero[:, each.clamp_max(max(zero.shape[1] - 1, 0))]
+        else:
+            each = torch.arange(width, device=codes.device) // self.group
+            scale, zero = scale[..., each], zero[..., each]
+        front = torch.addcmul(zero.float(), codes.float(), scale.float())
+        if self.balance is not None:
+            front = front / self.balance.float()[:, None]
+        tail, whole = self.tail.padded()
+        # Each head's tail follows its own packed rows.
+        both, real = torch.cat([front, tail.float()], dim=1), torch.cat([packed, whole], dim=1)
+        order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
+        return both.gather(1, order[..., None].expand_as(both)), real.gather(1, order)

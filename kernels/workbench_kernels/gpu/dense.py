@@ -15,7 +15,8 @@ from workbench_kernels.gpu.split import (
     at,
     capped,
     join,
-    leave,
+    leave_sums,
+    leave_weights,
     power,
     programs_for,
     rows_of,
@@ -105,10 +106,8 @@ def _attend(
             top = higher
         best = tl.max(top, 0)
         share = tl.exp2(top - best[None])
-        leave(
-            sums, largest, weights, pid + head, rows, tl.sum(mixed * share[:, None, :], 0), best,
-            tl.sum(whole * share, 0), ROWS, DV, DVP,
-        )  # fmt: skip
+        leave_sums(sums, pid + head, rows, tl.sum(mixed * share[:, None, :], 0), dv, dv < DV, ROWS, DV)
+        leave_weights(largest, weights, pid + head, rows, best, tl.sum(whole * share, 0), ROWS)
         low = stop
 
 

@@ -85,17 +85,18 @@ def capped(scores, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def leave(
-    sums, largest, weights, slot, rows, out, top, total,
-    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Write the part out [DP, R], top and total [R] of query rows `rows` [R] to a slot."""
-    d = tl.arange(0, DP)
+def leave_sums(sums, slot, rows, out, channel, real, ROWS: tl.constexpr, D: tl.constexpr):
+    """Write out [C, R], the sums of channels `channel` [C] where `real` [C], of query rows `rows` [R] to a slot."""
     place = slot.to(tl.int64) * ROWS + rows
-    real = rows < ROWS
-    tl.store(sums + place[None, :] * D + d[:, None], out, mask=real[None, :] & (d[:, None] < D))
-    tl.store(largest + place, top, mask=real)
-    tl.store(weights + place, total, mask=real)
+    tl.store(sums + place[None, :] * D + channel[:, None], out, mask=(rows < ROWS)[None, :] & real[:, None])
+
+
+@triton.jit
+def leave_weights(largest, weights, slot, rows, top, total, ROWS: tl.constexpr):
+    """Write the largest score and the sum of weights [R] of query rows `rows` [R] to a slot."""
+    place = slot.to(tl.int64) * ROWS + rows
+    tl.store(largest + place, top, mask=rows < ROWS)
+    tl.store(weights + place, total, mask=rows < ROWS)
 
 
 @triton.jit

@@ -1,0 +1,493 @@
+"""Decode attention over bit-packed rows, which are never written out.
+
+A 16-bit word of codes is read as a matrix element. One AND turns a field of it into a float16 that is exactly the code
+times a power of two (a subnormal, which the matrix units multiply exactly), so two codes cost one instruction. Scales
+per channel go into the query, once for a group of rows; scales per row into the softmax weights; zeros need one small
+product. Nothing else happens per number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workbench_kernels.gpu.dense import Config
+from workbench_kernels.gpu.split import (
+    LOG2E,
+    LOWEST,
+    Slots,
+    at,
+    capped,
+    interpreted,
+    join,
+    leave_sums,
+    leave_weights,
+    power,
+    programs_for,
+    rows_of,
+    run_start,
+    tiles_of,
+)
+from workbench_kernels.rows import PackedRows, Ragged
+
+# Scaled numbers are kept where float16 is precise: queries, at most 1, and softmax weights are multiplied by these.
+_QUERY_BITS = 6
+_WEIGHT_BITS = 8
+_SCORE_UNIT = tl.constexpr(2.0 ** (24 - _QUERY_BITS))
+_WEIGHT_UNIT = tl.constexpr(2.0**_WEIGHT_BITS)
+
+
+@triton.constexpr_function
+def _bit(piece, bits):
+    """Where field number `piece` of a word begins once it has been moved to where a float16 has its fraction."""
+    start = (piece % (16 // bits)) * bits
+    return start if start + bits <= 10 else start - 8
+
+
+@triton.constexpr_function
+def _query_unit(field, bits):
+    """What a query's numbers are multiplied with, so that their products with any field have the same unit."""
+    return 2.0 ** (_QUERY_BITS - _bit(field, bits))
+
+
+@triton.constexpr_function
+def _sum_unit(piece, bits):
+    """What a field's sums of scaled weights times codes have to be multiplied with."""
+    return 2.0 ** (24 - _WEIGHT_BITS - _bit(piece, bits))
+
+
+@triton.jit
+def _field(words, PIECE: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr):
+    """Field PIECE of int16 words as float16: the code times 2 ** (_bit - 24)."""
+    start: tl.constexpr = (PIECE % (16 // BITS)) * BITS
+    mask: tl.constexpr = (1 << BITS) - 1
+    if start + BITS <= 10:
+        if INTERPRET:
+            return (words & (mask << start)).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            return tl.inline_asm_elementwise(
+                f"and.b32 $0, $1, {(mask << start) * 65537};", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            )
+    else:
+        if INTERPRET:
+            return ((words >> 8) & (mask << (start - 8))).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, " + f"{(mask << (start - 8)) * 65537}; " + "}",
+                "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+
+
+@triton.jit
+def _half(word, WHICH: tl.constexpr):
+    """The float16 number WHICH of those that lie in an integer."""
+    if WHICH:
+        word = word >> (16 * WHICH)
+    return word.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _per_row(numbers, row, GROUPS: tl.constexpr):
+    """The GROUPS float16 numbers (1, 2 or 4) of each row, in one integer."""
+    if GROUPS == 1:
+        return tl.load(numbers.to(tl.pointer_type(tl.int16)) + row)
+    elif GROUPS == 2:
+        return tl.load(numbers.to(tl.pointer_type(tl.int32)) + row)
+    else:
+        return tl.load(numbers.to(tl.pointer_type(tl.int64)) + row)
+
+
+@triton.jit
+def _numbers(
+    codes, scale, zero, tail, balance, row, packed, length, channel,
+    D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
+    BALANCED: tl.constexpr,
+):  # fmt: skip
+    """What rows stand for at channels (of shapes that broadcast), float32; the first `packed` rows are codes."""
+    real = (channel < D) & (row < length)
+    front = real & (row < packed)
+    old = tl.minimum(row, packed - 1).to(tl.int64)
+    byte = tl.load(codes + old * B + channel % B, mask=front, other=0).to(tl.int32)
+    code = (byte >> ((channel // B) * BITS)) & ((1 << BITS) - 1)
+    if CHANNEL:
+        group = (old // GROUP) * D + channel
+    else:
+        group = old * ((D + GROUP - 1) // GROUP) + channel // GROUP
+    found = code.to(tl.float32) * tl.load(scale + group, mask=front, other=0.0).to(tl.float32)
+    found += tl.load(zero + group, mask=front, other=0.0).to(tl.float32)
+    if BALANCED:
+        found = found / tl.load(balance + channel, mask=channel < D, other=1.0).to(tl.float32)
+    new = tl.load(tail + (row - packed).to(tl.int64) * D + channel, mask=real & (row >= packed), other=0.0)
+    return tl.where(front, found, new.to(tl.float32))
+
+
+@triton.jit
+def _any_rows(
+    query, head, rows, first, length, key_packed, value_packed,
+    key_codes, key_scale, key_zero, key_tail, balance, value_codes, value_scale, value_zero, value_tail,
+    positions, where, scale, softcap, window,
+    ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr,
+    GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr, VCHANNEL: tl.constexpr, BALANCED: tl.constexpr,
+    MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Attention over rows first .. length - 1 of a head, packed or not, of any shape: number by number.
+
+    All pointers are the head's own. Returns largest score and sum of weights [G, R], and sums [G, DVP, R].
+    """
+    g, t, d, dv = tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP), tl.arange(0, DVP)
+    within = g[:, None] * N + t[None, :]
+    asked = tl.load(
+        query + ((head * ROWS + rows)[None, :] * D + d[:, None]),
+        mask=(rows < ROWS)[None, :] & (d < D)[:, None], other=0.0,
+    )  # fmt: skip
+    asked = tl.broadcast_to(asked[None], [G, DP, R])
+    top = tl.full([G, R], LOWEST, tl.float32)
+    whole = tl.zeros([G, R], tl.float32)
+    mixed = tl.zeros([G, DVP, R], tl.float32)
+    for begin in tl.range(first, length, G * N, num_stages=1):
+        row = begin + within
+        key = _numbers(
+            key_codes, key_scale, key_zero, key_tail, balance, row[:, :, None], key_packed, length, d[None, None, :],
+            D, KB, BITS, GROUP, CHANNEL, BALANCED,
+        ).to(asked.dtype)  # fmt: skip
+        score = capped(tl.dot(key, asked) * scale, softcap, SOFTCAP)
+        seen = (row < length)[:, :, None]
+        if MASKED:
+            if PLACED:
+                place = tl.load(positions + row, mask=row < length, other=0)
+            else:
+                place = row
+            seen = seen & (place[:, :, None] <= where[None, None, :])
+            if WINDOW:
+                seen = seen & (place[:, :, None] > where[None, None, :] - window)
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None, :])
+        old = tl.exp2(top - higher)
+        whole = whole * old + tl.sum(weight, 1)
+        value = _numbers(
+            value_codes, value_scale, value_zero, value_tail, value_tail, row[:, None, :], value_packed, length,
+            dv[None, :, None], DV, VB, VBITS, VGROUP, VCHANNEL, False,
+        ).to(asked.dtype)  # fmt: skip
+        mixed = tl.dot(value, weight.to(asked.dtype), mixed * old[:, None, :])
+        top = higher
+    return top, whole, mixed
+
+
+@triton.jit
+def _attend(
+    query, asked_at, positions, position_starts,
+    key_codes, key_code_starts, key_code_lengths, key_scale, key_zero, key_scale_starts, key_tail, key_tail_starts,
+    key_tail_lengths, balance,
+    value_codes, value_code_starts, value_code_lengths, value_scale, value_zero, value_scale_starts, value_tail,
+    value_tail_starts, spans, sums, largest, weights, scale, softcap, window, queries, programs,
+    K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
+    BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr,
+    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """A run of tiles, or behind the last program the rest of a head.
+
+    FAST: tiles are of rows whose keys and values are both packed, word by word; KW, VW: the words of a row that are
+    taken at once, within which all channels have one group. The rest of each head, and everything where FAST does not
+    fit, goes number by number. As in `dense`, each warp has rows and a softmax of its own (the dimension G).
+    """
+    TILE: tl.constexpr = G * N
+    FIELDS: tl.constexpr = 16 // BITS
+    VFIELDS: tl.constexpr = 16 // VBITS
+    pid = tl.program_id(0)
+    rows = tl.program_id(1) * R + tl.arange(0, R)
+    heads, g, t, d, dv = tl.arange(0, KP), tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP), tl.arange(0, DVP)
+    where = rows
+    if MASKED:
+        where = tl.load(asked_at + rows % queries, mask=rows < ROWS, other=0)
+    fronts = tl.load(spans + heads, mask=heads < K, other=0)
+    tiles, ends = tiles_of(fronts, K, KP, TILE)
+    total = tl.sum(tiles, 0)
+    low, high = run_start(total, pid, programs), run_start(total, pid + 1, programs)
+    if FAST:
+        rest = pid >= programs
+    else:
+        rest = low < 0  # never
+    if rest:
+        low, high = 0, 1
+    while low < high:
+        if rest:
+            head = pid - programs
+        else:
+            head = tl.sum((ends <= low).to(tl.int32), 0)
+        begin = at(ends - tiles, head, KP)
+        stop = tl.minimum(high, at(ends, head, KP))
+        packed = tl.load(key_code_lengths + head)
+        value_packed = tl.load(value_code_lengths + head)
+        length = packed + tl.load(key_tail_lengths + head)
+        front = at(fronts, head, KP)
+        code_at = tl.load(key_code_starts + head).to(tl.int64) * KB
+        value_code_at = tl.load(value_code_starts + head).to(tl.int64) * VB
+        if CHANNEL:
+            key_groups: tl.constexpr = D
+        else:
+            key_groups: tl.constexpr = (D + GROUP - 1) // GROUP
+        if VCHANNEL:
+            value_groups: tl.constexpr = DV
+        else:
+            value_groups: tl.constexpr = (DV + VGROUP - 1) // VGROUP
+        scale_at = tl.load(key_scale_starts + head).to(tl.int64) * key_groups
+        value_scale_at = tl.load(value_scale_starts + head).to(tl.int64) * value_groups
+        if rest or not FAST:
+            first = front
+            last = length
+            slot = programs + K + head
+            if not FAST:
+                first = (low - begin) * TILE
+                last = tl.minimum((stop - begin) * TILE, length)
+                slot = pid + head
+            if PLACED:
+                place_at = positions + tl.load(position_starts + head).to(tl.int64)
+            else:
+                place_at = spans
+            top, whole, mixed = _any_rows(
+                query, head, rows, first, last, packed, value_packed,
+                key_codes + code_at, key_scale + scale_at, key_zero + scale_at,
+                key_tail + tl.load(key_tail_starts + head).to(tl.int64) * D, balance + head * D,
+                value_codes + value_code_at, value_scale + value_scale_at, value_zero + value_scale_at,
+                value_tail + tl.load(value_tail_starts + head).to(tl.int64) * DV,
+                place_at, where, scale, softcap, window,
+                ROWS, R, D, DP, DV, DVP, G, 16, KB, VB, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL, BALANCED,
+                MASKED, PLACED, WINDOW, SOFTCAP,
+            )  # fmt: skip
+            best = tl.max(top, 0)
+            share = tl.exp2(top - best[None])
+            leave_sums(sums, slot, rows, tl.sum(mixed * share[:, None, :], 0), dv, dv < DV, ROWS, DV)
+            leave_weights(largest, weights, slot, rows, best, tl.sum(whole * share, 0), ROWS)
+        elif FAST:
+            i, vi = tl.arange(0, KWP), tl.arange(0, VWP)
+            # Queries, divided by their largest number, in the order of the fields.
+            asked = tl.load(
+                query + ((head * ROWS + rows)[None, :] * D + d[:, None]),
+                mask=(rows < ROWS)[None, :] & (d < D)[:, None], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            if BALANCED:
+                asked = asked / tl.load(balance + head * D + d, mask=d < D, other=1.0).to(tl.float32)[:, None]
+            size = tl.maximum(tl.max(tl.abs(asked), 0), 1e-30)
+            pieces = ()
+            for piece in tl.static_range(KB // (2 * KW) * FIELDS):
+                channel = (
+                    (piece % (FIELDS // 2)) * KB + (piece // FIELDS) * (2 * KW) + 2 * i
+                    + (piece % FIELDS) // (FIELDS // 2)
+                )  # fmt: skip
+                part = tl.load(
+                    query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
+                    mask=(rows < ROWS)[None, :] & (i < KW)[:, None], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                if BALANCED:
+                    part = part / tl.load(balance + head * D + channel, mask=i < KW, other=1.0).to(tl.float32)[:, None]
+                part = (part / size[None, :]).to(tl.float16)
+                pieces = pieces + (tl.broadcast_to(part[None], [G, KWP, R]),)
+            if not CHANNEL:
+                sizes = ()  # sums of the query over each group of channels, which the zeros multiply
+                for group in tl.static_range(D // GROUP):
+                    inside = (d >= group * GROUP) & (d < (group + 1) * GROUP)
+                    sizes = sizes + (tl.sum(tl.where(inside[:, None], asked, 0.0), 0) * scale,)
+            mixed = ()
+            for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
+                mixed = mixed + (tl.zeros([G, VWP, R], tl.float32),)
+            zeros = ()
+            for group in tl.static_range(DV // VGROUP):
+                zeros = zeros + (tl.zeros([G, R], tl.float32),)
+            top = tl.full([G, R], LOWEST, tl.float32)
+            whole = tl.zeros([G, R], tl.float32)
+            words = (key_codes + code_at).to(tl.pointer_type(tl.int16))
+            value_words = (value_codes + value_code_at).to(tl.pointer_type(tl.int16))
+            pairs = (key_scale + scale_at).to(tl.pointer_type(tl.int32))
+            zero_pairs = (key_zero + scale_at).to(tl.pointer_type(tl.int32))
+            blocks = front // N
+            by_code = size * scale * _SCORE_UNIT
+            by_zero = size * scale
+            for tile in tl.range(low - begin, stop - begin, num_stages=STAGES):
+                block = tile * G + g
+                real = block < blocks
+                row = tl.minimum(block, blocks - 1)[:, None].to(tl.int64) * N + t[None, :]  # [G, N]
+                score = tl.zeros([G, N, R], tl.float32)
+                if CHANNEL:
+                    shift = tl.zeros([G, 16, R], tl.float32)
+                    group_at = (tl.minimum(block, blocks - 1) * N // GROUP)[:, None] * (D // 2)
+                else:
+                    key_scales = _per_row(key_scale + scale_at, row, D // GROUP)
+                    key_zeros = _per_row(key_zero + scale_at, row, D // GROUP)
+                for chunk in tl.static_range(KB // (2 * KW)):
+                    at_word = row[:, :, None] * (KB // 2) + (chunk * KW + i)[None, None, :]
+                    if KW == KWP:
+                        word = tl.load(words + at_word)
+                    else:
+                        word = tl.load(words + at_word, mask=(i < KW)[None, None, :], other=0)
+                    for part in tl.static_range(FIELDS // 2):
+                        if CHANNEL:
+                            at_pair = group_at + (part * (KB // 2) + chunk * KW + i)[None, :]
+                            if KW == KWP:
+                                pair = tl.load(pairs + at_pair)
+                                zero_pair = tl.load(zero_pairs + at_pair)
+                            else:
+                                pair = tl.load(pairs + at_pair, mask=(i < KW)[None, :], other=0)
+                                zero_pair = tl.load(zero_pairs + at_pair, mask=(i < KW)[None, :], other=0)
+                        for side in tl.static_range(2):
+                            asking = pieces[chunk * FIELDS + side * (FIELDS // 2) + part]
+                            code = _field(word, side * (FIELDS // 2) + part, BITS, INTERPRET)
+                            if CHANNEL:
+                                factor = _half(pair, side) * _query_unit(side * (FIELDS // 2) + part, BITS)
+                                score = tl.dot(code, asking * factor[:, :, None], score)
+                                shift = tl.dot(
+                                    tl.broadcast_to(_half(zero_pair, side)[:, None, :], [G, 16, KWP]), asking, shift
+                                )
+                            else:
+                                found = tl.dot(code, asking * _query_unit(side * (FIELDS // 2) + part, BITS))
+                                factor = _half(key_scales, (part * KB + chunk * 2 * KW) // GROUP).to(tl.float32)
+                                score += found * factor[:, :, None]
+                if CHANNEL:
+                    score = score * by_code[None, None, :] + (tl.max(shift, 1) * by_zero[None, :])[:, None, :]
+                else:
+                    score = score * by_code[None, None, :]
+                    for group in tl.static_range(D // GROUP):
+                        score += _half(key_zeros, group).to(tl.float32)[:, :, None] * sizes[group][None, None, :]
+                score = capped(score, softcap, SOFTCAP)
+                score = tl.where(real[:, None, None], score, float("-inf"))
+                higher = tl.maximum(top, tl.max(score, 1))
+                weight = tl.exp2(score - higher[:, None, :])
+                old = tl.exp2(top - higher)
+                whole = whole * old + tl.sum(weight, 1)
+                scales = _per_row(value_scale + value_scale_at, row, DV // VGROUP)
+                offsets = _per_row(value_zero + value_scale_at, row, DV // VGROUP)
+                scaled = ()
+                moved = ()
+                for group in tl.static_range(DV // VGROUP):
+                    factor = _half(scales, group).to(tl.float32) * _WEIGHT_UNIT
+                    scaled = scaled + ((weight * factor[:, :, None]).to(tl.float16),)
+                    offset = _half(offsets, group).to(tl.float32)
+                    moved = moved + (zeros[group] * old + tl.sum(weight * offset[:, :, None], 1),)
+                zeros = moved
+                added = ()
+                for chunk in tl.static_range(VB // (2 * VW)):
+                    at_word = row[:, None, :] * (VB // 2) + (chunk * VW + vi)[None, :, None]
+                    if VW == VWP:
+                        word = tl.load(value_words + at_word)
+                    else:
+                        word = tl.load(value_words + at_word, mask=(vi < VW)[None, :, None], other=0)
+                    for field in tl.static_range(VFIELDS):
+                        code = _field(word, field, VBITS, INTERPRET)
+                        added = added + (
+                            tl.dot(
+                                code, scaled[((field % (VFIELDS // 2)) * VB + chunk * 2 * VW) // VGROUP],
+                                mixed[chunk * VFIELDS + field] * old[:, None, :],
+                            ),
+                        )  # fmt: skip
+                mixed = added
+                top = higher
+            best = tl.max(top, 0)
+            share = tl.exp2(top - best[None])
+            for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
+                channel = (
+                    (piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW) + 2 * vi
+                    + (piece % VFIELDS) // (VFIELDS // 2)
+                )  # fmt: skip
+                offset = zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP]
+                out = tl.sum(mixed[piece] * share[:, None, :], 0) * _sum_unit(piece, VBITS) + tl.sum(offset * share, 0)[None, :]
+                leave_sums(sums, pid + head, rows, out, channel, vi < VW, ROWS, DV)
+            leave_weights(largest, weights, pid + head, rows, best, tl.sum(whole * share, 0), ROWS)
+        if rest:
+            low = high
+        else:
+            low = stop
+
+
+def words_at_once(width: int, bits: int, group: int | None) -> int | None:
+    """Words of a row that the fast way takes at once, all channels of a field of which lie in one group of channels.
+
+    group: channels that share a scale, None if each has its own. None where the shape does not fit.
+    """
+    nbytes, fields = -(-width * bits // 8), 8 // bits
+    if bits == 1 or width % fields or nbytes % 2 or width % 2:
+        return None
+    if group is None:
+        return nbytes // 2
+    piece = min(nbytes, group)
+    if width % group or width // group not in (1, 2, 4) or nbytes % piece or group % piece or piece % 2:
+        return None
+    return piece // 2
+
+
+def config_for(bits: int, group: int, longest: int) -> Config:
+    """What was fastest where it was measured (kernels/bench/decode.py)."""
+    tokens = 64 if group % 64 == 0 else 32
+    return Config(4, tokens, 3 if bits < 8 else 2, 2)
+
+
+def decode_packed(
+    query: Tensor,
+    keys: PackedRows,
+    values: PackedRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    query_positions: Tensor | None = None,
+    positions: Ragged | None = None,
+    lse: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `workbench_kernels.decode.decode_packed`."""
+    heads = keys.codes.starts.numel()
+    width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
+    rows, block, blocks = rows_of(query, heads)
+    per_row = keys.axis == "token"
+    groups = keys.group if per_row else 64
+    warps, tokens, stages, per_processor = config or config_for(keys.bits, groups, keys.longest)
+    key_words = words_at_once(width, keys.bits, keys.group if per_row else None)
+    value_words = words_at_once(value_width, values.bits, values.group)
+    fast = (
+        key_words is not None
+        and value_words is not None
+        and values.axis == "token"
+        and (per_row or keys.group % tokens == 0)
+        and window is None
+        and _aligned(keys)
+        and _aligned(values)
+    )
+    both = keys.codes.lengths + keys.tail.lengths
+    spans = _packed_in_both(keys.codes.lengths, values.codes.lengths, tokens) if fast else both
+    tile = warps * tokens
+    longest = min(keys.codes.longest, values.codes.longest) if fast else keys.longest
+    programs = programs_for(query.device, heads * -(-longest // tile), per_processor, blocks)
+    tails = heads if fast else 0
+    slots = Slots.of(programs + heads + tails, rows, value_width, query.device)
+    key_words, value_words = key_words or 16, value_words or 16
+    _attend[(programs + tails, blocks)](
+        query.contiguous(), query_positions,
+        None if positions is None else positions.data, None if positions is None else positions.starts,
+        keys.codes.data, keys.codes.starts, keys.codes.lengths, keys.scale.data, keys.zero.data, keys.scale.starts,
+        keys.tail.data, keys.tail.starts, keys.tail.lengths, keys.scale.data if keys.balance is None else keys.balance,
+        values.codes.data, values.codes.starts, values.codes.lengths, values.scale.data, values.zero.data,
+        values.scale.starts, values.tail.data, values.tail.starts, spans,
+        *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, window or 0, query.shape[1], programs,
+        K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
+        DVP=max(power(value_width), 16), G=warps, N=tokens, KB=keys.codes.data.shape[1], VB=values.codes.data.shape[1],
+        KW=key_words, KWP=max(power(key_words), 16), VW=value_words, VWP=max(power(value_words), 16),
+        BITS=keys.bits, VBITS=values.bits, GROUP=keys.group, VGROUP=values.group, CHANNEL=not per_row,
+        VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, STAGES=stages,
+        MASKED=query_positions is not None, PLACED=positions is not None, WINDOW=window is not None,
+        SOFTCAP=softcap is not None, INTERPRET=interpreted(), num_warps=warps,
+    )  # fmt: skip
+    return join(slots, spans, query, value_width, tile=tile, programs=programs, tails=fast, lse=lse)
+
+
+def _packed_in_both(one: Tensor, other: Tensor, tokens: int) -> Tensor:
+    """The rows of each head that are packed in both, in whole blocks of `tokens`, int32 [k]."""
+    return one.minimum(other) // tokens * tokens
+
+
+def _aligned(rows: PackedRows) -> bool:
+    """Whether words and pairs of numbers begin where they can be loaded whole."""
+    return all(x.data_ptr() % 16 == 0 for x in (rows.codes.data, rows.scale.data, rows.zero.data))
