@@ -177,6 +177,154 @@ def _any_rows(
 
 
 @triton.jit
+def _whole_words(
+    query, head, rows, front, first, last, slot, words, key_scale, key_zero, balance, value_words, value_scale,
+    value_zero, sums, largest, weights, scale, softcap,
+    ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr,
+    VWP: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr,
+    CHANNEL: tl.constexpr, BALANCED: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Attention over tiles first .. last - 1 of the `front` rows of a head that are packed in keys and values, word by
+    word, left in a slot. All pointers are the head's own.
+    """
+    FIELDS: tl.constexpr = 16 // BITS
+    VFIELDS: tl.constexpr = 16 // VBITS
+    g, t, d = tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP)
+    i, vi = tl.arange(0, KWP), tl.arange(0, VWP)
+    # Queries, divided by their largest number, in the order of the fields.
+    asked = tl.load(
+        query + ((head * ROWS + rows)[None, :] * D + d[:, None]),
+        mask=(rows < ROWS)[None, :] & (d < D)[:, None], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    if BALANCED:
+        asked = asked / tl.load(balance + d, mask=d < D, other=1.0).to(tl.float32)[:, None]
+    size = tl.maximum(tl.max(tl.abs(asked), 0), 1e-30)
+    pieces = ()
+    for piece in tl.static_range(KB // (2 * KW) * FIELDS):
+        channel = (
+            (piece % (FIELDS // 2)) * KB + (piece // FIELDS) * (2 * KW) + 2 * i
+            + (piece % FIELDS) // (FIELDS // 2)
+        )  # fmt: skip
+        some = tl.load(
+            query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
+            mask=(rows < ROWS)[None, :] & (i < KW)[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        if BALANCED:
+            some = some / tl.load(balance + channel, mask=i < KW, other=1.0).to(tl.float32)[:, None]
+        some = (some / size[None, :]).to(tl.float16)
+        pieces = pieces + (tl.broadcast_to(some[None], [G, KWP, R]),)
+    if not CHANNEL:
+        sizes = ()  # sums of the query over each group of channels, which the zeros multiply
+        for group in tl.static_range(D // GROUP):
+            inside = (d >= group * GROUP) & (d < (group + 1) * GROUP)
+            sizes = sizes + (tl.sum(tl.where(inside[:, None], asked, 0.0), 0) * scale,)
+    mixed = ()
+    for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
+        mixed = mixed + (tl.zeros([G, VWP, R], tl.float32),)
+    zeros = ()
+    for group in tl.static_range(DV // VGROUP):
+        zeros = zeros + (tl.zeros([G, R], tl.float32),)
+    top = tl.full([G, R], LOWEST, tl.float32)
+    whole = tl.zeros([G, R], tl.float32)
+    pairs = key_scale.to(tl.pointer_type(tl.int32))
+    zero_pairs = key_zero.to(tl.pointer_type(tl.int32))
+    blocks = front // N
+    by_code = size * scale * _SCORE_UNIT
+    by_zero = size * scale
+    for tile in tl.range(first, last, num_stages=STAGES):
+        block = tile * G + g
+        real = block < blocks
+        row = tl.minimum(block, blocks - 1)[:, None].to(tl.int64) * N + t[None, :]  # [G, N]
+        score = tl.zeros([G, N, R], tl.float32)
+        if CHANNEL:
+            shift = tl.zeros([G, 16, R], tl.float32)
+            group_at = (tl.minimum(block, blocks - 1) * N // GROUP)[:, None] * (D // 2)
+        else:
+            key_scales = _per_row(key_scale, row, D // GROUP)
+            key_zeros = _per_row(key_zero, row, D // GROUP)
+        for chunk in tl.static_range(KB // (2 * KW)):
+            at_word = row[:, :, None] * (KB // 2) + (chunk * KW + i)[None, None, :]
+            if KW == KWP:
+                word = tl.load(words + at_word)
+            else:
+                word = tl.load(words + at_word, mask=(i < KW)[None, None, :], other=0)
+            for part in tl.static_range(FIELDS // 2):
+                if CHANNEL:
+                    at_pair = group_at + (part * (KB // 2) + chunk * KW + i)[None, :]
+                    if KW == KWP:
+                        pair = tl.load(pairs + at_pair)
+                        zero_pair = tl.load(zero_pairs + at_pair)
+                    else:
+                        pair = tl.load(pairs + at_pair, mask=(i < KW)[None, :], other=0)
+                        zero_pair = tl.load(zero_pairs + at_pair, mask=(i < KW)[None, :], other=0)
+                for side in tl.static_range(2):
+                    asking = pieces[chunk * FIELDS + side * (FIELDS // 2) + part]
+                    code = _field(word, side * (FIELDS // 2) + part, BITS, INTERPRET)
+                    if CHANNEL:
+                        factor = _half(pair, side) * _query_unit(side * (FIELDS // 2) + part, BITS)
+                        score = tl.dot(code, asking * factor[:, :, None], score)
+                        shift = tl.dot(
+                            tl.broadcast_to(_half(zero_pair, side)[:, None, :], [G, 16, KWP]), asking, shift
+                        )
+                    else:
+                        found = tl.dot(code, asking * _query_unit(side * (FIELDS // 2) + part, BITS))
+                        factor = _half(key_scales, (part * KB + chunk * 2 * KW) // GROUP).to(tl.float32)
+                        score += found * factor[:, :, None]
+        if CHANNEL:
+            score = score * by_code[None, None, :] + (tl.max(shift, 1) * by_zero[None, :])[:, None, :]
+        else:
+            score = score * by_code[None, None, :]
+            for group in tl.static_range(D // GROUP):
+                score += _half(key_zeros, group).to(tl.float32)[:, :, None] * sizes[group][None, None, :]
+        score = capped(score, softcap, SOFTCAP)
+        score = tl.where(real[:, None, None], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None, :])
+        old = tl.exp2(top - higher)
+        whole = whole * old + tl.sum(weight, 1)
+        scales = _per_row(value_scale, row, DV // VGROUP)
+        offsets = _per_row(value_zero, row, DV // VGROUP)
+        scaled = ()
+        moved = ()
+        for group in tl.static_range(DV // VGROUP):
+            factor = _half(scales, group).to(tl.float32) * _WEIGHT_UNIT
+            scaled = scaled + ((weight * factor[:, :, None]).to(tl.float16),)
+            offset = _half(offsets, group).to(tl.float32)
+            moved = moved + (zeros[group] * old + tl.sum(weight * offset[:, :, None], 1),)
+        zeros = moved
+        added = ()
+        for chunk in tl.static_range(VB // (2 * VW)):
+            at_word = row[:, None, :] * (VB // 2) + (chunk * VW + vi)[None, :, None]
+            if VW == VWP:
+                word = tl.load(value_words + at_word)
+            else:
+                word = tl.load(value_words + at_word, mask=(vi < VW)[None, :, None], other=0)
+            for field in tl.static_range(VFIELDS):
+                code = _field(word, field, VBITS, INTERPRET)
+                added = added + (
+                    tl.dot(
+                        code, scaled[((field % (VFIELDS // 2)) * VB + chunk * 2 * VW) // VGROUP],
+                        mixed[chunk * VFIELDS + field] * old[:, None, :],
+                    ),
+                )  # fmt: skip
+        mixed = added
+        top = higher
+    best = tl.max(top, 0)
+    share = tl.exp2(top - best[None])
+    for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
+        channel = (
+            (piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW) + 2 * vi
+            + (piece % VFIELDS) // (VFIELDS // 2)
+        )  # fmt: skip
+        offset = zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP]
+        out = tl.sum(mixed[piece] * share[:, None, :], 0) * _sum_unit(piece, VBITS) + tl.sum(offset * share, 0)[None, :]
+        leave_sums(sums, slot, rows, out, channel, vi < VW, ROWS, DV)
+    leave_weights(largest, weights, slot, rows, best, tl.sum(whole * share, 0), ROWS)
+
+
+@triton.jit
 def _attend(
     query, asked_at, positions, position_starts,
     key_codes, key_code_starts, key_code_lengths, key_scale, key_zero, key_scale_starts, key_tail, key_tail_starts,
@@ -197,11 +345,9 @@ def _attend(
     fit, goes number by number. As in `dense`, each warp has rows and a softmax of its own (the dimension G).
     """
     TILE: tl.constexpr = G * N
-    FIELDS: tl.constexpr = 16 // BITS
-    VFIELDS: tl.constexpr = 16 // VBITS
     pid = tl.program_id(0)
     rows = tl.program_id(1) * R + tl.arange(0, R)
-    heads, g, t, d, dv = tl.arange(0, KP), tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP), tl.arange(0, DVP)
+    heads, dv = tl.arange(0, KP), tl.arange(0, DVP)
     where = rows
     if MASKED:
         where = tl.load(asked_at + rows % queries, mask=rows < ROWS, other=0)
@@ -264,139 +410,16 @@ def _attend(
             share = tl.exp2(top - best[None])
             leave_sums(sums, slot, rows, tl.sum(mixed * share[:, None, :], 0), dv, dv < DV, ROWS, DV)
             leave_weights(largest, weights, slot, rows, best, tl.sum(whole * share, 0), ROWS)
-        elif FAST:
-            i, vi = tl.arange(0, KWP), tl.arange(0, VWP)
-            # Queries, divided by their largest number, in the order of the fields.
-            asked = tl.load(
-                query + ((head * ROWS + rows)[None, :] * D + d[:, None]),
-                mask=(rows < ROWS)[None, :] & (d < D)[:, None], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            if BALANCED:
-                asked = asked / tl.load(balance + head * D + d, mask=d < D, other=1.0).to(tl.float32)[:, None]
-            size = tl.maximum(tl.max(tl.abs(asked), 0), 1e-30)
-            pieces = ()
-            for piece in tl.static_range(KB // (2 * KW) * FIELDS):
-                channel = (
-                    (piece % (FIELDS // 2)) * KB + (piece // FIELDS) * (2 * KW) + 2 * i
-                    + (piece % FIELDS) // (FIELDS // 2)
-                )  # fmt: skip
-                part = tl.load(
-                    query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
-                    mask=(rows < ROWS)[None, :] & (i < KW)[:, None], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                if BALANCED:
-                    part = part / tl.load(balance + head * D + channel, mask=i < KW, other=1.0).to(tl.float32)[:, None]
-                part = (part / size[None, :]).to(tl.float16)
-                pieces = pieces + (tl.broadcast_to(part[None], [G, KWP, R]),)
-            if not CHANNEL:
-                sizes = ()  # sums of the query over each group of channels, which the zeros multiply
-                for group in tl.static_range(D // GROUP):
-                    inside = (d >= group * GROUP) & (d < (group + 1) * GROUP)
-                    sizes = sizes + (tl.sum(tl.where(inside[:, None], asked, 0.0), 0) * scale,)
-            mixed = ()
-            for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
-                mixed = mixed + (tl.zeros([G, VWP, R], tl.float32),)
-            zeros = ()
-            for group in tl.static_range(DV // VGROUP):
-                zeros = zeros + (tl.zeros([G, R], tl.float32),)
-            top = tl.full([G, R], LOWEST, tl.float32)
-            whole = tl.zeros([G, R], tl.float32)
-            words = (key_codes + code_at).to(tl.pointer_type(tl.int16))
-            value_words = (value_codes + value_code_at).to(tl.pointer_type(tl.int16))
-            pairs = (key_scale + scale_at).to(tl.pointer_type(tl.int32))
-            zero_pairs = (key_zero + scale_at).to(tl.pointer_type(tl.int32))
-            blocks = front // N
-            by_code = size * scale * _SCORE_UNIT
-            by_zero = size * scale
-            for tile in tl.range(low - begin, stop - begin, num_stages=STAGES):
-                block = tile * G + g
-                real = block < blocks
-                row = tl.minimum(block, blocks - 1)[:, None].to(tl.int64) * N + t[None, :]  # [G, N]
-                score = tl.zeros([G, N, R], tl.float32)
-                if CHANNEL:
-                    shift = tl.zeros([G, 16, R], tl.float32)
-                    group_at = (tl.minimum(block, blocks - 1) * N // GROUP)[:, None] * (D // 2)
-                else:
-                    key_scales = _per_row(key_scale + scale_at, row, D // GROUP)
-                    key_zeros = _per_row(key_zero + scale_at, row, D // GROUP)
-                for chunk in tl.static_range(KB // (2 * KW)):
-                    at_word = row[:, :, None] * (KB // 2) + (chunk * KW + i)[None, None, :]
-                    if KW == KWP:
-                        word = tl.load(words + at_word)
-                    else:
-                        word = tl.load(words + at_word, mask=(i < KW)[None, None, :], other=0)
-                    for part in tl.static_range(FIELDS // 2):
-                        if CHANNEL:
-                            at_pair = group_at + (part * (KB // 2) + chunk * KW + i)[None, :]
-                            if KW == KWP:
-                                pair = tl.load(pairs + at_pair)
-                                zero_pair = tl.load(zero_pairs + at_pair)
-                            else:
-                                pair = tl.load(pairs + at_pair, mask=(i < KW)[None, :], other=0)
-                                zero_pair = tl.load(zero_pairs + at_pair, mask=(i < KW)[None, :], other=0)
-                        for side in tl.static_range(2):
-                            asking = pieces[chunk * FIELDS + side * (FIELDS // 2) + part]
-                            code = _field(word, side * (FIELDS // 2) + part, BITS, INTERPRET)
-                            if CHANNEL:
-                                factor = _half(pair, side) * _query_unit(side * (FIELDS // 2) + part, BITS)
-                                score = tl.dot(code, asking * factor[:, :, None], score)
-                                shift = tl.dot(
-                                    tl.broadcast_to(_half(zero_pair, side)[:, None, :], [G, 16, KWP]), asking, shift
-                                )
-                            else:
-                                found = tl.dot(code, asking * _query_unit(side * (FIELDS // 2) + part, BITS))
-                                factor = _half(key_scales, (part * KB + chunk * 2 * KW) // GROUP).to(tl.float32)
-                                score += found * factor[:, :, None]
-                if CHANNEL:
-                    score = score * by_code[None, None, :] + (tl.max(shift, 1) * by_zero[None, :])[:, None, :]
-                else:
-                    score = score * by_code[None, None, :]
-                    for group in tl.static_range(D // GROUP):
-                        score += _half(key_zeros, group).to(tl.float32)[:, :, None] * sizes[group][None, None, :]
-                score = capped(score, softcap, SOFTCAP)
-                score = tl.where(real[:, None, None], score, float("-inf"))
-                higher = tl.maximum(top, tl.max(score, 1))
-                weight = tl.exp2(score - higher[:, None, :])
-                old = tl.exp2(top - higher)
-                whole = whole * old + tl.sum(weight, 1)
-                scales = _per_row(value_scale + value_scale_at, row, DV // VGROUP)
-                offsets = _per_row(value_zero + value_scale_at, row, DV // VGROUP)
-                scaled = ()
-                moved = ()
-                for group in tl.static_range(DV // VGROUP):
-                    factor = _half(scales, group).to(tl.float32) * _WEIGHT_UNIT
-                    scaled = scaled + ((weight * factor[:, :, None]).to(tl.float16),)
-                    offset = _half(offsets, group).to(tl.float32)
-                    moved = moved + (zeros[group] * old + tl.sum(weight * offset[:, :, None], 1),)
-                zeros = moved
-                added = ()
-                for chunk in tl.static_range(VB // (2 * VW)):
-                    at_word = row[:, None, :] * (VB // 2) + (chunk * VW + vi)[None, :, None]
-                    if VW == VWP:
-                        word = tl.load(value_words + at_word)
-                    else:
-                        word = tl.load(value_words + at_word, mask=(vi < VW)[None, :, None], other=0)
-                    for field in tl.static_range(VFIELDS):
-                        code = _field(word, field, VBITS, INTERPRET)
-                        added = added + (
-                            tl.dot(
-                                code, scaled[((field % (VFIELDS // 2)) * VB + chunk * 2 * VW) // VGROUP],
-                                mixed[chunk * VFIELDS + field] * old[:, None, :],
-                            ),
-                        )  # fmt: skip
-                mixed = added
-                top = higher
-            best = tl.max(top, 0)
-            share = tl.exp2(top - best[None])
-            for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
-                channel = (
-                    (piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW) + 2 * vi
-                    + (piece % VFIELDS) // (VFIELDS // 2)
-                )  # fmt: skip
-                offset = zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP]
-                out = tl.sum(mixed[piece] * share[:, None, :], 0) * _sum_unit(piece, VBITS) + tl.sum(offset * share, 0)[None, :]
-                leave_sums(sums, pid + head, rows, out, channel, vi < VW, ROWS, DV)
-            leave_weights(largest, weights, pid + head, rows, best, tl.sum(whole * share, 0), ROWS)
+        else:
+            _whole_words(
+                query, head, rows, front, low - begin, stop - begin, pid + head,
+                (key_codes + code_at).to(tl.pointer_type(tl.int16)),
+                (key_scale + scale_at), (key_zero + scale_at), balance + head * D,
+                (value_codes + value_code_at).to(tl.pointer_type(tl.int16)),
+                value_scale + value_scale_at, value_zero + value_scale_at, sums, largest, weights, scale, softcap,
+                ROWS, R, D, DP, DV, G, N, KB, VB, KW, KWP, VW, VWP, BITS, VBITS, GROUP, VGROUP, CHANNEL, BALANCED,
+                STAGES, SOFTCAP, INTERPRET,
+            )  # fmt: skip
         if rest:
             low = high
         else:
