@@ -37,7 +37,7 @@ class CoreContext(AttentionMethod):
     The paper trains the model for this. Without training two additions help a lot, and are made here: the first `sinks`
     tokens stay exact (0: as published), for attention sinks do not survive pooling, and a core token weighs as its
     whole group, log(group) being added to its score (`weight="token"`: as published). On the default model, with half
-    of the entries, they bring the divergence from exact attention from 0.77 to 0.30 nats.
+    of the entries, they bring the divergence from exact attention from 1.46 to 0.94 nats.
 
     With a budget the window is as wide as it allows; groups on "auto" are so large that core tokens take about a
     quarter of it.
