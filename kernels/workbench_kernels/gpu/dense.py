@@ -20,7 +20,7 @@ from workbench_kernels.gpu.split import (
     power,
     programs_for,
     rows_of,
-    run_start,
+    run_of,
     tiles_of,
 )
 from workbench_kernels.rows import Ragged
@@ -55,7 +55,7 @@ def _attend(
     spans = tl.load(lengths + heads, mask=heads < K, other=0)
     tiles, ends = tiles_of(spans, K, KP, TILE)
     total = tl.sum(tiles, 0)
-    low, high = run_start(total, pid, programs), run_start(total, pid + 1, programs)
+    low, high = run_of(total, pid, programs)
     if MASKED:
         where = tl.load(asked_at + rows % queries, mask=rows < ROWS, other=0)
     while low < high:

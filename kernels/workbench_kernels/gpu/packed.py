@@ -26,7 +26,7 @@ from workbench_kernels.gpu.split import (
     power,
     programs_for,
     rows_of,
-    run_start,
+    run_of,
     tiles_of,
 )
 from workbench_kernels.rows import PackedRows, Ragged
@@ -354,7 +354,7 @@ def _attend(
     fronts = tl.load(spans + heads, mask=heads < K, other=0)
     tiles, ends = tiles_of(fronts, K, KP, TILE)
     total = tl.sum(tiles, 0)
-    low, high = run_start(total, pid, programs), run_start(total, pid + 1, programs)
+    low, high = run_of(total, pid, programs)
     if FAST:
         rest = pid >= programs
     else:

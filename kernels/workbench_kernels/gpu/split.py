@@ -38,7 +38,7 @@ class Slots(NamedTuple):
 def programs_for(device: torch.device, tiles: int, per_processor: int, blocks: int = 1) -> int:
     """How many programs share `tiles` tiles, when so many run on a multiprocessor at once, for each block of rows."""
     if device.type != "cuda":
-        return min(3, max(tiles, 1))  # under the interpreter: enough for runs that end within heads
+        return 5  # under the interpreter: few, so that runs end within heads, and at times more than there are tiles
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(min(-(-processors * per_processor // blocks), tiles), 1)
 
@@ -64,15 +64,18 @@ def at(values, index, KP: tl.constexpr):
 
 
 @triton.jit
-def run_start(total, program, programs):
-    """The first tile of a program's run."""
-    return (total.to(tl.int64) * program // programs).to(tl.int32)
+def run_of(total, program, programs):
+    """The first tile of a program's run, and that of the next. Programs that are more than the tiles get none."""
+    working = tl.maximum(tl.minimum(programs, total), 1).to(tl.int64)
+    low, high = total * tl.minimum(program, working) // working, total * tl.minimum(program + 1, working) // working
+    return low.to(tl.int32), high.to(tl.int32)
 
 
 @triton.jit
 def owner_of(total, tile, programs):
     """The program whose run holds this tile."""
-    return (((tile.to(tl.int64) + 1) * programs - 1) // total).to(tl.int32)
+    working = tl.maximum(tl.minimum(programs, total), 1).to(tl.int64)
+    return (((tile + 1) * working - 1) // tl.maximum(total, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -113,16 +116,16 @@ def _join(
     total = tl.sum(tiles, 0)
     end = at(ends, head, KP)
     count = at(tiles, head, KP)
-    first = owner_of(tl.maximum(total, 1), end - count, programs)
-    last = tl.where(count > 0, owner_of(tl.maximum(total, 1), end - 1, programs), first - 1)
+    first = owner_of(total, end - count, programs)
+    last = tl.where(count > 0, owner_of(total, end - 1, programs), first - 1)
     top = tl.full([], LOWEST, tl.float32)
     whole = tl.zeros([], tl.float32)
     mixed = tl.zeros([DP], tl.float32)
     if TAILS:
-        place = (tail_slots + head).to(tl.int64) * ROWS + row
-        top = tl.load(largest + place)
-        whole = tl.load(weights + place)
-        mixed = tl.load(sums + place * D + d, mask=d < D, other=0.0)
+        tail = (tail_slots + head).to(tl.int64) * ROWS + row
+        top = tl.load(largest + tail)
+        whole = tl.load(weights + tail)
+        mixed = tl.load(sums + tail * D + d, mask=d < D, other=0.0)
     step = tl.arange(0, CHUNK)
     for begin in range(first, last + 1, CHUNK):
         slot = begin + step
@@ -137,10 +140,11 @@ def _join(
         mixed = mixed * old + tl.sum(found * new[:, None], 0)
         top = higher
     # Row j * queries + i of KV head `head` is query i of query head head * groups + j, so rows lie as heads do.
-    place = (head * ROWS + row).to(tl.int64)
-    tl.store(out + place * D + d, mixed / tl.where(whole > 0, whole, 1.0), mask=d < D)
+    line = (head * ROWS + row).to(tl.int64)
+    tl.store(out + line * D + d, mixed / tl.where(whole > 0, whole, 1.0), mask=d < D)
     if LSE:
-        tl.store(lse + place, tl.where(whole > 0, (top + tl.log2(tl.maximum(whole, 1e-37))) * 0.6931471805599453, float("-inf")))
+        found_any = (top + tl.log2(tl.maximum(whole, 1e-37))) * 0.6931471805599453
+        tl.store(lse + line, tl.where(whole > 0, found_any, float("-inf")))
 
 
 def join(
