@@ -30,38 +30,38 @@ _NEVER = 1 << 30  # a window that hides nothing
 
 @dataclass(frozen=True)
 class Config:
-    """How `_columns` is cut: rows and columns of a tile, warps, stages, and how many of four exponentials are
-    polynomials on the multiply-add units instead of the special function units."""
+    """How `_columns` is cut: rows and columns of a tile, warps, stages, how many of four exponentials are polynomials
+    on the multiply-add units instead of the special function units, and the most registers of a thread."""
 
     rows: int = 64
     cols: int = 256
     warps: int = 4
     stages: int = 3
     polynomial: int = 0
+    registers: int | None = None
 
 
 CONFIGS = [
     Config(64, 256, 4, 3),
+    Config(64, 256, 8, 2, registers=128),
+    Config(128, 128, 8, 2, registers=128),
     Config(64, 256, 4, 3, polynomial=1),
-    Config(64, 256, 4, 2),
-    Config(64, 256, 4, 2, polynomial=1),
-    Config(64, 256, 8, 3),
-    Config(64, 256, 8, 3, polynomial=1),
-    Config(128, 256, 8, 3),
-    Config(128, 256, 8, 3, polynomial=2),
-    Config(128, 128, 8, 2),
-    Config(128, 128, 8, 2, polynomial=1),
-    Config(128, 128, 8, 3),
+    Config(64, 256, 8, 2, polynomial=1, registers=128),
+    Config(128, 128, 8, 2, polynomial=1, registers=128),
     Config(128, 128, 4, 2),
-    Config(64, 128, 4, 2),
-    Config(64, 128, 4, 3, polynomial=1),
-    Config(64, 128, 4, 4),
+    Config(64, 128, 4, 2, registers=168),
+    Config(64, 128, 4, 2, polynomial=1, registers=168),
+    Config(64, 256, 4, 2),
+    Config(64, 256, 4, 3, polynomial=2),
+    Config(128, 256, 8, 3),
+    Config(64, 128, 4, 3),
 ]
-"""Worth trying on a Hopper GPU with 16 bit inputs and d = 128."""
+"""Worth trying on a Hopper GPU with 16 bit inputs and d = 128: all leave room for two programs or more on a
+multiprocessor, whose products and exponentials then take turns, but for the tallest."""
 
 
 # 2 ** x = 2 ** i * 2 ** f with f in [-1/2, 1/2]: adding 1.5 * 2 ** 23 rounds to the integer, whose bits then stand at
-# the end of the sum, from where they are shifted into the exponent. The polynomial of degree 4 is off by 2.6e-6 at most.
+# the end of the sum, and are shifted into the exponent. The polynomial of degree 4 is off by 2.6e-6 at most.
 _POLYNOMIAL = """{{
     .reg .f32 t, f, y;
     .reg .b32 i, j;
@@ -142,7 +142,7 @@ def _scores(q, k_t, factor, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
         k_t = k_t.to(tl.float32)
     s = tl.dot(q, k_t, input_precision=PRECISION)
     if SOFTCAP:
-        e = tl.exp2(tl.minimum(s * (2 * factor * 1.4426950408889634), 80.0))
+        e = _exp2(tl.minimum(s * (2 * factor * 1.4426950408889634), 80.0), 0, INTERPRET)
         return cap * ((e - 1.0) / (e + 1.0))
     return s * factor
 
@@ -215,9 +215,9 @@ def _columns(
 ):
     """One block of columns of one head, and all rows that see it. The first columns have the longest way: they start.
 
-    POOL: 0 no map, 1 sums, 2 maxima; parts: programs a cell of the map. CELL_COLS: columns that a
-    cell takes of the tile, at most COLS. CELL_ROWS: cells that a tile has of rows, 0 where every cell has at least
-    ROWS of them; EVEN: all have `tall` rows, and those of at least ROWS a multiple of it. RAGGED: some columns of the tile are not there.
+    POOL: 0 no map, 1 sums, 2 maxima; parts: programs a cell of the map. CELL_COLS: columns that a cell takes of the
+    tile, at most COLS. CELL_ROWS: cells that a tile has of rows, 0 where every cell has at least ROWS of them; EVEN:
+    all have `tall` rows, and those of at least ROWS a multiple of it. RAGGED: some columns of the tile are not there.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -555,6 +555,7 @@ def read_attention(
             WINDOW=window is not None,
             POLYNOMIAL=wanted.polynomial,
             num_warps=wanted.warps,
+            maxnreg=wanted.registers,
             **shared,
         )
         if parts > 1 and cells is not None and mine is not None:
@@ -581,7 +582,7 @@ def _tiles(query: Tensor, width: int, most: bool, m: int, pixels: int | None) ->
         wide = -(-m // min(pixels, m))
         if wide > 128 and -(-wide // 128) * 128 <= 0.8 * (-(-wide // 256) * 256):
             cols = 128
-    return Config(64, 256, 4, 3) if cols == 256 else Config(128, 128, 8, 2)
+    return Config(64, 256, 4, 3) if cols == 256 else Config(128, 128, 8, 2, registers=None if most else 128)
 
 
 def _row_tiles(query: Tensor, width: int) -> tuple[int, int, int, int]:
