@@ -219,3 +219,47 @@ def test_cells_of_several_programs_are_joined_a_few_heads_at_a_time(
     query, key = layer(6, 3, 90)
     found = gpu.read_attention(query, key, scale=0.25, pooling=pooling, pixels=2)
     assert_same(found, expected(query, key, 0.25, pooling=pooling, pixels=2))
+
+
+# -- where the workbench uses it
+
+
+class Everywhere:
+    """Stands for a GPU: every tensor counts as lying on one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.readings = 0
+        monkeypatch.setattr("workbench.measure.attention.on_gpu", lambda *_: True)
+        monkeypatch.setattr("workbench.measure.attention.read_attention", self.read)
+
+    def read(self, *tensors: Tensor, **how: Any) -> Reading:
+        self.readings += 1
+        return read_attention_reference(*tensors, **how)
+
+
+def test_on_a_gpu_whole_prompts_are_read_by_the_kernel_with_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = layer(4, 2, 70)
+    how: dict[str, Any] = {"scale": 0.25, "softcap": 5.0}
+    streamed = column_sums(query, key, **how), row_entropy(query, key, **how), pooled_maps(query, key, **how, pixels=9)
+    gpu = Everywhere(monkeypatch)
+    read = column_sums(query, key, **how), row_entropy(query, key, **how), pooled_maps(query, key, **how, pixels=9)
+    assert gpu.readings == 3
+    torch.testing.assert_close(read[0], streamed[0])
+    torch.testing.assert_close(read[1], streamed[1], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(read[2], streamed[2], strict=True):
+        torch.testing.assert_close(ours.values, theirs.values)
+        assert torch.equal(ours.row_edges, theirs.row_edges)
+        assert torch.equal(ours.col_edges, theirs.col_edges)
+
+
+def test_on_a_gpu_rows_are_streamed_where_only_some_tokens_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = layer(2, 1, 30)
+    at = torch.tensor([*range(10), *range(12, 32)])
+    how: dict[str, Any] = {"scale": 0.25, "query_positions": at, "key_positions": at}
+    streamed = column_sums(query, key, **how)
+    zoomed = pooled_maps(query, key, scale=0.25, rows=(5, 20), pixels=4)
+    gpu = Everywhere(monkeypatch)
+    assert torch.equal(column_sums(query, key, **how), streamed)
+    again = pooled_maps(query, key, scale=0.25, rows=(5, 20), pixels=4)
+    assert all(torch.equal(one.values, other.values) for one, other in zip(again, zoomed, strict=True))
+    assert gpu.readings == 0

@@ -26,9 +26,13 @@ from workbench.measure.rows import (
     visible_keys,
 )
 from workbench.progress import Progress
+from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.reading import Reading, read_attention
 
 Pooling = Literal["max", "mean", "sum"]
 Span = tuple[int, int]
+
+_KERNEL_PIXELS, _KERNEL_WIDTH = 1024, 256  # the largest maps and head sizes that the kernel makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +187,10 @@ def pooled_maps(
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
 
     edges = _edges_of(at, held, pixels, rows, cols)
+    if pixels <= _KERNEL_PIXELS and all(map(torch.equal, edges, _edges_of(at, held, pixels, None, None))):
+        read = _read(queries, keys, at, held, scale, window, softcap, sums=False, pooling=pooling, pixels=pixels)
+        if read is not None and read.cells is not None:
+            return [PooledMap(each, *edges, pooling) for each in read.cells.cpu()]
     maps = []
     for part in head_parts(queries, keys, held, progress):
         held_here = held if part.key_positions is None else part.key_positions.view(-1, nk)
@@ -317,6 +325,9 @@ def column_sums(
 
     queries: [h, nq, d]; keys: [k, nk, d]. The accumulated attention of H2O (Zhang et al. 2023, arXiv:2306.14048).
     """
+    read = _read(queries, keys, query_positions, key_positions, scale, window, softcap)
+    if read is not None and read.sums is not None:
+        return read.sums
     received = torch.zeros(queries.shape[0], keys.shape[1], device=queries.device)
     for part in head_parts(queries, keys, key_positions, progress):
         for _, at, probs in row_blocks(
@@ -351,6 +362,9 @@ def row_entropy(
 
     queries: [h, nq, d]; keys: [k, nk, d].
     """
+    read = _read(queries, keys, query_positions, key_positions, scale, window, softcap, sums=False, entropy=True)
+    if read is not None and read.entropy is not None:
+        return read.entropy
     entropy = torch.zeros(queries.shape[:2], device=queries.device)
     for rows, _, probs in row_blocks(
         queries,
@@ -407,6 +421,35 @@ def sink_mass(
         sums = probs.sum(1).view(k, h // k, -1)  # [k, group, keys]
         mass += (sums * is_sink[:, None, seen]).sum(-1).flatten()
     return mass / (nq - begin)
+
+
+def _read(
+    queries: Tensor,
+    keys: Tensor,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    **wanted: Any,
+) -> Reading | None:
+    """What a kernel reads of a whole prompt's attention; None where rows are streamed instead.
+
+    That is on a CPU, where keys were evicted or queries left out, and for what is wrong, which `row_blocks` says.
+    """
+    if not on_gpu(queries, keys) or queries.ndim != 3 or keys.ndim != 3 or queries.dtype != keys.dtype:
+        return None
+    (h, nq, d), (k, nk, width) = queries.shape, keys.shape
+    fits = 0 < nq <= nk and k > 0 and h > 0 and h % k == 0 and d == width <= _KERNEL_WIDTH
+    if not fits or queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
+        return None
+    at, held = token_positions(nq, nk, query_positions, key_positions)
+    if len(held) > 1 or not torch.equal(held[0], torch.arange(nk)) or not torch.equal(at, held[0, nk - nq :]):
+        return None
+    how = {"scale": scale, "window": window, "softcap": softcap, **wanted}
+    return read_attention(queries.detach(), keys.detach(), **how)
 
 
 def queries_per_key(
