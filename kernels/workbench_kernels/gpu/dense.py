@@ -104,10 +104,8 @@ def _attend(
                 value = tl.load(value_at, mask=(dv < DV)[None, :, None], other=0.0)
             mixed = tl.dot(value, weight.to(value.dtype), mixed * old[:, None, :])
             top = higher
-        best = tl.max(top, 0)
-        share = tl.exp2(top - best[None])
-        leave_sums(sums, pid + head, rows, tl.sum(mixed * share[:, None, :], 0), dv, dv < DV, ROWS, DV)
-        leave_weights(largest, weights, pid + head, rows, best, tl.sum(whole * share, 0), ROWS)
+        leave_sums(sums, pid + head, rows, mixed, dv, dv < DV, ROWS, DV, G)
+        leave_weights(largest, weights, pid + head, rows, top, whole, ROWS, G)
         low = stop
 
 
@@ -138,7 +136,7 @@ def decode_dense(
     warps, tokens, stages, per_processor = config or config_for(max(width, value_width), rows, keys.longest)
     tile = warps * tokens
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
-    slots = Slots.of(programs + heads, rows, value_width, query.device)
+    slots = Slots.of(programs + heads, warps, rows, value_width, query.device)
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, keys.starts, values.starts, keys.lengths,
         None if positions is None else positions.data, None if positions is None else positions.starts, query_positions,

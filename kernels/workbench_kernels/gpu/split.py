@@ -2,9 +2,9 @@
 
 A decode step has too few heads to fill a GPU, and heads may be unequally long. So the tiles of all heads are laid end to
 end and cut into runs of equal length, one a program (stream-K; "Lean Attention", Sanovar et al. 2024, arXiv:2405.10480):
-a run may end within a head and begin in the next. Each program leaves the softmax over its part of a head, not yet
-divided, in a slot of its own; `join` adds a head's slots up. As runs follow the heads, program + head is a different
-slot for each part.
+a run may end within a head and begin in the next. Each program leaves the softmax over its part of a head, warp by warp
+and not yet divided, in a slot of its own; `join` adds a head's slots up. As runs follow the heads, program + head is a
+different slot for each part.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where two of them may 
 
 
 class Slots(NamedTuple):
-    """Room for the parts of an attention: sums float32 [s, r, d], largest score and sum of weights float32 [s, r]."""
+    """Room for the parts of an attention, one of each warp of a program: sums float32 [s, g, r, d], largest score and
+    sum of weights float32 [s, g, r].
+    """
 
     sums: Tensor
     largest: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, count: int, rows: int, width: int, device: torch.device) -> Slots:
-        sums = torch.empty(count, rows, width, dtype=torch.float32, device=device)
-        both = torch.empty(2, count, rows, dtype=torch.float32, device=device)
+    def of(cls, count: int, warps: int, rows: int, width: int, device: torch.device) -> Slots:
+        sums = torch.empty(count, warps, rows, width, dtype=torch.float32, device=device)
+        both = torch.empty(2, count, warps, rows, dtype=torch.float32, device=device)
         return cls(sums, both[0], both[1])
 
 
@@ -88,63 +90,67 @@ def capped(scores, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def leave_sums(sums, slot, rows, out, channel, real, ROWS: tl.constexpr, D: tl.constexpr):
-    """Write out [C, R], the sums of channels `channel` [C] where `real` [C], of query rows `rows` [R] to a slot."""
-    place = slot.to(tl.int64) * ROWS + rows
-    tl.store(sums + place[None, :] * D + channel[:, None], out, mask=(rows < ROWS)[None, :] & real[:, None])
+def leave_sums(sums, slot, rows, out, channel, real, ROWS: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
+    """Write each warp's sums out [G, C, R], of channels `channel` [C] where `real` [C] and of query rows `rows` [R]."""
+    place = (slot.to(tl.int64) * G + tl.arange(0, G))[:, None] * ROWS + rows[None, :]  # [G, R]
+    tl.store(
+        sums + place[:, None, :] * D + channel[None, :, None], out,
+        mask=(rows < ROWS)[None, None, :] & real[None, :, None],
+    )  # fmt: skip
 
 
 @triton.jit
-def leave_weights(largest, weights, slot, rows, top, total, ROWS: tl.constexpr):
-    """Write the largest score and the sum of weights [R] of query rows `rows` [R] to a slot."""
-    place = slot.to(tl.int64) * ROWS + rows
-    tl.store(largest + place, top, mask=rows < ROWS)
-    tl.store(weights + place, total, mask=rows < ROWS)
+def leave_weights(largest, weights, slot, rows, top, whole, ROWS: tl.constexpr, G: tl.constexpr):
+    """Write each warp's largest score and sum of weights [G, R] of query rows `rows` [R]."""
+    place = (slot.to(tl.int64) * G + tl.arange(0, G))[:, None] * ROWS + rows[None, :]
+    tl.store(largest + place, top, mask=(rows < ROWS)[None, :])
+    tl.store(weights + place, whole, mask=(rows < ROWS)[None, :])
 
 
 @triton.jit
 def _join(
-    sums, largest, weights, lengths, tail_slots, out, lse, queries, programs,
-    K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    TAILS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
+    sums, largest, weights, lengths, tail_slots, out, lse, programs,
+    K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    G: tl.constexpr, TAILS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One query row of one KV head: its slots, rescaled to the largest score, added up and divided."""
+    """C channels of one query row of one KV head: its slots, rescaled to the largest score, added up and divided."""
     head, row = tl.program_id(0), tl.program_id(1)
-    heads, d = tl.arange(0, KP), tl.arange(0, DP)
+    heads, d = tl.arange(0, KP), tl.program_id(2) * C + tl.arange(0, C)
     spans = tl.load(lengths + heads, mask=heads < K, other=0)
     tiles, ends = tiles_of(spans, K, KP, TILE)
     total = tl.sum(tiles, 0)
     end = at(ends, head, KP)
     count = at(tiles, head, KP)
     first = owner_of(total, end - count, programs)
-    last = tl.where(count > 0, owner_of(total, end - 1, programs), first - 1)
+    parts = tl.where(count > 0, owner_of(total, end - 1, programs) - first + 1, 0) * G
     top = tl.full([], LOWEST, tl.float32)
     whole = tl.zeros([], tl.float32)
-    mixed = tl.zeros([DP], tl.float32)
-    if TAILS:
-        tail = (tail_slots + head).to(tl.int64) * ROWS + row
-        top = tl.load(largest + tail)
-        whole = tl.load(weights + tail)
-        mixed = tl.load(sums + tail * D + d, mask=d < D, other=0.0)
+    mixed = tl.zeros([C], tl.float32)
     step = tl.arange(0, CHUNK)
-    for begin in range(first, last + 1, CHUNK):
-        slot = begin + step
-        there = slot <= last
-        place = (slot + head).to(tl.int64) * ROWS + row
+    behind = 0
+    if TAILS:
+        behind = G
+    for begin in range(0, parts + behind, CHUNK):
+        part = begin + step
+        there = part < parts + behind
+        # The parts of the tail come behind those of the programs.
+        slot = tl.where(part < parts, (first + head) * G + part, (tail_slots + head) * G + part - parts)
+        place = slot.to(tl.int64) * ROWS + row
         tops = tl.load(largest + place, mask=there, other=LOWEST)
-        parts = tl.load(weights + place, mask=there, other=0.0)
-        found = tl.load(sums + place[:, None] * D + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
+        shares = tl.load(weights + place, mask=there, other=0.0)
+        found = tl.load(sums + place[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         higher = tl.maximum(top, tl.max(tops, 0))
         old, new = tl.exp2(top - higher), tl.where(there, tl.exp2(tops - higher), 0.0)
-        whole = whole * old + tl.sum(parts * new, 0)
+        whole = whole * old + tl.sum(shares * new, 0)
         mixed = mixed * old + tl.sum(found * new[:, None], 0)
         top = higher
-    # Row j * queries + i of KV head `head` is query i of query head head * groups + j, so rows lie as heads do.
+    # Row j * q + i of KV head `head` is query i of its query head j, so rows lie as query heads do.
     line = (head * ROWS + row).to(tl.int64)
     tl.store(out + line * D + d, mixed / tl.where(whole > 0, whole, 1.0), mask=d < D)
     if LSE:
-        found_any = (top + tl.log2(tl.maximum(whole, 1e-37))) * 0.6931471805599453
-        tl.store(lse + line, tl.where(whole > 0, found_any, float("-inf")))
+        if tl.program_id(2) == 0:
+            logarithm = (top + tl.log2(tl.maximum(whole, 1e-37))) * 0.6931471805599453
+            tl.store(lse + line, tl.where(whole > 0, logarithm, float("-inf")))
 
 
 def join(
@@ -155,13 +161,13 @@ def join(
     lengths int32 [k]: of what was cut into tiles. tails: whether a further slot for each head follows those of the
     programs. A head of which nothing was seen gives zeros, and minus infinity.
     """
-    heads, rows = lengths.numel(), slots.sums.shape[1]
+    heads, rows, channels = lengths.numel(), slots.sums.shape[2], min(power(width), 64)
     out = torch.empty(*query.shape[:2], width, dtype=query.dtype, device=query.device)
     found = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
-    _join[(heads, rows)](
-        slots.sums, slots.largest, slots.weights, lengths, programs + heads, out, found, query.shape[1], programs,
-        K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, DP=power(width), TAILS=tails, LSE=lse, CHUNK=64,
-        num_warps=4,
+    _join[(heads, rows, -(-width // channels))](
+        slots.sums, slots.largest, slots.weights, lengths, programs + heads, out, found, programs,
+        K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, C=channels, G=slots.sums.shape[1], TAILS=tails,
+        LSE=lse, CHUNK=128, num_warps=4,
     )  # fmt: skip
     return out, found
 
