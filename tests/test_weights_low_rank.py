@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 import workbench as wb
 from workbench import testing
@@ -13,7 +14,7 @@ from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.weights import SVD, FlashSVD, compressed
-from workbench.weights.low_rank import LowRankLinear, StreamedMLP, truncated
+from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name, truncated
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
 
@@ -78,6 +79,12 @@ def test_modules_of_another_form_compute_layer_by_layer() -> None:
     twin = compressed(tiny("phi3"), [FlashSVD(budget=0.7)])  # gate and up are one matrix there
     assert not any(isinstance(module, StreamedMLP) for module in twin.modules())
     assert bool(logits(twin).isfinite().all())
+
+
+def test_activations_are_known_by_their_numbers() -> None:
+    known = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+    assert {name: activation_name(ACT2FN[name]) for name in known} == known
+    assert [activation_name(x) for x in (nn.PReLU(), nn.Tanh(), None)] == [None] * 3
 
 
 def test_a_share_without_any_rank_is_refused_with_the_smallest_one() -> None:

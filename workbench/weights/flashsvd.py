@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.low_rank import LowRankLinear, StreamedMLP
+from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name
 from workbench.weights.svd import SVD
 
 
@@ -21,7 +21,7 @@ class FlashSVD(SVD):
     and sums what they add in the low-rank space of its last layer (the paper's streaming of the feed-forward part). The
     outputs are those of SVD, the peak of activations is lower. The paper also fuses the projections of queries, keys
     and values into the attention kernel; here attention is handed them whole, for it is recorded and shown.
-    Modules of another form keep computing layer by layer.
+    Modules of another form, or with another activation than SiLU, GELU or ReLU, keep computing layer by layer.
     """
 
     key = "flashsvd"
@@ -29,12 +29,12 @@ class FlashSVD(SVD):
     paper = Paper("FlashSVD: Memory-Efficient Inference with Streaming for Low-Rank Models", "Shao et al. 2025")
     claim = "70 % less peak activation memory with low-rank weights, at the same outputs"
 
-    tile: int = param(128, ge=8, le=4096, help="tokens, and neurons, that are computed together")
+    tile: int = param(128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together")
 
     def apply(self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], progress: Progress) -> None:
         super().apply(twin, linears, progress)
         for name, module in list(twin.named_modules()):
             parts = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
             thin = [part for part in parts if isinstance(part, LowRankLinear)]
-            if len(thin) == 3 and hasattr(module, "act_fn"):
+            if len(thin) == 3 and activation_name(getattr(module, "act_fn", None)):
                 twin.set_submodule(name, StreamedMLP(thin[0], thin[1], thin[2], module.act_fn, self.tile))
