@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 
+import kernels_support  # noqa: F401  before anything imports Triton
 import pytest
 import torch
 from browser_support import chromium  # noqa: F401  a fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -59,12 +59,11 @@ def read_attention(
     of the map; in plain PyTorch a few blocks of rows.
     Raises ValueError for what does not fit together.
     """
+    compute: Callable[..., Reading] = read_attention_reference
     if on_gpu(query, key, lse):
         from workbench_kernels.gpu import reading as gpu
 
         compute = gpu.read_attention
-    else:
-        compute = read_attention_reference
     return compute(
         query,
         key,

@@ -6,6 +6,8 @@ time. Column sums stay in registers, folded only within a thread; cells of the m
 `_rows` owns a block of rows instead, and finds their log-sum-exp, their entropy, or both in one pass.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from dataclasses import dataclass
