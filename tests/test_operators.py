@@ -16,6 +16,7 @@ from torch.nn.functional import normalize, silu
 from transformers import PreTrainedModel
 
 import workbench as wb
+from workbench import testing
 from workbench.attention.exact import causal_attention
 from workbench.attention.operators import (
     SLAB,
@@ -176,6 +177,110 @@ def test_an_operator_computes_what_its_paper_says(op: Operator, oracle: Callable
 
 
 @every
+@pytest.mark.parametrize("promise", testing.PROMISES[Operator], ids=lambda promise: promise.__name__)
+def test_an_operator_keeps_every_promise(cls: type[Operator], promise: testing.Promise) -> None:
+    testing.check_promise(promise, cls)
+
+
+class Mean(Operator):
+    """Give all tokens so far the same weight."""
+
+    key = "mean"
+    title = "Mean"
+    claim = "none"
+
+    def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
+        return (torch.ones(len(q), stop - first, stop) / torch.arange(first + 1, stop + 1)[:, None]).tril_(first)
+
+
+class MeanOfAll(Mean):
+    """Look at later tokens too."""
+
+    def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
+        return torch.full((len(q), stop - first, stop), 1 / q.shape[1])
+
+
+class WithinChunks(Mean):
+    """See what lies in the same chunk only."""
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        parts = zip(*(x.split(self.chunk, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([super(WithinChunks, self).apply(*part, scale) for part in parts], dim=1)
+
+
+class FromTheChunkOn(Mean):
+    """Count rows from the first one asked for."""
+
+    def weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        return super().rows(q, k, scale, 0, q.shape[1])
+
+    def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
+        return super().rows(q, k, scale, 0, stop - first)
+
+
+class InFloat32(Mean):
+    """Give float32 whatever comes in."""
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return super().apply(q.float(), k, v, scale)
+
+
+class Exponential(Mean):
+    """Raise products to the power of e without taking off their largest."""
+
+    def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
+        keys = k[:, :stop].repeat_interleave(len(q) // len(k), 0)
+        raised = (q[:, first:stop].float() @ keys.float().transpose(1, 2)).exp().tril_(first)
+        return raised / raised.sum(-1, keepdim=True)
+
+
+class HeadsTogether(Mean):
+    """Weigh by the head's number, which for_head does not keep."""
+
+    def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
+        return super().rows(q, k, scale, first, stop) * torch.arange(1, len(q) + 1)[:, None, None]
+
+
+class Overwrites(Mean):
+    """Scale the queries in place."""
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return super().apply(q.mul_(2), k, v, scale)
+
+
+class Dices(Mean):
+    """Add noise."""
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return super().apply(q, k, v, scale) * (
+            1 + 1e-6 * torch.rand(1, generator=torch.Generator().manual_seed(id(self)))
+        )
+
+
+def test_a_sound_operator_of_ones_own_keeps_the_promises() -> None:
+    testing.check_method(Mean)
+
+
+@pytest.mark.parametrize(
+    ("cls", "promise", "said"),
+    [
+        (MeanOfAll, testing.what_follows_changes_no_output_before, "gives weight to a token after it"),
+        (WithinChunks, testing.chunks_give_what_the_whole_map_gives, "chunks of 1 give another output"),
+        (FromTheChunkOn, testing.rows_are_those_of_the_whole_map, "not those of the whole map"),
+        (InFloat32, testing.outputs_have_the_shape_and_precision_of_the_queries, r"give torch.float32 \[4, 30, 6\]"),
+        (Exponential, testing.large_inputs_give_finite_outputs, "inputs of 100.0 overflow"),
+        (HeadsTogether, testing.each_head_is_by_itself, "alone gives another output than among the others"),
+        (Overwrites, testing.the_same_inputs_give_the_same_output, "the trace changed"),
+        (Dices, testing.the_same_inputs_give_the_same_output, "another output the second time"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_broken_promise_of_an_operator_is_told(cls: type[Operator], promise: testing.Promise, said: str) -> None:
+    with pytest.raises(testing.MethodProblem, match=said):
+        testing.check_promise(promise, cls)
+
+
+@every
 @given(
     tokens=st.integers(1, 70),
     chunk=st.integers(1, 40),
@@ -191,62 +296,6 @@ def test_chunks_give_what_the_whole_map_gives(
     q, k, v = drawn(tokens, kv_heads * group, kv_heads, width, seed=seed)
     op = cls(chunk=chunk)
     close(op.apply(q, k, v, SCALE), op.plain(q, k, v, SCALE))
-
-
-@every
-def test_some_rows_are_those_of_the_whole_map(cls: type[Operator]) -> None:
-    q, k, _ = drawn(60)
-    op = cls()
-    whole = op.weights(q, k, SCALE)
-    for first, stop in ((0, 1), (0, 60), (7, 8), (20, 45), (59, 60)):
-        close(op.rows(q, k, SCALE, first, stop), whole[:, first:stop, :stop])
-
-
-@every
-@pytest.mark.parametrize("at", [1, 16, 40])
-def test_nothing_that_follows_changes_what_was(cls: type[Operator], at: int) -> None:
-    q, k, v = drawn(64)
-    op = cls(chunk=24)
-    before, weights = op.apply(q, k, v, SCALE), op.weights(q, k, SCALE)
-    assert not weights.triu(1).any()
-    other = [x.clone() for x in (q, k, v)]
-    for x, y in zip(other, drawn(64, seed=9), strict=True):
-        x[:, at:] = 5 * y[:, at:]
-    close(op.apply(*other, SCALE)[:, :at], before[:, :at], 1e-5)
-    close(op.weights(*other[:2], SCALE)[:, :at], weights[:, :at], 1e-5)
-    shorter = op.apply(*(x[:, :at] for x in (q, k, v)), SCALE)  # nor does how much follows
-    close(shorter, before[:, :at], 1e-5)
-
-
-@every
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_heads_of_a_group_read_one_kv_head(cls: type[Operator], kv_heads: int) -> None:
-    q, k, v = drawn(40, 4, kv_heads)
-    op = cls(chunk=16)
-    apart = op.apply(q, k.repeat_interleave(4 // kv_heads, 0), v.repeat_interleave(4 // kv_heads, 0), SCALE)
-    close(op.apply(q, k, v, SCALE), apart, 1e-6)
-
-
-@every
-def test_each_head_by_itself_gives_what_all_give_together(cls: type[Operator]) -> None:
-    q, k, v = drawn(40, 6, 2)
-    op = cls()
-    whole = op.apply(q, k, v, SCALE)
-    for head in range(6):
-        kv = slice(head // 3, head // 3 + 1)
-        alone = op.for_head(head, 6).apply(q[head : head + 1], k[kv], v[kv], SCALE)
-        close(alone[0], whole[head], 1e-5)
-
-
-@every
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_outputs_have_the_precision_of_the_queries(cls: type[Operator], dtype: torch.dtype) -> None:
-    narrow = [x.to(dtype) for x in drawn(30)]
-    op = cls(chunk=8)
-    got = op.apply(*narrow, SCALE)
-    assert got.dtype == dtype and op.plain(*narrow, SCALE).dtype == dtype
-    assert op.weights(*narrow[:2], SCALE).dtype == torch.float32
-    close(got.float(), op.apply(*(x.float() for x in narrow), SCALE), 1e-2)
 
 
 @every
@@ -312,6 +361,16 @@ def test_one_agent_for_equal_queries_is_softmax_attention() -> None:
     q = q[:, :1].expand(-1, 50, -1)
     got = AgentAttention(segment=7, agents=3, chunk=9).apply(q, k, v, SCALE)
     close(got, causal_attention(q, k, v, scale=SCALE))
+
+
+@pytest.mark.parametrize("size", [30, 300])
+def test_agents_whose_scores_grow_by_more_than_a_number_holds_stay_exact(size: float) -> None:
+    q, k, v = drawn(60)
+    op = AgentAttention(segment=8, agents=4, chunk=25)
+    assert SCALE * size**2 > 200
+    want = torch.stack([agent_weights(op, size * q[h].double(), size * k[h // 2].double(), h, 4) for h in range(4)])
+    close(op.weights(size * q, size * k, SCALE).double(), want)
+    close(op.apply(size * q, size * k, v, SCALE).double(), want @ v.repeat_interleave(2, 0).double())
 
 
 def test_inline_attention_is_softmax_attention_to_first_order() -> None:

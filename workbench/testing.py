@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from workbench.attention.base import AttentionMethod
+from workbench.attention.operators.base import Operator, per_head
 from workbench.decoding import Decoder
-from workbench.errors import BadParameter, BudgetTooSmall, NotApplicable
+from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.plan import Plan, make_plan, rank
 from workbench.kv.stores import SlidingStore, Store
@@ -46,8 +47,9 @@ class MethodProblem(AssertionError):
 def check_method(method: type[Method], **parameters: Any) -> None:
     """Check that a method keeps every promise of its family. Raises MethodProblem for the first that it breaks.
 
-    method: a KV, weight or attention method; it need not be registered. parameters: for all instances made of it, for
-    instance a window that suits the short prompts used here (at most 70 tokens); no budget, for the checks set it.
+    method: a KV, weight or attention method, or an operator; it need not be registered. parameters: for all instances
+    made of it, for instance a window that suits the short prompts used here (at most 70 tokens); no budget, for the
+    checks set it.
     KV methods: the promises hold at every budget, so leave parameters that fix the bytes (a number of bits) at
     their defaults.
     """
@@ -650,6 +652,118 @@ def reading_twice_gives_the_same(method: AttentionMethod) -> None:
     _must(fingerprint(_recorded(one)) == fingerprint(_recorded(two)), "two readings of a prompt differ")
 
 
+# -- operators
+
+Heads = tuple[Tensor, Tensor, Tensor]
+_SCALE = 0.3
+
+
+def _drawn(tokens: int, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> Heads:
+    """Random queries [h, n, 8], keys [k, n, 8] and values [k, n, 6]."""
+    generator = torch.Generator().manual_seed(1000 * seed + tokens)
+    query, key, value = (
+        torch.randn(shape, generator=generator)
+        for shape in ((heads, tokens, 8), (kv_heads, tokens, 8), (kv_heads, tokens, 6))
+    )
+    return query, key, value
+
+
+def _agree(got: Tensor, want: Tensor, broken: str, tolerance: float = _CLOSE) -> None:
+    """Check that two tensors are equal up to a share of the second one's norm."""
+    same = got.shape == want.shape
+    _must(same, f"{broken}: the shapes are {list(got.shape)} and {list(want.shape)}")
+    apart = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+    _must(apart <= tolerance, f"{broken}: they differ by {apart:.1e} of the norm")
+
+
+def chunks_give_what_the_whole_map_gives(operator: Operator) -> None:
+    for tokens, heads, kv_heads in ((1, 2, 1), (2, 2, 2), (33, 4, 2), (TOKENS, 6, 2)):
+        q, k, v = _drawn(tokens, heads, kv_heads)
+        want = operator.plain(q, k, v, _SCALE)
+        implied = operator.weights(q, k, _SCALE) @ per_head(v, heads)
+        _agree(want, implied, f"{tokens} tokens: the output is not what the implied map makes of the values")
+        for chunk in (1, 7, 16, tokens):
+            got = type(operator)(**{**dict(operator), "chunk": chunk}).apply(q, k, v, _SCALE)
+            _agree(got, want, f"{tokens} tokens: chunks of {chunk} give another output than the whole map")
+
+
+def rows_are_those_of_the_whole_map(operator: Operator) -> None:
+    q, k, _ = _drawn(60)
+    whole = operator.weights(q, k, _SCALE)
+    _must(whole.shape == (4, 60, 60) and whole.dtype == torch.float32, f"the map is {whole.dtype} {list(whole.shape)}")
+    for first, stop in ((0, 1), (0, 60), (7, 8), (20, 45), (59, 60)):
+        got = operator.rows(q, k, _SCALE, first, stop)
+        _agree(got, whole[:, first:stop, :stop], f"rows {first} to {stop} are not those of the whole map")
+
+
+def what_follows_changes_no_output_before(operator: Operator) -> None:
+    tensors = _drawn(64)
+    before, weights = operator.apply(*tensors, _SCALE), operator.weights(*tensors[:2], _SCALE)
+    _must(not bool(weights.triu(1).any()), "a query gives weight to a token after it")
+    for at in (1, 16, 40):
+        q, k, v = (torch.cat([x[:, :at], 5 * y[:, at:]], 1) for x, y in zip(tensors, _drawn(64, seed=9), strict=True))
+        broken = f"what comes after position {at - 1} changes what was before it"
+        _agree(operator.apply(q, k, v, _SCALE)[:, :at], before[:, :at], broken, 1e-5)
+        _agree(operator.weights(q, k, _SCALE)[:, :at], weights[:, :at], broken, 1e-5)
+        q, k, v = (x[:, :at] for x in tensors)
+        _agree(operator.apply(q, k, v, _SCALE), before[:, :at], f"how much comes after {at - 1} changes it", 1e-5)
+
+
+def outputs_have_the_shape_and_precision_of_the_queries(operator: Operator) -> None:
+    exact = operator.apply(*_drawn(30), _SCALE)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        q, k, v = (x.to(dtype) for x in _drawn(30))
+        for got in (operator.apply(q, k, v, _SCALE), operator.plain(q, k, v, _SCALE)):
+            right = got.dtype == dtype and got.shape == (4, 30, 6)
+            _must(right, f"queries {dtype} [4, 30, 8] and values of 6 give {got.dtype} {list(got.shape)}")
+        same = operator.apply(q.float(), k.float(), v.float(), _SCALE)
+        _agree(operator.apply(q, k, v, _SCALE), same, f"{dtype}: it is not computed in float32 or better", 1e-2)
+    _must(bool(exact.isfinite().all()), "the output is not finite")
+
+
+def large_inputs_give_finite_outputs(operator: Operator) -> None:
+    for size in (1e-4, 1e2, 1e4):
+        q, k, v = _drawn(40)
+        _must(bool(operator.apply(size * q, size * k, v, _SCALE).isfinite().all()), f"inputs of {size} overflow")
+        _must(bool(operator.weights(size * q, size * k, _SCALE).isfinite().all()), f"the map of inputs of {size} does")
+    layer = reading().trace.layers[1]
+    out = operator.apply(layer.queries, layer.keys, layer.values, layer.scale)
+    _must(bool(out.isfinite().all()), "what a model recorded gives an output that is not finite")
+
+
+def each_head_is_by_itself(operator: Operator) -> None:
+    for heads, kv_heads in ((6, 2), (4, 1), (3, 3)):
+        q, k, v = _drawn(40, heads, kv_heads)
+        whole, group = operator.apply(q, k, v, _SCALE), heads // kv_heads
+        repeated = operator.apply(q, per_head(k, heads), per_head(v, heads), _SCALE)
+        _agree(
+            repeated, whole, "heads of a group that share a KV head give another output than each with its own", 1e-5
+        )
+        for head in range(heads):
+            kv = slice(head // group, head // group + 1)
+            alone = operator.for_head(head, heads).apply(q[head : head + 1], k[kv], v[kv], _SCALE)
+            _agree(
+                alone[0], whole[head], f"head {head} of {heads} alone gives another output than among the others", 1e-5
+            )
+
+
+def the_same_inputs_give_the_same_output(operator: Operator) -> None:
+    tensors = _drawn(50)
+    with _nothing_left(operator, nn.Module(), tensors):
+        one, _ = operator.apply(*tensors, _SCALE), operator.weights(*tensors[:2], _SCALE)
+        operator.apply(*_drawn(31, seed=3), _SCALE)
+    two = type(operator)(**dict(operator)).apply(*tensors, _SCALE)
+    _must(torch.equal(one, two), "the same queries, keys and values give another output the second time")
+
+
+def an_operator_takes_no_budget(operator: Operator) -> None:
+    try:
+        operator.with_budget(0.5)
+    except BadBudget:
+        return
+    raise MethodProblem("it is never run in a model, so there is nothing to budget, but it takes a budget")
+
+
 PROMISES: dict[type[Method], tuple[Promise, ...]] = {
     KVMethod: (
         describes_itself,
@@ -683,6 +797,17 @@ PROMISES: dict[type[Method], tuple[Promise, ...]] = {
         decoding_at_a_whole_budget_is_exact,
         decoding_computes_no_more_than_exact_attention,
         reading_twice_gives_the_same,
+    ),
+    Operator: (
+        describes_itself,
+        chunks_give_what_the_whole_map_gives,
+        rows_are_those_of_the_whole_map,
+        what_follows_changes_no_output_before,
+        outputs_have_the_shape_and_precision_of_the_queries,
+        large_inputs_give_finite_outputs,
+        each_head_is_by_itself,
+        the_same_inputs_give_the_same_output,
+        an_operator_takes_no_budget,
     ),
 }
 """What methods of each family promise."""

@@ -9,6 +9,8 @@ from workbench.attention.operators.base import Operator, check, chunks, hide_lat
 from workbench.attention.operators.landmarks import epochs, means
 from workbench.registry import Paper, param, register
 
+_GROWTH = 600.0  # exp(709) is the largest number
+
 
 @register
 class AgentAttention(Operator):
@@ -43,10 +45,13 @@ class AgentAttention(Operator):
             low = max(start, first)
             agents = means(query, self.segment, members)  # [h, a, d]
             scores = agents @ key[:, :end].transpose(1, 2)  # [h, a, end]
-            highest = scores.amax(-1, keepdim=True)
-            total = (scores - highest).logcumsumexp(-1)[..., low:]  # of the keys up to each query, [h, a, r]
-            asked = _ask(query[:, low:], agents, scale)[:, : end - low] / total.exp().transpose(1, 2)
-            weights[:, low - first : end - first, :end] = hide_later(asked @ (scores - highest).exp(), low).float()
+            total = scores.logcumsumexp(-1)  # of the keys up to each query
+            asked = _ask(query[:, low:end], agents, scale)  # [h, r, a]
+            for begin, to in _steady(total[..., low:]):
+                rows, size = slice(low + begin, low + to), total[..., low + to - 1 : low + to]
+                part = asked[:, begin:to] * (size - total[..., rows]).exp().transpose(1, 2)
+                part = hide_later(part @ (scores[..., : rows.stop] - size).exp(), rows.start)
+                weights[:, rows.start - first : rows.stop - first, : rows.stop] = part.float()
         return weights
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -64,14 +69,16 @@ class AgentAttention(Operator):
             sums = torch.cat([sums[:, stay], fresh[1]], dim=1)  # [h, a, dv + 1]
             for low, high in chunks(start, end, self.chunk):
                 scores = agents @ key[:, low:high].transpose(1, 2)  # [h, a, c]
-                higher = torch.maximum(highest, scores.amax(-1, keepdim=True))
-                sums, highest = sums * (highest - higher).exp(), higher
-                lifted = (scores - highest).exp()
-                total = sums[..., -1:] + lifted.cumsum(-1)
-                asked = _ask(query[:, low:high], agents, scale) / total.transpose(1, 2)  # [h, c, a]
-                mixed = asked @ sums[..., :-1] + (asked @ lifted).tril_() @ value[:, low:high, :-1]
-                out[:, low:high] = mixed.to(out.dtype)
-                sums = sums + lifted @ value[:, low:high]
+                total = torch.logaddexp(highest + sums[..., -1:].log(), scores.logcumsumexp(-1))
+                asked = _ask(query[:, low:high], agents, scale)  # [h, c, a]
+                for begin, to in _steady(total):
+                    part, rows, size = slice(begin, to), slice(low + begin, low + to), total[..., to - 1 : to]
+                    sums, highest = sums * (highest - size).exp(), size
+                    lifted, near = (scores[..., part] - size).exp(), value[:, rows]
+                    share = asked[:, part] * (size - total[..., part]).exp().transpose(1, 2)
+                    mixed = share @ sums[..., :-1] + (share @ lifted).tril_() @ near[..., :-1]
+                    out[:, rows] = mixed.to(out.dtype)
+                    sums = sums + lifted @ near
             before = members
         return out
 
@@ -79,6 +86,21 @@ class AgentAttention(Operator):
 def _ask(query: Tensor, agents: Tensor, scale: float) -> Tensor:
     """Each query's softmax over the agents, [h, n, a]; both come scaled."""
     return (query @ agents.transpose(1, 2) / scale).softmax(-1)
+
+
+def _steady(total: Tensor) -> list[tuple[int, int]]:
+    """Ranges of queries within which no agent's sum of exponentials, whose logarithms [h, a, r] ascend, grows by more
+    than float64 can hold; one, unless scores are very large.
+    """
+    ranges, left = [], [(0, total.shape[-1])]
+    while left:
+        low, high = left.pop()
+        if high - low == 1 or float((total[..., high - 1] - total[..., low]).max()) < _GROWTH:
+            ranges.append((low, high))
+        else:
+            middle = (low + high) // 2
+            left += [(middle, high), (low, middle)]
+    return ranges
 
 
 def _past(agents: Tensor, key: Tensor, value: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
