@@ -380,6 +380,22 @@ def test_comparing_adds_a_row_for_each_run_and_says_what_cannot_be_done(workspac
     assert workspace.rows.kl.iloc[0] < 1e-6
 
 
+def test_the_share_of_scores_has_a_column_once_a_run_has_an_attention_method(workspace: Any) -> None:
+    from workbench_widgets.app.panels.runs import RunsPanel
+
+    panel = RunsPanel(workspace, lambda methods, budgets: None)
+    panel.show(True)
+    workspace.read("tiny", TEXT)
+    wait_for(lambda: workspace.reading is not None)
+    for key, hidden in (("snapkv", ["score_share"]), ("streaming-window", [])):
+        before = len(workspace.rows)
+        workspace.generate(Recipe.of(key, budget=0.5), None, 2)
+        wait_for(lambda before=before: len(workspace.rows) > before and not workspace.working)
+        assert panel.table.hidden_columns == hidden
+    shares = panel.table.value["score_share"].tolist()
+    assert shares[0] == 1 and 0.3 < shares[1] <= 0.5
+
+
 def test_two_sharing_a_model_never_meet(workspace: Any, tiny_llama: Any) -> None:
     other = Workspace(now, workspace._shelf)
     workspace.read("tiny", TEXT)
@@ -456,6 +472,40 @@ def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
     wait_for(lambda: workspace.run is not None and not workspace.working)
     choose_to_show(attention, "difference: snapkv 0.5 − run of knorm 0.5")
     assert attention.map.label.endswith("snapkv 0.5 − knorm 0.5")
+
+
+def test_an_attention_methods_own_weights_are_shown_and_said_to_be_so(attention: Any) -> None:
+    import numpy as np
+
+    from workbench_widgets.wire import unpack
+
+    workspace = attention.workspace
+    sparse = wb.method("block-sparse", budget=0.5)
+    for recipe, said in ((sparse | wb.method("knorm", budget=0.5), "before knorm drops"), (Recipe.of(sparse), "")):
+        workspace.recipe = recipe
+        workspace.make_plan(recipe, interrupt=True)
+        wait_for(
+            lambda recipe=recipe: workspace.plan is not None and f"under {recipe.label}" in str(attention.shows.options)
+        )
+        choose_to_show(attention, f"attention under {recipe.label}")
+        wait_for(
+            lambda recipe=recipe: attention.map.label.endswith(f"under {recipe.label}") and not workspace.surveying.busy
+        )
+        wanted = workspace.reading.session.attention(0, 1, sparse).values.numpy()
+        np.testing.assert_array_equal(np.nan_to_num(unpack(attention.map.exact)), wanted)
+        assert said in attention._remark.object and attention._remark.visible == bool(said)
+
+
+def test_heads_whose_weights_take_long_to_find_wait_to_be_asked_for(attention: Any, monkeypatch: Any) -> None:
+    workspace = attention.workspace
+    entries = 3 * 4 * workspace.reading.trace.tokens**2
+    monkeypatch.setattr("workbench_widgets.app.panels.attention._AT_ONCE", 3 * entries)
+    for key, waits in (("streaming-window", True), ("masformer", False)):
+        workspace.recipe = Recipe.of(key, budget=0.7)
+        workspace.make_plan(workspace.recipe, interrupt=True)
+        wait_for(lambda key=key: f"under {key}" in str(attention.shows.options))
+        choose_to_show(attention, "attention under")
+        wait_for(lambda waits=waits: attention.survey.visible == waits)
 
 
 def test_what_was_looked_at_is_not_computed_again(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:

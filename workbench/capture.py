@@ -121,8 +121,9 @@ def has_to_run(method: AttentionMethod | None) -> bool:
     """Whether the weights that a method makes are found only by running it, which takes much longer than to look at
     exact attention; else they are a softmax over recorded queries and keys.
     """
-    softmax = method is None or isinstance(method, UniAttn | MemoryEfficient)
-    return not softmax and type(method).attend is not AttentionMethod.attend
+    if method is None or isinstance(method, UniAttn | MemoryEfficient):
+        return False
+    return type(method).attend is not AttentionMethod.attend
 
 
 def as_read(

@@ -509,6 +509,7 @@ def row_of(run: Run) -> dict[str, Any]:
         "kv_share": run.plan.share,
         "kv_mib": run.plan.nbytes / 2**20,
         "host_mib": run.plan.host_nbytes / 2**20,
+        "attention": next((method.key for method in run.recipe.family("attention")), None),
         "score_share": run.plan.trace.score_share,
         "weights_mib": run.memory.samples[-1].categories["weights"] / 2**20,
         "kl": quality.kl,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any, NamedTuple
 
 import panel as pn
 import panel_material_ui as pmu
 
+from workbench.attention.base import AttentionMethod
+from workbench.capture import changes_reading, has_to_run
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench_widgets import Heatmap, MapGrid, TokenText, figures, present
+from workbench_widgets.app.look import restyle
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.recent import Recent
 from workbench_widgets.app.workspace import Workspace
@@ -19,6 +23,7 @@ _SMALL = 32  # pixels of a map in the grid
 _SURVEY = "Show all heads"
 _REMEMBERED = 24  # maps and surveys; the largest is 1 MiB
 _AT_ONCE = 1.5e9  # score entries of all heads that are surveyed unasked: some ten seconds on one CPU core
+_RUNNING = 10  # how much longer an entry takes where an attention method has to run for it, over 1,000 to 2,000 tokens
 
 
 class Shown(NamedTuple):
@@ -57,6 +62,9 @@ class AttentionPanel(Panel):
         self.survey = pmu.Button(label=_SURVEY, icon="grid_view", size="small", variant="outlined", margin=4)
         self._bar = pmu.LinearProgress(value=0, variant="determinate", sizing_mode="stretch_width", visible=False)
         self._hint = hint("The map comes when a prompt has been read.")
+        self._remark = pn.pane.HTML(
+            "", stylesheets=[restyle("div")], sizing_mode="stretch_width", margin=(0, 8, 6, 8), visible=False
+        )
         self._controls = pn.FlexBox(
             self.layer,
             self.head,
@@ -91,7 +99,9 @@ class AttentionPanel(Panel):
             margin=0,
         )
         self._views = pn.FlexBox(one, all_heads, sizing_mode="stretch_width", gap="12px 24px", margin=0)
-        self.body = pn.Column(self._hint, self._controls, self._views, sizing_mode="stretch_width", margin=(6, 0))
+        self.body = pn.Column(
+            self._hint, self._controls, self._remark, self._views, sizing_mode="stretch_width", margin=(6, 0)
+        )
         self._controls.visible = self._views.visible = False
         self._trace: Any = None
         self._memory = Recent(_REMEMBERED)
@@ -146,7 +156,8 @@ class AttentionPanel(Panel):
         options = {"all keys": "full"}
         if workspace.plan is not None and workspace.recipe is not None:
             name = workspace.recipe.label
-            options |= {f"keys kept by {name}": "recipe", f"difference: {name} − all keys": "difference"}
+            kept = "attention under" if _sees_as_read(workspace.recipe) else "keys kept by"
+            options |= {f"{kept} {name}": "recipe", f"difference: {name} − all keys": "difference"}
             options |= {f"difference: {name} − run of {label}": f"run:{label}" for label in self._runs()}
         if options != self.shows.options:
             value = self.shows.value if self.shows.value in options.values() else "full"
@@ -205,6 +216,8 @@ class AttentionPanel(Panel):
         def show(made: tuple[dict[str, Any], dict[str, Any], Any]) -> None:
             keywords, text, line = made
             self._hint.visible, self._controls.visible, self._views.visible = False, True, True
+            said = _remark(shown.recipe)
+            self._remark.param.update(object=f"<div>{escape(said)}</div>", visible=bool(said))
             Heatmap.update(self.map, **keywords, dark=dark)
             TokenText.update(self.text, **text, dark=dark)
             self.line.object = line
@@ -223,7 +236,7 @@ class AttentionPanel(Panel):
         wanted = (self._trace, shown)
         if wanted == self._surveyed:
             return
-        entries = facts.layers * facts.heads * self._trace.tokens**2 * (2 if shown.difference else 1)
+        entries = facts.layers * facts.heads * self._trace.tokens**2 * sum(map(_effort, self._needed(shown)))
         known = all(("grid", recipe) in memory for recipe in self._needed(shown))
         if not (asked or known or entries <= _AT_ONCE):
             self.survey.visible, self.grid.visible = True, False
@@ -265,3 +278,31 @@ class AttentionPanel(Panel):
         self._bar.visible = bool(stage)
         self._bar.value = round(100 * (share or 0))
         self.survey.param.update(label=f"{stage} …" if stage else _SURVEY, disabled=bool(stage))
+
+
+def _sees_as_read(recipe: Recipe | None) -> bool:
+    """Whether the attention of a recipe is what its attention method made while the prompt was read."""
+    return recipe is not None and any(changes_reading(method) for method in _attention(recipe))
+
+
+def _effort(recipe: Recipe | None) -> int:
+    """How long a score entry takes under a recipe; exact attention: 1."""
+    return _RUNNING if recipe is not None and any(has_to_run(method) for method in _attention(recipe)) else 1
+
+
+def _attention(recipe: Recipe) -> list[AttentionMethod]:
+    return [method for method in recipe.family("attention") if isinstance(method, AttentionMethod)]
+
+
+def _remark(recipe: Recipe | None) -> str:
+    """What has to be said beside an attention method's own map where KV methods stand beside it."""
+    if recipe is None or not _sees_as_read(recipe):
+        return ""
+    kept = [method.key for method in recipe.family("kv") if method.key != "full"]
+    if not kept:
+        return ""
+    reads = _attention(recipe)[0].key
+    return (
+        f"The prompt is read under {reads} before {' and '.join(kept)} {'drop' if len(kept) > 1 else 'drops'} or "
+        f"rounds anything: these are the weights of {reads} alone."
+    )

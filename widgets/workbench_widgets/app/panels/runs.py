@@ -18,21 +18,33 @@ from workbench_widgets.app.workspace import Workspace
 _COLUMNS = {  # column -> title, width; the file has all there is
     "run": ("#", 46),
     "recipe": ("Recipe", 200),
-    "kv_share": ("Share", 72),
-    "kv_mib": ("KV MiB", 78),
-    "host_mib": ("Host MiB", 84),
+    "kv_share": ("Share", 76),
+    "kv_mib": ("KV MiB", 82),
+    "host_mib": ("Host MiB", 94),
+    "score_share": ("Scores", 78),
     "kl": ("KL", 76),
-    "top1": ("Top-1", 74),
-    "nll_difference": ("NLL diff.", 88),
-    "perplexity": ("Perplexity", 94),
-    "tokens_per_s": ("Tokens/s", 86),
+    "top1": ("Top-1", 76),
+    "nll_difference": ("NLL diff.", 96),
+    "perplexity": ("Perplexity", 108),
+    "tokens_per_s": ("Tokens/s", 96),
     "text": ("Answer", 340),
 }
+_MEANINGS = {  # column -> what its title says when it is pointed at
+    "kv_share": "Bytes of the cache, of the uncompressed one's",
+    "score_share": "Attention score entries computed while the prompt was read, of all causal ones",
+    "top1": "Positions at which the most likely token is that of the uncompressed run",
+}
+# As specific as this, for the design's own style sheet comes later.
 _STYLE = """
-.tabulator { font-size: 13px; background: transparent; }
-.tabulator .tabulator-header .tabulator-col .tabulator-col-content { padding: 4px 6px; }
-.tabulator .tabulator-header .tabulator-col .tabulator-col-content .tabulator-col-title { padding-right: 14px; }
-.tabulator .tabulator-row .tabulator-cell { padding: 5px 6px; }
+.pnx-tabulator.tabulator { font-size: 13px; background: transparent; }
+.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content { padding: 4px 6px; }
+.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-title {
+  padding-right: 14px;
+}
+.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-sorter {
+  right: 4px;
+}
+.pnx-tabulator.tabulator .tabulator-row .tabulator-cell { padding: 5px 6px; }
 """
 
 
@@ -115,7 +127,7 @@ class RunsPanel(Panel):
         self._hint.visible = rows.empty
         if rows.empty:
             return
-        self._tabulate(_shown(rows))
+        self._tabulate(_shown(rows), _hidden(rows))
         measured = rows.dropna(subset=["kl"]) if "kl" in rows else rows.iloc[:0]
         self.quality.visible = self.figure.visible = not measured.empty
         if not measured.empty:
@@ -124,14 +136,16 @@ class RunsPanel(Panel):
                 present.pareto(measured), quality=self.quality.value, lower_is_better=better, dark=workspace.dark
             )
 
-    def _tabulate(self, frame: Any) -> None:
+    def _tabulate(self, frame: Any, hidden: list[str]) -> None:
         theme = "midnight" if self.workspace.dark else "simple"
         if self.table is None:
-            self.table = _table(frame, theme)
+            self.table = _table(frame, hidden, theme)
             self._table_at.objects = [self.table]
             return
         if self.table.theme != theme:
             self.table.theme = theme
+        if hidden != self.table.hidden_columns:
+            self.table.hidden_columns = hidden
         if not frame.equals(self.table.value):
             self.table.value = frame
 
@@ -142,11 +156,11 @@ class RunsPanel(Panel):
         return text
 
 
-def _table(frame: Any, theme: str) -> Any:
+def _table(frame: Any, hidden: list[str], theme: str) -> Any:
     from bokeh.models.widgets.tables import NumberFormatter
 
     plain: dict[str, Any] = {"font_style": "normal", "nan_format": "–"}
-    shares = {name: NumberFormatter(format="0.0%", **plain) for name in ("kv_share", "top1")}
+    shares = {name: NumberFormatter(format="0.0%", **plain) for name in ("kv_share", "score_share", "top1")}
     numbers = {
         "kv_mib": "0.00",
         "host_mib": "0.00",
@@ -161,6 +175,8 @@ def _table(frame: Any, theme: str) -> Any:
         widths={name: width for name, (_, width) in _COLUMNS.items()},
         formatters=shares | {name: NumberFormatter(format=form, **plain) for name, form in numbers.items()},
         text_align={name: "right" for name in (*shares, *numbers, "run")},
+        header_tooltips=_MEANINGS,
+        hidden_columns=hidden,
         show_index=False,
         disabled=True,
         selectable=False,
@@ -180,6 +196,11 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
     if "error" in rows:
         shown["text"] = shown["text"].where(rows["error"].isna(), rows["error"])
     return shown
+
+
+def _hidden(rows: pd.DataFrame) -> list[str]:
+    """The columns that say nothing yet: how many scores were computed, where no run has an attention method."""
+    return [] if "attention" in rows and bool(rows["attention"].notna().any()) else ["score_share"]
 
 
 def _split(budgets: str) -> list[str]:
