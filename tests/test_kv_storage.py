@@ -17,7 +17,7 @@ from workbench.kv import KIVI, AdaKV, MiKV, Mustafar, SnapKV, ThinK, VisualKV1Bi
 from workbench.kv.fitting import pruning_steps
 from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore, PackedStore, SplitStore, Store
-from workbench.kv.stores.bitmap import BitmapFormat, BitmapStore, SparseRows, sparse
+from workbench.kv.stores.bitmap import BitmapFormat, BitmapStore, SparseRows
 from workbench.kv.stores.format import DenseFormat, Format, MixedFormat, PackedFormat, Shape, balancer
 from workbench.kv.stores.frozen import FrozenStore
 from workbench.kv.stores.mixed import MixedStore, weakest
@@ -29,6 +29,7 @@ from workbench.prompt import Prompt
 from workbench.reading import read
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import dequantise, pack, quantise, unpack
+from workbench_kernels.building import sparse_rows
 
 TOKENS = 90
 FORMATS: dict[str, Format] = {
@@ -257,7 +258,7 @@ def test_sparse_rows_come_back_with_only_their_largest_numbers(width: int, count
     count = min(count, width)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     x[:, ::3] = 0
-    numbers, bitmap = sparse(x, count)
+    numbers, bitmap = sparse_rows(x[None], count, x.dtype)
     assert numbers.shape == (rows, count) and bitmap.shape == (rows, -(-width // 8))
     back = SparseRows.of(x, torch.tensor([rows]), count, torch.float32).expanded(torch.float32)
     for row, found in zip(x, back, strict=True):

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
-from workbench.kv.stores.packed import first_of
 from workbench.kv.stores.pruned import kept_of
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store
 from workbench.trace import LayerTrace
-from workbench_kernels import pack, unpack
+from workbench_kernels.building import Kept, expand_rows, kept, sparse_rows
 
 
 class SparseRows:
@@ -27,37 +26,34 @@ class SparseRows:
     @classmethod
     def of(cls, x: Tensor, lengths: Tensor, count: int, dtype: torch.dtype) -> SparseRows:
         """The `count` largest of each row of x [t, d], head after head with `lengths` [k] rows each."""
-        numbers, bitmap = sparse(x, count)
+        numbers, bitmap = sparse_rows(x[None], count, dtype)
         heads = lengths.numel()
-        return cls(Rows(numbers.to(dtype), heads, lengths), Rows(bitmap, heads, lengths), x.shape[1])
+        return cls(Rows(numbers, heads, lengths), Rows(bitmap, heads, lengths), x.shape[1])
+
+    @classmethod
+    def where(cls, x: Tensor, chosen: Kept, count: int, dtype: torch.dtype) -> SparseRows:
+        """The `count` largest of each chosen row of x [k, n, d]."""
+        every = x.shape[1] and chosen.complete
+        numbers, bitmap = sparse_rows(x, count, dtype, chosen=None if every else chosen)
+        heads = len(x)
+        return cls(Rows(numbers, heads, chosen.counts), Rows(bitmap, heads, chosen.counts), x.shape[2])
 
     def append(self, x: Tensor) -> None:
         """Prune and add x [k, q, d]."""
-        numbers, bitmap = sparse(x, self.numbers.data.shape[1])
-        self.numbers.append(numbers)
-        self.bitmap.append(bitmap)
+        held = self.numbers.data
+        numbers, bitmap = sparse_rows(x, held.shape[1], held.dtype)
+        self.numbers.append(numbers.view(*x.shape[:2], -1))
+        self.bitmap.append(bitmap.view(*x.shape[:2], -1))
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """What the whole buffer stands for, [t, d], zeros where nothing is held."""
-        bits = unpack(self.bitmap.data, 1, self.width).bool()
-        # A number's place in its row is how many bits are set before its own.
-        place = (bits.cumsum(dim=1) - 1).clamp_(0, self.numbers.data.shape[1] - 1)
-        return self.numbers.data.to(dtype).gather(1, place).masked_fill_(~bits, 0)
+        return expand_rows(self.numbers.data, self.bitmap.data, self.width, dtype)
 
     def tensors(self) -> list[Tensor]:
         return [*self.numbers.tensors(), *self.bitmap.tensors()]
 
     def clone(self) -> SparseRows:
         return SparseRows(self.numbers.clone(), self.bitmap.clone(), self.width)
-
-
-def sparse(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest magnitudes of each last dimension of x [..., d], in order [..., count], and the packed bitmap
-    uint8 [..., ceil(d / 8)]. Exactly `count` bits are set, zeros included.
-    """
-    largest = x.abs().topk(count, dim=-1, sorted=False).indices
-    bits = torch.zeros(x.shape, dtype=torch.bool, device=x.device).scatter_(-1, largest, True)
-    return x[bits].view(*x.shape[:-1], count), pack(bits.to(torch.uint8), 1)
 
 
 class BitmapStore(Store):
@@ -86,14 +82,14 @@ class BitmapStore(Store):
         """The entries of keys [k, n, d], values [k, n, dv] at which keep [k, n] is True, a share `pruned` of the
         numbers of all but the last `recent` dropped.
         """
-        old = first_of(keep, (keep.sum(dim=1) - recent).clamp_min(0))
-        where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
+        chosen = kept(keep)
+        older = (chosen.counts - recent).clamp_min(0)
+        old, new = chosen.first(older), chosen.after(older)
 
         def side(x: Tensor) -> tuple[SparseRows, Rows]:
-            older = SparseRows.of(x[old], old.sum(dim=1), kept_of(x.shape[-1], pruned), dtype)
-            return older, Rows.where(x, keep & ~old, dtype)
+            return SparseRows.where(x, old, kept_of(x.shape[-1], pruned), dtype), Rows.where(x, new, dtype)
 
-        positions = None if bool(keep.all()) else Rows.where(where, keep, torch.int32)
+        positions = None if chosen.complete else Rows.positions(chosen)
         return cls(*side(keys), *side(values), positions, recent)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:

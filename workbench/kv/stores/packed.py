@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store
-from workbench_kernels import dequantise, pack, quantise, unpack
-
-Axis = Literal["channel", "token"]
+from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
 
 
 class PackedRows:
@@ -52,17 +50,22 @@ class PackedRows:
         """Quantise x [t, d], head after head with `lengths` [k] rows each; for `clip` see `quantise`."""
         if balance is not None:
             x = x * torch.repeat_interleave(balance.float(), lengths, dim=0)
-        codes, scale, zero = _quantise(x, bits, group, axis, clip)
-        heads, scales = lengths.numel(), lengths // (group if axis == "channel" else 1)
-        parts = Rows(codes, heads, lengths), Rows(scale, heads, scales), Rows(zero, heads, scales)
-        return cls(*parts, bits, group, axis, x.shape[1], balance)
+        found = quantise_rows(x[None], bits, group, axis, clip=clip)
+        return cls(*_rows(found, lengths, group, axis), bits, group, axis, x.shape[1], balance)
+
+    @classmethod
+    def where(
+        cls, x: Tensor, chosen: Kept, bits: int, group: int, axis: Axis, balance: Tensor | None = None
+    ) -> PackedRows:
+        """Quantise the chosen rows of x [k, n, d]."""
+        every = x.shape[1] and chosen.complete
+        found = quantise_rows(x, bits, group, axis, chosen=None if every else chosen, balance=balance)
+        return cls(*_rows(found, chosen.counts, group, axis), bits, group, axis, x.shape[2], balance)
 
     def append(self, x: Tensor) -> None:
         """Quantise and add x [k, q, d]; per channel, q must be a multiple of the group."""
-        heads, count, channels = x.shape
-        if self.balance is not None:
-            x = x * self.balance.float()[:, None]
-        codes, scale, zero = _quantise(x.reshape(-1, channels), self.bits, self.group, self.axis)
+        heads, count, _ = x.shape
+        codes, scale, zero = quantise_rows(x, self.bits, self.group, self.axis, balance=self.balance)
         per_scale = self.group if self.axis == "channel" else 1
         block = max(64 // per_scale, 1)
         self.codes.append(codes.view(heads, count, -1), block * per_scale)
@@ -78,16 +81,18 @@ class PackedRows:
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """What the whole buffer stands for, [t, d]."""
-        codes = unpack(self.codes.data, self.bits, self.channels)
-        if self.axis == "channel":
-            grouped = codes.unflatten(0, (-1, self.group)).transpose(1, 2)  # [t / g, d, g]
-            x = dequantise(grouped, self.scale.data, self.zero.data, torch.float32).transpose(1, 2).flatten(0, 1)
-        else:
-            padded = torch.nn.functional.pad(codes, (0, -self.channels % self.group)).unflatten(1, (-1, self.group))
-            x = dequantise(padded, self.scale.data, self.zero.data, torch.float32).flatten(1)[:, : self.channels]
-        if self.balance is not None:
-            x = x / self.balance.float()[self.codes.owners()]
-        return x.to(dtype)
+        return dequantise_rows(
+            self.codes.data,
+            self.scale.data,
+            self.zero.data,
+            self.bits,
+            self.group,
+            self.axis,
+            self.channels,
+            dtype,
+            balance=self.balance,
+            owners=None if self.balance is None else self.codes.owners(),
+        )
 
     def tensors(self) -> list[Tensor]:
         balance = [] if self.balance is None else [self.balance]
@@ -99,17 +104,11 @@ class PackedRows:
         return PackedRows(*parts, self.bits, self.group, self.axis, self.channels, balance)
 
 
-def _quantise(x: Tensor, bits: int, group: int, axis: Axis, clip: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes [t, bytes], scale and zero [t / g, d] (channel) or [t, ceil(d / g)] (token) of x [t, d]."""
-    if axis == "channel":
-        codes, scale, zero = quantise(x.unflatten(0, (-1, group)).transpose(1, 2), bits, clip)  # groups [t / g, d, g]
-        return pack(codes.transpose(1, 2).flatten(0, 1).contiguous(), bits), scale, zero
-    channels = x.shape[1]
-    missing = -channels % group
-    if missing:  # a narrower last group repeats its last channel, which changes neither minimum nor maximum
-        x = torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1)
-    codes, scale, zero = quantise(x.unflatten(1, (-1, group)), bits, clip)
-    return pack(codes.flatten(1)[:, :channels].contiguous(), bits), scale, zero
+def _rows(found: tuple[Tensor, Tensor, Tensor], lengths: Tensor, group: int, axis: Axis) -> tuple[Rows, Rows, Rows]:
+    """Codes, scale and zero of heads with `lengths` [k] rows each."""
+    scales = lengths // (group if axis == "channel" else 1)
+    codes, scale, zero = found
+    return Rows(codes, len(lengths), lengths), Rows(scale, len(lengths), scales), Rows(zero, len(lengths), scales)
 
 
 class PackedStore(Store):
@@ -153,20 +152,15 @@ class PackedStore(Store):
 
         balance [k, d]: factors of the keys' channels (see PackedRows). positions: hold them even where all are kept.
         """
-        lengths = keep.sum(dim=1)
-        front_keys = first_of(keep, packed_length(lengths, residual, group, key_axis))
-        front_values = first_of(keep, packed_length(lengths, residual, group, "token"))
-        where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
-
-        def packed(x: Tensor, front: Tensor, axis: Axis, balance: Tensor | None = None) -> PackedRows:
-            return PackedRows.of(x[front].float(), front.sum(dim=1), bits, group, axis, balance)
-
+        chosen = kept(keep)
+        front_keys = packed_length(chosen.counts, residual, group, key_axis)
+        front_values = packed_length(chosen.counts, residual, group, "token")
         return cls(
-            packed(keys, front_keys, key_axis, balance),
-            Rows.where(keys, keep & ~front_keys, dtype),
-            packed(values, front_values, "token"),
-            Rows.where(values, keep & ~front_values, dtype),
-            None if bool(keep.all()) and not positions else Rows.where(where, keep, torch.int32),
+            PackedRows.where(keys, chosen.first(front_keys), bits, group, key_axis, balance),
+            Rows.where(keys, chosen.after(front_keys), dtype),
+            PackedRows.where(values, chosen.first(front_values), bits, group, "token"),
+            Rows.where(values, chosen.after(front_values), dtype),
+            None if chosen.complete and not positions else Rows.positions(chosen),
             residual,
         )
 

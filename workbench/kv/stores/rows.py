@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench_kernels.rows import Ragged
+
+from workbench_kernels.building import Kept, gather, kept
+
 
 class Rows:
     """For each head some rows [length, d], kept one head after another in one contiguous buffer that grows by blocks.
@@ -14,7 +18,10 @@ class Rows:
     """
 
     def __init__(self, data: Tensor, heads: int, lengths: Tensor | None = None) -> None:
-        """data [t, d], head after head; lengths int [k] with sum t, or None if all heads have t // heads rows."""
+        """data [t, d], head after head; lengths int [k] with sum t, or None if all heads have t // heads rows.
+
+        Lengths in host memory spare a wait for the device of the data.
+        """
         self.data = data
         self.heads = heads
         self.longest = data.shape[0] // heads if lengths is None else int(lengths.max())
@@ -24,8 +31,8 @@ class Rows:
         self.starts: Tensor | None = None
         self.lengths: Tensor | None = None
         if lengths is not None and int(lengths.min()) != self.longest:
-            self.lengths = lengths.to(torch.int32).clone()
-            self.starts = (lengths.cumsum(0) - lengths).to(torch.int32)
+            self.lengths = lengths.to(data.device, torch.int32, copy=True)
+            self.starts = (lengths.cumsum(0) - lengths).to(data.device, torch.int32)
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
@@ -33,11 +40,26 @@ class Rows:
         return cls(x.reshape(-1, x.shape[-1]).contiguous(), x.shape[0])
 
     @classmethod
-    def where(cls, x: Tensor, keep: Tensor, dtype: torch.dtype) -> Rows:
-        """The rows of x [k, n, d] at which keep [k, n] is True."""
-        if bool(keep.all()):
+    def where(cls, x: Tensor, keep: Tensor | Kept, dtype: torch.dtype) -> Rows:
+        """The rows of x [k, n, d] at which keep [k, n] is True, or which it lists."""
+        chosen = keep if isinstance(keep, Kept) else kept(keep)
+        if chosen.complete:
             return cls.of(x.to(dtype, copy=True))
-        return cls(x[keep].to(dtype), x.shape[0], keep.sum(dim=1))
+        return cls(gather((x,), chosen, dtype)[0], x.shape[0], chosen.counts)
+
+    @classmethod
+    def both(cls, keys: Tensor, values: Tensor, chosen: Kept, dtype: torch.dtype) -> tuple[Rows, Rows]:
+        """The chosen rows of keys [k, n, d] and values [k, n, dv], gathered together."""
+        if chosen.complete:
+            return cls.where(keys, chosen, dtype), cls.where(values, chosen, dtype)
+        found = gather((keys, values), chosen, dtype)
+        return cls(found[0], keys.shape[0], chosen.counts), cls(found[1], values.shape[0], chosen.counts)
+
+    @classmethod
+    def positions(cls, chosen: Kept) -> Rows:
+        """The position of every chosen row, int32 [t, 1]."""
+        where = torch.arange(chosen.tokens, dtype=torch.int32, device=chosen.places.device)
+        return cls.where(where.expand(len(chosen.counts), -1)[..., None], chosen, torch.int32)
 
     @property
     def uniform(self) -> bool:
@@ -65,6 +87,13 @@ class Rows:
     def view(self) -> Tensor:
         """All rows as [k, longest, d]; heads that are shorter repeat some row at the end (see `valid`)."""
         return self.laid_out(self.data)
+
+    def ragged(self) -> Ragged:
+        """The rows as kernels take them, lengths on the device."""
+        if self.lengths is None or self.starts is None:
+            heads = torch.arange(self.heads, dtype=torch.int32, device=self.data.device)
+            return Ragged(self.data, heads * self._room, torch.full_like(heads, self.longest), self.longest)
+        return Ragged(self.data, self.starts, self.lengths, self.longest)
 
     def laid_out(self, data: Tensor) -> Tensor:
         """Another buffer [t, w] with one row for each of this one's, as `view` would show it."""
