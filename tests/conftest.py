@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache
 
 import kernels_support  # noqa: F401  before anything imports Triton
-import kernels_support  # noqa: F401  tells Triton to interpret, before torch imports it
 import pytest
 import torch
 from browser_support import chromium  # noqa: F401  a fixture
