@@ -4,5 +4,6 @@ them.
 
 from workbench_kernels.attend import attend
 from workbench_kernels.packing import dequantise, pack, quantise, unpack
+from workbench_kernels.reading import Reading, read_attention
 
-__all__ = ["attend", "dequantise", "pack", "quantise", "unpack"]
+__all__ = ["Reading", "attend", "dequantise", "pack", "quantise", "read_attention", "unpack"]
