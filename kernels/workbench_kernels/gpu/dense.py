@@ -21,6 +21,7 @@ from workbench_kernels.gpu.split import (
     programs_for,
     rows_of,
     run_of,
+    spans_of,
     tiles_of,
 )
 from workbench_kernels.rows import Ragged
@@ -50,10 +51,10 @@ def _attend(
     TILE: tl.constexpr = G * N
     pid = tl.program_id(0)
     rows = tl.program_id(1) * R + tl.arange(0, R)
-    heads, g, t, d, dv = tl.arange(0, KP), tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP), tl.arange(0, DVP)
+    g, t, d, dv = tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP), tl.arange(0, DVP)
     within = g[:, None] * N + t[None, :]  # [G, N]
-    spans = tl.load(lengths + heads, mask=heads < K, other=0)
-    tiles, ends = tiles_of(spans, K, KP, TILE)
+    spans = spans_of(lengths, None, K, KP, TILE, 0)
+    tiles, ends = tiles_of(spans, TILE)
     total = tl.sum(tiles, 0)
     low, high = run_of(total, pid, programs)
     if MASKED:
@@ -145,4 +146,4 @@ def decode_dense(
         DVP=max(power(value_width), 16), G=warps, N=tokens, STAGES=stages, MASKED=query_positions is not None,
         PLACED=positions is not None, WINDOW=window is not None, SOFTCAP=softcap is not None, num_warps=warps,
     )  # fmt: skip
-    return join(slots, keys.lengths, query, value_width, tile=tile, programs=programs, tails=False, lse=lse)
+    return join(slots, keys.lengths, query, value_width, tile=tile, programs=programs, lse=lse)

@@ -8,11 +8,12 @@ product. Nothing else happens per number.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.gpu.dense import Config
 from workbench_kernels.gpu.split import (
     LOG2E,
     LOWEST,
@@ -27,6 +28,7 @@ from workbench_kernels.gpu.split import (
     programs_for,
     rows_of,
     run_of,
+    spans_of,
     tiles_of,
 )
 from workbench_kernels.rows import PackedRows, Ragged
@@ -88,14 +90,14 @@ def _half(word, WHICH: tl.constexpr):
 
 
 @triton.jit
-def _per_row(numbers, row, GROUPS: tl.constexpr):
-    """The GROUPS float16 numbers (1, 2 or 4) of each row, in one integer."""
+def _per_row(numbers, begin, row, GROUPS: tl.constexpr):
+    """The GROUPS float16 numbers (1, 2 or 4) of each row begin + row, in one integer."""
     if GROUPS == 1:
-        return tl.load(numbers.to(tl.pointer_type(tl.int16)) + row)
+        return tl.load(numbers.to(tl.pointer_type(tl.int16)) + begin + row)
     elif GROUPS == 2:
-        return tl.load(numbers.to(tl.pointer_type(tl.int32)) + row)
+        return tl.load(numbers.to(tl.pointer_type(tl.int32)) + begin + row)
     else:
-        return tl.load(numbers.to(tl.pointer_type(tl.int64)) + row)
+        return tl.load(numbers.to(tl.pointer_type(tl.int64)) + begin + row)
 
 
 @triton.jit
@@ -181,14 +183,15 @@ def _whole_words(
     query, head, rows, front, first, last, slot, words, key_scale, key_zero, balance, value_words, value_scale,
     value_zero, sums, largest, weights, scale, softcap,
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, G: tl.constexpr,
-    N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr,
-    VWP: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr,
+    SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    VW: tl.constexpr, VWP: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr,
     CHANNEL: tl.constexpr, BALANCED: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention over tiles first .. last - 1 of the `front` rows of a head that are packed in keys and values, word by
     word, left in a slot. All pointers are the head's own.
     """
+    TILE: tl.constexpr = G * SUB * N
     FIELDS: tl.constexpr = 16 // BITS
     VFIELDS: tl.constexpr = 16 // VBITS
     g, t, d = tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP)
@@ -230,98 +233,114 @@ def _whole_words(
     whole = tl.zeros([G, R], tl.float32)
     pairs = key_scale.to(tl.pointer_type(tl.int32))
     zero_pairs = key_zero.to(tl.pointer_type(tl.int32))
-    blocks = front // N
     by_code = size * scale * _SCORE_UNIT
     by_zero = size * scale
+    inside = (g * (SUB * N))[:, None] + t[None, :]  # [G, N]
     for tile in tl.range(first, last, num_stages=STAGES):
-        block = tile * G + g
-        real = block < blocks
-        row = tl.minimum(block, blocks - 1)[:, None].to(tl.int64) * N + t[None, :]  # [G, N]
-        score = tl.zeros([G, N, R], tl.float32)
-        if CHANNEL:
-            shift = tl.zeros([G, 16, R], tl.float32)
-            group_at = (tl.minimum(block, blocks - 1) * N // GROUP)[:, None] * (D // 2)
-        else:
-            key_scales = _per_row(key_scale, row, D // GROUP)
-            key_zeros = _per_row(key_zero, row, D // GROUP)
-        for chunk in tl.static_range(KB // (2 * KW)):
-            at_word = row[:, :, None] * (KB // 2) + (chunk * KW + i)[None, None, :]
-            if KW == KWP:
-                word = tl.load(words + at_word)
+        # The last tile of a head begins early enough to be whole; what was seen before is hidden.
+        begin = tl.minimum(tile * TILE, front - TILE)
+        seen_before = tile * TILE - begin
+        raws = ()
+        offsets = ()
+        for sub in tl.static_range(SUB):
+            row = inside + sub * N
+            at_words = words + begin.to(tl.int64) * (KB // 2)
+            raw = tl.zeros([G, N, R], tl.float32)
+            if CHANNEL:
+                shift = tl.zeros([G, 16, R], tl.float32)
+                group_at = (begin // GROUP).to(tl.int64) * (D // 2)
+                group = (((begin % GROUP) + g * (SUB * N) + sub * N) // GROUP)[:, None] * (D // 2)
             else:
-                word = tl.load(words + at_word, mask=(i < KW)[None, None, :], other=0)
-            for part in tl.static_range(FIELDS // 2):
-                if CHANNEL:
-                    at_pair = group_at + (part * (KB // 2) + chunk * KW + i)[None, :]
-                    if KW == KWP:
-                        pair = tl.load(pairs + at_pair)
-                        zero_pair = tl.load(zero_pairs + at_pair)
-                    else:
-                        pair = tl.load(pairs + at_pair, mask=(i < KW)[None, :], other=0)
-                        zero_pair = tl.load(zero_pairs + at_pair, mask=(i < KW)[None, :], other=0)
-                for side in tl.static_range(2):
-                    asking = pieces[chunk * FIELDS + side * (FIELDS // 2) + part]
-                    code = _field(word, side * (FIELDS // 2) + part, BITS, INTERPRET)
+                key_scales = _per_row(key_scale, begin.to(tl.int64), row, D // GROUP)
+                key_zeros = _per_row(key_zero, begin.to(tl.int64), row, D // GROUP)
+            for chunk in tl.static_range(KB // (2 * KW)):
+                at_word = at_words + (row[:, :, None] * (KB // 2) + (chunk * KW + i)[None, None, :])
+                if KW == KWP:
+                    word = tl.load(at_word)
+                else:
+                    word = tl.load(at_word, mask=(i < KW)[None, None, :], other=0)
+                for part in tl.static_range(FIELDS // 2):
                     if CHANNEL:
-                        factor = _half(pair, side) * _query_unit(side * (FIELDS // 2) + part, BITS)
-                        score = tl.dot(code, asking * factor[:, :, None], score)
-                        shift = tl.dot(
-                            tl.broadcast_to(_half(zero_pair, side)[:, None, :], [G, 16, KWP]), asking, shift
-                        )
-                    else:
-                        found = tl.dot(code, asking * _query_unit(side * (FIELDS // 2) + part, BITS))
-                        factor = _half(key_scales, (part * KB + chunk * 2 * KW) // GROUP).to(tl.float32)
-                        score += found * factor[:, :, None]
-        if CHANNEL:
-            score = score * by_code[None, None, :] + (tl.max(shift, 1) * by_zero[None, :])[:, None, :]
-        else:
-            score = score * by_code[None, None, :]
-            for group in tl.static_range(D // GROUP):
-                score += _half(key_zeros, group).to(tl.float32)[:, :, None] * sizes[group][None, None, :]
-        score = capped(score, softcap, SOFTCAP)
-        score = tl.where(real[:, None, None], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score - higher[:, None, :])
-        old = tl.exp2(top - higher)
-        whole = whole * old + tl.sum(weight, 1)
-        scales = _per_row(value_scale, row, DV // VGROUP)
-        offsets = _per_row(value_zero, row, DV // VGROUP)
-        scaled = ()
-        moved = ()
-        for group in tl.static_range(DV // VGROUP):
-            factor = _half(scales, group).to(tl.float32) * _WEIGHT_UNIT
-            scaled = scaled + ((weight * factor[:, :, None]).to(tl.float16),)
-            offset = _half(offsets, group).to(tl.float32)
-            moved = moved + (zeros[group] * old + tl.sum(weight * offset[:, :, None], 1),)
-        zeros = moved
-        added = ()
-        for chunk in tl.static_range(VB // (2 * VW)):
-            at_word = row[:, None, :] * (VB // 2) + (chunk * VW + vi)[None, :, None]
-            if VW == VWP:
-                word = tl.load(value_words + at_word)
+                        at_pair = group_at + (group + (part * (KB // 2) + chunk * KW + i)[None, :])
+                        if KW == KWP:
+                            pair = tl.load(pairs + at_pair)
+                            zero_pair = tl.load(zero_pairs + at_pair)
+                        else:
+                            pair = tl.load(pairs + at_pair, mask=(i < KW)[None, :], other=0)
+                            zero_pair = tl.load(zero_pairs + at_pair, mask=(i < KW)[None, :], other=0)
+                    for side in tl.static_range(2):
+                        asking = pieces[chunk * FIELDS + side * (FIELDS // 2) + part]
+                        code = _field(word, side * (FIELDS // 2) + part, BITS, INTERPRET)
+                        if CHANNEL:
+                            factor = _half(pair, side) * _query_unit(side * (FIELDS // 2) + part, BITS)
+                            raw = tl.dot(code, asking * factor[:, :, None], raw)
+                            shift = tl.dot(
+                                tl.broadcast_to(_half(zero_pair, side)[:, None, :], [G, 16, KWP]), asking, shift
+                            )
+                        else:
+                            found = tl.dot(code, asking * _query_unit(side * (FIELDS // 2) + part, BITS))
+                            factor = _half(key_scales, (part * KB + chunk * 2 * KW) // GROUP).to(tl.float32)
+                            raw += found * factor[:, :, None]
+            if CHANNEL:
+                offset = tl.max(shift, 1) * by_zero[None, :]
             else:
-                word = tl.load(value_words + at_word, mask=(vi < VW)[None, :, None], other=0)
-            for field in tl.static_range(VFIELDS):
-                code = _field(word, field, VBITS, INTERPRET)
-                added = added + (
-                    tl.dot(
-                        code, scaled[((field % (VFIELDS // 2)) * VB + chunk * 2 * VW) // VGROUP],
-                        mixed[chunk * VFIELDS + field] * old[:, None, :],
-                    ),
-                )  # fmt: skip
-        mixed = added
+                for group in tl.static_range(D // GROUP):
+                    raw += _half(key_zeros, group).to(tl.float32)[:, :, None] * (sizes[group] / by_code)[None, None, :]
+                offset = tl.zeros([G, R], tl.float32)
+            if SOFTCAP:
+                raw = capped(raw * by_code[None, None, :] + offset[:, None, :], softcap, SOFTCAP) / by_code[None, None, :]
+                offset = tl.zeros([G, R], tl.float32)
+            real = g * (SUB * N) + sub * N >= seen_before
+            raws = raws + (raw,)
+            offsets = offsets + (tl.where(real[:, None], offset, float("-inf")),)
+        higher = top
+        for sub in tl.static_range(SUB):
+            higher = tl.maximum(higher, tl.max(raws[sub], 1) * by_code[None, :] + offsets[sub])
+        old = tl.exp2(top - higher)
+        whole = whole * old
+        kept = ()
+        for group in tl.static_range(DV // VGROUP):
+            kept = kept + (zeros[group] * old,)
+        zeros = kept
+        kept = ()
+        for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
+            kept = kept + (mixed[piece] * old[:, None, :],)
+        mixed = kept
+        for sub in tl.static_range(SUB):
+            row = inside + sub * N
+            at_words = value_words + begin.to(tl.int64) * (VB // 2)
+            weight = tl.exp2(raws[sub] * by_code[None, None, :] + (offsets[sub] - higher)[:, None, :])
+            whole += tl.sum(weight, 1)
+            scales = _per_row(value_scale, begin.to(tl.int64), row, DV // VGROUP)
+            shifts = _per_row(value_zero, begin.to(tl.int64), row, DV // VGROUP)
+            scaled = ()
+            kept = ()
+            for group in tl.static_range(DV // VGROUP):
+                factor = _half(scales, group).to(tl.float32) * _WEIGHT_UNIT
+                scaled = scaled + ((weight * factor[:, :, None]).to(tl.float16),)
+                kept = kept + (zeros[group] + tl.sum(weight * _half(shifts, group).to(tl.float32)[:, :, None], 1),)
+            zeros = kept
+            kept = ()
+            for chunk in tl.static_range(VB // (2 * VW)):
+                at_word = at_words + (row[:, None, :] * (VB // 2) + (chunk * VW + vi)[None, :, None])
+                if VW == VWP:
+                    word = tl.load(at_word)
+                else:
+                    word = tl.load(at_word, mask=(vi < VW)[None, :, None], other=0)
+                for field in tl.static_range(VFIELDS):
+                    code = _field(word, field, VBITS, INTERPRET)
+                    part = scaled[((field % (VFIELDS // 2)) * VB + chunk * 2 * VW) // VGROUP]
+                    kept = kept + (tl.dot(code, part, mixed[chunk * VFIELDS + field]),)
+            mixed = kept
         top = higher
-    best = tl.max(top, 0)
-    share = tl.exp2(top - best[None])
     for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
         channel = (
-            (piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW) + 2 * vi
-            + (piece % VFIELDS) // (VFIELDS // 2)
-        )  # fmt: skip
-        offset = zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP]
-        out = tl.sum(mixed[piece] * share[:, None, :], 0) * _sum_unit(piece, VBITS) + tl.sum(offset * share, 0)[None, :]
-        leave_sums(sums, slot, rows, out, channel, vi < VW, ROWS, DV)
-    leave_weights(largest, weights, slot, rows, best, tl.sum(whole * share, 0), ROWS)
+            (piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW) + 2 * vi + (piece % VFIELDS) // (VFIELDS // 2)
+        )
+        shift = zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP]
+        out = mixed[piece] * _sum_unit(piece, VBITS) + shift[:, None, :]
+        leave_sums(sums, slot, rows, out, channel, vi < VW, ROWS, DV, G)
+    leave_weights(largest, weights, slot, rows, top, whole, ROWS, G)
 
 
 @triton.jit
@@ -330,9 +349,9 @@ def _attend(
     key_codes, key_code_starts, key_code_lengths, key_scale, key_zero, key_scale_starts, key_tail, key_tail_starts,
     key_tail_lengths, balance,
     value_codes, value_code_starts, value_code_lengths, value_scale, value_zero, value_scale_starts, value_tail,
-    value_tail_starts, spans, sums, largest, weights, scale, softcap, window, queries, programs,
+    value_tail_starts, sums, largest, weights, scale, softcap, window, queries, programs,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
     BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr,
     VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
@@ -344,15 +363,18 @@ def _attend(
     taken at once, within which all channels have one group. The rest of each head, and everything where FAST does not
     fit, goes number by number. As in `dense`, each warp has rows and a softmax of its own (the dimension G).
     """
-    TILE: tl.constexpr = G * N
+    TILE: tl.constexpr = G * SUB * N
     pid = tl.program_id(0)
     rows = tl.program_id(1) * R + tl.arange(0, R)
-    heads, dv = tl.arange(0, KP), tl.arange(0, DVP)
+    dv = tl.arange(0, DVP)
     where = rows
     if MASKED:
         where = tl.load(asked_at + rows % queries, mask=rows < ROWS, other=0)
-    fronts = tl.load(spans + heads, mask=heads < K, other=0)
-    tiles, ends = tiles_of(fronts, K, KP, TILE)
+    if FAST:
+        fronts = spans_of(key_code_lengths, value_code_lengths, K, KP, TILE, N)
+    else:
+        fronts = spans_of(key_code_lengths, key_tail_lengths, K, KP, TILE, 0)
+    tiles, ends = tiles_of(fronts, TILE)
     total = tl.sum(tiles, 0)
     low, high = run_of(total, pid, programs)
     if FAST:
@@ -395,7 +417,7 @@ def _attend(
             if PLACED:
                 place_at = positions + tl.load(position_starts + head).to(tl.int64)
             else:
-                place_at = spans
+                place_at = key_code_lengths
             top, whole, mixed = _any_rows(
                 query, head, rows, first, last, packed, value_packed,
                 key_codes + code_at, key_scale + scale_at, key_zero + scale_at,
@@ -403,13 +425,11 @@ def _attend(
                 value_codes + value_code_at, value_scale + value_scale_at, value_zero + value_scale_at,
                 value_tail + tl.load(value_tail_starts + head).to(tl.int64) * DV,
                 place_at, where, scale, softcap, window,
-                ROWS, R, D, DP, DV, DVP, G, 16, KB, VB, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL, BALANCED,
+                ROWS, R, D, DP, DV, DVP, G, 32, KB, VB, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL, BALANCED,
                 MASKED, PLACED, WINDOW, SOFTCAP,
             )  # fmt: skip
-            best = tl.max(top, 0)
-            share = tl.exp2(top - best[None])
-            leave_sums(sums, slot, rows, tl.sum(mixed * share[:, None, :], 0), dv, dv < DV, ROWS, DV)
-            leave_weights(largest, weights, slot, rows, best, tl.sum(whole * share, 0), ROWS)
+            leave_sums(sums, slot, rows, mixed, dv, dv < DV, ROWS, DV, G)
+            leave_weights(largest, weights, slot, rows, top, whole, ROWS, G)
         else:
             _whole_words(
                 query, head, rows, front, low - begin, stop - begin, pid + head,
@@ -417,7 +437,7 @@ def _attend(
                 (key_scale + scale_at), (key_zero + scale_at), balance + head * D,
                 (value_codes + value_code_at).to(tl.pointer_type(tl.int16)),
                 value_scale + value_scale_at, value_zero + value_scale_at, sums, largest, weights, scale, softcap,
-                ROWS, R, D, DP, DV, G, N, KB, VB, KW, KWP, VW, VWP, BITS, VBITS, GROUP, VGROUP, CHANNEL, BALANCED,
+                ROWS, R, D, DP, DV, G, SUB, N, KB, VB, KW, KWP, VW, VWP, BITS, VBITS, GROUP, VGROUP, CHANNEL, BALANCED,
                 STAGES, SOFTCAP, INTERPRET,
             )  # fmt: skip
         if rest:
@@ -442,10 +462,23 @@ def words_at_once(width: int, bits: int, group: int | None) -> int | None:
     return piece // 2
 
 
+class Config(NamedTuple):
+    """How a program works: warps; rows of a block, for which the query is scaled once; blocks a warp takes at once; stages
+    of the load pipeline; programs a processor; registers a thread may have (None: any number).
+    """
+
+    warps: int
+    tokens: int
+    blocks: int
+    stages: int
+    per_processor: int
+    registers: int | None = None
+
+
 def config_for(bits: int, group: int, longest: int) -> Config:
     """What was fastest where it was measured (kernels/bench/decode.py)."""
     tokens = 64 if group % 64 == 0 else 32
-    return Config(4, tokens, 3 if bits < 8 else 2, 2)
+    return Config(4, tokens, 1, 3 if bits < 8 else 2, 2)
 
 
 def decode_packed(
@@ -467,7 +500,7 @@ def decode_packed(
     rows, block, blocks = rows_of(query, heads)
     per_row = keys.axis == "token"
     groups = keys.group if per_row else 64
-    warps, tokens, stages, per_processor = config or config_for(keys.bits, groups, keys.longest)
+    warps, tokens, subs, stages, per_processor, registers = config or config_for(keys.bits, groups, keys.longest)
     key_words = words_at_once(width, keys.bits, keys.group if per_row else None)
     value_words = words_at_once(value_width, values.bits, values.group)
     fast = (
@@ -479,13 +512,11 @@ def decode_packed(
         and _aligned(keys)
         and _aligned(values)
     )
-    both = keys.codes.lengths + keys.tail.lengths
-    spans = _packed_in_both(keys.codes.lengths, values.codes.lengths, tokens) if fast else both
-    tile = warps * tokens
+    tile = warps * subs * tokens
     longest = min(keys.codes.longest, values.codes.longest) if fast else keys.longest
     programs = programs_for(query.device, heads * -(-longest // tile), per_processor, blocks)
     tails = heads if fast else 0
-    slots = Slots.of(programs + heads + tails, rows, value_width, query.device)
+    slots = Slots.of(programs + heads + tails, warps, rows, value_width, query.device)
     key_words, value_words = key_words or 16, value_words or 16
     _attend[(programs + tails, blocks)](
         query.contiguous(), query_positions,
@@ -493,22 +524,21 @@ def decode_packed(
         keys.codes.data, keys.codes.starts, keys.codes.lengths, keys.scale.data, keys.zero.data, keys.scale.starts,
         keys.tail.data, keys.tail.starts, keys.tail.lengths, keys.scale.data if keys.balance is None else keys.balance,
         values.codes.data, values.codes.starts, values.codes.lengths, values.scale.data, values.zero.data,
-        values.scale.starts, values.tail.data, values.tail.starts, spans,
+        values.scale.starts, values.tail.data, values.tail.starts,
         *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, window or 0, query.shape[1], programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
-        DVP=max(power(value_width), 16), G=warps, N=tokens, KB=keys.codes.data.shape[1], VB=values.codes.data.shape[1],
+        DVP=max(power(value_width), 16), G=warps, SUB=subs, N=tokens, KB=keys.codes.data.shape[1], VB=values.codes.data.shape[1],
         KW=key_words, KWP=max(power(key_words), 16), VW=value_words, VWP=max(power(value_words), 16),
         BITS=keys.bits, VBITS=values.bits, GROUP=keys.group, VGROUP=values.group, CHANNEL=not per_row,
         VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, STAGES=stages,
         MASKED=query_positions is not None, PLACED=positions is not None, WINDOW=window is not None,
         SOFTCAP=softcap is not None, INTERPRET=interpreted(), num_warps=warps,
+        maxnreg=registers,
     )  # fmt: skip
-    return join(slots, spans, query, value_width, tile=tile, programs=programs, tails=fast, lse=lse)
-
-
-def _packed_in_both(one: Tensor, other: Tensor, tokens: int) -> Tensor:
-    """The rows of each head that are packed in both, in whole blocks of `tokens`, int32 [k]."""
-    return one.minimum(other) // tokens * tokens
+    return join(
+        slots, keys.codes.lengths, query, value_width, tile=tile, programs=programs, lse=lse, tails=fast,
+        others=values.codes.lengths if fast else keys.tail.lengths, step=tokens if fast else 0,
+    )  # fmt: skip
 
 
 def _aligned(rows: PackedRows) -> bool:

@@ -53,9 +53,26 @@ def rows_of(query: Tensor, heads: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def tiles_of(lengths, K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr):
-    """The tiles of each head [KP], given its length, and where they end when all lie end to end."""
-    tiles = (lengths + TILE - 1) // TILE
+def spans_of(lengths, others, K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """What is cut into tiles, int32 [KP]: the `lengths` of K heads; where there are `others`, with STEP 0 the sum of
+    both, otherwise what both reach, in whole steps, and nothing of a head in which that is less than a tile.
+    """
+    heads = tl.arange(0, KP)
+    spans = tl.load(lengths + heads, mask=heads < K, other=0)
+    if others is not None:
+        more = tl.load(others + heads, mask=heads < K, other=0)
+        if STEP == 0:
+            spans += more
+        else:
+            spans = tl.minimum(spans, more) // STEP * STEP
+            spans = tl.where(spans < TILE, 0, spans)
+    return spans
+
+
+@triton.jit
+def tiles_of(spans, TILE: tl.constexpr):
+    """The tiles of each head, given what is cut into them, and where they end when all lie end to end."""
+    tiles = (spans + TILE - 1) // TILE
     return tiles, tl.cumsum(tiles, 0)
 
 
@@ -109,15 +126,14 @@ def leave_weights(largest, weights, slot, rows, top, whole, ROWS: tl.constexpr, 
 
 @triton.jit
 def _join(
-    sums, largest, weights, lengths, tail_slots, out, lse, programs,
+    sums, largest, weights, lengths, others, tail_slots, out, lse, programs,
     K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    G: tl.constexpr, TAILS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
+    G: tl.constexpr, STEP: tl.constexpr, TAILS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """C channels of one query row of one KV head: its slots, rescaled to the largest score, added up and divided."""
     head, row = tl.program_id(0), tl.program_id(1)
-    heads, d = tl.arange(0, KP), tl.program_id(2) * C + tl.arange(0, C)
-    spans = tl.load(lengths + heads, mask=heads < K, other=0)
-    tiles, ends = tiles_of(spans, K, KP, TILE)
+    d = tl.program_id(2) * C + tl.arange(0, C)
+    tiles, ends = tiles_of(spans_of(lengths, others, K, KP, TILE, STEP), TILE)
     total = tl.sum(tiles, 0)
     end = at(ends, head, KP)
     count = at(tiles, head, KP)
@@ -154,20 +170,30 @@ def _join(
 
 
 def join(
-    slots: Slots, lengths: Tensor, query: Tensor, width: int, *, tile: int, programs: int, tails: bool, lse: bool
+    slots: Slots,
+    lengths: Tensor,
+    query: Tensor,
+    width: int,
+    *,
+    tile: int,
+    programs: int,
+    lse: bool,
+    others: Tensor | None = None,
+    step: int = 0,
+    tails: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Add up what the programs left: output [h, q, width] in the query's dtype, and its log-sum-exp [h, q] if asked.
 
-    lengths int32 [k]: of what was cut into tiles. tails: whether a further slot for each head follows those of the
-    programs. A head of which nothing was seen gives zeros, and minus infinity.
+    lengths, others, step: see `spans_of`. tails: whether a further slot for each head follows those of the programs. A
+    head of which nothing was seen gives zeros, and minus infinity.
     """
     heads, rows, channels = lengths.numel(), slots.sums.shape[2], min(power(width), 64)
     out = torch.empty(*query.shape[:2], width, dtype=query.dtype, device=query.device)
     found = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
     _join[(heads, rows, -(-width // channels))](
-        slots.sums, slots.largest, slots.weights, lengths, programs + heads, out, found, programs,
-        K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, C=channels, G=slots.sums.shape[1], TAILS=tails,
-        LSE=lse, CHUNK=128, num_warps=4,
+        slots.sums, slots.largest, slots.weights, lengths, others, programs + heads, out, found, programs,
+        K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, C=channels, G=slots.sums.shape[1], STEP=step,
+        TAILS=tails, LSE=lse, CHUNK=128, num_warps=4,
     )  # fmt: skip
     return out, found
 
