@@ -34,6 +34,30 @@ class MLPConfig(NamedTuple):
     stages: int
 
 
+# What the bench sweeps; see `attention_config` and `mlp_config` for which is used.
+TILED_CONFIGS = (
+    AttentionConfig(128, 128, 64, 8, 3),
+    AttentionConfig(128, 64, 64, 8, 3),
+    AttentionConfig(64, 128, 64, 8, 3),
+    AttentionConfig(128, 128, 64, 8, 2),
+)
+HELD_CONFIGS = (
+    AttentionConfig(128, 64, 64, 8, 3),
+    AttentionConfig(128, 128, 64, 8, 2),
+    AttentionConfig(64, 64, 64, 4, 3),
+)
+PANEL_CONFIGS = (
+    MLPConfig(128, 128, 0, 64, 8, 3),
+    MLPConfig(128, 128, 0, 64, 8, 4),
+    MLPConfig(128, 64, 0, 64, 4, 4),
+)
+SUM_CONFIGS = (
+    MLPConfig(64, 64, 256, 64, 8, 2),
+    MLPConfig(64, 64, 256, 64, 8, 3),
+    MLPConfig(128, 64, 256, 64, 8, 2),
+)
+
+
 @triton.jit
 def _dot(a, b, into, PRECISION: tl.constexpr):
     """into + a b. "interpreted": Triton's interpreter takes bfloat16 for integers."""
