@@ -126,7 +126,7 @@ def _numbers(
 
 @triton.jit
 def _any_rows(
-    query, head, rows, first, length, key_packed, value_packed,
+    query, head, rows, first, step, length, key_packed, value_packed,
     key_codes, key_scale, key_zero, key_tail, balance, value_codes, value_scale, value_zero, value_tail,
     positions, where, scale, softcap, window,
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -134,7 +134,8 @@ def _any_rows(
     GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr, VCHANNEL: tl.constexpr, BALANCED: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention over rows first .. length - 1 of a head, packed or not, of any shape: number by number.
+    """Attention over rows of a head, packed or not, of any shape, number by number: G * N from `first` on, then those
+    `step` further, up to `length`.
 
     All pointers are the head's own. Returns largest score and sum of weights [G, R], and sums [G, DVP, R].
     """
@@ -148,7 +149,7 @@ def _any_rows(
     top = tl.full([G, R], LOWEST, tl.float32)
     whole = tl.zeros([G, R], tl.float32)
     mixed = tl.zeros([G, DVP, R], tl.float32)
-    for begin in tl.range(first, length, G * N, num_stages=1):
+    for begin in tl.range(first, length, step, num_stages=1):
         row = begin + within
         key = _numbers(
             key_codes, key_scale, key_zero, key_tail, balance, row[:, :, None], key_packed, length, d[None, None, :],
@@ -354,17 +355,17 @@ def _attend(
     DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
     BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
     PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """A run of tiles, or behind the last program the rest of a head.
+    """A run of tiles or, in the first RESTS programs of every head, a part of the head's rest.
 
     FAST: tiles are of rows whose keys and values are both packed, word by word; KW, VW: the words of a row that are
     taken at once, within which all channels have one group. The rest of each head, and everything where FAST does not
     fit, goes number by number. As in `dense`, each warp has rows and a softmax of its own (the dimension G).
     """
     TILE: tl.constexpr = G * SUB * N
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) - K * RESTS  # the rests come first: they are short, but wait long for what they load
     rows = tl.program_id(1) * R + tl.arange(0, R)
     dv = tl.arange(0, DVP)
     where = rows
@@ -376,16 +377,13 @@ def _attend(
         fronts = spans_of(key_code_lengths, key_tail_lengths, K, KP, TILE, 0)
     tiles, ends = tiles_of(fronts, TILE)
     total = tl.sum(tiles, 0)
-    low, high = run_of(total, pid, programs)
-    if FAST:
-        rest = pid >= programs
-    else:
-        rest = low < 0  # never
+    low, high = run_of(total, tl.maximum(pid, 0), programs)
+    rest = pid < 0
     if rest:
         low, high = 0, 1
     while low < high:
         if rest:
-            head = pid - programs
+            head = (pid + K * RESTS) // RESTS
         else:
             head = tl.sum((ends <= low).to(tl.int32), 0)
         begin = at(ends - tiles, head, KP)
@@ -407,25 +405,25 @@ def _attend(
         scale_at = tl.load(key_scale_starts + head).to(tl.int64) * key_groups
         value_scale_at = tl.load(value_scale_starts + head).to(tl.int64) * value_groups
         if rest or not FAST:
-            first = front
-            last = length
-            slot = programs + K + head
-            if not FAST:
-                first = (low - begin) * TILE
-                last = tl.minimum((stop - begin) * TILE, length)
+            if FAST:
+                which = (pid + K * RESTS) % RESTS
+                first, last, step = front + which * (G * 16), length, RESTS * (G * 16)
+                slot = programs + K + head * RESTS + which
+            else:
+                first, last, step = (low - begin) * TILE, tl.minimum((stop - begin) * TILE, length), G * 16
                 slot = pid + head
             if PLACED:
                 place_at = positions + tl.load(position_starts + head).to(tl.int64)
             else:
                 place_at = key_code_lengths
             top, whole, mixed = _any_rows(
-                query, head, rows, first, last, packed, value_packed,
+                query, head, rows, first, step, last, packed, value_packed,
                 key_codes + code_at, key_scale + scale_at, key_zero + scale_at,
                 key_tail + tl.load(key_tail_starts + head).to(tl.int64) * D, balance + head * D,
                 value_codes + value_code_at, value_scale + value_scale_at, value_zero + value_scale_at,
                 value_tail + tl.load(value_tail_starts + head).to(tl.int64) * DV,
                 place_at, where, scale, softcap, window,
-                ROWS, R, D, DP, DV, DVP, G, 32, KB, VB, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL, BALANCED,
+                ROWS, R, D, DP, DV, DVP, G, 16, KB, VB, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL, BALANCED,
                 MASKED, PLACED, WINDOW, SOFTCAP,
             )  # fmt: skip
             leave_sums(sums, slot, rows, mixed, dv, dv < DV, ROWS, DV, G)
@@ -514,11 +512,13 @@ def decode_packed(
     )
     tile = warps * subs * tokens
     longest = min(keys.codes.longest, values.codes.longest) if fast else keys.longest
-    programs = programs_for(query.device, heads * -(-longest // tile), per_processor, blocks)
-    tails = heads if fast else 0
-    slots = Slots.of(programs + heads + tails, warps, rows, value_width, query.device)
+    # What is left of a head, if it has a tile at all: no whole block, what only one side has packed, and the newest.
+    left = tokens + max(keys.codes.longest, values.codes.longest) - longest + max(keys.tail.longest, values.tail.longest)
+    rests = min(-(-left // (warps * 16)), 8) if fast else 0
+    programs = programs_for(query.device, heads * -(-longest // tile), per_processor, blocks, heads * rests)
+    slots = Slots.of(programs + heads + heads * rests, warps, rows, value_width, query.device)
     key_words, value_words = key_words or 16, value_words or 16
-    _attend[(programs + tails, blocks)](
+    _attend[(programs + heads * rests, blocks)](
         query.contiguous(), query_positions,
         None if positions is None else positions.data, None if positions is None else positions.starts,
         keys.codes.data, keys.codes.starts, keys.codes.lengths, keys.scale.data, keys.zero.data, keys.scale.starts,
@@ -530,13 +530,13 @@ def decode_packed(
         DVP=max(power(value_width), 16), G=warps, SUB=subs, N=tokens, KB=keys.codes.data.shape[1], VB=values.codes.data.shape[1],
         KW=key_words, KWP=max(power(key_words), 16), VW=value_words, VWP=max(power(value_words), 16),
         BITS=keys.bits, VBITS=values.bits, GROUP=keys.group, VGROUP=values.group, CHANNEL=not per_row,
-        VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, STAGES=stages,
+        VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, RESTS=rests, STAGES=stages,
         MASKED=query_positions is not None, PLACED=positions is not None, WINDOW=window is not None,
         SOFTCAP=softcap is not None, INTERPRET=interpreted(), num_warps=warps,
         maxnreg=registers,
     )  # fmt: skip
     return join(
-        slots, keys.codes.lengths, query, value_width, tile=tile, programs=programs, lse=lse, tails=fast,
+        slots, keys.codes.lengths, query, value_width, tile=tile, programs=programs, lse=lse, rests=rests,
         others=values.codes.lengths if fast else keys.tail.lengths, step=tokens if fast else 0,
     )  # fmt: skip
 

@@ -37,12 +37,16 @@ class Slots(NamedTuple):
         return cls(sums, both[0], both[1])
 
 
-def programs_for(device: torch.device, tiles: int, per_processor: int, blocks: int = 1) -> int:
-    """How many programs share `tiles` tiles, when so many run on a multiprocessor at once, for each block of rows."""
+def programs_for(device: torch.device, tiles: int, per_processor: int, blocks: int = 1, others: int = 0) -> int:
+    """How many programs share `tiles` tiles, when so many run on a multiprocessor at once, for each block of rows.
+
+    others: short programs that run beside them, for which room is left if they are few.
+    """
     if device.type != "cuda":
         return 5  # under the interpreter: few, so that runs end within heads, and at times more than there are tiles
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(min(-(-processors * per_processor // blocks), tiles), 1)
+    room = -(-processors * per_processor // blocks)
+    return max(min(room - others if 4 * others < room else room, tiles), 1)
 
 
 def rows_of(query: Tensor, heads: int) -> tuple[int, int, int]:
@@ -126,9 +130,9 @@ def leave_weights(largest, weights, slot, rows, top, whole, ROWS: tl.constexpr, 
 
 @triton.jit
 def _join(
-    sums, largest, weights, lengths, others, tail_slots, out, lse, programs,
+    sums, largest, weights, lengths, others, rest_slots, out, lse, programs,
     K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    G: tl.constexpr, STEP: tl.constexpr, TAILS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
+    G: tl.constexpr, STEP: tl.constexpr, RESTS: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """C channels of one query row of one KV head: its slots, rescaled to the largest score, added up and divided."""
     head, row = tl.program_id(0), tl.program_id(1)
@@ -143,14 +147,11 @@ def _join(
     whole = tl.zeros([], tl.float32)
     mixed = tl.zeros([C], tl.float32)
     step = tl.arange(0, CHUNK)
-    behind = 0
-    if TAILS:
-        behind = G
-    for begin in range(0, parts + behind, CHUNK):
+    for begin in range(0, parts + RESTS * G, CHUNK):
         part = begin + step
-        there = part < parts + behind
-        # The parts of the tail come behind those of the programs.
-        slot = tl.where(part < parts, (first + head) * G + part, (tail_slots + head) * G + part - parts)
+        there = part < parts + RESTS * G
+        # The parts of a head's rest come behind those of the programs.
+        slot = tl.where(part < parts, (first + head) * G + part, (rest_slots + head * RESTS) * G + part - parts)
         place = slot.to(tl.int64) * ROWS + row
         tops = tl.load(largest + place, mask=there, other=LOWEST)
         shares = tl.load(weights + place, mask=there, other=0.0)
@@ -180,12 +181,12 @@ def join(
     lse: bool,
     others: Tensor | None = None,
     step: int = 0,
-    tails: bool = False,
+    rests: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Add up what the programs left: output [h, q, width] in the query's dtype, and its log-sum-exp [h, q] if asked.
 
-    lengths, others, step: see `spans_of`. tails: whether a further slot for each head follows those of the programs. A
-    head of which nothing was seen gives zeros, and minus infinity.
+    lengths, others, step: see `spans_of`. rests: how many further slots for each head follow those of the programs. A head
+    of which nothing was seen gives zeros, and minus infinity.
     """
     heads, rows, channels = lengths.numel(), slots.sums.shape[2], min(power(width), 64)
     out = torch.empty(*query.shape[:2], width, dtype=query.dtype, device=query.device)
@@ -193,7 +194,7 @@ def join(
     _join[(heads, rows, -(-width // channels))](
         slots.sums, slots.largest, slots.weights, lengths, others, programs + heads, out, found, programs,
         K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, C=channels, G=slots.sums.shape[1], STEP=step,
-        TAILS=tails, LSE=lse, CHUNK=128, num_warps=4,
+        RESTS=rests, LSE=lse, CHUNK=128, num_warps=4,
     )  # fmt: skip
     return out, found
 
