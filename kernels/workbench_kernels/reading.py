@@ -55,7 +55,7 @@ def read_attention(
     pooling: how weights become the cells of a map of at most `pixels` x `pixels` (<= 1024), None: no map. Cell i of c
     begins at position i * n // c. "mean" counts the keys that a row does not see as zero.
 
-    Deterministic on any device. Memory: the results; on a GPU 32 MiB more where several blocks of columns share a cell
+    Deterministic on any device. Memory: the results; on a GPU 16 MiB more where several blocks of columns share a cell
     of the map; in plain PyTorch a few blocks of rows.
     Raises ValueError for what does not fit together.
     """

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from workbench_kernels.reading import Pooling, Reading, cell_edges, check_reading
 
 _LOG2E = 1.4426950408889634
-_PART_BYTES = 32 << 20  # parts of cells, where several programs share one, are made for so many heads at a time
+_PART_BYTES = 16 << 20  # parts of cells, where several programs share one, are made for so many heads at a time
 _COUNTS = ["n", "m", "first", "last", "window", "heads", "group", "map_rows", "map_cols"]
 _COUNTS += ["tall", "parts"]
 _NEVER = 1 << 30  # a window that hides nothing

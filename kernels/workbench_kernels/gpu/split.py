@@ -46,7 +46,7 @@ def programs_for(device: torch.device, tiles: int, per_processor: int, blocks: i
         return 5  # under the interpreter: few, so that runs end within heads, and at times more than there are tiles
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     room = -(-processors * per_processor // blocks)
-    return max(min(room - others if 4 * others < room else room, tiles), 1)
+    return max(min(room - others if 8 * others <= room else room, tiles), 1)
 
 
 def rows_of(query: Tensor, heads: int) -> tuple[int, int, int]:
