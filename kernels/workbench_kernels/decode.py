@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.dispatch import on_gpu
-from workbench_kernels.rows import Ragged
+from workbench_kernels.rows import PackedRows, Ragged
 
 
 def decode_dense(
@@ -36,12 +36,57 @@ def decode_dense(
             query, keys, values, scale=scale, softcap=softcap, window=window, query_positions=query_positions,
             positions=positions, lse=lse,
         )  # fmt: skip
+    return decode_reference(
+        query, keys, values, scale=scale, softcap=softcap, window=window, query_positions=query_positions,
+        positions=positions,
+    )  # fmt: skip
+
+
+def decode_packed(
+    query: Tensor,
+    keys: PackedRows,
+    values: PackedRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    query_positions: Tensor | None = None,
+    positions: Ragged | None = None,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The same over rows of which the first of each head are bit-packed, keys and values each to a length of its own."""
+    if on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2:
+        from workbench_kernels.gpu.packed import decode_packed as kernel
+
+        return kernel(
+            query, keys, values, scale=scale, softcap=softcap, window=window, query_positions=query_positions,
+            positions=positions, lse=lse,
+        )  # fmt: skip
+    return decode_reference(
+        query, keys, values, scale=scale, softcap=softcap, window=window, query_positions=query_positions,
+        positions=positions,
+    )  # fmt: skip
+
+
+def decode_reference(
+    query: Tensor,
+    keys: Ragged | PackedRows,
+    values: Ragged | PackedRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    query_positions: Tensor | None = None,
+    positions: Ragged | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decode_dense` and `decode_packed` in plain PyTorch."""
     key, real = keys.padded()
-    value, _ = values.padded()
+    value = values.padded()[0][:, : key.shape[1]]
+    key, real = key[:, : value.shape[1]], real[:, : value.shape[1]]  # room, if one has more of it
     if positions is None:
-        places = torch.arange(keys.longest, device=query.device)[None]
+        places = torch.arange(key.shape[1], device=query.device)[None]
     else:
-        places = positions.padded()[0][..., 0]
+        places = positions.padded()[0][:, : key.shape[1], 0]
     seen = real[:, None]
     if query_positions is not None:
         asked = query_positions.to(query.device)[None, :, None]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench_kernels.rows import Ragged
-
 from workbench_kernels.building import Kept, gather, kept
+from workbench_kernels.rows import Ragged
 
 
 class Rows:
@@ -157,6 +156,22 @@ class Rows:
         grown[starts[head] + step] = self.data[self.starts.long()[head] + step]
         self.data, self._spare, self.starts = grown, rows, starts.to(torch.int32)
 
+    def reserved_nbytes(self, rows: int) -> int:
+        """The bytes of all tensors after `reserve(rows)`."""
+        if self.lengths is None or self.starts is None:
+            held = self.heads * max(self.longest + rows, self._room)
+        else:
+            held = self.data.shape[0] if rows <= self._spare else self.total + self.heads * rows
+        return held * self.data.shape[1] * self.data.itemsize + sum(x.nbytes for x in self.tensors()[1:])
+
+    def grow(self, count: int) -> None:
+        """Take up `count` rows that were written behind those of every head, where room was reserved, by others."""
+        self.longest += count
+        self.total += self.heads * count
+        if self.lengths is not None:
+            self.lengths += count
+            self._spare -= count
+
     def append(self, x: Tensor, block: int = 64) -> None:
         """Add x [k, q, d] to the end of each head's rows; grows by `block` rows where nothing was reserved."""
         count = x.shape[1]
@@ -169,10 +184,7 @@ class Rows:
                 self.reserve(max(count, block))
             at = (self.starts + self.lengths).long()[:, None] + torch.arange(count, device=x.device)
             self.data[at] = x.to(self.data.dtype)
-            self.lengths += count
-            self._spare -= count
-        self.longest += count
-        self.total += self.heads * count
+        self.grow(count)
 
     def move(self, source: Tensor, target: Tensor, drop: int) -> None:
         """Copy each head's rows source [k, s] over its rows target [k, s], then cut the last `drop` rows of every
