@@ -6,7 +6,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := smollm2-135m
 
-.PHONY: setup app test lint bench clean browser model notebooks
+.PHONY: setup app test lint bench bench-gpu clean browser model notebooks
 
 setup: $(STAMP)  ## a virtual environment with everything in it
 
@@ -44,6 +44,9 @@ lint: setup  ## formatting, style, types
 
 bench: model  ## the figures that the README claims
 	$(BIN)/python -m benchmarks
+
+bench-gpu: setup  ## the kernels' figures on this machine's CUDA device, and docs/kernels.md with them
+	cd kernels && PYTHONPATH=.. $(abspath $(BIN))/python -m bench && PYTHONPATH=.. $(abspath $(BIN))/python -m bench.table
 
 clean:  ## everything that can be made again, the environment included
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,232 @@
+"""What writes down GPU measurements, as far as it needs no GPU: limits, records of runs cut short, tables, plots, and
+the bookkeeping of the baselines' bytes. The committed page must show the committed results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from bench import baselines, table
+from bench.__main__ import main, measure, names
+from bench.measure import Ceilings, TimeUp, relative_error, shares, time_limit
+from torch.nn.functional import scaled_dot_product_attention
+
+CEILINGS = Ceilings(copy=4e12, matmul=8e14, launch_us=2.0)
+WHERE = {
+    "device": "NVIDIA H200", "driver": "580", "torch": "2.11", "triton": "3.6", "transformers": "5.17",
+    "date": "2026-11-24", "command": "python -m bench some", "load_before": 0,
+}  # fmt: skip
+
+
+def result(rows: list[dict[str, Any]], stopped: str | None = None) -> dict[str, Any]:
+    return {"environment": WHERE, "ceilings": CEILINGS.to_dict(), "stopped": stopped, "rows": rows}
+
+
+# -- limits and errors
+
+
+def test_the_limit_is_the_slower_of_moving_and_computing() -> None:
+    assert CEILINGS.limit_us(4e6) == pytest.approx(1.0)
+    assert CEILINGS.limit_us(4e6, 8e8) == pytest.approx(1.0)  # where the two meet: 200 operations a byte
+    assert CEILINGS.limit_us(4e6, 16e8) == pytest.approx(2.0)
+
+
+def test_a_row_gets_its_rates_and_its_share_of_the_limit() -> None:
+    row = shares({"what": "copy", "us": 2.0, "bytes": 4_000_000}, CEILINGS)
+    assert row["GB/s"] == pytest.approx(2000) and row["limit"] == pytest.approx(0.5) and "TFLOP/s" not in row
+    row = shares({"what": "product", "us": 4.0, "bytes": 4_000_000, "flops": 16e8}, CEILINGS)
+    assert row["TFLOP/s"] == pytest.approx(400) and row["limit"] == pytest.approx(0.5)
+    for incomplete in ({"what": "x", "failed": "no"}, {"what": "x", "us": 3.0}, {"what": "x", "bytes": 5}):
+        assert shares(incomplete, CEILINGS) == incomplete
+
+
+def test_an_error_is_relative_to_the_norm_and_infinite_for_what_was_never_written() -> None:
+    wanted = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor([3.0, 4.5]), wanted) == pytest.approx(0.1)
+    assert relative_error(torch.tensor([3.0, math.nan]), wanted) == math.inf
+    with pytest.raises(ValueError, match="shape"):
+        relative_error(torch.zeros(3), wanted)
+
+
+def test_time_runs_out_also_where_failures_are_caught() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeUp), time_limit(0.05):
+        while time.monotonic() - began < 10:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                continue
+    assert time.monotonic() - began < 5
+    with time_limit(None):
+        time.sleep(0.1)
+
+
+# -- records
+
+
+def test_every_row_is_on_disk_before_the_next_is_measured(tmp_path: Path) -> None:
+    def produce() -> Iterator[dict[str, Any]]:
+        yield {"what": "first", "us": 2.0, "bytes": 4_000_000}
+        held = json.loads((tmp_path / "some.json").read_text())
+        assert held["stopped"] == "still running" and [row["limit"] for row in held["rows"]] == [pytest.approx(0.5)]
+        yield {"what": "second", "failed": "RuntimeError: no"}
+
+    assert measure("some", produce, WHERE, CEILINGS, folder=tmp_path) is None
+    held = json.loads((tmp_path / "some.json").read_text())
+    assert held["environment"] == WHERE and held["ceilings"]["copy"] == 4e12 and held["stopped"] is None
+    assert [row["what"] for row in held["rows"]] == ["first", "second"]
+    assert "RuntimeError: no" in (tmp_path / "some.md").read_text()
+
+
+@pytest.mark.parametrize("ending", ["time", "error"])
+def test_a_run_cut_short_keeps_what_it_measured_and_says_so(tmp_path: Path, ending: str) -> None:
+    def produce() -> Iterator[dict[str, Any]]:
+        yield {"what": "first", "us": 2.0, "bytes": 4_000_000}
+        if ending == "error":
+            raise RuntimeError("the device is gone")
+        time.sleep(10)
+        yield {"what": "never"}
+
+    stopped = measure("some", produce, WHERE, CEILINGS, seconds=0.2, folder=tmp_path)
+    assert stopped and ("stopped after" in stopped if ending == "time" else "the device is gone" in stopped)
+    held = json.loads((tmp_path / "some.json").read_text())
+    assert [row["what"] for row in held["rows"]] == ["first"] and held["stopped"] == stopped
+    assert f"Not complete: {stopped}" in (tmp_path / "some.md").read_text()
+
+
+def test_a_run_without_rows_leaves_earlier_results(tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text("earlier")
+    measure("some", lambda: [], WHERE, CEILINGS, folder=tmp_path)
+    assert (tmp_path / "some.json").read_text() == "earlier"
+
+
+def test_unknown_names_are_refused_and_a_machine_without_a_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "baselines" in names() and "measure" not in names()
+    with pytest.raises(SystemExit) as refused:
+        main(["no-such"])
+    assert refused.value.code == 2 and "no such module: no-such" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["baselines"]) == 2 and "CUDA" in capsys.readouterr().err
+
+
+# -- tables and plots
+
+
+def test_a_table_shows_cases_first_then_figures_and_no_empty_column() -> None:
+    rows = [
+        {"what": "a|b", "us": 1234.5, "n": 8192, "bytes": 33_554_432, "limit": 0.5},
+        {"what": "c", "shape": [8, 128], "n": 8192, "failed": "ValueError: <no>"},
+    ]
+    head, first, second = table.cells(rows)
+    assert head == ["what", "n", "shape", "µs", "MB", "of the limit", "instead of a figure"]
+    assert first == ["a\\|b", "8,192", "", "1,234.5", "33.6", "50%", ""]
+    assert second == ["c", "8,192", "8 × 128", "", "", "", "ValueError: &lt;no>"]
+
+
+def over_lengths() -> list[dict[str, Any]]:
+    rows = [
+        {"what": what, "batch": batch, "n": n, "us": us * batch * n / 1000, "bytes": batch * n * 4096}
+        for batch in (1, 8)
+        for n in (8192, 32768, 131072)
+        for what, us in (("fast", 2.0), ("slow", 8.0))
+    ]
+    return [*(shares(row, CEILINGS) for row in rows), {"what": "broken", "batch": 8, "n": 131072, "failed": "no"}]
+
+
+def test_bars_show_the_last_of_the_settings_measured_most() -> None:
+    found = table.bars(over_lengths())
+    assert found is not None
+    title, shown = found
+    assert title == "batch 8, n 131,072" and [what for what, _ in shown] == ["fast", "slow"]
+    assert shown[0][1] == pytest.approx(4 * shown[1][1]) == pytest.approx(0.512)
+
+
+def test_lines_join_the_lengths_of_one_setting() -> None:
+    found = table.lines(over_lengths())
+    assert found is not None
+    title, shown = found
+    assert title == "batch 1"
+    assert shown["fast"] == [(n, pytest.approx(2 * n / 1000)) for n in (8192, 32768, 131072)]
+    assert table.lines(over_lengths()[:2]) is None
+
+
+def test_plots_are_drawings_with_one_mark_for_each_thing_measured() -> None:
+    text, plots = table.rendered({"some": result(over_lengths(), stopped="stopped after 3 s")})
+    assert set(plots) == {"kernels-some.svg", "kernels-some-time.svg"}
+    assert all(f"(images/{name})" in text for name in plots) and "Not complete: stopped after 3 s." in text
+    space = "{http://www.w3.org/2000/svg}"
+    bars = ElementTree.fromstring(plots["kernels-some.svg"]).findall(f"{space}rect")
+    widths = [float(bar.attrib["width"]) for bar in bars if bar.attrib["width"] != "100%"]
+    assert widths[0] == pytest.approx(4 * widths[1], rel=0.01)
+    lines = ElementTree.fromstring(plots["kernels-some-time.svg"]).findall(f"{space}polyline")
+    assert len(lines) == 3  # fast, slow and the limit
+    heights = [[float(spot.split(",")[1]) for spot in line.attrib["points"].split()] for line in lines]
+    assert all(height == sorted(height, reverse=True) for height in heights)  # longer takes longer: higher up
+    assert heights[2][0] > heights[0][0] > heights[1][0]  # the limit below both
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    assert table.main(["--check"]) == 0
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    page = f"before\n{table.BEGIN}\nold\n{table.END}\nafter"
+    assert table.updated(page, "new") == f"before\n{table.BEGIN}\n\nnew\n\n{table.END}\nafter"
+    assert table.updated(table.updated(page, "new"), "new") == table.updated(page, "new")
+
+
+# -- baselines
+
+
+def test_the_exact_attention_is_softmax_attention_with_grouped_heads() -> None:
+    query, keys, values = torch.randn(2, 32, 1, 128), torch.randn(2, 8, 20, 128), torch.randn(2, 8, 20, 128)
+    wanted = scaled_dot_product_attention(query.double(), keys.double(), values.double(), enable_gqa=True)
+    assert relative_error(baselines.exact_attention(query, keys, values), wanted) < 1e-12
+    rows = baselines._backend("flash", True, query, keys, values)  # 4 query heads as rows of one: the same numbers
+    grouped = scaled_dot_product_attention(query.view(2, 8, 4, 128), keys, values).view(query.shape)
+    assert relative_error(grouped, wanted) < 1e-5 and callable(rows)
+
+
+def test_quantised_caches_count_codes_scales_and_zeros() -> None:
+    full = 2 * 8 * 1024 * 128 * 2
+    assert baselines.packed_bytes(1, 1024, 4, 64) == full // 4 + full // 2 // 64 * 4
+    parts = baselines.kivi_bytes(1, 1024, 2)
+    assert parts["step"] == baselines.packed_bytes(1, 1024, 2, 32)
+    assert parts["keys"] == parts["values"] == parts["step"] // 2 + 2 * 32 * 1024
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kivis_products_are_checked_against_the_codes_one_by_one(bits: int) -> None:
+    torch.manual_seed(0)
+    outputs, inputs, group = 64, 5, baselines.KIVI_GROUP
+    codes = torch.randint(0, 2**bits, (8, outputs, inputs))
+    scales, zeros = torch.rand(8, outputs // group, inputs), torch.rand(8, outputs // group, inputs)
+    packed = torch.zeros(8, outputs * bits // 32, inputs, dtype=torch.int64)
+    for output in range(outputs):  # the first of each word in its lowest bits
+        packed[:, output * bits // 32] |= codes[:, output] << bits * (output % (32 // bits))
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    given = torch.randn(32, 1, inputs)
+    got = baselines._dequantised_product(given, (packed, scales, zeros), bits)
+    for head in range(32):
+        for output in range(outputs):
+            at = head // 4, output // group
+            weights = codes[head // 4, output] * scales[at] + zeros[at]
+            assert float(got[head, 0, output]) == pytest.approx(float(given[head, 0] @ weights), abs=1e-5)
+
+
+def test_what_cannot_be_measured_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Any:
+        raise RuntimeError("no kernel\nand a long explanation")
+
+    monkeypatch.delenv("WORKBENCH_KIVI", raising=False)
+    assert [row["failed"] for row in baselines._kivi(1, 8192)] == ["WORKBENCH_KIVI names no built extension"]
+    row = baselines._measured("x", 1, 8192, 5, refuse)
+    assert row == {"what": "x", "batch": 1, "n": 8192, "bytes": 5, "failed": "RuntimeError: no kernel"}
