@@ -86,11 +86,15 @@ class BitmapStore(Store):
         older = (chosen.counts - recent).clamp_min(0)
         old, new = chosen.first(older), chosen.after(older)
 
-        def side(x: Tensor) -> tuple[SparseRows, Rows]:
-            return SparseRows.where(x, old, kept_of(x.shape[-1], pruned), dtype), Rows.where(x, new, dtype)
-
-        positions = None if chosen.complete else Rows.positions(chosen)
-        return cls(*side(keys), *side(values), positions, recent)
+        key_tail, value_tail = Rows.both(keys, values, new, dtype)
+        return cls(
+            SparseRows.where(keys, old, kept_of(keys.shape[-1], pruned), dtype),
+            key_tail,
+            SparseRows.where(values, old, kept_of(values.shape[-1], pruned), dtype),
+            value_tail,
+            None if chosen.complete else Rows.positions(chosen),
+            recent,
+        )
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.key_tail.append(keys)
