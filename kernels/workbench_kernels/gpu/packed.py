@@ -289,7 +289,9 @@ def _whole_words(
                     raw += _half(key_zeros, group).to(tl.float32)[:, :, None] * (sizes[group] / by_code)[None, None, :]
                 offset = tl.zeros([G, R], tl.float32)
             if SOFTCAP:
-                raw = capped(raw * by_code[None, None, :] + offset[:, None, :], softcap, SOFTCAP) / by_code[None, None, :]
+                raw = (
+                    capped(raw * by_code[None, None, :] + offset[:, None, :], softcap, SOFTCAP) / by_code[None, None, :]
+                )
                 offset = tl.zeros([G, R], tl.float32)
             real = g * (SUB * N) + sub * N >= seen_before
             raws = raws + (raw,)
@@ -475,8 +477,9 @@ class Config(NamedTuple):
 
 def config_for(bits: int, group: int, longest: int) -> Config:
     """What was fastest where it was measured (kernels/bench/decode.py)."""
-    tokens = 64 if group % 64 == 0 else 32
-    return Config(4, tokens, 1, 3 if bits < 8 else 2, 2)
+    if group % 64 or bits == 8:
+        return Config(4, 32, 2 if bits == 8 else 1, 2 if bits == 8 else 3, 2)
+    return Config(2, 64, 1, 3, 4)
 
 
 def decode_packed(
@@ -513,7 +516,9 @@ def decode_packed(
     tile = warps * subs * tokens
     longest = min(keys.codes.longest, values.codes.longest) if fast else keys.longest
     # What is left of a head, if it has a tile at all: no whole block, what only one side has packed, and the newest.
-    left = tokens + max(keys.codes.longest, values.codes.longest) - longest + max(keys.tail.longest, values.tail.longest)
+    left = (
+        tokens + max(keys.codes.longest, values.codes.longest) - longest + max(keys.tail.longest, values.tail.longest)
+    )
     rests = min(-(-left // (warps * 16)), 8) if fast else 0
     programs = programs_for(query.device, heads * -(-longest // tile), per_processor, blocks, heads * rests)
     slots = Slots.of(programs + heads + heads * rests, warps, rows, value_width, query.device)

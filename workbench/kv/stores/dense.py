@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench_kernels.decode import decode_dense
 
 
 class DenseStore(Store):
@@ -101,6 +102,24 @@ class DenseStore(Store):
         return Contents(
             self.keys.view().to(dtype), self.values.view().to(dtype), self.slot_positions, self.keys.valid()
         )
+
+    def by_kernel(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor | None:
+        fits, asked = for_kernel(query, self.keys.data, query_positions, window)
+        if not fits:
+            return None
+        positions = None if self._positions is None else self._positions.ragged()
+        return decode_dense(
+            query,
+            self.keys.ragged(),
+            self.values.ragged(),
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            query_positions=asked,
+            positions=positions,
+        )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         held = [rows for rows in (self.keys, self.values, self._positions, self.mass) if rows is not None]

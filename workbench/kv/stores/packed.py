@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.rows import Rows, joined
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Contents, Store, for_kernel
 from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
+from workbench_kernels.decode import decode_packed
+from workbench_kernels.rows import PackedRows as KernelRows
 
 
 class PackedRows:
@@ -93,6 +95,11 @@ class PackedRows:
             balance=self.balance,
             owners=None if self.balance is None else self.codes.owners(),
         )
+
+    def ragged(self, tail: Rows) -> KernelRows:
+        """The rows, followed by those of `tail`, as kernels take them."""
+        packed = self.codes.ragged(), self.scale.ragged(), self.zero.ragged()
+        return KernelRows(*packed, tail.ragged(), self.bits, self.group, self.axis, self.balance)
 
     def tensors(self) -> list[Tensor]:
         balance = [] if self.balance is None else [self.balance]
@@ -214,6 +221,23 @@ class PackedStore(Store):
         if self._positions is None:
             return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
         return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
+
+    def by_kernel(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
+        if not fits:
+            return None
+        return decode_packed(
+            query,
+            self.keys.ragged(self.key_tail),
+            self.values.ragged(self.value_tail),
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            query_positions=asked,
+            positions=None if self._positions is None else self._positions.ragged(),
+        )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         tail = [*self.key_tail.tensors(), *self.value_tail.tensors()]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import attend
+from workbench_kernels.dispatch import on_gpu
+
+_FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,31 @@ class Store(ABC):
 
         Returns the output [h, q, dv] and, if `weights`, the softmax rows [k, g, q, m] by slot.
         """
+        if not weights:
+            found = self.by_kernel(query, query_positions, scale=scale, window=window, softcap=softcap)
+            if found is not None:
+                return found, None
         held = self.contents(query.dtype)
         visible = seen_by(query_positions, held.positions, held.valid, window)
         return attend(query, held.keys, held.values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+
+    def by_kernel(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor | None:
+        """The output of `attend` by a kernel that reads what is held in place; None where there is none."""
+        return None
+
+
+def for_kernel(query: Tensor, held: Tensor, query_positions: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
+    """Whether decode kernels take this query [h, q, d] over what a store holds, and the positions that they mask by.
+
+    They are for a few queries at 16 bits; the newest token alone sees everything, which needs no mask.
+    """
+    few = 0 < query.shape[1] <= _FEW_QUERIES
+    if not (few and on_gpu(query, held) and query.dtype.itemsize == 2 and query.dtype == held.dtype):
+        return False, None
+    alone = query.shape[1] == 1 and window is None
+    return True, None if alone else query_positions.to(query.device)
 
 
 def joined_valid(parts: Sequence[tuple[Tensor | None, int]], heads: int, device: torch.device) -> Tensor | None:
