@@ -87,7 +87,7 @@ def test_codes_scales_and_zeros_equal_the_reference_to_the_bit(axis: Axis, bits:
     both_ways(x, bits, group, axis)
     both_ways(x, bits, group, axis, chosen)
     stored = both_ways(x, bits, group, axis, chosen, balance)
-    owners = chosen.index()[0]
+    owners = chosen.entries()[0]
     for dtype in (torch.float32, torch.float16):  # the interpreter cuts off what bfloat16 would round
         for factors, heads in ((None, None), (balance, owners)):
             found = gpu.dequantise_rows(*stored, bits, group, axis, width, dtype, balance=factors, owners=heads)
@@ -125,9 +125,11 @@ def test_sparse_rows_hold_exactly_the_largest_and_expand_again(dtype: torch.dtyp
     chosen = building.kept_reference(some(2, 50))
     held, bitmap = gpu.sparse_rows(x, count, dtype, chosen=chosen)
     bits = unpack(bitmap, 1, width)
-    rows = x[chosen.index()]
+    rows = x[chosen.entries()]
     assert bool((bits.sum(dim=1) == count).all())
-    assert torch.equal(held, rows[bits.bool()].view(len(rows), count))
+    nbytes = -(-width // 8)
+    order = [c for byte in range(nbytes) for c in range(byte, width, nbytes)]  # of the bits, byte after byte
+    assert torch.equal(held, rows[:, order][bits[:, order].bool()].view(len(rows), count))
     smallest_held = rows.abs().float().masked_fill(bits == 0, torch.inf).amin(dim=1)
     largest_lost = rows.abs().float().masked_fill(bits == 1, -torch.inf).amax(dim=1)
     assert bool((smallest_held >= largest_lost).all())

@@ -69,7 +69,7 @@ def errors() -> Iterator[Row]:
                     keys.cpu(), bits, GROUP, axis, chosen=on_host(rows_of), balance=cpu
                 )
                 torch_here = building.quantise_rows_reference(keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
-                owners = rows_of.index()[0]
+                owners = rows_of.entries()[0]
                 read = (bits, GROUP, axis, WIDTH, torch.bfloat16)
                 back = run_poisoned(partial(building.dequantise_rows, *stored, *read, balance=factors, owners=owners))
                 plain = building.dequantise_rows_reference(

@@ -61,7 +61,7 @@ class Kept(NamedTuple):
         both = torch.stack([skipped, counts.cumsum(0) - counts, counts]).to(self.places.device, torch.int32)
         return Kept(self.places, self.starts + both[0], both[1], both[2], counts, self.tokens)
 
-    def index(self) -> tuple[Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor]:
         """Head and token of every row, int64 [t] each."""
         device = self.places.device
         counts = self.counts.to(device)
@@ -102,7 +102,7 @@ def gather(xs: Sequence[Tensor], chosen: Kept, dtype: torch.dtype) -> tuple[Tens
 
 def gather_reference(xs: Sequence[Tensor], chosen: Kept, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The same in plain PyTorch."""
-    index = chosen.index()
+    index = chosen.entries()
     return tuple(x[index].to(dtype) for x in xs)
 
 
@@ -154,7 +154,7 @@ def quantise_rows_reference(
         rows = x.reshape(-1, channels).float()
         owners = torch.arange(heads, device=x.device).repeat_interleave(tokens)
     else:
-        owners, places = chosen.index()
+        owners, places = chosen.entries()
         rows = x[owners, places].float()
     if balance is not None:
         rows = rows * balance.float()[owners]
@@ -225,8 +225,8 @@ def dequantise_rows_reference(
 def sparse_rows(x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | None = None) -> tuple[Tensor, Tensor]:
     """The `count` largest magnitudes of the chosen rows of x [k, n, d], all of them by default, head after head.
 
-    Returns numbers [t, count] in channel order, as `dtype`, and their bitmap uint8 [t, ceil(d / 8)], packed as one-bit
-    codes. Exactly `count` bits of a row are set, zeros included; among equal magnitudes the kernel takes the first
+    Returns numbers [t, count], as `dtype`, and their bitmap uint8 [t, b], b = ceil(d / 8), packed as one-bit codes: byte j
+    has the channels j, j + b and so on. Numbers are in the order of their bits, byte after byte. Exactly `count` bits of a row are set, zeros included; among equal magnitudes the kernel takes the first
     channels, the reference whichever torch.topk finds.
     """
     if not 0 <= count <= x.shape[2]:
@@ -242,10 +242,17 @@ def sparse_rows_reference(
     x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch."""
-    rows = x.reshape(-1, x.shape[2]) if chosen is None else x[chosen.index()]
+    rows = x.reshape(-1, x.shape[2]) if chosen is None else x[chosen.entries()]
     largest = rows.abs().topk(count, dim=-1, sorted=False).indices
     bits = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(-1, largest, True)
-    return rows[bits].view(len(rows), count).to(dtype), pack(bits.to(torch.uint8), 1)
+    order = _bit_order(x.shape[2], x.device)
+    return rows[:, order][bits[:, order]].view(len(rows), count).to(dtype), pack(bits.to(torch.uint8), 1)
+
+
+def _bit_order(width: int, device: torch.device) -> Tensor:
+    """The channels in the order of their bits in a row's bitmap, int64 [width]."""
+    order = torch.arange(-(-width // 8) * 8, device=device).view(8, -1).t().flatten()
+    return order[order < width]
 
 
 def expand_rows(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -259,7 +266,10 @@ def expand_rows(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype)
 
 def expand_rows_reference(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch."""
-    bits = unpack(bitmap, 1, width).bool()
+    order = _bit_order(width, numbers.device)
+    bits = unpack(bitmap, 1, width).bool()[:, order]
     # A number's place in its row is how many bits are set before its own.
     place = (bits.cumsum(dim=1) - 1).clamp_(0, numbers.shape[1] - 1)
-    return numbers.to(dtype).gather(1, place).masked_fill_(~bits, 0)
+    out = torch.empty(bits.shape, dtype=dtype, device=numbers.device)
+    out[:, order] = numbers.to(dtype).gather(1, place).masked_fill_(~bits, 0)
+    return out
