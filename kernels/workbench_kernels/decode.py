@@ -54,7 +54,7 @@ def decode_packed(
     positions: Ragged | None = None,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same over rows of which the first of each head are bit-packed, keys and values each to a length of its own."""
+    """The same over rows of which the first of each head are bit-packed, of keys and values each as many as it likes."""
     if on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2:
         from workbench_kernels.gpu.packed import decode_packed as kernel
 
@@ -123,4 +123,6 @@ def join_parts(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         return parts[0][0]
     sums = torch.stack([lse for _, lse in parts])
     shares = torch.softmax(sums, dim=0).to(parts[0][0].dtype)
-    return sum((out * share[..., None] for (out, _), share in zip(parts, shares, strict=True)), torch.zeros_like(parts[0][0]))
+    return sum(
+        (out * share[..., None] for (out, _), share in zip(parts, shares, strict=True)), torch.zeros_like(parts[0][0])
+    )

@@ -43,8 +43,8 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = 
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes [..., c] into bytes [..., b], b = ceil(c * bits / 8): byte j holds the codes j, j + b, j + 2 b and
-    so on, the first in its lowest bits.
+    """Pack uint8 codes [..., c] into bytes [..., b], b = ceil(c * bits / 8): byte j holds the codes j, j + b, j + 2 b
+    and so on, the first in its lowest bits.
 
     So the same bits of neighbouring bytes are neighbouring codes, and a kernel unpacks whole words without moving
     anything between them.

@@ -31,7 +31,7 @@ class Ragged(NamedTuple):
         return cls(x.reshape(heads * count, -1).contiguous(), starts, lengths, count)
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """The rows as [k, longest, w], heads that are shorter filled up with anything, and which are real [k, longest]."""
+        """The rows [k, longest, w], heads that are shorter filled up with anything, and which are real [k, longest]."""
         steps = torch.arange(self.longest, device=self.data.device)
         real = steps < self.lengths[:, None]
         at = self.starts.long()[:, None] + torch.where(real, steps, 0)
@@ -61,14 +61,17 @@ class PackedRows(NamedTuple):
         return self.codes.longest + self.tail.longest
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """What the rows stand for, float32 [k, longest, d], filled up with anything, and which are real [k, longest]."""
+        """What the rows stand for, float32 [k, longest, d], filled up likewise, and which are real [k, longest]."""
         width = self.tail.data.shape[1]
         codes, packed = self.codes.padded()
         codes = unpack(codes, self.bits, width)
         scale, zero = self.scale.padded()[0], self.zero.padded()[0]
         if self.axis == "channel":
             each = torch.arange(codes.shape[1], device=codes.device) // self.group
-            scale, zero = scale[:, each.clamp_max(max(scale.shape[1] - 1, 0))], zero[:, each.clamp_max(max(zero.shape[1] - 1, 0))]
+            scale, zero = (
+                scale[:, each.clamp_max(max(scale.shape[1] - 1, 0))],
+                zero[:, each.clamp_max(max(zero.shape[1] - 1, 0))],
+            )
         else:
             each = torch.arange(width, device=codes.device) // self.group
             scale, zero = scale[..., each], zero[..., each]
@@ -80,3 +83,20 @@ class PackedRows(NamedTuple):
         both, real = torch.cat([front, tail.float()], dim=1), torch.cat([packed, whole], dim=1)
         order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
         return both.gather(1, order[..., None].expand_as(both)), real.gather(1, order)
+
+
+class SparseRows(NamedTuple):
+    """Rows of several heads of which each keeps c numbers, the newest whole behind them.
+
+    numbers [t, c]; bitmap uint8 [t, ceil(d / 8)]: bit i of byte b is set where the row has a number at channel
+    b + ceil(d / 8) * i, in exactly c places; numbers are in the order of their bits, byte after byte. tail [t', d].
+    """
+
+    numbers: Ragged
+    bitmap: Ragged
+    tail: Ragged
+
+    @property
+    def longest(self) -> int:
+        """No head has more rows."""
+        return self.numbers.longest + self.tail.longest

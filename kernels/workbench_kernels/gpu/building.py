@@ -477,8 +477,8 @@ def _sparse(
         real = row < length
         place = _places(places, start, row, real, CHOSEN).to(tl.int64)
         slot = tl.arange(0, SLOTS)
-        c = slot if B == BP else slot // BP * B + slot % BP
-        inside = (c < D) if B == BP else (c < D) & (slot % BP < B)
+        c = slot % 8 * B + slot // 8  # in the order of the bits, byte after byte
+        inside = (c < D) & (slot // 8 < B)
         mask = real[:, None] & inside[None, :]
         v = tl.load((x + head.to(tl.int64) * x_head + place * x_row)[:, None] + c[None, :], mask=mask, other=0.0)
         if KEY_BITS == 31:
@@ -504,18 +504,10 @@ def _sparse(
         tl.store(
             numbers + at[:, None] * count + to, v.to(numbers.dtype.element_ty), mask=real[:, None] & chosen
         )  # fmt: skip
-        if BP >= 4:  # four bytes to a word before the fields come together
-            bits = tl.reshape(chosen.to(tl.int32), (ROWS, 8, BP // 4, 4)) << (tl.arange(0, 4) * 8)[None, None, None, :]
-            words = tl.sum(tl.sum(bits, 3) << tl.arange(0, 8)[None, :, None], 1)  # [rows, bp / 4]
-            j = tl.arange(0, BP // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-            bytes = words[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
-            out = bitmap + at[:, None, None] * B + j[None]
-            tl.store(out, bytes.to(tl.uint8), mask=real[:, None, None] & (j < B)[None])
-        else:
-            bits = tl.reshape(chosen.to(tl.int32), (ROWS, 8, BP)) << tl.arange(0, 8)[None, :, None]
-            j = tl.arange(0, BP)
-            out = bitmap + at[:, None] * B + j[None, :]
-            tl.store(out, tl.sum(bits, 1).to(tl.uint8), mask=real[:, None] & (j < B)[None, :])
+        bits = tl.reshape(chosen.to(tl.int32), (ROWS, BP, 8)) << tl.arange(0, 8)[None, None, :]
+        j = tl.arange(0, BP)
+        out = bitmap + at[:, None] * B + j[None, :]
+        tl.store(out, tl.sum(bits, 2).to(tl.uint8), mask=real[:, None] & (j < B)[None, :])
 
 
 @triton.jit
@@ -524,8 +516,8 @@ def _expand(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.arange(0, 8 * BP)
-    j, field = slot % BP, slot // BP
-    c = slot if B == BP else field * B + j
+    j, field = slot // 8, slot % 8  # in the order of the bits, byte after byte
+    c = field * B + j
     mask = (row < t)[:, None] & ((c < D) & (j < B))[None, :]
     byte = tl.load(bitmap + row[:, None] * B + j[None, :], mask=mask, other=0).to(tl.int32)
     bit = (byte >> field[None, :]) & 1

@@ -37,6 +37,7 @@ class Config(NamedTuple):
     per_processor: int
 
 
+# The first is taken: its loop has the fewest instructions a token, and two programs fit into a processor's registers.
 CONFIGS = [
     Config(4, 64, 3, 2),
     Config(4, 64, 2, 2),
@@ -135,7 +136,7 @@ def _attend(
             row = tl.minimum(t, length - 1 - first)
             key_at = key_base + first.to(tl.int64) * RK + (row[:, None] * RK + rk[None, :])
             value_at = value_base + first.to(tl.int64) * RV + (row[None, :] * RV + rv[:, None])
-            if RK == RKP:
+            if RK == RKP:  # noqa: SIM108 (a conditional expression compiles both)
                 key = tl.load(key_at)
             else:
                 key = tl.load(key_at, mask=(rk < RK)[None, :], other=0.0)
@@ -157,7 +158,7 @@ def _attend(
             weight = tl.exp2(score - higher[None, :])
             old = tl.exp2(top - higher)
             whole = whole * old + tl.sum(weight, 0)
-            if RV == RVP:
+            if RV == RVP:  # noqa: SIM108
                 value = tl.load(value_at)
             else:
                 value = tl.load(value_at, mask=(rv < RV)[:, None], other=0.0)
@@ -168,11 +169,6 @@ def _attend(
         leave_sums(sums, pid + head, rows, mixed[None], rv, rv < RV, ROWS, RV, 1)
         leave_weights(largest, weights, pid + head, rows, top[None], whole[None], ROWS, 1)
         low = stop
-
-
-def config_for(half: int) -> Config:
-    """By the registers that keys out of their space and their angles take."""
-    return Config(8, 64, 3, 1) if half > 64 else Config(4, 64, 3, 2)
 
 
 def decode_rotated(
@@ -196,7 +192,7 @@ def decode_rotated(
     if order is not None:
         query, key_basis = query[..., order], key_basis[..., order]
     rows, block, blocks = rows_of(query, heads)
-    warps, tile, stages, per_processor = config or config_for(power(half))
+    warps, tile, stages, per_processor = config or CONFIGS[0]
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
     slots = Slots.of(programs + heads, 1, rows, value_rank, query.device)
     _attend[(programs, blocks)](

@@ -185,7 +185,8 @@ def _whole_words(
     value_zero, sums, largest, weights, scale, softcap,
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, G: tl.constexpr,
     SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    VW: tl.constexpr, VWP: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr,
+    VW: tl.constexpr, VWP: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr,
+    VGROUP: tl.constexpr,
     CHANNEL: tl.constexpr, BALANCED: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -354,11 +355,11 @@ def _attend(
     value_codes, value_code_starts, value_code_lengths, value_scale, value_zero, value_scale_starts, value_tail,
     value_tail_starts, sums, largest, weights, scale, softcap, window, queries, programs,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
-    KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr,
+    VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
     BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
-    PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles or, in the first RESTS programs of every head, a part of the head's rest.
 
@@ -463,8 +464,8 @@ def words_at_once(width: int, bits: int, group: int | None) -> int | None:
 
 
 class Config(NamedTuple):
-    """How a program works: warps; rows of a block, for which the query is scaled once; blocks a warp takes at once; stages
-    of the load pipeline; programs a processor; registers a thread may have (None: any number).
+    """How a program works: warps; rows of a block, for which the query is scaled once; blocks a warp takes at once;
+    stages of the load pipeline; programs a processor; registers a thread may have (None: any number).
     """
 
     warps: int
@@ -532,7 +533,8 @@ def decode_packed(
         values.scale.starts, values.tail.data, values.tail.starts,
         *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, window or 0, query.shape[1], programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
-        DVP=max(power(value_width), 16), G=warps, SUB=subs, N=tokens, KB=keys.codes.data.shape[1], VB=values.codes.data.shape[1],
+        DVP=max(power(value_width), 16), G=warps, SUB=subs, N=tokens, KB=keys.codes.data.shape[1],
+        VB=values.codes.data.shape[1],
         KW=key_words, KWP=max(power(key_words), 16), VW=value_words, VWP=max(power(value_words), 16),
         BITS=keys.bits, VBITS=values.bits, GROUP=keys.group, VGROUP=values.group, CHANNEL=not per_row,
         VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, RESTS=rests, STAGES=stages,

@@ -1,8 +1,8 @@
 """How decode attention is shared out over a GPU, and how its parts are joined.
 
-A decode step has too few heads to fill a GPU, and heads may be unequally long. So the tiles of all heads are laid end to
-end and cut into runs of equal length, one a program (stream-K; "Lean Attention", Sanovar et al. 2024, arXiv:2405.10480):
-a run may end within a head and begin in the next. Each program leaves the softmax over its part of a head, warp by warp
+A decode step has too few heads to fill a GPU, and heads may be unequally long. So the tiles of all heads are laid end
+to end and cut into runs of equal length, one a program (stream-K; "Lean Attention", Sanovar et al. 2024,
+arXiv:2405.10480): a run may end within a head and begin in the next. Each program leaves the softmax over its part of a head, warp by warp
 and not yet divided, in a slot of its own; `join` adds a head's slots up. As runs follow the heads, program + head is a
 different slot for each part.
 """
@@ -185,8 +185,8 @@ def join(
 ) -> tuple[Tensor, Tensor | None]:
     """Add up what the programs left: output [h, q, width] in the query's dtype, and its log-sum-exp [h, q] if asked.
 
-    lengths, others, step: see `spans_of`. rests: how many further slots for each head follow those of the programs. A head
-    of which nothing was seen gives zeros, and minus infinity.
+    lengths, others, step: see `spans_of`. rests: how many further slots for each head follow those of the programs. A
+    head of which nothing was seen gives zeros, and minus infinity.
     """
     heads, rows, channels = lengths.numel(), slots.sums.shape[2], min(power(width), 64)
     out = torch.empty(*query.shape[:2], width, dtype=query.dtype, device=query.device)
