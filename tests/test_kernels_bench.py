@@ -131,6 +131,21 @@ def test_a_table_shows_cases_first_then_figures_and_no_empty_column() -> None:
     assert second == ["c", "8,192", "8 × 128", "", "", "", "ValueError: &lt;no>"]
 
 
+def test_checks_and_sweeps_have_tables_of_their_own_and_no_part_in_plots() -> None:
+    rows = [
+        {"what": "kernel", "way": "tiles", "us": 2.0, "error": 1e-3, "limit": 0.5},
+        {"what": "kernel", "way": "scratch", "us": 4.0, "limit": 0.25},
+        {"what": "kernel", "n": 509, "error": 2e-3},
+        {"what": "sweep: kernel", "us": 1.0, "limit": 0.9},
+        {"what": "kernel", "way": "plain", "failed": "RuntimeError: no"},
+    ]
+    assert table.bars(rows) == ("", [("kernel, tiles", 0.5), ("kernel, scratch", 0.25)])
+    times, errors, sweeps = table.markdown_of(result(rows)).split("<details>")
+    assert "tiles" in times and "RuntimeError: no" in times and "509" not in times and "sweep" not in times
+    assert "| 2.0e-03 |" in errors and "Checks against references" in errors
+    assert "sweep: kernel" in sweeps and "NVIDIA H200, driver 580" in sweeps
+
+
 def over_lengths() -> list[dict[str, Any]]:
     rows = [
         {"what": what, "batch": batch, "n": n, "us": us * batch * n / 1000, "bytes": batch * n * 4096}

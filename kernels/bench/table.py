@@ -35,6 +35,9 @@ FIGURES: dict[str, tuple[str, Any]] = {
     "error": ("relative error", lambda x: f"{x:.1e}"),
     "failed": ("instead of a figure", str),
 }
+# The kinds of rows, in tables of their own; those with a title are folded away on the page.
+KINDS = {"time": "", "check": "Checks against references", "sweep": "Configurations tried"}
+NAMES = ("what", "way")  # together they say what was measured
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 FONT = 'font-family="system-ui, sans-serif" font-size="12"'
 
@@ -74,6 +77,13 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
+def kind_of(row: Row) -> str:
+    """What the row is for: a time (or why there is none), a check, or one configuration of a sweep."""
+    if str(row.get("what", "")).startswith("sweep"):
+        return "sweep"
+    return "time" if row.get("us") is not None or row.get("failed") else "check"
+
+
 def markdown_of(result: Mapping[str, Any]) -> str:
     """The rows of one results file as a table, and where they were measured beside which limits."""
     ceilings, where = result["ceilings"], result["environment"]
@@ -82,8 +92,15 @@ def markdown_of(result: Mapping[str, Any]) -> str:
         f"bfloat16 product {ceilings['matmul'] / 1e12:.0f} TFLOP/s, an empty kernel {ceilings['launch_us']:.1f} µs."
     )
     versions = ", ".join(f"{key} {where[key]}" for key in ("driver", "torch", "triton", "transformers") if key in where)
+    tables = []
+    for kind, title in KINDS.items():
+        rows = [row for row in result["rows"] if kind_of(row) == kind]
+        if rows and title:
+            tables += [f"<details><summary>{title}</summary>", "", markdown(cells(rows)), "", "</details>", ""]
+        elif rows:
+            tables += [markdown(cells(rows)), ""]
     lines = [
-        markdown(cells(result["rows"])), "",
+        *tables,
         f"{where['device']}, {versions}, {where['date']}. {limits} Repeat: `{where['command']}` in `kernels/`.",
     ]  # fmt: skip
     if result.get("stopped"):
@@ -94,20 +111,28 @@ def markdown_of(result: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
-def setting(row: Row, without: Iterable[str] = ("what",)) -> tuple[tuple[str, str], ...]:
+def name_of(row: Row) -> str:
+    """What was measured, and which way."""
+    return ", ".join(str(row[key]) for key in NAMES if row.get(key))
+
+
+def setting(row: Row, without: Iterable[str] = NAMES) -> tuple[tuple[str, str], ...]:
     """Which case a row is, apart from what was measured."""
     return tuple((key, _said(value)) for key, value in row.items() if key not in FIGURES and key not in set(without))
 
 
 def bars(rows: Sequence[Row]) -> tuple[str, list[tuple[str, float]]] | None:
-    """A title and (what, share of the limit) for the setting in which most was measured, the last of several."""
-    measured = [row for row in rows if row.get("limit")]
-    if not measured:
+    """A title and (what, share of the limit) for the setting in which most was measured, the last of several.
+
+    None where there is nothing to compare.
+    """
+    measured = [row for row in rows if row.get("limit") and kind_of(row) == "time"]
+    if len(measured) < 2:
         return None
     counts = Counter(setting(row) for row in measured)
     most = max(counts.values())
     chosen = [each for each, count in counts.items() if count == most][-1]
-    shown = [(str(row.get("what", "")), float(row["limit"])) for row in measured if setting(row) == chosen]
+    shown = [(name_of(row), float(row["limit"])) for row in measured if setting(row) == chosen]
     return ", ".join(f"{key} {value}" for key, value in chosen), shown
 
 
@@ -116,15 +141,15 @@ def lines(rows: Sequence[Row]) -> tuple[str, dict[str, list[tuple[float, float]]
 
     Where there are several settings, the first of those in which most was measured.
     """
-    points = [row for row in rows if row.get("us") and row.get("n")]
-    counts = Counter(setting(row, ("what", "n")) for row in points)
+    points = [row for row in rows if row.get("us") and row.get("n") and kind_of(row) == "time"]
+    counts = Counter(setting(row, (*NAMES, "n")) for row in points)
     if not counts:
         return None
     chosen = max(counts, key=lambda each: counts[each])
     found: dict[str, list[tuple[float, float]]] = {}
     for row in points:
-        if setting(row, ("what", "n")) == chosen:
-            found.setdefault(str(row.get("what", "")), []).append((float(row["n"]), float(row["us"])))
+        if setting(row, (*NAMES, "n")) == chosen:
+            found.setdefault(name_of(row), []).append((float(row["n"]), float(row["us"])))
     found = {what: sorted(line) for what, line in found.items() if len({n for n, _ in line}) >= 3}
     return (", ".join(f"{key} {value}" for key, value in chosen), found) if found else None
 
@@ -148,7 +173,7 @@ def bar_chart(title: str, shown: Sequence[tuple[str, float]]) -> str:
 
 def line_chart(title: str, shown: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Time over length, both logarithmic, one line for each thing measured, with a legend."""
-    left, top, wide, high = 60, 30, 400, max(260, 20 * len(shown))
+    left, top, wide, high = 80, 30, 400, max(260, 20 * len(shown))
     ns = sorted({n for line in shown.values() for n, _ in line})
     times = [us for line in shown.values() for _, us in line]
     low, least, most = log2(ns[0]), int(log10(min(times)) // 1), -int(-log10(max(times)) // 1)
@@ -211,7 +236,7 @@ def _limits(result: Mapping[str, Any], title: str) -> dict[str, list[tuple[float
     """The highest limit at each length among the rows of that title's setting: of what has to move the most."""
     most: dict[float, float] = {}
     for row in result["rows"]:
-        case = ", ".join(f"{key} {value}" for key, value in setting(row, ("what", "n")))
+        case = ", ".join(f"{key} {value}" for key, value in setting(row, (*NAMES, "n")))
         if row.get("limit") and row.get("n") and case == title:
             most[float(row["n"])] = max(most.get(float(row["n"]), 0), row["limit"] * row["us"])
     return {"measured limit of the largest": sorted(most.items())} if len(most) >= 3 else {}
