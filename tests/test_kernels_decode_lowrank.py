@@ -1,4 +1,4 @@
-"""Decode attention over coefficients: the reference is attention over what they stand for, the kernels do as it does."""
+"""Decode attention over coefficients: the reference attends to what they stand for, the kernels do as it does."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 from kernels_support import interpreted
 from torch import Tensor
 
-from workbench.trace import rotate
+from workbench.kv.stores import lowrank as stores_lowrank
+from workbench.kv.stores.lowrank import LowRankStore, Ranks, spaces_of
+from workbench.trace import LayerTrace, rotate
+from workbench_kernels import decode
+from workbench_kernels import decode_lowrank as kernels_lowrank
 from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank, decode_lowrank_reference
 from workbench_kernels.rows import Ragged
 
 SCALE = 0.2
+SHAPES = ((2, 20), (2, 18), (4, 20))  # heads and widths of keys, values and queries
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,7 +130,7 @@ def test_reference_is_attention_over_the_rotated_keys(given: dict[str, Any]) -> 
 def test_kernel_does_as_the_reference(given: dict[str, Any]) -> None:
     from workbench_kernels.gpu.lowrank_decode import Config, decode_rotated
 
-    (query, keys, values, key_basis, value_basis), how = case(**given)
+    (query, keys, values, key_basis, _), how = case(**given)
     config = Config(4, given.get("tile", 64), 2, 1)
     found, sums = decode_rotated(query, keys, values, key_basis, how.pop("turns"), lse=True, config=config, **how)
     (query, keys, values, key_basis, _), how = case(**given)
@@ -172,3 +177,46 @@ def test_what_is_no_rotation_by_proportional_angles_has_no_turns() -> None:
 
     assert Turns.of(bent, 1000, 4, torch.device("cpu")) is None
     assert Turns.of(neighbours, 1000, 4, torch.device("cpu")) is None
+
+
+def layer_of(rotary: Any) -> LayerTrace:
+    keys, values, queries = numbers(2, 60, 20), numbers(2, 60, 18, seed=1), numbers(4, 60, 20, seed=2)
+    return LayerTrace(0, keys, values, queries, torch.device("cpu"), SCALE, rotary=rotary)
+
+
+@interpreted
+@pytest.mark.parametrize("rotary", [rotary_of(12, 1.2), None], ids=["rotated", "plain"])
+@pytest.mark.parametrize("counts", [[60, 60], [5, 52], [0, 60]], ids=str)
+@pytest.mark.parametrize("window", [0, 8])
+def test_store_attends_by_kernels_as_without(
+    rotary: Any, counts: list[int], window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, keep = layer_of(rotary), torch.zeros(2, 60, dtype=torch.bool)
+    for head, count in enumerate(counts):
+        keep[head, torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count]] = True
+    store = LowRankStore.where(
+        layer, keep, spaces_of(layer), Ranks(14, 12), torch.float16, window=window, bits=None, group=1
+    )
+    twin, begin, calls = store.clone(), 60, []
+    whole = LowRankStore._attend_on_gpu
+
+    def counted(self: LowRankStore, *given: Any) -> Tensor | None:
+        calls.append(whole(self, *given))
+        return calls[-1]
+
+    monkeypatch.setattr(LowRankStore, "_attend_on_gpu", counted)
+    for count in (3, 1, 1):
+        positions = torch.arange(begin, begin + count)
+        keys, values, query = (numbers(h, count, w, seed=begin + w, dtype=torch.float16) for h, w in SHAPES)
+        store.append(keys, values, positions)
+        wanted, _ = store.attend(query, positions, scale=SCALE, softcap=9.0)
+        assert calls.pop() is None
+        twin.append(keys, values, positions)
+        with monkeypatch.context() as patched:
+            for module in (stores_lowrank, decode, kernels_lowrank):
+                patched.setattr(module, "on_gpu", lambda *_: True)
+            found, _ = twin.attend(query, positions, scale=SCALE, softcap=9.0)
+            assert calls.pop() is found
+        torch.testing.assert_close(found, wanted, atol=3e-3, rtol=3e-3)
+        begin += count
+    assert store.nbytes == twin.nbytes

@@ -17,6 +17,8 @@ from workbench.kv.stores.united import united
 from workbench.kv.streaming_llm import SinksAndRecent
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
+from workbench_kernels.codebook import codebook_top
+from workbench_kernels.dispatch import on_gpu
 
 _LEAST = 8  # keys for each code: a codebook must be smaller than what it stands for
 
@@ -108,13 +110,15 @@ class Coded(Retriever):
         self.book, self.codes, self.fetch = book, codes, fetch
 
     def find_at(self, query: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        codes = self.codes.view()[..., 0].long()  # [k, m]
         table = self.book.scores(query, positions)  # [k, g * q, c]
+        wanted = max(int(self.fetch * (int(positions.max()) + 1)), 1)
+        if on_gpu(table, self.codes.data) and self.codes.longest:
+            return codebook_top(table, self.codes.ragged(), wanted, query.shape[1])
+        codes = self.codes.view()[..., 0].long()  # [k, m]
         scores = table.gather(2, codes[:, None].expand(-1, table.shape[1], -1))
         valid = self.codes.valid()
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], -torch.inf)
-        wanted = max(int(self.fetch * (int(positions.max()) + 1)), 1)
         best = scores.topk(min(wanted, scores.shape[2]), dim=2)
         return united(best.indices, best.values > -torch.inf, query.shape[1])
 

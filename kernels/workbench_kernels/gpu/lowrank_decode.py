@@ -136,7 +136,7 @@ def _attend(
             row = tl.minimum(t, length - 1 - first)
             key_at = key_base + first.to(tl.int64) * RK + (row[:, None] * RK + rk[None, :])
             value_at = value_base + first.to(tl.int64) * RV + (row[None, :] * RV + rv[:, None])
-            if RK == RKP:  # noqa: SIM108 (a conditional expression compiles both)
+            if RK == RKP:
                 key = tl.load(key_at)
             else:
                 key = tl.load(key_at, mask=(rk < RK)[None, :], other=0.0)
@@ -158,7 +158,7 @@ def _attend(
             weight = tl.exp2(score - higher[None, :])
             old = tl.exp2(top - higher)
             whole = whole * old + tl.sum(weight, 0)
-            if RV == RVP:  # noqa: SIM108
+            if RV == RVP:
                 value = tl.load(value_at)
             else:
                 value = tl.load(value_at, mask=(rv < RV)[:, None], other=0.0)

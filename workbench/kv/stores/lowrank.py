@@ -16,6 +16,9 @@ from workbench.kv.stores.packed import PackedRows, first_of
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace, rotate
+from workbench_kernels.decode import decode_dense, join_parts
+from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
+from workbench_kernels.dispatch import on_gpu
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 _SCALE_BYTES = 4  # a float16 scale and a float16 zero
@@ -91,6 +94,19 @@ def unrotated(keys: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = _table(positions, rotary)
     size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
     return rotate(keys, cos / size, -sin / size)
+
+
+# A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
+_turns: WeakKeyDictionary[Rotary, tuple[int, Turns | None]] = WeakKeyDictionary()
+
+
+def turns_of(rotary: Rotary, longest: int, channels: int, device: torch.device) -> Turns | None:
+    """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
+    count = -(-longest // LOW) * LOW
+    known = _turns.get(rotary)
+    if known is None or known[0] != count:
+        known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
+    return known[1]
 
 
 def _table(positions: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -264,6 +280,11 @@ class LowRankStore(Store):
         softcap: float | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if window is None and not weights:
+            found = self._attend_on_gpu(query, query_positions, scale, softcap)
+            if found is not None:
+                self._settle()
+                return found, None
         positions, valid = self._slots()
         visible = seen_by(query_positions, positions, valid, window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
@@ -294,6 +315,38 @@ class LowRankStore(Store):
             rows.append(probs)
         self._settle()
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
+
+    def _attend_on_gpu(
+        self, query: Tensor, query_positions: Tensor, scale: float, softcap: float | None
+    ) -> Tensor | None:
+        """The output of `attend` by kernels, without anything leaving its space in memory; None where they cannot."""
+        keys, values = self.older
+        if not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
+            return None
+        if query.dtype != keys.data.dtype or query.dtype.itemsize != 2 or not keys.longest:
+            return None
+        asked = query_positions.to(query.device) if query_positions.numel() > 1 else None
+        older, newer = (None, None) if self._positions is None else (rows.ragged() for rows in self._positions)
+        turns = None
+        if self.rotary is not None:
+            longest = keys.longest if older is None else int(query_positions.max()) + 1
+            turns = turns_of(self.rotary, longest, query.shape[2], query.device)
+            if turns is None:
+                return None
+        out, sums = decode_lowrank(
+            query, keys.ragged(), values.ragged(), *self.bases, scale=scale, softcap=softcap, query_positions=asked,
+            positions=older, turns=turns, lse=True,
+        )  # fmt: skip
+        if not self.newer[0].longest:
+            return out
+        if newer is None and asked is not None:
+            asked = asked - keys.longest  # where each row's position is its number
+        whole, more = decode_dense(
+            query, self.newer[0].ragged(), self.newer[1].ragged(), scale=scale, softcap=softcap, query_positions=asked,
+            positions=newer, lse=True,
+        )  # fmt: skip
+        assert sums is not None and more is not None
+        return join_parts([(out, sums), (whole, more)])
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")
