@@ -1,0 +1,82 @@
+"""Decode attention over rows that keep some of their numbers, with a bitmap of which (Mustafar, arXiv:2505.22913)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench_kernels.building import expand_rows_reference
+from workbench_kernels.decode import softmax_over
+from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rows import Ragged, SparseRows
+
+
+def decode_bitmap(
+    query: Tensor,
+    keys: SparseRows,
+    values: SparseRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    query_positions: Tensor | None = None,
+    positions: Ragged | None = None,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of query [h, q, d] over sparse rows and the whole ones behind them; h = g * k, one dtype.
+
+    Query head j reads KV head j // g; keys and values are equally long, sparse and whole. query_positions int [q]:
+    queries see entries at positions up to their own; positions [t, 1] int32 of a head's sparse and then whole rows, if
+    not their number in their head. Without query_positions every query sees everything.
+    Returns the output [h, q, dv], in the query's dtype, and with `lse` the log of each query's sum of exponentiated
+    scores, float32 [h, q] (see `decode_dense`). The kernel reads 16-bit numbers; others go through the reference.
+    """
+    tensors = (x.data for side in (keys, values) for x in (side.numbers, side.tail))
+    alike = all(x.dtype == query.dtype for x in tensors) and query.dtype in (torch.float16, torch.bfloat16)
+    if on_gpu(query, keys.numbers.data) and alike and keys.numbers.data.shape[1] and values.numbers.data.shape[1]:
+        from workbench_kernels.gpu.bitmap import decode_bitmap as kernel
+
+        return kernel(
+            query, keys, values, scale=scale, softcap=softcap, query_positions=query_positions, positions=positions,
+            lse=lse,
+        )  # fmt: skip
+    return decode_bitmap_reference(
+        query, keys, values, scale=scale, softcap=softcap, query_positions=query_positions, positions=positions
+    )
+
+
+def decode_bitmap_reference(
+    query: Tensor,
+    keys: SparseRows,
+    values: SparseRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    query_positions: Tensor | None = None,
+    positions: Ragged | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch."""
+    key, real, number = _expanded(keys)
+    value, _, _ = _expanded(values)
+    seen = real[:, None]
+    if query_positions is not None:
+        if positions is not None:
+            at = (positions.starts.long()[:, None] + number).clamp_max(max(positions.data.shape[0] - 1, 0))
+            number = positions.data[at, 0]
+        seen = seen & (number[:, None] <= query_positions.to(query.device)[None, :, None])
+    return softmax_over(query, key, value, seen, scale=scale, softcap=softcap)
+
+
+def _expanded(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
+    """What rows stand for, float32 or float64 [k, m, d], which are real [k, m], and their number in their head."""
+    width, dtype = rows.tail.data.shape[1], rows.tail.data.dtype
+    numbers, sparse = rows.numbers.padded()
+    bitmap, _ = rows.bitmap.padded()
+    front = expand_rows_reference(numbers.flatten(0, 1), bitmap.flatten(0, 1), width, dtype)
+    tail, whole = rows.tail.padded()
+    first = torch.arange(sparse.shape[1], device=sparse.device).expand(sparse.shape)
+    behind = rows.numbers.lengths.long()[:, None] + torch.arange(whole.shape[1], device=whole.device)
+    return (
+        torch.cat([front.view(*sparse.shape, width), tail], dim=1),
+        torch.cat([sparse, whole], dim=1),
+        torch.cat([first, behind], dim=1),
+    )
