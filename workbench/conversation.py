@@ -34,7 +34,7 @@ class Conversation:
 
     plan: what the recipe keeps of its reading of the prompt. plain: the plan that keeps everything of the plain model's
     reading, which the answers are judged against, None where nothing was recorded; plain_model runs it. on_run is
-    called with every finished run.
+    called with every finished run. graphs: decode by CUDA graphs where that can be done.
     """
 
     recipe: Recipe
@@ -47,6 +47,7 @@ class Conversation:
     tokenizer: PreTrainedTokenizerBase | None
     notes: tuple[str, ...]
     on_run: Callable[[Run], None]
+    graphs: bool = True
 
     def begin(self, question: Question, max_new_tokens: int, progress: Progress, plan_s: float) -> Stream:
         """The first question after the prompt (None: go on from the prompt), answered as the stream is iterated."""
@@ -104,7 +105,8 @@ class Conversation:
         text = ""
         began = first = time.perf_counter()
         logits = self.plan.logits
-        for token in greedy(decoder, ids, logits, max_new_tokens=max_new_tokens, eos=self.facts.eos_ids):
+        eos, graphs = self.facts.eos_ids, self.graphs
+        for token in greedy(decoder, ids, logits, max_new_tokens=max_new_tokens, eos=eos, graphs=graphs):
             if not tokens:
                 first = time.perf_counter()
             tokens.append(token)
@@ -124,7 +126,7 @@ class Conversation:
             timing=Timing(read_s, plan_s, first - began, time.perf_counter() - first, len(tokens)),
             plan=self.plan,
             question=question if isinstance(question, str) else None,
-            notes=(*self.notes, *_left_to_stores(decoder)),
+            notes=(*self.notes, *_left_to_stores(decoder), *decoder.notes),
             conversation=self,
             decoder=decoder,
             decode_score_share=decoder.score_share,

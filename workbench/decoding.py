@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench import captured
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine import device_of, forward
-from workbench.errors import BudgetTooSmall
+from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore, SlidingStore, Store
 from workbench.kv.stores.mixed import MixedStore
+from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.kv.stores.store import seen_by
 from workbench.kv.stores.tiered import TieredStore
@@ -34,7 +36,7 @@ class Decoder:
     evicting: the method that evicts while decoding, or None; entries beyond the size that its stores begin with make
     others leave. attention: the method that attends in its own way while decoding, or None; it begins from `recorded`,
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
-    asked at every layer whether to stop. finding: layers whose stores attend in their own way, without `attention`.
+    asked at every layer whether to stop. notes: what a run has to say about how it was decoded. finding: layers whose stores attend in their own way, without `attention`.
     """
 
     model: PreTrainedModel
@@ -48,6 +50,7 @@ class Decoder:
     activations: int = 0
     workspace: int = 0
     finding: tuple[int, ...] = field(init=False, default=())
+    notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
     _at: Pass = field(init=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
@@ -177,6 +180,19 @@ class Decoder:
         """Bytes of what the attention method holds beside the stores."""
         return self._at.left_nbytes
 
+    def take_up(self, count: int) -> None:
+        """Count `count` tokens read one after another, each seeing all before, whose rows others have written."""
+        heads = self.model.config.get_text_config().num_attention_heads
+        positions = torch.arange(self.position, self.position + count)
+        for layer, store in enumerate(self.stores):
+            assert isinstance(store, DenseStore | PackedStore)
+            held = store.keys.data if isinstance(store, DenseStore) else store.key_tail.data
+            self._at.layer, self._at.positions = layer, positions
+            store.take_up(positions.to(held.device))
+            self._causal += heads * int((positions + 1).sum())
+            self._count_exact(store, heads, positions, None)
+        self.position += count
+
     def clone(self) -> Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = [store.clone() for store in self.stores]
@@ -238,10 +254,13 @@ class Decoder:
             self._live.reset_peak()
 
 
-def greedy(decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int, eos: Sequence[int]) -> Iterator[int]:
+def greedy(
+    decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int, eos: Sequence[int], graphs: bool = False
+) -> Iterator[int]:
     """Read ids [q] and yield the most likely tokens one by one, up to and including one that ends the answer.
 
     logits [v]: those before ids, for when there is nothing to read first. The last token yielded has not been read.
+    graphs: on a CUDA device, capture a step and replay it, where the stores allow it and the answer is long enough.
     Reports to the decoder's progress.
     """
     progress = decoder.progress or Progress()
@@ -255,4 +274,16 @@ def greedy(decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int
         progress.update("decoding", step + 1, max_new_tokens)
         if token in eos or step == max_new_tokens - 1:
             return
+        left = max_new_tokens - step - 1
+        if graphs and step == 1 and left >= captured.WORTH and device_of(decoder.model).type == "cuda":
+            try:  # the first token has been read as all are without a graph, and was measured
+                following = captured.captured(decoder, token, left)
+            except NotApplicable as reason:
+                decoder.notes.append(f"decoded without a CUDA graph: {reason}")
+            else:
+                decoder.notes += [note] if (note := captured.note(decoder)) else []
+                for more, token in enumerate(following.answer(eos), step + 2):
+                    yield token
+                    progress.update("decoding", more, max_new_tokens)
+                return
         logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]

@@ -116,12 +116,18 @@ def forward(
     *,
     cache: Cache | None = None,
     logits: int = 1,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v]."""
+    """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
+
+    mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
+    one, for which the host would wait for the device.
+    """
     device = device_of(model)
     with engaged(model), torch.inference_mode():
         output = model(
             input_ids=ids.to(device)[None],
+            attention_mask=mask,
             position_ids=positions.to(device)[None],
             past_key_values=cache,
             use_cache=cache is not None,

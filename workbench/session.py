@@ -62,7 +62,7 @@ class Session(Shown):
     precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision in which caches are stored and the
     uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
     transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
-    "cpu" for a model on a GPU.
+    "cpu" for a model on a GPU. graphs: on a GPU, decode by replaying a CUDA graph where method and model allow it.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Session(Shown):
         kv_dtype: str | torch.dtype | None = None,
         seed: int = 0,
         keep_trace_on: str | torch.device | None = None,
+        graphs: bool = True,
         progress: Progress | None = None,
     ) -> None:
         loaded = _loaded(model, device, dtype, progress)
@@ -83,6 +84,7 @@ class Session(Shown):
         self.facts: Facts = loaded.facts
         self.kv_dtype = _kv_dtype(kv_dtype, loaded.facts)
         self.seed = seed
+        self.graphs = graphs
         self.trace: Trace | None = None
         self.runs: list[Run] = []
         self._keep_on = None if keep_trace_on is None else torch.device(keep_trace_on)
@@ -251,6 +253,7 @@ class Session(Shown):
             tokenizer=self.tokenizer,
             notes=(*plan.notes, *weight_notes),
             on_run=partial(self._remember, self.trace),
+            graphs=self.graphs,
         )
 
     def _remember(self, trace: Trace, run: Run) -> None:

@@ -93,10 +93,20 @@ class DenseStore(Store):
             if rows is not None:
                 rows.move(source, target, count)
 
+    def room(self, tokens: int) -> list[tuple[Rows, int]]:
+        """The rows that grow with each token, and how many more each head needs for `tokens`."""
+        return [(rows, tokens) for rows in (self.keys, self.values, self._positions, self.mass) if rows is not None]
+
     def reserve(self, tokens: int) -> None:
-        for rows in (self.keys, self.values, self._positions, self.mass):
-            if rows is not None:
-                rows.reserve(tokens)
+        for rows, more in self.room(tokens):
+            rows.reserve(more)
+
+    def take_up(self, positions: Tensor) -> None:
+        """Count entries at positions int [q] whose keys and values others have written behind those of every head."""
+        self.keys.grow(positions.numel())
+        self.values.grow(positions.numel())
+        if self._positions is not None:
+            self._positions.append(positions.to(torch.int32).expand(self.keys.heads, -1)[..., None])
 
     def contents(self, dtype: torch.dtype) -> Contents:
         return Contents(

@@ -172,7 +172,7 @@ class PackedStore(Store):
         )
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        self._settle()  # where another store attended for this one
+        self.settle()  # where another store attended for this one
         self.key_tail.append(keys)
         self.value_tail.append(values)
         if self._positions is not None:
@@ -180,7 +180,7 @@ class PackedStore(Store):
 
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         found = super().attend(*args, **options)
-        self._settle()
+        self.settle()
         return found
 
     def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -193,7 +193,8 @@ class PackedStore(Store):
         self.values.append(values.float())
         self._positions.append(positions.to(torch.int32)[..., None])
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Quantise what has been in the tail for long enough."""
         self._flush(self.key_tail, self.keys)
         self._flush(self.value_tail, self.values)
 
@@ -202,11 +203,20 @@ class PackedStore(Store):
         if int(ready):
             packed.append(tail.cut_front(int(ready)).float())
 
+    def room(self, tokens: int) -> list[tuple[Rows, int]]:
+        """The rows that grow with each token, and how many more each head needs for `tokens`."""
+        return [(rows, tokens) for rows in (self.key_tail, self.value_tail, self._positions) if rows is not None]
+
     def reserve(self, tokens: int) -> None:
-        self.key_tail.reserve(tokens)
-        self.value_tail.reserve(tokens)
+        for rows, more in self.room(tokens):
+            rows.reserve(more)
+
+    def take_up(self, positions: Tensor) -> None:
+        """Count entries at positions int [q] whose keys and values others have written behind every head's tail."""
+        self.key_tail.grow(positions.numel())
+        self.value_tail.grow(positions.numel())
         if self._positions is not None:
-            self._positions.reserve(tokens)
+            self._positions.append(positions.to(torch.int32).expand(self.key_tail.heads, -1)[..., None])
 
     def reserve_taken(self, tokens: int) -> None:
         """Make room for `tokens` more that `take` adds."""
