@@ -1,8 +1,8 @@
 """Decode attention over sparse rows (numbers and a bitmap of where they stand), which are never written out.
 
 Byte b of a row's bitmap of B bytes has bit i for channel b + B * i, and the row's numbers are in the order of these
-bits, byte after byte. So one thread unrolls one byte from a place known beforehand: for each bit in turn a number, if it
-is set, and the next place. Bits number i of all bytes are neighbouring channels: they make an operand of the matrix
+bits, byte after byte. So one thread unrolls one byte from a place known beforehand: for each bit in turn a number, if
+it is set, and the next place. Bits number i of all bytes are neighbouring channels: they make an operand of the matrix
 units, with the channels of keys along its rows, those of values along its columns.
 """
 
@@ -88,9 +88,9 @@ def _unrolled(
     numbers, bitmap, row, byte, axis: tl.constexpr, C: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Eight tensors of what rows [G, N] hold, number i at channels byte + B * i: [G, N, BP] for axis 2, [G, BP, N] for 1.
+    """Eight tensors of what rows [G, N] hold, number i at channels byte + B * i.
 
-    byte: 0 .. BP - 1, of a shape that broadcasts.
+    [G, N, BP] each for axis 2, [G, BP, N] for axis 1.     byte: 0 .. BP - 1, of a shape that broadcasts.
     """
     each = tl.expand_dims(row, axis)
     if B == BP:
@@ -117,7 +117,8 @@ def _unrolled(
     else:
         words = tl.inline_asm_elementwise(
             _UNROLL_WIDE if WIDE else _UNROLL, _OUTPUTS, [bits, place.to(tl.int64)],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=2,
         )  # fmt: skip
         found = ()
         for i in tl.static_range(8):
@@ -129,7 +130,10 @@ def _unrolled(
 def _seen(
     row, length, positions, where, before, MASKED: tl.constexpr, PLACED: tl.constexpr
 ):  # fmt: skip
-    """Which rows [G, N] of a head exist, and queries at `where` [R] see: [G, N, 1 or R]. Row i is the head's entry before + i."""
+    """Which rows [G, N] of a head exist, and queries at `where` [R] see: [G, N, 1 or R].
+
+    Row i is the head's entry before + i.
+    """
     seen = (row < length)[:, :, None]
     if MASKED:
         if PLACED:
@@ -146,8 +150,8 @@ def _whole_rows(
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     G: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention over rows first, first + 1 .. of each `step` of a head's `length` whole rows, which follow `front` sparse
-    ones. Returns largest score and sum of weights [G, R], and sums [G, DVP, R].
+    """Attention over rows first, first + 1 .. of each `step` of a head's `length` whole rows, which follow `front`
+    sparse ones. Returns largest score and sum of weights [G, R], and sums [G, DVP, R].
     """
     g, t, d, dv = tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP), tl.arange(0, DVP)
     within = g[:, None] * N + t[None, :]
@@ -192,8 +196,8 @@ def _attend(
     VB: tl.constexpr, VBP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """A run of tiles of G * N sparse rows or, in the first RESTS programs of every head, a part of its whole rows. As in
-    `dense`, each warp has rows and a softmax of its own (the dimension G).
+    """A run of tiles of G * N sparse rows or, in the first RESTS programs of every head, a part of its whole rows. As
+    in `dense`, each warp has rows and a softmax of its own (the dimension G).
     """
     TILE: tl.constexpr = G * N
     pid = tl.program_id(0) - K * RESTS
