@@ -1,4 +1,4 @@
-"""The step that a CUDA graph captures, run eagerly here: it decodes what the plain path does, and leaves what that leaves."""
+"""The step that a CUDA graph captures, run eagerly here: it decodes what the plain path does, and leaves the same."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,13 @@ def refusal(decoder: Decoder) -> str | None:
 
 
 def note(decoder: Decoder) -> str | None:
-    """What a run has to say that was decoded by captured steps: where they differ from the published order of things."""
+    """What a run by captured steps has to say: where they differ from the published order of things."""
     waiting = [store for store in decoder.stores if isinstance(store, PackedStore)]
     if not waiting:
         return None
     return (
-        f"decoded by a CUDA graph, between whose replays entries are quantised: what leaves the exact tail one token at "
-        f"a time leaves it up to {max(_period(store) for store in waiting)} tokens at a time"
+        "decoded by a CUDA graph, between whose replays entries are quantised: what leaves the exact tail one token at "
+        f"a time otherwise leaves it up to {max(_period(store) for store in waiting)} tokens at a time"
     )
 
 
@@ -74,8 +74,7 @@ def predicted_nbytes(decoder: Decoder, max_new_tokens: int) -> int:
 
 def device_weight(model: PreTrainedModel) -> Tensor:
     """The embedding's weight, which says in what precision a model computes."""
-    weight: Tensor = model.get_input_embeddings().weight
-    return weight
+    return cast("Tensor", model.get_input_embeddings().weight)
 
 
 class Step:
@@ -83,8 +82,8 @@ class Step:
 
     Token, position, and the length of each head's rows are on the device and advance there; the stores' own numbers
     follow when steps are over (`answer` does both). On a CUDA device calls are replayed from a graph; elsewhere they
-    run as they are. Values of a PackedStore, which leave its tail one at a time, leave in blocks, when keys do or `residual`
-    (if that is 0, the group) of them wait.
+    run as they are. Values of a PackedStore, which leave its tail one at a time otherwise, leave in blocks: when keys
+    do, or when `residual` of them wait (if that is 0, a group).
     """
 
     def __init__(self, decoder: Decoder, token: int, steps: int, *, fused: bool = True, graph: bool = True) -> None:

@@ -36,7 +36,8 @@ class Decoder:
     evicting: the method that evicts while decoding, or None; entries beyond the size that its stores begin with make
     others leave. attention: the method that attends in its own way while decoding, or None; it begins from `recorded`,
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
-    asked at every layer whether to stop. notes: what a run has to say about how it was decoded. finding: layers whose stores attend in their own way, without `attention`.
+    asked at every layer whether to stop. finding: layers whose stores attend in their own way, without `attention`.
+    notes: what a run has to say about how it was decoded.
     """
 
     model: PreTrainedModel
