@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-# Read when a kernel is decorated, so it must be set before any of ours is imported. A machine with a GPU runs them there.
+# Read when a kernel is decorated, so set before any of ours is imported. A machine with a GPU runs them there.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

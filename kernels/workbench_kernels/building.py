@@ -225,9 +225,10 @@ def dequantise_rows_reference(
 def sparse_rows(x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | None = None) -> tuple[Tensor, Tensor]:
     """The `count` largest magnitudes of the chosen rows of x [k, n, d], all of them by default, head after head.
 
-    Returns numbers [t, count], as `dtype`, and their bitmap uint8 [t, b], b = ceil(d / 8), packed as one-bit codes: byte j
-    has the channels j, j + b and so on. Numbers are in the order of their bits, byte after byte. Exactly `count` bits of a row are set, zeros included; among equal magnitudes the kernel takes the first
-    channels, the reference whichever torch.topk finds.
+    Returns numbers [t, count], as `dtype`, and their bitmap uint8 [t, b], b = ceil(d / 8), packed as one-bit codes:
+    byte j has the channels j, j + b and so on. Numbers are in the order of their bits, byte after byte. Exactly `count`
+    bits of a row are set, zeros included; among equal magnitudes the kernel takes the first channels, the reference
+    whichever torch.topk finds.
     """
     if not 0 <= count <= x.shape[2]:
         raise ValueError(f"{count} numbers of rows of {x.shape[2]}: give 0 to {x.shape[2]}")

@@ -54,7 +54,7 @@ def decode_packed(
     positions: Ragged | None = None,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same over rows of which the first of each head are bit-packed, of keys and values each as many as it likes."""
+    """The same over rows of which the first of each head are bit-packed, keys and values each as many as they like."""
     if on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2:
         from workbench_kernels.gpu.packed import decode_packed as kernel
 

@@ -339,7 +339,7 @@ def _columns(
                         running = tl.where((rows < end)[:, None], 0.0, strip)
                     cell += 1
                     end = _edge(cell + 1, n, map_rows, tall, EVEN)
-    if POOL > 0 and CELL_ROWS == 0:  # noqa: SIM102  known when compiled, and when run
+    if POOL > 0 and CELL_ROWS == 0:  # a constant, apart from the next, which is not
         if cell < map_rows:  # a window may end before the cell does
             value = tl.sum(running, 0) if POOL == 1 else tl.max(running, 0)
             tl.store(map_base + tl.cast(cell, tl.int64) * map_cols, value, mask=in_map)

@@ -2,9 +2,9 @@
 
 A decode step has too few heads to fill a GPU, and heads may be unequally long. So the tiles of all heads are laid end
 to end and cut into runs of equal length, one a program (stream-K; "Lean Attention", Sanovar et al. 2024,
-arXiv:2405.10480): a run may end within a head and begin in the next. Each program leaves the softmax over its part of a head, warp by warp
-and not yet divided, in a slot of its own; `join` adds a head's slots up. As runs follow the heads, program + head is a
-different slot for each part.
+arXiv:2405.10480): a run may end within a head and begin in the next. Each program leaves the softmax over its part of
+a head, warp by warp and not yet divided, in a slot of its own; `join` adds a head's slots up. As runs follow the
+heads, program + head is a different slot for each part.
 """
 
 from __future__ import annotations
