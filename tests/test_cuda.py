@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench.captured import Step
+from workbench.decoding import Decoder, greedy
 from workbench.errors import BudgetTooSmall
 from workbench.judging import forced
+from workbench.kv.stores import Store
 from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.registry import registered
 
@@ -75,6 +78,75 @@ def test_half_precision_computes_and_agrees():
         assert run.quality.kl >= 0 and run.quality.kl == run.quality.kl
     full = session.run("full", question=ids(8, seed=2), max_new_tokens=16)
     assert full.quality.kl == 0 and full.quality.top1_agreement == 1
+
+
+STEPS = {
+    "full": "full",
+    "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV()],
+    "kivi": wb.kv.KIVI(bits=4, group=16, residual=32),
+    "ragged kivi": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.KIVI(bits=2, group=16, residual=32)],
+}
+
+
+def decoder_of(recipe, dtype):
+    """A decoder that has read a prompt and a question, and the first token of its answer."""
+    model = tiny("llama").to(CUDA, dtype)
+    session = wb.Session((model, None), kv_dtype=str(dtype).removeprefix("torch."))
+    session.read(ids(400))
+    plan = session.plan(recipe)
+    decoder = Decoder(model, plan.stores(), plan.position)
+    return decoder, int(decoder.feed(ids(9, seed=1))[-1].argmax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_step_that_is_captured_gives_the_logits_of_the_plain_one(name, dtype):
+    decoder, token = decoder_of(STEPS[name], dtype)
+    twin = decoder.clone()
+    want = twin.feed(torch.tensor([token]))[-1].float()
+    step = Step(decoder, token, 24)
+    step.prepare()  # which runs some and takes them back
+    assert (step().float() - want).norm() < (1e-3 if dtype == torch.float32 else 0.03) * want.norm()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_replayed_tokens_are_those_of_steps_run_one_by_one(name):
+    decoder, token = decoder_of(STEPS[name], torch.bfloat16)
+    twin = decoder.clone()
+    replayed = list(Step(decoder, token, 60).answer(()))
+    assert replayed == list(Step(twin, token, 60, graph=False).answer(()))
+    assert decoder.position == twin.position
+    more, same = (d.feed(ids(3, seed=5)).float() for d in (decoder, twin))
+    assert (more - same).norm() < 1e-3 * same.norm()
+
+
+def test_a_session_on_the_gpu_decodes_by_a_graph_and_says_the_same():
+    model = tiny("llama").to(CUDA)
+    runs = []
+    for graphs in (True, False):
+        session = wb.Session((model, None), kv_dtype="float32")
+        session.read(ids(300))
+        plan = session.plan("full")
+        decoder = Decoder(model, plan.stores(), plan.position)
+        runs.append(list(greedy(decoder, ids(9, seed=1), plan.logits, max_new_tokens=40, eos=(), graphs=graphs)))
+        assert decoder.notes == []
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("key", ["snapkv", "kivi", "mustafar", "eigen-attention"])
+def test_kernels_answer_what_references_do(key, monkeypatch):
+    model = tiny("llama").to(CUDA, torch.bfloat16)
+    session = wb.Session((model, None))
+    session.read(ids(600))
+    plan = session.plan(key, budget=0.5)
+    question = ids(9, seed=1)
+    by_kernel, plain = (Decoder(model, plan.stores(), plan.position) for _ in range(2))
+    found = by_kernel.feed(question, logits=9).float()
+    assert any(store.by_kernel.__func__ is not Store.by_kernel for store in plain.stores)
+    for store in plain.stores:
+        monkeypatch.setattr(store, "by_kernel", lambda *args, **options: None)
+    wanted = plain.feed(question, logits=9).float()
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("key", ["retrievalattention", "a2ats", "sentencekv", "kcache", "alisa"])

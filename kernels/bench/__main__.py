@@ -29,7 +29,7 @@ from benchmarks.record import environment
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-OURS = {"__main__", "measure", "table"}
+OURS = {"__main__", "measure", "promises", "table"}
 
 
 def names() -> list[str]:

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -56,12 +57,12 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _backend(name: str, grouped: bool, query: Tensor, keys: Tensor, values: Tensor) -> Work:
-    """SDPA by one backend: with enable_gqa or, `grouped`, the 4 query heads of a group as 4 rows of one head."""
+    """SDPA by one backend: with enable_gqa or, `grouped`, the query heads of a group as rows of one head."""
 
     def work() -> Tensor:
         with sdpa_kernel(BACKENDS[name]):
             if grouped:
-                return sdpa(query.view(-1, KV_HEADS, HEADS // KV_HEADS, WIDTH), keys, values)
+                return sdpa(query.view(len(keys), keys.shape[1], -1, keys.shape[-1]), keys, values)
             return sdpa(query, keys, values, enable_gqa=True)
 
     return work
@@ -129,6 +130,16 @@ LIBRARIES: dict[str, Prepare] = {
     "FlashInfer, pages, CUDA cores": partial(_flashinfer, False),
 }
 COMPILED: dict[str, Prepare] = {"FlexAttention, compiled": _flex}
+
+
+def fastest(query: Tensor, keys: Tensor, values: Tensor) -> tuple[str, float]:
+    """Which way of SDPA takes the least time here, for query [b, h, 1, d] over keys [b, k, n, d], and its µs."""
+    found: dict[str, float] = {}
+    for what, prepare in SCALED_DOT_PRODUCT.items():
+        with suppress(RuntimeError):  # not every backend takes every shape
+            found[what] = time_us(prepare(query, keys, values), milliseconds=25)
+    what = min(found, key=lambda each: found[each])
+    return what, found[what]
 
 
 def _over_full_cache(baselines: dict[str, Prepare], batch: int, n: int) -> Iterator[dict[str, Any]]:

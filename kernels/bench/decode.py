@@ -1,161 +1,225 @@
-"""Decode attention over our stores: dense, ragged and bit-packed, one query a sequence, beside the full cache.
+"""Decode attention over our stores: dense, ragged, bit-packed and sparse, one query a sequence, beside the full cache.
 
-Shapes: 32 query heads, 8 KV heads, head size 128; errors at head sizes 64, 96 and 256 too. WORKBENCH_SWEEP=1 first
-tries the packed kernel's configurations.
+Heads are those of Llama 3.1 8B (32 query heads, 8 KV heads, head size 128) and of the default model (9, 3, 64); errors
+at head sizes 64, 96 and 256 too. *Times as fast* is against the fastest way of PyTorch's SDPA over the full cache of
+the same shape, measured just before. WORKBENCH_SWEEP=1 tries configurations of the kernels as well, last.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.baselines import fastest
 from bench.measure import relative_error, run_poisoned, time_us
-from workbench_kernels.decode import decode_dense, decode_packed, softmax_over
-from workbench_kernels.gpu.packed import Config
-from workbench_kernels.gpu.packed import decode_packed as packed_kernel
-from workbench_kernels.rows import PackedRows, Ragged
+from workbench_kernels.building import sparse_rows
+from workbench_kernels.decode import decode_dense, decode_packed, decode_reference
+from workbench_kernels.decode_bitmap import decode_bitmap, decode_bitmap_reference
+from workbench_kernels.gpu import bitmap, dense
+from workbench_kernels.gpu import packed as gpu_packed
+from workbench_kernels.rows import PackedRows, Ragged, SparseRows
 
-HEADS, KV_HEADS, WIDTH = 32, 8, 128
+
+class Heads(NamedTuple):
+    """Query heads, KV heads, head size."""
+
+    queries: int
+    kv: int
+    width: int
+
+
+LLAMA, DEFAULT = Heads(32, 8, 128), Heads(9, 3, 64)
 LENGTHS, BATCHES = (8 << 10, 32 << 10, 128 << 10), (1, 8)
-GROUP, TAIL = 64, 128  # rows or channels that share a scale; newest rows, whole
-SWEEP = (
-    Config(2, 64, 1, 3, 4),
-    Config(2, 64, 1, 4, 4),
-    Config(2, 64, 1, 3, 5, 200),
-    Config(4, 64, 1, 3, 2),
-    Config(1, 64, 1, 3, 8),
-)
+SHORT = (2 << 10, 8 << 10)  # of the default model, which knows 8,192 positions
+KEPT = (0.5, 0.25, 0.1)
+BITS, GROUP, TAIL = (8, 4, 2), 64, 128  # rows or channels that share a scale; newest rows, whole
+PRUNED, RECENT = 0.7, 32  # of sparse rows: the share of numbers dropped; newest rows, whole
+
+Held = Ragged | PackedRows | SparseRows
+Row = dict[str, Any]
 
 
-def rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """Errors, then times; quick: the shortest caches alone."""
+def rows(quick: bool) -> Iterator[Row]:
+    """Errors, then times, the longest caches first; quick: the shortest alone."""
     yield from _errors()
+    for heads, lengths in ((LLAMA, LENGTHS), (DEFAULT, SHORT)):
+        for n in reversed(lengths[: 1 if quick else None]):
+            for batch in reversed(BATCHES):
+                yield from _times(heads, batch, n)
     if os.environ.get("WORKBENCH_SWEEP"):
-        yield from _sweep()
-    for n in LENGTHS[: 1 if quick else None]:
-        for batch in BATCHES:
-            full = _dense(batch, n)
-            query = _query(batch)
-            yield _timed("dense, all kept", batch, n, _nbytes(*full), lambda q=query, f=full: _attend(q, *f))
-            for share in (0.5, 0.25):
-                part = tuple(_ragged(x, n, share, batch) for x in full)
-                what = f"ragged, {share:.0%} kept"
-                yield _timed(what, batch, n, _nbytes(*part), lambda q=query, p=part: _attend(q, *p))
-            del full
-            for bits in (8, 4, 2):
-                held = packed(batch * KV_HEADS, n, WIDTH, bits)
-                yield _timed(
-                    f"{bits} bit, group {GROUP}",
-                    batch,
-                    n,
-                    _nbytes(*held),
-                    lambda q=query, h=held: _attend_packed(q, *h),
-                )
-                del held
+        yield from _sweep(LENGTHS[0] if quick else LENGTHS[-1])
 
 
-def _attend(query: Tensor, keys: Ragged, values: Ragged) -> Tensor:
-    return decode_dense(query, keys, values, scale=query.shape[-1] ** -0.5)[0]
+def _times(heads: Heads, batch: int, n: int) -> Iterator[Row]:
+    case = {"heads": list(heads), "batch": batch, "n": n}
+    query, full = _query(heads, batch), _dense(heads, batch, n)
+    keys, values = (x.data.view(batch, heads.kv, n, heads.width) for x in full)
+    way, base = fastest(query.view(batch, heads.queries, 1, heads.width), keys, values)
+
+    def timed(what: str, held: tuple[Held, Held], kept: float = 1.0) -> Row:
+        us = time_us(partial(_attend, query, *held), milliseconds=40)
+        return {"what": what, **case, "kept": kept, "bytes": _nbytes(*held), "us": us, "speedup": base / us}
+
+    yield {"what": "full cache, fastest SDPA", "way": way, **case, "kept": 1.0, "bytes": _nbytes(*full), "us": base}
+    yield timed("dense", full)
+    for share in KEPT:
+        yield timed("ragged", (_ragged(full[0], n, share), _ragged(full[1], n, share)), share)
+    sparse = tuple(_sparse(x, n) for x in full)
+    del full, keys, values
+    yield timed(f"bitmap, {PRUNED:.0%} pruned", (sparse[0], sparse[1]))
+    del sparse
+    for bits in BITS:
+        yield timed(f"{bits} bit, group {GROUP}", packed(heads, batch, n, bits))
 
 
-def _attend_packed(query: Tensor, keys: PackedRows, values: PackedRows) -> Tensor:
-    return decode_packed(query, keys, values, scale=query.shape[-1] ** -0.5)[0]
+def _attend(query: Tensor, keys: Held, values: Held, **options: Any) -> Tensor:
+    """The newest token's attention, by the kernel for what is held."""
+    kernel: Any = {Ragged: decode_dense, PackedRows: decode_packed, SparseRows: decode_bitmap}[type(keys)]
+    out: Tensor = kernel(query, keys, values, scale=query.shape[-1] ** -0.5, **options)[0]
+    return out
 
 
-def _timed(what: str, batch: int, n: int, nbytes: int, work: Any, **more: Any) -> dict[str, Any]:
-    return {"what": what, "batch": batch, "n": n, "bytes": nbytes, "us": time_us(work, milliseconds=40), **more}
+def _query(heads: Heads, batch: int, queries: int = 1) -> Tensor:
+    return torch.randn(batch * heads.queries, queries, heads.width, dtype=torch.bfloat16, device="cuda")
 
 
-def _query(batch: int, queries: int = 1, width: int = WIDTH) -> Tensor:
-    return torch.randn(batch * HEADS, queries, width, dtype=torch.bfloat16, device="cuda")
+def _dense(heads: Heads, batch: int, n: int) -> tuple[Ragged, Ragged]:
+    shape = batch * heads.kv, n, heads.width
+    keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return Ragged.of(keys), Ragged.of(values)
 
 
-def _dense(batch: int, n: int, width: int = WIDTH) -> tuple[Ragged, Ragged]:
-    data = [torch.randn(batch * KV_HEADS, n, width, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    return Ragged.of(data[0]), Ragged.of(data[1])
-
-
-def _ragged(full: Ragged, n: int, share: float, batch: int) -> Ragged:
+def _ragged(full: Ragged, n: int, share: float) -> Ragged:
     """The first rows of each head, from half to one and a half times `share` of them, `share` in all."""
-    spread = torch.linspace(0.5, 1.5, KV_HEADS, dtype=torch.float64).repeat(batch)
+    spread = torch.linspace(0.5, 1.5, len(full.starts), dtype=torch.float64)
     lengths = (spread * share * n).round().clamp(1, n).to(torch.int32)
     return full._replace(lengths=lengths.cuda(), longest=int(lengths.max()))
 
 
-def packed(heads: int, n: int, width: int, bits: int, tail: int = TAIL, group: int = GROUP) -> tuple[PackedRows, ...]:
+def _sparse(full: Ragged, n: int, pruned: float = PRUNED) -> SparseRows:
+    """The largest numbers of each row but a head's last."""
+    heads, width = len(full.starts), full.data.shape[1]
+    data = full.data.view(heads, n, width)
+    numbers, bits = sparse_rows(data[:, : n - RECENT].contiguous(), width - int(width * pruned), torch.bfloat16)
+    front = Ragged(numbers, full.starts // n * (n - RECENT), full.lengths - RECENT, n - RECENT)
+    return SparseRows(front, front._replace(data=bits), Ragged.of(data[:, n - RECENT :]))
+
+
+def packed(heads: Heads, batch: int, n: int, bits: int, group: int = GROUP) -> tuple[PackedRows, PackedRows]:
     """Random codes, with scales and zeros as numbers about as large as 1 would have them, and a tail."""
-
-    def alike(count: int, across: int) -> Ragged:
-        starts = torch.arange(heads, dtype=torch.int32, device="cuda") * count
-        lengths = torch.full_like(starts, count)
-        return Ragged(torch.empty(0, across), starts, lengths, count)
-
-    front = (n - tail) // group * group
+    count, width = batch * heads.kv, heads.width
+    front = (n - TAIL) // group * group
     steps = 2**bits - 1
 
+    def alike(data: Tensor) -> Ragged:
+        per_head = len(data) // count
+        starts = torch.arange(count, dtype=torch.int32, device="cuda") * per_head
+        return Ragged(data, starts, torch.full_like(starts, per_head), per_head)
+
     def side(axis: Any) -> PackedRows:
-        per_head, across = (front // group, width) if axis == "channel" else (front, -(-width // group))
-        nbytes = -(-width * bits // 8)
-        codes, numbers = alike(front, nbytes), alike(per_head, across)
-        scale = (4.0 + torch.rand(heads * per_head, across, device="cuda")) / steps
-        return PackedRows(
-            codes._replace(data=torch.randint(256, (heads * front, nbytes), dtype=torch.uint8, device="cuda")),
-            numbers._replace(data=scale.half()),
-            numbers._replace(data=(-scale * steps / 2 + 0.1 * torch.randn_like(scale)).half()),
-            Ragged.of(torch.randn(heads, n - front, width, dtype=torch.bfloat16, device="cuda")),
-            bits, group, axis,
-        )  # fmt: skip
+        across = (front // group, width) if axis == "channel" else (front, -(-width // group))
+        scale = (4.0 + torch.rand(count * across[0], across[1], device="cuda")) / steps
+        zero = -scale * steps / 2 + 0.1 * torch.randn_like(scale)
+        codes = torch.randint(256, (count * front, -(-width * bits // 8)), dtype=torch.uint8, device="cuda")
+        tail = torch.randn(count, n - front, width, dtype=torch.bfloat16, device="cuda")
+        return PackedRows(alike(codes), alike(scale.half()), alike(zero.half()), Ragged.of(tail), bits, group, axis)
 
     return side("channel"), side("token")
 
 
-def _nbytes(*held: Ragged | PackedRows) -> int:
+def _nbytes(*held: Held) -> int:
     """What a step has to read: the rows there are, not the room for more."""
     total = 0
     for each in held:
-        parts = (each.codes, each.scale, each.zero, each.tail) if isinstance(each, PackedRows) else (each,)
+        parts: tuple[Ragged, ...] = (each,) if isinstance(each, Ragged) else ()
+        if isinstance(each, PackedRows):
+            parts = each.codes, each.scale, each.zero, each.tail
+        elif isinstance(each, SparseRows):
+            parts = each.numbers, each.bitmap, each.tail
         total += sum(int(part.lengths.sum()) * part.data.shape[1] * part.data.element_size() for part in parts)
     return total
 
 
-def _errors() -> Iterator[dict[str, Any]]:
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def _errors() -> Iterator[Row]:
     """Against float64, of outputs in memory that was full of NaN."""
-    for width in (64, 96, 128, 256):
+    n = 4099
+    lengths = torch.tensor([n, 1, 63, 0, 1025, 4000, 129, 2048], dtype=torch.int32, device="cuda")
+    for heads in (LLAMA, DEFAULT, Heads(32, 8, 96), Heads(32, 8, 256)):
+        keys, values = _dense(heads, 1, n)
+        some = lengths[: heads.kv]
         for queries in (1, 5):
-            keys, values = _dense(1, 4099, width)
-            lengths = torch.tensor([4099, 1, 63, 0, 1025, 4000, 129, 2048], dtype=torch.int32, device="cuda")
-            for name, k, v in (
-                ("dense", keys, values),
-                ("ragged", keys._replace(lengths=lengths), values._replace(lengths=lengths)),
-            ):
-                query = _query(1, queries, width)
-                got = run_poisoned(lambda q=query, k=k, v=v: _attend(q, k, v))
-                yield {"what": f"{name}, head size {width}", "queries": queries, "error": _error(query, got, k, v)}
-    for width, bits, group in [(w, b, g) for w in (128, 64, 96) for b in (2, 4, 8) for g in (64, 32)]:
-        keys, values = packed(KV_HEADS, 4099, width, bits, group=group)
-        query = _query(1, 1, width)
-        got = run_poisoned(lambda q=query, k=keys, v=values: _attend_packed(q, k, v))
-        what = f"{bits} bit, group {group}, head size {width}"
-        yield {"what": what, "queries": 1, "error": _error(query, got, keys, values)}
+            yield _checked("dense", heads, queries, keys, values)
+            parts = (x._replace(lengths=some) for x in (keys, values))
+            yield _checked("ragged", heads, queries, *parts)
+        sides = _sparse(keys, n), _sparse(values, n)
+        for queries in (1, 5):
+            yield _checked(f"bitmap, {PRUNED:.0%} pruned", heads, queries, *sides)
+    for heads in (LLAMA, DEFAULT, Heads(32, 8, 96)):
+        for bits in BITS:
+            for group in (64, 32):
+                yield _checked(f"{bits} bit, group {group}", heads, 1, *packed(heads, 1, n, bits, group))
+    yield _checked(f"4 bit, group {GROUP}", LLAMA, 5, *packed(LLAMA, 1, n, 4))
 
 
-def _error(query: Tensor, got: Tensor, keys: Ragged | PackedRows, values: Ragged | PackedRows) -> float:
-    rows_of, real = keys.padded()
-    wanted, _ = softmax_over(query.double(), rows_of, values.padded()[0], real[:, None], scale=query.shape[-1] ** -0.5)
-    return relative_error(got, wanted)
+def _checked(what: str, heads: Heads, queries: int, keys: Held, values: Held) -> Row:
+    """One comparison; several queries are the newest tokens, of which each sees those before it."""
+    query, options = _query(heads, 1, queries), {}
+    if queries > 1:
+        options["query_positions"] = torch.arange(4099 - queries, 4099, device="cuda")
+    got = run_poisoned(partial(_attend, query, keys, values, **options))
+    reference: Callable[..., tuple[Tensor, Tensor]]
+    reference = decode_bitmap_reference if isinstance(keys, SparseRows) else decode_reference
+    wanted, _ = reference(query.double(), keys, values, scale=query.shape[-1] ** -0.5, **options)
+    return {"what": what, "heads": list(heads), "queries": queries, "error": relative_error(got, wanted)}
 
 
-def _sweep() -> Iterator[dict[str, Any]]:
-    for bits in (2, 4):
-        keys, values = packed(8 * KV_HEADS, 128 << 10, WIDTH, bits)
-        query = _query(8)
-        for config in SWEEP:
-            yield _timed(
-                f"sweep, {bits} bit", 8, 128 << 10, _nbytes(keys, values),
-                lambda c=config, q=query, k=keys, v=values: packed_kernel(q, k, v, scale=0.1, config=c),
-                config=str(tuple(config)),
-            )  # fmt: skip
+# -------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def _sweep(n: int) -> Iterator[Row]:
+    full, query = _dense(LLAMA, 8, n), _query(LLAMA, 8)
+    some = full[0]._replace(data=full[0].data[: 8 * n], starts=full[0].starts[:8], lengths=full[0].lengths[:8])
+    less = full[1]._replace(data=full[1].data[: 8 * n], starts=full[1].starts[:8], lengths=full[1].lengths[:8])
+    short = _dense(LLAMA, 1, LENGTHS[0])
+    tried: list[tuple[str, int, int, Any, tuple[Held, Held], list[Any]]] = [
+        ("dense", 8, n, dense.decode_dense, full, DENSE_CONFIGS),
+        ("dense", 1, n, dense.decode_dense, (some, less), DENSE_CONFIGS),
+        ("dense", 1, LENGTHS[0], dense.decode_dense, short, DENSE_CONFIGS),
+        ("bitmap", 8, n, bitmap.decode_bitmap, (_sparse(full[0], n), _sparse(full[1], n)), BITMAP_CONFIGS),
+    ]
+    del full
+    tried += [
+        (f"{bits} bit", 8, n, gpu_packed.decode_packed, packed(LLAMA, 8, n, bits), PACKED_CONFIGS) for bits in BITS
+    ]
+    for what, batch, length, kernel, held, configs in tried:
+        asked = query[: batch * LLAMA.queries]
+        for config in configs:
+            row = {"what": f"sweep, {what}", "batch": batch, "n": length, "config": str(tuple(config))}
+            try:
+                work = partial(kernel, asked, *held, scale=0.1, config=config)
+                yield {**row, "bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
+            except Exception as problem:  # a configuration that needs more than there is
+                yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:200]}
+
+
+DENSE_CONFIGS = [
+    dense.Config(4, 32, 3, 2), dense.Config(4, 32, 2, 2), dense.Config(4, 16, 3, 2), dense.Config(4, 16, 4, 2),
+    dense.Config(4, 32, 3, 1), dense.Config(8, 16, 3, 1), dense.Config(2, 32, 3, 3), dense.Config(2, 32, 4, 2),
+]  # fmt: skip
+PACKED_CONFIGS = [
+    gpu_packed.Config(2, 64, 1, 3, 4), gpu_packed.Config(2, 64, 1, 4, 4), gpu_packed.Config(4, 64, 1, 3, 2),
+    gpu_packed.Config(4, 32, 1, 3, 2), gpu_packed.Config(4, 32, 2, 2, 2), gpu_packed.Config(2, 64, 1, 2, 4),
+    gpu_packed.Config(2, 32, 1, 3, 4), gpu_packed.Config(2, 32, 2, 3, 4),
+]  # fmt: skip
+BITMAP_CONFIGS = [
+    bitmap.Config(4, 16, 2, 3), bitmap.Config(4, 16, 1, 3), bitmap.Config(4, 16, 2, 4), bitmap.Config(4, 32, 2, 2),
+    bitmap.Config(4, 32, 1, 3), bitmap.Config(2, 32, 1, 6), bitmap.Config(2, 16, 1, 8), bitmap.Config(8, 16, 2, 2),
+]  # fmt: skip

@@ -13,6 +13,7 @@ from math import log2, log10
 from pathlib import Path
 from typing import Any
 
+from bench import promises
 from benchmarks.record import markdown
 
 Row = dict[str, Any]
@@ -30,8 +31,12 @@ FIGURES: dict[str, tuple[str, Any]] = {
     "GB/s": ("GB/s", lambda x: f"{x:,.0f}"),
     "TFLOP/s": ("TFLOP/s", lambda x: f"{x:,.1f}"),
     "limit": ("of the limit", lambda x: f"{x:.0%}"),
+    "tokens/s": ("tokens/s", lambda x: f"{x:,.1f}"),
     "speedup": ("times as fast", lambda x: f"{x:.2f}"),
     "peak": ("extra MB", lambda x: f"{x / 1e6:,.1f}"),
+    "allocated": ("peak MB", lambda x: f"{x / 1e6:,.0f}"),
+    "predicted": ("predicted MB", lambda x: f"{x / 1e6:,.0f}"),
+    "off": ("off by", lambda x: f"{x:+.2%}"),
     "error": ("relative error", lambda x: f"{x:.1e}"),
     "failed": ("instead of a figure", str),
 }
@@ -217,6 +222,8 @@ def _svg(width: float, height: float, parts: Iterable[str]) -> str:
 def rendered(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
     """What stands between the markers, and the plots by file name. results: what the JSON files hold, by name."""
     sections, plots = [], {}
+    if results:
+        sections.append(f"## What must hold on an H100\n\n{markdown(promises.table(results))}")
     for name, result in results.items():
         parts = [f"## {name.replace('_', ' ').capitalize()}"]
         over_length, shares = lines(result["rows"]), bars(result["rows"])

@@ -511,6 +511,8 @@ def decode_packed(
         and values.axis == "token"
         and (per_row or keys.group % tokens == 0)
         and window is None
+        and keys.codes.longest > 0  # a side that is not quantised leaves nothing to the fast way
+        and values.codes.longest > 0
         and _aligned(keys)
         and _aligned(values)
     )

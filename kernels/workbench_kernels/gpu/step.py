@@ -53,10 +53,10 @@ def _rotate_append(
     """One head: of the queries, then of the keys, then of the values."""
     head = tl.program_id(0)
     if head >= H + K:
-        place = tl.load(value_ends + (head - H - K)) * DV
-        channel = tl.arange(0, DVP)
-        number = tl.load(value + (head - H - K) * DV + channel, mask=channel < DV)
-        tl.store(values + place + channel, number.to(values.dtype.element_ty), mask=channel < DV)
+        row = tl.load(value_ends + (head - H - K)) * DV
+        each = tl.arange(0, DVP)
+        number = tl.load(value + (head - H - K) * DV + each, mask=each < DV)
+        tl.store(values + row + each, number.to(values.dtype.element_ty), mask=each < DV)
     else:
         channel = tl.arange(0, HALF)
         inside = channel < D // 2

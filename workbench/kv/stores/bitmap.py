@@ -11,9 +11,11 @@ from torch import Tensor
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.pruned import kept_of
 from workbench.kv.stores.rows import Rows, joined
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Contents, Store, for_kernel
 from workbench.trace import LayerTrace
 from workbench_kernels.building import Kept, expand_rows, kept, sparse_rows
+from workbench_kernels.decode_bitmap import decode_bitmap
+from workbench_kernels.rows import SparseRows as KernelRows
 
 
 class SparseRows:
@@ -49,6 +51,10 @@ class SparseRows:
         """What the whole buffer stands for, [t, d], zeros where nothing is held."""
         return expand_rows(self.numbers.data, self.bitmap.data, self.width, dtype)
 
+    def ragged(self, tail: Rows) -> KernelRows:
+        """The rows, followed by those of `tail`, as kernels take them."""
+        return KernelRows(self.numbers.ragged(), self.bitmap.ragged(), tail.ragged())
+
     def tensors(self) -> list[Tensor]:
         return [*self.numbers.tensors(), *self.bitmap.tensors()]
 
@@ -58,7 +64,7 @@ class SparseRows:
 
 class BitmapStore(Store):
     """Keys and values as sparse rows, followed by the newest `recent` whole; new tokens enter there and are pruned as
-    they leave. Attention expands the rows into scratch memory, the reference for a kernel that reads them in place.
+    they leave. A kernel reads the rows in place; where there is none, they are expanded into scratch memory.
     """
 
     def __init__(
@@ -117,6 +123,22 @@ class BitmapStore(Store):
         if self._positions is None:
             return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
         return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
+
+    def by_kernel(
+        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
+        if not fits or window is not None:
+            return None
+        return decode_bitmap(
+            query,
+            self.keys.ragged(self.key_tail),
+            self.values.ragged(self.value_tail),
+            scale=scale,
+            softcap=softcap,
+            query_positions=asked,
+            positions=None if self._positions is None else self._positions.ragged(),
+        )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         dtype = str(self.key_tail.data.dtype).removeprefix("torch.")
