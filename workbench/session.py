@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
+    from workbench.weights.study import WeightStudy
 
 T = TypeVar("T")
 Seen = Captured | Implied
@@ -88,7 +89,7 @@ class Session(Shown):
         self.trace: Trace | None = None
         self.runs: list[Run] = []
         self._keep_on = None if keep_trace_on is None else torch.device(keep_trace_on)
-        self._variants = Variants(self.model)
+        self._variants = Variants(self.model, self.tokenizer)
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._timelines: list[Timeline] = []
 
@@ -194,6 +195,29 @@ class Session(Shown):
                 self._traces.popitem(last=False)
         self._traces.move_to_end(key)
         return self._traces[key]
+
+    # -- weights
+
+    def calibrate(
+        self, source: str | Path | None = None, *, samples: int = 32, tokens: int = 512, seed: int = 0
+    ) -> WeightStudy:
+        """Choose the texts that weight methods look at; returns what they learn from them, measured when asked for.
+
+        source: "workbench" (the project's own text, the default), "python" (the running Python's documentation of its
+        topics), "sampled" (what the model itself says; always so without a tokenizer), or the path of a text file or a
+        data set (.txt, .md, .jsonl, .parquet). samples: stretches of `tokens` tokens. Without a source nothing
+        changes. Raises BadParameter, InputError.
+        """
+        from workbench.weights.calibration import Calibration
+
+        if source is not None:
+            chosen = Calibration(str(source), samples, tokens, seed)
+            if chosen.source != "sampled" and self.tokenizer is not None:
+                chosen.text()  # refused now, and not in the middle of a run
+            self._variants.calibrate(chosen)
+            for key in [key for key in self._traces if key[0]]:
+                del self._traces[key]
+        return self._variants.study()
 
     # -- running
 

@@ -13,7 +13,11 @@ from workbench.measure.memory import tensor_bytes
 from workbench.progress import Progress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from workbench.registry import Method
+    from workbench.weights.calibration import Calibration
+    from workbench.weights.study import WeightStudy
 
 _PATIENCE_S = 0.1  # how often a waiting thread looks whether it was cancelled
 
@@ -21,10 +25,18 @@ _PATIENCE_S = 0.1  # how often a waiting thread looks whether it was cancelled
 class Variants:
     """The plain model and the last compressed one made from it, by the weight methods that made it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         self._plain = model
+        self._tokenizer = tokenizer
+        self.calibration = calibration
         self._made: dict[tuple[Method, ...], PreTrainedModel] = {}
         self._nbytes: dict[tuple[Method, ...], int] = {}
+        self._studies: dict[tuple[Method, ...], WeightStudy] = {}
         self._lock = RLock()
 
     def get(self, methods: Sequence[Method], progress: Progress | None = None) -> PreTrainedModel:
@@ -36,8 +48,30 @@ class Variants:
             if key not in self._made:
                 from workbench.weights.base import compressed
 
-                self._made = {key: compressed(self._plain, key, progress)}
+                self._made = {}  # the last one goes before the next is made: there is never room for two
+                before = {key[:number] for number in range(len(key))}
+                self._studies = {known: study for known, study in self._studies.items() if known in before}
+
+                def study(model: PreTrainedModel, number: int) -> WeightStudy:
+                    return self._studies.setdefault(key[:number], self._study(model, plain=not number))
+
+                self._made = {key: compressed(self._plain, key, progress, study)}
             return self._made[key]
+
+    def study(self) -> WeightStudy:
+        """Calibration of the plain model: what weight methods know of it."""
+        return self._studies.setdefault((), self._study(self._plain, plain=True))
+
+    def _study(self, model: PreTrainedModel, *, plain: bool) -> WeightStudy:
+        from workbench.weights.study import WeightStudy
+
+        return WeightStudy(model, self._tokenizer, self.calibration, persistent=plain)
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Look at other texts from now on; what was compressed with the earlier ones is forgotten."""
+        with self._alone(None):
+            self.calibration = calibration
+            self._made, self._nbytes, self._studies = {}, {}, {}
 
     def nbytes(self, methods: Sequence[Method]) -> int:
         """Live bytes of the model's weights under `methods`."""

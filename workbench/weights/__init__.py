@@ -3,7 +3,8 @@
 from workbench.weights.base import WeightMethod, compressed
 from workbench.weights.flashsvd import FlashSVD
 from workbench.weights.hqq import HQQ
+from workbench.weights.rtn import RTN
 from workbench.weights.svd import SVD
 from workbench.weights.transact import TransAct
 
-__all__ = ["HQQ", "SVD", "FlashSVD", "TransAct", "WeightMethod", "compressed"]
+__all__ = ["HQQ", "RTN", "SVD", "FlashSVD", "TransAct", "WeightMethod", "compressed"]

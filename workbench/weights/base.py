@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -16,16 +16,28 @@ from workbench.engine import exclusive
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Family, Method
+from workbench.weights.calibration import SAMPLED, Calibration
+from workbench.weights.statistics import InputStats
+from workbench.weights.study import WeightStudy
+
+_SHORT = Calibration(SAMPLED, samples=16, tokens=64)
 
 
 class WeightMethod(Method):
     """Base of all methods that make a model's weights smaller.
 
     Budget: the share of the 16-bit bytes of the weight matrices that the method compresses, or a size for them.
+
+    Stages: `survey` says which matrices are taken and which are left, with the reason; `check` refuses what the
+    parameters do not fit; `nbytes` or `total_nbytes` foretell the size, before anything is computed; `compress` makes
+    one small layer from one plain one and what calibration saw of its input. A method whose layers depend on each other
+    overrides `apply`.
     """
 
     family: ClassVar[Family] = "weights"
     measure: ClassVar[str] = "16-bit size"  # what `full_nbytes` counts, in words
+    needs_inputs: ClassVar[bool] = False  # `compress` is given what calibration saw of the layer's input ...
+    needs_moment: ClassVar[bool] = False  # ... with its second moment [i, i]
 
     def refuses(self, linear: nn.Linear) -> str | None:
         """Why this layer must be left alone whatever the parameters; None if it can be compressed."""
@@ -35,6 +47,10 @@ class WeightMethod(Method):
         """Which of these layers must be left alone because of where they stand in the model, by name, and why."""
         return {}
 
+    def survey(self, model: nn.Module) -> Survey:
+        """What the method finds in a model: by default every linear layer but the output head."""
+        return Survey.of(model, self)
+
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
         """Raise NotApplicable, naming the layers, where the parameters do not fit them; nothing was started yet."""
 
@@ -42,26 +58,46 @@ class WeightMethod(Method):
         """Bytes of what becomes of this layer's weight."""
         raise NotImplementedError
 
+    def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
+        """Bytes of what becomes of all these layers, at most; the sum of `nbytes` where each is by itself."""
+        return sum(self.nbytes(linear) for linear in linears.values())
+
     def full_nbytes(self, linear: nn.Linear) -> int:
         """Bytes of this layer's weight by which budgets are measured: those at 16 bits."""
         return 2 * linear.weight.numel()
 
-    def compress(self, linear: nn.Linear) -> nn.Module:
-        """The layer that stands in for this one, which stays as it is."""
+    def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
+        """The layer that stands in for this one, which stays as it is. inputs: what calibration saw, where needed."""
         raise NotImplementedError
 
-    def apply(self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], progress: Progress) -> None:
-        """Put what becomes of these layers into the copy `twin`; override where they depend on each other."""
-        for name, linear in progress.track(linears.items(), f"compressing by {self.key}", len(linears)):
-            twin.set_submodule(name, self.compress(linear))
+    def apply(
+        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> None:
+        """Put what becomes of these layers into the copy `twin`; override where they depend on each other.
+
+        study: calibration of the model as it was before this method. What does not depend on the budget may be kept
+        there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
+        """
+        stage = f"compressing by {self.key}"
+        if not (self.needs_inputs or self.needs_moment):
+            for name, linear in progress.track(linears.items(), stage, len(linears)):
+                twin.set_submodule(name, self.compress(linear))
+            return
+        done = 0
+        for _, inputs in study.inputs(moments=self.needs_moment, progress=progress):
+            for name in (name for name in linears if name in inputs):
+                progress.update(stage, done, len(linears))
+                twin.set_submodule(name, self.compress(linears[name], inputs[name]))
+                done += 1
+        progress.update(stage, done, len(linears))
 
     def left_alone(self, model: nn.Module) -> dict[str, str]:
         """The weight matrices that keep their precision, by name, and why; vectors such as biases are not listed."""
-        return Survey.of(model, self).left
+        return self.survey(model).left
 
     def note(self, model: nn.Module) -> str:
         """One line for a run's record: what was compressed to which size, and what was left alone."""
-        survey = Survey.of(model, self)
+        survey = self.survey(model)
         compact, full = survey.nbytes, survey.full_nbytes
         left = sorted(survey.left.items(), key=lambda item: item[1])
         parts = [_several([name for name, _ in same], reason) for reason, same in groupby(left, lambda item: item[1])]
@@ -128,7 +164,7 @@ class Survey:
     @property
     def nbytes(self) -> int:
         """Bytes of the compressed layers."""
-        return sum(self.method.nbytes(linear) for linear in self.linears.values())
+        return self.method.total_nbytes(self.linears)
 
     @property
     def full_nbytes(self) -> int:
@@ -153,21 +189,29 @@ class Survey:
             )
 
 
-def compressed(model: PreTrainedModel, methods: Sequence[Method], progress: Progress | None = None) -> PreTrainedModel:
+def compressed(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    progress: Progress | None = None,
+    study: Callable[[PreTrainedModel, int], WeightStudy] | None = None,
+) -> PreTrainedModel:
     """A copy of the model compressed by `methods`, one after another.
 
     It shares every tensor that they leave unchanged; the model itself is never written to. progress: one step a layer.
-    Raises NotApplicable, BudgetTooSmall, MissingExtra, Cancelled; then no copy remains.
+    study: gives the calibration of the model as it is before the method of that number (default: on a few short texts
+    that the model itself says). Raises NotApplicable, BudgetTooSmall, MissingExtra, Cancelled; then no copy remains.
     """
     progress = progress or Progress()
-    twin = sharing_copy(model)
-    for method in methods:
+    twin = model
+    for number, method in enumerate(methods):
         if not isinstance(method, WeightMethod):
             raise BadRecipe(f"{method.key} is no weight method: it is of the family {method.family!r}")
-        survey = Survey.of(twin, method)
+        before, twin = twin, sharing_copy(twin)
+        survey = method.survey(twin)
         survey.check()
-        method.apply(twin, survey.linears, progress)
-    return twin
+        known = study(before, number) if study else WeightStudy(before, calibration=_SHORT)
+        method.apply(twin, survey.linears, known, progress)
+    return twin if methods else sharing_copy(model)
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:

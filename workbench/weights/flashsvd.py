@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name
+from workbench.weights.study import WeightStudy
 from workbench.weights.svd import SVD
 
 
@@ -31,8 +32,10 @@ class FlashSVD(SVD):
 
     tile: int = param(128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together")
 
-    def apply(self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], progress: Progress) -> None:
-        super().apply(twin, linears, progress)
+    def apply(
+        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> None:
+        super().apply(twin, linears, study, progress)
         for name, module in list(twin.named_modules()):
             parts = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
             thin = [part for part in parts if isinstance(part, LowRankLinear)]

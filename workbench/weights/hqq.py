@@ -12,6 +12,7 @@ from workbench.errors import MissingExtra, NotApplicable
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.layers import PackedLinear, packed_nbytes
+from workbench.weights.statistics import InputStats
 
 _MULTIPLE = 8  # hqq takes groups of multiples of 8
 
@@ -62,7 +63,7 @@ class HQQ(WeightMethod):
     def nbytes(self, linear: nn.Linear) -> int:
         return packed_nbytes(linear.out_features, linear.in_features, self.bits, self.group_size)
 
-    def compress(self, linear: nn.Linear) -> PackedLinear:
+    def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> PackedLinear:
         quantise = _library()
         config = quantise.BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=1)
         config["weight_quant_params"]["bitpack"] = False  # our layer packs the codes, in an order of its own

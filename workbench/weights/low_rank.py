@@ -8,36 +8,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.lowrank import ACTIVATIONS, mlp_factors
 
 
-class LowRankLinear(nn.Module):
-    """A linear layer whose weight [o, i] is up [o, r] times down [r, i], both held at 16 bits.
-
-    bias: the original's own, shared.
-    """
+class LowRankLinear(CompactLinear):
+    """A linear layer whose weight [o, i] is up [o, r] times down [r, i], both held at 16 bits."""
 
     down: Tensor
     up: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, down: Tensor, up: Tensor, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        super().__init__(down.shape[1], up.shape[0], bias)
         dtype = down.dtype if down.dtype.itemsize == 2 else torch.float16
         self.register_buffer("down", down.to(dtype, copy=True).contiguous())
         self.register_buffer("up", up.to(dtype, copy=True).contiguous())
-        self.register_parameter("bias", bias)
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.up[first:last].to(dtype) @ self.down.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.down.shape[1]}, out_features={self.up.shape[0]}, rank={self.rank}"
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "rank": self.rank}
 
 
 def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

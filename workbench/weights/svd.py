@@ -11,6 +11,7 @@ from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.registry import register
 from workbench.weights.base import WeightMethod
 from workbench.weights.low_rank import LowRankLinear, truncated
+from workbench.weights.statistics import InputStats
 
 
 @register
@@ -56,6 +57,6 @@ class SVD(WeightMethod):
     def nbytes(self, linear: nn.Linear) -> int:
         return 2 * self.rank(linear) * sum(linear.weight.shape) or self.full_nbytes(linear)
 
-    def compress(self, linear: nn.Linear) -> nn.Module:
+    def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         rank = self.rank(linear)
         return LowRankLinear(*truncated(linear.weight, rank), linear.bias) if rank else linear

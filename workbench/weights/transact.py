@@ -18,6 +18,7 @@ from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.narrow import NarrowAttention, known_attention, narrowed, sampled_texts
+from workbench.weights.study import WeightStudy
 
 _TEXT = 32  # tokens of each calibration text
 
@@ -108,7 +109,9 @@ class TransAct(WeightMethod):
         room = limit - place.values * channels // place.value_width
         return _within(place.width, room / (place.whole - place.values))
 
-    def apply(self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], progress: Progress) -> None:
+    def apply(
+        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> None:
         sites = [site for site in _sites(twin) if any(name in linears for name in site.places)]
         targets = [self._kept(_places[linears[next(iter(site.places))]]) for site in sites]
         begun = [site.width for site in sites]

@@ -1,0 +1,94 @@
+"""A decoder's blocks, run one after another over many texts, so that only one of them has to be looked at at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workbench.engine import device_of
+from workbench.errors import NotApplicable
+
+
+def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder's layers by name, in order. Raises NotApplicable where there is no such list of modules."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise NotApplicable(f"{type(model).__name__} has no list of {count} decoder layers to calibrate one by one")
+
+
+class _Stop(Exception):
+    """What a block's hook raises once it has what it wanted."""
+
+
+class Stream:
+    """The hidden states of texts on their way through the blocks.
+
+    ids: int64 [t, n]. hidden: what enters the block that comes next, [t, n, i], as the model computes it; texts go
+    through a block in batches of at most `batch` tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, batch: int = 4096) -> None:
+        self._blocks = blocks(model)
+        self._size = max(batch // ids.shape[1], 1)
+        self._keywords = _keywords(model, self._blocks, ids[:1])
+        entering = [_entering(model, next(iter(self._blocks.values())), part) for part in ids.split(self._size)]
+        self.hidden = torch.cat(entering)
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from self._blocks.items()
+
+    def through(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the block of this name: yields what enters and what leaves it, batch by batch, and moves `hidden` on."""
+        block = self._blocks[name]
+        done = []
+        for part in self.hidden.split(self._size):
+            with torch.no_grad():
+                found = block(part, **self._keywords[name])
+            out: Tensor = found[0] if isinstance(found, tuple) else found
+            yield part, out
+            done.append(out)
+        self.hidden = torch.cat(done)
+
+
+def _keywords(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) -> dict[str, dict[str, Any]]:
+    """What the model hands to each block beside the hidden states: rotary embeddings, masks."""
+    found: dict[str, dict[str, Any]] = {}
+    handles = []
+    try:
+        for name, block in blocks.items():
+
+            def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+                found[name] = kwargs
+
+            handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+        with torch.no_grad():
+            model(input_ids=ids.to(device_of(model)), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: {k: v for k, v in kwargs.items() if k != "hidden_states"} for name, kwargs in found.items()}
+
+
+def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
+    """What enters the first block [t, n, i]."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids.to(device_of(model)), use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,88 @@
+"""Linear layers at a few bits a weight, with a scale and a zero for each group of columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.weights.layers.compact import CompactLinear
+from workbench_kernels.packing import pack, unpack
+
+_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # how many bits lie in which buffer
+
+
+class PackedLinear(CompactLinear):
+    """A linear layer with its weight [o, i] at 1 to 8 bits: weight = (code - zero) * scale.
+
+    plane0, plane1: uint8, the lowest bits of the codes and, at 3, 5 and 6 bits, the rest, packed row by row as
+    `workbench_kernels.packing` does. scale: float16 [o, g], one for each `group` neighbouring columns; the last group
+    of a row may be shorter. zero: [o, g], whole numbers as uint8 or any as float16; None where it is 2 ** (bits - 1)
+    everywhere. columns: float16 [i], by which a weight's columns are multiplied besides; None: 1.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        bias: nn.Parameter | None = None,
+        *,
+        group: int | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        """codes: uint8 [o, i], below 2 ** bits; scale, zero: [o, g]; group: columns that share one (default: i / g)."""
+        super().__init__(codes.shape[1], codes.shape[0], bias)
+        self.bits = bits
+        self.group = group or codes.shape[1] // scale.shape[1]
+        if -(-self.in_features // self.group) != scale.shape[1]:
+            raise ValueError(f"{scale.shape[1]} scales a row for {self.in_features} columns in groups of {self.group}")
+        below = 0
+        for index, width in enumerate(_PLANES[bits]):
+            self.register_buffer(f"plane{index}", pack(codes >> below & 2**width - 1, width).contiguous().clone())
+            below += width
+        exact = torch.uint8 if zero is not None and zero.dtype == torch.uint8 else torch.float16
+        self.register_buffer("scale", scale.to(torch.float16, copy=True).contiguous())
+        self.register_buffer("zero", None if zero is None else zero.to(exact, copy=True).contiguous())
+        self.register_buffer("columns", None if columns is None else columns.to(torch.float16, copy=True).contiguous())
+
+    def codes(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The codes of some outputs (default: of all), uint8 [last - first, i]."""
+        found, below = None, 0
+        for index, width in enumerate(_PLANES[self.bits]):
+            plane = unpack(getattr(self, f"plane{index}")[first:last], width, self.in_features)
+            found = plane if found is None else found | plane << below
+            below += width
+        assert found is not None
+        return found
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        weight = self.codes(first, last).to(dtype)
+        scale = self.scale[first:last].to(dtype)
+        zero = None if self.zero is None else self.zero[first:last].to(dtype)
+        middle = 2.0 ** (self.bits - 1)
+        whole = self.in_features // self.group * self.group
+        for part, own in (
+            (weight[:, :whole].unflatten(1, (-1, self.group)), slice(0, whole // self.group)),
+            (weight[:, None, whole:], slice(whole // self.group, None)),
+        ):
+            if part.numel():
+                part.sub_(middle if zero is None else zero[:, own, None]).mul_(scale[:, own, None])
+        return weight if self.columns is None else weight.mul_(self.columns.to(dtype))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "code_bits": self.bits, "group": self.group}
+
+
+def packed_nbytes(
+    out_features: int, in_features: int, bits: int, group: int, *, zero_bytes: int = 2, columns: bool = False
+) -> int:
+    """Bytes of a PackedLinear: codes, scales, zeros of `zero_bytes` (2: float16, 1: uint8, 0: none), and `columns`."""
+    codes = sum(-(-in_features * width // 8) for width in _PLANES[bits])
+    return out_features * (codes + -(-in_features // group) * (2 + zero_bytes)) + 2 * in_features * columns

@@ -1,0 +1,254 @@
+"""What calibration tells about a model: gathered once, block by block, and kept for every method and budget."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workbench.engine import device_of, exclusive
+from workbench.models import cache_dir
+from workbench.progress import Progress
+from workbench.weights.blocks import Stream, blocks
+from workbench.weights.calibration import Calibration, key_of
+from workbench.weights.statistics import Gathering, GradientStats, InputStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+KEPT = 4 << 30  # bytes of statistics that are written down; beyond, blocks are run again each time they are asked for
+
+
+class WeightStudy:
+    """A model's layers over calibration texts.
+
+    Everything is measured when it is first asked for. Statistics of inputs are gathered in one pass and, up to 4 GiB,
+    written to the cache folder under the model's and the texts' fingerprints: the next session finds them there. With
+    `persistent=False` (a model that is compressed already) they live in a temporary folder that goes with this object.
+    Inputs are those of the model as it is: layers compressed on the way do not change what later ones are shown.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        calibration: Calibration | None = None,
+        *,
+        persistent: bool = False,
+    ) -> None:
+        self.model = model
+        self.calibration = calibration or Calibration()
+        self._tokenizer = tokenizer
+        self._persistent = persistent
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._made: dict[Any, Any] = {}
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The calibration texts, int64 [t, n], on the CPU."""
+        return self.calibration.ids(self.model, self._tokenizer)
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The decoder's layers by name, in order."""
+        return blocks(self.model)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` returned when it was first called for this key; for what all budgets of a method share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast("T", self._made[key])
+
+    # -- inputs
+
+    def inputs(self, *, moments: bool, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, InputStats]]]:
+        """Block after block: its name, and what enters each of its linear layers, by the layer's full name.
+
+        moments: with second moments [i, i]. Only one block's statistics are in memory at a time.
+        """
+        progress = progress or Progress()
+        folder = self._folder(moments)
+        if folder is not None and self._complete(folder):
+            for index, name in enumerate(self.blocks):
+                progress.check()
+                yield name, _read(folder / f"{index}.safetensors", device_of(self.model))
+            return
+        yield from self._gather(moments, folder, progress)
+
+    def _gather(
+        self, moments: bool, folder: Path | None, progress: Progress
+    ) -> Iterator[tuple[str, dict[str, InputStats]]]:
+        work = None
+        if folder is not None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".gathering-"))
+        similarities = []
+        try:
+            stream = self._stream()
+            for index, (name, _) in enumerate(progress.track(stream, "calibrating", len(self.blocks))):
+                linears = _linears(self.blocks[name], name)
+                gathering = Gathering(moments)
+                alike, tokens = 0.0, 0
+                with exclusive(self.model), gathering.listening(linears):
+                    for entered, left in stream.through(name):
+                        progress.check()
+                        cosines = nn.functional.cosine_similarity(entered.float(), left.float(), dim=-1)
+                        alike, tokens = alike + float(cosines.sum()), tokens + cosines.numel()
+                similarities.append(alike / tokens)
+                found = gathering.stats(linears)
+                if work is not None:
+                    _write(found, work / f"{index}.safetensors")
+                yield name, found
+            if work is not None and folder is not None:
+                save_file({"similarity": torch.tensor(similarities)}, work / "blocks.safetensors")
+                shutil.rmtree(folder, ignore_errors=True)
+                work.rename(folder)
+                work = None
+        finally:
+            if work is not None:
+                shutil.rmtree(work, ignore_errors=True)
+        self._made["similarity"] = torch.tensor(similarities)
+
+    def similarity(self, progress: Progress | None = None) -> Tensor:
+        """For each block the mean cosine between what enters and leaves it, float32 [l]: near 1, it does little."""
+
+        def measure() -> Tensor:
+            for moments in (False, True):
+                folder = self._folder(moments)
+                if folder is not None and self._complete(folder):
+                    with safe_open(folder / "blocks.safetensors", framework="pt") as held:
+                        return held.get_tensor("similarity")
+            for _ in self.inputs(moments=False, progress=progress):
+                pass
+            return cast("Tensor", self._made.pop("similarity"))
+
+        return self.once("similarity of blocks", measure)
+
+    def stream(self) -> Stream:
+        """The texts at the door of the first block, for methods that run the blocks themselves."""
+        return self._stream()
+
+    def _stream(self) -> Stream:
+        with exclusive(self.model):
+            return Stream(self.model, self.ids)
+
+    # -- gradients
+
+    def gradients(self, progress: Progress | None = None) -> dict[str, GradientStats]:
+        """The Fisher information of every linear layer of the blocks, by its full name; one pass back through the model
+        for each text, at most 256 tokens of it.
+        """
+        return self.once("gradients", partial(self._gradients, progress or Progress()))
+
+    def _gradients(self, progress: Progress) -> dict[str, GradientStats]:
+        linears = {key: value for name, block in self.blocks.items() for key, value in _linears(block, name).items()}
+        sums = {name: (torch.zeros(x.out_features), torch.zeros(x.in_features)) for name, x in linears.items()}
+
+        def listen(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x = args[0].detach().flatten(0, -2)
+
+            def add(gradient: Tensor) -> None:
+                squares = (gradient.flatten(0, -2).float().T @ x.float()).square()  # [o, i]
+                rows, columns = sums[name]
+                rows += squares.sum(dim=1).cpu()
+                columns += squares.sum(dim=0).cpu()
+
+            if out.requires_grad:
+                out.register_hook(add)
+
+        model = self.model
+        embedding = model.get_input_embeddings()
+        handles = [x.register_forward_hook(partial(listen, name)) for name, x in linears.items()]
+        # A gradient has to flow through the blocks, but none into the model's own weights, which others may share.
+        handles.append(embedding.register_forward_hook(lambda *call: call[2].detach().requires_grad_()))
+        try:
+            for ids in progress.track(self.ids[:, :256].split(1), "measuring gradients", self.ids.shape[0]):
+                with exclusive(model), torch.enable_grad():
+                    found = model(input_ids=ids.to(device_of(model)), use_cache=False)
+                    logits = found.logits[0, :-1].float()
+                    nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device)).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        count = self.ids.shape[0]
+        device = device_of(model)
+        return {name: GradientStats(*((s / count).to(device) for s in pair)) for name, pair in sums.items()}
+
+    # -- what is written down
+
+    def _folder(self, moments: bool) -> Path | None:
+        """Where the statistics lie, or will; None where there is too much of them."""
+        if self._nbytes(moments) > KEPT:
+            return None
+        name = f"{self.fingerprint}-{key_of(self.ids)}-{'moments' if moments else 'channels'}"
+        if self._persistent:
+            return cache_dir() / "calibration" / name
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="workbench-calibration-")
+        return Path(self._temporary.name) / name
+
+    def _nbytes(self, moments: bool) -> int:
+        """An upper bound of the statistics' bytes: as if no two layers shared an input."""
+        linears = [x for name, block in self.blocks.items() for x in _linears(block, name).values()]
+        return sum(4 * x.in_features * (x.in_features if moments else 4) for x in linears)
+
+    def _complete(self, folder: Path) -> bool:
+        return (folder / "blocks.safetensors").is_file()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model's weights from others: a hash of some values of each."""
+        digest = hashlib.sha256()
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            flat = tensor.detach().reshape(-1)
+            at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64).long()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """The plain linear layers of a block, by their full names."""
+    return {f"{prefix}.{name}": module for name, module in block.named_modules() if type(module) is nn.Linear}
+
+
+def _write(found: Mapping[str, InputStats], path: Path) -> None:
+    """Statistics that layers share are written once."""
+    tensors: dict[str, Tensor] = {}
+    owners: dict[int, str] = {}
+    notes: dict[str, str] = {}
+    for name, stats in found.items():
+        owner = owners.setdefault(id(stats), name)
+        notes[name] = owner
+        if owner == name:
+            notes[f"{name} tokens"] = str(stats.tokens)
+            for part in ("mean", "absmean", "absmax", "square", "moment"):
+                tensor = getattr(stats, part)
+                if tensor is not None:
+                    tensors[f"{name}/{part}"] = tensor.cpu().clone()
+    save_file(tensors, path, metadata=notes)
+
+
+def _read(path: Path, device: torch.device) -> dict[str, InputStats]:
+    with safe_open(path, framework="pt", device=str(device)) as held:
+        notes: dict[str, str] = held.metadata()
+        present = set(held.keys())
+        made: dict[str, InputStats] = {}
+        for name, owner in notes.items():
+            if name == owner:
+                parts = {p: held.get_tensor(f"{name}/{p}") for p in ("mean", "absmean", "absmax", "square")}
+                moment = held.get_tensor(f"{name}/moment") if f"{name}/moment" in present else None
+                made[name] = InputStats(int(notes[f"{name} tokens"]), **parts, moment=moment)
+    return {name: made[owner] for name, owner in notes.items() if not name.endswith(" tokens")}
