@@ -13,7 +13,7 @@ import workbench as wb
 from workbench.captured import Step, predicted_nbytes, refusal
 from workbench.decoding import Decoder, greedy
 from workbench.errors import NotApplicable
-from workbench.kv.stores.packed import PackedStore
+from workbench.kv.stores.packed import WHOLE, PackedStore
 
 ModelOf = Callable[[str], PreTrainedModel]
 RECIPES = {
@@ -22,6 +22,9 @@ RECIPES = {
     "kivi 4": wb.kv.KIVI(bits=4, group=16, residual=32),
     "kivi 2": wb.kv.KIVI(bits=2, group=16, residual=32),
     "kivi without residual": wb.kv.KIVI(bits=4, group=16, residual=0),
+    "turbomind 8 and 4": wb.kv.TurboMind(key_bits=8, value_bits=4),
+    "turbomind 16 and 4": wb.kv.TurboMind(key_bits=16, value_bits=4),
+    "turbomind 4 and 16": wb.kv.TurboMind(key_bits=4, value_bits=16),
     "ragged kivi": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.KIVI(bits=4, group=16, residual=32)],
 }
 
@@ -49,11 +52,13 @@ def plain(decoder: Decoder, token: int, count: int) -> list[int]:
 
 
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the plain path's values wait for the keys, as between replays."""
+    """Let the plain path's entries wait for one another, as between replays."""
     flush = PackedStore._flush
 
     def settle(self: PackedStore) -> None:
-        if self.keys.axis == "channel" and int(self.key_tail.counts.min()) < max(self.residual, self.keys.group):
+        block = max(self.residual, self.keys.group)
+        quantised = self.value_tail if self.keys.bits == WHOLE else self.key_tail
+        if int(quantised.counts.min()) < (block if self.keys.axis == "channel" else self.residual + block):
             return
         flush(self, self.key_tail, self.keys)
         flush(self, self.value_tail, self.values)

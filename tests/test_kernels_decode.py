@@ -155,6 +155,24 @@ def test_packed_equals_float64_of_what_it_stands_for(case, blocks):
     assert error(capped, wanted_of(query, keys, values, where, softcap=20.0, scale=0.2)[0]) < 2e-3
 
 
+@pytest.mark.parametrize("pair", [(8, 4), (4, 8), (8, 2), (2, 4), (4, None), (None, 4)])
+def test_keys_and_values_have_precisions_of_their_own(pair):
+    # None: that side is not quantised at all.
+    from workbench_kernels.gpu.packed import Config
+    from workbench_kernels.gpu.packed import decode_packed as kernel
+
+    lengths, width = [200, 70], 64
+    made = torch.Generator().manual_seed(0)
+    rows = [[torch.randn(n, width, generator=made).to(KIND) for n in lengths] for _ in pair]
+    keys, values = (
+        packed_rows(x, lengths if bits else [0, 0], bits or 8, width, "token")
+        for x, bits in zip(rows, pair, strict=True)
+    )
+    query = torch.randn(6, 1, width, generator=made).to(KIND)
+    out, _ = kernel(query, keys, values, scale=0.2, config=Config(2, 32, 1, 2, 1))
+    assert error(out, wanted_of(query, keys, values, scale=0.2)[0]) < 2e-3
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=5).filter(any),

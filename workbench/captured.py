@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from workbench.engine import device_of, forward
 from workbench.errors import NotApplicable
 from workbench.kv.stores import DenseStore, Store
-from workbench.kv.stores.packed import PackedRows, PackedStore
+from workbench.kv.stores.packed import WHOLE, PackedRows, PackedStore
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
 from workbench_kernels import rows as operands
@@ -315,12 +315,12 @@ class _Layer:
 
     def _side(self, packed: PackedRows, tail: Ragged, steps: int) -> operands.PackedRows:
         # Everything that enters has been in the tail, so no head gets more than what is there and what comes.
-        more = tail.longest + steps
+        more = 0 if packed.bits == WHOLE else tail.longest + steps
         codes, scale = (_Static(rows, rows.longest + more) for rows in (packed.codes, packed.scale))
         self._parts += [codes, scale]
         zero = scale.ragged._replace(data=packed.zero.data)
         return operands.PackedRows(
-            codes.ragged, scale.ragged, zero, tail, packed.bits, packed.group, packed.axis, packed.balance
+            codes.ragged, scale.ragged, zero, tail, packed.code_bits, packed.group, packed.axis, packed.balance
         )
 
     @property
@@ -463,7 +463,8 @@ def _period(store: PackedStore) -> int:
 def _limits(store: PackedStore) -> tuple[int, int]:
     """How long the tails of keys and values of the shortest head become before they are quantised."""
     block = max(store.residual, store.keys.group) if store.keys.axis == "channel" else store.residual + _period(store)
-    return block, store.residual + _period(store)
+    keys, values = (rows.bits == WHOLE for rows in (store.keys, store.values))
+    return sys.maxsize if keys else block, sys.maxsize if values else store.residual + _period(store)
 
 
 def _bounds(store: Store, steps: int) -> list[int]:
@@ -484,7 +485,7 @@ def _room(store: Store, steps: int) -> list[tuple[Rows, int]]:
     found = store.room(steps)
     if isinstance(store, PackedStore):
         for tail, packed in ((store.key_tail, store.keys), (store.value_tail, store.values)):
-            most = int(tail.counts.min()) + steps
+            most = 0 if packed.bits == WHOLE else int(tail.counts.min()) + steps
             by_channel = packed.axis == "channel"
             per_scale = packed.group if by_channel else 1
             most = most // per_scale * per_scale

@@ -38,6 +38,7 @@ from workbench.kv.streammem import StreamMem
 from workbench.kv.tailorkv import TailorKV
 from workbench.kv.think import ThinK
 from workbench.kv.tova import TOVA
+from workbench.kv.turbomind import TurboMind
 from workbench.kv.uncomp import UNComp
 from workbench.kv.video_xl_2 import VideoXL2
 from workbench.kv.vkv_1bit import VisualKV1Bit
@@ -85,6 +86,7 @@ __all__ = [
     "StreamingLLM",
     "TailorKV",
     "ThinK",
+    "TurboMind",
     "UNComp",
     "VideoXL2",
     "VisualKV1Bit",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.mixed import MixedStore
-from workbench.kv.stores.packed import PackedStore, packed_length
+from workbench.kv.stores.packed import WHOLE, PackedStore, packed_length
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
 from workbench_kernels.building import Axis
@@ -107,31 +107,43 @@ class DenseFormat(Format):
 
 @dataclass(frozen=True)
 class PackedFormat(Format):
-    """Kept entries at `bits` bits in groups of `group`, the last `residual` at `dtype`."""
+    """Kept entries at `bits` bits in groups of `group`, the last `residual` at `dtype`.
+
+    value_bits: those of the values, if they differ from the keys'. A side at 16 bits is not quantised.
+    """
 
     dtype: torch.dtype
     bits: int
     group: int
     residual: int
     key_axis: Axis = "channel"
+    value_bits: int | None = None
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (f"{self.bits}-bit",)
+        keys, values = (self._named(bits) for bits in (self.bits, self._value_bits))
+        return (keys if keys == values else f"{keys} keys, {values} values",)
+
+    @property
+    def _value_bits(self) -> int:
+        return self.value_bits or self.bits
+
+    def _named(self, bits: int) -> str:
+        return str(self.dtype).removeprefix("torch.") if bits == WHOLE else f"{bits}-bit"
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        keys = packed_length(selected, self.residual, self.group, self.key_axis)
-        values = packed_length(selected, self.residual, self.group, "token")
         partial = selected[(selected < shape.tokens).any(dim=1)]  # these need positions
         return (
-            self._side(keys, selected - keys, shape.key_width, shape.itemsize, self.key_axis)
-            + self._side(values, selected - values, shape.value_width, shape.itemsize, "token")
+            self._side(selected, self.bits, shape.key_width, shape.itemsize, self.key_axis)
+            + self._side(selected, self._value_bits, shape.value_width, shape.itemsize, "token")
             + int(partial.sum()) * INDEX_BYTES
             + index_nbytes(partial)
         )
 
-    def _side(self, packed: Tensor, tail: Tensor, width: int, itemsize: int, axis: Axis) -> int:
-        codes = -(-width * self.bits // 8)
+    def _side(self, selected: Tensor, bits: int, width: int, itemsize: int, axis: Axis) -> int:
+        packed = packed_length(selected, self.residual, self.group, axis, bits)
+        tail = selected - packed
+        codes = -(-width * bits // 8)
         if axis == "channel":
             scales, scale_rows = width, packed // self.group
         else:
@@ -150,6 +162,7 @@ class PackedFormat(Format):
             group=self.group,
             residual=self.residual,
             key_axis=self.key_axis,
+            value_bits=self.value_bits,
         )
 
 

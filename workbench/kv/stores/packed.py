@@ -13,9 +13,12 @@ from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quanti
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.rows import PackedRows as KernelRows
 
+WHOLE = 16  # bits of rows that are never quantised
+
 
 class PackedRows:
-    """Rows quantised to 1, 2, 4 or 8 bits in groups of `group`, packed along the channels.
+    """Rows quantised to 1, 2, 4 or 8 bits in groups of `group`, packed along the channels; at `WHOLE` bits there are
+    none, and whatever would be one stays in the tail behind them.
 
     axis "channel": every channel has a scale and zero per `group` consecutive rows of a head (row counts are
     multiples of `group`). axis "token": every row has a scale and zero per `group` consecutive channels (the last may
@@ -37,6 +40,11 @@ class PackedRows:
         self.codes, self.scale, self.zero = codes, scale, zero
         self.bits, self.group, self.axis, self.channels = bits, group, axis, channels
         self.balance = balance
+
+    @property
+    def code_bits(self) -> int:
+        """The bits that codes are laid out in, also where there are none."""
+        return min(self.bits, 8)
 
     @classmethod
     def of(
@@ -61,7 +69,7 @@ class PackedRows:
     ) -> PackedRows:
         """Quantise the chosen rows of x [k, n, d]."""
         every = x.shape[1] and chosen.complete
-        found = quantise_rows(x, bits, group, axis, chosen=None if every else chosen, balance=balance)
+        found = quantise_rows(x, min(bits, 8), group, axis, chosen=None if every else chosen, balance=balance)
         return cls(*_rows(found, chosen.counts, group, axis), bits, group, axis, x.shape[2], balance)
 
     def append(self, x: Tensor) -> None:
@@ -87,7 +95,7 @@ class PackedRows:
             self.codes.data,
             self.scale.data,
             self.zero.data,
-            self.bits,
+            self.code_bits,
             self.group,
             self.axis,
             self.channels,
@@ -99,7 +107,7 @@ class PackedRows:
     def ragged(self, tail: Rows) -> KernelRows:
         """The rows, followed by those of `tail`, as kernels take them."""
         packed = self.codes.ragged(), self.scale.ragged(), self.zero.ragged()
-        return KernelRows(*packed, tail.ragged(), self.bits, self.group, self.axis, self.balance)
+        return KernelRows(*packed, tail.ragged(), self.code_bits, self.group, self.axis, self.balance)
 
     def tensors(self) -> list[Tensor]:
         balance = [] if self.balance is None else [self.balance]
@@ -123,7 +131,8 @@ class PackedStore(Store):
 
     Keys grouped along the tokens leave their tail a block of `residual` rows at a time, as soon as it is full, so it
     holds fewer than `residual`; whatever is grouped along the channels leaves one token at a time and the last
-    `residual` stay. Tokens leave once they have attended: each one's own pass still sees it exactly.
+    `residual` stay. Tokens leave once they have attended: each one's own pass still sees it exactly. A side at `WHOLE`
+    bits has only its tail.
     """
 
     def __init__(
@@ -152,20 +161,22 @@ class PackedStore(Store):
         group: int,
         residual: int,
         key_axis: Axis = "channel",
+        value_bits: int | None = None,
         balance: Tensor | None = None,
         positions: bool = False,
     ) -> PackedStore:
         """Quantise the entries of keys [k, n, d], values [k, n, dv] at which keep [k, n] is True.
 
-        balance [k, d]: factors of the keys' channels (see PackedRows). positions: hold them even where all are kept.
+        value_bits: if not those of the keys. balance [k, d]: factors of the keys' channels (see PackedRows).
+        positions: hold them even where all are kept.
         """
-        chosen = kept(keep)
-        front_keys = packed_length(chosen.counts, residual, group, key_axis)
-        front_values = packed_length(chosen.counts, residual, group, "token")
+        chosen, value_bits = kept(keep), value_bits or bits
+        front_keys = packed_length(chosen.counts, residual, group, key_axis, bits)
+        front_values = packed_length(chosen.counts, residual, group, "token", value_bits)
         return cls(
             PackedRows.where(keys, chosen.first(front_keys), bits, group, key_axis, balance),
             Rows.where(keys, chosen.after(front_keys), dtype),
-            PackedRows.where(values, chosen.first(front_values), bits, group, "token"),
+            PackedRows.where(values, chosen.first(front_values), value_bits, group, "token"),
             Rows.where(values, chosen.after(front_values), dtype),
             None if chosen.complete and not positions else Rows.positions(chosen),
             residual,
@@ -199,7 +210,9 @@ class PackedStore(Store):
         self._flush(self.value_tail, self.values)
 
     def _flush(self, tail: Rows, packed: PackedRows) -> None:
-        ready = packed_length(tail.counts.min(), self.residual, packed.group, packed.axis)
+        if packed.bits == WHOLE:
+            return
+        ready = packed_length(tail.counts.min(), self.residual, packed.group, packed.axis, packed.bits)
         if int(ready):
             packed.append(tail.cut_front(int(ready)).float())
 
@@ -250,10 +263,14 @@ class PackedStore(Store):
         )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        tail = [*self.key_tail.tensors(), *self.value_tail.tensors()]
-        positions = [] if self._positions is None else self._positions.tensors()
-        packed = [*self.keys.tensors(), *self.values.tensors(), *positions]
-        return {f"{self.keys.bits}-bit": packed, str(self.key_tail.data.dtype).removeprefix("torch."): tail}
+        exact = str(self.key_tail.data.dtype).removeprefix("torch.")
+        found: dict[str, list[Tensor]] = {}
+        for rows in (self.keys, self.values):
+            found.setdefault(exact if rows.bits == WHOLE else f"{rows.bits}-bit", []).extend(rows.tensors())
+        if self._positions is not None:
+            next(iter(found.values())).extend(self._positions.tensors())
+        found.setdefault(exact, []).extend([*self.key_tail.tensors(), *self.value_tail.tensors()])
+        return found
 
     def clone(self) -> Self:
         positions = None if self._positions is None else self._positions.clone()
@@ -261,8 +278,10 @@ class PackedStore(Store):
         return type(self)(self.keys.clone(), key_tail, self.values.clone(), value_tail, positions, self.residual)
 
 
-def packed_length(lengths: Tensor, residual: int, group: int, axis: Axis) -> Tensor:
+def packed_length(lengths: Tensor, residual: int, group: int, axis: Axis, bits: int) -> Tensor:
     """How many of each head's rows, int [k], are quantised when this many are held."""
+    if bits == WHOLE:
+        return torch.zeros_like(lengths)
     if axis == "channel":
         block = max(residual, group)
         return lengths // block * block
