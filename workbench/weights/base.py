@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -16,6 +16,7 @@ from workbench.engine import exclusive
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Family, Method
+from workbench.weights.blocks import outside
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
@@ -45,7 +46,7 @@ class WeightMethod(Method):
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         """Which of these layers must be left alone because of where they stand in the model, by name, and why."""
-        return {}
+        return outside(model, linears) if self.needs_inputs or self.needs_moment else {}
 
     def survey(self, model: nn.Module) -> Survey:
         """What the method finds in a model: by default every linear layer but the output head."""
@@ -78,16 +79,23 @@ class WeightMethod(Method):
         study: calibration of the model as it was before this method. What does not depend on the budget may be kept
         there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
         """
+        for name, linear, inputs in self.visit(linears, study, progress):
+            twin.set_submodule(name, self.compress(linear, inputs))
+
+    def visit(
+        self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> Iterator[tuple[str, nn.Linear, InputStats | None]]:
+        """Each of these layers, with what calibration saw of its input where the method needs that; reports each."""
         stage = f"compressing by {self.key}"
         if not (self.needs_inputs or self.needs_moment):
             for name, linear in progress.track(linears.items(), stage, len(linears)):
-                twin.set_submodule(name, self.compress(linear))
+                yield name, linear, None
             return
         done = 0
         for _, inputs in study.inputs(moments=self.needs_moment, progress=progress):
             for name in (name for name in linears if name in inputs):
                 progress.update(stage, done, len(linears))
-                twin.set_submodule(name, self.compress(linears[name], inputs[name]))
+                yield name, linears[name], inputs[name]
                 done += 1
         progress.update(stage, done, len(linears))
 
