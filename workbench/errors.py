@@ -76,6 +76,10 @@ class DownloadFailed(WorkbenchError):
     """A download did not arrive whole or did not have the expected checksum."""
 
 
+class CalibrationFailed(WorkbenchError):
+    """What was seen of a layer's inputs on the calibration texts does not determine how to compress it."""
+
+
 class MissingExtra(InputError):
     """An optional dependency is needed; the message says which extra to install."""
 
