@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,13 +13,20 @@ from workbench.engine import device_of
 from workbench.errors import NotApplicable
 
 
-def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder's layers by name, in order. Raises NotApplicable where there is no such list of modules."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    config: Any = model.config
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return {f"{name}.{index}": block for index, block in enumerate(module)}
     raise NotApplicable(f"{type(model).__name__} has no list of {count} decoder layers to calibrate one by one")
+
+
+def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Which of these layers stand in none of the decoder's layers, where calibration does not look, with the reason."""
+    inside = tuple(f"{name}." for name in blocks(model))
+    return {name: "it stands outside the blocks that are calibrated" for name in names if not name.startswith(inside)}
 
 
 class _Stop(Exception):
@@ -45,15 +52,26 @@ class Stream:
 
     def through(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the block of this name: yields what enters and what leaves it, batch by batch, and moves `hidden` on."""
-        block = self._blocks[name]
         done = []
         for part in self.hidden.split(self._size):
-            with torch.no_grad():
-                found = block(part, **self._keywords[name])
-            out: Tensor = found[0] if isinstance(found, tuple) else found
+            out = self._run(name, part, self._blocks[name])
             yield part, out
             done.append(out)
         self.hidden = torch.cat(done)
+
+    def leaving(self, name: str, entering: Tensor, block: nn.Module | None = None) -> Tensor:
+        """What leaves the block of this name when `entering` [t, n, i] enters it; `hidden` stays where it is.
+
+        block: what stands in its place, for instance a compressed copy of it.
+        """
+        stands = self._blocks[name] if block is None else block
+        return torch.cat([self._run(name, part, stands) for part in entering.split(self._size)])
+
+    def _run(self, name: str, entering: Tensor, block: nn.Module) -> Tensor:
+        with torch.no_grad():
+            found = block(entering, **self._keywords[name])
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out
 
 
 def _keywords(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) -> dict[str, dict[str, Any]]:

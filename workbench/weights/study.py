@@ -79,13 +79,13 @@ class WeightStudy:
         moments: with second moments [i, i]. Only one block's statistics are in memory at a time.
         """
         progress = progress or Progress()
-        folder = self._folder(moments)
-        if folder is not None and self._complete(folder):
-            for index, name in enumerate(self.blocks):
-                progress.check()
-                yield name, _read(folder / f"{index}.safetensors", device_of(self.model))
-            return
-        yield from self._gather(moments, folder, progress)
+        for folder in (self._folder(moments), self._folder(True)):  # second moments come with all the rest
+            if folder is not None and self._complete(folder):
+                for index, name in enumerate(self.blocks):
+                    progress.check()
+                    yield name, _read(folder / f"{index}.safetensors", device_of(self.model))
+                return
+        yield from self._gather(moments, self._folder(moments), progress)
 
     def _gather(
         self, moments: bool, folder: Path | None, progress: Progress
