@@ -51,12 +51,12 @@ def fit(weight: Tensor, bits: int, group: int, *, symmetric: bool = False, shrin
     steps = 2**bits - 1
     if symmetric:
         middle = 2 ** (bits - 1)
-        scale = _held(torch.maximum(high, -low) / max(middle - 1, 0.5))
+        scale = held(torch.maximum(high, -low) / max(middle - 1, 0.5))
         return Grid(scale, torch.full_like(scale, middle), bits, group)
-    scale = _held((high - low) / steps)
+    scale = held((high - low) / steps)
     return Grid(scale, (-low / scale).round_().clamp_(0, steps), bits, group)
 
 
-def _held(scale: Tensor) -> Tensor:
+def held(scale: Tensor) -> Tensor:
     """Scales as float16 holds them, never zero: codes are chosen for what is stored."""
     return scale.to(torch.float16).clamp_min_(torch.finfo(torch.float16).tiny).float()
