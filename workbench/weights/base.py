@@ -43,6 +43,8 @@ class WeightMethod(Method):
 
     def refuses(self, linear: nn.Linear) -> str | None:
         """Why this layer must be left alone whatever the parameters; None if it can be compressed."""
+        if not linear.weight.is_floating_point():
+            return f"its weight is {linear.weight.dtype}, not floating point"
         return None
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:

@@ -25,11 +25,6 @@ class Quantiser(WeightMethod):
     group_size: int = param(64, ge=8, le=1024, multiple_of=8, unit="columns", help="how many columns share a scale")
     symmetric: bool = param(False, help="levels from minus to plus the largest magnitude, without a zero of their own")
 
-    def refuses(self, linear: nn.Linear) -> str | None:
-        if not linear.weight.is_floating_point():
-            return f"its weight is {linear.weight.dtype}, not floating point"
-        return None
-
     def nbytes(self, linear: nn.Linear) -> int:
         zero_bytes = 0 if self.symmetric else self.zero_bytes
         return packed_nbytes(
