@@ -96,7 +96,7 @@ def compare_logits(
         nll[0, rows] = -p.gather(1, target)[:, 0].cpu()
         nll[1, rows] = -q.gather(1, target)[:, 0].cpu()
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-        kl[rows] = _divergence(p, q).cpu()
+        kl[rows] = divergence(p, q).cpu()
     return Quality(
         tokens=t,
         kl=kl.mean().item(),
@@ -139,7 +139,7 @@ def output_error(reference: Tensor, other: Tensor) -> Tensor:
     return torch.where(error == 0, error, error / size)
 
 
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
+def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities [t, v]: [t]. Overwrites q."""
     chance = p.exp()
     # A token that p rules out adds nothing, whatever q says (0 * inf would not be a number).

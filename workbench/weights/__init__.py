@@ -1,11 +1,46 @@
 """Weight methods: how the model itself is made smaller."""
 
 from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.bitstack import BitStack
+from workbench.weights.cospadi import CoSpaDi
+from workbench.weights.crossquant import CrossQuant
+from workbench.weights.double_rounding import DoubleRounding
+from workbench.weights.easyquant import EasyQuant
+from workbench.weights.evopress import EvoPress
 from workbench.weights.flashsvd import FlashSVD
+from workbench.weights.fwsvd import FWSVD
 from workbench.weights.gptq import GPTQ
+from workbench.weights.greenformers import Greenformers
 from workbench.weights.hqq import HQQ
+from workbench.weights.odyssey import Odyssey
+from workbench.weights.ostquant import OSTQuant
+from workbench.weights.pb_llm import PBLLM
 from workbench.weights.rtn import RTN
 from workbench.weights.svd import SVD
 from workbench.weights.transact import TransAct
+from workbench.weights.vptq import VPTQ
+from workbench.weights.vq_logits import VQLogits
 
-__all__ = ["GPTQ", "HQQ", "RTN", "SVD", "FlashSVD", "TransAct", "WeightMethod", "compressed"]
+__all__ = [
+    "FWSVD",
+    "GPTQ",
+    "HQQ",
+    "RTN",
+    "SVD",
+    "BitStack",
+    "CoSpaDi",
+    "DoubleRounding",
+    "EvoPress",
+    "FlashSVD",
+    "Greenformers",
+    "TransAct",
+    "VQLogits",
+    "CrossQuant",
+    "EasyQuant",
+    "Odyssey",
+    "OSTQuant",
+    "PBLLM",
+    "VPTQ",
+    "WeightMethod",
+    "compressed",
+]

@@ -221,7 +221,7 @@ def compressed(
         survey = method.survey(twin)
         survey.check()
         known = study(before, number) if study else WeightStudy(before, calibration=_SHORT)
-        method.apply(twin, survey.linears, known, progress)
+        survey.method.apply(twin, survey.linears, known, progress)
     return twin if methods else sharing_copy(model)
 
 

@@ -28,6 +28,7 @@ class FlashSVD(SVD):
     key = "flashsvd"
     title = "FlashSVD"
     paper = Paper("FlashSVD: Memory-Efficient Inference with Streaming for Low-Rank Models", "Shao et al. 2025")
+    alone = False
     claim = "70 % less peak activation memory with low-rank weights, at the same outputs"
 
     tile: int = param(128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together")

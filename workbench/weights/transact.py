@@ -71,6 +71,7 @@ class TransAct(WeightMethod):
     claim = "smaller weights, KV cache and attention at high compression, with training after pruning"
     default_budget = 0.9
     measure: ClassVar[str] = "size"
+    alone: ClassVar[bool] = False
 
     texts: int = param(24, ge=1, le=256, help=f"texts of {_TEXT} tokens over which activations are measured")
     rounds: int = param(2, ge=1, le=16, help="in how many steps the dimensions go")
