@@ -110,8 +110,8 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
             break
         if share >= 1:
             raise CalibrationFailed(
-                f"the second moment of {len(moment)} inputs has no Cholesky factor even when damped by {share:g} of its "
-                "mean: calibrate on more or other text"
+                f"the second moment of {len(moment)} inputs has no Cholesky factor, not even damped by {share:g} of "
+                "its mean: calibrate on more or other text"
             )
         share = min(10 * share, 1.0)
     root = lower.flip(0, 1)

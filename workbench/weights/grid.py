@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,34 @@ def fit(weight: Tensor, bits: int, group: int, *, symmetric: bool = False, shrin
         return Grid(scale, torch.full_like(scale, middle), bits, group)
     scale = held((high - low) / steps)
     return Grid(scale, (-low / scale).round_().clamp_(0, steps), bits, group)
+
+
+def fit_least(
+    weight: Tensor,
+    bits: int,
+    group: int,
+    shrinks: Sequence[float],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    symmetric: bool = False,
+) -> Grid:
+    """The grid that covers whichever share of its range makes rounding weight [o, i] hurt least, each group by itself.
+
+    shrinks: the shares that are tried, the first of them where several are equal. loss: what a change of the weight
+    [o, i] costs in each group [o, g].
+    """
+    chosen = torch.full((weight.shape[0], -(-weight.shape[1] // group)), shrinks[0], device=weight.device)
+    least = torch.full_like(chosen, torch.inf)
+    for shrink in shrinks:
+        cost = loss(fit(weight, bits, group, symmetric=symmetric, shrink=shrink).nearest(weight).sub_(weight))
+        chosen = torch.where(cost < least, shrink, chosen)
+        least = torch.minimum(least, cost)
+    return fit(weight, bits, group, symmetric=symmetric, shrink=chosen)
+
+
+def squares(change: Tensor, group: int) -> Tensor:
+    """The sum of squares of a change [o, i] in each group [o, g]."""
+    return pad(change.square(), (0, -change.shape[1] % group)).unflatten(1, (-1, group)).sum(dim=-1)
 
 
 def held(scale: Tensor) -> Tensor:
