@@ -12,35 +12,41 @@ from workbench.weights.fwsvd import FWSVD
 from workbench.weights.gptq import GPTQ
 from workbench.weights.greenformers import Greenformers
 from workbench.weights.hqq import HQQ
+from workbench.weights.magnitude import Magnitude
 from workbench.weights.odyssey import Odyssey
 from workbench.weights.ostquant import OSTQuant
 from workbench.weights.pb_llm import PBLLM
 from workbench.weights.rtn import RTN
+from workbench.weights.sparsegpt import SparseGPT
 from workbench.weights.svd import SVD
 from workbench.weights.transact import TransAct
 from workbench.weights.vptq import VPTQ
 from workbench.weights.vq_logits import VQLogits
+from workbench.weights.wanda import Wanda
 
 __all__ = [
     "FWSVD",
     "GPTQ",
     "HQQ",
+    "PBLLM",
     "RTN",
     "SVD",
+    "VPTQ",
     "BitStack",
     "CoSpaDi",
+    "CrossQuant",
     "DoubleRounding",
+    "EasyQuant",
     "EvoPress",
     "FlashSVD",
     "Greenformers",
+    "Magnitude",
+    "OSTQuant",
+    "Odyssey",
+    "SparseGPT",
     "TransAct",
     "VQLogits",
-    "CrossQuant",
-    "EasyQuant",
-    "Odyssey",
-    "OSTQuant",
-    "PBLLM",
-    "VPTQ",
+    "Wanda",
     "WeightMethod",
     "compressed",
 ]

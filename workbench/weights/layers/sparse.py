@@ -1,0 +1,63 @@
+"""Linear layers of which most weights are zero, and only the others are held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.weights.layers.compact import CompactLinear
+from workbench_kernels.packing import pack, unpack
+
+
+class SparseLinear(CompactLinear):
+    """A linear layer with the weights [o, i] that are not left out, and one bit a weight that says which those are.
+
+    bitmap: uint8 [o, ceil(i / 8)], packed as `workbench_kernels.packing` does. values: 16 bits [m], row after row, of
+    the checkpoint's own type or float16. offsets: int32 [o + 1], where each row's values begin; None where all rows
+    hold equally many. The patterns 2:4 and 4:8 need no form of their own: the places of what stays would take two bits
+    each, as many as the bitmap.
+    """
+
+    bitmap: Tensor
+    values: Tensor
+    offsets: Tensor | None
+
+    def __init__(self, weight: Tensor, kept: Tensor, bias: nn.Parameter | None = None) -> None:
+        """weight: [o, i]; kept: bool [o, i], the weights that are held."""
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
+        self.register_buffer("bitmap", pack(kept.to(torch.uint8), 1).contiguous())
+        self.register_buffer("values", weight.detach()[kept].to(dtype))
+        counts = kept.sum(dim=1)
+        even = bool((counts == counts[0]).all())
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        self.register_buffer("offsets", None if even else ends)
+
+    @property
+    def kept(self) -> Tensor:
+        """Which weights are held, bool [o, i]."""
+        return self._kept(0, self.out_features)
+
+    def _kept(self, first: int, last: int) -> Tensor:
+        return unpack(self.bitmap[first:last], 1, self.in_features).bool()
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        values = self.values
+        if (first, last) != (0, self.out_features):
+            if self.offsets is None:
+                each = values.numel() // self.out_features
+                values = values[first * each : last * each]
+            else:
+                values = values[int(self.offsets[first]) : int(self.offsets[last])]
+        kept = self._kept(first, last)
+        return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "density": self.values.numel() / (self.in_features * self.out_features)}
+
+
+def sparse_nbytes(out_features: int, in_features: int, kept: int, *, even: bool = False) -> int:
+    """Bytes of a SparseLinear that holds `kept` weights; at most, unless `even`: equally many in every row."""
+    return out_features * -(-in_features // 8) + 2 * kept + (0 if even else 4 * (out_features + 1))
