@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.whitening import root, solved
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.lowrank import ACTIVATIONS, mlp_factors
 
@@ -47,6 +48,24 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = values[:rank].sqrt()
     return (root[:, None] * right[:rank]).to(weight.dtype), (left[:, :rank] * root).to(weight.dtype)
+
+
+def whitened(weight: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """down [r, i] and up [o, r] whose product changes the outputs of weight [o, i] least of all of that rank, in the
+    mean square over inputs of this second moment [i, i].
+    """
+    base = root(moment)
+    down, up = truncated(weight.detach().float() @ base, rank)
+    return solved(down, base).to(weight.dtype), up.to(weight.dtype)
+
+
+def row_weighted(weight: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """down [r, i] and up [o, r] whose product is the closest of that rank to weight [o, i] where the squared error of
+    each row counts by rows [o], positive.
+    """
+    factor = (rows / rows.mean()).sqrt()[:, None]
+    down, up = truncated(factor * weight.detach().float(), rank)
+    return down.to(weight.dtype), (up / factor).to(weight.dtype)
 
 
 class StreamedMLP(nn.Module):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from workbench.errors import BadBudget, BudgetTooSmall
-from workbench.registry import register
-from workbench.weights.base import WeightMethod
-from workbench.weights.low_rank import LowRankLinear, truncated
+from workbench.progress import Progress
+from workbench.registry import param, register
+from workbench.weights.blocks import outside
+from workbench.weights.low_rank import LowRankLinear, truncated, whitened
+from workbench.weights.ranked import Ranked
 from workbench.weights.statistics import InputStats
+from workbench.weights.study import WeightStudy
 
 
 @register
-class SVD(WeightMethod):
+class SVD(Ranked):
     """Replace every weight matrix by the closest product of two thin ones.
 
     A matrix [o, i] at rank r holds r (o + i) numbers at 16 bits in place of o i; all layers get the largest rank
     within the same share of their bytes. The plain baseline of all low-rank methods: no calibration, the error of the
     weights themselves is the smallest possible (Eckart and Young 1936), that of the outputs is not: the default model
-    loses its answers even at 95 % of the bytes. From a share of 1 on the weights stay as they are.
+    loses its answers even at 95 % of the bytes. With the metric "outputs" it is: the weight is truncated in coordinates
+    in which the layer's inputs over calibration texts are white (SVD-LLM, Wang et al. 2024, arXiv:2403.07378). From a
+    share of 1 on the weights stay as they are.
     """
 
     key = "svd"
@@ -29,34 +34,26 @@ class SVD(WeightMethod):
     claim = "what low-rank methods are compared with"
     default_budget = 0.8
 
-    def __init__(self, **values: Any) -> None:
-        super().__init__(**values)
-        if self.budget is not None and self.budget.kind != "share":
-            raise BadBudget(f"{self.key}: the budget is the share of each layer's bytes (0.8), not {self.budget}")
+    metric: Literal["weights", "outputs"] = param("weights", help="whose squared error is the smallest possible")
 
-    def rank(self, linear: nn.Linear) -> int:
-        """The rank of what stands in for this layer; 0: it stays as it is."""
-        budget = self.effective_budget
-        share = 1.0 if budget is None else budget.amount
-        outputs, inputs = linear.weight.shape
-        return 0 if share >= 1 else int(share * outputs * inputs / (outputs + inputs))
-
-    def check(self, linears: Mapping[str, nn.Linear]) -> None:
-        if self.effective_budget is None or self.effective_budget.amount >= 1:
-            return
-        empty = [name for name, linear in linears.items() if self.rank(linear) < 1]
-        if empty:
-            smallest = max(sum(linear.weight.shape) / linear.weight.numel() for linear in linears.values())
-            smallest = round(smallest + 1e-4, 4)
-            raise BudgetTooSmall(
-                f"{self.key}: the budget {self.effective_budget} leaves {empty[0]} no rank at all; the smallest "
-                f"possible is {smallest:.4g}",
-                smallest,
-            )
-
-    def nbytes(self, linear: nn.Linear) -> int:
-        return 2 * self.rank(linear) * sum(linear.weight.shape) or self.full_nbytes(linear)
+    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+        return outside(model, linears) if self.metric == "outputs" else {}
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         rank = self.rank(linear)
-        return LowRankLinear(*truncated(linear.weight, rank), linear.bias) if rank else linear
+        if not rank:
+            return linear
+        if inputs is None:
+            return LowRankLinear(*truncated(linear.weight, rank), linear.bias)
+        return LowRankLinear(*whitened(linear.weight, rank, inputs.second_moment), linear.bias)
+
+    def apply(
+        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> None:
+        if self.metric == "weights" or self.share >= 1:
+            return super().apply(twin, linears, study, progress)
+        for _, inputs in study.inputs(moments=True, progress=progress):
+            for done, name in enumerate(linears):
+                if name in inputs:
+                    progress.update(f"compressing by {self.key}", done, len(linears))
+                    twin.set_submodule(name, self.compress(linears[name], inputs[name]))

@@ -1,0 +1,54 @@
+"""Linear layers as a few atoms of a dictionary for each output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from workbench.weights.layers.compact import CompactLinear
+from workbench_kernels.packing import pack, unpack
+
+
+class DictionaryLinear(CompactLinear):
+    """A linear layer whose weight [o, i] is a sparse matrix [o, a] times a dictionary [a, i].
+
+    atoms: 16 bits [a, i]. mask: uint8 [o, ceil(a / 8)], a bit for each coefficient that is not zero. coefficients:
+    float16 [o, s], those of each output by ascending atom.
+    """
+
+    atoms: Tensor
+    mask: Tensor
+    coefficients: Tensor
+
+    def __init__(self, atoms: Tensor, chosen: Tensor, coefficients: Tensor, bias: nn.Parameter | None = None) -> None:
+        """chosen: bool [o, a], as many in each row as there are coefficients [o, s]."""
+        super().__init__(atoms.shape[1], chosen.shape[0], bias)
+        dtype = atoms.dtype if atoms.dtype.itemsize == 2 else torch.float16
+        self.register_buffer("atoms", atoms.to(dtype, copy=True).contiguous())
+        self.register_buffer("mask", pack(chosen.to(torch.uint8), 1).contiguous())
+        self.register_buffer("coefficients", coefficients.to(torch.float16, copy=True).contiguous())
+
+    def codes(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The sparse matrix of some outputs, with its zeros: [last - first, a]."""
+        chosen = unpack(self.mask[first:last], 1, self.atoms.shape[0]).bool()
+        return chosen.new_zeros(chosen.shape, dtype=dtype).masked_scatter_(
+            chosen, self.coefficients[first:last].to(dtype)
+        )
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        return self.codes(first, last, dtype) @ self.atoms.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(x, self.atoms.to(x.dtype)), self.codes(0, self.out_features, x.dtype), self.bias)
+
+    def describe(self) -> dict[str, Any]:
+        atoms, kept = self.atoms.shape[0], self.coefficients.shape[1]
+        return {**super().describe(), "rank": atoms, "coefficients": kept}
+
+
+def dictionary_nbytes(out_features: int, in_features: int, atoms: int, coefficients: int) -> int:
+    """Bytes of a DictionaryLinear."""
+    return 2 * atoms * in_features + out_features * (-(-atoms // 8) + 2 * coefficients)
