@@ -20,7 +20,7 @@ from workbench.budget import Budget
 from workbench.capture import Captured, as_read, capture, changes_reading
 from workbench.conversation import Conversation, Question
 from workbench.display import Shown, controls, mib
-from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotRead
+from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotApplicable, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
+    from workbench.weights.spectra import Spectra
     from workbench.weights.study import WeightStudy
 
 T = TypeVar("T")
@@ -218,6 +219,57 @@ class Session(Shown):
             for key in [key for key in self._traces if key[0]]:
                 del self._traces[key]
         return self._variants.study()
+
+    def census(
+        self, recipe: Spec, *, outputs: bool = True, progress: Progress | None = None, **parameters: Any
+    ) -> pd.DataFrame:
+        """What a recipe's weight methods made of each weight: one row a matrix, also of those left as they are.
+
+        Columns: layer, module, name, form, bits, rank, density, chosen, nbytes, share, weight_error, output_error,
+        reason; explained in `workbench.weights.census`. outputs: also the error of each layer's outputs over the
+        calibration texts, whose second moments are gathered once for that.
+        """
+        from workbench.weights.census import census
+
+        methods = _weights(Recipe.of(recipe, **parameters))
+        twin = self._variants.get(methods, progress)
+        reasons = {name: why for method in methods for name, why in method.left_alone(self.model).items()}
+        return census(self.model, twin, self._variants.study() if outputs else None, reasons, progress)
+
+    def sensitivity(
+        self,
+        recipe: Spec,
+        *,
+        each: Literal["layer", "module"] = "layer",
+        texts: int = 4,
+        tokens: int = 256,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> pd.DataFrame:
+        """Which layer hurts: what a weight method does to the model's predictions in one decoder layer alone, and in
+        one kind of module alone; with each="module", in each module of each layer.
+
+        Columns: layer, module, kl, error; explained in `workbench.weights.sensitivity`. texts, tokens: how much of the
+        calibration texts is read for it. Raises NotApplicable for methods whose layers only make sense together.
+        """
+        from workbench.weights.sensitivity import sensitivity
+
+        methods = _weights(Recipe.of(recipe, **parameters))
+        for method in methods:
+            if not method.alone:
+                raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
+        ids = self._variants.study().ids[:texts, :tokens]
+        return sensitivity(self.model, self._variants.get(methods, progress), ids, each, progress)
+
+    def spectra(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> Spectra:
+        """The singular values of the weights in the decoder's layers, and how many directions they use.
+
+        recipe: of the weights as its weight methods made them (default: of the model's own).
+        """
+        from workbench.weights.spectra import spectra
+
+        methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
+        return spectra(self._variants.get(methods, progress), progress)
 
     # -- running
 
@@ -572,6 +624,15 @@ def _stats_key(recipe: Recipe) -> tuple[Any, ...]:
 
 def _kv(recipe: Recipe) -> list[KVMethod]:
     return [method for method in recipe.family("kv") if isinstance(method, KVMethod)] or [Full()]
+
+
+def _weights(recipe: Recipe) -> list[WeightMethod]:
+    """The weight methods of a recipe that has no others."""
+    methods = [method for method in recipe.methods if isinstance(method, WeightMethod)]
+    others = [method.key for method in recipe.methods if not isinstance(method, WeightMethod)]
+    if others:
+        raise BadRecipe(f"{', '.join(others)}: only weight methods change the model's weights; leave the others out")
+    return methods
 
 
 def _check_together(attention: AttentionMethod | None, methods: Sequence[KVMethod]) -> None:

@@ -29,6 +29,14 @@ def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: "it stands outside the blocks that are calibrated" for name in names if not name.startswith(inside)}
 
 
+def placed(name: str, blocks: Iterable[str]) -> tuple[int | None, str]:
+    """Where a module is: the number of its block and its name inside that; None and its name outside all of them."""
+    for index, block in enumerate(blocks):
+        if name.startswith(f"{block}."):
+            return index, name.removeprefix(f"{block}.")
+    return None, name
+
+
 class _Stop(Exception):
     """What a block's hook raises once it has what it wanted."""
 

@@ -1,0 +1,112 @@
+"""Singular values of weights: how many directions a matrix really uses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workbench.progress import Progress
+from workbench.weights.blocks import blocks, placed
+from workbench.weights.census import weight_of
+from workbench.weights.layers import CompactLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The singular values of one weight matrix, on the CPU: float32 [r], descending, the largest one 1 (all 0: 0).
+
+    name: of its layer; layer, module: where that is. largest: the largest singular value itself.
+    """
+
+    name: str
+    layer: int | None
+    module: str
+    largest: float
+    values: Tensor
+
+    @property
+    def effective_rank(self) -> float:
+        """The exponential of the entropy of the values as shares of their sum (Roy and Vetterli 2007): from 1, one
+        direction, to r, all alike.
+        """
+        share = self.values.double() / self.values.double().sum().clamp_min(1e-300)
+        return math.exp(float(torch.special.entr(share).sum()))
+
+    @property
+    def stable_rank(self) -> float:
+        """The sum of the squares over the largest."""
+        return float(self.values.double().square().sum())
+
+    def rank_for(self, energy: float) -> int:
+        """The fewest singular values that hold this share of the sum of squares."""
+        held = self.values.double().square().cumsum(0)
+        return min(int((held < energy * held[-1]).sum()) + 1, self.values.numel())
+
+
+@dataclass(frozen=True, eq=False)
+class Spectra:
+    """The spectra of all linear layers in a model's blocks, in order."""
+
+    spectra: tuple[Spectrum, ...]
+
+    def __len__(self) -> int:
+        return len(self.spectra)
+
+    def __getitem__(self, index: int) -> Spectrum:
+        return self.spectra[index]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a matrix: layer, module, rank (at most), effective_rank, stable_rank, rank_90, rank_99, largest."""
+        rows = [
+            {
+                "layer": spectrum.layer,
+                "module": spectrum.module,
+                "rank": spectrum.values.numel(),
+                "effective_rank": spectrum.effective_rank,
+                "stable_rank": spectrum.stable_rank,
+                "rank_90": spectrum.rank_for(0.9),
+                "rank_99": spectrum.rank_for(0.99),
+                "largest": spectrum.largest,
+            }
+            for spectrum in self.spectra
+        ]
+        return pd.DataFrame(rows)
+
+
+def singular_values(weight: Tensor) -> Tensor:
+    """Of weight [o, i]: float64 [min(o, i)], descending; by the eigenvalues of the smaller product with itself, in
+    float64, so that values below about 1e-8 of the largest are lost in rounding.
+    """
+    wide = weight.detach().double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+
+
+def spectra(model: PreTrainedModel, progress: Progress | None = None) -> Spectra:
+    """The spectra of the weights of all linear layers in the decoder's blocks, compressed ones as they are used."""
+    names = list(blocks(model))
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(isinstance(layers.get(above), CompactLinear) for above in _above(name))
+        if placed(name, names)[0] is not None and isinstance(module, nn.Linear | CompactLinear) and not inner:
+            layers[name] = module
+    found = []
+    track = (progress or Progress()).track(layers.items(), "singular values", len(layers))
+    for name, module in track:
+        weight = weight_of(module)
+        assert weight is not None
+        values = singular_values(weight).cpu()
+        layer, short = placed(name, names)
+        largest = float(values[0])
+        found.append(Spectrum(name, layer, short, largest, (values / max(largest, 1e-300)).float()))
+    return Spectra(tuple(found))
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
