@@ -19,7 +19,8 @@ class PackedLinear(CompactLinear):
     plane0, plane1: uint8, the lowest bits of the codes and, at 3, 5 and 6 bits, the rest, packed row by row as
     `workbench_kernels.packing` does. scale: float16 [o, g], one for each `group` neighbouring columns; the last group
     of a row may be shorter. zero: [o, g], whole numbers as uint8 or any as float16; None where it is 2 ** (bits - 1)
-    everywhere, or, at 1 bit, 0.5: both levels are equally far from zero. columns: float16 [i], by which a weight's columns are multiplied besides; None: 1.
+    everywhere, or, at 1 bit, 0.5: both levels are equally far from zero. columns: float16 [i], by which a weight's
+    columns are multiplied besides; None: 1.
     """
 
     scale: Tensor

@@ -1,0 +1,110 @@
+"""Linear layers of which only a few weights are held, each with its place: what others could not represent."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from workbench.weights.layers.compact import CompactLinear
+from workbench_kernels.packing import pack, unpack
+
+
+class OutliersLinear(CompactLinear):
+    """A linear layer of which a few weights [o, i] are held, row by row; the others are zero.
+
+    starts: int32 [o + 1], where each row begins among the values. places: int16 (int32 beyond 32,768 columns), the
+    column of each value; or, where that is smaller, `map`: uint8 [o, i / 8], one bit for each weight. values: 16-bit
+    numbers; or whole numbers as int8, and a float16 `scale` [o] for each row.
+    """
+
+    starts: Tensor
+    places: Tensor | None
+    map: Tensor | None
+    values: Tensor
+    scale: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, chosen: Tensor, bias: nn.Parameter | None = None, *, scale: Tensor | None = None
+    ) -> None:
+        """weight: [o, i], bfloat16 or anything that float16 holds; chosen: bool [o, i], which of it to hold; scale: of
+        each row [o], to hold them as the nearest whole numbers from -127 to 127 (`nearest_eight`).
+        """
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        counts = chosen.sum(dim=1)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.register_buffer("starts", starts.to(torch.int32))
+        mapped = _map_bytes(*weight.shape) < _place_bytes(weight.shape[1]) * int(starts[-1])
+        places = None if mapped else chosen.nonzero()[:, 1].to(_place_type(weight.shape[1]))
+        self.register_buffer("places", places)
+        self.register_buffer("map", pack(chosen.to(torch.uint8), 1).contiguous().clone() if mapped else None)
+        self.register_buffer("scale", None if scale is None else scale.to(torch.float16, copy=True))
+        if scale is None:
+            self.register_buffer("values", weight[chosen].to(_sixteen(weight.dtype)))
+        else:
+            self.register_buffer("values", nearest_eight(weight, scale[:, None])[chosen].to(torch.int8))
+
+    def _columns(self, first: int, last: int, begin: int, end: int) -> Tensor:
+        """The columns of the values `begin` to before `end`, which are those of the rows `first` to before `last`."""
+        if self.places is not None:
+            return self.places[begin:end].long()
+        assert self.map is not None
+        return unpack(self.map[first:last], 1, self.in_features).nonzero()[:, 1]
+
+    def entries(self, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What is held in some rows: the row (counted from `first`) and column of each value, int64, and the value."""
+        starts = self.starts[first : last + 1]
+        begin, end = int(starts[0]), int(starts[-1])
+        counts = starts.diff().long()
+        rows = torch.arange(last - first, device=starts.device).repeat_interleave(counts, output_size=end - begin)
+        values = self.values[begin:end].to(dtype)
+        if self.scale is not None:
+            values = values * self.scale[first:last].to(dtype)[rows]
+        return rows, self._columns(first, last, begin, end), values
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        rows, columns, values = self.entries(first, last, dtype)
+        weight = values.new_zeros(last - first, self.in_features)
+        weight[rows, columns] = values
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.numel() // self.in_features
+        if tokens * self.values.numel() > self.in_features * self.out_features:
+            return super().forward(x)
+        rows, columns, values = self.entries(0, self.out_features, x.dtype)  # fewer products than numbers in a tile
+        out = x.new_zeros(*x.shape[:-1], self.out_features)
+        out.index_add_(-1, rows, x.index_select(-1, columns) * values)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "density": self.values.numel() / (self.in_features * self.out_features)}
+
+
+def outliers_nbytes(out_features: int, in_features: int, count: int, bits: Literal[8, 16] = 16) -> int:
+    """Bytes of an OutliersLinear that holds `count` weights."""
+    places = min(_place_bytes(in_features) * count, _map_bytes(out_features, in_features))
+    scale = 2 * out_features if bits == 8 else 0
+    return 4 * (out_features + 1) + places + count * bits // 8 + scale
+
+
+def nearest_eight(weight: Tensor, scale: Tensor) -> Tensor:
+    """The nearest whole numbers from -127 to 127 of a weight, in steps that broadcast with it; float32."""
+    return (weight.float() / scale).round_().clamp_(-127, 127)
+
+
+def _sixteen(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float16
+
+
+def _place_type(in_features: int) -> torch.dtype:
+    return torch.int16 if in_features <= 2**15 else torch.int32
+
+
+def _place_bytes(in_features: int) -> int:
+    return _place_type(in_features).itemsize
+
+
+def _map_bytes(out_features: int, in_features: int) -> int:
+    return out_features * -(-in_features // 8)

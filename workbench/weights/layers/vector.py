@@ -1,0 +1,76 @@
+"""Linear layers whose weights are looked up in codebooks, several at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.weights.layers.compact import CompactLinear
+from workbench_kernels.packing import pack, unpack
+
+_PLANES = {4: (4,), 6: (4, 2), 8: (8,), 10: (8, 2), 12: (8, 4)}  # how many bits of an index lie in which buffer
+
+
+class VectorLinear(CompactLinear):
+    """A linear layer whose weight [o, i] consists of vectors of v neighbouring outputs' weights of one input.
+
+    books: float16 [k, v] each; a vector is the sum of one entry of every book (the first, and what the second adds).
+    Their indices [o / v, i] lie in `plane` buffers, at 4, 6, 8, 10 or 12 bits, packed row by row; the last vectors are
+    cut where v does not divide o. scale: float16 [o], by which each output's weights are multiplied.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        indices: list[Tensor],
+        books: list[Tensor],
+        scale: Tensor,
+        bits: list[int],
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        """indices: int64 [o / v, i] for each book, below 2 ** bits."""
+        super().__init__(indices[0].shape[1], scale.shape[0], bias)
+        self.bits = tuple(bits)
+        self.length = books[0].shape[1]
+        self.register_buffer("scale", scale.to(torch.float16, copy=True))
+        for number, (index, book, wide) in enumerate(zip(indices, books, bits, strict=True)):
+            self.register_buffer(f"book{number}", book.to(torch.float16, copy=True).contiguous())
+            below = 0
+            for plane, width in enumerate(_PLANES[wide]):
+                part = (index >> below & 2**width - 1).to(torch.uint8)
+                self.register_buffer(f"plane{number}_{plane}", pack(part, width).contiguous().clone())
+                below += width
+
+    def indices(self, number: int, first: int, last: int) -> Tensor:
+        """The indices into one book of some rows of vectors, int64 [last - first, i]."""
+        found, below = None, 0
+        for plane, width in enumerate(_PLANES[self.bits[number]]):
+            part = unpack(getattr(self, f"plane{number}_{plane}")[first:last], width, self.in_features).long()
+            found = part if found is None else found | part << below
+            below += width
+        assert found is not None
+        return found
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        begin, end = first // self.length, -(-last // self.length)
+        found: Tensor | None = None
+        for number in range(len(self.bits)):
+            book: Tensor = getattr(self, f"book{number}").to(dtype)
+            part = book[self.indices(number, begin, end)]  # [vectors, i, v]
+            found = part if found is None else found.add_(part)
+        assert found is not None
+        weight = found.transpose(1, 2).flatten(0, 1)[first - begin * self.length : last - begin * self.length]
+        return weight * self.scale[first:last, None].to(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "vector": self.length, "index_bits": " + ".join(map(str, self.bits))}
+
+
+def vector_nbytes(out_features: int, in_features: int, length: int, bits: list[int], entries: list[int]) -> int:
+    """Bytes of a VectorLinear: indices, codebooks of so many entries, and a scale for each output."""
+    vectors = -(-out_features // length)
+    indices = sum(vectors * -(-in_features * width // 8) for wide in bits for width in _PLANES[wide])
+    return indices + 2 * length * sum(entries) + 2 * out_features

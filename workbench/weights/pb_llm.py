@@ -1,0 +1,126 @@
+"""PB-LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from workbench.registry import Paper, param, register
+from workbench.weights.base import WeightMethod
+from workbench.weights.compensation import compensated
+from workbench.weights.gptq import inverse_factor
+from workbench.weights.grid import held
+from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes, packed_nbytes
+from workbench.weights.layers.outliers import nearest_eight
+from workbench.weights.statistics import InputStats
+
+
+@register
+class PBLLM(WeightMethod):
+    """Hold a salient few of the weights at 8 bits and only the sign of all others.
+
+    Salient are the largest weights, or those with the largest w² / [H⁻¹]², H the second moment of the inputs: unlike
+    the first, these are the ones whose loss the others could not make up for (section 3.2). The others become plus or
+    minus α, the mean magnitude of a group of columns of an output: the α with the smallest squared error. Columns are
+    replaced in turn, and those to come make up for each ("GPTQ-PB", section 3.3; the paper's training form, QAT, is
+    not here). A sign is held for the salient weights too, and at 8 bits what they are beyond it.
+
+    The paper's 1.7 bits count neither where the salient weights are nor scales. Here everything counts: at one weight
+    in ten, a sign and its scales take 1.125 bits a weight, the salient codes 0.8, and their places, one bit for each
+    weight, 1; at one in fifty all of it takes 1.65 bits.
+    """
+
+    key = "pb-llm"
+    title = "PB-LLM"
+    paper = Paper("PB-LLM: Partially Binarized Large Language Models", "Shang et al. 2023", "2310.00034")
+    claim = "usable at 1.7 bits a weight, positions and scales not counted"
+    needs_moment: ClassVar[bool] = True
+
+    salient: float = param(0.1, ge=0, le=0.5, help="share of the weights that are held at 8 bits")
+    metric: Literal["hessian", "magnitude"] = param("hessian", help="what makes a weight salient")
+    group_size: int = param(128, ge=8, le=8192, multiple_of=8, unit="columns", help="how many columns share an α")
+    damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
+
+    def nbytes(self, linear: nn.Linear) -> int:
+        outputs, inputs = linear.weight.shape
+        signs = packed_nbytes(outputs, inputs, 1, self.group_size, zero_bytes=0)
+        count = self._count(linear)
+        return signs + (outliers_nbytes(outputs, inputs, count, 8) if count else 0)
+
+    def _count(self, linear: nn.Linear) -> int:
+        return int(self.salient * linear.weight.numel())
+
+    def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
+        assert inputs is not None
+        weight = linear.weight.detach().float()
+        factor = inverse_factor(inputs.second_moment, self.damping)
+        saliency = weight.abs() if self.metric == "magnitude" else hessian_saliency(weight, factor)
+        chosen = largest(saliency, self._count(linear))
+        made = binarised(weight, chosen, factor, self.group_size)
+        bias = None if chosen.any() else linear.bias
+        signs = PackedLinear(made.codes, 2 * made.alpha, None, 1, bias, group=min(self.group_size, weight.shape[1]))
+        if not chosen.any():
+            return signs
+        beyond = OutliersLinear(made.beyond, chosen, scale=made.step)
+        return Parts([signs, beyond], [None, None], linear.in_features, linear.bias)
+
+
+def hessian_saliency(weight: Tensor, factor: Tensor) -> Tensor:
+    """w² / [H⁻¹]² for each weight [o, i]: the diagonal of the inverse Hessian belongs to its column."""
+    return (weight / factor.square().sum(dim=0)).square()
+
+
+def largest(saliency: Tensor, count: int) -> Tensor:
+    """Which `count` of [o, i] are the largest, bool; of equal ones the first."""
+    order = saliency.flatten().argsort(descending=True, stable=True)[:count]
+    chosen = torch.zeros(saliency.numel(), dtype=torch.bool, device=saliency.device)
+    return chosen.index_fill_(0, order, True).view_as(saliency)
+
+
+class Binarised(NamedTuple):
+    """A weight [o, i] as signs and what some are beyond them.
+
+    codes: uint8 [o, i], 1 for plus. alpha: [o, g], the size of the others in each group of columns. beyond: [o, i],
+    whole numbers times `step` [o] where a weight is salient.
+    """
+
+    codes: Tensor
+    alpha: Tensor
+    beyond: Tensor
+    step: Tensor
+
+
+def binarised(weight: Tensor, chosen: Tensor, factor: Tensor, group: int) -> Binarised:
+    """Weight [o, i] but for the chosen ones as signs, in turn; each group's size is that of its columns when the first
+    is due.
+    """
+    group = min(group, weight.shape[1])
+    step = held((weight.abs() * chosen).amax(dim=1) / 127)
+    alpha = weight.new_zeros(weight.shape[0], -(-weight.shape[1] // group))
+    beyond = torch.zeros_like(weight)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+
+    def prepare(first: int, part: Tensor) -> Callable[[Tensor, int], Tensor]:
+        size = held(2 * _mean_size(part, ~chosen[:, first : first + group])) / 2
+        alpha[:, first // group] = size
+
+        def replace(column: Tensor, index: int) -> Tensor:
+            plus = column >= 0
+            codes[:, index] = plus
+            sign = torch.where(plus, size, -size)
+            beyond[:, index] = nearest_eight(column - sign, step) * step * chosen[:, index]
+            return sign + beyond[:, index]
+
+        return replace
+
+    compensated(weight, factor, prepare, group)
+    return Binarised(codes, alpha, beyond, step)
+
+
+def _mean_size(part: Tensor, others: Tensor) -> Tensor:
+    """The mean magnitude of part [o, c] over `others`; over all of it where there are none. [o]"""
+    others = others | ~others.any(dim=1, keepdim=True)
+    return (part.abs() * others).sum(dim=1) / others.sum(dim=1)
