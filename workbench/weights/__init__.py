@@ -13,6 +13,7 @@ from workbench.weights.gptq import GPTQ
 from workbench.weights.greenformers import Greenformers
 from workbench.weights.hqq import HQQ
 from workbench.weights.magnitude import Magnitude
+from workbench.weights.modegpt import MoDeGPT
 from workbench.weights.odyssey import Odyssey
 from workbench.weights.ostquant import OSTQuant
 from workbench.weights.pb_llm import PBLLM
@@ -41,6 +42,7 @@ __all__ = [
     "FlashSVD",
     "Greenformers",
     "Magnitude",
+    "MoDeGPT",
     "OSTQuant",
     "Odyssey",
     "SparseGPT",

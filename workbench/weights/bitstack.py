@@ -97,7 +97,7 @@ class BitStack(WeightMethod):
         return max(min(self.rank, outputs * inputs // (16 * (outputs + inputs))), 1)
 
     def _block(self, linear: nn.Linear) -> int:
-        return bit_block_nbytes(*linear.weight.shape, self._rank(linear))
+        return bit_block_nbytes(linear.out_features, linear.in_features, self._rank(linear))
 
     def _count(self, linear: nn.Linear) -> int:
         return max(min(self.blocks, self.full_nbytes(linear) // self._block(linear)), 1)

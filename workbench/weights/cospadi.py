@@ -48,7 +48,7 @@ class CoSpaDi(Ranked):
     rounds: int = param(20, ge=1, le=200, help="how often atoms and coefficients are fitted in turn")
 
     def rank_nbytes(self, linear: nn.Linear, rank: int) -> int:
-        return dictionary_nbytes(*linear.weight.shape, self.atoms(rank), rank) if rank else 0
+        return dictionary_nbytes(linear.out_features, linear.in_features, self.atoms(rank), rank) if rank else 0
 
     def atoms(self, coefficients: int) -> int:
         """Atoms of a dictionary from which each row takes this many."""

@@ -31,7 +31,8 @@ def known_attention(module: nn.Module) -> bool:
 class NarrowAttention(nn.Module):
     """Attention of a known class with values (and so attention outputs) of any width; keys and queries as they were.
 
-    value_channels int64 [k, dv]: which channels of the original values these are.
+    value_channels int64 [k, dv]: which channels of the original values these are, or, where each is a mixture of them,
+    their numbers.
     """
 
     value_channels: Tensor

@@ -58,7 +58,7 @@ class VQLogits(WeightMethod):
 
     def nbytes(self, linear: nn.Linear) -> int:
         count = self._codewords(linear)
-        return codebook_nbytes(*linear.weight.shape, count) if count else self.full_nbytes(linear)
+        return codebook_nbytes(linear.out_features, linear.in_features, count) if count else self.full_nbytes(linear)
 
     def _codewords(self, linear: nn.Linear) -> int:
         """The largest number within the budget, at least 1; 0: the head stays as it is."""
