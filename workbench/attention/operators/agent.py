@@ -23,7 +23,8 @@ class AgentAttention(Operator):
     segments that are complete, and their softmax runs over the keys up to the query; a running sum for each agent
     carries it on. As the past grows, agents are thinned out so that at most `agents` lie evenly over it (see
     `landmarks.epochs`): time is linear in the length. Until the first segment is complete, the first query is the
-    agent. Biases and the depthwise convolution of the values, both trained in the paper, are left out. In float64.
+    agent. Biases and the depthwise convolution of the values, both trained in the paper, are left out. In float64, on
+    any device: flash-linear-attention has no kernel for it.
     """
 
     key = "agent-attention"

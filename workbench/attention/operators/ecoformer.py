@@ -26,6 +26,8 @@ class EcoFormer(Operator):
     sphere as the normalised queries and keys are, and the same for all heads. Causal form: the mean that is taken off
     is that of the tokens so far, of queries and of keys each, and sums run over the keys up to the query. `scale`
     cancels, since lengths do.
+
+    On CUDA by the kernel of flash-linear-attention where that package is installed (see `linear_attention`).
     """
 
     key = "ecoformer"

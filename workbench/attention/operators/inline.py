@@ -22,6 +22,8 @@ class InLine(Operator):
     to 1 and may be negative. With f as it is, this is softmax attention to first order in the scores. Causal form: the
     mean m_i and the count c = i + 1 are those of the keys up to the query. The paper adds a local residual, a small
     convolution of the values with weights that a trained network predicts: left out.
+
+    On CUDA by the kernel of flash-linear-attention where that package is installed (see `linear_attention`).
     """
 
     key = "inline"

@@ -23,7 +23,8 @@ class LocalLinear(Operator):
     Rows sum to 1 and may be negative. A large `ridge` r gives softmax attention, a large `bandwidth` weighs all keys
     alike: the ridge regression of values on keys. The ridge is in units of the score scale (keys times the square root
     of `scale`) and for weights that sum to 1. Rows of weights are computed for one chunk of queries after the other;
-    the slope comes from conjugate gradients that never build C, as in FlashLLA (`steps` at most).
+    the slope comes from conjugate gradients that never build C, as in FlashLLA (`steps` at most). On any device, for
+    flash-linear-attention has no kernel for it (its MesaNet is ridge regression without softmax and means).
     """
 
     key = "lla"

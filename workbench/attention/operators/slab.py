@@ -20,6 +20,8 @@ class SLAB(Operator):
     where no product is positive they sum to 0. Causal form: sums run over the keys up to the query. The paper adds a
     depthwise convolution of the values and a position code, both trained: left out, for there is nothing to train on a
     recording. `scale` cancels.
+
+    On CUDA by the kernel of flash-linear-attention where that package is installed (see `linear_attention`).
     """
 
     key = "slab"

@@ -25,7 +25,8 @@ class SOFT(Operator):
     Causal form: a query uses landmarks of segments that are complete, at most `landmarks` of them, evenly over its past
     (see `landmarks.epochs`; the first key until there is one), and sums over the keys up to its own. The paper pools
     landmarks by a trained convolution and adds another of the values: left out. Queries and keys of a language model
-    lie so far apart that the kernel itself vanishes; with `normalise` each row is divided by its sum. In float64.
+    lie so far apart that the kernel itself vanishes; with `normalise` each row is divided by its sum. In float64, on
+    any device: flash-linear-attention has no kernel for it.
     """
 
     key = "soft"
