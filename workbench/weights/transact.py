@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.narrow import NarrowAttention, known_attention, narrowed, sampled_texts
+from workbench.weights.narrow import sampled_texts
+from workbench.weights.sites import Site, Values, sites_of
 from workbench.weights.study import WeightStudy
 
 _TEXT = 32  # tokens of each calibration text
@@ -78,12 +79,12 @@ class TransAct(WeightMethod):
     seed: int = param(0, ge=0, le=2**31 - 1, help="which texts the model says")
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        sites = _sites(model)
+        sites = sites_of(model)
         places = {name: place for site in sites for name, place in site.places.items()}
         taken = {name: linear for name, linear in linears.items() if name in places}
         whole = sum(self.full_nbytes(linear) for linear in taken.values())
         values = sum(self.full_nbytes(linear) for name, linear in taken.items() if places[name][1])
-        value_width = next((site.width for site in sites if isinstance(site, _Values)), 1)
+        value_width = next((site.width for site in sites if isinstance(site, Values)), 1)
         for name, linear in taken.items():
             axis, in_attention, heads = places[name]
             width = linear.weight.shape[axis] // heads
@@ -113,7 +114,7 @@ class TransAct(WeightMethod):
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        sites = [site for site in _sites(twin) if any(name in linears for name in site.places)]
+        sites = [site for site in sites_of(twin) if any(name in linears for name in site.places)]
         targets = [self._kept(_places[linears[next(iter(site.places))]]) for site in sites]
         begun = [site.width for site in sites]
         if begun == targets:
@@ -133,90 +134,13 @@ def _within(width: int, share: float) -> int:
     return min(max(int(width * share + 1e-9), 1), width)
 
 
-class _Site:
-    """One module with something inside that can be narrower."""
-
-    out: str  # the layer whose input is inside
-    places: dict[str, tuple[int, bool, int]]  # its layers: axis, whether it is attention, heads
-    width: int
-
-    def prune(self, model: PreTrainedModel, kept: Tensor) -> None:
-        """Keep only these dimensions int64 [heads, m]."""
-        raise NotImplementedError
-
-    def by_head(self, squares: Tensor) -> Tensor:
-        """The mean squares of the inputs of `out` [i] as [heads, width]."""
-        raise NotImplementedError
-
-
-class _Neurons(_Site):
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.out = name, f"{name}.down_proj"
-        self.places = {
-            f"{name}.gate_proj": (0, False, 1),
-            f"{name}.up_proj": (0, False, 1),
-            f"{name}.down_proj": (1, False, 1),
-        }
-        self.width = module.get_submodule("down_proj").in_features  # type: ignore[assignment]
-
-    def by_head(self, squares: Tensor) -> Tensor:
-        return squares[None]
-
-    def prune(self, model: PreTrainedModel, kept: Tensor) -> None:
-        for name, (axis, _, _) in self.places.items():
-            linear: Any = model.get_submodule(name)
-            model.set_submodule(name, narrowed(linear, kept[0], axis))
-
-
-class _Values(_Site):
-    def __init__(self, name: str, module: Any) -> None:
-        self.name, self.out = name, f"{name}.o_proj"
-        self.kv_heads = module.k_proj.out_features // module.head_dim
-        self.groups = module.num_key_value_groups
-        self.places = {
-            f"{name}.v_proj": (0, True, self.kv_heads),
-            f"{name}.o_proj": (1, True, self.kv_heads * self.groups),
-        }
-        self.width = module.v_proj.out_features // self.kv_heads
-
-    def by_head(self, squares: Tensor) -> Tensor:
-        return squares.view(self.kv_heads, self.groups, -1).sum(dim=1)
-
-    def prune(self, model: PreTrainedModel, kept: Tensor) -> None:
-        attention: Any = model.get_submodule(self.name)
-        width = attention.v_proj.out_features // self.kv_heads
-        kept = kept.cpu()
-        heads = torch.arange(self.kv_heads)[:, None]
-        queries = torch.arange(self.kv_heads * self.groups)[:, None]
-        channels = getattr(attention, "value_channels", torch.arange(width).expand(self.kv_heads, -1))
-        narrow = NarrowAttention(
-            attention,
-            narrowed(attention.v_proj, (heads * width + kept).flatten(), 0),
-            narrowed(attention.o_proj, (queries * width + kept.repeat_interleave(self.groups, dim=0)).flatten(), 1),
-            channels.gather(1, kept),
-        )
-        model.set_submodule(self.name, narrow)
-
-
-def _sites(model: nn.Module) -> list[_Site]:
-    """The modules that can be narrower inside, in order."""
-    found: list[_Site] = []
-    for name, module in model.named_modules():
-        projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
-        if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
-            found.append(_Values(name, module))
-        elif projections == ["gate_proj", "up_proj", "down_proj"]:
-            found.append(_Neurons(name, module))
-    return found
-
-
 def _why(name: str) -> str:
     if name.endswith(("q_proj", "k_proj")):
         return "queries and keys stay whole"
     return "it stands in no module whose inside is known"
 
 
-def activations(model: PreTrainedModel, sites: list[_Site], ids: Tensor) -> list[Tensor]:
+def activations(model: PreTrainedModel, sites: list[Site], ids: Tensor) -> list[Tensor]:
     """Root mean square of each site's transitional activations over texts ids [t, n], float32 [heads, width] each."""
     sums: dict[str, Tensor] = {}
     with _listening(model, [site.out for site in sites], sums), torch.inference_mode():
