@@ -1,5 +1,7 @@
 """Weight methods: how the model itself is made smaller."""
 
+from workbench.weights.absmax import AbsMax
+from workbench.weights.awq import AWQ
 from workbench.weights.base import WeightMethod, compressed
 from workbench.weights.bitstack import BitStack
 from workbench.weights.cospadi import CoSpaDi
@@ -16,8 +18,10 @@ from workbench.weights.magnitude import Magnitude
 from workbench.weights.modegpt import MoDeGPT
 from workbench.weights.odyssey import Odyssey
 from workbench.weights.ostquant import OSTQuant
+from workbench.weights.owq import OWQ
 from workbench.weights.pb_llm import PBLLM
 from workbench.weights.rtn import RTN
+from workbench.weights.slim_llm import SliMLLM
 from workbench.weights.sparsegpt import SparseGPT
 from workbench.weights.svd import SVD
 from workbench.weights.transact import TransAct
@@ -26,13 +30,16 @@ from workbench.weights.vq_logits import VQLogits
 from workbench.weights.wanda import Wanda
 
 __all__ = [
+    "AWQ",
     "FWSVD",
     "GPTQ",
     "HQQ",
+    "OWQ",
     "PBLLM",
     "RTN",
     "SVD",
     "VPTQ",
+    "AbsMax",
     "BitStack",
     "CoSpaDi",
     "CrossQuant",
@@ -45,6 +52,7 @@ __all__ = [
     "MoDeGPT",
     "OSTQuant",
     "Odyssey",
+    "SliMLLM",
     "SparseGPT",
     "TransAct",
     "VQLogits",

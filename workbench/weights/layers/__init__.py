@@ -3,6 +3,7 @@
 from workbench.weights.layers.bit_blocks import BitBlock, BitBlocksLinear, bit_block_nbytes
 from workbench.weights.layers.codebook import CodebookLinear, codebook_nbytes
 from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.dense import DenseLinear
 from workbench.weights.layers.dictionary import DictionaryLinear, dictionary_nbytes
 from workbench.weights.layers.integer import IntegerLinear
 from workbench.weights.layers.outliers import OutliersLinear, outliers_nbytes
@@ -16,6 +17,7 @@ __all__ = [
     "BitBlocksLinear",
     "CodebookLinear",
     "CompactLinear",
+    "DenseLinear",
     "DictionaryLinear",
     "IntegerLinear",
     "OutliersLinear",
