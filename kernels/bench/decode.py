@@ -2,7 +2,7 @@
 
 Heads are those of Llama 3.1 8B (32 query heads, 8 KV heads, head size 128) and of the default model (9, 3, 64); errors
 at head sizes 64, 96 and 256 too. *Times as fast* is against the fastest way of PyTorch's SDPA over the full cache of
-the same shape, measured just before. WORKBENCH_SWEEP=1 tries configurations of the kernels as well, last.
+the same shape, measured just before. WORKBENCH_SWEEP=1 also tries configurations of the kernel for sparse rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from bench.measure import relative_error, run_poisoned, time_us
 from workbench_kernels.building import sparse_rows
 from workbench_kernels.decode import decode_dense, decode_packed, decode_reference
 from workbench_kernels.decode_bitmap import decode_bitmap, decode_bitmap_reference
-from workbench_kernels.gpu import bitmap, dense
-from workbench_kernels.gpu import packed as gpu_packed
+from workbench_kernels.gpu import bitmap
 from workbench_kernels.rows import PackedRows, Ragged, SparseRows
 
 
@@ -48,11 +47,11 @@ def rows(quick: bool) -> Iterator[Row]:
     """Errors, then times, the longest caches first; quick: the shortest alone."""
     yield from _errors()
     for heads, lengths in ((LLAMA, LENGTHS), (DEFAULT, SHORT)):
+        if heads is DEFAULT and os.environ.get("WORKBENCH_SWEEP"):
+            yield from _sweep(LENGTHS[0] if quick else LENGTHS[-1])
         for n in reversed(lengths[: 1 if quick else None]):
             for batch in reversed(BATCHES):
                 yield from _times(heads, batch, n)
-    if os.environ.get("WORKBENCH_SWEEP"):
-        yield from _sweep(LENGTHS[0] if quick else LENGTHS[-1])
 
 
 def _times(heads: Heads, batch: int, n: int) -> Iterator[Row]:
@@ -185,41 +184,19 @@ def _checked(what: str, heads: Heads, queries: int, keys: Held, values: Held) ->
 
 
 def _sweep(n: int) -> Iterator[Row]:
-    full, query = _dense(LLAMA, 8, n), _query(LLAMA, 8)
-    some = full[0]._replace(data=full[0].data[: 8 * n], starts=full[0].starts[:8], lengths=full[0].lengths[:8])
-    less = full[1]._replace(data=full[1].data[: 8 * n], starts=full[1].starts[:8], lengths=full[1].lengths[:8])
-    short = _dense(LLAMA, 1, LENGTHS[0])
-    tried: list[tuple[str, int, int, Any, tuple[Held, Held], list[Any]]] = [
-        ("dense", 8, n, dense.decode_dense, full, DENSE_CONFIGS),
-        ("dense", 1, n, dense.decode_dense, (some, less), DENSE_CONFIGS),
-        ("dense", 1, LENGTHS[0], dense.decode_dense, short, DENSE_CONFIGS),
-        ("bitmap", 8, n, bitmap.decode_bitmap, (_sparse(full[0], n), _sparse(full[1], n)), BITMAP_CONFIGS),
-    ]
+    query, full = _query(LLAMA, 8), _dense(LLAMA, 8, n)
+    held = _sparse(full[0], n), _sparse(full[1], n)
     del full
-    tried += [
-        (f"{bits} bit", 8, n, gpu_packed.decode_packed, packed(LLAMA, 8, n, bits), PACKED_CONFIGS) for bits in BITS
-    ]
-    for what, batch, length, kernel, held, configs in tried:
-        asked = query[: batch * LLAMA.queries]
-        for config in configs:
-            row = {"what": f"sweep, {what}", "batch": batch, "n": length, "config": str(tuple(config))}
-            try:
-                work = partial(kernel, asked, *held, scale=0.1, config=config)
-                yield {**row, "bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
-            except Exception as problem:  # a configuration that needs more than there is
-                yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:200]}
+    for config in BITMAP_CONFIGS:
+        row = {"what": "sweep, bitmap", "heads": list(LLAMA), "batch": 8, "n": n, "config": str(tuple(config))}
+        try:
+            work = partial(bitmap.decode_bitmap, query, *held, scale=0.1, config=config)
+            yield {**row, "bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
+        except Exception as problem:  # a configuration that needs more than there is
+            yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:200]}
 
 
-DENSE_CONFIGS = [
-    dense.Config(4, 32, 3, 2), dense.Config(4, 32, 2, 2), dense.Config(4, 16, 3, 2), dense.Config(4, 16, 4, 2),
-    dense.Config(4, 32, 3, 1), dense.Config(8, 16, 3, 1), dense.Config(2, 32, 3, 3), dense.Config(2, 32, 4, 2),
-]  # fmt: skip
-PACKED_CONFIGS = [
-    gpu_packed.Config(2, 64, 1, 3, 4), gpu_packed.Config(2, 64, 1, 4, 4), gpu_packed.Config(4, 64, 1, 3, 2),
-    gpu_packed.Config(4, 32, 1, 3, 2), gpu_packed.Config(4, 32, 2, 2, 2), gpu_packed.Config(2, 64, 1, 2, 4),
-    gpu_packed.Config(2, 32, 1, 3, 4), gpu_packed.Config(2, 32, 2, 3, 4),
-]  # fmt: skip
 BITMAP_CONFIGS = [
-    bitmap.Config(4, 16, 2, 3), bitmap.Config(4, 16, 1, 3), bitmap.Config(4, 16, 2, 4), bitmap.Config(4, 32, 2, 2),
-    bitmap.Config(4, 32, 1, 3), bitmap.Config(2, 32, 1, 6), bitmap.Config(2, 16, 1, 8), bitmap.Config(8, 16, 2, 2),
+    bitmap.Config(1, 16, 1, 8), bitmap.Config(1, 16, 1, 12), bitmap.Config(1, 16, 1, 16), bitmap.Config(1, 16, 2, 8),
+    bitmap.Config(1, 32, 1, 8), bitmap.Config(2, 16, 1, 6), bitmap.Config(4, 16, 1, 3),
 ]  # fmt: skip
