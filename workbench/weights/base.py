@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from workbench.engine import exclusive
-from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotApplicable
+from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Family, Method
 from workbench.weights.blocks import outside
@@ -83,7 +83,10 @@ class WeightMethod(Method):
         there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
         """
         for name, linear, inputs in self.visit(linears, study, progress):
-            twin.set_submodule(name, self.compress(linear, inputs))
+            try:
+                twin.set_submodule(name, self.compress(linear, inputs))
+            except CalibrationFailed as failure:
+                raise CalibrationFailed(f"{self.key}, {name}: {failure}") from failure
 
     def visit(
         self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

@@ -12,7 +12,7 @@ from workbench.weights.layers import CompactLinear, DenseLinear, Parts, packed_n
 from workbench.weights.quantiser import Quantiser
 from workbench.weights.statistics import InputStats
 
-_SHRINKS = tuple(1 - step / 50 for step in range(30))  # of the range that a group covers, down to 0.42
+_SHRINKS = tuple(1 - step / 25 for step in range(15))  # of the range that a group covers, down to 0.44
 
 
 def weak_columns(change: Tensor, square: Tensor, count: int) -> Tensor:
@@ -31,7 +31,7 @@ class OWQ(Quantiser):
 
     The weak columns come last in GPTQ's order, so they also take up what the others lose. The grid of each group covers
     the share of its range that minimises the squared error of its weights (the paper's "quantisation configuration"
-    search, whose steps it leaves open: 30, down to 42 %). How many columns are weak is a share of each layer's columns,
+    search, whose steps it leaves open: 15, down to 44 %). How many columns are weak is a share of each layer's columns,
     the same for all layers, as in the paper's experiments. Moments are those of the uncompressed model.
     """
 

@@ -14,7 +14,7 @@ from workbench.weights.layers import CompactLinear, PackedLinear, Parts, packed_
 from workbench.weights.quantiser import Quantiser
 from workbench.weights.statistics import InputStats
 
-_SHRINKS = (1.0, *(1 + step / 50 for step in range(1, 6)), *(1 - step / 50 for step in range(1, 26)))  # of a range
+_SHRINKS = (1.0, 1.03, 1.06, 1.1, *(1 - step / 25 for step in range(1, 13)))  # of a range
 
 
 def salience(weight: Tensor, factor: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def binary(weight: Tensor, group: int) -> Grid:
 
 
 def salient_grid(weight: Tensor, factor: Tensor, bits: int) -> Grid:
-    """The grid of one group [o, c], from half its range to a tenth more, at which its salience suffers least.
+    """The grid of one group [o, c], from half its range to a tenth more than that, at which its salience suffers least.
 
     A weight's error counts by 1 / [H⁻¹] of its column, which makes of w² what removing the weight would cost. (Section
     3.3 of the paper parts the weights at three standard deviations of their salience and then adds the squared errors
