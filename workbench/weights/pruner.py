@@ -50,7 +50,9 @@ class Pruner(WeightMethod):
         budget = self.effective_budget
         if self.pattern != "unstructured" or budget is None or budget.kind != "share":
             return
-        needed = {name: sparse_nbytes(*x.weight.shape, 1) / self.full_nbytes(x) for name, x in linears.items()}
+        needed = {
+            name: sparse_nbytes(x.out_features, x.in_features, 1) / self.full_nbytes(x) for name, x in linears.items()
+        }
         most = max(needed, key=lambda name: needed[name])
         if budget.amount < needed[most]:
             smallest = math.ceil(needed[most] * 1e4) / 1e4
@@ -76,7 +78,7 @@ class Pruner(WeightMethod):
         count = self.count(linear)
         if count == linear.weight.numel():
             return self.full_nbytes(linear)
-        return sparse_nbytes(*linear.weight.shape, count, even=self.pattern != "unstructured")
+        return sparse_nbytes(linear.out_features, linear.in_features, count, even=self.pattern != "unstructured")
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         count = self.count(linear)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ class Site:
 
     name: of the module. out: the layer whose input is inside. places: its layers, and of each the axis along which it
     can be narrower, whether it belongs to attention, and into how many heads that axis divides. heads: what is inside
-    divides into this many, with `width` dimensions each. dimension_nbytes: what one dimension of each head takes.
+    divides into this many, with `width` dimensions each. dimension_nbytes: what one dimension of each head takes,
+    at `element_size` bytes a weight.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Site:
     heads: int
     width: int
     dimension_nbytes: int
+    element_size: int
 
     def columns(self, kept: Tensor) -> Tensor:
         """Which inputs of `out` are the dimensions int64 [heads, m], in the order of what stays of them."""
@@ -53,7 +55,7 @@ class Neurons(Site):
             f"{name}.down_proj": (1, False, 1),
         }
         self.width = module.get_submodule("down_proj").in_features  # type: ignore[assignment]
-        self.dimension_nbytes = _nbytes(module, ("gate_proj", "up_proj", "down_proj")) // self.width
+        self.dimension_nbytes, self.element_size = _nbytes(module, self.places, self.width)
 
     def by_head(self, squares: Tensor) -> Tensor:
         return squares[None]
@@ -81,7 +83,7 @@ class Values(Site):
             f"{name}.o_proj": (1, True, self.heads * self.groups),
         }
         self.width = module.v_proj.out_features // self.heads
-        self.dimension_nbytes = _nbytes(module, ("v_proj", "o_proj")) // self.width
+        self.dimension_nbytes, self.element_size = _nbytes(module, self.places, self.width)
 
     def by_head(self, squares: Tensor) -> Tensor:
         return squares.view(self.heads, self.groups, -1).sum(dim=1)
@@ -119,9 +121,11 @@ def sites_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Site]
     return [site for site in found if names is None or set(site.places) <= set(names)]
 
 
-def _nbytes(module: nn.Module, projections: Sequence[str]) -> int:
-    weights: list[Any] = [module.get_submodule(name).weight for name in projections]
-    return sum(weight.numel() * weight.element_size() for weight in weights)
+def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, int]:
+    """Bytes of one of `width` dimensions of a module's layers, and of one weight."""
+    weights: list[Any] = [module.get_submodule(name.rpartition(".")[2]).weight for name in places]
+    size: int = weights[0].element_size()
+    return sum(weight.numel() for weight in weights) * size // width, size
 
 
 def _replace_weight(linear: Any, weight: Tensor) -> None:
