@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
+from workbench.folders import whole
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
@@ -29,6 +27,7 @@ from workbench.recipe import Recipe
 from workbench.run import Run, Verdict
 from workbench.strict_json import dumps
 from workbench.trace import LayerTrace, Trace
+from workbench.weights.calibration import Calibration
 
 if TYPE_CHECKING:
     from workbench.session import Session
@@ -101,34 +100,12 @@ def save(session: Session, folder: Path) -> Path:
     any other folder with something in it is refused with InputError.
     """
     folder = folder.expanduser().absolute()
-    _check_target(folder)
     tensors: dict[str, Tensor] = {"model.samples": _samples(session.model)}
-    description = _describe(session, tensors)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
-    try:
+    with whole(folder, _is_ours, "a saved session") as work:
+        description = _describe(session, tensors)
         save_file({name: _plain(tensor) for name, tensor in tensors.items()}, work / TENSORS)
         (work / DESCRIPTION).write_text(dumps(description) + "\n", encoding="utf-8")
-        _put(work, folder)
-    except (OSError, SafetensorError) as error:
-        raise WorkbenchError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder
-
-
-def _check_target(folder: Path) -> None:
-    try:
-        if not folder.exists():
-            return
-        ours = folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if not ours:
-        raise InputError(f"{folder} exists and is not a saved session: choose another folder, nothing was overwritten")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -137,22 +114,6 @@ def _is_ours(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT
-
-
-def _put(work: Path, folder: Path) -> None:
-    """Move the finished folder to its place; what was there before comes back if that fails."""
-    if not folder.exists():
-        os.rename(work, folder)
-        return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-    os.rename(folder, aside / folder.name)
-    try:
-        os.rename(work, folder)
-    except OSError:
-        os.rename(aside / folder.name, folder)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -169,6 +130,7 @@ def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
         },
         "kv_dtype": _dtype_name(session.kv_dtype),
         "seed": session.seed,
+        "calibration": None if session.calibration is None else session.calibration.to_dict(),
         "trace": None if trace is None else _describe_trace(trace, tensors),
         "runs": [_describe_run(index, run, tensors) for index, run in enumerate(session.runs)],
     }
@@ -272,6 +234,8 @@ def _restore(
     cls: type[S], folder: Path, saved: dict[str, Any], tensor: Callable[[str], Tensor], options: dict[str, Any]
 ) -> S:
     session = _session(cls, saved, options)
+    if saved.get("calibration") is not None:
+        session._variants.calibrate(Calibration(**saved["calibration"]))  # its file is read when it is needed
     _check_model(folder, saved["model"], tensor("model.samples"), session.facts, session.model)
     if saved["trace"] is None:
         return session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotApplicab
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
-from workbench.measure.attention import PooledMap, Pooling
+from workbench.measure.attention import PooledMap, Pooling, Span
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadStats
 from workbench.measure.memory import Timeline
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
+    from workbench.exporting import Exported
+    from workbench.weights.calibration import Calibration
     from workbench.weights.spectra import Spectra
     from workbench.weights.study import WeightStudy
 
@@ -220,6 +222,11 @@ class Session(Shown):
                 del self._traces[key]
         return self._variants.study()
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """The texts that weight methods look at; None: those that are the default."""
+        return self._variants.calibration
+
     def census(
         self, recipe: Spec, *, outputs: bool = True, progress: Progress | None = None, **parameters: Any
     ) -> pd.DataFrame:
@@ -260,6 +267,28 @@ class Session(Shown):
                 raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
         ids = self._variants.study().ids[:texts, :tokens]
         return sensitivity(self.model, self._variants.get(methods, progress), ids, each, progress)
+
+    def export(
+        self,
+        path: str | Path,
+        recipe: Spec,
+        *,
+        format: Literal["auto", "workbench", "compressed-tensors"] = "auto",
+        dtype: str | torch.dtype | None = None,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Exported:
+        """Write the model, compressed by a recipe's weight methods, into a folder; `wb.Session(path)` opens it.
+
+        format: "auto" takes compressed-tensors, which transformers and servers load, where the layers have a place in
+        it, else the workbench's own (safetensors and JSON). dtype: in which what is not compressed is written (default:
+        as it is held). Raises NotApplicable, MissingExtra, and InputError for a folder that holds something else.
+        """
+        from workbench.exporting import export
+
+        methods = _weights(Recipe.of(recipe, **parameters))
+        twin = self._variants.get(methods, progress)
+        return export(self.model, twin, methods, self.facts, self.tokenizer, Path(path), format, dtype)
 
     def spectra(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> Spectra:
         """The singular values of the weights in the decoder's layers, and how many directions they use.
@@ -518,14 +547,18 @@ class Session(Shown):
         layer: int,
         head: int = 0,
         *,
+        heads: Iterable[int] | None = None,
         pixels: int = 512,
+        pooling: Pooling = "max",
+        rows: Span | None = None,
+        cols: Span | None = None,
         progress: Progress | None = None,
         **parameters: Any,
     ) -> OperatorStudy:
         """What another attention operator makes of a layer's recorded queries, keys and values, beside exact attention.
 
-        operator: one of `wb.methods("operator")`, whose parameters may follow. Gives the output error of each head, and
-        the maps of `head`, the implied one and the exact one, pooled to at most pixels x pixels cells.
+        operator: one of `wb.methods("operator")`, whose parameters may follow. Gives the output error of each head, or
+        of those in `heads`, and the maps of `head`, the implied one and the exact one, pooled as `attention` does.
         """
         from workbench.attention.operators import Operator, study_operator
 
@@ -534,7 +567,8 @@ class Session(Shown):
             raise BadParameter(f"{chosen.key} is no attention operator: choose one of wb.methods('operator')")
         if self.trace is None:
             raise NotRead("no prompt has been read yet: call read(text) first")
-        return study_operator(_need_recording(self.trace), chosen, layer, head, pixels=pixels, progress=progress)
+        view: dict[str, Any] = {"heads": heads, "pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
+        return study_operator(_need_recording(self.trace), chosen, layer, head, **view, progress=progress)
 
     def outliers(self, kind: Outliers = "keys", *, progress: Progress | None = None) -> pd.DataFrame:
         """Largest magnitude, kurtosis and share of energy of every channel, layer by layer.
@@ -570,9 +604,15 @@ class Session(Shown):
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Session:
-        """Open what `save` wrote; the model is loaded from where it came from, or given as `model=`."""
+        """Open what `save` wrote; the model is loaded from where it came from, or given as `model=`.
+
+        A folder that `export` wrote opens as a new session with that model, as `Session(path)` does.
+        """
+        from workbench.exporting import is_exported
         from workbench.saving import load as load_session
 
+        if is_exported(path):
+            return cls(path, **options)
         return load_session(cls, Path(path), **options)
 
 
@@ -660,7 +700,11 @@ def _loaded(model: Any, device: Any, dtype: Any, progress: Progress | None) -> L
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):
-        return load(model, device=device, dtype=dtype, progress=progress)
+        from workbench.exporting import is_exported
+        from workbench.exporting import load as load_exported
+
+        loading = load_exported if is_exported(model) else load
+        return loading(model, device=device, dtype=dtype, progress=progress)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
         network, tokenizer = model
         if device is not None or dtype is not None:

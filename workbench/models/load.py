@@ -43,8 +43,8 @@ def load(
 ) -> LoadedModel:
     """Load a causal language model.
 
-    `name_or_path` is a packaged model ("smollm2-135m"), a folder with safetensors or one GGUF file, a .gguf file, or a
-    hub id ("org/name"). A packaged name wins over a folder of that name, a folder over a hub id.
+    `name_or_path` is a packaged model ("smollm2-135m", "workbench-tiny"), a folder with safetensors or one GGUF file, a
+    .gguf file, or a hub id ("org/name"). A packaged name wins over a folder of that name, a folder over a hub id.
     `device`: "cpu", "cuda", "cuda:1", ...; default CUDA where there is one, else the CPU.
     `dtype`: float32, bfloat16 or float16; default bfloat16 on CUDA, float32 elsewhere (16 bits are slow on most CPUs).
 
@@ -54,13 +54,13 @@ def load(
     progress = progress or Progress()
     name = str(name_or_path)
     place, path = _locate(name, progress)  # before torch is imported: a wrong name fails at once
-    target = _device(device)
-    precision = _dtype(dtype, target)
+    target = device_for(device)
+    precision = dtype_for(dtype, target)
     progress.update("load", 0, 1)
     weights = weights_in(path)
     if weights.is_dir():
         model, tokenizer = _from_folder(weights, precision)
-        checkpoint_dtype = _named_dtype(stored_dtype(weights))
+        checkpoint_dtype = named_dtype(stored_dtype(weights))
     else:
         model, tokenizer = read_gguf(weights, precision)
         checkpoint_dtype = None  # many formats in one file
@@ -123,7 +123,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     return model, tokenizer
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_for(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for, or the default one. Raises BadParameter where it is not here."""
     import torch
 
     if device is None:
@@ -139,7 +140,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return wanted
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def dtype_for(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision that was asked for, or the default on a device. Raises BadParameter for another one."""
     import torch
 
     if dtype is None:
@@ -151,7 +153,8 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _named_dtype(name: str | None) -> torch.dtype | None:
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of this name ("bfloat16"); None where there is none."""
     import torch
 
     found = getattr(torch, name, None) if name else None

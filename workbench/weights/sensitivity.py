@@ -17,6 +17,7 @@ from workbench.progress import Progress
 from workbench.weights.base import sharing_copy
 from workbench.weights.blocks import Stream, blocks, placed
 from workbench.weights.ending import Ending
+from workbench.weights.structure import replaced
 
 Each = Literal["layer", "module"]
 ALL = "all"
@@ -40,7 +41,7 @@ def sensitivity(
     names = list(blocks(model))
     if list(blocks(twin)) != names:
         raise NotApplicable("layers are compared one by one, but the compressed model has other layers than the model")
-    changed = _changed(model, twin)
+    changed = replaced(model, twin)
     inside = {name: [path for path in changed if path.startswith(f"{name}.")] for name in names}
     kinds = sorted({placed(path, names)[1] for paths in inside.values() for path in paths})
     outside = [path for path in changed if placed(path, names)[0] is None]
@@ -74,7 +75,7 @@ def sensitivity(
             hidden = begin
             for name in names:
                 progress.check()
-                block = replaced(model.get_submodule(name), twin.get_submodule(name), [kind])
+                block = _switched(model.get_submodule(name), twin.get_submodule(name), [kind])
                 hidden = stream.leaving(name, hidden, block)
             row(None, kind, hidden, _apart(hidden, want))
         if outside:
@@ -99,10 +100,10 @@ def _parts(
         return
     for path in paths:
         short = path.removeprefix(f"{name}.")
-        yield short, replaced(model.get_submodule(name), small, [short])
+        yield short, _switched(model.get_submodule(name), small, [short])
 
 
-def replaced(block: nn.Module, small: nn.Module, paths: list[str]) -> nn.Module:
+def _switched(block: nn.Module, small: nn.Module, paths: list[str]) -> nn.Module:
     """A copy of a block that shares its tensors, with some modules from `small` where that has others."""
     shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
     made = copy.deepcopy(block, dict(shared))
@@ -112,25 +113,6 @@ def replaced(block: nn.Module, small: nn.Module, paths: list[str]) -> nn.Module:
         except AttributeError:
             continue  # not every layer has a module of this kind
     return made
-
-
-def _changed(model: nn.Module, twin: nn.Module) -> list[str]:
-    """Modules of the copy that stand in another's place, or whose own tensors are not the model's; outermost only."""
-    found: list[str] = []
-    for name, module in twin.named_modules():
-        if any(name.startswith(f"{above}.") for above in found):
-            continue
-        try:
-            before = model.get_submodule(name)
-        except AttributeError:
-            before = None
-        if before is None or type(before) is not type(module) or _tensors(before) != _tensors(module):
-            found.append(name)
-    return found
-
-
-def _tensors(module: nn.Module) -> list[int]:
-    return [id(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
 
 
 def _apart(hidden: Tensor, want: Tensor) -> float:
