@@ -20,6 +20,7 @@ _EXTRAS = {
     "gpu": ("triton",),
     "notebooks": ("jupyterlab", "ipykernel", "nbval"),
     "weights": ("hqq",),
+    "export": ("compressed_tensors",),
 }
 
 

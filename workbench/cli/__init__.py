@@ -1,4 +1,4 @@
-"""The command line: `workbench app | run | compare | sweep | methods | models | doctor`."""
+"""The command line: `workbench app | run | compare | sweep | sensitivity | export | methods | models | doctor`."""
 
 from workbench.cli.entry import main
 

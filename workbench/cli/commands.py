@@ -14,6 +14,7 @@ from workbench.cli import given, show
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.recipe import Recipe
     from workbench.session import Session
 
 app = typer.Typer(
@@ -53,6 +54,10 @@ Seed = Annotated[int, typer.Option("--seed", help="for methods that draw at rand
 Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="wrap the text in the model's chat template (default: if it has one)"),
+]
+Budget = Annotated[str | None, typer.Option("--budget", help='share or size: 0.25, 25%, 64MiB, "512 tokens"')]
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", help="what weight methods look at: workbench, python, sampled, or a file")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 
@@ -97,9 +102,7 @@ def open_app(
 @app.command()
 def run(
     methods: Methods = ["full"],  # noqa: B006  Typer takes the default from here and copies it
-    budget: Annotated[
-        str | None, typer.Option("--budget", help='share or size: 0.25, 25%, 64MiB, "512 tokens"')
-    ] = None,
+    budget: Budget = None,
     text: Text = None,
     text_file: TextFile = None,
     example: ExampleKey = None,
@@ -121,13 +124,7 @@ def run(
     """Read a text, compress, answer. Several methods make one recipe: `run snapkv kivi` is `run snapkv+kivi`."""
     read, own_question = given.prompt(text, text_file, example)
     asked = given.question(question, own_question)
-    from workbench.budget import Budget
-
-    share = None if budget is None else Budget.parse(budget)
-    from workbench.recipe import Recipe
-
-    (recipe,) = given.recipes(["+".join(methods)], settings or [])
-    recipe = recipe if share is None else Recipe.of(recipe, budget=share)
+    recipe = _one_recipe(methods, settings, budget)
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
     with show.working() as bar:
         session = _session(model, device, dtype, kv_dtype, seed, bar)
@@ -245,6 +242,64 @@ def sweep(
         print(f"{len(frame)} rows written to {out}")
 
 
+@app.command("sensitivity")
+def measure_sensitivity(
+    methods: Methods,
+    each: Annotated[str, typer.Option("--each", help="layer, or module: each of them in each layer")] = "layer",
+    texts: Annotated[int, typer.Option("--texts", min=1, help="calibration texts that are read")] = 4,
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="how much of each")] = 256,
+    budget: Budget = None,
+    calibration: Calibration = None,
+    model: Model = _DEFAULT_MODEL,
+    settings: Settings = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which layer hurts: what a weight method does to the predictions in one layer, or kind of module, alone."""
+    from workbench.errors import BadParameter
+
+    if each not in ("layer", "module"):
+        raise BadParameter(f"--each {each}: it is layer or module")
+    recipe = _one_recipe(methods, settings, budget)
+    with show.working() as bar:
+        session = _session(model, device, dtype, None, 0, bar)
+        session.calibrate(calibration)
+        frame = session.sensitivity(recipe, each=cast("Any", each), texts=texts, tokens=tokens, progress=bar.progress)
+    rows = cast("list[dict[str, Any]]", frame.astype(object).where(frame.notna(), None).to_dict("records"))
+    if as_json:
+        show.document(rows)
+        return
+    show.table(rows, {"layer": "layer", "module": "module", "kl": "KL", "error": "error"})
+
+
+@app.command()
+def export(
+    methods: Methods,
+    to: Annotated[str, typer.Option("--to", help="the folder to write; one that was exported earlier is replaced")],
+    format: Annotated[
+        str, typer.Option("--format", help="auto, compressed-tensors (transformers loads it), or workbench")
+    ] = "auto",
+    budget: Budget = None,
+    calibration: Calibration = None,
+    model: Model = _DEFAULT_MODEL,
+    settings: Settings = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model's weights and write it into a folder; `--model FOLDER` opens it again."""
+    recipe = _one_recipe(methods, settings, budget)
+    with show.working() as bar:
+        session = _session(model, device, dtype, None, 0, bar)
+        session.calibrate(calibration)
+        done = session.export(to, recipe, format=cast("Any", format), progress=bar.progress)
+    if as_json:
+        show.document(done.to_dict())
+    else:
+        print(done)
+
+
 @app.command("methods")
 def list_methods(
     family: Annotated[str | None, typer.Option("--family", help="kv, weights, attention or operator")] = None,
@@ -273,7 +328,7 @@ def models(context: typer.Context) -> None:
 
 @models_app.command("list")
 def list_models(as_json: AsJson = False) -> None:
-    """List the packaged models, and which of them are in the cache."""
+    """List the packaged models, and which of them are here already."""
     from workbench.models import cached, catalogue
 
     rows: list[dict[str, Any]] = []
@@ -286,7 +341,7 @@ def list_models(as_json: AsJson = False) -> None:
                 "licence": entry.licence,
                 "parameters": entry.parameters,
                 "positions": entry.positions,
-                "download_bytes": entry.wheel_bytes,
+                "download_bytes": entry.download_bytes,
                 "here": folder is not None,
                 "folder": None if folder is None else str(folder),
             }
@@ -299,7 +354,7 @@ def list_models(as_json: AsJson = False) -> None:
         "title": "model",
         "licence": "licence",
         "parameters": "parameters",
-        "here": "in the cache",
+        "here": "here",
     }
     show.table(rows, headings)
 
@@ -354,6 +409,17 @@ def doctor(as_json: AsJson = False) -> None:
         show.document(found)
     else:
         print("\n".join(lines(found)))
+
+
+def _one_recipe(methods: list[str], settings: list[str] | None, budget: str | None) -> Recipe:
+    """All methods named as one recipe, under one budget where one is given."""
+    from workbench.budget import Budget
+
+    share = None if budget is None else Budget.parse(budget)
+    from workbench.recipe import Recipe
+
+    (recipe,) = given.recipes(["+".join(methods)], settings or [])
+    return recipe if share is None else Recipe.of(recipe, budget=share)
 
 
 def _session(
