@@ -448,6 +448,26 @@ def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(at
     assert (attention.layer.value, attention.head.value) == (1, 2)
 
 
+def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) -> None:
+    import numpy as np
+
+    from workbench_widgets.wire import unpack
+
+    session = attention.workspace.reading.session
+    for start, against in (("operator: SLAB", False), ("difference: SLAB", True)):
+        choose_to_show(attention, start)
+        made = session.operator("slab", 0, 1, pixels=512)
+        wanted = made.implied.minus(made.exact).values if against else made.implied.values
+        np.testing.assert_allclose(np.nan_to_num(unpack(attention.map.exact)), wanted, atol=1e-6)
+        assert "implied by slab" in attention.map.label
+        assert attention.map.diverging == against
+        assert f"{float(made.error[1]):.0%} of its norm" in attention._remark.object and attention._remark.visible
+    choose_to_show(attention, "operator: InLine")
+    assert attention.map.diverging  # its weights may be negative
+    choose_to_show(attention, "all keys")
+    assert not attention._remark.visible
+
+
 def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> None:
     import numpy as np
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
@@ -497,6 +498,18 @@ def test_a_studys_errors_are_those_of_the_outputs(session: wb.Session, cls: type
         assert float(found.error[index]) == pytest.approx(float(error), rel=1e-3)
         assert float(found.scaled_error[index]) == pytest.approx(float(left), rel=1e-2, abs=1e-3)
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_map_can_be_had_without_errors_and_of_any_part(session: wb.Session) -> None:
+    made = session.operator("slab", 0, 1, heads=(), pixels=16, pooling="mean", rows=(20, 50), cols=(4, 40))
+    assert made.heads == () and made.error.shape == made.scaled_error.shape == (0,)
+    layer = session.trace.layers[0]
+    weights = SLAB().weights(layer.queries, layer.keys, layer.scale)[1, 20:50, 4:40]
+    edges = [(made.implied.row_edges - 20).tolist(), (made.implied.col_edges - 4).tolist()]
+    for i, (top, bottom) in enumerate(pairwise(edges[0])):
+        for j, (left, right) in enumerate(pairwise(edges[1])):
+            torch.testing.assert_close(made.implied.values[i, j], weights[top:bottom, left:right].mean())
+    assert torch.equal(made.exact.row_edges, made.implied.row_edges)
 
 
 def test_an_exact_operator_has_no_error_and_the_exact_map(session: wb.Session) -> None:

@@ -77,7 +77,7 @@ def attention_map(
     """Keywords for Heatmap: the attention of one head, queries down and keys across.
 
     of: under which recipe, where not everything is kept. difference: `pooled` is one map minus another, `of` says
-    which.
+    which. Weights below zero, which some operators imply, get the colours of a difference.
     """
     edges = (pooled.row_edges, pooled.col_edges)
     rows, columns = ((int(e[0]), int(e[-1])) for e in edges)
@@ -85,13 +85,14 @@ def attention_map(
     cells = "token by token" if single else f"{pooled.pooling} of each cell"
     what = "Difference in attention" if difference else "Attention"
     values = pooled.values.numpy()
+    diverging = difference or bool((values < 0).any())
     if not difference:  # zero is where a query cannot look: later tokens, and what was not kept
         values = np.where(values == 0, np.nan, values)
     return {
         "values": values,
         "at": (*rows, *columns),
         "scale": scale,
-        "diverging": difference,
+        "diverging": diverging,
         "tokens": list(tokens),
         "row_title": "query",
         "column_title": "key",

@@ -65,10 +65,10 @@ def study(
 ) -> Study:
     """Compare an operator with exact attention on one layer's recording.
 
-    head: the query head whose maps are wanted. heads: those whose output errors are, by default all; each is computed
-    by itself. pixels, pooling, rows, cols: as in `workbench.measure.pooled_map`; a span no longer than `pixels` shows
-    each token. Exact attention has the layer's window and soft cap; the operator has neither. Memory grows with the
-    pixels and with the prompt's tokens times `operator.chunk`.
+    head: the query head whose maps are wanted. heads: those whose output errors are, by default all, possibly none;
+    each is computed by itself. pixels, pooling, rows, cols: as in `workbench.measure.pooled_map`; a span no longer than
+    `pixels` shows each token. Exact attention has the layer's window and soft cap; the operator has neither. Memory
+    grows with the pixels and with the prompt's tokens times `operator.chunk`.
 
     Raises BadParameter for a head that is not there.
     """
@@ -94,7 +94,7 @@ def study(
         _errors(operator, layer, each)
         for each in (wanted if progress is None else progress.track(wanted, "output error", len(wanted)))
     ]
-    error, scaled = torch.tensor(errors, dtype=torch.float32).view(-1, 2).unbind(1)
+    error, scaled = torch.tensor(errors, dtype=torch.float32).view(len(wanted), 2).unbind(1)
     return Study(operator, layer.index, wanted, error, scaled, head, implied, exact)
 
 

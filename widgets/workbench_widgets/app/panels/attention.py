@@ -1,4 +1,6 @@
-"""The attention of one head and what its tokens receive, all heads beside it; under a recipe, or as a difference."""
+"""The attention of one head and what its tokens receive, all heads beside it; under a recipe, or as a difference, or
+what another operator would make of the same queries, keys and values.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench.attention.base import AttentionMethod
+from workbench.attention.operators import Study
 from workbench.capture import changes_reading, has_to_run
 from workbench.progress import Progress
 from workbench.recipe import Recipe
+from workbench.registry import registered
 from workbench_widgets import Heatmap, MapGrid, TokenText, figures, present
 from workbench_widgets.app.look import restyle
 from workbench_widgets.app.panels.panel import Panel, hint
@@ -27,14 +31,20 @@ _RUNNING = 10  # how much longer an entry takes where an attention method has to
 
 
 class Shown(NamedTuple):
-    """Whose attention is shown: of `recipe` (None: all keys), where `difference` less that of `base`."""
+    """Whose attention is shown: of `recipe` (None: all keys), where `difference` less that of `base`.
+
+    operator: the key of one, whose implied attention is shown instead.
+    """
 
     recipe: Recipe | None
     base: Recipe | None = None
     difference: bool = False
+    operator: str = ""
 
     @property
     def name(self) -> str:
+        if self.operator:
+            return f"implied by {self.operator}" + (" − all keys" if self.difference else "")
         first = "all keys" if self.recipe is None else self.recipe.label
         base = "all keys" if self.base is None else self.base.label
         return f"{first} − {base}" if self.difference else "" if self.recipe is None else f"under {first}"
@@ -131,6 +141,7 @@ class AttentionPanel(Panel):
         reading = workspace.reading
         if reading is None:
             return
+        self._hint.object = "<p>The map is being computed …</p>"  # until it is there
         self._quiet = True  # controls that follow do not lead
         try:
             layer, head = workspace.selected or (0, 0)
@@ -159,6 +170,9 @@ class AttentionPanel(Panel):
             kept = "attention under" if _sees_as_read(workspace.recipe) else "keys kept by"
             options |= {f"{kept} {name}": "recipe", f"difference: {name} − all keys": "difference"}
             options |= {f"difference: {name} − run of {label}": f"run:{label}" for label in self._runs()}
+        operators = registered("operator")
+        options |= {f"operator: {cls.title}": f"operator:{cls.key}" for cls in operators}
+        options |= {f"difference: {cls.title} − all keys": f"against:{cls.key}" for cls in operators}
         if options != self.shows.options:
             value = self.shows.value if self.shows.value in options.values() else "full"
             self.shows.param.update(options=options, value=value)
@@ -173,6 +187,9 @@ class AttentionPanel(Panel):
         """What is chosen."""
         recipe = self.workspace.recipe if self.workspace.plan is not None else None
         value = self.shows.value
+        kind, _, key = value.partition(":")
+        if kind in ("operator", "against"):
+            return Shown(None, difference=kind == "against", operator=key)
         if recipe is None or value == "full":
             return Shown(None)
         if value == "recipe":
@@ -190,7 +207,17 @@ class AttentionPanel(Panel):
         self._asked = wanted
         spans = {} if window is None else {"rows": tuple(window[:2]), "cols": tuple(window[2:])}
 
-        def work(progress: Progress) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        def study(heads: tuple[int, ...] | None, progress: Progress, **view: Any) -> Any:
+            return session.operator(shown.operator, layer, head, heads=heads, progress=progress, **view)
+
+        def work(progress: Progress) -> tuple[dict[str, Any], dict[str, Any], Any, str]:
+            def implied() -> Any:
+                made = memory.once(
+                    ("operator", layer, head, shown.operator, window, pooling),
+                    lambda: study((), progress, pixels=_PIXELS, pooling=pooling, **spans),
+                )
+                return made.implied.minus(made.exact) if shown.difference else made.implied
+
             def one(recipe: Recipe | None) -> Any:
                 return memory.once(
                     ("map", layer, head, recipe, window, pooling),
@@ -199,7 +226,13 @@ class AttentionPanel(Panel):
                     ),
                 )
 
-            found = one(shown.recipe).minus(one(shown.base)) if shown.difference else one(shown.recipe)
+            said = _remark(shown.recipe)
+            if shown.operator:
+                found = implied()
+                errors = memory.once(("errors", layer, shown.operator), lambda: study(None, progress, pixels=1))
+                said = _errors(errors, head)
+            else:
+                found = one(shown.recipe).minus(one(shown.base)) if shown.difference else one(shown.recipe)
             keywords = present.attention_map(
                 found, tokens, layer=layer, head=head, scale=scale, of=shown.name, difference=shown.difference
             )
@@ -211,12 +244,11 @@ class AttentionPanel(Panel):
             ).numpy()
             text = present.received_text(received, tokens, layer=layer, head=head, of=of)
             line = figures.received_line(received, tokens, dark=dark, title="")
-            return keywords, text, line
+            return keywords, text, line, said
 
-        def show(made: tuple[dict[str, Any], dict[str, Any], Any]) -> None:
-            keywords, text, line = made
+        def show(made: tuple[dict[str, Any], dict[str, Any], Any, str]) -> None:
+            keywords, text, line, said = made
             self._hint.visible, self._controls.visible, self._views.visible = False, True, True
-            said = _remark(shown.recipe)
             self._remark.param.update(object=f"<div>{escape(said)}</div>", visible=bool(said))
             Heatmap.update(self.map, **keywords, dark=dark)
             TokenText.update(self.text, **text, dark=dark)
@@ -231,6 +263,8 @@ class AttentionPanel(Panel):
 
     def _survey(self, *, asked: bool = False) -> None:
         workspace, shown = self.workspace, self.shown
+        if shown.operator:  # the heads beside it are those of the model
+            shown = Shown(None)
         session, facts, memory = workspace.reading.session, workspace.reading.session.facts, self._memory
         MapGrid.update(self.grid, dark=workspace.dark)
         wanted = (self._trace, shown)
@@ -305,4 +339,15 @@ def _remark(recipe: Recipe | None) -> str:
     return (
         f"The prompt is read under {reads} before {' and '.join(kept)} {'drop' if len(kept) > 1 else 'drops'} or "
         f"rounds anything: these are the weights of {reads} alone."
+    )
+
+
+def _errors(study: Study, head: int) -> str:
+    """How far an operator's output is from the model's own, beside its implied map."""
+    alone, scaled = float(study.error[head]), float(study.scaled_error[head])
+    return (
+        f"{study.operator.title}, on what this layer recorded: the output of head {head} is off by {alone:.0%} of its "
+        f"norm, by {scaled:.0%} after the best factor; on average over the layer's {len(study.heads)} heads by "
+        f"{float(study.error.mean()):.0%} and {float(study.scaled_error.mean()):.0%}. Received attention and the heads "
+        "beside are the model's own."
     )
