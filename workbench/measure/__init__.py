@@ -26,6 +26,7 @@ from workbench.measure.outliers import (
     sinks,
 )
 from workbench.measure.quality import Quality, compare_logits, first_divergence, output_error
+from workbench.measure.rounding import kernel_share, space_used
 from workbench.measure.rows import RowBlock, attention_rows, row_blocks, visible_keys
 from workbench.measure.timing import Stopwatch, Timing
 
@@ -54,6 +55,7 @@ __all__ = [
     "compare_logits",
     "first_divergence",
     "head_stats",
+    "kernel_share",
     "layer_stats",
     "live_bytes",
     "massive_activations",
@@ -66,6 +68,7 @@ __all__ = [
     "row_entropy",
     "sink_mass",
     "sinks",
+    "space_used",
     "tensor_bytes",
     "visible_keys",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -60,17 +61,23 @@ def _transform(x: Tensor, *, forward: bool) -> Tensor:
     shape = x.shape
     out = x.reshape(-1, base, power)
     if base > 1:
-        left = _paley(base).to(x)
+        left = _held(_paley, base, x.dtype, x.device)
         out = (left.T if forward else left) @ out
     done = 1
     while done < power:  # the doubling construction, a few doublings at a time: they commute
         part = min(_SMALL, power // done)
-        out = (out.reshape(-1, part, done).transpose(1, 2) @ _doubled(part).to(x)).transpose(1, 2)
+        out = (out.reshape(-1, part, done).transpose(1, 2) @ _held(_doubled, part, x.dtype, x.device)).transpose(1, 2)
         done *= part
     return (out.reshape(shape) / math.sqrt(base * power)).to(x.dtype)
 
 
 @lru_cache
+def _held(make: Callable[[int], Tensor], size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A matrix where it is needed: made once, for it is small."""
+    with torch.inference_mode(False):
+        return make(size).to(device, dtype)
+
+
 def _doubled(size: int) -> Tensor:
     """Sylvester's matrix [d, d] of ones and minus ones, d a power of two."""
     made = torch.ones(1, 1, dtype=torch.float64)
@@ -93,7 +100,6 @@ def _prime(number: int) -> bool:
     return number > 1 and all(number % factor for factor in range(2, math.isqrt(number) + 1))
 
 
-@lru_cache
 def _paley(size: int) -> Tensor:
     """Paley's Hadamard matrix [d, d] of ones and minus ones."""
     q = _paley_prime(size)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.gptq import gptq
@@ -57,7 +58,8 @@ class OSTQuant(Quantiser):
     seed: int = param(0, ge=0, le=2**31 - 1, help="which random signs")
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        assert isinstance(model, PreTrainedModel)
+        if not isinstance(model, PreTrainedModel):
+            raise NotApplicable(f"{self.key}: {type(model).__name__} is no transformers model")
         known = tuple(f"{name}." for name in Decoder(model).blocks)
         return {name: "it stands in no block of the decoder" for name in linears if not name.startswith(known)}
 

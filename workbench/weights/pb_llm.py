@@ -30,7 +30,7 @@ class PBLLM(WeightMethod):
 
     The paper's 1.7 bits count neither where the salient weights are nor scales. Here everything counts: at one weight
     in ten, a sign and its scales take 1.125 bits a weight, the salient codes 0.8, and their places, one bit for each
-    weight, 1; at one in fifty all of it takes 1.65 bits.
+    weight, 1; at one in fifty all of it takes 1.6 to 1.7 bits.
     """
 
     key = "pb-llm"
