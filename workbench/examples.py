@@ -118,7 +118,7 @@ _HOW = (
     "until the light was gone.",
     "and told nobody.",
 )
-_OBJECTS = ("lighthouse", "observatory", "greenhouse", "boathouse", "archive", "watermill", "chapel", "quarry")
+OBJECTS = ("lighthouse", "observatory", "greenhouse", "boathouse", "archive", "watermill", "chapel", "quarry")
 
 
 def needle(
@@ -137,7 +137,7 @@ def needle(
         raise BadParameter(f"depth is {depth}: give a number from 0 (the fact comes first) to 1 (last)")
     count = count or _estimate
     draw = random.Random(f"needle {seed}")
-    thing, number = draw.choice(_OBJECTS), draw.randrange(10_000, 100_000)
+    thing, number = draw.choice(OBJECTS), draw.randrange(10_000, 100_000)
     fact = f"The secret number of the {thing} is {number}."
     room = tokens - count(fact) - 1
     hay: list[str] = []
@@ -155,6 +155,11 @@ def needle(
         question=f"What is the secret number of the {thing}?",
         answer=str(number),
     )
+
+
+def sentence(draw: random.Random) -> str:
+    """One of the everyday sentences of which haystacks are made."""
+    return f"{draw.choice(_WHEN)}, {draw.choice(_WHO)} {draw.choice(_DID)} {draw.choice(_HOW)}"
 
 
 def _sentences(draw: random.Random) -> Iterator[str]:

@@ -3,7 +3,7 @@
 Importing this package is cheap: torch and transformers are imported by the functions that need them.
 """
 
-from workbench.models.catalog import CatalogEntry, catalogue
+from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, catalogue
 from workbench.models.facts import Facts, facts
 from workbench.models.fetch import cache_dir, cached, fetch
 from workbench.models.load import LoadedModel, load
@@ -15,6 +15,8 @@ __all__ = [
     "CatalogEntry",
     "Facts",
     "LoadedModel",
+    "ShippedEntry",
+    "WheelEntry",
     "cache_dir",
     "cached",
     "catalogue",

