@@ -105,21 +105,21 @@ def lines(found: dict[str, Any]) -> list[str]:
     versions, devices, cache = found["versions"], found["devices"], found["cache"]
     cpu = devices["cpu"]
     out = ["versions"]
-    out += [f"  {name:14}{value or 'not installed'}" for name, value in versions.items()]
+    out += [f"  {name:16}{value or 'not installed'}" for name, value in versions.items()]
     out += [
         "devices",
-        f"  {'cpu':14}{cpu['cores']} cores, {_gib(cpu['memory_bytes'])} ({_gib(cpu['free_bytes'])} free)",
+        f"  {'cpu':16}{cpu['cores']} cores, {_gib(cpu['memory_bytes'])} ({_gib(cpu['free_bytes'])} free)",
     ]
-    out += [f"  {f'cuda:{i}':14}{gpu['name']}, {_gib(gpu['memory_bytes'])}" for i, gpu in enumerate(devices["cuda"])]
-    out += [] if devices["cuda"] else [f"  {'cuda':14}none"]
-    out += ["cache", f"  {'folder':14}{cache['folder']} ({_gib(cache['bytes'])})"]
+    out += [f"  {f'cuda:{i}':16}{gpu['name']}, {_gib(gpu['memory_bytes'])}" for i, gpu in enumerate(devices["cuda"])]
+    out += [] if devices["cuda"] else [f"  {'cuda':16}none"]
+    out += ["cache", f"  {'folder':16}{cache['folder']} ({_gib(cache['bytes'])})"]
     for model in cache["models"]:
         here = "here" if model["here"] else f"not here: workbench models fetch {model['name']}"
-        out.append(f"  {model['name']:14}{here}")
-    out += ["kernels", f"  {'triton':14}{'here' if found['kernels']['triton'] else 'not installed'}"]
-    out += [f"  {'available':14}{', '.join(found['kernels']['available'])}", "extras"]
+        out.append(f"  {model['name']:16}{here}")
+    out += ["kernels", f"  {'triton':16}{'here' if found['kernels']['triton'] else 'not installed'}"]
+    out += [f"  {'available':16}{', '.join(found['kernels']['available'])}", "extras"]
     hint = "not installed: pip install 'inference-workbench[{}]'"
-    out += [f"  {extra:14}{'here' if there else hint.format(extra)}" for extra, there in found["extras"].items()]
+    out += [f"  {extra:16}{'here' if there else hint.format(extra)}" for extra, there in found["extras"].items()]
     return out
 
 
