@@ -26,10 +26,12 @@ _WIDTHS = (2, 3, 4, 5, 6, 8)
 class DoubleRounding(WeightMethod):
     """Round weights to 8 bits once, and round those codes again for every lower width: one stored model serves all.
 
-    A code of 8 bits becomes one of b by a shift with rounding, (code + half) >> (8 - b), clipped to the b-bit range; a
-    step of the narrow grid is 2 ** (8 - b) of the wide one, and its zero lies where it lay. So a change of size never
-    touches floating-point weights again. The 8-bit codes are made once and stay in the session, outside of what a run
-    counts as weights, which are the codes at the widths that are loaded, with their scales and zeros.
+    A code of 8 bits becomes one of b bits by a shift: of each 2 ** (8 - b) neighbouring codes one is left, which stands
+    for their middle, so that the whole range stays in use and no code is cut off; a step is as many times as wide (the
+    paper's low-bit step and zero, with the step a power of two). With `symmetric` grids it is rounded, halves up, and
+    cut to the range, so that zero weights stay zero. A change of size never touches floating-point weights again. The
+    8-bit codes are made once and stay in the session, outside of what a run counts as weights, which are the codes at
+    the widths that are loaded, with their scales and zeros.
 
     Without a budget every layer has `bits`. With one, that is the widest, and single layers get fewer (the paper's
     mixed precision): bytes go where they lower the error of a layer's outputs most, relative to the outputs and
@@ -71,7 +73,8 @@ class DoubleRounding(WeightMethod):
             ladders = {name: ladder[: len(widths)] for name, ladder in master.ladders.items()}
             chosen = levels(ladders, order(ladders), self._limit(linears))
         for name, linear in progress.track(linears.items(), f"compressing by {self.key}", len(linears)):
-            twin.set_submodule(name, narrower(*master.stored[name], widths[chosen[name]], linear.bias))
+            small = narrower(*master.stored[name], widths[chosen[name]], linear.bias, symmetric=self.symmetric)
+            twin.set_submodule(name, small)
 
     def _master(self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress) -> _Master:
         stored: dict[str, tuple[Tensor, Grid]] = {}
@@ -84,10 +87,8 @@ class DoubleRounding(WeightMethod):
                 group = min(self.group_size, linear.in_features)
                 grid = fit(weight, _MASTER, group, symmetric=self.symmetric)
                 stored[name] = grid.codes(weight), grid
-                ladders[name] = [
-                    Rung(self._nbytes(linear, width), lost(weight, *stored[name], width, inputs[name]))
-                    for width in _WIDTHS
-                ]
+                found = (lost(weight, *stored[name], b, inputs[name], symmetric=self.symmetric) for b in _WIDTHS)
+                ladders[name] = [Rung(self._nbytes(linear, b), e) for b, e in zip(_WIDTHS, found, strict=True)]
         progress.update(f"rounding by {self.key}", len(linears), len(linears))
         return _Master(stored, {name: ladders[name] for name in linears})
 
@@ -113,33 +114,35 @@ class _Master(NamedTuple):
     ladders: dict[str, list[Rung]]
 
 
-def rounded(codes: Tensor, bits: int) -> Tensor:
-    """8-bit codes rounded to `bits` bits: the nearest multiple of 2 ** (8 - bits), halves up, within the range."""
+def rounded(codes: Tensor, bits: int, *, symmetric: bool = False) -> Tensor:
+    """8-bit codes rounded to `bits` bits: the leading ones; of symmetric grids the nearest multiple of 2 ** (8 - bits),
+    halves up, within the range.
+    """
     below = _MASTER - bits
-    if not below:
-        return codes
+    if not symmetric or not below:
+        return codes >> below
     return (codes.to(torch.int16).add_(1 << below - 1) >> below).clamp_(max=2**bits - 1).to(torch.uint8)
 
 
-def coarser(grid: Grid, bits: int) -> Grid:
-    """The grid of the codes rounded to `bits` bits: steps as many times as wide, the zero where it was."""
+def coarser(grid: Grid, bits: int, *, symmetric: bool = False) -> Grid:
+    """The grid of the codes rounded to `bits` bits. Its zeros have fractions, of at most 7 bits: float16 holds them."""
     factor = 2 ** (grid.bits - bits)
-    return Grid(grid.scale * factor, grid.zero / factor, bits, grid.group)
+    middle = 0.0 if symmetric else (factor - 1) / 2
+    return Grid(grid.scale * factor, (grid.zero - middle) / factor, bits, grid.group)
 
 
-def narrower(codes: Tensor, grid: Grid, bits: int, bias: nn.Parameter | None) -> PackedLinear:
-    """The layer at `bits` bits that 8-bit codes [o, i] give.
+def narrower(
+    codes: Tensor, grid: Grid, bits: int, bias: nn.Parameter | None = None, *, symmetric: bool = False
+) -> PackedLinear:
+    """The layer at `bits` bits that 8-bit codes [o, i] give."""
+    coarse = coarser(grid, bits, symmetric=symmetric)
+    zero = None if symmetric else coarse.zero.to(torch.uint8 if bits == _MASTER else torch.float16)
+    found = rounded(codes, bits, symmetric=symmetric)
+    return PackedLinear(found, coarse.scale, zero, bits, bias, group=grid.group)
 
-    A zero of 8 bits is a whole number; below, it has a fraction of at most 6 bits, which float16 holds exactly.
-    """
-    fine = coarser(grid, bits)
-    middle = bool((fine.zero == 2 ** (bits - 1)).all())
-    zero = None if middle else fine.zero.to(torch.uint8 if bits == _MASTER else torch.float16)
-    return PackedLinear(rounded(codes, bits), fine.scale, zero, bits, bias, group=grid.group)
 
-
-def lost(weight: Tensor, codes: Tensor, grid: Grid, bits: int, inputs: InputStats) -> float:
+def lost(weight: Tensor, codes: Tensor, grid: Grid, bits: int, inputs: InputStats, *, symmetric: bool = False) -> float:
     """The share of the mean square of a layer's outputs that is lost at `bits` bits of its codes."""
-    change = coarser(grid, bits).values(rounded(codes, bits)) - weight
+    found = coarser(grid, bits, symmetric=symmetric).values(rounded(codes, bits, symmetric=symmetric))
     whole = inputs.output_error(weight).sum()
-    return float(inputs.output_error(change).sum() / whole) if whole > 0 else 0.0
+    return float(inputs.output_error(found - weight).sum() / whole) if whole > 0 else 0.0
