@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workbench.decoding import Decoder, greedy
 from workbench.measure.quality import compare_logits, output_error
+from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.run import Verdict
 from workbench.trace import Trace
@@ -86,6 +87,8 @@ def judge(
     targets = torch.tensor(found.tokens)
     logits, outputs = forced(decoder, before, ids, targets, progress)
     figures = compare_logits(found.logits, logits, targets, reference_tokens=found.tokens, tokens=answer)
-    pairs = zip(found.outputs, outputs, strict=True)
-    errors = [output_error(a, b).cpu() if a.numel() else torch.zeros(heads) for a, b in pairs]
-    return Verdict(figures, torch.stack(errors), found.tokens)
+    errors = torch.full((len(found.outputs), heads), torch.nan)
+    for layer, output in zip(origins(decoder.model), outputs, strict=True):
+        exact = found.outputs[layer]
+        errors[layer] = output_error(exact, output).cpu() if exact.numel() else 0.0
+    return Verdict(figures, errors, found.tokens)

@@ -17,6 +17,7 @@ from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
 from workbench.models import Facts, rotary
+from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.trace import LayerTrace, Trace
@@ -36,10 +37,12 @@ class _Recorder:
     live: LiveBytes | CudaBytes
     at: Pass
     plain_widths: Sequence[tuple[int, int]] | None
+    origins: Sequence[int]
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerTrace] = {}
         self.held = 0
+        self.count = len(self.origins)
 
     def attend(
         self,
@@ -52,9 +55,9 @@ class _Recorder:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        self.progress.update("reading", len(self.layers), self.facts.layers)
+        self.progress.update("reading", len(self.layers), self.count)
         tokens, own = query.shape[1], window
-        window = _combined_window(own, self.method, layer, self.facts.layers, tokens)
+        window = _combined_window(own, self.method, layer, self.count, tokens)
         self.at.layer = layer
         if self.method is None:
             self.at.count(query.shape[0] * visible_entries(tokens, window))
@@ -72,9 +75,9 @@ class _Recorder:
             scale=scale,
             window=window,
             softcap=softcap,
-            rotary=partial(rotary, self.plain, layer),
+            rotary=partial(rotary, self.plain, self.origins[layer]),
             narrowed_from=min(own or tokens, tokens) if window != own else None,
-            plain_widths=None if self.plain_widths is None else self.plain_widths[layer],
+            plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
         )
         self.held += sum(x.nbytes for x in held)
         self.timeline.add(
@@ -111,8 +114,9 @@ def read(
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
     host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
-    compressed from, and the sizes (d, dv) of its heads, layer by layer. Raises PromptTooLong, BadPrompt, NotApplicable;
-    BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between layers.
+    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. Raises
+    PromptTooLong, BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt;
+    Cancelled between layers.
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
@@ -123,24 +127,37 @@ def read(
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
+    origin = origins(model)
+    count = len(origin)
     if method is not None:
-        method.check(tokens, facts.layers)
+        method.check(tokens, count)
     device = device_of(model)
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
     with watch("read"), live_bytes(device) as live:
-        at = Pass(facts.layers, tokens)
+        at = Pass(count, tokens)
         recorder = _Recorder(
-            plain or model, facts, method, progress, keep_on or device, timeline, weight_nbytes, live, at, plain_widths
+            plain or model,
+            facts,
+            method,
+            progress,
+            keep_on or device,
+            timeline,
+            weight_nbytes,
+            live,
+            at,
+            plain_widths,
+            origin if plain is not None else range(count),
         )
         logits = forward(model, recorder, prompt.ids, torch.arange(tokens))[-1]
-    if sorted(recorder.layers) != list(range(facts.layers)):
-        missing = sorted(set(range(facts.layers)) - set(recorder.layers))
+    if sorted(recorder.layers) != list(range(count)):
+        missing = sorted(set(range(count)) - set(recorder.layers))
         raise NotApplicable(f"layers {missing} of {facts.name} do not use transformers' attention interface")
-    progress.update("reading", facts.layers, facts.layers)
-    layers = tuple(recorder.layers[index] for index in range(facts.layers))
+    progress.update("reading", count, count)
+    layers = tuple(recorder.layers[index] for index in range(count))
     exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
-    return Trace(prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed))
+    gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
+    return Trace(prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone)
 
 
 def take_in(
@@ -167,7 +184,20 @@ def take_in(
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
     layers = tuple(layer.blank(tokens) for layer in first.layers)
-    return Trace(prompt, layers, torch.full_like(first.logits, torch.nan), 0.0, first.exact, Timeline("read"))
+    gone = tuple(layer.blank(tokens) for layer in first.gone)
+    logits = torch.full_like(first.logits, torch.nan)
+    return Trace(prompt, layers, logits, 0.0, first.exact, Timeline("read"), gone=gone)
+
+
+def _gone(
+    like: LayerTrace, facts: Facts, missing: Sequence[int], widths: Sequence[tuple[int, int]] | None
+) -> tuple[LayerTrace, ...]:
+    """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts."""
+    blank = like.blank()
+    return tuple(
+        replace(blank, index=index, window=facts.windows[index], plain_widths=widths[index] if widths else None)
+        for index in missing
+    )
 
 
 def _window_reason(layer: LayerTrace, method: AttentionMethod | None) -> str:

@@ -38,7 +38,8 @@ class Verdict:
     """How a run compares with the uncompressed run: figures over the same continuation, and errors head by head.
 
     output_error: relative error of each head's attention output on that continuation, float32 [l, h]; unlike a plan's
-    error it includes what earlier layers passed on. reference: the uncompressed run's tokens.
+    error it includes what earlier layers passed on. Layers that are gone have none (nan). reference: the uncompressed
+    run's tokens.
     """
 
     figures: Quality

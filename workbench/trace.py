@@ -146,7 +146,7 @@ class Trace:
     prompt: what was read. layers: LayerTrace each. logits: float32 [v] after the last token. read_seconds: how long it
     took. exact: layers that KV methods must leave alone, with the reason (sliding windows and the like). timeline: live
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
-    heads; empty where nothing counted them.
+    heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
     """
 
     prompt: Prompt
@@ -156,6 +156,7 @@ class Trace:
     exact: dict[int, str] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline, repr=False)
     computed: tuple[int, ...] = field(default=(), repr=False)
+    gone: tuple[LayerTrace, ...] = field(default=(), repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=RLock, repr=False)
     _locks: dict[Any, Any] = field(default_factory=dict, repr=False)

@@ -13,15 +13,31 @@ from workbench.weights.base import Survey, WeightMethod
 from workbench.weights.sites import Neurons, Site, sites_of
 
 
-class StructuredPruner(WeightMethod):
-    """Base of methods that leave out whole dimensions inside modules, with the rows and columns of the weights there.
+class Smaller(WeightMethod):
+    """Base of methods whose layers stay plain, at the precision they were in, and become smaller or fewer.
 
-    What stays are plain, smaller layers at the precision they were in. Budget: the share of the bytes of the layers
-    that are pruned, or a size for them; each module keeps at least one dimension. From 1 on all stays as it is.
+    Budget: the share of the bytes of the layers that are taken, or a size for them. From 1 on all stays as it is.
     """
 
     measure: ClassVar[str] = "size"
     alone: ClassVar[bool] = False
+
+    def full_nbytes(self, linear: nn.Linear) -> int:
+        return linear.weight.numel() * linear.weight.element_size()
+
+    def limit(self, linears: Mapping[str, nn.Linear]) -> int | None:
+        """How many bytes these layers may take together; None: as many as they do."""
+        full = sum(self.full_nbytes(linear) for linear in linears.values())
+        limit = None if self.effective_budget is None else self.effective_budget.nbytes(full)
+        return None if limit is None or limit >= full else limit
+
+
+class StructuredPruner(Smaller):
+    """Base of methods that leave out whole dimensions inside modules, with the rows and columns of the weights there.
+
+    Each module keeps at least one dimension.
+    """
+
     takes: ClassVar[tuple[type[Site], ...]] = (Neurons,)  # which modules are made narrower
 
     def sites(self, model: nn.Module, names: Sequence[str] | None = None) -> list[Site]:
@@ -36,36 +52,28 @@ class StructuredPruner(WeightMethod):
 
     def survey(self, model: nn.Module) -> Survey:
         found = Survey.of(model, self)
-        return SiteSurvey(self, found.linears, found.left, tuple(self.sites(model, tuple(found.linears))))
-
-    def full_nbytes(self, linear: nn.Linear) -> int:
-        return linear.weight.numel() * linear.weight.element_size()
+        sites = self.sites(model, tuple(found.linears))
+        whole = sum(self.site_nbytes(site, site.width) for site in sites)
+        least = sum(self.site_nbytes(site, 1) for site in sites)
+        return Within(self, found.linears, found.left, whole, least)
 
     def site_nbytes(self, site: Site, width: int) -> int:
         """Bytes of a module's layers once each of its heads has `width` dimensions."""
         return site.dimension_nbytes * width
 
-    def limit(self, linears: Mapping[str, nn.Linear]) -> int | None:
-        """How many bytes these layers may take together; None: as many as they do."""
-        full = sum(self.full_nbytes(linear) for linear in linears.values())
-        limit = None if self.effective_budget is None else self.effective_budget.nbytes(full)
-        return None if limit is None or limit >= full else limit
-
 
 @dataclass(frozen=True)
-class SiteSurvey(Survey):
-    """A survey that knows the modules to which its layers belong."""
+class Within(Survey):
+    """A survey of a method that takes what its budget gives: never more than `whole`, and never less than `least`."""
 
-    sites: tuple[Site, ...]
+    whole: int
+    least: int
 
     @property
     def nbytes(self) -> int:
-        method = self.method
-        assert isinstance(method, StructuredPruner)
-        limit = method.limit(self.linears)
-        whole = sum(method.site_nbytes(site, site.width) for site in self.sites)
-        least = sum(method.site_nbytes(site, 1) for site in self.sites)
-        return whole if limit is None else max(min(limit, whole), least)
+        assert isinstance(self.method, Smaller)
+        limit = self.method.limit(self.linears)
+        return self.whole if limit is None else max(min(limit, self.whole), self.least)
 
 
 def shared_out(
