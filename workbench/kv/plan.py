@@ -354,14 +354,14 @@ def _streamed_plan(
 
 def uncompressed_nbytes(trace: Trace, dtype: torch.dtype) -> int:
     """Bytes of the uncompressed cache of the whole prompt in `dtype`."""
-    return sum(_plain_shape(layer, dtype).full_nbytes for layer in trace.layers)
+    return sum(_plain_shape(layer, dtype).full_nbytes for layer in (*trace.layers, *trace.gone))
 
 
 def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     """The size of a layer's uncompressed cache in `dtype`: what the plain model's own cache would hold.
 
     The model's own sliding window never holds more than itself; one that an attention method set is its saving, and so
-    are heads that a weight method made narrower.
+    are heads that a weight method made narrower and layers that it took out.
     """
     held = held_shape(layer, dtype)
     keys, values = layer.plain_widths or (held.key_width, held.value_width)
