@@ -133,7 +133,7 @@ def test_a_session_on_the_gpu_decodes_by_a_graph_and_says_the_same():
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("key", ["snapkv", "kivi", "mustafar", "eigen-attention"])
+@pytest.mark.parametrize("key", ["snapkv", "kivi", "mustafar"])
 def test_kernels_answer_what_references_do(key, monkeypatch):
     model = tiny("llama").to(CUDA, torch.bfloat16)
     session = wb.Session((model, None))

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench import baselines, table
+from bench import baselines, promises, table
 from bench.__main__ import main, measure, names
 from bench.measure import Ceilings, TimeUp, relative_error, shares, time_limit
 from torch.nn.functional import scaled_dot_product_attention
@@ -245,3 +245,28 @@ def test_what_cannot_be_measured_is_a_row_with_the_reason(monkeypatch: pytest.Mo
     assert [row["failed"] for row in baselines._kivi(1, 8192)] == ["WORKBENCH_KIVI names no built extension"]
     row = baselines._measured("x", 1, 8192, 5, refuse)
     assert row == {"what": "x", "batch": 1, "n": 8192, "bytes": 5, "failed": "RuntimeError: no kernel"}
+
+
+# -- promises
+
+
+def test_promises_find_the_worst_of_their_figures_and_say_whether_they_hold() -> None:
+    case = {"heads": promises.LLAMA, "n": promises.LONGEST, "batch": promises.MOST}
+    results = {
+        "decode": result([
+            {"what": "full cache, fastest SDPA", **case, "kept": 1.0, "us": 1000.0},
+            {"what": "dense", **case, "kept": 1.0, "us": 1100.0, "limit": 0.93},
+            {"what": "ragged", **case, "kept": 0.25, "us": 200.0, "limit": 0.8},
+            {"what": "ragged", **case, "n": 8192, "kept": 0.25, "us": 1.0, "limit": 0.1},
+            {"what": "dense", "error": 1e-3}, {"what": "ragged", "error": 6e-3},
+        ]),
+        "decode_bitmap": result([{"what": "bitmap, 70% pruned", **case, "us": 550.0}]),
+        "baselines": result([{"what": "SDPA flash", "batch": 8, "n": promises.LONGEST, "us": 900.0}]),
+    }  # fmt: skip
+    lines = {line[0]: line[1:] for line in promises.table(results)}
+    assert lines["dense, of copy bandwidth"] == ["≥ 90%", "93%", "yes"]
+    assert lines["ragged, 25 % kept, of copy bandwidth"] == ["≥ 90%", "80%", "**no**"]
+    assert lines["error of dense and ragged"] == ["≤ 5.0e-03", "6.0e-03", "**no**"]
+    assert lines["bitmap, 70 % pruned, times as fast as dense"] == ["≥ 1.6", "2", "yes"]
+    assert lines["ragged, 25 % kept, times as fast as the fastest full cache"] == ["≥ 3.5", "4.5", "yes"]
+    assert lines["4 bit, of copy bandwidth"] == ["≥ 75%", "not measured", ""]

@@ -782,3 +782,21 @@ def test_the_weakest_never_come_from_empty_slots_or_the_newest() -> None:
     got = weakest(mass, positions, 2, 0.5)
     assert [set(row.tolist()) for row in got] == [{2, 0}, {1, 2}]
     assert [set(row.tolist()) for row in weakest(mass, positions, 3, 1.0)] == [{0, 2, 3}, {0, 1, 2}]
+
+
+def test_packed_stores_know_their_positions_without_dequantising(monkeypatch: pytest.MonkeyPatch) -> None:
+    from workbench.kv.stores.packed import PackedStore
+
+    keep = torch.ones(2, 70, dtype=torch.bool)
+    some = keep.clone()
+    some[0, ::3], some[1, 40:] = False, False
+    for kept in (keep, some):
+        store = PackedStore.where(
+            torch.randn(2, 70, 8), torch.randn(2, 70, 8), kept, torch.float32, bits=4, group=8, residual=16
+        )
+        store.append(torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.arange(70, 73))
+        with monkeypatch.context() as patched:
+            patched.setattr(PackedStore, "contents", lambda *_: pytest.fail("dequantised"))
+            found = store.positions
+        for head, positions in enumerate(found):
+            assert positions.tolist() == [*kept[head].nonzero()[:, 0].tolist(), 70, 71, 72]

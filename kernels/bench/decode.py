@@ -197,6 +197,6 @@ def _sweep(n: int) -> Iterator[Row]:
 
 
 BITMAP_CONFIGS = [
-    bitmap.Config(1, 16, 1, 8), bitmap.Config(1, 16, 1, 12), bitmap.Config(1, 16, 1, 16), bitmap.Config(1, 16, 2, 8),
-    bitmap.Config(1, 32, 1, 8), bitmap.Config(2, 16, 1, 6), bitmap.Config(4, 16, 1, 3),
+    bitmap.Config(4, 16, 2, 3), bitmap.Config(4, 16, 1, 3), bitmap.Config(4, 16, 2, 4), bitmap.Config(4, 32, 2, 2),
+    bitmap.Config(2, 16, 1, 8), bitmap.Config(2, 32, 1, 6), bitmap.Config(1, 16, 1, 12), bitmap.Config(8, 16, 2, 2),
 ]  # fmt: skip

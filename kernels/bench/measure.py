@@ -25,7 +25,8 @@ class Ceilings:
     """What the device reaches where nothing but one resource is used.
 
     copy: bytes read and written a second by a large copy in device memory or a kernel that reads and writes as many,
-    whichever moves more; matmul: operations a second of a large bfloat16 matrix product on random data; launch_us: the time of a kernel that does nothing worth mentioning.
+    whichever moves more; matmul: operations a second of a large bfloat16 matrix product on random data; launch_us: the
+    time of a kernel that does nothing worth mentioning.
     """
 
     copy: float

@@ -62,10 +62,11 @@ def table(results: Results) -> list[list[str]]:
 
 
 def _rows(results: Results, module: str, what: str = "", **case: Any) -> Iterator[Row]:
-    """A module's rows whose `what` begins so and that agree with the case."""
-    for row in results.get(module, {}).get("rows", []):
-        if str(row.get("what", "")).startswith(what) and all(row.get(key) == value for key, value in case.items()):
-            yield row
+    """Rows of a module, all of whose files begin with its name, whose `what` begins so and that agree with the case."""
+    for name, result in results.items():
+        for row in result.get("rows", []) if name.startswith(module) else ():
+            if str(row.get("what", "")).startswith(what) and all(row.get(key) == value for key, value in case.items()):
+                yield row
 
 
 def _figures(rows: Iterator[Row], key: str) -> list[float]:

@@ -110,6 +110,8 @@ def markdown_of(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if result.get("stopped"):
         lines += ["", f"Not complete: {_plain(result['stopped'])}."]
+    if result.get("note"):
+        lines += ["", _plain(result["note"])]
     return "\n".join(lines)
 
 

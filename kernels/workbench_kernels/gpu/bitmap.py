@@ -1,10 +1,9 @@
 """Decode attention over sparse rows (numbers and a bitmap of where they stand), which are never written out.
 
 Byte b of a row's bitmap of B bytes has bit i for channel b + B * i, and the row's numbers are in the order of these
-bits, byte after byte. So one thread unrolls one byte from a place known beforehand: it reads the words that hold the
-byte's numbers, and takes the next number for each bit that is set. All threads that share a row are neighbours: what
-they read lies in one or two lines of the cache. Rows come out with their channels in the order of the bits, which is
-as good as any for a sum over channels; queries are read, and outputs written, in that order.
+bits, byte after byte. So one thread unrolls one byte from a place known beforehand: for each bit in turn a number, if
+it is set, and the next place. Bits number i of all bytes are neighbouring channels: they make an operand of the matrix
+units, with the channels of keys along its rows, those of values along its columns.
 """
 
 from __future__ import annotations
@@ -35,34 +34,33 @@ from workbench_kernels.gpu.split import (
 from workbench_kernels.rows import Ragged, SparseRows
 
 
-def _unroll_code() -> str:
-    """PTX that unrolls byte $4, whose numbers begin at address $5: bits 2 i and 2 i + 1 give the halves of $i, each its
-    number or zero.
+def _unroll_code(wide: bool) -> str:
+    """PTX that unrolls two bytes, $8 and $9, whose numbers begin at addresses $10 and $11: bit i gives $i, the number
+    of the first in its lower half, that of the second in its upper, zero where no bit is set.
 
-    Three aligned pairs of words hold the numbers of any byte; pairs behind the last, at address $6, are not read. The
-    words are moved to where the first number begins; each set bit then takes the lowest number and moves on.
+    wide: addresses may pass a multiple of 4 GiB. Otherwise their upper halves stay, which spares an addition.
     """
-    lines = ["{ .reg .pred p; .reg .b32 r<6>, o, t, n; .reg .b64 a, b;"]
-    lines.append("cvt.u32.u64 o, $5; and.b64 a, $5, -8; ld.global.nc.v2.u32 {r0, r1}, [a];")
-    for pair in (1, 2):
-        first, second = f"r{2 * pair}", f"r{2 * pair + 1}"
-        lines.append(f"mov.b32 {first}, 0; mov.b32 {second}, 0; add.s64 b, a, {8 * pair}; setp.le.u64 p, b, $6;")
-        lines.append(f"@p ld.global.nc.v2.u32 {{{first}, {second}}}, [b];")
-    lines.append("and.b32 t, o, 4; setp.ne.u32 p, t, 0;")
-    lines += [f"selp.b32 r{i}, r{i + 1}, r{i}, p;" for i in range(5)]
-    lines.append("shl.b32 t, o, 3; and.b32 t, t, 16;")
-    lines += [f"shf.r.wrap.b32 r{i}, r{i}, r{i + 1}, t;" for i in range(4)]
+    lines = ["{ .reg .pred p, q; .reg .b32 x, y, t, l, m, h, k; .reg .b64 a, b;"]
+    lines.append("mov.b64 a, $10; mov.b64 b, $11; mov.b64 {l, h}, a; mov.b64 {m, k}, b;")
     for i in range(8):
-        lines.append(f"and.b32 t, $4, {1 << i}; setp.ne.u32 p, t, 0; selp.b32 {'n' if i % 2 == 0 else 't'}, r0, 0, p;")
-        words = (8 - i) // 2  # that still hold what comes
-        lines += [f"@p shf.r.wrap.b32 r{j}, r{j}, r{j + 1}, 16;" for j in range(words if i < 7 else 0)]
-        if i % 2:
-            lines.append(f"prmt.b32 ${i // 2}, n, t, 0x5410;")
+        for is_set, number, place, low, high, byte in (
+            ("p", "x", "a", "l", "h", "$8"),
+            ("q", "y", "b", "m", "k", "$9"),
+        ):
+            lines.append(f"and.b32 t, {byte}, {1 << i}; setp.ne.u32 {is_set}, t, 0; mov.b32 {number}, 0;")
+            lines.append(f"@{is_set} ld.global.nc.u16 {number}, [{place}];")
+            if i < 7 and wide:
+                lines.append(f"@{is_set} add.s64 {place}, {place}, 2;")
+            elif i < 7:
+                moved = f"shl.b32 t, t, {1 - i};" if i < 2 else f"shr.u32 t, t, {i - 1};"
+                lines.append(f"{moved} add.u32 {low}, {low}, t; mov.b64 {place}, {{{low}, {high}}};")
+        lines.append(f"prmt.b32 ${i}, x, y, 0x5410;")
     return " ".join(lines) + " }"
 
 
-_UNROLL = tl.constexpr(_unroll_code())
-_OUTPUTS = tl.constexpr("=&r,=&r,=&r,=&r,r,l,l")
+_UNROLL = tl.constexpr(_unroll_code(wide=False))
+_UNROLL_WIDE = tl.constexpr(_unroll_code(wide=True))
+_OUTPUTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,l,l")
 
 
 @triton.jit
@@ -86,63 +84,46 @@ def _before(word, byte, FIRST: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(
-    numbers, bitmap, row, last, C: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, INTERPRET: tl.constexpr,
+def _unrolled(
+    numbers, bitmap, row, byte, axis: tl.constexpr, C: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """What rows [G, N] hold, [G, N, 8 * BP]: number 8 * b + i is that of bit i of byte b, at channel b + B * i.
+    """Eight tensors of what rows [G, N] hold, number i at channels byte + B * i.
 
-    last: the last address of eight bytes of the numbers' buffer.
+    [G, N, BP] each for axis 2, [G, BP, N] for axis 1.     byte: 0 .. BP - 1, of a shape that broadcasts.
     """
-    byte = tl.arange(0, BP)[None, None, :]
-    each = row[:, :, None] + tl.zeros([1, 1, BP], tl.int32)
-    if B % 8 == 0:
-        # Every thread gets its row's whole bitmap, which spares it the others' counts. Loaded row by row, not byte by
-        # byte, so that the compiler lays bytes, not rows, along the threads.
-        pairs = bitmap.to(tl.pointer_type(tl.int64))
-        bits = tl.zeros(each.shape, tl.int32)
-        before = tl.zeros(each.shape, tl.int32)
-        for j in tl.static_range(B // 8):
-            pair = tl.load(pairs + (row * (B // 8) + j))[:, :, None]
-            for half in tl.static_range(2):
-                word = (pair >> (32 * half)).to(tl.int32)
-                before += _before(word, byte, 8 * j + 4 * half, INTERPRET)
-                bits = tl.where(byte // 4 == 2 * j + half, word, bits)
-        bits = (bits >> (8 * (byte % 4))) & 0xFF
+    each = tl.expand_dims(row, axis)
+    if B == BP:
+        bits = tl.load(bitmap + (each * B + byte)).to(tl.int32)
     else:
         bits = tl.load(bitmap + (each * B + byte), mask=byte < B, other=0).to(tl.int32)
+    if B % 8 == 0:
+        before = tl.zeros([1, 1, 1], tl.int32)
+        for j in tl.static_range(B // 8):
+            pair = tl.expand_dims(tl.load(bitmap.to(tl.pointer_type(tl.int64)) + (row * (B // 8) + j)), axis)
+            before = before + _before(pair.to(tl.int32), byte, 8 * j, INTERPRET)
+            before = before + _before((pair >> 32).to(tl.int32), byte, 8 * j + 4, INTERPRET)
+    else:
         count = _popcount(bits, INTERPRET)
-        before = tl.cumsum(count, 2) - count
-    if B < BP:
-        bits = tl.where(byte < B, bits, 0)
+        before = tl.cumsum(count, axis) - count
     place = numbers + (each * C + before)
     if INTERPRET:
-        f0 = tl.load(place, mask=(bits & 1) != 0, other=0.0)
-        f1 = tl.load(place + _popcount(bits & 1, INTERPRET), mask=(bits & 2) != 0, other=0.0)
-        f2 = tl.load(place + _popcount(bits & 3, INTERPRET), mask=(bits & 4) != 0, other=0.0)
-        f3 = tl.load(place + _popcount(bits & 7, INTERPRET), mask=(bits & 8) != 0, other=0.0)
-        f4 = tl.load(place + _popcount(bits & 15, INTERPRET), mask=(bits & 16) != 0, other=0.0)
-        f5 = tl.load(place + _popcount(bits & 31, INTERPRET), mask=(bits & 32) != 0, other=0.0)
-        f6 = tl.load(place + _popcount(bits & 63, INTERPRET), mask=(bits & 64) != 0, other=0.0)
-        f7 = tl.load(place + _popcount(bits & 127, INTERPRET), mask=(bits & 128) != 0, other=0.0)
+        found = ()
+        for i in tl.static_range(8):
+            there = (bits >> i) & 1
+            found = found + (tl.load(place, mask=there != 0, other=0.0),)
+            place += there
+        return found
     else:
-        if B < BP:  # a byte that does not exist has no numbers, and no address
-            place = tl.where(byte < B, place, numbers)
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _UNROLL, _OUTPUTS, [bits, place.to(tl.int64), last + tl.zeros(each.shape, tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        words = tl.inline_asm_elementwise(
+            _UNROLL_WIDE if WIDE else _UNROLL, _OUTPUTS, [bits, place.to(tl.int64)],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=2,
         )  # fmt: skip
-        f0, f1 = w0.to(tl.int16), (w0 >> 16).to(tl.int16)
-        f2, f3 = w1.to(tl.int16), (w1 >> 16).to(tl.int16)
-        f4, f5 = w2.to(tl.int16), (w2 >> 16).to(tl.int16)
-        f6, f7 = w3.to(tl.int16), (w3 >> 16).to(tl.int16)
-    # Joins add bits of the number at the end, the last joined the lowest.
-    found = tl.join(
-        tl.join(tl.join(f0, f4), tl.join(f2, f6)), tl.join(tl.join(f1, f5), tl.join(f3, f7))
-    )  # [G, N, BP, 4's bit, 2's bit, 1's bit]
-    found = tl.reshape(found, [row.shape[0], row.shape[1], 8 * BP])
-    if not INTERPRET:
-        found = found.to(numbers.dtype.element_ty, bitcast=True)
-    return found
+        found = ()
+        for i in tl.static_range(8):
+            found = found + (words[i].to(numbers.dtype.element_ty, bitcast=True),)
+        return found
 
 
 @triton.jit
@@ -209,11 +190,11 @@ def _attend(
     query, asked_at, positions, position_starts,
     key_numbers, key_bitmap, key_starts, key_bitmap_starts, lengths, key_tail, key_tail_starts, tail_lengths,
     value_numbers, value_bitmap, value_starts, value_bitmap_starts, value_tail, value_tail_starts,
-    last, value_last, sums, largest, weights, scale, softcap, queries, programs,
+    sums, largest, weights, scale, softcap, queries, programs,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, C: tl.constexpr, VC: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
     VB: tl.constexpr, VBP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles of G * N sparse rows or, in the first RESTS programs of every head, a part of its whole rows. As
     in `dense`, each warp has rows and a softmax of its own (the dimension G).
@@ -222,8 +203,7 @@ def _attend(
     pid = tl.program_id(0) - K * RESTS
     rows = tl.program_id(1) * R + tl.arange(0, R)
     g, t = tl.arange(0, G), tl.arange(0, N)
-    byte, value_byte, dv = tl.arange(0, 8 * BP) // 8, tl.arange(0, 8 * VBP) // 8, tl.arange(0, DVP)
-    channel, value_channel = byte + B * (tl.arange(0, 8 * BP) % 8), value_byte + VB * (tl.arange(0, 8 * VBP) % 8)
+    b, vb, dv = tl.arange(0, BP), tl.arange(0, VBP), tl.arange(0, DVP)
     within = g[:, None] * N + t[None, :]  # [G, N]
     where = rows
     if MASKED:
@@ -259,33 +239,49 @@ def _attend(
             place_at = lengths
             if PLACED:
                 place_at = positions + tl.load(position_starts + head).to(tl.int64)
-            asked = tl.load(
-                query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
-                mask=(rows < ROWS)[None, :] & ((byte < B) & (channel < D))[:, None], other=0.0,
-            )  # fmt: skip
-            asked = tl.broadcast_to(asked[None], [G, 8 * BP, R])
-            mixed = tl.zeros([G, 8 * VBP, R], tl.float32)
+            asked = ()
+            for i in tl.static_range(8):
+                channel = b + B * i
+                some = tl.load(
+                    query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
+                    mask=(rows < ROWS)[None, :] & ((b < B) & (channel < D))[:, None], other=0.0,
+                )  # fmt: skip
+                asked = asked + (tl.broadcast_to(some[None], [G, BP, R]),)
+            mixed = ()
+            for i in tl.static_range(8):
+                mixed = mixed + (tl.zeros([G, VBP, R], tl.float32),)
             top = tl.full([G, R], LOWEST, tl.float32)
             whole = tl.zeros([G, R], tl.float32)
             for tile in tl.range(low - begin, stop - begin, num_stages=STAGES):
                 first = tl.cast(tile * TILE, tl.int64)
                 # Rows beyond the end read the last row, and are hidden.
                 row = tl.minimum(within, length - 1 - tile * TILE)
-                key = _rows_of(number_at + first * C, bits_at + first * B, row, last, C, B, BP, INTERPRET)
-                score = capped(tl.dot(key, asked) * scale, softcap, SOFTCAP)
+                key = _unrolled(
+                    number_at + first * C, bits_at + first * B, row, b[None, None, :], 2, C, B, BP, WIDE, INTERPRET
+                )
+                score = tl.zeros([G, N, R], tl.float32)
+                for i in tl.static_range(8):
+                    score = tl.dot(key[i], asked[i], score)
+                score = capped(score * scale, softcap, SOFTCAP)
                 seen = _seen(within + tile * TILE, length, place_at, where, 0, MASKED, PLACED)
                 score = tl.where(seen, score, float("-inf"))
                 higher = tl.maximum(top, tl.max(score, 1))
                 weight = tl.exp2(score - higher[:, None, :])
                 old = tl.exp2(top - higher)
                 whole = whole * old + tl.sum(weight, 1)
-                value = _rows_of(
-                    value_number_at + first * VC, value_bits_at + first * VB, row, value_last, VC, VB, VBP, INTERPRET
-                )
-                mixed = tl.dot(tl.permute(value, (0, 2, 1)), weight.to(value.dtype), mixed * old[:, None, :])
+                share = weight.to(value_numbers.dtype.element_ty)
+                value = _unrolled(
+                    value_number_at + first * VC, value_bits_at + first * VB, row, vb[None, :, None], 1, VC, VB, VBP,
+                    WIDE, INTERPRET,
+                )  # fmt: skip
+                kept = ()
+                for i in tl.static_range(8):
+                    kept = kept + (tl.dot(value[i], share, mixed[i] * old[:, None, :]),)
+                mixed = kept
                 top = higher
-            real = (value_byte < VB) & (value_channel < DV)
-            leave_sums(sums, pid + head, rows, mixed, value_channel, real, ROWS, DV, G)
+            for i in tl.static_range(8):
+                channel = vb + VB * i
+                leave_sums(sums, pid + head, rows, mixed[i], channel, (vb < VB) & (channel < DV), ROWS, DV, G)
             leave_weights(largest, weights, pid + head, rows, top, whole, ROWS, G)
             low = stop
 
@@ -299,7 +295,7 @@ class Config(NamedTuple):
     per_processor: int
 
 
-DEFAULT = Config(1, 16, 1, 12)
+DEFAULT = Config(4, 16, 2, 3)
 
 
 def decode_bitmap(
@@ -331,17 +327,18 @@ def decode_bitmap(
         keys.numbers.data, keys.bitmap.data, keys.numbers.starts, keys.bitmap.starts, lengths,
         keys.tail.data, keys.tail.starts, keys.tail.lengths,
         values.numbers.data, values.bitmap.data, values.numbers.starts, values.bitmap.starts,
-        values.tail.data, values.tail.starts, _last(keys.numbers.data), _last(values.numbers.data),
+        values.tail.data, values.tail.starts,
         *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, query.shape[1], programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), C=keys.numbers.data.shape[1], VC=values.numbers.data.shape[1],
-        B=nbytes, BP=max(power(nbytes), 2), VB=value_nbytes, VBP=max(power(value_nbytes), 2), G=warps, N=tokens,
+        B=nbytes, BP=max(power(nbytes), 16), VB=value_nbytes, VBP=max(power(value_nbytes), 16), G=warps, N=tokens,
         RESTS=rests, STAGES=stages, MASKED=query_positions is not None, PLACED=positions is not None,
-        SOFTCAP=softcap is not None, INTERPRET=interpreted(), num_warps=warps,
+        SOFTCAP=softcap is not None, WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data),
+        INTERPRET=interpreted(), num_warps=warps,
     )  # fmt: skip
     return join(slots, lengths, query, value_width, tile=tile, programs=programs, lse=lse, rests=rests)
 
 
-def _last(x: Tensor) -> int:
-    """The address of the last eight bytes, at a multiple of eight, of which some belong to x."""
-    return (x.data_ptr() + max(x.nbytes, 1) - 1) // 8 * 8
+def _passes_4_gib(x: Tensor) -> bool:
+    """Whether the upper halves of the addresses of x differ."""
+    return x.data_ptr() >> 32 != (x.data_ptr() + x.nbytes) >> 32

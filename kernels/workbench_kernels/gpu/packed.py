@@ -385,10 +385,8 @@ def _attend(
     if rest:
         low, high = 0, 1
     while low < high:
-        if rest:
-            head = (pid + K * RESTS) // RESTS
-        else:
-            head = tl.sum((ends <= low).to(tl.int32), 0)
+        # Chosen, not branched to: ptxas 12.8 guards the sum in a branch by a wrong predicate where K fills one warp.
+        head = tl.where(rest, (pid + K * RESTS) // max(RESTS, 1), tl.sum((ends <= low).to(tl.int32), 0))
         begin = at(ends - tiles, head, KP)
         stop = tl.minimum(high, at(ends, head, KP))
         packed = tl.load(key_code_lengths + head)
@@ -501,8 +499,7 @@ def decode_packed(
     width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
     per_row = keys.axis == "token"
-    groups = keys.group if per_row else 64
-    warps, tokens, subs, stages, per_processor, registers = config or config_for(keys.bits, groups, keys.longest)
+    warps, tokens, subs, stages, per_processor, registers = config or config_for(keys.bits, keys.group, keys.longest)
     key_words = words_at_once(width, keys.bits, keys.group if per_row else None)
     value_words = words_at_once(value_width, values.bits, values.group)
     fast = (

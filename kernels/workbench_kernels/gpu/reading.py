@@ -565,6 +565,7 @@ def read_attention(
                 torch.amax(mine, dim=1, out=cells[some])
             else:
                 torch.sum(mine, dim=1, out=cells[some])
+    mine = None
     if pooling == "mean" and cells is not None:
         tops, lefts = (cell_edges(size, pixels, query.device).diff() for size in (n, m))
         cells /= tops[:, None] * lefts
@@ -580,6 +581,8 @@ def _tiles(query: Tensor, width: int, most: bool, m: int, pixels: int | None) ->
     if width > 128:
         return Config(64, 128, 4, 2)
     cols = 128 if most else 256
+    if pixels is not None and not most and -(-m // min(pixels, m)) >= 256:
+        return Config(64, 128, 4, 2, registers=168)  # the map's cells need registers, which wider tiles have not left
     if pixels is not None and cols == 256:
         wide = -(-m // min(pixels, m))
         if wide > 128 and -(-wide // 128) * 128 <= 0.8 * (-(-wide // 256) * 256):

@@ -102,6 +102,7 @@ def rotate_append(
         query.contiguous(), key.contiguous(), value.contiguous(), cos.contiguous(), sin.contiguous(), turned,
         keys, key_ends, values, value_ends,
         H=heads, K=kv_heads, D=width, DV=value_width, HALF=power(width // 2), DVP=power(value_width), num_warps=1,
+        enable_fp_fusion=False,  # products are rounded before they are added
     )  # fmt: skip
     return turned
 

@@ -245,6 +245,16 @@ class PackedStore(Store):
             return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
         return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
 
+    @property
+    def positions(self) -> list[Tensor]:  # without `contents`, which dequantises everything
+        if self._positions is None:
+            count = self.keys.codes.longest + self.key_tail.longest
+            return [torch.arange(count, device=self.key_tail.data.device)] * self.key_tail.heads
+        rows, real = self._positions.view()[..., 0].long(), self._positions.valid()
+        held = rows if real is None else rows.masked_fill(~real, torch.iinfo(torch.int64).max)
+        counts = self._positions.counts.tolist()
+        return [row[:count] for row, count in zip(held.sort(dim=-1).values, counts, strict=True)]
+
     def by_kernel(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor | None:
