@@ -154,10 +154,13 @@ def test_two_plugins_under_one_key_are_an_error_that_names_both(tmp_path: Path, 
 # -- check_method
 
 
+SMALL = {"evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16}}  # a search of seconds
+
+
 @pytest.mark.parametrize("cls", WEIGHTS_AND_ATTENTION, ids=lambda cls: cls.key)
 def test_weight_and_attention_methods_keep_their_promises(cls: type[Method]) -> None:
     for promise in promises(cls):
-        check_promise(promise, cls)
+        check_promise(promise, cls, **SMALL.get(cls.key, {}))
 
 
 class Sound(KVMethod):

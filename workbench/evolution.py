@@ -40,7 +40,7 @@ def steps(offspring: int, samples: int) -> list[Step]:
     while survivors[-1] > 1:
         survivors.append(max(survivors[-1] // 4, 1))
     sizes = [max(samples // 4**left, 1) for left in range(len(survivors) - 1, 0, -1)]
-    found = [Step(size, count) for size, count in zip(sizes, survivors[1:], strict=True)]
+    found = [Step(size, count) for size, count in zip(sizes, survivors[1:], strict=True) if size < samples]
     return [*found, Step(samples, 1)]
 
 
@@ -127,6 +127,42 @@ def filled(levels: Tensor, sizes: Tensor, limit: int, draw: torch.Generator) -> 
         if raised is None:
             return levels
         levels[raised] += 1
+
+
+def exchanges(levels: Tensor, slopes: Tensor, sizes: Tensor, limit: int) -> list[Tensor]:
+    """Levels [u] after one, two, ... exchanges: the part that gains most a byte is raised, those that lose least a byte
+    are lowered for it, as long as that is a gain if their changes add up.
+
+    slopes: float [u, 2], the change of what is minimised when one part alone is a level lower, and a level higher.
+    """
+    index = torch.arange(levels.numel())
+    top = sizes.shape[1] - 1
+    shrink = sizes[index, levels] - sizes[index, (levels - 1).clamp_min(0)]
+    growth = sizes[index, (levels + 1).clamp_max(top)] - sizes[index, levels]
+    loss = torch.where(levels > 0, slopes[:, 0], torch.inf) / shrink.clamp_min(1)
+    gain = torch.where(levels < top, -slopes[:, 1], -torch.inf) / growth.clamp_min(1)
+    rising = gain.argsort(descending=True, stable=True).tolist()
+    falling = loss.argsort(stable=True).tolist()
+    found, moved = [], set[int]()
+    now = levels.clone()
+    for raised in rising:
+        if raised in moved or gain[raised] <= 0:
+            continue
+        trial, cost, lowered = now.clone(), 0.0, []
+        trial[raised] += 1
+        for part in falling:
+            if total(trial, sizes) <= limit:
+                break
+            if part != raised and part not in moved and loss[part] < torch.inf:
+                trial[part] -= 1
+                lowered.append(part)
+                cost += float(slopes[part, 0])
+        if total(trial, sizes) > limit or cost >= -float(slopes[raised, 1]):
+            break
+        now = trial
+        moved |= {raised, *lowered}
+        found.append(now)
+    return found
 
 
 def uniform(sizes: Tensor, limit: int) -> Tensor:

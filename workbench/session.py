@@ -232,7 +232,7 @@ class Session(Shown):
     ) -> pd.DataFrame:
         """What a recipe's weight methods made of each weight: one row a matrix, also of those left as they are.
 
-        Columns: layer, module, name, form, bits, rank, density, chosen, nbytes, share, weight_error, output_error,
+        Columns: layer, module, name, form, bits, rank, density, chosen, bytes, share, weight_error, output_error,
         reason; explained in `workbench.weights.census`. outputs: also the error of each layer's outputs over the
         calibration texts, whose second moments are gathered once for that.
         """
@@ -290,15 +290,55 @@ class Session(Shown):
         twin = self._variants.get(methods, progress)
         return export(self.model, twin, methods, self.facts, self.tokenizer, Path(path), format, dtype)
 
-    def spectra(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> Spectra:
+    def spectra(
+        self,
+        recipe: Spec | None = None,
+        *,
+        layer: int | None = None,
+        module: str | None = None,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Spectra:
         """The singular values of the weights in the decoder's layers, and how many directions they use.
 
-        recipe: of the weights as its weight methods made them (default: of the model's own).
+        recipe: of the weights as its weight methods made them (default: of the model's own). layer, module: only of
+        one decoder layer, or of the modules of one name.
         """
         from workbench.weights.spectra import spectra
 
         methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
-        return spectra(self._variants.get(methods, progress), progress)
+        return spectra(self._variants.get(methods, progress), progress, layer=layer, module=module)
+
+    def rounding(
+        self,
+        recipe: Spec | None = None,
+        *,
+        bits: int = 8,
+        texts: int = 4,
+        tokens: int = 256,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> pd.DataFrame:
+        """How well what enters each linear layer lends itself to rounding: one row a layer.
+
+        Columns: layer, module, kernel, kernel_cross, space; explained in `workbench.weights.rounding`. recipe: under
+        its weight methods (default: in the model as it is). texts, tokens: how much of the calibration texts is read.
+        """
+        from workbench.weights.rounding import rounding
+
+        methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
+        ids = self._variants.study().ids[:texts, :tokens]
+        return rounding(self._variants.get(methods, progress), ids, bits, progress)
+
+    def weight_nbytes(
+        self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any
+    ) -> tuple[int, int]:
+        """Bytes of the model's weights under a recipe's weight methods, and of its own weights.
+
+        Both with plain weights at 16 bits, as budgets count them, in whatever precision they are computed here.
+        """
+        methods = () if recipe is None else Recipe.of(recipe, **parameters).family("weights")
+        return self._variants.deployed_nbytes(methods, progress), self._variants.deployed_nbytes(())
 
     # -- running
 
@@ -570,17 +610,27 @@ class Session(Shown):
         view: dict[str, Any] = {"heads": heads, "pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
         return study_operator(_need_recording(self.trace), chosen, layer, head, **view, progress=progress)
 
-    def outliers(self, kind: Outliers = "keys", *, progress: Progress | None = None) -> pd.DataFrame:
+    def outliers(
+        self,
+        kind: Outliers = "keys",
+        recipe: Spec | None = None,
+        *,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> pd.DataFrame:
         """Largest magnitude, kurtosis and share of energy of every channel, layer by layer.
 
-        kind: "keys", "values", "activations" (the residual stream before each layer) or "weights".
+        kind: "keys", "values", "activations" (the residual stream before each layer) or "weights". recipe: under its
+        weight methods, whose layers count as the weights they stand for; its other methods change nothing here.
         """
         from workbench.measure.channels import channel_table
 
-        if kind != "weights" and self.trace is None:
-            raise NotRead("no prompt has been read yet: call read(text) first")
-        trace = self.trace if kind == "weights" or self.trace is None else _need_recording(self.trace)
-        return channel_table(kind, self.model, trace, progress)
+        weights = () if recipe is None else Recipe.of(recipe, **parameters).family("weights")
+        model = self._variants.get(weights, progress)
+        if kind == "weights":
+            return channel_table(kind, model, progress=progress, weights=_used(model) if weights else None)
+        trace = self._trace(Recipe.of(list(weights) or "full"), progress)
+        return channel_table(kind, model, _need_recording(trace), progress)
 
     @property
     def memory(self) -> Timeline:
@@ -641,6 +691,14 @@ def row_of(run: Run) -> dict[str, Any]:
         "text": run.text,
         "error": None,
     }
+
+
+def _used(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """The weights of a compressed model's linear layers by name, as they are used."""
+    from workbench.weights.census import weight_of
+    from workbench.weights.linears import linear_layers
+
+    return {name: partial(weight_of, module) for name, module in linear_layers(model).items()}  # type: ignore[misc]
 
 
 def _need_recording(trace: Trace) -> Trace:

@@ -17,7 +17,7 @@ from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
 
 _COLUMNS = (
-    "layer", "module", "name", "form", "bits", "rank", "density", "chosen", "nbytes", "share", "weight_error",
+    "layer", "module", "name", "form", "bits", "rank", "density", "chosen", "bytes", "share", "weight_error",
     "output_error", "reason",
 )  # fmt: skip
 
@@ -33,7 +33,7 @@ def census(
 
     layer, module: where it is; the layer is missing outside the decoder's blocks. form: the kind of layer that holds it
     now; "plain" where it did not change, "gone" where it has no place any more. bits, rank, density, chosen: what that
-    layer says of itself. nbytes: of what stands for it, plain ones at 16 bits; share: of the original at 16 bits.
+    layer says of itself. bytes: of what stands for it, plain ones at 16 bits; share: of the original at 16 bits.
     weight_error: ‖ΔW‖ / ‖W‖. output_error: the same of its outputs over the calibration texts of `study`, the root of
     tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), for the linear layers of blocks. Errors are missing where the two have no common shape,
     and they are not small, though nothing is lost, where a method rotated what flows between layers. reason: why it was
@@ -48,7 +48,7 @@ def census(
     for full, (module, weight) in progress.track(known.items(), "comparing weights", len(known)):
         layer, short = placed(full, names)
         row = {"layer": layer, "module": short, "name": full, **_of(twin, full, module, weight)}
-        row["share"] = row["nbytes"] / (2 * weight.numel())
+        row["share"] = row["bytes"] / (2 * weight.numel())
         row["reason"] = _reason(reasons or {}, full) if row["form"] == "plain" else ""
         rows[full] = row
         stands = _at(twin, full)
@@ -65,7 +65,7 @@ def census(
         layer, short = placed(full, names)
         rows[full] = {"layer": layer, "module": short, "name": full, **_described(module)}
     frame = pd.DataFrame(list(rows.values()), columns=list(_COLUMNS))
-    return frame.astype({"layer": "Int64", "rank": "Int64", "nbytes": "int64"})
+    return frame.astype({"layer": "Int64", "rank": "Int64", "bytes": "int64"})
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:
@@ -87,10 +87,10 @@ def _of(twin: nn.Module, full: str, module: nn.Module, weight: Tensor) -> dict[s
     """What the twin has in the place of one matrix."""
     stands = _at(twin, full)
     if stands is None:
-        return {"form": "gone", "bits": 0.0, "nbytes": 0}
+        return {"form": "gone", "bits": 0.0, "bytes": 0}
     found = weight_of(stands, full)
     if found is weight:
-        return {"form": "plain", "bits": 16.0, "nbytes": 2 * weight.numel(), "weight_error": 0.0}
+        return {"form": "plain", "bits": 16.0, "bytes": 2 * weight.numel(), "weight_error": 0.0}
     made = _described(stands)
     if found is not None and found.shape == weight.shape:
         plain = weight.detach().float()
@@ -126,7 +126,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
     held = tensor_bytes(module.buffers())
     parameters = sum(2 * weight.numel() for weight in module.parameters() if weight.ndim >= 2)
     nbytes = module.nbytes if isinstance(module, CompactLinear) else held + parameters
-    row = {"form": type(module).__name__, "nbytes": nbytes}
+    row = {"form": type(module).__name__, "bytes": nbytes}
     for key in ("bits", "rank", "density"):
         if key in said:
             row[key] = said.pop(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from workbench.engine import exclusive
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
-from workbench.evolution import evolve, filled, switched, uniform
+from workbench.evolution import evolve, exchanges, filled, switched, uniform
 from workbench.progress import Progress
 from workbench.registry import Paper, find, param, register
 from workbench.weights.base import WeightMethod, sharing_copy
-from workbench.weights.blocks import Stream
+from workbench.weights.blocks import Stream, blocks, placed
 from workbench.weights.ending import Ending
 from workbench.weights.layers import CompactLinear
 from workbench.weights.study import WeightStudy
@@ -47,8 +47,11 @@ class EvoPress(WeightMethod):
     Nothing is assumed about how the errors of layers add up.
 
     The paper searches for hundreds of generations of 64 to 128 children over millions of tokens; the defaults here are
-    sized for minutes on two cores. It switches between layers of one size only; here any may, measured in bytes. The
-    last step of a selection has all texts, so that the result is never worse on them than the same level everywhere.
+    sized for minutes on two cores. For so few the beginning matters. The paper's is one level everywhere; here each
+    layer is first switched one level up and down alone, and the search begins from the best of a few ways to exchange
+    levels by what that did (`slopes`). The paper switches between layers of one size only; here any may, measured in
+    bytes. The last step of a selection has all texts, so that the result is never worse on them than the same level
+    everywhere.
 
     Budget: of the bytes of what `of` compresses, at 16 bits.
     """
@@ -69,6 +72,12 @@ class EvoPress(WeightMethod):
     offspring: int = param(8, ge=1, le=256, help="children in each generation")
     texts: int = param(16, ge=1, le=1024, help="calibration texts by which levels are judged")
     tokens: int = param(128, ge=8, le=8192, unit="tokens", help="how much of each is read")
+    slopes: int = param(
+        2,
+        ge=0,
+        le=1024,
+        help="texts on which each layer is switched alone, to begin from; 0: the same level everywhere",
+    )
     seed: int = param(0, ge=0, le=2**31 - 1, help="of all that is drawn")
 
     def __init__(self, **values: Any) -> None:
@@ -102,7 +111,12 @@ class EvoPress(WeightMethod):
         return self.methods()[0].refuses(linear)
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        return self.methods()[0].refused(model, linears)
+        within = blocks(cast("PreTrainedModel", model))
+        outside = [name for name in linears if placed(name, within)[0] is None]
+        return {
+            **self.methods()[0].refused(model, linears),
+            **{name: "it stands in no block, and only blocks are run again" for name in outside},
+        }
 
     def full_nbytes(self, linear: nn.Linear) -> int:
         return self.methods()[0].full_nbytes(linear)
@@ -178,9 +192,10 @@ class EvoPress(WeightMethod):
             ids = study.ids[: self.texts, : self.tokens]
             trial = _Trial(study.model, ids, names, made, progress)
             draw = torch.Generator().manual_seed(self.seed)
-            even = uniform(sizes, limit)
+            even = filled(uniform(sizes, limit), sizes, limit, draw)
+            before = trial.divergence(even, range(ids.shape[0]))
             found = evolve(
-                filled(even, sizes, limit, draw),
+                self._begun(trial, even, before, sizes, limit, progress),
                 lambda parent, draw: switched(parent, sizes, limit, draw),
                 trial.divergence,
                 samples=ids.shape[0],
@@ -190,9 +205,21 @@ class EvoPress(WeightMethod):
                 progress=progress,
                 stage="searching levels",
             )
-            return found.levels, found.before, found.unfitness
+            return found.levels, before, found.unfitness
 
         return study.once((self.parameter_key(), limit), search)
+
+    def _begun(
+        self, trial: _Trial, even: Tensor, before: float, sizes: Tensor, limit: int, progress: Progress
+    ) -> Tensor:
+        """Where the search begins: the best of a few levels on the way of exchanges, or the same level everywhere."""
+        if not self.slopes:
+            return even
+        slopes = trial.slopes(even, range(min(self.slopes, trial.texts)), progress)
+        way = exchanges(even, slopes, sizes, limit)
+        places = sorted({len(way) * part // 8 for part in (1, 2, 4, 8)} - {0})
+        tried = [(before, even), *((trial.divergence(way[n - 1], range(trial.texts)), way[n - 1]) for n in places)]
+        return min(tried, key=lambda pair: pair[0])[1]
 
 
 class _Trial:
@@ -217,24 +244,49 @@ class _Trial:
                     progress.check()
             self._want = self._stream.hidden
         self._ending = Ending(model)
-        self._own_ending = Ending(self._copy) if any(not _in_block(self._stream, name) for name in names) else None
+        self._blocks = [name for name, _ in self._stream]
+
+    @property
+    def texts(self) -> int:
+        return self._entering.shape[0]
 
     def divergence(self, levels: Tensor, texts: Sequence[int]) -> float:
         """From the model's distributions to those at these levels, averaged over the tokens of these texts."""
         for index in (levels != self._levels).nonzero()[:, 0].tolist():
-            name = self._names[index]
-            self._copy.set_submodule(name, usable(self._made[int(levels[index])][name], self._copy.dtype))
+            self._switch(index, int(levels[index]))
         self._levels = levels.clone()
         at = torch.tensor(texts, device=self._entering.device)
-        hidden = self._entering[at]
-        for name, _ in self._stream:
+        return self._from(0, self._entering[at], at)
+
+    def slopes(self, levels: Tensor, texts: Sequence[int], progress: Progress) -> Tensor:
+        """How much more the model diverges, float64 [u, 2], when one layer alone is a level lower, and a level higher;
+        infinity where there is no such level. Only what comes after that layer runs again.
+        """
+        base = self.divergence(levels, texts)
+        at = torch.tensor(texts, device=self._entering.device)
+        entering = [self._entering[at]]
+        for name in self._blocks[:-1]:
+            entering.append(self._stream.leaving(name, entering[-1], self._copy.get_submodule(name)))
+        found = torch.full((len(self._names), 2), torch.inf, dtype=torch.float64)
+        for index, name in enumerate(progress.track(self._names, "measuring each layer", len(self._names))):
+            first = placed(name, self._blocks)[0] or 0
+            before = self._copy.get_submodule(name)
+            for side, level in enumerate((int(levels[index]) - 1, int(levels[index]) + 1)):
+                if 0 <= level < len(self._made):
+                    self._switch(index, level)
+                    found[index, side] = self._from(first, entering[first], at) - base
+            self._copy.set_submodule(name, before)
+        return found
+
+    def _switch(self, index: int, level: int) -> None:
+        name = self._names[index]
+        self._copy.set_submodule(name, usable(self._made[level][name], self._copy.dtype))
+
+    def _from(self, first: int, hidden: Tensor, texts: Tensor) -> float:
+        for name in self._blocks[first:]:
             self._progress.check()
             hidden = self._stream.leaving(name, hidden, self._copy.get_submodule(name))
-        return self._ending.divergence(self._want[at], hidden, self._own_ending)
-
-
-def _in_block(stream: Stream, name: str) -> bool:
-    return any(name.startswith(f"{block}.") for block, _ in stream)
+        return self._ending.divergence(self._want[texts], hidden)
 
 
 def usable(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
