@@ -123,6 +123,7 @@ class Step:
         self._launched = self._settled = 0
         self._fused = _Fused(self.model, self._layers) if fused and _Fused.fits(self.model) else None
         self._replay: Callable[[], Any] | None = None
+        self.memory = decoder.memory
 
     @property
     def fused(self) -> bool:

@@ -148,6 +148,7 @@ class Conversation:
             evicting,
             attending,
             trace.layers if trace.recorded else (),
+            memory=trace.memory,
         )
 
     def judged(self, run: Run, progress: Progress, continuation: Question = None) -> Verdict:
@@ -192,6 +193,7 @@ class Conversation:
             "activations": decoder.activations,
             "workspace": decoder.workspace,
             **({"attention": nbytes} if (nbytes := decoder.attention_nbytes) else {}),
+            **({"core neurons": nbytes} if (nbytes := decoder.memory_nbytes) else {}),
             "trace": self.plan.trace.nbytes,
         }
         timeline.add(phase, step, categories, [store.nbytes for store in decoder.stores])

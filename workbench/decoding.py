@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.kv.stores.store import seen_by
 from workbench.kv.stores.tiered import TieredStore
-from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes
+from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
 
@@ -37,6 +38,7 @@ class Decoder:
     others leave. attention: the method that attends in its own way while decoding, or None; it begins from `recorded`,
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
     asked at every layer whether to stop. finding: layers whose stores attend in their own way, without `attention`.
+    memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
     notes: what a run has to say about how it was decoded.
     """
 
@@ -50,6 +52,7 @@ class Decoder:
     progress: Progress | None = None
     activations: int = 0
     workspace: int = 0
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     finding: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -58,6 +61,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self._at = Pass(len(self.stores), self.position)
+        self.memory = dict(self.memory)
         self._causal, self._uncounted = 0, False
         self._held: list[int | None] = [None] * len(self.stores)
         self._widths = [0] * len(self.stores)
@@ -181,6 +185,12 @@ class Decoder:
         """Bytes of what the attention method holds beside the stores."""
         return self._at.left_nbytes
 
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of the tensors that modules of the model remember of this run."""
+        held = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
+        return tensor_bytes(tensor for values in held for tensor in values if tensor is not None)
+
     def take_up(self, count: int) -> None:
         """Count `count` tokens read one after another, each seeing all before, whose rows others have written."""
         heads = self.model.config.get_text_config().num_attention_heads
@@ -202,6 +212,7 @@ class Decoder:
         twin._held, twin._widths = list(self._held), list(self._widths)
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
+        twin.memory = dict(self.memory)
         return twin
 
     def reserve(self, tokens: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import RLock
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -78,6 +79,14 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _no_mask)
 
+_passing: ContextVar[Handler | None] = ContextVar("passing", default=None)
+
+
+def passing() -> Handler | None:
+    """The handler of the pass that calls this, for modules that remember something of a run in the run itself."""
+    return _passing.get()
+
+
 _locks: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _locks_guard = RLock()
 
@@ -125,13 +134,17 @@ def forward(
     """
     device = device_of(model)
     with engaged(model), torch.inference_mode():
-        output = model(
-            input_ids=ids.to(device)[None],
-            attention_mask=mask,
-            position_ids=positions.to(device)[None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=logits,
-            workbench=handler,
-        )
+        before = _passing.set(handler)
+        try:
+            output = model(
+                input_ids=ids.to(device)[None],
+                attention_mask=mask,
+                position_ids=positions.to(device)[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=logits,
+                workbench=handler,
+            )
+        finally:
+            _passing.reset(before)
         return output.logits[0].float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class _Recorder:
         self.layers: dict[int, LayerTrace] = {}
         self.held = 0
         self.count = len(self.origins)
+        self.memory: dict[Any, Any] = {}
 
     def attend(
         self,
@@ -157,7 +159,9 @@ def read(
     layers = tuple(recorder.layers[index] for index in range(count))
     exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
     gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
-    return Trace(prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone)
+    return Trace(
+        prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone, recorder.memory
+    )
 
 
 def take_in(

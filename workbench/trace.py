@@ -147,6 +147,7 @@ class Trace:
     took. exact: layers that KV methods must leave alone, with the reason (sliding windows and the like). timeline: live
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
     heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
+    memory: what modules of a compressed model remembered of the prompt.
     """
 
     prompt: Prompt
@@ -157,6 +158,7 @@ class Trace:
     timeline: Timeline = field(default_factory=Timeline, repr=False)
     computed: tuple[int, ...] = field(default=(), repr=False)
     gone: tuple[LayerTrace, ...] = field(default=(), repr=False)
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=RLock, repr=False)
     _locks: dict[Any, Any] = field(default_factory=dict, repr=False)
