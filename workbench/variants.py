@@ -81,6 +81,13 @@ class Variants:
             self._nbytes[key] = tensor_bytes([*model.parameters(), *model.buffers()])
         return self._nbytes[key]
 
+    def deployed_nbytes(self, methods: Sequence[Method], progress: Progress | None = None) -> int:
+        """Bytes of the weights under `methods` as they would be deployed: what was not compressed at 16 bits."""
+        model = self.get(methods, progress)
+        others = {id(buffer) for buffer in self._plain.buffers()}  # rotary frequencies and the like
+        made = [buffer for buffer in model.buffers() if id(buffer) not in others]
+        return sum(2 * weight.numel() for weight in model.parameters()) + tensor_bytes(made)
+
     @contextmanager
     def _alone(self, progress: Progress | None) -> Iterator[None]:
         """One thread compresses at a time; whoever waits can still be cancelled."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -24,14 +25,20 @@ _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 def channel_table(
-    kind: str, model: PreTrainedModel, trace: Trace | None = None, progress: Progress | None = None
+    kind: str,
+    model: PreTrainedModel,
+    trace: Trace | None = None,
+    progress: Progress | None = None,
+    *,
+    weights: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> pd.DataFrame:
     """One row for each layer, head or module, and channel: absmax, kurtosis and share of energy (float32).
 
     kind: "keys" or "values" (columns layer, head, channel: each KV head for itself, keys after the rotary embedding);
     "activations" (layer, channel: the residual stream as it enters each decoder layer, from one more forward pass over
     the prompt, remembered with the trace); "weights" (layer, module, channel: the input channels of every nn.Linear
-    over its outputs; layer is missing for one outside the layers, such as lm_head).
+    over its outputs; layer is missing for one outside the layers, such as lm_head; `weights` gives others to look at,
+    by name, [outputs, inputs] when called).
 
     energy adds up to 1 over the channels of a head, layer or module; kurtosis is 3 for a normal distribution and not a
     number for a constant channel. Raises BadParameter for another kind, NotRead where a trace is needed and missing.
@@ -40,7 +47,7 @@ def channel_table(
         raise BadParameter(f"no outliers of {kind!r}: choose {', '.join(KINDS)}")
     progress = progress or Progress()
     if kind == "weights":
-        return _weights(model, progress)
+        return _weights(plain_weights(model) if weights is None else weights, progress)
     if trace is None:
         raise NotRead(f"outliers of {kind} are those of a prompt, and none has been read yet: call read(text) first")
     return trace.once(("channels", kind), lambda: _of_prompt(kind, model, trace, progress)).copy()
@@ -107,13 +114,17 @@ def _watching(layers: Any, take: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _weights(model: PreTrainedModel, progress: Progress) -> pd.DataFrame:
-    """Linear layers only: a fused tensor of experts, or an embedding, is no nn.Linear."""
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def plain_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """The weight [outputs, inputs] of every nn.Linear by name: a fused tensor of experts, or an embedding, is none."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: partial(getattr, module, "weight") for name, module in linears.items()}
+
+
+def _weights(weights: Mapping[str, Callable[[], Tensor]], progress: Progress) -> pd.DataFrame:
     frames = []
-    for name, module in progress.track(linears, "statistics of weights", len(linears)):
+    for name, weight in progress.track(weights.items(), "statistics of weights", len(weights)):
         found = _IN_LAYER.search(name)
-        frame = channel_stats(module.weight).to_frame()  # [out, in] -> one row an input channel
+        frame = channel_stats(weight()).to_frame()  # [out, in] -> one row an input channel
         frame.insert(0, "module", found[2] if found else name)
         frame.insert(0, "layer", int(found[1]) if found else -1)
         frames.append(frame)

@@ -39,6 +39,7 @@ class WeightMethod(Method):
     measure: ClassVar[str] = "16-bit size"  # what `full_nbytes` counts, in words
     needs_inputs: ClassVar[bool] = False  # `compress` is given what calibration saw of the layer's input ...
     needs_moment: ClassVar[bool] = False  # ... with its second moment [i, i]
+    every_size: ClassVar[bool] = False  # made once for all budgets: another one only loads more or less of it
     alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
     def refuses(self, linear: nn.Linear) -> str | None:

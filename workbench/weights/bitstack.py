@@ -32,9 +32,9 @@ class BitStack(WeightMethod):
 
     The paper orders blocks by the perplexity of the model with and without them, which takes as many passes over text
     as there are blocks. Here it is the loss of each layer's scaled weight, relative to that weight, per byte: next is
-    the block that lowers it most. At least one block of each layer is loaded. In small layers the rank is lower, so
-    that magnitudes never take more bytes than signs, and no layer has blocks for more than 16 bits a weight. From a
-    share of 1 on the weights stay as they are.
+    the block that lowers it most. At least one block of each layer is loaded. The rank is lower in small layers, so
+    that magnitudes take at most an eighth of the bytes of signs, as with the paper's 16 in matrices of 4096 by 4096
+    (a wider one would cost the default model more than it gives). From a share of 1 on the weights stay as they are.
     """
 
     key = "bitstack"
@@ -47,6 +47,7 @@ class BitStack(WeightMethod):
     claim = "matches or beats GPTQ and AWQ at any size, to the megabyte, without compressing again"
     default_budget = 0.3
     needs_inputs: ClassVar[bool] = True
+    every_size: ClassVar[bool] = True
 
     rank: int = param(16, ge=1, le=128, help="most singular vectors of the magnitudes in a block")
     blocks: int = param(8, ge=1, le=16, help="most blocks of a layer")
@@ -94,7 +95,7 @@ class BitStack(WeightMethod):
 
     def _rank(self, linear: nn.Linear) -> int:
         outputs, inputs = linear.weight.shape
-        return max(min(self.rank, outputs * inputs // (16 * (outputs + inputs))), 1)
+        return max(min(self.rank, outputs * inputs // (128 * (outputs + inputs))), 1)
 
     def _block(self, linear: nn.Linear) -> int:
         return bit_block_nbytes(linear.out_features, linear.in_features, self._rank(linear))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from workbench.progress import Progress
 from workbench.weights.blocks import blocks, placed
 from workbench.weights.census import weight_of
-from workbench.weights.layers import CompactLinear
+from workbench.weights.linears import linear_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,26 +87,29 @@ def singular_values(weight: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
-def spectra(model: PreTrainedModel, progress: Progress | None = None) -> Spectra:
-    """The spectra of the weights of all linear layers in the decoder's blocks, compressed ones as they are used."""
+def spectra(
+    model: PreTrainedModel,
+    progress: Progress | None = None,
+    *,
+    layer: int | None = None,
+    module: str | None = None,
+) -> Spectra:
+    """The spectra of the weights of all linear layers in the decoder's blocks, compressed ones as they are used.
+
+    layer, module: only of that decoder layer, or of the layers of that name inside it.
+    """
     names = list(blocks(model))
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inner = any(isinstance(layers.get(above), CompactLinear) for above in _above(name))
-        if placed(name, names)[0] is not None and isinstance(module, nn.Linear | CompactLinear) and not inner:
-            layers[name] = module
+    chosen: dict[str, tuple[int, str, nn.Module]] = {}
+    for name, linear in linear_layers(model).items():
+        where, short = placed(name, names)
+        if where is not None and layer in (None, where) and module in (None, short):
+            chosen[name] = where, short, linear
     found = []
-    track = (progress or Progress()).track(layers.items(), "singular values", len(layers))
-    for name, module in track:
-        weight = weight_of(module)
+    track = (progress or Progress()).track(chosen.items(), "singular values", len(chosen))
+    for name, (where, short, linear) in track:
+        weight = weight_of(linear)
         assert weight is not None
         values = singular_values(weight).cpu()
-        layer, short = placed(name, names)
         largest = float(values[0])
-        found.append(Spectrum(name, layer, short, largest, (values / max(largest, 1e-300)).float()))
+        found.append(Spectrum(name, where, short, largest, (values / max(largest, 1e-300)).float()))
     return Spectra(tuple(found))
-
-
-def _above(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
