@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_POINTS = 128  # for each entry: as many of the points are looked at while a codebook is made
+_POINTS = 64  # for each entry: as many of the points are looked at while a codebook is made
 
 
 def codebook(points: Tensor, weights: Tensor, entries: int, *, rounds: int = 12, seed: int = 0) -> Tensor:
     """Entries [k, v] with a small sum of weights * (point - nearest entry)², for points and weights [p, v], float32.
 
     Lloyd's algorithm, begun at points drawn in proportion to how much is lost without them (weights * point²), on at
-    most 128 points for each entry, drawn likewise but evenly. Entries that nothing is nearest to move to the points
+    most 64 points for each entry, drawn likewise but evenly. Entries that nothing is nearest to move to the points
     that are worst off. The same seed gives the same entries; the global random state is left alone.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -41,10 +41,8 @@ def nearest(weighted: Tensor, weights: Tensor, book: Tensor) -> tuple[Tensor, Te
 
     weights: [p, v]; weighted: weights * points.
     """
-    found, distance = [], []
+    sides = torch.cat([weighted, weights], dim=1)  # one product gives both terms of every distance
+    entries = torch.cat([-2 * book, book.square()], dim=1).T
     size = max(2**24 // book.shape[0], 1)
-    for own, part in zip(weights.split(size), weighted.split(size), strict=True):
-        best = torch.addmm(own @ book.square().T, part, book.T, alpha=-2).min(dim=1)
-        found.append(best.indices)
-        distance.append(best.values)
-    return torch.cat(found), torch.cat(distance)
+    best = [(part @ entries).min(dim=1) for part in sides.split(size)]
+    return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])

@@ -45,35 +45,32 @@ class OutliersLinear(CompactLinear):
         else:
             self.register_buffer("values", nearest_eight(weight, scale[:, None])[chosen].to(torch.int8))
 
-    def _columns(self, first: int, last: int, begin: int, end: int) -> Tensor:
-        """The columns of the values `begin` to before `end`, which are those of the rows `first` to before `last`."""
-        if self.places is not None:
-            return self.places[begin:end].long()
-        assert self.map is not None
-        return unpack(self.map[first:last], 1, self.in_features).nonzero()[:, 1]
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        starts = self.starts[first : last + 1]
+        values = self.values[int(starts[0]) : int(starts[-1])].to(dtype)
+        weight = values.new_zeros(last - first, self.in_features)
+        if self.map is not None:
+            weight.masked_scatter_(unpack(self.map[first:last], 1, self.in_features).bool(), values)
+        else:
+            weight[self._places(first, last)] = values
+        return weight if self.scale is None else weight.mul_(self.scale[first:last, None].to(dtype))
 
-    def entries(self, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """What is held in some rows: the row (counted from `first`) and column of each value, int64, and the value."""
+    def _places(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The row (counted from `first`) and column of each value of some rows, int64."""
+        assert self.places is not None
         starts = self.starts[first : last + 1]
         begin, end = int(starts[0]), int(starts[-1])
-        counts = starts.diff().long()
-        rows = torch.arange(last - first, device=starts.device).repeat_interleave(counts, output_size=end - begin)
-        values = self.values[begin:end].to(dtype)
-        if self.scale is not None:
-            values = values * self.scale[first:last].to(dtype)[rows]
-        return rows, self._columns(first, last, begin, end), values
-
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        rows, columns, values = self.entries(first, last, dtype)
-        weight = values.new_zeros(last - first, self.in_features)
-        weight[rows, columns] = values
-        return weight
+        rows = torch.arange(last - first, device=starts.device)
+        return rows.repeat_interleave(starts.diff().long(), output_size=end - begin), self.places[begin:end].long()
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.numel() // self.in_features
-        if tokens * self.values.numel() > self.in_features * self.out_features:
+        products = x.numel() // self.in_features * self.values.numel()
+        if self.map is not None or products > self.in_features * self.out_features:
             return super().forward(x)
-        rows, columns, values = self.entries(0, self.out_features, x.dtype)  # fewer products than numbers in a tile
+        rows, columns = self._places(0, self.out_features)  # cheaper than a weight that is mostly zeros
+        values = self.values.to(x.dtype)
+        if self.scale is not None:
+            values = values * self.scale.to(x.dtype)[rows]
         out = x.new_zeros(*x.shape[:-1], self.out_features)
         out.index_add_(-1, rows, x.index_select(-1, columns) * values)
         return out if self.bias is None else out.add_(self.bias)
