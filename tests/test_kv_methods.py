@@ -44,6 +44,7 @@ BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 70
 # Parameters that suit prompts of a few dozen tokens.
 SHORT: dict[str, dict[str, Any]] = {
+    "evopress-kv": {"window": 8, "generations": 1, "offspring": 2},
     "snapkv": {"window": 8},
     "pyramidkv": {"window": 8},
     "adakv": {"window": 8},

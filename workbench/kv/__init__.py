@@ -8,6 +8,7 @@ from workbench.kv.deltallm import DeltaLLM
 from workbench.kv.eigen_attention import EigenAttention
 from workbench.kv.ems import EMS
 from workbench.kv.epicache import EpiCache
+from workbench.kv.evopress import EvoPressKV
 from workbench.kv.expected_attention import ExpectedAttention
 from workbench.kv.fireq import FireQ
 from workbench.kv.full import Full
@@ -59,6 +60,7 @@ __all__ = [
     "DeltaLLM",
     "EigenAttention",
     "EpiCache",
+    "EvoPressKV",
     "ExpectedAttention",
     "FireQ",
     "Full",

@@ -40,11 +40,15 @@ STAGES = ("score", "allocate", "merge", "store", "retrieve", "evict", "read")
 
 @dataclass(frozen=True)
 class Study:
-    """What a method may look at when it decides: the trace, the model that read it (None for a trace made by hand)."""
+    """What a method may look at when it decides: the trace, the model that read it (None for a trace made by hand).
+
+    ranking: for `importance`, the order of the recipe's scores.
+    """
 
     trace: Trace
     model: PreTrainedModel | None = None
     progress: Progress = field(default_factory=Progress)
+    ranking: Ranking | None = None
 
     def reader(self, key: str) -> PreTrainedModel:
         """The model, for a method that has to read again. Raises NotApplicable where there is none."""

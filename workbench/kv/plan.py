@@ -388,8 +388,11 @@ def rank(study: Study, method: KVMethod) -> Ranking:
     return study.trace.once(("rank", method.parameter_key()), compute)
 
 
-def _importance(study: Study, method: KVMethod) -> Tensor | None:
-    return study.trace.once(("importance", method.parameter_key()), lambda: method.importance(study))
+def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
+    """What a method allocates by, beside the scores of the recipe's scorer."""
+    known = replace(study, ranking=rank(study, scorer))
+    key = ("importance", method.parameter_key(), scorer.parameter_key())
+    return study.trace.once(key, lambda: method.importance(known))
 
 
 def _fit(
@@ -423,7 +426,7 @@ def _fit(
         return form, everything
 
     allocating = stages.allocate or selecting
-    ranking = rank(study, selecting).beside(_importance(study, allocating))
+    ranking = rank(study, selecting).beside(_importance(study, allocating, selecting))
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = storing.layout(study, dtype, shapes, room if storing is selecting else None)
