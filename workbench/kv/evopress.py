@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench.decoding import Decoder
 from workbench.evolution import evolve, switched
 from workbench.kv.apportion import apportion
 from workbench.kv.base import Study
@@ -58,6 +57,8 @@ class EvoPressKV(SnapKV):
         levels = torch.arange(1, max(first // step, _EVEN) + 1) * step
         sizes = levels.expand(ranking.layers, -1)
         ids = trace.ids[first:]
+
+        from workbench.decoding import Decoder  # which needs this package's stores
 
         def said(kept: Tensor) -> Tensor:
             """Log-probabilities at the last tokens over what is kept [l, k, n] of those before."""
