@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +22,8 @@ def shorten(model: PreTrainedModel, kept: Sequence[int]) -> None:
     left = [list(found.values())[index] for index in kept]
     renumber(model, list(kept))
     for index, block in enumerate(left):
-        for module in block.modules():
-            if getattr(module, "layer_idx", None) is not None:
-                module.layer_idx = index
+        parts: list[Any] = list(block.modules())
+        for part in parts:
+            if getattr(part, "layer_idx", None) is not None:
+                part.layer_idx = index
     model.set_submodule(next(iter(found)).rpartition(".")[0], nn.ModuleList(left))
