@@ -451,7 +451,8 @@ def test_errors_are_no_larger_than_those_of_llm_compressor(bits: int) -> None:
     """The file holds a feed-forward layer's weight [48, 144], the statistics of what entered it while a small random
     Llama with uneven channels read 16 x 96 random tokens, and what llm-compressor 0.14 made of the layer through its
     `oneshot` on these tokens: rounding to nearest, GPTQ (damping 0.01, no activation order) and AWQ (20 steps; `duo`:
-    scales also by the weights' own size), all with groups of 48 and zero points. It rounds on the grids of the original weight, and holds scales at float32.
+    scales also by the weights' own size), all with groups of 48 and zero points. It rounds on the grids of the original
+    weight, and holds scales at float32.
     """
     held = load_file(ORACLE)
     weight = held["weight"]

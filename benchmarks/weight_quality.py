@@ -1,0 +1,345 @@
+"""What each weight method costs at which size: perplexity and divergence on held-out text, errors of layers and blocks.
+
+Methods look at the text that ships with the project; what is measured is read from the running Python's documentation
+of its topics, which they have not seen. Rows are saved as they are measured: `--resume` goes on with what is there,
+`--table` makes the results of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
+
+import workbench as wb
+from benchmarks.parts import Part, Row, identity, read_parts, settled
+from benchmarks.record import RESULTS, environment, markdown, where
+from workbench.engine import device_of, exclusive
+from workbench.errors import BudgetTooSmall, NotApplicable
+from workbench.measure.memory import tensor_bytes
+from workbench.weights.base import Survey, WeightMethod, compressed
+from workbench.weights.blocks import Stream, blocks
+from workbench.weights.calibration import PYTHON, Calibration
+from workbench.weights.layers import CompactLinear
+from workbench.weights.study import WeightStudy
+
+JSON = RESULTS / "weight_quality.json"
+PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more
+TURNED = ("ostquant",)  # the hidden states are in another basis, so that single layers and blocks cannot be compared
+OWN = "own"
+
+Settings = Mapping[str, Any]
+
+# What is measured, the most telling first. Other methods are added here.
+ENTRIES: tuple[tuple[str, Settings], ...] = (
+    *((key, {"bits": bits}) for bits in (4, 3, 2) for key in ("rtn", "gptq", "awq")),
+    ("hqq", {"bits": 4}),
+    *((key, {"budget": PRUNED[50]}) for key in ("magnitude", "wanda", "sparsegpt")),
+    *((key, {"budget": 0.8}) for key in ("svd", "fwsvd", "modegpt")),
+    *(("slim-llm", {"bits": bits}) for bits in (3, 2)),
+    *(("owq", {"bits": bits}) for bits in (3, 2)),
+    *(("bitstack", {"budget": budget}) for budget in (0.4, 0.3, 0.2)),
+    ("ostquant", {"bits": 4}),
+    ("vptq", {}),
+    ("pb-llm", {}),
+    ("easyquant", {"bits": 4}),
+    ("double-rounding", {"bits": 4}),
+    ("odyssey", {}),
+    ("absmax", {"bits": 8}),
+    ("rtn", {"bits": 8}),
+    ("hqq", {"bits": 8}),
+    ("crossquant", {}),
+    ("cospadi", {"budget": 0.8}),
+    ("greenformers", {"budget": 0.8}),
+    *((key, {"budget": PRUNED[zeros]}) for zeros in (30, 20) for key in ("magnitude", "wanda", "sparsegpt")),
+    ("gptq", {"bits": 4, "act_order": True}),
+    ("gptq", {"bits": 3, "act_order": True}),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What must hold: of two entries at the same size, the first has the smaller figure."""
+
+    better: str
+    worse: str
+    metric: str
+
+
+# The metric that the better one's paper minimises; modules that became narrower are compared by what leaves the block.
+CHECKS = (
+    *(Check(f"gptq bits={bits}", f"rtn bits={bits}", "output") for bits in (4, 3, 2)),
+    Check("gptq bits=4", "hqq bits=4", "output"),
+    *(Check(f"awq bits={bits}", f"rtn bits={bits}", "output") for bits in (4, 3, 2)),
+    *(
+        Check(f"{better} budget={PRUNED[zeros]}", f"{worse} budget={PRUNED[zeros]}", "output")
+        for zeros in PRUNED
+        for better, worse in (("sparsegpt", "wanda"), ("wanda", "magnitude"))
+    ),
+    Check("fwsvd budget=0.8", "svd budget=0.8", "fisher"),
+    Check("modegpt budget=0.8", "svd budget=0.8", "block"),
+)
+
+NOTES = """\
+Methods looked at the text that ships with the project (32 x 512 tokens); perplexity, divergence (nats a token) and
+agreement are on the running Python's documentation of its topics. *Output* is the mean over layers of
+tr(Δ M Δᵀ) / tr(W M Wᵀ), the share of a layer's output that is changed, with the moments M of its inputs over the
+calibration text; *Fisher* the same with each row of Δ and W weighted by its Fisher information instead of M; *block*
+what is changed of what a block adds to the hidden states, given what entered it in the uncompressed model. Bytes are
+those held for the weights that the method takes. Seconds are for compressing alone, calibration being kept.
+"""
+QUANTISED = """\
+This model's weights come from a file of 4 bits (at most 16 values in each group of 32): what keeps 4 bits or more has
+an easier task than with weights that never were rounded, and a method whose levels happen to be the file's loses
+nothing. Compare its rows at 4 bits and more with those of a model that never was quantised.
+"""
+
+
+def name_of(key: str, settings: Settings) -> str:
+    """How an entry is called: its key and everything that the table sets."""
+    return " ".join([key, *(f"{name}={value}" for name, value in settings.items())])
+
+
+class Bench:
+    """A model, its calibration, and what it makes of the held-out text."""
+
+    def __init__(self, name: str, session: wb.Session, ids: Tensor) -> None:
+        """ids: the held-out text [t, n]."""
+        self.name = name
+        self.model: PreTrainedModel = session.model
+        self.study: WeightStudy = session.calibrate()
+        self.ids = ids.to(device_of(self.model))
+        self.device = str(self.ids.device)
+        self._full = [self._logits(self.model, ids).half() for ids in self.ids]  # [n - 1, v]
+
+    def row(self, key: str, settings: Settings) -> Row:
+        """One measurement; see NOTES for what its figures mean."""
+        about = {"case": self.name, "recipe": name_of(key, settings), "budget": OWN, "device": self.device}
+        try:
+            method = wb.method(key, **settings)
+            assert isinstance(method, WeightMethod)
+            for _ in self.study.inputs(moments=True) if method.needs_inputs or method.needs_moment else ():
+                break  # gathered before the clock starts
+            began = time.perf_counter()
+            twin = compressed(self.model, [method], study=lambda model, number: self.study)
+            seconds = time.perf_counter() - began
+            survey = method.survey(self.model)
+            figures = {"held": held(survey, self.model, twin), "full": survey.full_nbytes, "seconds": round(seconds, 1)}
+            return {**about, **figures, **self.text(twin), **self.errors(key, survey, twin)}
+        except (BudgetTooSmall, NotApplicable) as problem:
+            return {**about, "gap": str(problem)}
+        except Exception as problem:  # one method's defect must not take the others with it
+            return {**about, "error": f"{type(problem).__name__}: {problem}"}
+
+    def plain(self) -> Row:
+        """The uncompressed model's own row."""
+        about = {"case": self.name, "recipe": "full", "budget": OWN, "device": self.device}
+        return {**about, **self.text(self.model)}
+
+    def text(self, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity on the held-out text, and how far the next tokens' chances are from the full model's."""
+        nll = kl = same = 0.0
+        for ids, full in zip(self.ids, self._full, strict=True):
+            logits, want = self._logits(model, ids), full.float()
+            nll += float(cross_entropy(logits, ids[1:], reduction="sum"))
+            kl += float(kl_div(log_softmax(logits, -1), log_softmax(want, -1), reduction="sum", log_target=True))
+            same += float((logits.argmax(-1) == want.argmax(-1)).sum())
+        count = self.ids.shape[0] * (self.ids.shape[1] - 1)
+        return {"ppl": math.exp(nll / count), "kl": kl / count, "top1": same / count}
+
+    def errors(self, key: str, survey: Survey, twin: PreTrainedModel) -> dict[str, float]:
+        """The errors of layers and blocks, those of them that can be told."""
+        if key in TURNED:
+            return {}
+        found = {"block": self._blocks(twin)}
+        new = dict(twin.named_modules())
+        if any(not same_shape(new.get(name), linear.weight) for name, linear in survey.linears.items()):
+            return found
+        outputs, fisher = [], []
+        gradients = self.study.gradients() if "svd" in key else {}
+        for _, inputs in self.study.inputs(moments=True):
+            for name in (name for name in survey.linears if name in inputs):
+                weight = survey.linears[name].weight.detach().float()
+                made = new[name]
+                change = made.dequantised() - weight if isinstance(made, CompactLinear) else torch.zeros_like(weight)
+                outputs.append(share(inputs[name].output_error, change, weight))
+                if name in gradients:
+                    rows = gradients[name].rows[:, None]
+                    fisher.append(share(lambda part, rows=rows: rows * part.square(), change, weight))
+        return found | {"output": mean(outputs)} | ({"fisher": mean(fisher)} if fisher else {})
+
+    def _blocks(self, twin: PreTrainedModel) -> float:
+        ids = self.ids[:2]
+        with exclusive(self.model):
+            stream, own, found = Stream(self.model, ids), blocks(twin), []
+            for name, _ in stream:
+                changed = added = 0.0
+                for entered, left in stream.through(name):
+                    changed += float((stream.leaving(name, entered, own[name]) - left).square().sum())
+                    added += float((left - entered).square().sum())
+                found.append(changed / added)
+        return mean(found)
+
+    def _logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        with exclusive(model), torch.no_grad():
+            logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        return logits
+
+
+def same_shape(made: Any, weight: Tensor) -> bool:
+    """Whether what stands for a layer still maps the same inputs to the same outputs."""
+    return made is not None and (getattr(made, "out_features", 0), getattr(made, "in_features", 0)) == weight.shape
+
+
+def share(measure: Callable[[Tensor], Tensor], change: Tensor, weight: Tensor) -> float:
+    return float(measure(change).sum() / measure(weight).sum().clamp_min(1e-30))
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def held(survey: Survey, model: PreTrainedModel, twin: PreTrainedModel) -> int:
+    """Live bytes of what stands in the twin for the weights that the method takes."""
+    theirs = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    tensors = [*twin.parameters(), *twin.buffers()]
+    present = {id(tensor) for tensor in tensors}
+    left = [linear for linear in survey.linears.values() if id(linear.weight) in present]
+    new = tensor_bytes(tensor for tensor in tensors if id(tensor) not in theirs)
+    return new + sum(map(survey.method.full_nbytes, left))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure what is missing, one entry after another, until all are there or the time is up."""
+    ends = time.time() + (options.limit_s or math.inf)
+    options.parts.mkdir(parents=True, exist_ok=True)
+    before = environment() | {"command": " ".join(["python -m benchmarks.weight_quality", *sys.argv[1:]])}
+    before |= {"held_out": f"{options.texts} x {options.tokens} tokens"}
+    (options.parts / "environment.json").write_text(json.dumps(before))
+    done = settled(read_parts(options.parts)) if options.resume else set()
+    part = Part(options.parts)
+    for model in options.models:
+        todo = [entry for entry in wanted(options.methods) if (model, name_of(*entry), OWN) not in done]
+        full = (model, "full", OWN) not in done
+        if not todo and not full:
+            continue
+        session = wb.Session(model, device=options.device, dtype="float32")
+        text = Calibration(PYTHON, options.texts, options.tokens)
+        bench = Bench(model, session, text.ids(session.model, session.tokenizer))
+        if full:
+            part.add(bench.plain())
+        for entry in todo:
+            if time.time() > ends:
+                print(f"{model}: {len(todo)} entries left when the time was up", file=sys.stderr)
+                return
+            row = bench.row(*entry)
+            part.add(row)
+            print(json.dumps(row), file=sys.stderr)
+
+
+def wanted(names: Sequence[str]) -> list[tuple[str, Settings]]:
+    """The entries of these methods or names, or all."""
+    found = [entry for entry in ENTRIES if not names or entry[0] in names or name_of(*entry) in names]
+    unknown = [name for name in names if not any(name in (entry[0], name_of(*entry)) for entry in ENTRIES)]
+    if unknown:
+        raise SystemExit(f"no entry {', '.join(unknown)}: there are {', '.join(name_of(*entry) for entry in ENTRIES)}")
+    return found
+
+
+def verdict(check: Check, rows: Mapping[str, Row]) -> tuple[str, str]:
+    """Whether a check holds, and the two figures."""
+    pair = [rows.get(name, {}).get(check.metric) for name in (check.better, check.worse)]
+    if None in pair:
+        return "not measured", ""
+    better, worse = pair
+    return ("holds" if better <= worse else "does not hold"), f"{better:.4g} and {worse:.4g}"
+
+
+def report(rows: Sequence[Row]) -> str:
+    """The page: a table and the checks for each model, and what could not be measured."""
+    lines = ["# Weights: what each method costs at which size", "", NOTES]
+    for model in dict.fromkeys(row["case"] for row in rows):
+        own = {row["recipe"]: row for row in rows if row["case"] == model}
+        lines += [f"## {model}", "", *([QUANTISED] if model == wb.models.catalogue()[0].name else [])]
+        head = [
+            "method",
+            "bytes",
+            "bits",
+            "perplexity",
+            "divergence",
+            "same top",
+            "output",
+            "Fisher",
+            "block",
+            "seconds",
+        ]
+        names = ["full", *(name_of(*entry) for entry in ENTRIES)]
+        measured = [own[name] for name in names if "ppl" in own.get(name, {})]
+        lines += [markdown([head, *map(_cells, measured)]), ""]
+        checks = [[f"{c.better} ≤ {c.worse}", c.metric, *verdict(c, own)] for c in CHECKS]
+        lines += [markdown([["must hold", "in", "verdict", "figures"], *checks]), ""]
+        lines += [f"- {name}: {row.get('gap') or row['error']}" for name, row in own.items() if "ppl" not in row]
+        lines += [""] if any("ppl" not in row for row in own.values()) else []
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    share = f"{row['held'] / row['full']:.1%}" if "held" in row else ""
+    bits = f"{16 * row['held'] / row['full']:.2f}" if "held" in row else ""
+    text = [f"{row['ppl']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
+    errors = [f"{row[name]:.5f}" if name in row else "" for name in ("output", "fisher", "block")]
+    return [row["recipe"], share, bits, *text, *errors, f"{row['seconds']:.0f}" if "seconds" in row else ""]
+
+
+def tabulate(parts: Path) -> None:
+    """Make the results of the rows in `parts`, or again of those in the results themselves where there are none."""
+    rows = read_parts(parts) if parts.is_dir() else []
+    if rows:
+        before = json.loads((parts / "environment.json").read_text())
+        lines = ",\n".join(json.dumps({k: _short(v) for k, v in row.items()}) for row in sorted(rows, key=identity))
+        JSON.write_text(json.dumps({"environment": before}, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n')
+    if not JSON.exists():
+        raise SystemExit(f"nothing has been measured: no rows in {parts}, and no {JSON}")
+    saved = json.loads(JSON.read_text())
+    text = report(saved["rows"]) + f"\n{where(saved['environment'])}\n"
+    JSON.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help='methods ("gptq") or entries ("gptq bits=4"); all')
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--texts", type=int, default=8, help="stretches of held-out text")
+    parser.add_argument("--tokens", type=int, default=256, help="length of each")
+    parser.add_argument("--limit-s", type=float, help="seconds after which no other entry is begun")
+    parser.add_argument("--parts", type=Path, default=Path("build/weight_quality"), help="where rows are saved")
+    parser.add_argument("--resume", action="store_true", help="leave out what is in the parts already")
+    parser.add_argument("--table", action="store_true", help="only make results/weight_quality.* of the parts")
+    options = parser.parse_args()
+    if options.table:
+        tabulate(options.parts)
+        return
+    if not options.resume and options.parts.is_dir() and any(options.parts.glob("*.jsonl")):
+        parser.error(f"{options.parts} has rows already: --resume, or give other --parts")
+    measure(options)
+
+
+if __name__ == "__main__":
+    main()
