@@ -5,7 +5,7 @@ Every function takes plain data and returns a `plotly.graph_objects.Figure` in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 MIB = 1024**2
+_BEFORE, _AFTER = "before", "after"
+_FEW = 64  # points that are marked one by one
 
 
 def _plotly() -> Any:
@@ -195,6 +197,84 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
             "title": {"text": "share of energy", "standoff": 8},
         }
     return _figure(traces, dark, title_text=title, hovermode="x unified", **layout)
+
+
+def lines(
+    x: Sequence[Any],
+    ys: Mapping[str, ArrayLike],
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    log: bool = False,
+    percent: bool = False,
+    dark: bool = False,
+) -> go.Figure:
+    """Several measures along layers, channels or singular values, each a line by its name.
+
+    Names that end in "before" are dashed, in the colour of the one that ends in "after" in their place. On a log axis
+    what is not positive leaves a gap. percent: values are shares.
+    """
+    go = _plotly()
+    colours = theme(dark)
+    roots = list(dict.fromkeys(_root(name) for name in ys))
+    form = ".2%" if percent else ".4~g"
+    traces = []
+    for name, values in ys.items():
+        y = np.asarray(values, dtype=np.float64)
+        traces.append(
+            go.Scatter(
+                x=x,
+                y=np.where(y > 0, y, np.nan) if log else y,
+                name=name,
+                mode="lines+markers" if len(x) <= _FEW else "lines",
+                marker={"size": 6},
+                line={
+                    "width": 1.6,
+                    "color": colours.categories[roots.index(_root(name)) % len(colours.categories)],
+                    "dash": "dot" if name.endswith(_BEFORE) else "solid",
+                },
+                hovertemplate=f"%{{y:{form}}}",
+            )
+        )
+    layout: dict[str, Any] = {"yaxis_type": "log", "yaxis_tickformat": "~g"} if log else {"yaxis_rangemode": "tozero"}
+    if percent:
+        layout["yaxis_tickformat"] = ".2~%"
+    return _figure(
+        traces,
+        dark,
+        title_text=title,
+        hovermode="x unified",
+        showlegend=len(ys) > 1,
+        xaxis_title_text=x_title,
+        yaxis_title_text=y_title,
+        **layout,
+    )
+
+
+def bars(
+    names: Sequence[str], values: ArrayLike, *, title: str, x_title: str, y_title: str, dark: bool = False
+) -> go.Figure:
+    """One bar for each name."""
+    trace = _plotly().Bar(
+        x=list(names),
+        y=np.asarray(values),
+        marker={"color": theme(dark).categories[0]},
+        hovertemplate="%{x}: %{y:.4g}<extra></extra>",
+    )
+    return _figure(
+        [trace],
+        dark,
+        title_text=title,
+        xaxis_title_text=x_title,
+        yaxis_title_text=y_title,
+        xaxis_type="category",
+        bargap=0.25,
+    )
+
+
+def _root(name: str) -> str:
+    return name.removesuffix(_BEFORE).removesuffix(_AFTER).rstrip(", ")
 
 
 def received_line(

@@ -184,6 +184,13 @@ def plan_figures(plan: Plan) -> list[Figure]:
     ]
 
 
+def weights_figure(weights: tuple[Any, int, int]) -> Figure:
+    """What the model's weights take: of (methods, bytes, bytes of its own), all at 16 bits."""
+    methods, nbytes, full = weights
+    told = f"of {size(full)}; {nbytes / full:.1%}, all counted" if methods else "at 16 bits"
+    return Figure("Model weights", size(nbytes), told)
+
+
 def run_figures(run: Run) -> list[Figure]:
     """What a run cost the answer, and how fast it was; measures its quality if nobody has yet."""
     quality, timing = run.quality, run.timing

@@ -47,6 +47,13 @@ class Answer:
             margin=(8, 0),
             disabled=True,
         )
+        self.follows = pmu.Switch(
+            label="Follow",
+            description="Answer again whenever the recipe or a budget has changed.",
+            size="small",
+            width=100,
+            margin=(14, 0, 8, 8),
+        )
         self.diff = AnswerDiff.panel(visible=False, margin=(6, 0, 2, 0))
         self.figures = figures_row()
         self.figures.visible = False
@@ -73,7 +80,7 @@ class Answer:
         workspace.param.watch(self._able, ["reading", "working"])
         workspace.param.watch(lambda event: AnswerDiff.update(self.diff, dark=event.new), "dark")
         self.body = pmu.Paper(
-            pn.Row(self.question, self.tokens, self.run, sizing_mode="stretch_width", margin=0),
+            pn.Row(self.question, self.tokens, self.run, self.follows, sizing_mode="stretch_width", margin=0),
             self._asked,
             self.diff,
             self.figures,

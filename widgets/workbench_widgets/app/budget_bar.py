@@ -1,44 +1,49 @@
-"""The budget: a slider in percent, and a field that takes any budget; below them what the plan saves."""
+"""The budgets of the cache and of the weights; below them what the recipe saves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import panel as pn
 import panel_material_ui as pmu
 
-from workbench.budget import Budget
-from workbench.errors import BadBudget
+from workbench.registry import Method
+from workbench.weights.base import WeightMethod
 from workbench_widgets import present
+from workbench_widgets.app.budget_slider import BudgetSlider
 from workbench_widgets.app.figures_row import figures_row, show
 from workbench_widgets.app.workspace import Workspace
 
-_HELP = "A share of the uncompressed cache (25%), a size (8MiB) or a number of positions a head (512 tokens)."
+_CACHE = "A share of the uncompressed cache (25%), a size (8MiB) or a number of positions a head (512 tokens)."
+_WEIGHTS = "A share of the 16-bit bytes of the weights that the method compresses (30%), or a size for them (40MiB)."
 _EMPTY = "The numbers come when the prompt has been read."
 
 
 class BudgetBar:
-    """`value` is the budget as text; `changed()` is called on every move."""
+    """`value` and `weights` are the budgets as text; `changed()` and `weights_changed()` are called on every move.
 
-    def __init__(self, workspace: Workspace, value: str, changed: Callable[[], None]) -> None:
-        self.value = value
+    weights: empty for a weight method's own budget; there is a slider only for methods whose size can be chosen.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        value: str,
+        weights: str,
+        changed: Callable[[], None],
+        weights_changed: Callable[[], None],
+    ) -> None:
         self._workspace = workspace
-        self._changed = changed
-        self._quiet = False
-        self.slider = pmu.IntSlider(
-            label="Budget (% of the uncompressed cache)",
-            start=1,
-            end=100,
-            value=_percent(value) or 25,
-            sizing_mode="stretch_width",
-            margin=(4, 16, 0, 8),
-            min_width=260,
-            show_value=False,
+        self.cache = BudgetSlider("Budget (% of the uncompressed cache)", "Exactly", _CACHE, value, changed)
+        self.of_weights = BudgetSlider(
+            "Weights (% of the bytes of what is compressed, at 16 bits)",
+            "As a size",
+            _WEIGHTS,
+            weights,
+            weights_changed,
         )
-        self.exact = pmu.TextInput(
-            label="Exactly", value=value, description=_HELP, size="small", width=170, margin=(8, 4, 0, 4)
-        )
+        self.of_weights.body.visible = False
+        self._method: type[Method] | None = None
         self.figures = figures_row(_EMPTY)
         self.refusal = pmu.Alert(
             "",
@@ -48,12 +53,11 @@ class BudgetBar:
             margin=(6, 0),
             css_classes=["wb-refusal"],
         )
-        self.slider.param.watch(self._moved, "value")
-        self.exact.param.watch(self._typed, "value")
         workspace.param.watch(self._show, ["plan", "reading"])
         workspace.param.watch(self._refuse, "refusal")
         self.body = pmu.Paper(
-            pn.Row(self.slider, self.exact, sizing_mode="stretch_width", margin=0),
+            self.cache.body,
+            self.of_weights.body,
             self.refusal,
             self.figures,
             variant="outlined",
@@ -63,47 +67,40 @@ class BudgetBar:
             sx={"padding": "8px 16px"},
         )
 
+    @property
+    def value(self) -> str:
+        return self.cache.value
+
+    @property
+    def weights(self) -> str:
+        return self.of_weights.value if self.of_weights.body.visible else ""
+
     def enable(self, on: bool) -> None:
-        """Off for a recipe that compresses nothing."""
-        self.slider.disabled = self.exact.disabled = not on
+        """Off for a recipe that compresses nothing of the cache."""
+        self.cache.slider.disabled = self.cache.exact.disabled = not on
 
-    def _moved(self, event: Any) -> None:
-        if self._quiet:
+    def offer(self, method: type[Method] | None) -> None:
+        """Which weight method the recipe has: its own budget is where the slider begins."""
+        if method is self._method:
             return
-        self.value = f"{event.new}%"
-        self._quietly(self.exact, self.value)
-        self._changed()
-
-    def _typed(self, event: Any) -> None:
-        if self._quiet:
-            return
-        self.value = str(event.new).strip()
-        percent = _percent(self.value)
-        if percent is not None:
-            self._quietly(self.slider, percent)
-        self._changed()
-
-    def _quietly(self, widget: Any, value: Any) -> None:
-        self._quiet = True
-        try:
-            widget.value = value
-        finally:
-            self._quiet = False
+        before, self._method = self._method, method
+        sized = method is not None and takes_size(method)
+        if sized and method is not None:
+            kept = self.of_weights.value if before is None else ""  # that of a link, for the method that it names
+            self.of_weights.set(kept, round(100 * (method.default_budget or 1)))
+        self.of_weights.body.visible = sized
 
     def _show(self, *events: Any) -> None:
-        plan = self._workspace.plan
-        if plan is not None:
-            show(self.figures, present.plan_figures(plan))
-        elif self._workspace.reading is None:
+        plan, reading = self._workspace.plan, self._workspace.reading
+        if plan is not None and reading is not None:
+            show(self.figures, [*present.plan_figures(plan), present.weights_figure(self._workspace.weights)])
+        elif reading is None:
             show(self.figures, [], _EMPTY)
 
     def _refuse(self, event: Any) -> None:
         self.refusal.param.update(object=event.new, visible=bool(event.new))
 
 
-def _percent(text: str) -> int | None:
-    try:
-        budget = Budget.parse(text)
-    except BadBudget:
-        return None
-    return max(1, round(budget.amount * 100)) if budget.kind == "share" else None
+def takes_size(method: type[Method]) -> bool:
+    """Whether the size of what a weight method makes can be chosen; that of the others follows from parameters."""
+    return method.default_budget is not None or (issubclass(method, WeightMethod) and method.every_size)

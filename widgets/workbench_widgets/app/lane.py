@@ -98,6 +98,14 @@ class Lane:
             if self._current is not None:
                 self._current.progress.cancel()
 
+    def drop(self) -> None:
+        """As `cancel`, but nobody is told: what was being done is not wanted any more."""
+        with self._lock:
+            self._next = None
+            if self._current is not None:
+                self._current.dropped = True
+                self._current.progress.cancel()
+
     def close(self) -> None:
         """Cancel, and take nothing more: the tab is gone."""
         with self._lock:
@@ -110,6 +118,12 @@ class Lane:
     @property
     def busy(self) -> bool:
         return self._current is not None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for what is being done."""
+        current = self._current
+        return current is not None and not current.dropped
 
     def _work(self) -> None:
         if self._on_busy is not None:

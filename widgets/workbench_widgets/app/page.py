@@ -14,6 +14,7 @@ from panel_material_ui.template.base import Page as MaterialPage
 from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
+from workbench.weights.base import WeightMethod
 from workbench_widgets.app.answer import Answer
 from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.code_dialog import CodeDialog
@@ -26,6 +27,7 @@ from workbench_widgets.app.panels import (
     Panel,
     RunsPanel,
     TokensPanel,
+    WeightsPanel,
 )
 from workbench_widgets.app.prompt_form import PromptForm
 from workbench_widgets.app.recipe_form import SLOTS, RecipeForm
@@ -57,7 +59,9 @@ class Page:
 
         self.prompt = PromptForm(workspace, state, state.model or model, self.read)
         self.recipe = RecipeForm({slot: getattr(state, slot) for slot in SLOTS}, state.values, self._recipe_changed)
-        self.budget = BudgetBar(workspace, state.budget, lambda: self.plan(interrupt=False))
+        self.budget = BudgetBar(
+            workspace, state.budget, state.weights_budget, lambda: self.plan(interrupt=False), self._weights_moved
+        )
         self.answer = Answer(workspace, state.question or self.prompt.question, state.tokens, self.run, self._note)
         self.status = StatusLine(workspace)
         self.code = CodeDialog(self.python)
@@ -68,6 +72,7 @@ class Page:
             OutliersPanel(workspace),
             MemoryPanel(workspace),
             RunsPanel(workspace, self.compare),
+            WeightsPanel(workspace),
         ]
         self.tabs = pmu.Tabs(
             *((panel.title, panel.body) for panel in self.panels),
@@ -79,8 +84,10 @@ class Page:
         self.tabs.param.watch(self._tab_changed, "active")
         workspace.param.watch(self._was_read, "reading")
         workspace.param.watch(lambda event: self._note(), "selected")
+        workspace.param.watch(self._follow, "plan")
+        self.answer.follows.param.watch(self._follow, "value")
         self._wanted = (state.layer, state.head)
-        self.budget.enable(self.recipe.takes_budget)
+        self._offer()
         self._tab_changed()
         self.view = self._layout()
         if self._doc is not None and self.prompt.text:
@@ -131,6 +138,7 @@ class Page:
     def plan(self, *, interrupt: bool) -> None:
         """Plan the recipe at the budget, and show it when it is there."""
         self._note()
+        self.workspace.stop_following()
         recipe = self._recipe()
         if recipe is not None:
             self.workspace.recipe = recipe
@@ -177,14 +185,30 @@ class Page:
 
     def _recipe(self) -> Recipe | None:
         try:
-            return self.recipe.recipe(self.budget.value)
+            return self.recipe.recipe(self.budget.value, self.budget.weights)
         except WorkbenchError as error:
             self.workspace.refuse(str(error))
             return None
 
     def _recipe_changed(self) -> None:
-        self.budget.enable(self.recipe.takes_budget)
+        self._offer()
         self.plan(interrupt=True)
+
+    def _offer(self) -> None:
+        self.budget.enable(self.recipe.takes_budget)
+        self.budget.offer(self.recipe.weights)
+
+    def _weights_moved(self) -> None:
+        """Compressing to a size that is no longer wanted is given up, unless what it makes serves every size."""
+        method = self.recipe.weights
+        every = method is not None and issubclass(method, WeightMethod) and method.every_size
+        self.plan(interrupt=not every)
+
+    def _follow(self, *events: Any) -> None:
+        """Answer anew under the plan that has just been made, where that is wanted."""
+        recipe = self._recipe() if self.answer.follows.value and self.workspace.plan is not None else None
+        if recipe is not None:
+            self.workspace.follow(recipe, self.answer.question.value.strip() or None, self._tokens())
 
     def _was_read(self, event: Any) -> None:
         if event.new is None:
@@ -217,6 +241,7 @@ class Page:
             **self.recipe.keys(),
             values=self.recipe.values(),
             budget=self.budget.value,
+            weights_budget=self.budget.weights,
             question="" if question == self.prompt.question else question,
             tokens=self._tokens(),
             layer=selected[0],

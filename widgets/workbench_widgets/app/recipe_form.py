@@ -157,9 +157,20 @@ class RecipeForm:
         """Whether the recipe compresses the cache at all."""
         return any(self.slots[slot].key not in (NONE, Full.key) for slot in CACHE_SLOTS)
 
-    def recipe(self, budget: str) -> Recipe:
-        """The recipe as the controls describe it. Raises BadParameter, BadBudget or BadRecipe."""
+    @property
+    def weights(self) -> type[Method] | None:
+        """The weight method that is chosen."""
+        form = self.slots["weights"].form
+        return None if form is None else form.cls
+
+    def recipe(self, budget: str, weights_budget: str = "") -> Recipe:
+        """The recipe as the controls describe it. Raises BadParameter, BadBudget or BadRecipe.
+
+        weights_budget: of the weight method; empty for its own.
+        """
         chosen = [method for slot in self.slots.values() if (method := slot.method()) is not None]
+        if weights_budget:
+            chosen = [m.with_budget(weights_budget) if m.family == "weights" else m for m in chosen]
         kv = [method for method in chosen if method.family == "kv"]
         if len(kv) > 1:  # another method of the cache takes the place of "full"
             chosen = [method for method in chosen if method.key != Full.key]

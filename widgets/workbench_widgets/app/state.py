@@ -28,6 +28,7 @@ class PageState:
         default_factory=dict
     )  # method key -> parameters that differ from defaults
     budget: str = "25%"
+    weights_budget: str = ""  # empty: the weight method's own
     question: str = ""
     tokens: int = 32
     layer: int = 0

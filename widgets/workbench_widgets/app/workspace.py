@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import param
@@ -18,6 +18,7 @@ from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan
 from workbench.progress import Progress
 from workbench.recipe import Recipe
+from workbench.registry import Method
 from workbench.run import Run
 from workbench.session import Session, row_of
 from workbench.trace import Trace
@@ -26,6 +27,14 @@ from workbench_widgets.app.lane import Lane, Post
 from workbench_widgets.app.shelf import SHELF, Shelf
 
 _GLANCE_S = 0.1
+
+
+class Deployed(NamedTuple):
+    """The model's weights under the methods that were planned last: bytes, and those of its own, at 16 bits."""
+
+    methods: tuple[Method, ...]
+    nbytes: int
+    full_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,9 @@ class Reading:
 class Workspace(param.Parameterized):
     """What one tab knows. Parameters change in the page's thread only; views watch them.
 
-    Four lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
-    `looking` for maps and tables, `surveying` for looks at all heads of a long prompt. A budget move never waits for a
-    run, nor a map for a survey.
+    Five lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
+    `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at all
+    weights. A budget move never waits for a run, nor a map for a survey.
     """
 
     reading: Any = param.Parameter(None)
@@ -58,6 +67,8 @@ class Workspace(param.Parameterized):
     stage: Any = param.Parameter(("", None))  # what the main lane does, and the share done
     model: Any = param.String("")  # the model that is loaded
     survey_stage: Any = param.Parameter(("", None))  # what the survey does, and the share done
+    weighing_stage: Any = param.Parameter(("", None))  # what the look at weights does, and the share done
+    weights: Any = param.Parameter(None)  # Deployed
     dark: Any = param.Boolean(False)
     recipe: Any = param.Parameter(None)  # the one that was planned last
 
@@ -69,19 +80,22 @@ class Workspace(param.Parameterized):
         self.planning = Lane("planning", post, None, self._planning_progress)
         self.looking = Lane("looking", post)
         self.surveying = Lane("surveying", post, self._survey_busy, self._survey_progress)
+        self.weighing = Lane("weighing", post, self._weighing_busy, self._weighing_progress)
+        self._following = False  # whether the main lane answers because something moved
 
     def cancel(self) -> None:
         """Stop what is going on; what was there before stays."""
         self.main.cancel()
         self.planning.cancel()
         self.surveying.cancel()
+        self.weighing.cancel()
 
     def close(self) -> None:
         """The tab is gone: stop its work and let go of what it holds."""
-        for lane in (self.main, self.planning, self.looking, self.surveying):
+        for lane in (self.main, self.planning, self.looking, self.surveying, self.weighing):
             lane.close()
         with param.parameterized.discard_events(self):  # there is no page to tell
-            self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None)
+            self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None, weights=None)
         gc.collect()
 
     # -- reading
@@ -98,11 +112,20 @@ class Workspace(param.Parameterized):
 
         def finish(reading: Reading) -> None:
             self.param.update(
-                reading=reading, plan=None, run=None, answer=(), model=model, problem="", selected=None, focused=False
+                reading=reading,
+                plan=None,
+                weights=None,
+                run=None,
+                answer=(),
+                model=model,
+                problem="",
+                selected=None,
+                focused=False,
             )
             if done is not None:
                 done()
 
+        self._following = False
         self._start("Reading")
         self.main.submit(work, finish, self._failed, interrupt=True)
 
@@ -119,20 +142,24 @@ class Workspace(param.Parameterized):
         heavy = bool(recipe.family("weights") or recipe.family("attention"))  # may read the prompt once more
         reads = any(isinstance(method, KVMethod) and method.supplies("read") for method in recipe.methods)
 
-        def work(progress: Progress) -> Plan:
-            if not heavy:
-                return session.plan(recipe, progress=progress)
-            with self._exclusive(progress):
-                return session.plan(recipe, progress=progress)
+        def plan(progress: Progress) -> tuple[Plan, Deployed]:
+            made = session.plan(recipe, progress=progress)
+            return made, Deployed(recipe.family("weights"), *session.weight_nbytes(recipe, progress=progress))
 
-        def finish(plan: Plan) -> None:
+        def work(progress: Progress) -> tuple[Plan, Deployed]:
+            if not heavy:
+                return plan(progress)
+            with self._exclusive(progress):
+                return plan(progress)
+
+        def finish(made: tuple[Plan, Deployed]) -> None:
             if self.reading is None or self.reading.trace is not trace:
                 return  # another prompt was read meanwhile
-            self.param.update(plan=plan, refusal="", stage=self.stage if self.working else ("", None))
+            quiet = self.stage if self.working else ("", None)
+            self.param.update(plan=made[0], weights=made[1], refusal="", stage=quiet)
 
         def failed(error: WorkbenchError) -> None:
-            if not isinstance(error, Cancelled):
-                self.refuse(str(error))
+            self.refuse("" if isinstance(error, Cancelled) else str(error))
 
         # A reading for a budget that is no longer wanted would only keep the wanted one waiting.
         self.planning.submit(work, finish, failed, interrupt=interrupt or reads)
@@ -143,10 +170,33 @@ class Workspace(param.Parameterized):
 
     # -- running
 
-    def generate(self, recipe: Recipe, question: str | None, max_new_tokens: int, *, follow: bool = False) -> None:
+    def follow(self, recipe: Recipe, question: str | None, max_new_tokens: int) -> None:
+        """Answer because something moved: gives way to everything else, and to the next of its kind."""
+        if self.reading is None or (self.main.awaited and not self._following):
+            return
+        self.generate(recipe, question, max_new_tokens, interrupt=True)
+        self._following = True
+
+    def stop_following(self) -> None:
+        """What is being answered because something moved is not wanted any more."""
+        if self._following:
+            self._following = False
+            self.main.drop()
+            self.answer = ()
+
+    def generate(
+        self,
+        recipe: Recipe,
+        question: str | None,
+        max_new_tokens: int,
+        *,
+        follow: bool = False,
+        interrupt: bool = False,
+    ) -> None:
         """Run `recipe` token by token and measure it; with `follow` ask on from the last run instead."""
         if self.reading is None:
             return
+        self.stop_following()
         session, last = self.reading.session, self.run
         shown: list[str] = []
 
@@ -171,7 +221,7 @@ class Workspace(param.Parameterized):
 
         self.param.update(answer=())
         self._start("Running")
-        self.main.submit(work, finish, self._failed)
+        self.main.submit(work, finish, self._failed, interrupt=interrupt)
 
     def compare(
         self, recipes: Sequence[Any], budgets: Sequence[Any], question: str | None, max_new_tokens: int
@@ -179,6 +229,7 @@ class Workspace(param.Parameterized):
         """Run every recipe at every budget; each row is shown when it is there, and cancelling keeps those."""
         if self.reading is None:
             return
+        self.stop_following()
         session = self.reading.session
         cases = list(_cases(recipes, budgets))
 
@@ -220,6 +271,16 @@ class Workspace(param.Parameterized):
 
         self.surveying.submit(work, show, failed, interrupt=True)
 
+    def weigh(self, work: Callable[[Progress], Any], show: Callable[[Any], None], given_up: Callable[[], None]) -> None:
+        """As `survey`, for looks at all weights, which a run does not wait for: it cancels them."""
+
+        def failed(error: WorkbenchError) -> None:
+            given_up()
+            if not isinstance(error, Cancelled):
+                self.problem = str(error)
+
+        self.weighing.submit(work, show, failed, interrupt=True)
+
     @property
     def kv_head(self) -> tuple[int, int] | None:
         """The selected layer, with the KV head that the selected query head reads."""
@@ -240,6 +301,7 @@ class Workspace(param.Parameterized):
             self._alone.release()
 
     def _start(self, what: str) -> None:
+        self.weighing.cancel()
         self.param.update(problem="", stage=(what, None), working=True)
 
     def _failed(self, error: WorkbenchError) -> None:
@@ -248,6 +310,7 @@ class Workspace(param.Parameterized):
         )
 
     def _busy(self, busy: bool) -> None:
+        self._following = self._following and busy
         self.param.update(working=busy, stage=self.stage if busy else ("", None))
 
     def _progress(self, stage: str, done: int, total: int) -> None:
@@ -262,6 +325,12 @@ class Workspace(param.Parameterized):
 
     def _survey_progress(self, stage: str, done: int, total: int) -> None:
         self.survey_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
+
+    def _weighing_busy(self, busy: bool) -> None:
+        self.weighing_stage = self.weighing_stage if busy else ("", None)
+
+    def _weighing_progress(self, stage: str, done: int, total: int) -> None:
+        self.weighing_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
 
     def _coming(self, shown: list[str]) -> None:
         self.answer = tuple(shown)

@@ -7,5 +7,15 @@ from workbench_widgets.app.panels.outliers import OutliersPanel
 from workbench_widgets.app.panels.panel import Panel
 from workbench_widgets.app.panels.runs import RunsPanel
 from workbench_widgets.app.panels.tokens import TokensPanel
+from workbench_widgets.app.panels.weights import WeightsPanel
 
-__all__ = ["AttentionPanel", "HeadErrorPanel", "MemoryPanel", "OutliersPanel", "Panel", "RunsPanel", "TokensPanel"]
+__all__ = [
+    "AttentionPanel",
+    "HeadErrorPanel",
+    "MemoryPanel",
+    "OutliersPanel",
+    "Panel",
+    "RunsPanel",
+    "TokensPanel",
+    "WeightsPanel",
+]

@@ -13,6 +13,7 @@ import panel_material_ui as pmu
 from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.recipe_form import kv_methods
+from workbench_widgets.app.table import fill, table
 from workbench_widgets.app.workspace import Workspace
 
 _COLUMNS = {  # column -> title, width; the file has all there is
@@ -34,18 +35,6 @@ _MEANINGS = {  # column -> what its title says when it is pointed at
     "score_share": "Attention score entries computed while the prompt was read, of all causal ones",
     "top1": "Positions at which the most likely token is that of the uncompressed run",
 }
-# As specific as this, for the design's own style sheet comes later.
-_STYLE = """
-.pnx-tabulator.tabulator { font-size: 13px; background: transparent; }
-.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content { padding: 4px 6px; }
-.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-title {
-  padding-right: 14px;
-}
-.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-sorter {
-  right: 4px;
-}
-.pnx-tabulator.tabulator .tabulator-row .tabulator-cell { padding: 5px 6px; }
-"""
 
 
 class RunsPanel(Panel):
@@ -137,17 +126,14 @@ class RunsPanel(Panel):
             )
 
     def _tabulate(self, frame: Any, hidden: list[str]) -> None:
-        theme = "midnight" if self.workspace.dark else "simple"
+        dark = self.workspace.dark
         if self.table is None:
-            self.table = _table(frame, hidden, theme)
+            self.table = _table(frame, hidden, dark)
             self._table_at.objects = [self.table]
             return
-        if self.table.theme != theme:
-            self.table.theme = theme
         if hidden != self.table.hidden_columns:
             self.table.hidden_columns = hidden
-        if not frame.equals(self.table.value):
-            self.table.value = frame
+        fill(self.table, frame, dark=dark)
 
     def _csv(self) -> io.StringIO:
         text = io.StringIO()
@@ -156,12 +142,9 @@ class RunsPanel(Panel):
         return text
 
 
-def _table(frame: Any, hidden: list[str], theme: str) -> Any:
-    from bokeh.models.widgets.tables import NumberFormatter
-
-    plain: dict[str, Any] = {"font_style": "normal", "nan_format": "–"}
-    shares = {name: NumberFormatter(format="0.0%", **plain) for name in ("kv_share", "score_share", "top1")}
-    numbers = {
+def _table(frame: Any, hidden: list[str], dark: bool) -> Any:
+    formats = {name: "0.0%" for name in ("kv_share", "score_share", "top1")}
+    formats |= {
         "kv_mib": "0.00",
         "host_mib": "0.00",
         "kl": "0.0000",
@@ -169,25 +152,7 @@ def _table(frame: Any, hidden: list[str], theme: str) -> Any:
         "perplexity": "0.000",
         "tokens_per_s": "0.0",
     }
-    return pn.widgets.Tabulator(
-        frame,
-        titles={name: title for name, (title, _) in _COLUMNS.items()},
-        widths={name: width for name, (_, width) in _COLUMNS.items()},
-        formatters=shares | {name: NumberFormatter(format=form, **plain) for name, form in numbers.items()},
-        text_align={name: "right" for name in (*shares, *numbers, "run")},
-        header_tooltips=_MEANINGS,
-        hidden_columns=hidden,
-        show_index=False,
-        disabled=True,
-        selectable=False,
-        layout="fit_columns",
-        theme=theme,
-        stylesheets=[_STYLE],
-        pagination="local",
-        page_size=12,
-        sizing_mode="stretch_width",
-        margin=(4, 0, 12, 0),
-    )
+    return table(frame, _COLUMNS, formats, dark=dark, right=("run",), hidden_columns=hidden, header_tooltips=_MEANINGS)
 
 
 def _shown(rows: pd.DataFrame) -> pd.DataFrame:

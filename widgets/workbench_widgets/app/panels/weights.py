@@ -1,0 +1,282 @@
+"""What a recipe's weight method does to each weight, and what the model's weights are like."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pandas as pd
+import panel as pn
+import panel_material_ui as pmu
+
+from workbench.progress import Progress
+from workbench.recipe import Recipe
+from workbench.weights.blocks import blocks, placed
+from workbench.weights.linears import linear_layers
+from workbench_widgets import Heatmap, weight_views
+from workbench_widgets.app.figures_row import figures_row, show
+from workbench_widgets.app.look import restyle
+from workbench_widgets.app.panels.panel import Panel, hint
+from workbench_widgets.app.panels.weight_sections import SECTIONS, Asked, Look, census_of, sensitivity_key
+from workbench_widgets.app.recent import Recent
+from workbench_widgets.app.table import fill, table
+from workbench_widgets.app.workspace import Workspace
+
+_REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
+_COLUMNS = {  # of the tables -> title, width
+    "name": ("Weight", 230),
+    "layer": ("Layer", 70),
+    "module": ("Module", 170),
+    "form": ("Held as", 130),
+    "bits": ("Bits", 70),
+    "rank": ("Rank", 70),
+    "density": ("Density", 84),
+    "mib": ("MiB", 80),
+    "share": ("Share", 76),
+    "weight_error": ("Weight error", 108),
+    "output_error": ("Output error", 108),
+    "chosen": ("Chosen", 170),
+    "kl": ("KL", 90),
+    "error": ("Error", 90),
+    "reason": ("Why it is left as it is", 420),
+}
+_FORMATS = {
+    "bits": "0.00",
+    "rank": "0",
+    "density": "0.0%",
+    "mib": "0.00",
+    "share": "0.0%",
+    "weight_error": "0.00%",
+    "output_error": "0.00%",
+    "kl": "0.00000",
+    "error": "0.00%",
+}
+
+
+class WeightsPanel(Panel):
+    title = "Weights"
+    needs = ("reading", "weights", "recipe")
+
+    def __init__(self, workspace: Workspace) -> None:
+        slim: dict[str, Any] = {"size": "small", "margin": (8, 12, 4, 8), "visible": False}
+        self.section = pmu.RadioButtonGroup(
+            label="",
+            options={section.title: name for name, section in SECTIONS.items()},
+            value="layers",
+            size="small",
+            margin=(8, 4),
+        )
+        self.measure = pmu.Select(
+            label="Shows", options={title: name for name, title in weight_views.MEASURES.items()}, width=250, **slim
+        )
+        self.kind = pmu.Select(label="Outliers of", options=["weights", "activations"], width=150, **slim)
+        self.each = pmu.Select(
+            label="Parts",
+            options={"layers, and kinds of modules": "layer", "every module": "module"},
+            width=240,
+            **slim,
+        )
+        self.layer = pmu.IntSlider(label="Layer", start=0, end=1, value=0, width=180, **slim)
+        self.module = pmu.Select(label="Module", options=[], width=210, **slim)
+        self.start = pmu.Button(
+            label="", icon="insights", size="small", variant="outlined", margin=(8, 4), visible=False
+        )
+        self.stop = pmu.Button(label="Cancel", icon="stop", size="small", margin=(8, 4), visible=False)
+        self.download = pmu.FileDownload(
+            callback=self._csv, filename="weights.csv", label="CSV", width=110, margin=(8, 4), visible=False
+        )
+        self._bar = pmu.LinearProgress(value=0, variant="determinate", sizing_mode="stretch_width", visible=False)
+        self._doing = pn.pane.HTML("", stylesheets=[restyle("div")], margin=(8, 8), visible=False)
+        self._hint = hint("The weights can be looked at when a prompt has been read.")
+        self.numbers = figures_row()
+        self.map: Any = Heatmap.panel(brush=False, margin=(8, 0), visible=False)
+        self.figures = [
+            pn.pane.Plotly(None, config={"displaylogo": False}, sizing_mode="stretch_width", height=340, visible=False)
+            for _ in range(2)
+        ]
+        self.table: Any = None
+        self._table_at = pn.Column(sizing_mode="stretch_width", margin=0, visible=False)
+        self._frame = pd.DataFrame()
+        self._memory, self._session = Recent(_REMEMBERED), None
+        self._quiet = False
+        self._wanted = False  # whether what is only measured when it is asked for was asked for
+        choices = (self.section, self.measure, self.kind, self.each, self.layer, self.module)
+        for widget in choices:
+            what = "value_throttled" if widget is self.layer else "value"
+            widget.param.watch(self._chosen, what)
+        self.start.on_click(self._ask)
+        self.stop.on_click(lambda event: workspace.weighing.cancel())
+        Heatmap.watch(self.map, "selected", self._select)
+        workspace.param.watch(self._tell, "weighing_stage")
+        self.body = pn.Column(
+            self.section,
+            pn.FlexBox(
+                self.measure,
+                self.kind,
+                self.each,
+                self.layer,
+                self.module,
+                self.start,
+                self.stop,
+                self._doing,
+                align_items="center",
+                sizing_mode="stretch_width",
+            ),
+            self._bar,
+            self._hint,
+            self.numbers,
+            self.map,
+            *self.figures,
+            self._table_at,
+            self.download,
+            sizing_mode="stretch_width",
+            margin=(6, 0),
+        )
+        super().__init__(workspace)
+
+    # -- what was chosen
+
+    def _chosen(self, event: Any) -> None:
+        self._wanted = False
+        if not self._quiet:
+            self.stale()
+
+    def _ask(self, event: Any) -> None:
+        self._wanted = True
+        self.stale()
+
+    def _select(self, cell: tuple[int, int] | None) -> None:
+        """A click on a cell: its singular values, where one wants to see what became of it."""
+        if self._quiet or cell is None or self.section.value not in ("layers", "sensitivity"):
+            return
+        options = list(self.module.options)
+        if int(cell[1]) < len(options):
+            self._quiet = True
+            try:
+                self.layer.value, self.module.value = int(cell[0]), options[int(cell[1])]
+            finally:
+                self._quiet = False
+            self.section.value = "spectra"
+
+    def _offer(self) -> None:
+        """The layers and modules of the model, once for each session."""
+        session = self.workspace.reading.session
+        if session is self._session:
+            return
+        self._session, self._memory = session, Recent(_REMEMBERED)
+        names = list(blocks(session.model))
+        inside = [placed(name, names) for name in linear_layers(session.model)]
+        modules = list(dict.fromkeys(module for layer, module in inside if layer is not None))
+        self._quiet = True
+        try:
+            self.layer.param.update(end=max(len(names) - 1, 1), value=min(self.layer.value, len(names) - 1))
+            kept = self.module.value if self.module.value in modules else next(iter(modules), None)
+            self.module.param.update(options=modules, value=kept)
+        finally:
+            self._quiet = False
+
+    # -- what is shown
+
+    def refresh(self) -> None:
+        workspace, section = self.workspace, SECTIONS[self.section.value]
+        if workspace.reading is None:
+            return
+        self._offer()
+        for name in ("measure", "kind", "each", "layer", "module"):
+            getattr(self, name).visible = name in section.choices
+        self.module.visible = self.module.visible and not (section.title == "Outliers" and self.kind.value != "weights")
+        methods = () if workspace.weights is None else workspace.weights.methods
+        recipe = Recipe.of(list(methods)) if methods else None
+        asked = Asked(
+            workspace.reading.session,
+            recipe,
+            self._memory,
+            int(self.layer.value),
+            str(self.module.value),
+            str(self.measure.value),
+            str(self.kind.value),
+            str(self.each.value),
+            workspace.dark,
+        )
+        button, about = section.asks_first
+        self.start.visible = False
+        if recipe is None and section.needs_recipe:
+            coming = workspace.recipe is not None and workspace.recipe.family("weights")
+            self._nothing(
+                "This comes when the weights are compressed."
+                if coming
+                else "Choose a weight method in the recipe to see what it does to every weight."
+            )
+            return
+        if button and not self._wanted and sensitivity_key(asked) not in self._memory:
+            self.start.param.update(label=button, visible=True)
+            self._nothing(about)
+            return
+
+        def work(progress: Progress) -> tuple[Look, list[str]]:
+            look = section.make(asked, progress)
+            offered = weight_views.chosen(census_of(asked, progress)) if section.title == "Layers" else []
+            return look, offered
+
+        def shown(found: tuple[Look, list[str]]) -> None:
+            self._wanted = False
+            self._show(*found)
+
+        def given_up() -> None:
+            self._wanted = False
+            self._stale = True
+            self.start.param.update(label=button or "Show", visible=True)
+            self._nothing("This was not finished.")
+
+        workspace.weigh(work, self.in_view(shown), given_up)
+
+    def _nothing(self, said: str) -> None:
+        self._show(Look(said=said), [])
+
+    def _show(self, look: Look, offered: list[str]) -> None:
+        dark = self.workspace.dark
+        self._hint.object = f"<p>{look.said}</p>"
+        self._hint.visible = bool(look.said)
+        show(self.numbers, look.numbers)
+        self.numbers.visible = bool(look.numbers)
+        self._quiet = True
+        try:
+            if offered:
+                options = {weight_views.MEASURES[name]: name for name in offered}
+                kept = self.measure.value if self.measure.value in offered else offered[0]
+                self.measure.param.update(options=options, value=kept)
+            if look.map is not None:
+                Heatmap.update(self.map, **look.map, selected=None, dark=dark)
+        finally:
+            self._quiet = False
+        self.map.visible = look.map is not None
+        for pane, figure in zip(self.figures, (*look.figures, None, None), strict=False):
+            pane.visible = figure is not None
+            if figure is not None:
+                pane.object = figure
+        self._tabulate(look.table, dark)
+
+    def _tabulate(self, frame: pd.DataFrame | None, dark: bool) -> None:
+        self._table_at.visible = self.download.visible = frame is not None
+        if frame is None:
+            return
+        self._frame = frame
+        if self.table is not None and list(self.table.value.columns) == list(frame.columns):
+            fill(self.table, frame, dark=dark)
+            return
+        columns = {name: _COLUMNS[name] for name in frame.columns}
+        self.table = table(frame, columns, {n: f for n, f in _FORMATS.items() if n in columns}, dark=dark)
+        self._table_at.objects = [self.table]
+
+    def _tell(self, event: Any) -> None:
+        """How far it is."""
+        stage, share = self.workspace.weighing_stage
+        self._bar.param.update(visible=bool(stage), value=round(100 * (share or 0)))
+        self._doing.param.update(visible=bool(stage), object=f"<div>{stage} …</div>")
+        self.stop.visible = bool(stage)
+
+    def _csv(self) -> io.StringIO:
+        text = io.StringIO()
+        self._frame.to_csv(text, index=False)
+        text.seek(0)
+        return text

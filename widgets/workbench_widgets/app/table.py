@@ -1,0 +1,67 @@
+"""Tables: rows of a data frame, in the page's colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import panel as pn
+
+# As specific as this, for the design's own style sheet comes later.
+_STYLE = """
+.pnx-tabulator.tabulator { font-size: 13px; background: transparent; }
+.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content { padding: 4px 6px; }
+.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-title {
+  padding-right: 14px;
+}
+.pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-sorter {
+  right: 4px;
+}
+.pnx-tabulator.tabulator .tabulator-row .tabulator-cell { padding: 5px 6px; }
+"""
+
+
+def table(
+    frame: pd.DataFrame,
+    columns: Mapping[str, tuple[str, int]],
+    formats: Mapping[str, str],
+    *,
+    dark: bool,
+    right: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """columns: name -> title and width. formats: of numbers, by column; these and `right` stand at the right."""
+    from bokeh.models.widgets.tables import NumberFormatter
+
+    plain: dict[str, Any] = {"font_style": "normal", "nan_format": "–"}
+    return pn.widgets.Tabulator(
+        frame,
+        titles={name: title for name, (title, _) in columns.items()},
+        widths={name: width for name, (_, width) in columns.items()},
+        formatters={name: NumberFormatter(format=form, **plain) for name, form in formats.items()},
+        text_align=dict.fromkeys((*formats, *right), "right"),
+        show_index=False,
+        disabled=True,
+        selectable=False,
+        layout="fit_columns",
+        theme=_theme(dark),
+        stylesheets=[_STYLE],
+        pagination="local",
+        page_size=12,
+        sizing_mode="stretch_width",
+        margin=(4, 0, 12, 0),
+        **options,
+    )
+
+
+def fill(shown: Any, frame: pd.DataFrame, *, dark: bool) -> None:
+    """Other rows in a table that `table` made; nothing is sent where nothing has changed."""
+    if shown.theme != _theme(dark):
+        shown.theme = _theme(dark)
+    if not frame.equals(shown.value):
+        shown.value = frame
+
+
+def _theme(dark: bool) -> str:
+    return "midnight" if dark else "simple"
