@@ -158,13 +158,18 @@ def test_no_other_size_of_the_signs_is_closer() -> None:
     assert all(bool((error(1.0) <= error(by) + 1e-4).all()) for by in (0.9, 0.97, 1.03, 1.1))
 
 
-def test_saliency_is_that_of_the_paper() -> None:
+def test_saliency_is_what_the_loss_of_a_weight_costs_once_the_others_have_made_up_for_it() -> None:
     weight, x = drawn(4, 6), drawn(50, 6)
     hessian = (x.T @ x / 50).double()
-    inverse = torch.linalg.inv(hessian)
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    want = torch.tensor([[float(weight[o, i]) ** 2 / float(inverse[i, i]) ** 2 for i in range(6)] for o in range(4)])
-    torch.testing.assert_close(hessian_saliency(weight, factor), want, rtol=1e-3, atol=1e-5)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
+    found = hessian_saliency(weight, factor)
+    for o in range(4):
+        for j in range(6):
+            rest = [i for i in range(6) if i != j]
+            best = -weight[o, j].double() * torch.linalg.solve(hessian[rest][:, rest], hessian[rest, j])
+            change = torch.zeros(6, dtype=torch.float64)
+            change[j], change[rest] = -weight[o, j].double(), -best
+            assert float(found[o, j]) == pytest.approx(float(change @ hessian @ change), rel=1e-3)
 
 
 def test_of_equal_weights_exactly_as_many_as_asked_for_are_salient() -> None:  # trap 5
