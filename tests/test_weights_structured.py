@@ -23,7 +23,7 @@ from workbench.weights.comp import COMP, leverage, remaining, tuned
 from workbench.weights.coreinfer import CoreInfer, CoreMLP, votes
 from workbench.weights.foldgpt import FoldGPT, folding
 from workbench.weights.structured import refitted, shared_out
-from workbench.weights.udfc import UDFC, channels, gains, overlap, rebuilt
+from workbench.weights.udfc import UDFC, channels, data_free_scores, gains, overlap, rebuilt
 from workbench.weights.ziplm import ZipLM, removal
 
 IDS = torch.arange(3, 67)
@@ -309,6 +309,13 @@ def test_rebuilding_errs_less_than_leaving_out_and_changes_nothing_where_nothing
     want = acts @ down.T
     left_out, made_up = acts[:, kept] @ down[:, kept].T, acts[:, kept] @ better.T
     assert (made_up - want).norm() < 0.9 * (left_out - want).norm()
+
+
+def test_without_data_the_neurons_with_the_highest_peaks_stay() -> None:
+    gate, up, down = torch.full((3, 4), 0.1), torch.full((3, 4), 0.1), torch.ones(2, 3)
+    gate[1, 2], up[1, 0] = 3.0, -2.0  # one large weight in each, while neuron 2 has the larger norms
+    gate[2], up[2] = 1.6, 1.2
+    assert data_free_scores(gate, up, down).argsort().tolist() == [0, 2, 1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])

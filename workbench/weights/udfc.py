@@ -58,6 +58,13 @@ def overlap(one: Channels, other: Channels, squares: Tensor) -> Tensor:
     return one.level[:, None] * other.level * uu + one.slope[:, None] * other.slope * fourth
 
 
+def data_free_scores(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """How much each neuron may matter, float32 [i]: the largest entry of its row of gate and of up, times the norm of
+    its column of down. A few channels carry most of what language models pass on, so that peaks tell more than norms.
+    """
+    return gate.float().abs().amax(dim=1) * up.float().abs().amax(dim=1) * down.float().norm(dim=0)
+
+
 def rebuilt(down: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
     """The weight [o, m] on damaged neurons whose output is closest to that of `down` [o, i] on the whole ones.
 
@@ -80,9 +87,10 @@ class UDFC(StructuredPruner):
 
     The paper takes the statistics of a convolution's inputs from batch normalisation. Here they come from the norm
     before the MLP, whose outputs are taken to be independent and normal with the norm's own gains as sizes, and the
-    activation is replaced by its best line over them. Which neurons go: those with the smallest mean output times
-    the size of their column in the next layer, equally many in each module. Weights are rounded in symmetric groups.
-    Attention stays whole. The bits fix the size of each neuron; a budget above that of all neurons leaves none out.
+    activation is replaced by its best line over them. That is far from what a language model sees: on the default
+    model, rebuilding takes a tenth off the error of the first layers and nothing off later ones, so that little can go.
+    Which neurons go, equally many in each module, is chosen by peaks (`data_free_scores`). Weights are rounded in
+    symmetric groups. Attention stays whole. The bits fix the size of each neuron; a budget above that of all neurons leaves none out.
     """
 
     key = "udfc"
@@ -126,8 +134,7 @@ class UDFC(StructuredPruner):
         weights = [layer.weight.detach() for layer in layers]
         squares = gains(twin, site.name, weights[0].shape[1]).square()
         whole = channels(weights[0], weights[1], squares, mlp.act_fn)
-        scores = overlap(whole, whole, squares).diagonal().clamp_min(0).sqrt() * weights[2].float().norm(dim=0)
-        kept = scores.topk(count).indices.sort().values
+        kept = data_free_scores(*weights).topk(count).indices.sort().values
         site.prune(twin, kept[None])
         first, grids = [], []
         for weight in weights[:2]:
