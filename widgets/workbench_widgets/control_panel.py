@@ -20,6 +20,7 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import Method, Parameter, find, registered
 from workbench.session import Session
+from workbench.weights.base import WeightMethod
 from workbench_widgets import present
 from workbench_widgets.answer_diff import AnswerDiff
 from workbench_widgets.notebook import PlanView, run_answers, run_html, runs_html
@@ -184,7 +185,17 @@ class Controls(w.VBox):  # type: ignore[misc]
         )
         self.first = MethodControls("Cache", kv, method, self.replan, optional=False)
         self.second = MethodControls("and, on top", kv, _NONE, self.replan, optional=True)
-        self.weights = MethodControls("Weights (when run)", registered("weights"), _NONE, self.replan, optional=True)
+        self.weights = MethodControls("Weights (when run)", registered("weights"), _NONE, self._weigh, optional=True)
+        self.weights_budget = w.FloatSlider(
+            value=1,
+            min=0.02,
+            max=1,
+            step=0.01,
+            readout_format=".0%",
+            tooltip="share of the 16-bit bytes of the weights that the method compresses",
+            layout=w.Layout(width="100%", display="none"),
+        )
+        self._sized = _NONE  # the weight method that the slider was set for
         self.question = w.Text(
             value=question, placeholder="a question about the prompt", layout=w.Layout(flex="1 1 320px", width="auto")
         )
@@ -211,9 +222,10 @@ class Controls(w.VBox):  # type: ignore[misc]
             [w.HTML('<div style="font-weight:600;line-height:1.4">Budget</div>'), self.budget],
             layout=w.Layout(width="190px"),
         )
+        weights_box = w.VBox([self.weights, self.weights_budget], layout=w.Layout(width="190px"))
         super().__init__(
             [
-                w.Box([budget_box, self.first, self.second, self.weights], layout=chosen),
+                w.Box([budget_box, self.first, self.second, weights_box], layout=chosen),
                 self.trouble,
                 self.view,
                 w.Box([self.question, self.length, self.run_button, self.cancel_button, self.bar], layout=wrap),
@@ -266,7 +278,7 @@ class Controls(w.VBox):  # type: ignore[misc]
         super().close()
 
     def _recipe(self, *parts: MethodControls) -> Recipe:
-        chosen = [method for part in parts if (method := part.method()) is not None]
+        chosen = [self._with_size(method) for part in parts if (method := part.method()) is not None]
         kv = [method for method in chosen if method.family == "kv"]
         if len({method.key for method in kv}) < len(kv):
             raise BadRecipe("choose two different cache methods, or none on top")
@@ -274,6 +286,22 @@ class Controls(w.VBox):  # type: ignore[misc]
         if limited and len(chosen) == 1:
             return Recipe.of(chosen[0].with_budget(self.budget.value))
         return Recipe.of(chosen, budget=self.budget.value if limited else None)
+
+    def _with_size(self, method: Method) -> Method:
+        sized = isinstance(method, WeightMethod) and method.takes_size()
+        return method.with_budget(self.weights_budget.value) if sized else method
+
+    def _weigh(self) -> None:
+        """The weight method or its parameters have changed: its slider, where there is a size to choose."""
+        key = self.weights.choice.value
+        if key != self._sized:
+            self._sized = key
+            cls = None if key == _NONE else find(key)
+            sized = cls is not None and issubclass(cls, WeightMethod) and cls.takes_size()
+            self.weights_budget.layout.display = "" if sized else "none"
+            if sized and cls is not None:
+                self.weights_budget.value = cls.default_budget or 1
+        self.replan()
 
     def _plan_now(self) -> None:
         try:

@@ -177,12 +177,12 @@ def kernel_lines(before: pd.DataFrame, after: pd.DataFrame | None, module: str, 
     ys: dict[str, Any] = {}
     for name, frame in _both(before, after):
         own = frame[frame.module == module]
-        ys[f"steps of tokens{name}"] = own.kernel.to_numpy()
-        ys[f"CrossQuant's steps{name}"] = own.kernel_cross.to_numpy()
+        ys[f"steps by token{name}"] = own.kernel.to_numpy()
+        ys[f"by CrossQuant{name}"] = own.kernel_cross.to_numpy()
     return figures.lines(
         _layers(before, module),
         ys,
-        title=f"Quantisation kernel: inputs of {module} that 8 bits round to zero",
+        title=f"Quantisation kernel of 8 bits: inputs of {module} that become zero",
         x_title="layer",
         y_title="share of the inputs",
         percent=True,

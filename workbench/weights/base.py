@@ -42,6 +42,11 @@ class WeightMethod(Method):
     every_size: ClassVar[bool] = False  # made once for all budgets: another one only loads more or less of it
     alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
+    @classmethod
+    def takes_size(cls) -> bool:
+        """Whether a budget chooses how small the weights become; elsewhere that follows from the parameters."""
+        return cls.default_budget is not None or cls.every_size
+
     def refuses(self, linear: nn.Linear) -> str | None:
         """Why this layer must be left alone whatever the parameters; None if it can be compressed."""
         if not linear.weight.is_floating_point():

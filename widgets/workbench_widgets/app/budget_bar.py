@@ -84,7 +84,7 @@ class BudgetBar:
         if method is self._method:
             return
         before, self._method = self._method, method
-        sized = method is not None and takes_size(method)
+        sized = method is not None and issubclass(method, WeightMethod) and method.takes_size()
         if sized and method is not None:
             kept = self.of_weights.value if before is None else ""  # that of a link, for the method that it names
             self.of_weights.set(kept, round(100 * (method.default_budget or 1)))
@@ -99,8 +99,3 @@ class BudgetBar:
 
     def _refuse(self, event: Any) -> None:
         self.refusal.param.update(object=event.new, visible=bool(event.new))
-
-
-def takes_size(method: type[Method]) -> bool:
-    """Whether the size of what a weight method makes can be chosen; that of the others follows from parameters."""
-    return method.default_budget is not None or (issubclass(method, WeightMethod) and method.every_size)

@@ -41,6 +41,7 @@ class BudgetSlider:
     def set(self, value: str, start: int | None = None) -> None:
         """Show another budget without telling anybody; where it has no percentage the slider goes to `start`."""
         self.value = value
+        self.exact.placeholder = "" if start is None else f"{start}%"
         self._quietly(self.exact, value)
         self._quietly(self.slider, _percent(value) or start or self.slider.value)
 

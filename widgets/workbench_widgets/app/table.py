@@ -31,14 +31,14 @@ def table(
     right: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """columns: name -> title and width. formats: of numbers, by column; these and `right` stand at the right."""
+    """columns: name -> title and width (0: what is left). formats: of numbers, by column; these and `right` stand at the right."""
     from bokeh.models.widgets.tables import NumberFormatter
 
     plain: dict[str, Any] = {"font_style": "normal", "nan_format": "–"}
     return pn.widgets.Tabulator(
         frame,
         titles={name: title for name, (title, _) in columns.items()},
-        widths={name: width for name, (_, width) in columns.items()},
+        widths={name: width for name, (_, width) in columns.items() if width},
         formatters={name: NumberFormatter(format=form, **plain) for name, form in formats.items()},
         text_align=dict.fromkeys((*formats, *right), "right"),
         show_index=False,

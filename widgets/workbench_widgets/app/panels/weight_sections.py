@@ -151,7 +151,8 @@ def sensitivity_key(asked: Asked) -> Any:
 def _rows(census: pd.DataFrame) -> pd.DataFrame:
     shown = census.assign(mib=census.bytes / 2**20, rank=census["rank"].astype(float), chosen=census.chosen.fillna(""))
     kept = ("name", "form", "bits", "rank", "density", "mib", "share", "weight_error", "output_error", "chosen")
-    return shown[list(kept)].assign(name=shown.name.str.removeprefix("model."))
+    said = [name for name in kept if shown[name].replace("", None).notna().any()]
+    return shown[said].assign(name=shown.name.str.removeprefix("model."))
 
 
 SECTIONS = {

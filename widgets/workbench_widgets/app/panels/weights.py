@@ -24,7 +24,7 @@ from workbench_widgets.app.workspace import Workspace
 
 _REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
 _COLUMNS = {  # of the tables -> title, width
-    "name": ("Weight", 230),
+    "name": ("Weight", 240),
     "layer": ("Layer", 70),
     "module": ("Module", 170),
     "form": ("Held as", 130),
@@ -33,12 +33,12 @@ _COLUMNS = {  # of the tables -> title, width
     "density": ("Density", 84),
     "mib": ("MiB", 80),
     "share": ("Share", 76),
-    "weight_error": ("Weight error", 108),
-    "output_error": ("Output error", 108),
-    "chosen": ("Chosen", 170),
+    "weight_error": ("Weight error", 122),
+    "output_error": ("Output error", 122),
+    "chosen": ("Chosen", 0),
     "kl": ("KL", 90),
-    "error": ("Error", 90),
-    "reason": ("Why it is left as it is", 420),
+    "error": ("Error", 0),
+    "reason": ("Why it is left as it is", 0),
 }
 _FORMATS = {
     "bits": "0.00",
