@@ -201,6 +201,20 @@ def test_a_budget_that_cannot_be_met_is_told_and_keeps_the_last_plan(controls):
     assert controls.trouble.value == ""
 
 
+def test_a_weight_method_whose_size_can_be_chosen_has_a_slider_for_it(controls):
+    assert controls.weights_budget.layout.display == "none"
+    controls.weights.choice.value = "bitstack"
+    assert controls.weights_budget.layout.display == ""
+    assert controls.weights_budget.value == 0.3
+    controls.weights_budget.value = 0.45
+    (method,) = controls.recipe().family("weights")
+    assert method.budget.amount == 0.45
+    controls.weights.choice.value = "gptq"
+    assert controls.weights_budget.layout.display == "none"
+    (method,) = controls.recipe().family("weights")
+    assert method.budget is None
+
+
 def test_a_run_from_the_panel_lands_in_the_session(controls, session):
     controls.question.value = "why"
     controls.second.choice.value = "adakv"

@@ -31,7 +31,9 @@ def table(
     right: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """columns: name -> title and width (0: what is left). formats: of numbers, by column; these and `right` stand at the right."""
+    """columns: name -> title and width (0: what is left). formats: of numbers, by column; these and those of `right`
+    stand at the right.
+    """
     from bokeh.models.widgets.tables import NumberFormatter
 
     plain: dict[str, Any] = {"font_style": "normal", "nan_format": "–"}
