@@ -90,7 +90,8 @@ class UDFC(StructuredPruner):
     activation is replaced by its best line over them. That is far from what a language model sees: on the default
     model, rebuilding takes a tenth off the error of the first layers and nothing off later ones, so that little can go.
     Which neurons go, equally many in each module, is chosen by peaks (`data_free_scores`). Weights are rounded in
-    symmetric groups. Attention stays whole. The bits fix the size of each neuron; a budget above that of all neurons leaves none out.
+    symmetric groups. Attention stays whole. The bits fix the size of each neuron; a budget above that of all of them
+    leaves none out.
     """
 
     key = "udfc"
@@ -99,7 +100,7 @@ class UDFC(StructuredPruner):
         "Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "Bai et al. 2023", "2308.07209"
     )
     claim = "pruning and quantisation together without data: 20.5 % better on ImageNet at 30 % pruned and 6 bits"
-    default_budget = 0.45
+    default_budget = 0.5
     measure: ClassVar[str] = "16-bit size"
 
     bits: Literal[4, 6, 8] = param(8, help="bits of each weight that stays")
