@@ -44,6 +44,7 @@ class DoubleRounding(WeightMethod):
     paper = Paper("Nearly Lossless Adaptive Bit Switching", "Huang et al. 2025", "2502.01199")
     claim = "one stored integer model switches between bit-widths nearly without loss"
     needs_moment: ClassVar[bool] = True
+    every_size: ClassVar[bool] = True
 
     bits: Literal[2, 3, 4, 5, 6, 8] = param(8, help="bits of each weight; with a budget, the most of any layer")
     group_size: int = param(64, ge=8, le=1024, multiple_of=8, unit="columns", help="how many columns share a scale")
