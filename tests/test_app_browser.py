@@ -232,6 +232,7 @@ def test_every_tab_shows_its_view_in_both_themes(open_tab: Callable[..., Watched
         ("Outliers", ".js-plotly-plot"),
         ("Memory", ".js-plotly-plot"),
         ("Runs", "text=No runs yet"),
+        ("Weights", "text=Choose a weight method"),
         ("Tokens", "text=Kept positions"),
     ):
         page.get_by_role("tab", name=tab).click()
@@ -246,6 +247,23 @@ def test_a_link_brings_the_view_back(open_tab: Callable[..., Watched]) -> None:
     assert page.get_by_label("Recent share").input_value() == "0.25"
     assert page.get_by_label("Question about the text").input_value() == "Who?"
     assert figure(page, "Share of bytes").text_content().startswith("4")
+
+
+def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[..., Watched]) -> None:
+    query = own(SHORT, model="workbench-tiny", kv="full", weights="bitstack", tab="6", tokens="4", question="Who?")
+    page = open_tab(query + "&weights_budget=40%25").page
+    page.wait_for_selector("text=Matrices compressed")
+    page.wait_for_selector("section[aria-label^='Relative error of the outputs'] canvas")
+    weights = figure(page, "Model weights")
+    before = weights.text_content()
+    page.locator(".MuiSwitch-input").first.click()
+    figure(page, "KL divergence").wait_for()
+    field = page.get_by_label("As a size")
+    field.fill("2MiB")
+    field.press("Enter")
+    assert changed(lambda: weights.text_content(), before) < before
+    page.get_by_text("full + bitstack 2 MiB").first.wait_for()
+    page.wait_for_url(re.compile("weights_budget=2MiB"))
 
 
 def test_the_page_as_python_can_be_copied(open_tab: Callable[..., Watched]) -> None:
