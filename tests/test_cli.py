@@ -314,6 +314,7 @@ def test_doctor_reports_what_is_here(
         "gpu",
         "notebooks",
         "weights",
+        "export",
     }
     assert main(["doctor"]) == 0
     assert "workbench models fetch smollm2-135m" in capsys.readouterr().out
