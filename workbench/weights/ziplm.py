@@ -18,7 +18,7 @@ from workbench.weights.sites import Neurons, Site, Values
 from workbench.weights.structured import StructuredPruner, damped, refitted
 from workbench.weights.study import WeightStudy
 
-_TOGETHER = 16  # structures of a head that go in one step where there are many
+_ROUNDS = 64  # in how many steps at least the structures of a head go: several at once where there are many
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,28 @@ def removal(weight: Tensor, moment: Tensor, columns: Tensor, damping: float, tog
         gone = columns.gather(1, chosen[..., None].expand(-1, -1, columns.shape[2])).flatten()
         pivot = torch.linalg.inv(inverse[gone][:, gone])
         cost = float(((left[:, gone] @ pivot) * left[:, gone]).sum()) / scale
-        left -= left[:, gone] @ pivot @ inverse[gone]
-        inverse -= inverse[:, gone] @ pivot @ inverse[gone]
+        rows = inverse[gone]
+        left.addmm_(left[:, gone] @ pivot, rows, alpha=-1)
+        inverse.addmm_(rows.T @ pivot, rows, alpha=-1)
         left[:, gone] = 0
         inverse[gone], inverse[:, gone] = 0, 0
         inverse[gone, gone] = 1  # so that what is gone can be inverted, and costs nothing
         present.scatter_(1, chosen, False)
         order.append(chosen)
         errors += [errors[-1] + cost * (step + 1) / count for step in range(count)]
+        if 0 < 1.3 * int(present.sum()) * columns.shape[2] < left.shape[1]:
+            left, inverse, columns = _compacted(left, inverse, columns, present)
     return Removal(torch.cat(order, dim=1), torch.tensor(errors, dtype=torch.double))
+
+
+def _compacted(left: Tensor, inverse: Tensor, columns: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without the columns that are gone; structures that are gone point to one of their head that is not."""
+    alive = columns[present].flatten().sort().values
+    places = torch.zeros(left.shape[1], dtype=torch.long, device=columns.device)
+    places[alive] = torch.arange(len(alive), device=columns.device)
+    some = columns.gather(1, present.int().argmax(dim=1)[:, None, None].expand(-1, 1, columns.shape[2]))
+    columns = places[torch.where(present[..., None], columns, some)]
+    return left[:, alive], inverse[alive][:, alive].contiguous(), columns
 
 
 def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
@@ -138,7 +151,7 @@ class ZipLM(StructuredPruner):
                 each = torch.arange(site.width).expand(site.heads, -1)
                 structures = site.columns(each).view(site.heads, -1, site.width).transpose(1, 2)  # [heads, width, c]
                 moment = inputs[site.out].second_moment
-                together = _TOGETHER if site.width >= 64 * _TOGETHER else max(site.width // 64, 1)
+                together = max(site.width // _ROUNDS, 1)
                 weight = linears[site.out].weight.detach()
                 found[site.name] = removal(weight, moment, structures.to(moment.device), self.damping, together)
         return found
