@@ -56,6 +56,15 @@ def another(parameter: Parameter) -> Any:
     return int(value) if parameter.kind == "int" else value
 
 
+# What has to fit the other parameters, or to be a text of a certain form.
+FITTING = {
+    ("kivi", "residual"): 64,  # a multiple of the group
+    ("kivi", "group"): 64,
+    ("evopress", "of"): "rtn group_size=32",
+    ("evopress", "levels"): "2,3",
+}
+
+
 # -- controls
 
 
@@ -78,11 +87,7 @@ def test_a_value_set_in_a_control_arrives_in_the_method(cls: type[Method], param
     changes: list[int] = []
     form = MethodForm(cls, lambda: changes.append(1))
     assert form.method() == cls()
-    value = another(parameter)
-    if (cls.key, parameter.name) == ("kivi", "residual"):
-        value = 64  # a multiple of the group
-    if (cls.key, parameter.name) == ("kivi", "group"):
-        value = 64
+    value = FITTING.get((cls.key, parameter.name)) or another(parameter)
     form.widgets[parameter.name].value = value
     assert getattr(form.method(), parameter.name) == value
     assert form.values == {parameter.name: value}
