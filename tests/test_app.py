@@ -45,7 +45,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 def another(parameter: Parameter) -> Any:
     """A valid value that is not the default."""
     if parameter.kind == "text":
-        return "5-9, 12-20"  # the one text so far names spans of positions
+        return "5-9, 12-20"  # spans of positions, where FITTING names no other
     if parameter.kind == "bool":
         return not parameter.default
     if parameter.kind == "choice":

@@ -21,8 +21,7 @@ _EVEN = 4  # levels up to an equal share: sizes are searched in steps of a quart
 
 @register
 class EvoPressKV(SnapKV):
-    """Search for the number of positions of each layer at which the prompt's last tokens are predicted most nearly the
-    same.
+    """Search for the room of each layer with which the prompt's last tokens are predicted most nearly the same.
 
     EvoPress allocates weights; this is its search (`workbench.evolution`), level-switch mutation and elitist (1 + λ)
     selection, over the cache. The levels of a layer are multiples of a quarter of an equal share; the fitness is the

@@ -67,9 +67,9 @@ def salient_grid(weight: Tensor, factor: Tensor, bits: int) -> Grid:
 
 @register
 class SliMLLM(Quantiser):
-    """Give the most salient groups of columns one bit more, as many of the least salient one bit less, and round by
-    GPTQ on grids that the salient weights shape.
+    """Give the most salient groups of columns a bit more, as many of the least salient a bit less, and round by GPTQ.
 
+    The salient weights shape the grids.
     Which groups exchange a bit is found layer by layer on weights rounded to nearest, by how much of each column's
     error the columns after it cannot make up for: summed, that is what GPTQ changes in the layer's outputs. (The paper
     compares outputs of rounded layers by their Kullback-Leibler divergence, for which it has to keep outputs.) Groups
