@@ -1,8 +1,8 @@
 """What each weight method costs at which size: perplexity and divergence on held-out text, errors of layers and blocks.
 
 Methods look at the text that ships with the project; what is measured is read from the running Python's documentation
-of its topics, which they have not seen. Rows are saved as they are measured: `--resume` goes on with what is there,
-`--table` makes the results of it.
+of its topics, which they have not seen. A model that was trained on that documentation has the two texts exchanged.
+Rows are saved as they are measured: `--resume` goes on with what is there, `--table` makes the results of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.base import Survey, WeightMethod, compressed
 from workbench.weights.blocks import Stream, blocks
-from workbench.weights.calibration import PYTHON, Calibration
+from workbench.weights.calibration import PYTHON, SHIPPED, Calibration
 from workbench.weights.layers import CompactLinear
 from workbench.weights.study import WeightStudy
 
@@ -38,6 +38,7 @@ JSON = RESULTS / "weight_quality.json"
 PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more
 TURNED = ("ostquant",)  # the hidden states are in another basis, so that single layers and blocks cannot be compared
 OWN = "own"
+TAUGHT = ("workbench-tiny",)  # trained on Python's documentation: it knows that text, and not the project's
 
 Settings = Mapping[str, Any]
 
@@ -63,6 +64,9 @@ ENTRIES: tuple[tuple[str, Settings], ...] = (
     ("cospadi", {"budget": 0.8}),
     ("greenformers", {"budget": 0.8}),
     *((key, {"budget": PRUNED[zeros]}) for zeros in (30, 20) for key in ("magnitude", "wanda", "sparsegpt")),
+    *((key, {"budget": 0.9}) for key in ("cfsp", "ziplm", "comp", "foldgpt", "transact")),
+    ("udfc", {}),
+    ("vq-logits", {}),
     ("gptq", {"bits": 4, "act_order": True}),
     ("gptq", {"bits": 3, "act_order": True}),
 )
@@ -98,6 +102,9 @@ tr(Δ M Δᵀ) / tr(W M Wᵀ), the share of a layer's output that is changed, wi
 calibration text; *Fisher* the same with each row of Δ and W weighted by its Fisher information instead of M; *block*
 what is changed of what a block adds to the hidden states, given what entered it in the uncompressed model. Bytes are
 those held for the weights that the method takes. Seconds are for compressing alone, calibration being kept.
+"""
+EXCHANGED = """\
+This model was trained on Python's documentation: here methods looked at that, and figures are on the project's text.
 """
 QUANTISED = """\
 This model's weights come from a file of 4 bits (at most 16 values in each group of 32): what keeps 4 bits or more has
@@ -235,7 +242,8 @@ def measure(options: argparse.Namespace) -> None:
         if not todo and not full:
             continue
         session = wb.Session(model, device=options.device, dtype="float32")
-        text = Calibration(PYTHON, options.texts, options.tokens)
+        session.calibrate(PYTHON if model in TAUGHT else SHIPPED)
+        text = Calibration(SHIPPED if model in TAUGHT else PYTHON, options.texts, options.tokens)
         bench = Bench(model, session, text.ids(session.model, session.tokenizer))
         if full:
             part.add(bench.plain())
@@ -272,6 +280,7 @@ def report(rows: Sequence[Row]) -> str:
     for model in dict.fromkeys(row["case"] for row in rows):
         own = {row["recipe"]: row for row in rows if row["case"] == model}
         lines += [f"## {model}", "", *([QUANTISED] if model == wb.models.catalogue()[0].name else [])]
+        lines += [EXCHANGED] if model in TAUGHT else []
         head = [
             "method",
             "bytes",
