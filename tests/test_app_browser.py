@@ -296,7 +296,7 @@ def test_attention_is_looked_into_head_by_head_and_cell_by_cell(open_tab: Callab
     page.locator(".wb-trail b").wait_for(state="detached")
 
     page.get_by_role("combobox", name="Shows", exact=True).click()
-    page.locator("li", has_text="− all keys").click()
+    page.locator("li", has_text="snapkv 0.4 − all keys").click()
     page.wait_for_selector("text=Difference in attention of layer 1, head 1, snapkv 0.4 − all keys")
     page.wait_for_selector(".wb-grid canvas")
     page.locator(".wb-sort select").select_option("class")
