@@ -14,8 +14,8 @@ from workbench.registry import Paper, param, register
 from workbench.weights.base import Survey
 from workbench.weights.blocks import blocks, placed
 from workbench.weights.depth import shorten
-from workbench.weights.foldgpt import block_nbytes
-from workbench.weights.structured import StructuredPruner, Within, damped, shared_out
+from workbench.weights.foldgpt import block_nbytes, within_blocks
+from workbench.weights.structured import StructuredPruner, damped, shared_out
 from workbench.weights.study import WeightStudy
 
 
@@ -91,9 +91,7 @@ class COMP(StructuredPruner):
         return super(StructuredPruner, self).refused(model, linears)  # whole blocks go, whatever is in them
 
     def survey(self, model: nn.Module) -> Survey:
-        found = Survey.of(model, self)
-        sizes = [size for size in block_nbytes(self, model, found.linears) if size]
-        return Within(self, found.linears, found.left, sum(sizes), max(sizes))
+        return within_blocks(self, model)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

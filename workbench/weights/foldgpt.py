@@ -69,9 +69,7 @@ class FoldGPT(Smaller):
         return outside(model, linears)
 
     def survey(self, model: nn.Module) -> Survey:
-        found = Survey.of(model, self)
-        sizes = [size for size in block_nbytes(self, model, found.linears) if size]
-        return Within(self, found.linears, found.left, sum(sizes), max(sizes))
+        return within_blocks(self, model)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -91,6 +89,13 @@ class FoldGPT(Smaller):
                     lender = linears[names[other] + name.removeprefix(names[index])]
                     twin.set_submodule(name, lent(lender))
         shorten(twin, [index for index, other in enumerate(found) if other is not None])
+
+
+def within_blocks(method: Smaller, model: nn.Module) -> Within:
+    """What a method that removes whole blocks finds: at least the largest of them stays."""
+    found = Survey.of(model, method)
+    sizes = [size for size in block_nbytes(method, model, found.linears) if size]
+    return Within(method, found.linears, found.left, sum(sizes), max(sizes))
 
 
 def block_nbytes(method: Smaller, model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[int]:
