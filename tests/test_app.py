@@ -428,7 +428,8 @@ def attention(workspace: Any) -> Any:
     made = AttentionPanel(workspace)
     made.show(True)
     workspace.read("tiny", TEXT)
-    wait_for(lambda: workspace.reading is not None)
+    # The prompt's own refresh runs on another thread here: it must be over before a head is chosen.
+    wait_for(lambda: made.map.label != "" and not workspace.looking.busy and not workspace.surveying.busy)
     workspace.selected = (0, 1)
     workspace.recipe = Recipe.of("snapkv", budget=0.5)
     workspace.make_plan(workspace.recipe, interrupt=True)

@@ -48,7 +48,8 @@ def test_packed_layers_stand_for_their_codes_at_any_width(
     layer = PackedLinear(codes, scale, zero, bits, group=group, columns=columns)
     for o in range(outputs):
         for i in range(inputs):
-            offset = 2 ** (bits - 1) if zero is None else float(zero[o, i // group])
+            middle = 2 ** (bits - 1) if bits > 1 else 0.5
+            offset = middle if zero is None else float(zero[o, i // group])
             want = (int(codes[o, i]) - offset) * float(scale[o, i // group]) * float(columns[i])
             assert float(layer.dequantised()[o, i]) == pytest.approx(want, rel=1e-5, abs=1e-6)
     zero_bytes = 0 if zero is None else zero.element_size()
@@ -106,7 +107,8 @@ def test_parts_add_up_on_their_columns() -> None:
         want[:, chosen] = grid.nearest(part)
     everything = PackedLinear(torch.ones(12, 30, dtype=torch.uint8), torch.ones(12, 1), None, 1, group=30)
     layer = Parts([*layers, everything], [salient, rest, None], 30, bias)
-    torch.testing.assert_close(layer.dequantised(), want)  # (1 - 2 ** 0) * 1 = 0
+    want += 0.5  # what everything's ones stand for at 1 bit
+    torch.testing.assert_close(layer.dequantised(), want)
     torch.testing.assert_close(layer(x), linear(x, want, bias), rtol=1e-4, atol=1e-4)
     assert layer.nbytes == sum(part.nbytes for part in (*layers, everything)) + 2 * 30
     with pytest.raises(ValueError, match="cannot be added"):
