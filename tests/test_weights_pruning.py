@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,12 +18,13 @@ from workbench.weights.base import Survey, compressed
 from workbench.weights.gptq import inverse_factor
 from workbench.weights.layers import SparseLinear, sparse_nbytes
 from workbench.weights.magnitude import Magnitude
-from workbench.weights.pruner import Pruner, largest, largest_by_row, largest_in_groups
+from workbench.weights.pruner import Pattern, Pruner, largest, largest_by_row, largest_in_groups
 from workbench.weights.sparsegpt import SparseGPT, sparsegpt
 from workbench.weights.statistics import InputStats
 from workbench.weights.wanda import Wanda
 
 METHODS = (Magnitude, Wanda, SparseGPT)
+DATA = Path(__file__).parent / "data"
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -223,3 +227,46 @@ def test_less_than_the_bitmap_is_refused_with_the_smallest_size(tiny_llama: PreT
     compressed(tiny_llama, [Magnitude(budget=refusal.value.smallest)])
     with pytest.raises(BudgetTooSmall):
         compressed(tiny_llama, [Magnitude(pattern="2:4", budget=0.5)])
+
+
+# -- against an independent library (data/pruning_oracle.py says how its part was made)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> tuple[Tensor, InputStats, dict[str, Tensor]]:
+    """A feed-forward weight [48, 144], what entered it, and what llm-compressor makes of it with half the weights."""
+    held = load_file(DATA / "weight_oracle.safetensors")
+    names = ("mean", "absmean", "absmax", "square", "moment")
+    inputs = InputStats(int(held["tokens"]), *(held[name] for name in names))
+    return held["weight"], inputs, load_file(DATA / "pruning_oracle.safetensors")
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
+def test_wanda_keeps_the_very_weights_that_llm_compressor_does(
+    oracle: tuple[Tensor, InputStats, dict[str, Tensor]], pattern: Pattern
+) -> None:
+    weight, inputs, theirs = oracle
+    pruned, kept = Wanda(pattern=pattern).prune(weight, weight.numel() // 2, inputs)
+    assert torch.equal(pruned * kept, theirs[f"wanda {pattern}"])  # no two scores of a row are equal here
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_sparsegpt_keeps_and_corrects_as_llm_compressor_does(
+    oracle: tuple[Tensor, InputStats, dict[str, Tensor]], pattern: Pattern
+) -> None:
+    weight, inputs, theirs = oracle
+    corrected, kept = SparseGPT(pattern=pattern).prune(weight, weight.numel() // 2, inputs)
+    assert torch.equal(kept, theirs[f"sparsegpt {pattern}"] != 0)
+    torch.testing.assert_close(corrected * kept, theirs[f"sparsegpt {pattern}"], rtol=1e-4, atol=1e-6)
+
+
+def test_sparsegpt_without_a_pattern_differs_from_llm_compressor_by_what_that_prunes_too_many(
+    oracle: tuple[Tensor, InputStats, dict[str, Tensor]],
+) -> None:
+    weight, inputs, theirs = oracle
+    corrected, kept = SparseGPT().prune(weight, weight.numel() // 2, inputs)
+    their = theirs["sparsegpt unstructured"]
+    missing = kept & (their == 0)  # it drops all up to its threshold: one more in each of the two blocks (trap 5)
+    assert int(kept.sum()) == weight.numel() // 2 and bool(kept[their != 0].all())
+    assert missing[:, :128].sum() == missing[:, 128:].sum() == 1
+    assert inputs.output_error(corrected - weight).sum() <= inputs.output_error(their - weight).sum()
