@@ -158,14 +158,14 @@ def test_no_other_size_of_the_signs_is_closer() -> None:
     assert all(bool((error(1.0) <= error(by) + 1e-4).all()) for by in (0.9, 0.97, 1.03, 1.1))
 
 
-def test_saliency_is_what_the_loss_of_a_weight_costs_once_the_others_have_made_up_for_it() -> None:
+def test_saliency_is_what_the_loss_of_a_weight_costs_once_those_to_its_right_have_made_up_for_it() -> None:
     weight, x = drawn(4, 6), drawn(50, 6)
     hessian = (x.T @ x / 50).double()
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
     found = hessian_saliency(weight, factor)
     for o in range(4):
         for j in range(6):
-            rest = [i for i in range(6) if i != j]
+            rest = list(range(j + 1, 6))
             best = -weight[o, j].double() * torch.linalg.solve(hessian[rest][:, rest], hessian[rest, j])
             change = torch.zeros(6, dtype=torch.float64)
             change[j], change[rest] = -weight[o, j].double(), -best
@@ -212,7 +212,7 @@ def test_sizes_are_those_that_the_docstring_names() -> None:
 def test_no_smaller_budget_is_pretended() -> None:
     model = tiny("llama", layers=1)
     with pytest.raises(BudgetTooSmall) as caught:
-        compressed(model, [PBLLM(salient=0.1, budget=0.1063)])  # the paper's 1.7 of 16 bits
+        compressed(model, [PBLLM(salient=0.1, budget=0.1063)])  # 1.7 of 16 bits: signs and codes, places not counted
     compressed(model, [PBLLM(salient=0.1, budget=caught.value.smallest)])
 
 
