@@ -55,6 +55,7 @@ ENTRIES: tuple[tuple[str, Settings], ...] = (
     ("vptq", {}),
     ("pb-llm", {}),
     ("easyquant", {"bits": 4}),
+    *(("denseshift", {"bits": bits}) for bits in (4, 3)),
     ("double-rounding", {"bits": 4}),
     ("odyssey", {}),
     ("absmax", {"bits": 8}),

@@ -9,6 +9,7 @@ from workbench.weights.comp import COMP
 from workbench.weights.coreinfer import CoreInfer
 from workbench.weights.cospadi import CoSpaDi
 from workbench.weights.crossquant import CrossQuant
+from workbench.weights.denseshift import DenseShift
 from workbench.weights.double_rounding import DoubleRounding
 from workbench.weights.easyquant import EasyQuant
 from workbench.weights.evopress import EvoPress
@@ -53,6 +54,7 @@ __all__ = [
     "CoSpaDi",
     "CoreInfer",
     "CrossQuant",
+    "DenseShift",
     "DoubleRounding",
     "EasyQuant",
     "EvoPress",

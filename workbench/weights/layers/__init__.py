@@ -9,6 +9,7 @@ from workbench.weights.layers.integer import IntegerLinear
 from workbench.weights.layers.outliers import OutliersLinear, outliers_nbytes
 from workbench.weights.layers.packed import PackedLinear, packed_nbytes
 from workbench.weights.layers.parts import Parts
+from workbench.weights.layers.shift import ShiftLinear
 from workbench.weights.layers.sparse import SparseLinear, sparse_nbytes
 from workbench.weights.layers.vector import VectorLinear, vector_nbytes
 
@@ -23,6 +24,7 @@ __all__ = [
     "OutliersLinear",
     "PackedLinear",
     "Parts",
+    "ShiftLinear",
     "SparseLinear",
     "VectorLinear",
     "bit_block_nbytes",

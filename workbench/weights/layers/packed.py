@@ -63,18 +63,26 @@ class PackedLinear(CompactLinear):
         assert found is not None
         return found
 
+    def numbers(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """What the codes of some outputs stand for before zeros and scales, a tensor of its own [last - first, i]."""
+        return self.codes(first, last).to(dtype)
+
+    @property
+    def middle(self) -> float:
+        """What is taken off these numbers where there are no zeros."""
+        return 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
+
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        weight = self.codes(first, last).to(dtype)
+        weight = self.numbers(first, last, dtype)
         scale = self.scale[first:last].to(dtype)
         zero = None if self.zero is None else self.zero[first:last].to(dtype)
-        middle = 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
         whole = self.in_features // self.group * self.group
         for part, own in (
             (weight[:, :whole].unflatten(1, (-1, self.group)), slice(0, whole // self.group)),
             (weight[:, None, whole:], slice(whole // self.group, None)),
         ):
             if part.numel():
-                part.sub_(middle if zero is None else zero[:, own, None]).mul_(scale[:, own, None])
+                part.sub_(self.middle if zero is None else zero[:, own, None]).mul_(scale[:, own, None])
         return weight if self.columns is None else weight.mul_(self.columns.to(dtype))
 
     def describe(self) -> dict[str, Any]:
