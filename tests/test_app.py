@@ -392,7 +392,7 @@ def test_the_share_of_scores_has_a_column_once_a_run_has_an_attention_method(wor
     panel.show(True)
     workspace.read("tiny", TEXT)
     wait_for(lambda: workspace.reading is not None)
-    for key, hidden in (("snapkv", ["score_share"]), ("streaming-window", [])):
+    for key, hidden in (("snapkv", ["host_mib", "score_share"]), ("streaming-window", ["host_mib"])):
         before = len(workspace.rows)
         workspace.generate(Recipe.of(key, budget=0.5), None, 2)
         wait_for(lambda before=before: len(workspace.rows) > before and not workspace.working)
@@ -438,7 +438,7 @@ def attention(workspace: Any) -> Any:
 
 
 def choose_to_show(panel: Any, start: str) -> None:
-    panel.shows.value = next(value for name, value in panel.shows.options.items() if name.startswith(start))
+    panel.shows.value = next(value for name, value in panel.choices.items() if name.startswith(start))
     wait_for(lambda: not panel.workspace.looking.busy and not panel.workspace.surveying.busy)
 
 
@@ -460,7 +460,7 @@ def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) 
     from workbench_widgets.wire import unpack
 
     session = attention.workspace.reading.session
-    for start, against in (("operator: SLAB", False), ("difference: SLAB", True)):
+    for start, against in (("SLAB", False), ("SLAB (simplified linear attention) − all keys", True)):
         choose_to_show(attention, start)
         made = session.operator("slab", 0, 1, pixels=512)
         wanted = made.implied.minus(made.exact).values if against else made.implied.values
@@ -468,10 +468,57 @@ def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) 
         assert "implied by slab" in attention.map.label
         assert attention.map.diverging == against
         assert f"{float(made.error[1]):.0%} of its norm" in attention._remark.object and attention._remark.visible
-    choose_to_show(attention, "operator: InLine")
+    choose_to_show(attention, "InLine")
     assert attention.map.diverging  # its weights may be negative
     choose_to_show(attention, "all keys")
     assert not attention._remark.visible
+
+
+def test_an_operators_parameters_are_its_controls_and_stay_as_they_were_left(attention: Any) -> None:
+    import numpy as np
+
+    from workbench_widgets.wire import unpack
+
+    assert not attention._parameters.visible
+    choose_to_show(attention, "SOFT")
+    assert set(attention.form.widgets) == {p.name for p in wb.method("soft").parameters()}
+    before = unpack(attention.map.exact)
+    attention.form.widgets["landmarks"].value = 3
+    wait_for(lambda: attention.map.label.endswith("landmarks=3") and not attention.workspace.looking.busy)
+    made = attention.workspace.reading.session.operator("soft", 0, 1, landmarks=3)
+    shown = np.nan_to_num(unpack(attention.map.exact))
+    np.testing.assert_allclose(shown, made.implied.values, atol=1e-6)
+    assert not np.allclose(shown, np.nan_to_num(before))
+    choose_to_show(attention, "SOFT − all keys")
+    assert attention.form.widgets["landmarks"].value == 3 and attention.map.diverging
+    choose_to_show(attention, "all keys")
+    assert not attention._parameters.visible and attention.form is None
+    choose_to_show(attention, "SOFT")
+    assert attention.form.widgets["landmarks"].value == 3
+
+
+def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_cancelled(
+    attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, session = attention.workspace, attention.workspace.reading.session
+    monkeypatch.setattr("workbench_widgets.app.workspace._SOON_S", 0)
+    real, asked = session.attention, []
+
+    def endless(*args: Any, progress: Progress, **kwargs: Any) -> Any:
+        while True:
+            progress.update("attending", 1, 4)
+            time.sleep(0.005)
+
+    monkeypatch.setattr(session, "attention", endless)
+    attention.pooling.value = "mean"
+    wait_for(lambda: attention.doing.body.visible and attention.doing.bar.value == 25)
+    attention.doing.cancel.clicks += 1
+    wait_for(lambda: not workspace.looking.busy and not attention.doing.body.visible)
+    monkeypatch.setattr(session, "attention", lambda *a, **k: (asked.append(k["pooling"]), real(*a, **k))[1])
+    attention.show(False)
+    attention.show(True)
+    wait_for(lambda: asked == ["mean"] and not workspace.looking.busy)
+    assert not attention.doing.body.visible
 
 
 def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> None:
@@ -481,7 +528,7 @@ def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> Non
 
     workspace = attention.workspace
     session = workspace.reading.session
-    choose_to_show(attention, "difference: snapkv 0.5 − all keys")
+    choose_to_show(attention, "snapkv 0.5 − all keys")
     assert attention.map.diverging
     assert attention.grid.diverging
     assert attention.map.label == "Difference in attention of layer 0, head 1, snapkv 0.5 − all keys"
@@ -496,7 +543,7 @@ def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
     workspace = attention.workspace
     workspace.generate(Recipe.of("knorm", budget=0.5), None, 2)
     wait_for(lambda: workspace.run is not None and not workspace.working)
-    choose_to_show(attention, "difference: snapkv 0.5 − run of knorm 0.5")
+    choose_to_show(attention, "snapkv 0.5 − run of knorm 0.5")
     assert attention.map.label.endswith("snapkv 0.5 − knorm 0.5")
 
 
@@ -510,9 +557,7 @@ def test_an_attention_methods_own_weights_are_shown_and_said_to_be_so(attention:
     for recipe, said in ((sparse | wb.method("knorm", budget=0.5), "before knorm drops"), (Recipe.of(sparse), "")):
         workspace.recipe = recipe
         workspace.make_plan(recipe, interrupt=True)
-        wait_for(
-            lambda recipe=recipe: workspace.plan is not None and f"under {recipe.label}" in str(attention.shows.options)
-        )
+        wait_for(lambda recipe=recipe: workspace.plan is not None and f"under {recipe.label}" in str(attention.choices))
         choose_to_show(attention, f"attention under {recipe.label}")
         wait_for(
             lambda recipe=recipe: attention.map.label.endswith(f"under {recipe.label}") and not workspace.surveying.busy
@@ -529,7 +574,7 @@ def test_heads_whose_weights_take_long_to_find_wait_to_be_asked_for(attention: A
     for key, waits in (("streaming-window", True), ("masformer", False)):
         workspace.recipe = Recipe.of(key, budget=0.7)
         workspace.make_plan(workspace.recipe, interrupt=True)
-        wait_for(lambda key=key: f"under {key}" in str(attention.shows.options))
+        wait_for(lambda key=key: f"under {key}" in str(attention.choices))
         choose_to_show(attention, "attention under")
         wait_for(lambda waits=waits: attention.survey.visible == waits)
 
@@ -547,7 +592,7 @@ def test_what_was_looked_at_is_not_computed_again(attention: Any, monkeypatch: p
     choose_to_show(attention, "keys kept")
     assert sorted(asked) == ["attention", "attention_grid", "heads", "received"]
     choose_to_show(attention, "all keys")
-    choose_to_show(attention, "difference")
+    choose_to_show(attention, "snapkv 0.5 −")
     workspace.make_plan(Recipe.of("snapkv", budget=0.5), interrupt=True)
     wait_for(lambda: not workspace.planning.busy and not workspace.looking.busy)
     assert len(asked) == 4

@@ -279,18 +279,57 @@ def test_a_look_at_weights_can_be_cancelled_and_a_run_does_not_wait_for_it(weigh
 
     monkeypatch.setattr(workspace.reading.session, "sensitivity", endless)
     choose(weights, "sensitivity")
-    for stop in (lambda: setattr(weights.stop, "clicks", weights.stop.clicks + 1), None):
+    for stop in (lambda: setattr(weights.doing.cancel, "clicks", weights.doing.cancel.clicks + 1), None):
         began.clear()
         weights.start.clicks += 1
         assert began.wait(20)
-        wait_for(lambda: weights.stop.visible and weights._bar.visible)
+        wait_for(lambda: weights.doing.body.visible and weights.doing.bar.value == 25)
         if stop is None:
             workspace.generate(Recipe.of("full"), "a?", 2)
         else:
             stop()
         settle(workspace)
-        assert weights.start.visible and not weights.stop.visible
+        assert weights.start.visible and not weights.doing.body.visible
     assert len(workspace.rows) == 1
+
+
+def test_a_section_never_shows_what_another_one_showed(weights: Any, monkeypatch: Any) -> None:
+    workspace, gone_on = weights.workspace, threading.Event()
+
+    def endless(*args: Any, progress: Progress, **kwargs: Any) -> Any:
+        while not gone_on.is_set():
+            progress.check()
+            time.sleep(0.005)
+
+    monkeypatch.setattr(workspace.reading.session, "rounding", endless)
+    assert weights.map.visible
+    weights.section.value = "rounding"
+    assert not (weights.map.visible or weights._table_at.visible or weights.numbers.visible)
+    assert "being computed" in weights._hint.object and weights._hint.visible
+    choose(weights, "sensitivity")  # gives up what nobody waits for any more
+    assert weights.start.visible and not weights.doing.body.visible
+    choose(weights, "layers")
+    assert weights.map.visible and not weights._hint.visible
+
+
+def test_what_is_asked_for_says_at_once_that_it_has_begun(weights: Any, monkeypatch: Any) -> None:
+    silent = threading.Event()
+    monkeypatch.setattr(weights.workspace.reading.session, "sensitivity", lambda *a, **k: silent.wait(20))
+    choose(weights, "sensitivity")
+    weights.start.clicks += 1
+    assert weights.doing.body.visible and weights.doing.said.object == "<div>Measuring …</div>"
+    weights.doing.cancel.clicks += 1
+    silent.set()
+    settle(weights.workspace)
+    assert weights.start.visible and not weights.doing.body.visible
+
+
+def test_kinds_of_modules_stand_in_the_models_order(weights: Any) -> None:
+    choose(weights, "sensitivity")
+    weights.start.clicks += 1
+    settle(weights.workspace)
+    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert list(weights.figures[1].object.data[0].x) == order
 
 
 def test_what_is_left_alone_is_listed_with_the_reason(weights: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.errors import NotRead
+from workbench.errors import BadParameter, NotRead
 from workbench_widgets import AttentionView, Heatmap, MapGrid, present
 from workbench_widgets.wire import unpack
 
@@ -65,6 +65,45 @@ def test_a_difference_of_two_recipes(session: wb.Session) -> None:
     wanted = session.attention(0, 1, recipe).minus(session.attention(0, 1)).values.numpy()
     np.testing.assert_array_equal(unpack(view.map.exact), wanted)
     assert "knorm 0.5 − all keys" in repr(view)
+
+
+def test_an_operator_and_its_parameters_can_be_chosen_and_say_how_far_off_it_is(session: wb.Session) -> None:
+    view = AttentionView(session, 1, 2, heads=False)
+    plain = view.map.exact
+    assert view.against.layout.display == "none" and view.remark.value == ""
+    view.operator.choice.value = "soft"
+    view.operator._controls["landmarks"].value = 3
+    study = session.operator("soft", 1, 2, landmarks=3)
+    np.testing.assert_allclose(np.nan_to_num(unpack(view.map.exact)), study.implied.values, atol=1e-6)
+    assert f"{float(study.error[2]):.0%} of its norm" in view.remark.value
+    assert view.map.label.endswith("implied by soft landmarks=3")
+    view.against.value = True
+    wanted = study.implied.minus(study.exact).values
+    np.testing.assert_allclose(np.nan_to_num(unpack(view.map.exact)), wanted, atol=1e-6)
+    assert view.map.diverging and "implied by soft landmarks=3 − all keys" in repr(view)
+    view.selected = (0, 1)
+    np.testing.assert_allclose(
+        np.nan_to_num(unpack(view.map.exact)),
+        (other := session.operator("soft", 0, 1, landmarks=3)).implied.minus(other.exact).values,
+        atol=1e-6,
+    )
+    view.operator.choice.value = ""
+    view.selected = (1, 2)
+    assert view.map.exact == plain and view.remark.value == ""
+
+
+def test_an_operator_can_be_given_and_stands_beside_no_recipe(session: wb.Session) -> None:
+    operator = wb.method("agent-attention", agents=5)
+    view = AttentionView(session, 0, 1, operator=operator, minus="full")
+    assert view.operator.method() == operator and view.against.value
+    assert view.map.diverging and not view.grid.diverging
+    assert repr(view) == "AttentionView(layer=0, head=1, implied by agent-attention agents=5 − all keys)"
+    assert AttentionView(session, operator="slab", heads=False).operator.method() == wb.method("slab")
+    for given in ({"recipe": "snapkv"}, {"minus": "snapkv"}):
+        with pytest.raises(BadParameter, match="no recipe"):
+            AttentionView(session, operator="slab", heads=False, **given)
+    with pytest.raises(BadParameter, match="snapkv is no attention operator"):
+        AttentionView(session, operator="snapkv", heads=False)
 
 
 def test_colours_and_pooling_can_be_chosen(session: wb.Session) -> None:

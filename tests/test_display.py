@@ -18,7 +18,8 @@ import workbench as wb
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
 from workbench.registry import registered
-from workbench_widgets.control_panel import Controls, Latest, MethodControls, control
+from workbench_widgets.control_panel import Controls, Latest
+from workbench_widgets.method_controls import MethodControls, control
 from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure
 from workbench_widgets.wire import unpack
 

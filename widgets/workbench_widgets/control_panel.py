@@ -11,22 +11,21 @@ import threading
 import time
 from collections.abc import Callable
 from html import escape
-from typing import Any
 
 import ipywidgets as w
 
 from workbench.errors import BadRecipe, Cancelled, NotRead, WorkbenchError
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.registry import Method, Parameter, find, registered
+from workbench.registry import Method, find, registered
 from workbench.session import Session
 from workbench.weights.base import WeightMethod
 from workbench_widgets import present
 from workbench_widgets.answer_diff import AnswerDiff
+from workbench_widgets.method_controls import NONE, MethodControls
 from workbench_widgets.notebook import PlanView, run_answers, run_html, runs_html
 
 _LOG = logging.getLogger(__name__)
-_NONE = ""  # the choice "none" of a dropdown
 _STEP_S = 0.1  # between two updates of the progress bar: a browser draws no more
 
 
@@ -72,82 +71,6 @@ class Latest:
                 _LOG.exception("a plan for the control panel failed")
 
 
-class MethodControls(w.VBox):  # type: ignore[misc]
-    """A dropdown of methods and, below it, one control for each parameter of the chosen one."""
-
-    def __init__(
-        self, name: str, methods: tuple[type[Method], ...], key: str, on_change: Callable[[], None], *, optional: bool
-    ) -> None:
-        self._on_change = on_change
-        self._controls: dict[str, Any] = {}
-        none = [("none", _NONE)] if optional else []
-        options = none + [(cls.title or cls.key, cls.key) for cls in methods]
-        self.choice = w.Dropdown(options=options, value=key, layout=w.Layout(width="100%"))
-        self.parameters = w.VBox()
-        self._claim = w.HTML()
-        self.choice.observe(self._rebuild, names="value")
-        heading = w.HTML(f'<div style="font-weight:600;line-height:1.4">{name}</div>')
-        super().__init__([heading, self.choice, self._claim, self.parameters], layout=w.Layout(width="190px"))
-        self._fill()
-
-    def __repr__(self) -> str:
-        return f"MethodControls({self.choice.value!r})"
-
-    def method(self) -> Method | None:
-        """What is chosen, without a budget; None for "none". Raises BadParameter for values that do not fit."""
-        if self.choice.value == _NONE:
-            return None
-        return find(self.choice.value)(**{name: control.value for name, control in self._controls.items()})
-
-    def _rebuild(self, change: Any) -> None:
-        self._fill()
-        self._on_change()
-
-    def _fill(self) -> None:
-        for old in self.parameters.children:
-            old.close_all()
-        cls = None if self.choice.value == _NONE else find(self.choice.value)
-        self._controls = {} if cls is None else {p.name: control(p) for p in cls.parameters()}
-        for made in self._controls.values():
-            made.observe(lambda change: self._on_change(), names="value")
-        self._claim.value = "" if cls is None else _small(cls.summary())
-        described = [] if cls is None else cls.parameters()
-        self.parameters.children = [_Labelled(p, self._controls[p.name]) for p in described]
-
-
-class _Labelled(w.VBox):  # type: ignore[misc]
-    """A parameter's control between its name with the unit and its help."""
-
-    def __init__(self, parameter: Parameter, made: w.DOMWidget) -> None:
-        unit = f" ({parameter.unit})" if parameter.unit else ""
-        label = w.HTML(f'<div style="line-height:1.4">{parameter.name.replace("_", " ")}{unit}</div>')
-        super().__init__([label, made, w.HTML(_small(parameter.help))])
-
-    def close_all(self) -> None:
-        """Close this and what it holds: a closed box alone would leave them in the kernel."""
-        for child in self.children:
-            child.close()
-        self.close()
-
-
-def control(parameter: Parameter) -> w.DOMWidget:
-    """The control for one parameter, with its default, its bounds, and its help on hover."""
-    shared = {"value": parameter.default, "tooltip": parameter.help, "layout": w.Layout(width="100%")}
-    if parameter.choices:
-        return w.Dropdown(options=list(parameter.choices), **shared)
-    if parameter.kind == "bool":
-        return w.Checkbox(indent=False, **shared)
-    if parameter.kind == "text":
-        return w.Text(**shared | {"value": "" if parameter.default is None else str(parameter.default)})
-    whole = parameter.kind == "int"
-    if parameter.low is None or parameter.high is None:
-        return (w.IntText if whole else w.FloatText)(**shared)
-    bounds = {"min": parameter.low, "max": parameter.high}
-    if whole:
-        return w.BoundedIntText(**bounds, **shared)
-    return w.BoundedFloatText(**bounds, step=(parameter.high - parameter.low) / 20, **shared)
-
-
 class Controls(w.VBox):  # type: ignore[misc]
     """Try methods on a session's prompt: the views follow every change, "Run" generates and compares.
 
@@ -184,8 +107,8 @@ class Controls(w.VBox):  # type: ignore[misc]
             layout=w.Layout(width="100%"),
         )
         self.first = MethodControls("Cache", kv, method, self.replan, optional=False)
-        self.second = MethodControls("and, on top", kv, _NONE, self.replan, optional=True)
-        self.weights = MethodControls("Weights (when run)", registered("weights"), _NONE, self._weigh, optional=True)
+        self.second = MethodControls("and, on top", kv, NONE, self.replan, optional=True)
+        self.weights = MethodControls("Weights (when run)", registered("weights"), NONE, self._weigh, optional=True)
         self.weights_budget = w.FloatSlider(
             value=1,
             min=0.02,
@@ -195,7 +118,7 @@ class Controls(w.VBox):  # type: ignore[misc]
             tooltip="share of the 16-bit bytes of the weights that the method compresses",
             layout=w.Layout(width="100%", display="none"),
         )
-        self._sized = _NONE  # the weight method that the slider was set for
+        self._sized = NONE  # the weight method that the slider was set for
         self.question = w.Text(
             value=question, placeholder="a question about the prompt", layout=w.Layout(flex="1 1 320px", width="auto")
         )
@@ -296,7 +219,7 @@ class Controls(w.VBox):  # type: ignore[misc]
         key = self.weights.choice.value
         if key != self._sized:
             self._sized = key
-            cls = None if key == _NONE else find(key)
+            cls = None if key == NONE else find(key)
             sized = cls is not None and issubclass(cls, WeightMethod) and cls.takes_size()
             self.weights_budget.layout.display = "" if sized else "none"
             if sized and cls is not None:
@@ -357,7 +280,3 @@ class Controls(w.VBox):  # type: ignore[misc]
 def _say(line: w.HTML, text: str, *, wrong: bool = False) -> None:
     colour = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
     line.value = f'<div role="status" style="color:{colour};line-height:1.4">{escape(text)}</div>' if text else ""
-
-
-def _small(text: str) -> str:
-    return f'<div style="opacity:.7;font-size:11px;line-height:1.35;white-space:normal">{escape(text)}</div>'

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 MIB = 1024**2
+QUALITIES = {  # columns of Session.compare -> what they are called
+    "kl": "KL divergence",
+    "top1": "Top-1 agreement",
+    "nll_difference": "NLL difference",
+    "perplexity": "Perplexity",
+}
 _BEFORE, _AFTER = "before", "after"
 _FEW = 64  # points that are marked one by one
 
@@ -383,9 +389,10 @@ def pareto(
         title_text=title,
         hovermode="closest",
         height=420,
-        xaxis_title_text="MiB",
-        yaxis_title_text=f"{quality} ({better})",
+        xaxis_title_text="KV cache, MiB",
+        yaxis_title_text=f"{QUALITIES.get(quality, quality)} ({better})",
         xaxis_rangemode="tozero",
+        yaxis_rangemode="tozero" if lower_is_better else "normal",
     )
 
 

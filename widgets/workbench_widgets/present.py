@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from workbench.attention.operators import Operator, Study
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
@@ -105,6 +106,22 @@ def attention_html(pooled: PooledMap, tokens: Sequence[str], *, layer: int, head
     """The map as one HTML file that needs no kernel and no network; zooming shows the cells it has."""
     keywords = attention_map(pooled, tokens, layer=layer, head=head, scale=scale)
     return Heatmap.html(**keywords, title=keywords["label"])
+
+
+def implied_by(operator: Operator, *, difference: bool = False) -> str:
+    """What is said behind the name of a map that an operator implies, or of its difference to the model's."""
+    return f"implied by {operator.label()}" + (" − all keys" if difference else "")
+
+
+def operator_line(study: Study, head: int) -> str:
+    """How far an operator's output is from the model's own, of `head` and over all heads of the study."""
+    at = study.heads.index(head)
+    alone, scaled = float(study.error[at]), float(study.scaled_error[at])
+    return (
+        f"{study.operator.title}, on what layer {study.layer} recorded: the output of head {head} is off by "
+        f"{alone:.0%} of its norm, by {scaled:.0%} after the best factor; on average over the layer's "
+        f"{len(study.heads)} heads by {float(study.error.mean()):.0%} and {float(study.scaled_error.mean()):.0%}."
+    )
 
 
 def map_grid(

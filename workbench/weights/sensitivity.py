@@ -43,7 +43,7 @@ def sensitivity(
         raise NotApplicable("layers are compared one by one, but the compressed model has other layers than the model")
     changed = replaced(model, twin)
     inside = {name: [path for path in changed if path.startswith(f"{name}.")] for name in names}
-    kinds = sorted({placed(path, names)[1] for paths in inside.values() for path in paths})
+    kinds = list(dict.fromkeys(placed(path, names)[1] for paths in inside.values() for path in paths))
     outside = [path for path in changed if placed(path, names)[0] is None]
     rows: list[dict[str, Any]] = []
     with exclusive(model), exclusive(twin):

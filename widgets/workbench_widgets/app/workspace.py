@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from workbench_widgets.app.lane import Lane, Post
 from workbench_widgets.app.shelf import SHELF, Shelf
 
 _GLANCE_S = 0.1
+_SOON_S = 0.5  # a look that is there by then says nothing of how far it is
 
 
 class Deployed(NamedTuple):
@@ -66,6 +68,7 @@ class Workspace(param.Parameterized):
     working: Any = param.Boolean(False)
     stage: Any = param.Parameter(("", None))  # what the main lane does, and the share done
     model: Any = param.String("")  # the model that is loaded
+    looking_stage: Any = param.Parameter(("", None))  # the same of a map or a table, once it takes long
     survey_stage: Any = param.Parameter(("", None))  # what the survey does, and the share done
     weighing_stage: Any = param.Parameter(("", None))  # what the look at weights does, and the share done
     weights: Any = param.Parameter(None)  # Deployed
@@ -78,15 +81,17 @@ class Workspace(param.Parameterized):
         self._alone = Lock()  # what changes a session beyond a plan's own memory happens one at a time
         self.main = Lane("work", post, self._busy, self._progress)
         self.planning = Lane("planning", post, None, self._planning_progress)
-        self.looking = Lane("looking", post)
+        self.looking = Lane("looking", post, self._looking_busy, self._looking_progress)
         self.surveying = Lane("surveying", post, self._survey_busy, self._survey_progress)
         self.weighing = Lane("weighing", post, self._weighing_busy, self._weighing_progress)
+        self._looking_since = 0.0
         self._following = False  # whether the main lane answers because something moved
 
     def cancel(self) -> None:
         """Stop what is going on; what was there before stays."""
         self.main.cancel()
         self.planning.cancel()
+        self.looking.cancel()
         self.surveying.cancel()
         self.weighing.cancel()
 
@@ -247,10 +252,16 @@ class Workspace(param.Parameterized):
         self._start("Comparing")
         self.main.submit(work, lambda _: None, self._failed)
 
-    def look(self, work: Callable[[Progress], Any], show: Callable[[Any], None]) -> None:
-        """Compute something to look at; only the latest request counts."""
+    def look(
+        self, work: Callable[[Progress], Any], show: Callable[[Any], None], given_up: Callable[[], None] = lambda: None
+    ) -> None:
+        """Compute something to look at; only the latest request counts. `looking_stage` tells how far a long one is.
+
+        given_up: called where it failed or a person cancelled it.
+        """
 
         def failed(error: WorkbenchError) -> None:
+            given_up()
             if not isinstance(error, Cancelled):
                 self.problem = str(error)
 
@@ -271,15 +282,31 @@ class Workspace(param.Parameterized):
 
         self.surveying.submit(work, show, failed, interrupt=True)
 
-    def weigh(self, work: Callable[[Progress], Any], show: Callable[[Any], None], given_up: Callable[[], None]) -> None:
-        """As `survey`, for looks at all weights, which a run does not wait for: it cancels them."""
+    def weigh(
+        self,
+        work: Callable[[Progress], Any],
+        show: Callable[[Any], None],
+        given_up: Callable[[], None],
+        *,
+        stage: str = "",
+    ) -> None:
+        """As `survey`, for looks at all weights, which a run does not wait for: it cancels them.
+
+        stage: what is said until the work says it itself.
+        """
 
         def failed(error: WorkbenchError) -> None:
             given_up()
             if not isinstance(error, Cancelled):
                 self.problem = str(error)
 
+        self.weighing_stage = (stage, None)
         self.weighing.submit(work, show, failed, interrupt=True)
+
+    def stop_weighing(self) -> None:
+        """What the look at weights computes is not wanted any more."""
+        self.weighing.drop()
+        self.weighing_stage = ("", None)
 
     @property
     def kv_head(self) -> tuple[int, int] | None:
@@ -319,6 +346,14 @@ class Workspace(param.Parameterized):
     def _planning_progress(self, stage: str, done: int, total: int) -> None:
         if not self.working:
             self._progress(stage, done, total)
+
+    def _looking_busy(self, busy: bool) -> None:
+        self._looking_since = time.monotonic()
+        self.looking_stage = ("", None)
+
+    def _looking_progress(self, stage: str, done: int, total: int) -> None:
+        if time.monotonic() - self._looking_since > _SOON_S:
+            self.looking_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
 
     def _survey_busy(self, busy: bool) -> None:
         self.survey_stage = self.survey_stage if busy else ("", None)

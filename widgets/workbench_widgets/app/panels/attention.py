@@ -11,20 +11,25 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench.attention.base import AttentionMethod
-from workbench.attention.operators import Study
+from workbench.attention.operators import Operator, Study
 from workbench.capture import changes_reading, has_to_run
+from workbench.errors import WorkbenchError
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.registry import registered
+from workbench.registry import find, registered
 from workbench_widgets import Heatmap, MapGrid, TokenText, figures, present
+from workbench_widgets.app.controls import MethodForm
+from workbench_widgets.app.doing import Doing
 from workbench_widgets.app.look import restyle
-from workbench_widgets.app.panels.panel import Panel, hint
+from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
 from workbench_widgets.app.recent import Recent
 from workbench_widgets.app.workspace import Workspace
 
 _PIXELS = 512
 _SMALL = 32  # pixels of a map in the grid
 _SURVEY = "Show all heads"
+_OF_MODEL = "Attention of the model"
+_OPERATORS = ("operator", "against")  # what stands before an operator's key in a choice
 _REMEMBERED = 24  # maps and surveys; the largest is 1 MiB
 _AT_ONCE = 1.5e9  # score entries of all heads that are surveyed unasked: some ten seconds on one CPU core
 _RUNNING = 10  # how much longer an entry takes where an attention method has to run for it, over 1,000 to 2,000 tokens
@@ -33,18 +38,18 @@ _RUNNING = 10  # how much longer an entry takes where an attention method has to
 class Shown(NamedTuple):
     """Whose attention is shown: of `recipe` (None: all keys), where `difference` less that of `base`.
 
-    operator: the key of one, whose implied attention is shown instead.
+    operator: one whose implied attention is shown instead.
     """
 
     recipe: Recipe | None
     base: Recipe | None = None
     difference: bool = False
-    operator: str = ""
+    operator: Operator | None = None
 
     @property
     def name(self) -> str:
-        if self.operator:
-            return f"implied by {self.operator}" + (" − all keys" if self.difference else "")
+        if self.operator is not None:
+            return present.implied_by(self.operator, difference=self.difference)
         first = "all keys" if self.recipe is None else self.recipe.label
         base = "all keys" if self.base is None else self.base.label
         return f"{first} − {base}" if self.difference else "" if self.recipe is None else f"under {first}"
@@ -56,9 +61,16 @@ class AttentionPanel(Panel):
 
     def __init__(self, workspace: Workspace) -> None:
         slim: dict[str, Any] = {"size": "small", "margin": (8, 12, 4, 8)}
-        self.layer = pmu.IntSlider(label="Layer", start=0, end=1, value=0, width=165, **slim)
-        self.head = pmu.IntSlider(label="Query head", start=0, end=1, value=0, width=130, **slim)
-        self.shows = pmu.Select(label="Shows", options={"all keys": "full"}, value="full", width=230, **slim)
+        self.layer = pmu.IntSlider(label="Layer", start=0, end=1, value=0, width=200, **slim)
+        self.head = pmu.IntSlider(label="Query head", start=0, end=1, value=0, width=160, **slim)
+        self.shows = pmu.Select(
+            label="Shows",
+            groups={_OF_MODEL: {"all keys": "full"}},
+            value="full",
+            sizing_mode="stretch_width",
+            styles={"flex": "1 1 360px", "min-width": "0"},
+            **slim,
+        )
         self.pooling = pmu.Select(
             label="Cell shows", options={"largest": "max", "mean": "mean", "sum": "sum"}, width=102, **slim
         )
@@ -72,25 +84,29 @@ class AttentionPanel(Panel):
         self.survey = pmu.Button(label=_SURVEY, icon="grid_view", size="small", variant="outlined", margin=4)
         self._bar = pmu.LinearProgress(value=0, variant="determinate", sizing_mode="stretch_width", visible=False)
         self._hint = hint("The map comes when a prompt has been read.")
+        self.doing = Doing(workspace, "looking_stage", workspace.looking.cancel)
         self._remark = pn.pane.HTML(
             "", stylesheets=[restyle("div")], sizing_mode="stretch_width", margin=(0, 8, 6, 8), visible=False
         )
-        self._controls = pn.FlexBox(
-            self.layer,
-            self.head,
-            self.shows,
-            self.pooling,
-            self.scale,
-            align_items="center",
+        self.form: MethodForm | None = None  # of the operator that is chosen
+        self._values: dict[str, dict[str, Any]] = {}  # of operators chosen before
+        self._parameters = pn.FlexBox(align_items="center", sizing_mode="stretch_width", visible=False, margin=0)
+        row: dict[str, Any] = {"align_items": "center", "sizing_mode": "stretch_width", "margin": 0}
+        self._controls = pn.Column(
+            pn.FlexBox(self.shows, self.pooling, self.scale, flex_wrap="nowrap", **row),
+            self._parameters,
+            pn.FlexBox(self.layer, self.head, **row),
             sizing_mode="stretch_width",
+            margin=0,
         )
         for widget in (self.layer, self.head):
             widget.param.watch(self._slide, "value")
-        for choice in (self.shows, self.pooling, self.scale):
+        self.shows.param.watch(self._choose_shown, "value")
+        for choice in (self.pooling, self.scale):
             choice.param.watch(lambda event: self._changed(), "value")
         Heatmap.watch(self.map, "window", lambda window: self._changed())
         MapGrid.watch(self.grid, "selected", self._choose)
-        self.survey.on_click(lambda event: self._survey(asked=True))
+        self.survey.on_click(lambda event: self._survey(self.shown, asked=True))
         workspace.param.watch(self._tell, "survey_stage")
         one = pn.Column(
             self.map,
@@ -110,7 +126,13 @@ class AttentionPanel(Panel):
         )
         self._views = pn.FlexBox(one, all_heads, sizing_mode="stretch_width", gap="12px 24px", margin=0)
         self.body = pn.Column(
-            self._hint, self._controls, self._remark, self._views, sizing_mode="stretch_width", margin=(6, 0)
+            self._hint,
+            self._controls,
+            self._remark,
+            self.doing.body,
+            self._views,
+            sizing_mode="stretch_width",
+            margin=(6, 0),
         )
         self._controls.visible = self._views.visible = False
         self._trace: Any = None
@@ -129,6 +151,21 @@ class AttentionPanel(Panel):
     def _changed(self) -> None:
         if not self._quiet:
             self.stale()
+
+    def _choose_shown(self, event: Any) -> None:
+        """An operator brings its controls, as it was left when it was chosen last."""
+        kind, _, key = self.shows.value.partition(":")
+        key = key if kind in _OPERATORS else ""
+        if self.form is not None:
+            self._values[self.form.cls.key] = self.form.values
+        if key != ("" if self.form is None else self.form.cls.key):
+            self.form = MethodForm(find(key), self._changed, self._values.get(key)) if key else None
+            widgets = [] if self.form is None else list(self.form.widgets.values())
+            for widget in widgets:
+                widget.param.update(sizing_mode="fixed", width=150, margin=(8, 4, 4, 8))
+            self._parameters.objects = widgets
+            self._parameters.visible = bool(widgets)
+        self._changed()
 
     def _choose(self, cell: tuple[int, int] | None) -> None:
         if not self._quiet and cell is not None:
@@ -158,24 +195,36 @@ class AttentionPanel(Panel):
                 self.grid.selected = (layer, head)
         finally:
             self._quiet = False
-        self._show_map(layer, head)
-        self._survey()
+        try:
+            shown = self.shown
+        except WorkbenchError as error:
+            self._remark.param.update(object=f"<div>{escape(str(error))}</div>", visible=True)
+            return
+        self._show_map(layer, head, shown)
+        self._survey(shown)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What can be shown: name -> value of `shows`, all groups together."""
+        return {name: value for group in self.shows.groups.values() for name, value in group.items()}
 
     def _offer(self) -> None:
         """The choices of what to show: they follow the recipe and the runs so far."""
         workspace = self.workspace
-        options = {"all keys": "full"}
+        groups = {_OF_MODEL: {"all keys": "full"}}
         if workspace.plan is not None and workspace.recipe is not None:
             name = workspace.recipe.label
             kept = "attention under" if _sees_as_read(workspace.recipe) else "keys kept by"
-            options |= {f"{kept} {name}": "recipe", f"difference: {name} − all keys": "difference"}
-            options |= {f"difference: {name} − run of {label}": f"run:{label}" for label in self._runs()}
+            groups[_OF_MODEL][f"{kept} {name}"] = "recipe"
+            groups["Difference"] = {f"{name} − all keys": "difference"}
+            groups["Difference"] |= {f"{name} − run of {label}": f"run:{label}" for label in self._runs()}
         operators = registered("operator")
-        options |= {f"operator: {cls.title}": f"operator:{cls.key}" for cls in operators}
-        options |= {f"difference: {cls.title} − all keys": f"against:{cls.key}" for cls in operators}
-        if options != self.shows.options:
-            value = self.shows.value if self.shows.value in options.values() else "full"
-            self.shows.param.update(options=options, value=value)
+        groups["Implied by an operator"] = {str(cls.title): f"operator:{cls.key}" for cls in operators}
+        groups["Difference of an operator"] = {f"{cls.title} − all keys": f"against:{cls.key}" for cls in operators}
+        if groups != self.shows.groups:
+            offered = [value for group in groups.values() for value in group.values()]
+            value = self.shows.value if self.shows.value in offered else "full"
+            self.shows.param.update(groups=groups, value=value)
 
     def _runs(self) -> dict[str, Recipe]:
         """Recipes of the session's runs, by label, the latest first; not the full cache, which is always offered."""
@@ -184,12 +233,13 @@ class AttentionPanel(Panel):
 
     @property
     def shown(self) -> Shown:
-        """What is chosen."""
+        """What is chosen. Raises BadParameter where an operator's parameters contradict each other."""
         recipe = self.workspace.recipe if self.workspace.plan is not None else None
         value = self.shows.value
-        kind, _, key = value.partition(":")
-        if kind in ("operator", "against"):
-            return Shown(None, difference=kind == "against", operator=key)
+        if self.form is not None:
+            operator = self.form.method()
+            assert isinstance(operator, Operator)
+            return Shown(None, difference=value.startswith("against:"), operator=operator)
         if recipe is None or value == "full":
             return Shown(None)
         if value == "recipe":
@@ -197,8 +247,8 @@ class AttentionPanel(Panel):
         base = self._runs().get(value.removeprefix("run:")) if value.startswith("run:") else None
         return Shown(recipe, base, difference=True)
 
-    def _show_map(self, layer: int, head: int) -> None:
-        workspace, shown = self.workspace, self.shown
+    def _show_map(self, layer: int, head: int, shown: Shown) -> None:
+        workspace, operator = self.workspace, shown.operator
         session, tokens, memory = workspace.reading.session, workspace.reading.tokens, self._memory
         window, pooling, scale, dark = self.map.window, self.pooling.value, self.scale.value, workspace.dark
         wanted = (layer, head, shown, window, pooling, scale, dark)
@@ -207,16 +257,12 @@ class AttentionPanel(Panel):
         self._asked = wanted
         spans = {} if window is None else {"rows": tuple(window[:2]), "cols": tuple(window[2:])}
 
-        def study(heads: tuple[int, ...] | None, progress: Progress, **view: Any) -> Any:
-            return session.operator(shown.operator, layer, head, heads=heads, progress=progress, **view)
-
         def work(progress: Progress) -> tuple[dict[str, Any], dict[str, Any], Any, str]:
-            def implied() -> Any:
-                made = memory.once(
-                    ("operator", layer, head, shown.operator, window, pooling),
-                    lambda: study((), progress, pixels=_PIXELS, pooling=pooling, **spans),
+            def study(operator: Operator, key: Any, heads: tuple[int, ...] | None, **view: Any) -> Study:
+                return memory.once(
+                    (*key, layer, operator),
+                    lambda: session.operator(operator, layer, head, heads=heads, progress=progress, **view),
                 )
-                return made.implied.minus(made.exact) if shown.difference else made.implied
 
             def one(recipe: Recipe | None) -> Any:
                 return memory.once(
@@ -227,10 +273,13 @@ class AttentionPanel(Panel):
                 )
 
             said = _remark(shown.recipe)
-            if shown.operator:
-                found = implied()
-                errors = memory.once(("errors", layer, shown.operator), lambda: study(None, progress, pixels=1))
-                said = _errors(errors, head)
+            if operator is not None:
+                view: dict[str, Any] = {"pixels": _PIXELS, "pooling": pooling, **spans}
+                made = study(operator, ("operator", head, window, pooling), (), **view)
+                found = made.implied.minus(made.exact) if shown.difference else made.implied
+                errors = study(operator, ("errors",), None, pixels=1)
+                own = "Received attention and the heads beside are the model's own."
+                said = f"{present.operator_line(errors, head)} {own}"
             else:
                 found = one(shown.recipe).minus(one(shown.base)) if shown.difference else one(shown.recipe)
             keywords = present.attention_map(
@@ -257,13 +306,18 @@ class AttentionPanel(Panel):
         def missed() -> None:
             self._asked = None
 
-        workspace.look(work, self.in_view(show, missed))
+        def given_up() -> None:
+            self._asked = None
+            self._stale = True
+            self._hint.object = f"<p>{UNFINISHED}</p>"
+
+        workspace.look(work, self.in_view(show, missed), given_up)
 
     # -- all heads
 
-    def _survey(self, *, asked: bool = False) -> None:
-        workspace, shown = self.workspace, self.shown
-        if shown.operator:  # the heads beside it are those of the model
+    def _survey(self, shown: Shown, *, asked: bool = False) -> None:
+        workspace = self.workspace
+        if shown.operator is not None:  # the heads beside it are those of the model
             shown = Shown(None)
         session, facts, memory = workspace.reading.session, workspace.reading.session.facts, self._memory
         MapGrid.update(self.grid, dark=workspace.dark)
@@ -339,15 +393,4 @@ def _remark(recipe: Recipe | None) -> str:
     return (
         f"The prompt is read under {reads} before {' and '.join(kept)} {'drop' if len(kept) > 1 else 'drops'} or "
         f"rounds anything: these are the weights of {reads} alone."
-    )
-
-
-def _errors(study: Study, head: int) -> str:
-    """How far an operator's output is from the model's own, beside its implied map."""
-    alone, scaled = float(study.error[head]), float(study.scaled_error[head])
-    return (
-        f"{study.operator.title}, on what this layer recorded: the output of head {head} is off by {alone:.0%} of its "
-        f"norm, by {scaled:.0%} after the best factor; on average over the layer's {len(study.heads)} heads by "
-        f"{float(study.error.mean()):.0%} and {float(study.scaled_error.mean()):.0%}. Received attention and the heads "
-        "beside are the model's own."
     )

@@ -49,6 +49,8 @@ class HeadErrorPanel(Panel):
             )
             return
 
+        self._hint.object = "<p>The errors are being computed …</p>"  # until they are there
+
         def work(progress: Progress) -> dict[str, Any]:
             if of_run:
                 assert run is not None

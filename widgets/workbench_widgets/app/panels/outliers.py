@@ -9,7 +9,8 @@ import panel_material_ui as pmu
 
 from workbench.progress import Progress
 from workbench_widgets import Heatmap, figures, present
-from workbench_widgets.app.panels.panel import Panel, hint
+from workbench_widgets.app.doing import Doing
+from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
 from workbench_widgets.app.workspace import Workspace
 
 
@@ -31,7 +32,11 @@ class OutliersPanel(Panel):
         )
         self.map = Heatmap.panel(brush=True, margin=(12, 0, 0, 0), visible=False)
         self._hint = hint("The statistics come when a prompt has been read.")
-        self.body = pn.Column(self.kind, self._hint, self.profile, self.map, sizing_mode="stretch_width", margin=(6, 0))
+        self.doing = Doing(workspace, "looking_stage", workspace.looking.cancel)
+        self.body = pn.Column(
+            self.kind, self.doing.body, self._hint, self.profile, self.map, sizing_mode="stretch_width", margin=(6, 0)
+        )
+        self._of = ""  # the kind that is shown
         super().__init__(workspace)
 
     def refresh(self) -> None:
@@ -39,6 +44,9 @@ class OutliersPanel(Panel):
         if workspace.reading is None:
             return
         session, dark = workspace.reading.session, workspace.dark
+        self._hint.object = "<p>The statistics are being computed …</p>"  # until they are there
+        if kind != self._of:  # those of another kind would be mistaken for them
+            self._hint.visible, self.profile.visible, self.map.visible = True, False, False
 
         def work(progress: Progress) -> tuple[Any, dict[str, Any] | None]:
             frame = session.outliers(kind, progress=progress)
@@ -49,9 +57,14 @@ class OutliersPanel(Panel):
 
         def show(found: tuple[Any, dict[str, Any] | None]) -> None:
             profile, grid = found
+            self._of = kind
             self._hint.visible, self.profile.visible, self.map.visible = False, True, grid is not None
             self.profile.object = profile
             if grid is not None:
                 Heatmap.update(self.map, **grid, dark=dark, window=None, selected=None)
 
-        workspace.look(work, self.in_view(show))
+        def given_up() -> None:
+            self._stale = True
+            self._hint.object = f"<p>{UNFINISHED}</p>"
+
+        workspace.look(work, self.in_view(show), given_up)

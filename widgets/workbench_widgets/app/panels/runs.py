@@ -17,18 +17,18 @@ from workbench_widgets.app.table import fill, table
 from workbench_widgets.app.workspace import Workspace
 
 _COLUMNS = {  # column -> title, width; the file has all there is
-    "run": ("#", 46),
-    "recipe": ("Recipe", 200),
-    "kv_share": ("Share", 76),
-    "kv_mib": ("KV MiB", 82),
-    "host_mib": ("Host MiB", 94),
-    "score_share": ("Scores", 78),
-    "kl": ("KL", 76),
-    "top1": ("Top-1", 76),
-    "nll_difference": ("NLL diff.", 96),
-    "perplexity": ("Perplexity", 108),
-    "tokens_per_s": ("Tokens/s", 96),
-    "text": ("Answer", 340),
+    "run": ("#", 40),
+    "recipe": ("Recipe", 166),
+    "kv_share": ("Share", 66),
+    "kv_mib": ("KV MiB", 74),
+    "host_mib": ("Host MiB", 86),
+    "score_share": ("Scores", 72),
+    "kl": ("KL", 68),
+    "top1": ("Top-1", 66),
+    "nll_difference": ("NLL diff.", 82),
+    "perplexity": ("Perplexity", 92),
+    "tokens_per_s": ("Tokens/s", 86),
+    "text": ("Answer", 0),
 }
 _MEANINGS = {  # column -> what its title says when it is pointed at
     "kv_share": "Bytes of the cache, of the uncompressed one's",
@@ -77,12 +77,7 @@ class RunsPanel(Panel):
         )
         self.quality = pmu.Select(
             label="Quality",
-            options={
-                "KL divergence": "kl",
-                "Top-1 agreement": "top1",
-                "NLL difference": "nll_difference",
-                "Perplexity": "perplexity",
-            },
+            options={title: name for name, title in figures.QUALITIES.items()},
             size="small",
             width=190,
             margin=(8, 4),
@@ -164,8 +159,12 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _hidden(rows: pd.DataFrame) -> list[str]:
-    """The columns that say nothing yet: how many scores were computed, where no run has an attention method."""
-    return [] if "attention" in rows and bool(rows["attention"].notna().any()) else ["score_share"]
+    """The columns that say nothing yet: scores computed where no run has an attention method, bytes in host memory
+    where no run has any.
+    """
+    reads = "attention" in rows and bool(rows["attention"].notna().any())
+    hosts = "host_mib" in rows and bool((rows["host_mib"].fillna(0) > 0).any())
+    return [*([] if hosts else ["host_mib"]), *([] if reads else ["score_share"])]
 
 
 def _split(budgets: str) -> list[str]:

@@ -14,8 +14,8 @@ from workbench.recipe import Recipe
 from workbench.weights.blocks import blocks, placed
 from workbench.weights.linears import linear_layers
 from workbench_widgets import Heatmap, weight_views
+from workbench_widgets.app.doing import Doing
 from workbench_widgets.app.figures_row import figures_row, show
-from workbench_widgets.app.look import restyle
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.panels.weight_sections import SECTIONS, Asked, Look, census_of, sensitivity_key
 from workbench_widgets.app.recent import Recent
@@ -24,17 +24,17 @@ from workbench_widgets.app.workspace import Workspace
 
 _REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
 _COLUMNS = {  # of the tables -> title, width
-    "name": ("Weight", 240),
+    "name": ("Weight", 190),
     "layer": ("Layer", 70),
     "module": ("Module", 170),
-    "form": ("Held as", 130),
-    "bits": ("Bits", 70),
-    "rank": ("Rank", 70),
-    "density": ("Density", 84),
-    "mib": ("MiB", 80),
-    "share": ("Share", 76),
-    "weight_error": ("Weight error", 122),
-    "output_error": ("Output error", 122),
+    "form": ("Held as", 112),
+    "bits": ("Bits", 62),
+    "rank": ("Rank", 66),
+    "density": ("Density", 82),
+    "mib": ("MiB", 66),
+    "share": ("Share", 70),
+    "weight_error": ("Weight error", 110),
+    "output_error": ("Output error", 110),
     "chosen": ("Chosen", 0),
     "kl": ("KL", 90),
     "error": ("Error", 0),
@@ -81,12 +81,15 @@ class WeightsPanel(Panel):
         self.start = pmu.Button(
             label="", icon="insights", size="small", variant="outlined", margin=(8, 4), visible=False
         )
-        self.stop = pmu.Button(label="Cancel", icon="stop", size="small", margin=(8, 4), visible=False)
+        self.doing = Doing(workspace, "weighing_stage", workspace.weighing.cancel)
         self.download = pmu.FileDownload(
-            callback=self._csv, filename="weights.csv", label="CSV", width=110, margin=(8, 4), visible=False
+            callback=self._csv,
+            filename="weights.csv",
+            label="CSV",
+            width=110,
+            margin=(8, 4),
+            visible=False,
         )
-        self._bar = pmu.LinearProgress(value=0, variant="determinate", sizing_mode="stretch_width", visible=False)
-        self._doing = pn.pane.HTML("", stylesheets=[restyle("div")], margin=(8, 8), visible=False)
         self._hint = hint("The weights can be looked at when a prompt has been read.")
         self.numbers = figures_row()
         self.map: Any = Heatmap.panel(brush=False, margin=(8, 0), visible=False)
@@ -99,15 +102,14 @@ class WeightsPanel(Panel):
         self._frame = pd.DataFrame()
         self._memory, self._session = Recent(_REMEMBERED), None
         self._quiet = False
+        self._of = ""  # the section that is shown
         self._wanted = False  # whether what is only measured when it is asked for was asked for
         choices = (self.section, self.measure, self.kind, self.each, self.layer, self.module)
         for widget in choices:
             what = "value_throttled" if widget is self.layer else "value"
             widget.param.watch(self._chosen, what)
         self.start.on_click(self._ask)
-        self.stop.on_click(lambda event: workspace.weighing.cancel())
         Heatmap.watch(self.map, "selected", self._select)
-        workspace.param.watch(self._tell, "weighing_stage")
         self.body = pn.Column(
             self.section,
             pn.FlexBox(
@@ -117,12 +119,10 @@ class WeightsPanel(Panel):
                 self.layer,
                 self.module,
                 self.start,
-                self.stop,
-                self._doing,
                 align_items="center",
                 sizing_mode="stretch_width",
             ),
-            self._bar,
+            self.doing.body,
             self._hint,
             self.numbers,
             self.map,
@@ -182,11 +182,12 @@ class WeightsPanel(Panel):
         if workspace.reading is None:
             return
         self._offer()
-        for name in ("measure", "kind", "each", "layer", "module"):
-            getattr(self, name).visible = name in section.choices
-        self.module.visible = self.module.visible and not (section.title == "Outliers" and self.kind.value != "weights")
         methods = () if workspace.weights is None else workspace.weights.methods
         recipe = Recipe.of(list(methods)) if methods else None
+        empty = recipe is None and section.needs_recipe
+        for name in ("measure", "kind", "each", "layer", "module"):
+            getattr(self, name).visible = name in section.choices and not empty
+        self.module.visible = self.module.visible and not (section.title == "Outliers" and self.kind.value != "weights")
         asked = Asked(
             workspace.reading.session,
             recipe,
@@ -199,9 +200,11 @@ class WeightsPanel(Panel):
             workspace.dark,
         )
         button, about = section.asks_first
+        title = str(self.section.value)
         self.start.visible = False
-        if recipe is None and section.needs_recipe:
+        if empty:
             coming = workspace.recipe is not None and workspace.recipe.family("weights")
+            workspace.stop_weighing()
             self._nothing(
                 "This comes when the weights are compressed."
                 if coming
@@ -210,8 +213,12 @@ class WeightsPanel(Panel):
             return
         if button and not self._wanted and sensitivity_key(asked) not in self._memory:
             self.start.param.update(label=button, visible=True)
+            workspace.stop_weighing()
             self._nothing(about)
             return
+
+        if self.section.value != self._of:  # what another section showed would be mistaken for this
+            self._show(Look(said="This is being computed …"), [])
 
         def work(progress: Progress) -> tuple[Look, list[str]]:
             look = section.make(asked, progress)
@@ -219,7 +226,7 @@ class WeightsPanel(Panel):
             return look, offered
 
         def shown(found: tuple[Look, list[str]]) -> None:
-            self._wanted = False
+            self._wanted, self._of = False, title
             self._show(*found)
 
         def given_up() -> None:
@@ -228,9 +235,10 @@ class WeightsPanel(Panel):
             self.start.param.update(label=button or "Show", visible=True)
             self._nothing("This was not finished.")
 
-        workspace.weigh(work, self.in_view(shown), given_up)
+        workspace.weigh(work, self.in_view(shown), given_up, stage="Measuring" if self._wanted else "")
 
     def _nothing(self, said: str) -> None:
+        self._of = ""
         self._show(Look(said=said), [])
 
     def _show(self, look: Look, offered: list[str]) -> None:
@@ -267,13 +275,6 @@ class WeightsPanel(Panel):
         columns = {name: _COLUMNS[name] for name in frame.columns}
         self.table = table(frame, columns, {n: f for n, f in _FORMATS.items() if n in columns}, dark=dark)
         self._table_at.objects = [self.table]
-
-    def _tell(self, event: Any) -> None:
-        """How far it is."""
-        stage, share = self.workspace.weighing_stage
-        self._bar.param.update(visible=bool(stage), value=round(100 * (share or 0)))
-        self._doing.param.update(visible=bool(stage), object=f"<div>{stage} …</div>")
-        self.stop.visible = bool(stage)
 
     def _csv(self) -> io.StringIO:
         text = io.StringIO()
