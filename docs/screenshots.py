@@ -7,13 +7,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 IMAGES = Path(__file__).parent / "images"
 PORT = 5091
 ADDRESS = f"http://127.0.0.1:{PORT}/"
 SERVER = f"from workbench_widgets import serve; serve(port={PORT})"
 SLOW = 240_000  # milliseconds
+
+
+class Picture(NamedTuple):
+    """shows: what is waited for; empty: a run is made, and its answer waited for."""
+
+    name: str
+    query: str
+    size: tuple[int, int]
+    dark: bool = False
+    shows: str = ""
+
+
+PICTURES = (
+    Picture("app-light", "?budget=35%25", (1280, 1150)),
+    Picture("app-dark", "?kv=adakv&budget=30%25", (1920, 1080), dark=True),
+    Picture("app-weights", "?kv=full&weights=gptq&tab=6", (1280, 1150), shows="text=Matrices compressed"),
+)
 
 
 def open_page(page: Any, query: str, *, dark: bool) -> None:
@@ -33,6 +50,21 @@ def open_page(page: Any, query: str, *, dark: bool) -> None:
     page.wait_for_timeout(3000)
 
 
+def take(browser: Any, picture: Picture) -> None:
+    width, height = picture.size
+    page = browser.new_page(viewport={"width": width, "height": height})
+    open_page(page, picture.query, dark=picture.dark)
+    if picture.shows:
+        page.wait_for_selector(picture.shows, timeout=SLOW)
+    else:
+        page.get_by_role("button", name="Run", exact=True).click()
+        page.wait_for_selector("text=KL divergence", timeout=SLOW)
+    page.mouse.move(width / 2, height - 4)
+    page.wait_for_timeout(1500)
+    page.screenshot(path=IMAGES / f"{picture.name}.png")
+    page.close()
+
+
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
@@ -44,18 +76,8 @@ def main() -> None:
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for name, query, dark, size in (
-                ("app-light", "?budget=35%25", False, (1280, 1150)),
-                ("app-dark", "?kv=adakv&budget=30%25", True, (1920, 1080)),
-            ):
-                page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-                open_page(page, query, dark=dark)
-                page.get_by_role("button", name="Run", exact=True).click()
-                page.wait_for_selector("text=KL divergence", timeout=SLOW)
-                page.mouse.move(size[0] / 2, size[1] - 4)
-                page.wait_for_timeout(1500)
-                page.screenshot(path=IMAGES / f"{name}.png")
-                page.close()
+            for picture in PICTURES:
+                take(browser, picture)
             browser.close()
     finally:
         server.terminate()

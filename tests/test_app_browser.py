@@ -95,6 +95,7 @@ def changed(read: Callable[[], Any], before: Any, seconds: float = 60) -> Any:
 
 
 PICTURE = "canvas => canvas.toDataURL()"
+WHOLE = "element => element.scrollWidth <= element.clientWidth + 1"  # nothing of it is cut off at the right
 
 
 def raster(page: Any) -> str:
@@ -201,6 +202,7 @@ def test_a_comparison_fills_the_table_and_its_file(open_tab: Callable[..., Watch
     page.get_by_label("Budgets").press("Enter")
     press(page, "Compare")
     page.locator(".tabulator-row").nth(3).wait_for()
+    assert page.locator(".tabulator-tableholder").evaluate(WHOLE)
     page.wait_for_selector(".js-plotly-plot")
     with page.expect_download() as waited:
         page.locator("button:has-text('CSV'), a:has-text('CSV')").first.click()
@@ -254,6 +256,7 @@ def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[
     page = open_tab(query + "&weights_budget=40%25").page
     page.wait_for_selector("text=Matrices compressed")
     page.wait_for_selector("section[aria-label^='Relative error of the outputs'] canvas")
+    assert page.locator(".tabulator-tableholder").evaluate(WHOLE)
     weights = figure(page, "Model weights")
     before = weights.text_content()
     page.locator(".MuiSwitch-input").first.click()
@@ -298,6 +301,7 @@ def test_attention_is_looked_into_head_by_head_and_cell_by_cell(open_tab: Callab
     page.get_by_role("combobox", name="Shows", exact=True).click()
     page.locator("li", has_text="snapkv 0.4 − all keys").click()
     page.wait_for_selector("text=Difference in attention of layer 1, head 1, snapkv 0.4 − all keys")
+    assert page.get_by_role("combobox", name="Shows", exact=True).evaluate(WHOLE)
     page.wait_for_selector(".wb-grid canvas")
     page.locator(".wb-sort select").select_option("class")
     assert page.locator(".wb-legend", has_text="contextual").count() == 1

@@ -117,20 +117,26 @@ def test_every_view_paints(opened):
     assert page.locator(".js-plotly-plot, .jp-RenderedPlotly svg").count() >= 1
 
 
+def slide(slider, percent):
+    """Move a slider in percent by the keyboard; presses that a busy machine lost are made up for."""
+    readout, handle = slider.locator(".widget-readout"), slider.locator(".noUi-handle")
+    for _ in range(5):
+        away = percent - int(readout.text_content().rstrip("%"))
+        if not away:
+            break
+        for _ in range(abs(away)):
+            handle.press("ArrowRight" if away > 0 else "ArrowLeft")
+        slider.page.wait_for_timeout(200)
+    assert readout.text_content() == f"{percent}%"
+
+
 def test_a_moved_slider_changes_the_raster_and_moves_never_queue(opened):
     page = opened.page
     canvas = page.locator(".wb-map canvas").last
     picture = "canvas => canvas.toDataURL()"
     before = canvas.evaluate(picture)
-    readout = page.locator(".widget-hslider .widget-readout").last
-    handle = page.locator(".widget-hslider .noUi-handle").last
-    handle.focus()
-    for _ in range(40):
-        handle.press("ArrowRight")
-    page.wait_for_function(
-        "text => document.querySelectorAll('.widget-readout').item(0).textContent === text", arg="65%"
-    )
-    assert readout.text_content() == "65%"
+    budget = page.locator(".widget-hslider:visible").last  # that of weights is there too, unseen
+    slide(budget, 65)
     began = time.monotonic()
     page.wait_for_function(
         "([before]) => [...document.querySelectorAll('.wb-map canvas')].at(-1).toDataURL() !== before", arg=[before]
@@ -138,10 +144,9 @@ def test_a_moved_slider_changes_the_raster_and_moves_never_queue(opened):
     shares = re.compile(r"(5[5-9]|6[0-5]) % kept")
     note = page.locator(".wb-note", has_text="layers").last
     while not shares.search(note.text_content()):
-        assert time.monotonic() - began < 10, note.text_content()
+        assert time.monotonic() - began < 30, note.text_content()
         time.sleep(0.02)
-    for _ in range(40):
-        handle.press("ArrowLeft")
+    slide(budget, 25)
     page.wait_for_function(
         "([before]) => [...document.querySelectorAll('.wb-map canvas')].at(-1).toDataURL() === before", arg=[before]
     )

@@ -94,6 +94,7 @@ def open_app(
 
     if find_spec("panel") is None:
         raise MissingExtra("the app needs Panel, which is not installed: pip install 'inference-workbench[app]'")
+    typer.echo("Starting: what the workbench is made of takes some seconds to load.", err=True)
     from workbench_widgets.app.serve import serve
 
     serve(model=model, address=address, port=port, open_browser=not no_open)
