@@ -17,7 +17,7 @@ from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.easyquant import EasyQuant, fitted, outliers
 from workbench.weights.grid import fit
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes
-from workbench.weights.pb_llm import PBLLM, binarised, hessian_saliency, largest
+from workbench.weights.pb_llm import PBLLM, binarised, largest
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
 
@@ -156,20 +156,6 @@ def test_no_other_size_of_the_signs_is_closer() -> None:
         return (weight - weight.sign() * size * by).square().sum(dim=1)
 
     assert all(bool((error(1.0) <= error(by) + 1e-4).all()) for by in (0.9, 0.97, 1.03, 1.1))
-
-
-def test_saliency_is_what_the_loss_of_a_weight_costs_once_those_to_its_right_have_made_up_for_it() -> None:
-    weight, x = drawn(4, 6), drawn(50, 6)
-    hessian = (x.T @ x / 50).double()
-    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
-    found = hessian_saliency(weight, factor)
-    for o in range(4):
-        for j in range(6):
-            rest = list(range(j + 1, 6))
-            best = -weight[o, j].double() * torch.linalg.solve(hessian[rest][:, rest], hessian[rest, j])
-            change = torch.zeros(6, dtype=torch.float64)
-            change[j], change[rest] = -weight[o, j].double(), -best
-            assert float(found[o, j]) == pytest.approx(float(change @ hessian @ change), rel=1e-3)
 
 
 def test_of_equal_weights_exactly_as_many_as_asked_for_are_salient() -> None:  # trap 5

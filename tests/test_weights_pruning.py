@@ -15,6 +15,7 @@ from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.testing import check_method
 from workbench.weights.base import Survey, compressed
+from workbench.weights.compensation import removal_cost
 from workbench.weights.gptq import inverse_factor
 from workbench.weights.layers import SparseLinear, sparse_nbytes
 from workbench.weights.magnitude import Magnitude
@@ -149,6 +150,18 @@ def loops(weight: Tensor, moment: Tensor, damping: float, kept_of: int) -> tuple
                 if not kept[row, j]:
                     weight[row, j:] -= weight[row, j] / inverse[0, 0] * inverse[0]
     return weight * kept, kept
+
+
+def test_removing_a_weight_costs_what_is_left_once_those_to_its_right_have_made_up_for_it() -> None:
+    weight, moment = drawn(4, 6), inputs_of(drawn(50, 6, seed=1)).second_moment
+    found = removal_cost(weight, inverse_factor(moment, 1e-9).diagonal())
+    wide = moment.double()
+    for row in range(4):
+        for j in range(6):
+            rest, change = list(range(j + 1, 6)), torch.zeros(6, dtype=torch.float64)
+            change[j] = -weight[row, j].double()
+            change[rest] = -change[j] * torch.linalg.solve(wide[rest][:, rest], wide[rest, j])
+            assert float(found[row, j]) == pytest.approx(float(change @ wide @ change), rel=1e-3)
 
 
 def test_sparsegpt_computes_what_plain_loops_over_the_paper_do() -> None:

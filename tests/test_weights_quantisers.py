@@ -24,7 +24,7 @@ from workbench.weights.grid import Grid, fit, fit_least, squares
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
 from workbench.weights.owq import weak_columns
 from workbench.weights.quantiser import Quantiser
-from workbench.weights.slim_llm import binary, bits_exchanged, salience, salient_grid
+from workbench.weights.slim_llm import binary, bits_exchanged, salient_grid
 from workbench.weights.statistics import InputStats
 
 METHODS = (AbsMax, GPTQ, AWQ, OWQ, SliMLLM)
@@ -345,16 +345,6 @@ def test_as_many_groups_gain_a_bit_as_lose_one_at_the_least_loss(seed: int, grou
             chosen[number] = 1
         totals.append((float(sum(losses[bits + 1, number] for number, bits in enumerate(chosen))), chosen))
     assert found.tolist() == min(totals, key=lambda one: one[0])[1]
-
-
-def test_salience_is_that_of_brain_surgery() -> None:
-    weight, moment = drawn(4, 12), seen(correlated(12)).second_moment
-    inverse = torch.linalg.inv(damped(moment))
-    got = salience(weight, inverse_factor(moment, 0.01))
-    for row in range(4):
-        for column in range(12):
-            want = (weight[row, column].double() / inverse[column, column]) ** 2
-            assert abs(float(got[row, column]) - float(want)) <= 1e-3 * float(want)
 
 
 def test_one_bit_is_the_mean_and_the_best_distance_from_it() -> None:

@@ -51,8 +51,10 @@ class CFSP(StructuredPruner):
 
     Coarse to fine (Wang et al. 2024): each block's share follows the angle between what enters and leaves it, the
     neurons within a block are ranked by activation times relative weight. One forward pass over calibration serves
-    both. The angle is that of the blocks' mean cosine; the paper rounds widths to multiples of 128, here a byte budget
-    is used to the neuron; its training after pruning is left out. Attention stays whole.
+    both. Weights are relative to the mean neuron's; the published code divides each neuron's by their own sum, after
+    which all are equal and only activations rank. The angle is that of the blocks' mean cosine; the paper rounds widths
+    to multiples of 128, here a byte budget is used to the neuron; its training after pruning is left out. Attention
+    stays whole.
     """
 
     key = "cfsp"

@@ -67,10 +67,10 @@ class COMP(StructuredPruner):
 
     Blocks go by the mean cosine between what enters and leaves them over calibration, until the share `coarse` of what
     has to go is gone; in those that stay, MLPs lose the neurons that hold up the condition of their last matrix least,
-    equally many in each, and what stays is scaled neuron by neuron to bring the module's output back (Xu et al. 2025).
-    How condition is measured is chosen here: the leverage of a neuron's column among all, at the size of its
-    activation, regularised. The mask comes from one linear system and is multiplied into the weights. Inputs are those
-    of the uncompressed model.
+    equally many in each, and what stays is scaled neuron by neuron to bring the module's output back: after the
+    abstract of Xu et al. 2025. How blocks, condition and mask are computed is chosen here. Condition is the leverage of
+    a neuron's column among all, at the size of its activation, regularised. The mask comes from one linear system and
+    is multiplied into the weights. Inputs are those of the uncompressed model.
     """
 
     key = "comp"

@@ -14,6 +14,16 @@ Replacing = Callable[[Tensor, int], Tensor]
 """What becomes of a column [o] of this number, [o]."""
 
 
+def removal_cost(weight: Tensor, pivots: Tensor) -> Tensor:
+    """What leaving out each weight [o, c] adds to the outputs' squared error once columns to its right make up for it.
+
+    w² over the square of its column's pivot [c]: of the diagonal of the factor from `inverse_factor`, whose square is
+    the entry of H⁻¹ once all columns to the left are done. Papers write w² / [H⁻¹]²_jj for it (SparseGPT, PB-LLM,
+    SliM-LLM), as if H⁻¹ were the inverse itself; their published codes have its factor there.
+    """
+    return (weight / pivots).square()
+
+
 def compensated(weight: Tensor, factor: Tensor, prepare: Callable[[int, Tensor], Replacing], block: int) -> Tensor:
     """What becomes of a weight [o, i] when its columns are replaced in turn, float32.
 

@@ -90,7 +90,9 @@ class CoreInfer(StructuredPruner):
     While text is read, each token votes for the `token_share` of neurons that it activates most, by magnitude; the
     `share` with the most votes are the sentence's core neurons, and while the answer is decoded only their rows and
     columns are used (Wang et al. 2024, the stability-guided prediction; the one by clusters of sentences is left out).
-    No predictor, no calibration. Every pass of several tokens counts as reading, and its votes are added.
+    Its published code counts positive activations alone, of which a token votes for a share, and leaves the first six
+    and last five of 32 blocks whole; in gated MLPs products of either sign matter, and here all blocks take part. No
+    predictor, no calibration. Every pass of several tokens counts as reading, and its votes are added.
 
     This saves the computation and the moved bytes of a decoding step, not stored ones: the next question has other core
     neurons, so all weights stay, and the core's copies come on top (the timeline shows them). A budget, which limits

@@ -24,13 +24,15 @@ class CoSpaDi(Ranked):
     A weight [o, i] becomes a sparse matrix [o, a], with the same number of coefficients in each row, times a dictionary
     [a, i]: where a low rank puts all rows into one subspace, here each row chooses its own. Both are fitted in
     coordinates in which the inputs are white, so that the squared error is that of the layer's outputs over calibration
-    texts (section 3.2). There are `ratio` times as many atoms as coefficients in a row (the paper's 2); their number
-    is the largest within the budget, everything counted: atoms and coefficients at 16 bits, a bit for each place.
+    texts (sections 3.1 and 3.2). There are `ratio` times as many atoms as coefficients in a row (the paper's 2); their
+    number is the largest within the budget, everything counted: atoms and coefficients at 16 bits, a bit for each place
+    (equation 10; the paper's main tables take those bits off the coefficients instead).
 
-    The paper fits by K-SVD with orthogonal matching pursuit, atom by atom and coefficient by coefficient. Here all of
-    them move at once, so that a layer takes a second and not minutes: beginning with the largest singular vectors,
-    atoms by least squares (the method of optimal directions), coefficients by hard thresholding pursuit; a row takes
-    new atoms only where that brings it closer, so the error never grows. Each layer has a dictionary of its own.
+    The paper fits atom by atom, by K-SVD with orthogonal matching pursuit, and better than all atoms at once by least
+    squares (the method of optimal directions), in three times as long (table 2). Here a layer takes a second and not
+    minutes: beginning with the largest singular vectors, atoms by least squares, coefficients by hard thresholding
+    pursuit; a row takes new atoms only where that brings it closer, so the error never grows. Each layer has a
+    dictionary of its own; the paper can share one between layers.
     """
 
     key = "cospadi"

@@ -26,17 +26,18 @@ _WIDTHS = (2, 3, 4, 5, 6, 8)
 class DoubleRounding(WeightMethod):
     """Round weights to 8 bits once, and round those codes again for every lower width: one stored model serves all.
 
-    A code of 8 bits becomes one of b bits by a shift: of each 2 ** (8 - b) neighbouring codes one is left, which stands
-    for their middle, so that the whole range stays in use and no code is cut off; a step is as many times as wide (the
-    paper's low-bit step and zero, with the step a power of two). With `symmetric` grids it is rounded, halves up, and
-    cut to the range, so that zero weights stay zero. A change of size never touches floating-point weights again. The
-    8-bit codes are made once and stay in the session, outside of what a run counts as weights, which are the codes at
-    the widths that are loaded, with their scales and zeros.
+    With `symmetric` grids, the paper's (equations 1 to 3), a code of 8 bits is divided by 2 ** (8 - b), rounded, halves
+    up, and cut to the range of b bits; a step is as many times as wide, and zero weights stay zero. Without, which
+    loses less, it becomes one of b bits by a shift: of each 2 ** (8 - b) neighbouring codes one is left, which stands
+    for their middle, so that the whole range stays in use and no code is cut off. A change of size never touches
+    floating-point weights again. The 8-bit codes are made once and stay in the session, outside of what a run counts as
+    weights, which are the codes at the widths that are loaded, with their scales and zeros.
 
     Without a budget every layer has `bits`. With one, that is the widest, and single layers get fewer (the paper's
     mixed precision): bytes go where they lower the error of a layer's outputs most, relative to the outputs and
-    measured by second moments, in place of the paper's Hessian-aware search. The paper trains the widths together (with
-    learning rates of their own for the steps); here nothing is trained, which is felt at 3 bits and below.
+    measured by second moments, in place of the paper's traces of Hessians and integer programs (section 3.3). The paper
+    trains the widths together (with learning rates of their own for the steps); here nothing is trained, which is felt
+    at 3 bits and below.
     """
 
     key = "double-rounding"

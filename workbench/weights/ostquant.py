@@ -25,14 +25,14 @@ from workbench.weights.turning import Decoder, Turn, TurnedLinear, turned_linear
 class OSTQuant(Quantiser):
     """Rotate and scale weights, which changes nothing that the model computes, so that rounding them loses less.
 
-    Of the paper's equivalent transformations (section 3.2), those that need no training. What flows between blocks is
+    Of the paper's equivalent transformations (section 4.1), those that need no training. What flows between blocks is
     rotated by a Hadamard matrix with random signs, the values of each head and the neurons of each feed-forward module
     by Hadamard matrices, as in QuaRot (Ashkboos et al. 2024, arXiv:2404.00456). Sizes that are no powers of two get
-    Paley's matrices (576 = 36 * 16, 1536 = 12 * 128), or where there is none, blocks of powers of two side by side.
-    The weights of the norms go into the layers behind them; nothing is centred. With `scaling`, channels of values and
+    Paley's matrices (576 = 36 * 16, 1536 = 12 * 128), or where there is none, blocks of powers of two side by side. The
+    weights of the norms go into the layers behind them; nothing is centred. With `scaling`, channels of values and
     neurons are scaled by what rounding costs least with (`turning.balance`), in place of the paper's learned factors.
-    Queries and keys stay as they are: rotating them would help a quantised cache, not these weights. Learned rotations
-    and the KL-Top loss are not here.
+    Queries and keys stay as they are: rotating them would help a quantised cache, not these weights. Learned rotations,
+    scales behind the norms and the KL-Top loss are not here.
 
     At both ends the rotation is done as the model runs, so that the tables of the embedding and of a tied head stay
     the original's own; the neurons' too. Weights are then rounded to nearest or by GPTQ on the second moments of the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.compensation import compensated
+from workbench.weights.compensation import compensated, removal_cost
 from workbench.weights.gptq import inverse_factor
 from workbench.weights.grid import held
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes, packed_nbytes
@@ -23,12 +23,10 @@ class PBLLM(WeightMethod):
     """Hold a salient few of the weights at 8 bits and only the sign of all others.
 
     Salient are the largest weights, or those whose loss costs most once the columns to their right have made up for
-    it: w² / (H⁻¹)_jj with H⁻¹ that of those columns and their own, H the second moment of the inputs. (Section 3.3
-    takes this rule from SparseGPT and writes w² / [H⁻¹]²_jj, where H⁻¹ is the Cholesky factor, as in its published
-    code.) The others become plus or minus α, the mean magnitude of a group of columns of an output: the α with the
-    smallest squared error (equation 9). Columns are replaced in turn, and those to come make up for each ("PB-GPTQ",
-    section 3.3). A sign is held for the salient weights too, and at 8 bits what they are beyond it; the paper shifts
-    both by a zero point for each output, which is left out. Salient weights are chosen over the whole matrix.
+    it (`removal_cost`, section 3.3), over the whole matrix. The others become plus or minus α, the mean magnitude of a
+    group of columns of an output: the α with the smallest squared error (equation 9). Columns are replaced in turn,
+    and those to come make up for each ("PB-GPTQ", section 3.3). A sign is held for the salient weights too, and at 8
+    bits what they are beyond it. The paper shifts both by a zero point for each output; here there is none.
 
     Without the paper's training (section 3.4), which is not here, few salient weights are not enough: the paper's own
     OPT-1.3B has perplexity 166 on C4 at one in ten, 42 at one in five and 18 at one in two (table 1).
@@ -62,7 +60,7 @@ class PBLLM(WeightMethod):
         assert inputs is not None
         weight = linear.weight.detach().float()
         factor = inverse_factor(inputs.second_moment, self.damping)
-        saliency = weight.abs() if self.metric == "magnitude" else hessian_saliency(weight, factor)
+        saliency = weight.abs() if self.metric == "magnitude" else removal_cost(weight, factor.diagonal())
         chosen = largest(saliency, self._count(linear))
         made = binarised(weight, chosen, factor, self.group_size)
         bias = None if chosen.any() else linear.bias
@@ -71,14 +69,6 @@ class PBLLM(WeightMethod):
             return signs
         beyond = OutliersLinear(made.beyond, chosen, scale=made.step)
         return Parts([signs, beyond], [None, None], linear.in_features, linear.bias)
-
-
-def hessian_saliency(weight: Tensor, factor: Tensor) -> Tensor:
-    """w² / (H⁻¹)_jj for each weight [o, j], once the columns to the left are done: what its loss then costs.
-
-    factor: from `inverse_factor`; the square of its diagonal is that entry.
-    """
-    return weight.square() / factor.diagonal().square()
 
 
 def largest(saliency: Tensor, count: int) -> Tensor:

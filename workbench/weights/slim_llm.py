@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
+from workbench.weights.compensation import removal_cost
 from workbench.weights.gptq import Rounded, gptq, inverse_factor
 from workbench.weights.grid import Grid, fit, fit_least, squares
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts, packed_nbytes
@@ -15,14 +16,6 @@ from workbench.weights.quantiser import Quantiser
 from workbench.weights.statistics import InputStats
 
 _SHRINKS = (1.0, 1.03, 1.06, 1.1, *(1 - step / 25 for step in range(1, 13)))  # of a range
-
-
-def salience(weight: Tensor, factor: Tensor) -> Tensor:
-    """How much each weight [o, i] matters: w² / [H⁻¹]² of its column (Huang et al. 2024, arXiv:2405.14917, eq. 3).
-
-    factor: the inverse Hessian's, from `inverse_factor`.
-    """
-    return (weight / factor.square().sum(dim=0)).square()
 
 
 def bits_exchanged(losses: Tensor, salience: Tensor) -> Tensor:
@@ -123,8 +116,8 @@ class SliMLLM(Quantiser):
     def _exchanged(self, weight: Tensor, factor: Tensor, group: int) -> Tensor:
         """How many bits more than usual each group gets [g], also a shorter last one."""
         whole = weight.shape[1] // group
-        matters = salience(weight, factor)[:, : whole * group].unflatten(1, (whole, group)).sum(dim=(0, 2))
         weight, pivots = weight[:, : whole * group], factor.diagonal()[: whole * group]
+        matters = removal_cost(weight, pivots).unflatten(1, (whole, group)).sum(dim=(0, 2))
         losses = []
         for bits in range(self.bits - 1, self.bits + 2):
             grid = binary(weight, group) if bits == 1 else fit(weight, bits, group)

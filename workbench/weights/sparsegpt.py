@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.registry import Paper, param, register
-from workbench.weights.compensation import Replacing, compensated
+from workbench.weights.compensation import Replacing, compensated, removal_cost
 from workbench.weights.gptq import inverse_factor
 from workbench.weights.pruner import Pattern, Pruner, groups_of, largest, largest_in_groups
 from workbench.weights.statistics import InputStats
@@ -24,7 +24,7 @@ def sparsegpt(
     2023, algorithm 1). factor: from `inverse_factor`. The number that stays is exact: each block keeps its share of
     `count`, rounded so that the sum is right. By a pattern, each group is chosen when its first column is reached.
     """
-    costs = factor.diagonal().square()  # of each column: (H⁻¹)_jj once all to its left are done
+    pivots = factor.diagonal()
     inputs = weight.shape[1]
     kept = torch.zeros_like(weight, dtype=torch.bool)
     every = 0 if pattern == "unstructured" else groups_of(pattern)[1]
@@ -33,13 +33,13 @@ def sparsegpt(
         last = first + part.shape[1]
         if not every:
             quota = count * last // inputs - count * first // inputs
-            kept[:, first:last] = largest(part.square() / costs[first:last], quota)
+            kept[:, first:last] = largest(removal_cost(part, pivots[first:last]), quota)
 
         def prune(column: Tensor, at: int) -> Tensor:
             if every and at % every == 0:
                 group = slice(at, at + every)
                 now = part[:, at - first : at - first + every]  # as the columns before have changed it
-                kept[:, group] = largest_in_groups(now.square() / costs[group], pattern)
+                kept[:, group] = largest_in_groups(removal_cost(now, pivots[group]), pattern)
             return column * kept[:, at]
 
         return prune
