@@ -14,6 +14,7 @@ from workbench.attention import BlockSparse, MemoryEfficient, StreamingWindow, U
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.attention.exact import causal_attention
 from workbench.attention.implied import Implied
+from workbench.attention.rounded import RoundedWeights
 from workbench.capture import as_read, changes_reading
 from workbench.errors import BadRecipe, Cancelled
 from workbench.measure import LiveBytes
@@ -75,6 +76,7 @@ def test_the_weights_times_the_values_are_what_comes_out(key: str, architecture:
         values = layer.values.repeat_interleave(layer.groups, dim=0)
         if key != "l-mul":  # which adds in place of multiplying
             torch.testing.assert_close(weights @ values, out, rtol=1e-3, atol=1e-4)
+        if key != "l-mul" and not isinstance(method, RoundedWeights):  # whose weights are near what sums to 1
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]), rtol=0, atol=1e-5)
         assert bool((weights.triu(1).abs() < 1e-12).all())  # nothing of what comes later
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.exact import causal_attention
-from workbench.errors import BadBudget, BudgetTooSmall
+from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.registry import Family, Method
 
@@ -66,9 +66,12 @@ class AttentionMethod(Method):
     family: ClassVar[Family] = "attention"
     decodes: ClassVar[bool] = False  # attends in its own way while decoding too, not exactly
     looks_ahead: ClassVar[bool] = False  # what a query sees depends on later tokens of the prompt
+    all_scores: ClassVar[str] = ""  # how all of them are computed, where none can be left out: there is no budget
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
+        if self.budget is not None and self.all_scores:
+            raise BadParameter(f"{self.key}: all scores are computed, {self.all_scores}; it takes no budget")
         if self.budget is not None and self.budget.kind != "share":
             raise BadBudget(
                 f"{self.key}: the budget of an attention method is the share of score entries computed (0.25), "
@@ -101,10 +104,12 @@ class AttentionMethod(Method):
         return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
 
     def begin(self, layer: LayerTrace, at: Pass) -> None:
-        """Leave in `at` what decoding needs of the prompt besides what the store will hold; nothing by default.
+        """Leave in `at` what decoding needs of the prompt besides what the store will hold, and what reading chose by
+        looking at the whole of it; nothing by default.
 
-        Asked before the first token after the prompt, of methods that say `decodes`. What reading has computed may be
-        computed again from its recording, as stores are filled from it, and is not counted a second time.
+        Asked before the first token after the prompt, of methods that say `decodes`, and before maps of a recording.
+        What reading has computed may be computed again from its recording, as stores are filled from it, and is not
+        counted a second time.
         """
 
     def decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class Implied:
     @property
     def tokens(self) -> int:
         return self.layer.tokens
+
+    @cached_property
+    def left(self) -> dict[Any, Any]:
+        """What the method chose for the layer as it was recorded, all heads and the true values."""
+        at = Pass(self.layers, self.tokens, self.layer.index)
+        self.method.begin(self.layer, at)
+        return at.left
 
     def maps(
         self,
@@ -119,7 +127,7 @@ class _Part:
             positions = torch.arange(int(inside[0]), int(inside[-1]))
             ones = torch.zeros(1, tokens, stop - start, device=layer.device)
             ones[0, positions, torch.bucketize(positions, inside, right=True) - 1] = 1
-            at = Pass(self.of.layers, tokens, layer.index)
+            at = Pass(self.of.layers, tokens, layer.index, left=dict(self.of.left))
             out = method.attend(query, key, ones, scale=layer.scale, window=layer.window, softcap=layer.softcap, at=at)
             yield RowBlock(slice(0, tokens), slice(start, stop), out[self.own].float())
 

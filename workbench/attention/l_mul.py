@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.errors import BadParameter
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
@@ -40,13 +39,9 @@ class LMul(AttentionMethod):
     paper = Paper("Addition is All You Need for Energy-efficient Language Models", "Luo and Sun 2024", "2410.00907")
     claim = "80 % less energy for dot products, almost without loss in attention"
     decodes: ClassVar[bool] = True
+    all_scores: ClassVar[str] = "only more cheaply"
 
     mantissa: Literal[2, 3, 4, 5, 6, 7, 10, 23] = param(7, unit="bits", help="of each number, the leading one apart")
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__(**values)
-        if self.budget is not None:
-            raise BadParameter("l-mul: all scores are computed, only more cheaply; it takes no budget")
 
     def attend(
         self,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.attention.parts import Part
-from workbench.errors import BadParameter
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
@@ -38,14 +37,10 @@ class Lean(AttentionMethod):
     )
     claim = "2.6 times faster decode attention than FlashAttention-2"
     decodes: ClassVar[bool] = True
+    all_scores: ClassVar[str] = "only shared out"
 
     workers: int = param(8, ge=1, le=4096, help="how many share the work: thread blocks of a GPU")
     tile: int = param(256, ge=1, le=65536, unit="tokens", help="the smallest piece of work")
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__(**values)
-        if self.budget is not None:
-            raise BadParameter("lean-attention: all scores are computed, only shared out; it takes no budget")
 
     def decode(
         self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
