@@ -643,6 +643,20 @@ def test_what_comes_when_the_tab_was_left_is_shown_when_one_comes_back(attention
 # -- starting
 
 
+def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(workspace: Any) -> None:
+    from bokeh.document import Document
+    from bokeh.models import ImportedStyleSheet
+    from panel.io.state import set_curdoc
+
+    from workbench_widgets.app.page import page
+
+    doc = Document()
+    with set_curdoc(doc):
+        page("tiny").server_doc(doc)
+    found = {sheet.url for root in doc.roots for sheet in root.select({"type": ImportedStyleSheet})}
+    assert found and not [url for url in found if "://" in url]
+
+
 def test_a_page_is_built_without_a_model_or_a_warning() -> None:
     from workbench_widgets.app.page import Page
 

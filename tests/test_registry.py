@@ -212,6 +212,12 @@ def test_every_method_survives_writing_and_reading(method: Method) -> None:
     assert recipe.label.startswith(method.key)
 
 
+def test_a_recipes_total_takes_the_place_of_its_cache_methods_own_budgets_in_its_name() -> None:
+    methods = [wb.kv.SnapKV(window=16), wb.weights.BitStack(budget=0.3)]
+    assert Recipe.of(methods, budget=0.25).label == "snapkv window=16 + bitstack 0.3 (0.25)"
+    assert Recipe.of(methods).label == "snapkv 0.5 window=16 + bitstack 0.3"
+
+
 @given(st.lists(any_method(), min_size=2, max_size=4), st.one_of(st.none(), NUMBERS, st.just("3 MiB")))
 @settings(max_examples=80, deadline=None)
 def test_every_recipe_survives_writing_and_reading(methods: list[Method], budget: Any) -> None:

@@ -71,9 +71,10 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """A short name for tables and legends."""
-        total = f" ({self.budget})" if self.budget is not None else ""
-        return " + ".join(item.label() for item in self.methods) + total
+        """A short name for tables and legends; cache methods whose bytes are the recipe's total name no budget."""
+        if self.budget is None:
+            return " + ".join(item.label() for item in self.methods)
+        return " + ".join(item.label(budgeted=item.family != "kv") for item in self.methods) + f" ({self.budget})"
 
     def __or__(self, other: Method | Recipe) -> Recipe:
         other = Recipe.of(other)

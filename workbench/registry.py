@@ -117,10 +117,10 @@ class Method(BaseModel):
 
         return Recipe((self,)) | other
 
-    def label(self) -> str:
-        """A short name with whatever differs from the defaults: `snapkv 0.25 window=16`."""
+    def label(self, *, budgeted: bool = True) -> str:
+        """A short name with whatever differs from the defaults: `snapkv 0.25 window=16`; the budget if `budgeted`."""
         own = [f"{name}={value}" for name, value in self if name != "budget" and value != self._default(name)]
-        budget = [] if self.effective_budget is None else [str(self.effective_budget)]
+        budget = [str(self.effective_budget)] if budgeted and self.effective_budget is not None else []
         return " ".join([self.key, *budget, *own])
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from workbench_widgets.app.workspace import Workspace
 _CACHE = "A share of the uncompressed cache (25%), a size (8MiB) or a number of positions a head (512 tokens)."
 _WEIGHTS = "A share of the 16-bit bytes of the weights that the method compresses (30%), or a size for them (40MiB)."
 _EMPTY = "The numbers come when the prompt has been read."
+_PLANNING = "The numbers come when the recipe has been planned."
 
 
 class BudgetBar:
@@ -94,8 +95,8 @@ class BudgetBar:
         plan, reading = self._workspace.plan, self._workspace.reading
         if plan is not None and reading is not None:
             show(self.figures, [*present.plan_figures(plan), present.weights_figure(self._workspace.weights)])
-        elif reading is None:
-            show(self.figures, [], _EMPTY)
+        else:
+            show(self.figures, [], _EMPTY if reading is None else _PLANNING)
 
     def _refuse(self, event: Any) -> None:
         self.refusal.param.update(object=event.new, visible=bool(event.new))

@@ -8,6 +8,7 @@ from typing import Any
 import panel as pn
 import panel_material_ui as pmu
 from panel.io.document import hold
+from panel.io.resources import LOCAL_DIST
 from panel.io.state import set_curdoc
 from panel_material_ui.template.base import Page as MaterialPage
 
@@ -42,7 +43,17 @@ _ADDRESS_MS = 400  # the address follows this long after the last change
 def page(model: str) -> Any:
     """A fresh page for one tab, in the state that its address describes; `model` where the address names none."""
     pn.extension(*EXTENSIONS)
+    _style_sheets_at_home(pn.state.curdoc)
     return Page(model).view
+
+
+def _style_sheets_at_home(doc: Any) -> None:
+    """Panel learns where its style sheets lie when it sends the page as HTML. Where a browser was so slow that its
+    session is made anew for the socket alone, it would look for them in the internet.
+    """
+    if doc is not None:
+        home = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
+        doc.template_variables.setdefault("dist_url", home)
 
 
 class Page:

@@ -8,6 +8,7 @@ from typing import Any
 from workbench.errors import BadParameter, MissingExtra
 
 DEFAULT_MODEL = "smollm2-135m"
+_PATIENCE_MS = 120_000  # so long a page that was sent waits for its browser, which may be busy
 
 
 def serve(
@@ -44,7 +45,12 @@ def serve(
         port=port,
         show=open_browser,
         threaded=threaded,
-        **{"title": "Inference workbench", "verbose": False, **options},
+        **{
+            "title": "Inference workbench",
+            "verbose": False,
+            "unused_session_lifetime_milliseconds": _PATIENCE_MS,
+            **options,
+        },
     )
 
 
