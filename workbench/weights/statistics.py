@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _CHANNELS = ("mean", "absmean", "absmax", "square")  # in the order of the fields
+FIRST = 0.05  # what the first tokens of texts add to the second moment, as a share of what all tokens do
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,12 @@ class InputStats:
     """What enters a linear layer, over all tokens of the calibration texts; float32, channel by channel.
 
     tokens: how many. mean, absmean, square: means of x, |x| and x² [i]. absmax: the largest |x| [i]. moment: the mean
-    of x xᵀ [i, i], whose diagonal is `square`; None where it was not asked for. Layers with the same input share one.
+    of x xᵀ [i, i], to which a twentieth of its mean over the texts' first tokens is added; None where not asked for.
+    Layers with the same input share one.
+
+    The first token counts more because all later ones attend to it most (an attention sink): an error of its key or
+    value goes into every output, while those of other tokens average out. A plain mean over texts of 512 tokens hardly
+    sees it.
     """
 
     tokens: int
@@ -30,13 +36,15 @@ class InputStats:
 
     @property
     def second_moment(self) -> Tensor:
-        """The mean of x xᵀ [i, i]; a method that needs it says so (`needs_moment`)."""
+        """The moment [i, i]; a method that needs it says so (`needs_moment`)."""
         if self.moment is None:
             raise ValueError("second moments were not gathered: the method has to set needs_moment")
         return self.moment
 
     def output_error(self, change: Tensor) -> Tensor:
-        """The mean square of what a change of the weight [o, i] changes in each output [o]: the diagonal of Δ M Δᵀ."""
+        """The mean square, counted as in the moment M, of what a change of the weight [o, i] changes in each output
+        [o]: the diagonal of Δ M Δᵀ.
+        """
         change = change.float()
         return ((change @ self.second_moment) * change).sum(dim=1)
 
@@ -92,6 +100,9 @@ class Gathering:
             sums["square"] += flat.square().sum(dim=0)
             if self._moments:
                 sums["moment"].addmm_(flat.T, flat)
+                if x.ndim == 3:  # whole texts [t, n, i]; the tokens of an expert are a heap without beginning
+                    first = x[:, 0].detach().float()
+                    sums["moment"].addmm_(first.T, first, alpha=FIRST * x.shape[1])
         self._tokens[name] = self._tokens.get(name, 0) + flat.shape[0]
 
     def stats(self, linears: Mapping[str, nn.Linear]) -> dict[str, InputStats]:

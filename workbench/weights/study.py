@@ -21,7 +21,7 @@ from workbench.models import cache_dir
 from workbench.progress import Progress
 from workbench.weights.blocks import Stream, blocks
 from workbench.weights.calibration import Calibration, key_of
-from workbench.weights.statistics import Gathering, GradientStats, InputStats
+from workbench.weights.statistics import FIRST, Gathering, GradientStats, InputStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,7 +192,8 @@ class WeightStudy:
         """Where the statistics lie, or will; None where there is too much of them."""
         if self._nbytes(moments) > KEPT:
             return None
-        name = f"{self.fingerprint}-{key_of(self.ids)}-{'moments' if moments else 'channels'}"
+        kind = f"moments-{FIRST}" if moments else "channels"
+        name = f"{self.fingerprint}-{key_of(self.ids)}-{kind}"
         if self._persistent:
             return cache_dir() / "calibration" / name
         if self._temporary is None:
