@@ -20,7 +20,7 @@ import pytest
 from browser_support import Watched, watched_page
 
 pytest.importorskip("jupyterlab")
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 CELLS = (
     "import torch, workbench as wb\n"
@@ -90,7 +90,7 @@ def opened(lab: str, chromium: Any) -> Iterator[Watched]:
     """The notebook, with every cell run."""
     watched = watched_page(chromium, height=2600)
     page = watched.page
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(150_000)  # a machine that does much else
     page.goto(f"{lab}/lab/tree/views.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_function("window.jupyterapp")
