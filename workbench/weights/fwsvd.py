@@ -24,8 +24,9 @@ class FWSVD(Ranked):
     A row's importance is the sum of the squared gradients of its weights over calibration texts; the matrix is scaled
     by the root of it, truncated, and scaled back (Hsu et al. 2022, section 3), which is exact for that metric: no
     product of the rank has a smaller importance-weighted error. The paper factorises a model that was trained for one
-    task, on that task's loss, and trains on; here the loss is that of the next token, and nothing is trained. Ranks as
-    by truncated SVD. From a share of 1 on the weights stay as they are.
+    task, on that task's loss, and trains on; here the loss is that of the next token, and nothing is trained: on the
+    default model at 0.8 that is too little (perplexity 460 thousand, by truncated SVD 15 million). Ranks as by
+    truncated SVD. From a share of 1 on the weights stay as they are.
     """
 
     key = "fwsvd"
