@@ -1,4 +1,7 @@
-"""Make the README's pictures: `python docs/screenshots.py` starts the app and writes docs/images/*.png."""
+"""Make the README's pictures: `python docs/screenshots.py` starts the app and writes docs/images/*.png.
+
+With names (`python docs/screenshots.py app-weights`) it makes only those.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Picture(NamedTuple):
 PICTURES = (
     Picture("app-light", "?budget=35%25", (1280, 1150)),
     Picture("app-dark", "?kv=adakv&budget=30%25", (1920, 1080), dark=True),
-    Picture("app-weights", "?kv=full&weights=gptq&tab=6", (1280, 1150), shows="text=Matrices compressed"),
+    Picture("app-weights", "?model=workbench-tiny&kv=full&weights=gptq&tab=6", (1280, 1150), shows=".tabulator-row"),
 )
 
 
@@ -59,7 +62,7 @@ def take(browser: Any, picture: Picture) -> None:
     else:
         page.get_by_role("button", name="Run", exact=True).click()
         page.wait_for_selector("text=KL divergence", timeout=SLOW)
-    page.mouse.move(width / 2, height - 4)
+    page.mouse.move(width / 2, 4)
     page.wait_for_timeout(1500)
     page.screenshot(path=IMAGES / f"{picture.name}.png")
     page.close()
@@ -77,7 +80,8 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             for picture in PICTURES:
-                take(browser, picture)
+                if not sys.argv[1:] or picture.name in sys.argv[1:]:
+                    take(browser, picture)
             browser.close()
     finally:
         server.terminate()

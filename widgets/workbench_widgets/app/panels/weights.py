@@ -24,17 +24,17 @@ from workbench_widgets.app.workspace import Workspace
 
 _REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
 _COLUMNS = {  # of the tables -> title, width
-    "name": ("Weight", 190),
+    "name": ("Weight", 176),
     "layer": ("Layer", 70),
     "module": ("Module", 170),
-    "form": ("Held as", 112),
+    "form": ("Held as", 106),
     "bits": ("Bits", 62),
     "rank": ("Rank", 66),
     "density": ("Density", 82),
     "mib": ("MiB", 66),
     "share": ("Share", 70),
-    "weight_error": ("Weight error", 110),
-    "output_error": ("Output error", 110),
+    "weight_error": ("Weight error", 122),
+    "output_error": ("Output error", 122),
     "chosen": ("Chosen", 0),
     "kl": ("KL", 90),
     "error": ("Error", 0),
