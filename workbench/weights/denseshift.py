@@ -30,9 +30,9 @@ class DenseShift(Quantiser):
     times the mean square of its input. The paper has no scales inside a layer; here each group of columns has one of 16
     bits, as all quantisers here do.
 
-    Levels lie close together near zero and an octave apart at the top. On workbench-tiny they change a layer's outputs
-    less than even levels do (`rtn`) at 3 bits, where no level goes to zero, and more at 4, where most of the eight
-    octaves are below all that matters. What they save besides is multiplying.
+    Levels lie close together near zero and an octave apart at the top. On workbench-tiny and the default model they
+    change a layer's outputs less than even levels do (`rtn`) at 3 bits, where no level goes to zero, and more at 4,
+    where most of the eight octaves are below all that matters. What they save besides is multiplying.
     """
 
     key = "denseshift"
