@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from reach import within_reach
+from reach import budgets_of, within_reach
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +34,6 @@ ModelOf = Callable[[str], PreTrainedModel]
 KV = [cls.key for cls in registered("kv")]
 COMPRESSING = [key for key in KV if key != "full"]
 SCORING = [cls.key for cls in registered("kv") if issubclass(cls, KVMethod) and cls().supplies("score")]
-BUDGETS = [0.75, 0.5, 0.25, 0.1]
 
 
 def ids(count: int, seed: int = 0) -> Tensor:
@@ -99,7 +98,7 @@ def test_what_a_plan_saves_is_really_not_there(
     session = wb.Session((tiny_llama, None), kv_dtype=dtype)
     session.read(ids(200))
     full = session.facts.layers * 2 * session.facts.kv_heads * session.facts.head_dim * 200 * session.kv_dtype.itemsize
-    for budget in BUDGETS:
+    for budget in budgets_of(key):
         plan = planned(session, key, budget)
         stores = plan.stores()
         live = sum(storages(store) for store in stores)
@@ -181,7 +180,7 @@ def test_keys_with_outlier_channels_are_quantised_by_channel() -> None:  # trap 
 
 @pytest.mark.parametrize("key", KV)
 def test_kept_positions_are_ascending_and_unique(key: str, session: wb.Session) -> None:  # trap 7
-    for budget in BUDGETS:
+    for budget in budgets_of(key):
         plan = planned(session, key, budget)
         for layer, store in enumerate(plan.stores()):
             for head, held in enumerate(store.positions):
@@ -295,13 +294,13 @@ def test_scores_that_are_not_numbers_are_refused(session: wb.Session) -> None:
 
 
 @pytest.mark.parametrize("key", COMPRESSING)
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
 def test_short_prompts_keep_something_everywhere_or_say_what_is_possible(  # trap 19
     key: str, length: int, tiny_llama: PreTrainedModel
 ) -> None:
     made = wb.Session((tiny_llama, None))
     made.read(ids(length))
-    for budget in (0.1, 0.5, 0.9, 1.0):
+    for budget in (0.1, 0.5, 1.0):
         try:
             plan = made.plan(key, budget=budget)
         except BudgetTooSmall as error:
@@ -332,7 +331,7 @@ ASIDE = ("a2ats", "alisa", "ilre", "infllm", "tailorkv", "video-xl-2")
 
 @pytest.mark.parametrize("key", [key for key in COMPRESSING if key not in STEPS + ASIDE])
 def test_budgets_are_used_up_to_the_last_entry(key: str, session: wb.Session) -> None:  # trap 19
-    for budget in BUDGETS:
+    for budget in budgets_of(key):
         plan = planned(session, key, budget)
         if plan.share > budget:
             continue  # more than that is needed
@@ -377,7 +376,7 @@ def test_a_prompt_that_repeats_one_token_is_planned_the_same_way_twice(tiny_llam
     tiers = []
     for _ in range(2):
         made = wb.Session((tiny_llama, None))
-        made.read([7] * 100)
+        made.read([7] * 60)
         tiers.append([planned(made, key, 0.5).tiers for key in COMPRESSING])
     assert all(torch.equal(a, b) for a, b in zip(*tiers, strict=True))
 
