@@ -37,7 +37,7 @@ from workbench.weights.base import Survey, WeightMethod, compressed
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 70  # of the usual prompt: longer than a tiny model's sliding window (16), short enough for plain loops
-_ROOM = 0.9  # for methods that read in pieces of what room they have: with a tenth of it, a short prompt takes 100 passes
+_ROOM = 0.9  # for methods that read in pieces of their room: with a tenth of it, a short prompt takes 100 passes
 _CLOSE = 1e-4  # of the largest logit: what float32 may lose on the way
 
 
