@@ -105,7 +105,9 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     flipped = moment.double().flip(0, 1)
     share = damping
     while True:
-        lower, broken = torch.linalg.cholesky_ex(flipped + share * size * torch.eye(len(moment)).to(flipped))
+        damped = flipped.clone()
+        damped.diagonal().add_(share * size)
+        lower, broken = torch.linalg.cholesky_ex(damped)
         if not broken and bool(lower.isfinite().all()):
             break
         if share >= 1:
@@ -115,7 +117,8 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
             )
         share = min(10 * share, 1.0)
     root = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=True).float()
+    one = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    return torch.linalg.solve_triangular(root, one, upper=True).float()
 
 
 def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
