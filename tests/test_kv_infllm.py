@@ -169,7 +169,7 @@ def test_the_window_is_no_wider_than_the_models_positions() -> None:
 
 def test_a_text_whose_index_alone_outgrows_the_budget_is_refused_with_the_smallest_that_works() -> None:
     session = wb.Session((tiny("llama"), None))
-    session.read(ids_of(900), record=False)
+    session.read(ids_of(300), record=False)
     with pytest.raises(BudgetTooSmall) as refusal:
         session.plan(InfLLM(budget="20 tokens", block=2, sinks=2))
     smallest = refusal.value.smallest
