@@ -170,7 +170,8 @@ class Bench:
         """The errors of layers and blocks, those of them that can be told."""
         if key in TURNED:
             return {}
-        found = {"block": self._blocks(twin)}
+        # Of a model that lost blocks, the others have other names.
+        found = {"block": self._blocks(twin)} if blocks(twin).keys() == blocks(self.model).keys() else {}
         new = dict(twin.named_modules())
         if any(not same_shape(new.get(name), linear.weight) for name, linear in survey.linears.items()):
             return found
@@ -185,7 +186,8 @@ class Bench:
                 if name in gradients:
                     rows = gradients[name].rows[:, None]
                     fisher.append(share(lambda part, rows=rows: rows * part.square(), change, weight))
-        return found | {"output": mean(outputs)} | ({"fisher": mean(fisher)} if fisher else {})
+        means = {"output": outputs, "fisher": fisher}  # nothing was gathered of what stands outside the blocks
+        return found | {name: mean(values) for name, values in means.items() if values}
 
     def _blocks(self, twin: PreTrainedModel) -> float:
         ids = self.ids[:2]
