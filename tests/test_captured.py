@@ -14,6 +14,7 @@ from workbench.captured import Step, predicted_nbytes, refusal
 from workbench.decoding import Decoder, greedy
 from workbench.errors import NotApplicable
 from workbench.kv.stores.packed import WHOLE, PackedStore
+from workbench.models import tiny
 
 ModelOf = Callable[[str], PreTrainedModel]
 RECIPES = {
@@ -91,6 +92,15 @@ def test_architectures(architecture: str, tiny_model: ModelOf) -> None:
     step = Step(decoder, token, 20)
     assert step.fused == (architecture != "phi3")
     assert list(step.answer(())) == plain(twin, token, 20)
+
+
+def test_a_model_once_asked_for_hidden_states_is_fused_all_the_same() -> None:
+    model = tiny()
+    model(ids(3)[None], output_hidden_states=True, output_attentions=True)
+    decoder, token = decoder_of(model, "full", 40)
+    assert Step(decoder, token, 4).fused
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not Step(decoder, token, 4).fused
 
 
 def test_values_that_wait_change_logits_little(tiny_llama: PreTrainedModel) -> None:

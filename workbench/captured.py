@@ -358,6 +358,10 @@ class _Layer:
         self.until = max(min(limit - int(rows.counts.min()) for rows, limit in found), 1)
 
 
+# transformers leaves hooks behind that only note what passes, once all attentions or hidden states were asked for.
+_LISTENERS = "transformers.utils.output_capturing"
+
+
 class _Fused:
     """The forward pass of one token through a model of the Llama family, with what stands between products fused.
 
@@ -386,7 +390,7 @@ class _Fused:
                 passed += [(layer.self_attn.q_norm, "RMSNorm"), (layer.self_attn.k_norm, "RMSNorm")]
         return all(
             type(module) is getattr(home, family + name)
-            and not module._forward_hooks
+            and all(hook.__module__ == _LISTENERS for hook in module._forward_hooks.values())
             and not module._forward_pre_hooks
             and (name != "RMSNorm" or module.weight.dtype == dtype)
             for module, name in passed
