@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_model_once_asked_for_hidden_states_is_fused_all_the_same() -> None:
     model(ids(3)[None], output_hidden_states=True, output_attentions=True)
     decoder, token = decoder_of(model, "full", 40)
     assert Step(decoder, token, 4).fused
-    model.model.layers[0].register_forward_hook(lambda *_: None)
+    model.model.layers[0].register_forward_hook(partial(lambda *_: None))
     assert not Step(decoder, token, 4).fused
 
 

@@ -390,7 +390,7 @@ class _Fused:
                 passed += [(layer.self_attn.q_norm, "RMSNorm"), (layer.self_attn.k_norm, "RMSNorm")]
         return all(
             type(module) is getattr(home, family + name)
-            and all(hook.__module__ == _LISTENERS for hook in module._forward_hooks.values())
+            and all(getattr(hook, "__module__", None) == _LISTENERS for hook in module._forward_hooks.values())
             and not module._forward_pre_hooks
             and (name != "RMSNorm" or module.weight.dtype == dtype)
             for module, name in passed
