@@ -18,7 +18,7 @@ from workbench.registry import Method, Parameter, registered
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.controls import MethodForm, control
+from workbench_widgets.app.controls import Menu, MethodForm, control
 from workbench_widgets.app.lane import Lane
 from workbench_widgets.app.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
 from workbench_widgets.app.serve import _check_port
@@ -93,6 +93,22 @@ def test_a_value_set_in_a_control_arrives_in_the_method(cls: type[Method], param
     assert form.values == {parameter.name: value}
     assert changes
     assert getattr(MethodForm(cls, lambda: None, form.values).method(), parameter.name) == value
+
+
+def test_choices_that_a_slow_browser_sends_back_do_not_stay() -> None:
+    """What Panel's React bridge does when choices change twice before the page is drawn."""
+    from bokeh.document import Document
+
+    first, second = {"Maps": {"all": "full"}}, {"Maps": {"all": "full", "kept": "recipe"}}
+    menu = Menu(groups=first, value="full")
+    model = menu.get_root(Document())
+    sent = model.data.options
+    menu.groups = second
+    both = model.data.options
+    assert sent != both
+    model.data.options = sent  # from the page: it had not drawn the second yet
+    assert model.data.options == both
+    assert menu.groups == second
 
 
 def test_a_method_registered_later_has_its_place_and_its_controls(monkeypatch: pytest.MonkeyPatch) -> None:

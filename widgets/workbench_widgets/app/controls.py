@@ -37,6 +37,20 @@ def control(parameter: Parameter, value: Any = None) -> Any:
     return pmu.TextInput(value="" if value is None else str(value), **shared)
 
 
+class Menu(pmu.Select):
+    """A select whose `groups` change while it is on a page.
+
+    A browser that draws slowly answers a second change with the choices of the first and goes on showing those:
+    where choices come back, the current ones are sent again (nothing is sent if they are the same).
+    """
+
+    def _process_property_change(self, props: dict[str, Any]) -> dict[str, Any]:
+        if "options" in props:
+            self.param.trigger("groups")
+        changed: dict[str, Any] = super()._process_property_change(props)
+        return changed
+
+
 def label(parameter: Parameter) -> str:
     """`window (tokens)`: the parameter's name as people write it, with its unit."""
     name = parameter.name.replace("_", " ")

@@ -18,7 +18,7 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import find, registered
 from workbench_widgets import Heatmap, MapGrid, TokenText, figures, present
-from workbench_widgets.app.controls import MethodForm
+from workbench_widgets.app.controls import Menu, MethodForm
 from workbench_widgets.app.doing import Doing
 from workbench_widgets.app.look import restyle
 from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
@@ -63,7 +63,7 @@ class AttentionPanel(Panel):
         slim: dict[str, Any] = {"size": "small", "margin": (8, 12, 4, 8)}
         self.layer = pmu.IntSlider(label="Layer", start=0, end=1, value=0, width=200, **slim)
         self.head = pmu.IntSlider(label="Query head", start=0, end=1, value=0, width=160, **slim)
-        self.shows = pmu.Select(
+        self.shows = Menu(
             label="Shows",
             groups={_OF_MODEL: {"all keys": "full"}},
             value="full",
