@@ -1,4 +1,4 @@
-"""A real browser for tests: the system's Chromium, driven by Playwright, that lets nothing out to the network.
+"""A real browser for tests: the system's Chromium, driven by Playwright, that finds no host but this one.
 
 conftest.py makes `chromium` a fixture of the whole run, for Playwright can be started only once in a process. Where
 there is no Chromium the test skips and says so; with CI=true a missing browser is a failure, so that no one believes in
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,7 +37,10 @@ def chromium() -> Iterator[Any]:
     except ImportError:
         _absent("playwright is not installed: pip install playwright")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"],
+        )
         yield browser
         browser.close()
 
@@ -50,22 +54,25 @@ class Watched:
     outside: list[str] = field(default_factory=list)
 
 
-def watched_page(browser: Any, *, width: int = 1280, height: int = 900, dark: bool = False) -> Watched:
-    """A new page whose console errors and outside requests are recorded; outside requests are refused."""
-    context = browser.new_context(
+@cache
+def _context(browser: Any, width: int, height: int, dark: bool) -> Any:
+    """One for all pages of a kind: what a page has fetched and compiled, the next one finds."""
+    return browser.new_context(
         viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
     )
-    watched = Watched(context.new_page())
 
-    def guard(route: Any) -> None:
-        address = urlsplit(route.request.url)
+
+def watched_page(browser: Any, *, width: int = 1280, height: int = 900, dark: bool = False) -> Watched:
+    """A new page whose console errors and requests to other hosts are recorded."""
+    watched = Watched(_context(browser, width, height, dark).new_page())
+
+    def note(request: Any) -> None:
+        address = urlsplit(request.url)
         if address.scheme in ("http", "https", "ws", "wss") and address.hostname not in ("127.0.0.1", "localhost"):
-            watched.outside.append(route.request.url)
-            route.abort()
-        else:
-            route.continue_()
+            watched.outside.append(request.url)
 
-    context.route("**/*", guard)
+    watched.page.on("request", note)
+    watched.page.on("websocket", note)
     watched.page.on("console", lambda said: watched.errors.append(said.text) if said.type == "error" else None)
     watched.page.on("pageerror", lambda error: watched.errors.append(str(error)))
     return watched

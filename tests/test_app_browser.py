@@ -60,7 +60,7 @@ def open_tab(chromium: Any, address: str) -> Iterator[Callable[..., Watched]]:
 
     yield tab
     for watched in tabs:
-        watched.page.context.close()
+        watched.page.close()
     for watched in tabs:
         assert watched.errors == []
         assert watched.outside == []
@@ -166,7 +166,7 @@ def test_two_tabs_never_disturb_each_other(open_tab: Callable[..., Watched]) -> 
     press(other, "Run")
     figure(other, "KL divergence").wait_for()
     assert figure(one, "KL divergence").count() == 0
-    other.context.close()
+    other.close()
     set_budget(one, "40%")
     figure(one, "Share of bytes").filter(has_text=re.compile("^(39|40)")).wait_for()
 

@@ -99,7 +99,7 @@ def opened(lab: str, chromium: Any) -> Iterator[Watched]:
     page.wait_for_selector(".widget-hslider")
     page.wait_for_function("document.querySelectorAll('.wb-view[data-paint-ms]').length >= 9")
     yield watched
-    page.context.close()
+    page.close()
 
 
 def test_every_view_paints(opened):

@@ -63,29 +63,35 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.fixture(scope="module")
+def stage(chromium: Any) -> Iterator[tuple[str, list[Any]]]:
+    """The address of a server, and a list: a page shows its last component."""
+    shown: list[Any] = []
+    with socket.socket() as probe:  # a free port; a threaded server does not tell which one it took
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = pn.serve(lambda: shown[-1], port=port, address="127.0.0.1", threaded=True, show=False)
+    wait_until(lambda: answers(port))
+    yield f"http://127.0.0.1:{port}/", shown
+    server.stop()
+
+
 @pytest.fixture
-def served(chromium: Any) -> Iterator[Callable[..., tuple[Any, Any]]]:
+def served(chromium: Any, stage: tuple[str, list[Any]]) -> Iterator[Callable[..., tuple[Any, Any]]]:
     """`served(make, **page options)` shows a component on a page of its own: (component, watched page)."""
-    servers, pages = [], []
+    (address, shown), pages = stage, []
 
     def show(make: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
-        component = make()
-        with socket.socket() as probe:  # a free port; a threaded server does not tell which one it took
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        servers.append(pn.serve(component, port=port, address="127.0.0.1", threaded=True, show=False))
+        shown.append(make())
         watched = watched_page(chromium, **options)
         pages.append(watched)
-        wait_until(lambda: answers(port))
-        watched.page.goto(f"http://127.0.0.1:{port}/")
+        watched.page.goto(address)
         watched.page.wait_for_selector(".wb-view[data-paint-ms]", timeout=30_000)
-        return component, watched
+        return shown[-1], watched
 
     yield show
     for watched in pages:
-        watched.page.context.close()
-    for server in servers:
-        server.stop()
+        watched.page.close()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -382,7 +388,7 @@ def test_a_saved_page_works_from_a_file_without_python(chromium, tmp_path, dark)
     assert watched.page.locator(".wb-view.wb-dark").count() == int(dark)
     assert watched.errors == []
     assert watched.outside == []
-    watched.page.context.close()
+    watched.page.close()
 
 
 def test_a_clicked_cell_of_a_grid_is_selected(served):

@@ -217,15 +217,16 @@ class LiveBytes(TorchDispatchMode):
 
     Exact for every storage that an operation hands out: counted once when it appears, taken off when it is freed (also
     after the block). What existed before is not counted, nor what one operation allocates and frees within itself.
-    Bytes are those asked for; allocators round up. Only the thread that entered the block is watched. Costs about 20
+    Bytes are those asked for; allocators round up. Only the thread that entered the block is watched. Costs about 10
     microseconds an operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[int, int] = {}
-        # Storages may die in any thread and in the middle of anything, so their finalisers only leave a note here.
-        self._freed: deque[int] = deque()
+        # Storages may die in any thread and in the middle of anything, so what watches them only leaves a note here.
+        self._freed: deque[_Watch] = deque()
+        self._watches: set[_Watch] = set()
         self._current = 0
         self._peak = 0
 
@@ -244,35 +245,83 @@ class LiveBytes(TorchDispatchMode):
         """Forget the peak; it starts again from what is alive now."""
         self._peak = self.current
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would wrap what follows so that it is never compiled, which takes longer than all it does."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        # `torch.tensor([...])` makes its storage unseen and shows it first as this operation's input.
-        born_unseen = func is torch.ops.aten.lift_fresh.default
-        if func.is_view and not born_unseen:  # half of all operations, and none of them allocates
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        gives = _GIVES.get(func) or _GIVES.setdefault(func, _gives(func))
+        if gives == "view":  # half of all operations, and none of them allocates
             return result
-        self._settle()
-        inputs = None
+        if self._freed:
+            self._settle()
+        inputs: set[int] | None = None
         for storage in _storages_in(result):
-            key = storage._cdata
+            key, nbytes = storage._cdata, storage.nbytes()
             if key in self._sizes:  # known: it may have been resized
-                self._current += storage.nbytes() - self._sizes[key]
-                self._sizes[key] = storage.nbytes()
+                self._current += nbytes - self._sizes[key]
+                self._sizes[key] = nbytes
                 continue
-            if inputs is None:
-                inputs = set() if born_unseen else {given._cdata for given in _storages_in((args, kwargs))}
-            if key not in inputs:
-                self._sizes[key] = storage.nbytes()
-                self._current += storage.nbytes()
-                weakref.finalize(storage, self._freed.append, key).atexit = False
-        self._peak = max(self._peak, self._current)
+            if gives == "input":  # older than the block
+                continue
+            if gives == "any":
+                if inputs is None:
+                    inputs = {given._cdata for given in _storages_in((args, kwargs))}
+                if key in inputs:
+                    continue
+            self._sizes[key] = nbytes
+            self._current += nbytes
+            self._watches.add(_Watch(storage, self._freed, key))
+        if self._current > self._peak:
+            self._peak = self._current
         return result
 
     def _settle(self) -> None:
         while self._freed:
-            self._current -= self._sizes.pop(self._freed.popleft())
+            watch = self._freed.popleft()
+            self._watches.discard(watch)
+            self._current -= self._sizes.pop(watch.key)
+
+
+class _Watch(weakref.ref[torch.UntypedStorage]):
+    """Notes when a storage is freed: the watch itself, which knows the storage's key."""
+
+    __slots__ = ("key",)
+    key: int
+
+    def __new__(cls, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> _Watch:
+        return super().__new__(cls, storage, freed.append)  # type: ignore[arg-type]
+
+    def __init__(self, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> None:
+        super().__init__(storage, freed.append)  # type: ignore[arg-type]
+        self.key = key
+
+    __hash__ = object.__hash__  # that of a storage is gone with it
+
+
+_Gives = Literal["view", "input", "new", "any"]
+_GIVES: dict[Any, _Gives] = {}  # what was found out about operations so far
+
+
+def _gives(func: Any) -> _Gives:
+    """What an operation returns: views of inputs, inputs that it wrote to, tensors of its own, or any of these."""
+    # `torch.tensor([...])` makes its storage unseen and shows it first as this operation's input.
+    if func is torch.ops.aten.lift_fresh.default:
+        return "new"
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+        return "any"
+    if func.is_view:
+        return "view"
+    shared = [found.alias_info for found in func._schema.returns]
+    if shared and all(alias is not None and alias.is_write for alias in shared):
+        return "input"
+    # What is made of other operations may return an input without saying so (`dropout`, `einsum`).
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return "any" if composite or any(alias is not None for alias in shared) else "new"
 
 
 class CudaBytes:
@@ -329,7 +378,10 @@ def _storages_in(tree: Any) -> Iterator[torch.UntypedStorage]:
     """The storages of all tensors in a nest of tuples, lists and dicts."""
     # By hand: torch's own tree functions take longer than many of the operations that are watched here.
     if isinstance(tree, Tensor):
-        yield from _storages(tree)
+        if type(tree) in _PLAIN and tree.layout is torch.strided and not tree.is_meta:
+            yield tree.untyped_storage()
+        else:
+            yield from _storages(tree)
     elif isinstance(tree, (tuple, list)):
         for item in tree:
             yield from _storages_in(item)
