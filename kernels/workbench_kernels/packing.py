@@ -64,8 +64,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
     """Undo `pack`: bytes [..., b] to uint8 codes [..., channels]."""
-    per_byte = 8 // bits
+    per_byte, last = 8 // bits, packed.shape[-1]
     if per_byte == 1:
         return packed
+    if per_byte == 2:  # each half where it belongs, in one pass over the bytes: several times as fast
+        codes = packed.new_empty(*packed.shape[:-1], 2 * last)
+        torch.bitwise_and(packed, 15, out=codes[..., :last])
+        torch.bitwise_right_shift(packed, 4, out=codes[..., last:])
+        return codes[..., :channels]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
     return ((packed[..., None, :] >> shifts) & (2**bits - 1)).flatten(-2)[..., :channels]

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from workbench.measure.memory import tensor_bytes
 
 _TILE = 32 << 20  # bytes of weights made float at a time: a whole layer of a small model, a slice of a large one's
+MARK = 256  # slices begin at multiples of so many rows, wherever they are as tall
 
 
 class CompactLinear(nn.Module):
@@ -48,6 +49,7 @@ class CompactLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tall = max(_TILE // (self.in_features * x.element_size()), 16)
+        tall = tall // MARK * MARK or tall
         if tall >= self.out_features:
             return linear(x, self.rows(0, self.out_features, x.dtype), self.bias)
         out = x.new_empty(*x.shape[:-1], self.out_features)

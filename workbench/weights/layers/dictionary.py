@@ -33,7 +33,7 @@ class DictionaryLinear(CompactLinear):
 
     def codes(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """The sparse matrix of some outputs, with its zeros: [last - first, a]."""
-        chosen = unpack(self.mask[first:last], 1, self.atoms.shape[0]).bool()
+        chosen = unpack(self.mask[first:last], 1, self.atoms.shape[0]).view(torch.bool)
         return chosen.new_zeros(chosen.shape, dtype=dtype).masked_scatter_(
             chosen, self.coefficients[first:last].to(dtype)
         )

@@ -68,10 +68,15 @@ class IntegerLinear(PackedLinear):
 
     def _signed(self) -> tuple[Tensor, int]:
         """The weights' whole numbers as int8 [o, i], and how many times too large they are."""
-        codes = self.codes()
-        if self.bits == 4:
-            return ((codes ^ 8) << 4).view(torch.int8), 16
-        return (codes ^ 128).view(torch.int8), 1
+        held: Tensor = self.plane0  # type: ignore[assignment]
+        if self.bits == 8:
+            return (held ^ 128).view(torch.int8), 1
+        half = held.shape[1]  # a byte holds a code of the first columns below one of the last
+        turned = held ^ 0x88
+        whole = torch.empty(self.out_features, 2 * half, dtype=torch.uint8, device=held.device)
+        torch.bitwise_left_shift(turned, 4, out=whole[:, :half])
+        torch.bitwise_and(turned, 0xF0, out=whole[:, half:])
+        return whole[:, : self.in_features].view(torch.int8), 16
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "input_bits": self.input_bits}
@@ -102,9 +107,9 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     exactly: it is many times faster there than the integer product.
     """
     if x.device.type == "cuda":
-        # The units want more than 16 rows, and multiples of 8 otherwise.
-        rows, outs, columns = max(17 - x.shape[0], 0), -weight.shape[0] % 8, -x.shape[1] % 8
-        sums = torch._int_mm(pad(x, (0, columns, 0, rows)), pad(weight, (0, columns, 0, outs)).T)
+        # The units want more than 16 rows, and multiples of 8 everywhere.
+        rows, outs, columns = max(24 - x.shape[0], -x.shape[0] % 8), -weight.shape[0] % 8, -x.shape[1] % 8
+        sums = torch._int_mm(_widened(x, rows, columns), _widened(weight, outs, columns).T)
         return sums[: x.shape[0], : weight.shape[0]].float()
     total: Tensor | None = None
     for part, own in zip(x.split(_EXACT, dim=1), weight.split(_EXACT, dim=1), strict=True):
@@ -112,3 +117,8 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
         total = sums if total is None else total.add_(sums)
     assert total is not None
     return total
+
+
+def _widened(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x with so many more rows and columns of zeros, and itself where it needs none."""
+    return pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()

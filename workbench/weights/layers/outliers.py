@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.packing import pack, unpack
 
 
@@ -35,6 +36,7 @@ class OutliersLinear(CompactLinear):
         counts = chosen.sum(dim=1)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         self.register_buffer("starts", starts.to(torch.int32))
+        self.marks = marks(starts)
         mapped = _map_bytes(*weight.shape) < _place_bytes(weight.shape[1]) * int(starts[-1])
         places = None if mapped else chosen.nonzero()[:, 1].to(_place_type(weight.shape[1]))
         self.register_buffer("places", places)
@@ -46,11 +48,10 @@ class OutliersLinear(CompactLinear):
             self.register_buffer("values", nearest_eight(weight, scale[:, None])[chosen].to(torch.int8))
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        starts = self.starts[first : last + 1]
-        values = self.values[int(starts[0]) : int(starts[-1])].to(dtype)
+        values = self.values[self._span(first, last)].to(dtype)
         weight = values.new_zeros(last - first, self.in_features)
         if self.map is not None:
-            weight.masked_scatter_(unpack(self.map[first:last], 1, self.in_features).bool(), values)
+            weight.masked_scatter_(unpack(self.map[first:last], 1, self.in_features).view(torch.bool), values)
         else:
             weight[self._places(first, last)] = values
         return weight if self.scale is None else weight.mul_(self.scale[first:last, None].to(dtype))
@@ -58,22 +59,26 @@ class OutliersLinear(CompactLinear):
     def _places(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """The row (counted from `first`) and column of each value of some rows, int64."""
         assert self.places is not None
-        starts = self.starts[first : last + 1]
-        begin, end = int(starts[0]), int(starts[-1])
-        rows = torch.arange(last - first, device=starts.device)
-        return rows.repeat_interleave(starts.diff().long(), output_size=end - begin), self.places[begin:end].long()
+        held, counts = self.places[self._span(first, last)], self.starts[first : last + 1].diff()
+        rows = torch.arange(last - first, device=counts.device)
+        return rows.repeat_interleave(counts.long(), output_size=held.numel()), held.long()
+
+    def _span(self, first: int, last: int) -> slice:
+        """Which of the values are those of some rows."""
+        return slice(*(starting(self.starts, self.marks, row) for row in (first, last)))
 
     def forward(self, x: Tensor) -> Tensor:
         products = x.numel() // self.in_features * self.values.numel()
         if self.map is not None or products > self.in_features * self.out_features:
             return super().forward(x)
         rows, columns = self._places(0, self.out_features)  # cheaper than a weight that is mostly zeros
-        values = self.values.to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums of a few at a time, which 16 bits would round again
+        values = self.values.to(wide)
         if self.scale is not None:
-            values = values * self.scale.to(x.dtype)[rows]
-        out = x.new_zeros(*x.shape[:-1], self.out_features)
+            values = values * self.scale.to(wide)[rows]
+        out = x.new_zeros(*x.shape[:-1], self.out_features, dtype=wide)
         out.index_add_(-1, rows, x.index_select(-1, columns) * values)
-        return out if self.bias is None else out.add_(self.bias)
+        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "density": self.values.numel() / (self.in_features * self.out_features)}

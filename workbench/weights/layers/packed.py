@@ -58,14 +58,14 @@ class PackedLinear(CompactLinear):
         found, below = None, 0
         for index, width in enumerate(_PLANES[self.bits]):
             plane = unpack(getattr(self, f"plane{index}")[first:last], width, self.in_features)
-            found = plane if found is None else found | plane << below
+            found = plane if found is None else found.bitwise_or_(plane << below)
             below += width
         assert found is not None
         return found
 
-    def numbers(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """What the codes of some outputs stand for before zeros and scales, a tensor of its own [last - first, i]."""
-        return self.codes(first, last).to(dtype)
+    def numbers(self, first: int, last: int) -> Tensor:
+        """What the codes of some outputs stand for before zeros and scales: [last - first, i], the codes themselves."""
+        return self.codes(first, last)
 
     @property
     def middle(self) -> float:
@@ -73,16 +73,20 @@ class PackedLinear(CompactLinear):
         return 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        weight = self.numbers(first, last, dtype)
-        scale = self.scale[first:last].to(dtype)
-        zero = None if self.zero is None else self.zero[first:last].to(dtype)
-        whole = self.in_features // self.group * self.group
-        for part, own in (
-            (weight[:, :whole].unflatten(1, (-1, self.group)), slice(0, whole // self.group)),
-            (weight[:, None, whole:], slice(whole // self.group, None)),
+        numbers = self.numbers(first, last)
+        exact = dtype if dtype.itemsize > 4 else torch.float32  # of what is computed; rounded once, when it is written
+        scale = self.scale[first:last].to(exact)
+        zero = self.middle if self.zero is None else self.zero[first:last].to(exact)
+        begin = scale * -zero  # exact: 11 bits times 11
+        weight = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+        whole = self.in_features // self.group
+        edge, shape = whole * self.group, (-1, self.group)
+        for part, of, own in (
+            (weight[:, :edge].unflatten(1, shape), numbers[:, :edge].unflatten(1, shape), slice(0, whole)),
+            (weight[:, None, edge:], numbers[:, None, edge:], slice(whole, None)),
         ):
             if part.numel():
-                part.sub_(self.middle if zero is None else zero[:, own, None]).mul_(scale[:, own, None])
+                torch.addcmul(begin[:, own, None], of, scale[:, own, None], out=part)
         return weight if self.columns is None else weight.mul_(self.columns.to(dtype))
 
     def describe(self) -> dict[str, Any]:

@@ -23,12 +23,12 @@ class ShiftLinear(PackedLinear):
         """codes: uint8 [o, i], below 2 ** bits; scale: [o, g]; group: columns that share one (default: i / g)."""
         super().__init__(codes, scale, None, bits, bias, group=group)
 
-    def numbers(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        table = powers(self.bits).to(self.scale.device, dtype)
+    def numbers(self, first: int, last: int) -> Tensor:
+        table = powers(self.bits, self.scale.device)
         return table.index_select(0, self.codes(first, last).flatten().int()).view(-1, self.in_features)
 
 
-def powers(bits: int) -> Tensor:
+def powers(bits: int, device: torch.device | None = None) -> Tensor:
     """What each code of so many bits stands for, float32 [2 ** bits]."""
-    sizes = torch.exp2(-torch.arange(2 ** (bits - 1), dtype=torch.float32))
+    sizes = torch.exp2(-torch.arange(2 ** (bits - 1), dtype=torch.float32, device=device))
     return torch.cat([sizes, -sizes])

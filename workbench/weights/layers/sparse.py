@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.packing import pack, unpack
 
 
@@ -34,6 +35,7 @@ class SparseLinear(CompactLinear):
         even = bool((counts == counts[0]).all())
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
         self.register_buffer("offsets", None if even else ends)
+        self.marks = marks(ends)
 
     @property
     def kept(self) -> Tensor:
@@ -41,16 +43,14 @@ class SparseLinear(CompactLinear):
         return self._kept(0, self.out_features)
 
     def _kept(self, first: int, last: int) -> Tensor:
-        return unpack(self.bitmap[first:last], 1, self.in_features).bool()
+        return unpack(self.bitmap[first:last], 1, self.in_features).view(torch.bool)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        values = self.values
-        if (first, last) != (0, self.out_features):
-            if self.offsets is None:
-                each = values.numel() // self.out_features
-                values = values[first * each : last * each]
-            else:
-                values = values[int(self.offsets[first]) : int(self.offsets[last])]
+        if self.offsets is None:
+            each = self.values.numel() // self.out_features
+            values = self.values[first * each : last * each]
+        else:
+            values = self.values[starting(self.offsets, self.marks, first) : starting(self.offsets, self.marks, last)]
         kept = self._kept(first, last)
         return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
 

@@ -45,10 +45,10 @@ class VectorLinear(CompactLinear):
                 below += width
 
     def indices(self, number: int, first: int, last: int) -> Tensor:
-        """The indices into one book of some rows of vectors, int64 [last - first, i]."""
+        """The indices into one book of some rows of vectors, int32 [last - first, i]."""
         found, below = None, 0
         for plane, width in enumerate(_PLANES[self.bits[number]]):
-            part = unpack(getattr(self, f"plane{number}_{plane}")[first:last], width, self.in_features).long()
+            part = unpack(getattr(self, f"plane{number}_{plane}")[first:last], width, self.in_features).int()
             found = part if found is None else found | part << below
             below += width
         assert found is not None
