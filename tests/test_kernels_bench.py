@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench import baselines, promises, table
+from bench import baselines, promises, table, weights
 from bench.__main__ import main, measure, names
 from bench.measure import Ceilings, TimeUp, relative_error, shares, time_limit
 from torch.nn.functional import scaled_dot_product_attention
@@ -270,3 +270,38 @@ def test_promises_find_the_worst_of_their_figures_and_say_whether_they_hold() ->
     assert lines["bitmap, 70 % pruned, times as fast as dense"] == ["≥ 1.6", "2", "yes"]
     assert lines["ragged, 25 % kept, times as fast as the fastest full cache"] == ["≥ 3.5", "4.5", "yes"]
     assert lines["4 bit, of copy bandwidth"] == ["≥ 75%", "not measured", ""]
+
+
+# -- weights
+
+
+def test_small_layers_are_measured_beside_the_plain_one_and_what_is_missing_is_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "DEVICE", "cpu")
+    monkeypatch.setattr(weights, "KIND", torch.float32)
+    monkeypatch.setattr(weights, "SHAPES", ((48, 256),))
+    monkeypatch.setattr(weights, "run_poisoned", lambda work: work())
+    monkeypatch.setattr(weights, "peak_bytes", lambda work: 0)
+    monkeypatch.setattr(weights, "time_us", lambda work, **options: 2.0 if work() is not None else 0.0)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "LIBRARIES", {("sparse, 2:4", "torch"): lambda *shape: 1 / 0})
+    rows = list(weights.rows(quick=False))
+    assert len(rows) == 3 * (len(weights.OURS) + 1 + len(weights.GEMLITE))
+    ours = [row for row in rows if row["way"] in ("torch", "ours") and "us" in row]
+    assert len(ours) == 3 * len(weights.OURS) and all(row["speedup"] == 1.0 for row in ours)
+    for row in ours:  # 16-bit scales of the packed ones are exact in float32; integers round their inputs
+        assert row["error"] < (0.02 if row["what"].startswith("integers") else 1e-5), row
+    held = {row["what"]: row["bytes"] - 4 * row["n"] * (48 + 256) for row in ours if row["n"] == 512}
+    assert held["nn.Linear"] == 4 * 48 * 256 and held["sparse, 2:4"] == 2 * 48 * 128 + 48 * 256 // 8
+    assert held["packed 4 bit, group 64"] == 48 * 256 // 2 + 4 * 48 * 256 // 64
+    failed = [row["failed"] for row in rows if "failed" in row]
+    assert failed == ["ZeroDivisionError: division by zero"] * 3 + ["not installed: gemlite"] * 9
+
+
+def test_random_weights_are_drawn_in_the_form_that_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "DEVICE", "cpu")
+    codes, scale, zero = weights.grid(4, 64, 16, 128)
+    assert int(codes.max()) < 16 and scale.shape == zero.shape == (16, 2)
+    kept = weights.two_of_four(torch.randn(8, 64))
+    assert bool((kept.unflatten(1, (-1, 4)).sum(dim=-1) == 2).all())
