@@ -44,7 +44,7 @@ SHORT: dict[str, dict[str, Any]] = {  # parameters that make slow methods quick
     "bitstack": {"blocks": 3},
     "vptq": {"index_bits": 6, "rounds": 3},
 }
-OUTPUTS, INPUTS = 600, 192  # more than two marks, groups of 64, no multiple of 256
+OUTPUTS, INPUTS = 600, 512  # more than two marks, but no multiple; runs of 64 bytes also at one bit
 
 
 def ids(count: int) -> Tensor:
@@ -159,7 +159,7 @@ def parts(bias: nn.Parameter) -> Parts:
 
 
 def shift(bias: nn.Parameter) -> ShiftLinear:
-    return ShiftLinear(whole(8, OUTPUTS, INPUTS).to(torch.uint8), drawn(OUTPUTS, 3).abs(), 3, bias, group=64)
+    return ShiftLinear(whole(8, OUTPUTS, INPUTS).to(torch.uint8), drawn(OUTPUTS, 8).abs(), 3, bias, group=64)
 
 
 def bit_blocks(bias: nn.Parameter) -> BitBlocksLinear:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.weights.layers.compact import CompactLinear
+from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.packed_linear import fits, packed_linear
 from workbench_kernels.packing import pack, unpack
 
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # how many bits lie in which buffer
@@ -88,6 +90,22 @@ class PackedLinear(CompactLinear):
             if part.numel():
                 torch.addcmul(begin[:, own, None], of, scale[:, own, None], out=part)
         return weight if self.columns is None else weight.mul_(self.columns.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if not self._read_as_it_lies(flat):
+            return super().forward(x)
+        plane: Any = self.plane0
+        out = packed_linear(flat, plane, self.scale, self.zero, self.columns, self.bits, self.group, self.middle)
+        out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def _read_as_it_lies(self, x: Tensor) -> bool:
+        """Whether a GPU's kernel multiplies x [n, i] with the packed codes: no weight is made float then."""
+        own = type(self).numbers is PackedLinear.numbers and len(_PLANES[self.bits]) == 1
+        learning = x.requires_grad and torch.is_grad_enabled()
+        plane: Any = self.plane0
+        return own and not learning and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "code_bits": self.bits, "group": self.group}
