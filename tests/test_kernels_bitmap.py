@@ -39,9 +39,10 @@ CASES = [
 
 
 @interpreted
+@pytest.mark.parametrize("config", [(4, 16, 2, 3, 0, 8), (2, 16, 1, 3, 2, 16), (1, 16, 1, 3, 1, 8)])
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_and_reference_attend_over_what_the_rows_stand_for(case: tuple) -> None:
-    from workbench_kernels.gpu.bitmap import decode_bitmap
+def test_kernel_and_reference_attend_over_what_the_rows_stand_for(case: tuple, config: tuple) -> None:
+    from workbench_kernels.gpu.bitmap import Config, decode_bitmap
 
     lengths, tails, width, count, value_width, value_count, queries, group, softcap, masked = case
     keys, key = side(lengths, tails, width, count, 1)
@@ -65,7 +66,80 @@ def test_kernel_and_reference_attend_over_what_the_rows_stand_for(case: tuple) -
     out, sums = (torch.cat(both) for both in zip(*wanted, strict=True))
     for found in (
         decode_bitmap_reference(query, keys, values, **options),
-        decode_bitmap(query, keys, values, lse=True, **options),
+        decode_bitmap(query, keys, values, lse=True, config=Config(*config), **options),
     ):
         torch.testing.assert_close(found[0].double(), out, atol=3e-3, rtol=3e-3)
         torch.testing.assert_close(found[1].double(), sums, atol=3e-3, rtol=1e-3)
+
+
+def executed(code: str, inputs: list[int], outputs: int, memory: dict[int, int], width: int) -> list[int]:
+    """What a few instructions of PTX leave in their outputs, from words of `width` bytes; others are rubbish."""
+    held = {f"${outputs + i}": value for i, value in enumerate(inputs)} | {"room": 4096}
+
+    def value(name: str) -> int:
+        return held[name] if name in held else int(name, 0) if name[0].isdigit() else 0x7FC17FC1
+
+    def prmt(a: int, b: int, selector: int) -> int:
+        pool, out = (a | b << 32).to_bytes(8, "little"), 0
+        for i in range(4):
+            nibble = selector >> (4 * i) & 15
+            byte = pool[nibble & 7]
+            out |= (255 * (byte >> 7) if nibble & 8 else byte) << (8 * i)
+        return out
+
+    def dot(a: int, b: int, c: int) -> int:
+        return c + sum((a >> (8 * i) & 255) * (b >> (8 * i) & 255) for i in range(4))
+
+    does = {
+        "mov": lambda a: a,
+        "and": lambda a, b: a & b,
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "shl": lambda a, b: a << b,
+        "shr": lambda a, b: a >> b,
+        "setp": lambda a, b: int(a != b),
+        "prmt": prmt,
+        "dp4a": dot,
+    }
+    for line in code.strip("{} ").split(";"):
+        words = line.replace(",", " ").split()
+        if not words or words[0] == ".reg":
+            continue
+        if words[0].startswith("@") and not held[words.pop(0)[1:]]:
+            continue
+        name, to, *others = words
+        if name.startswith("ld.shared"):
+            place = held[others[0].strip("[]")] - 4096
+            assert place % width == 0
+            held[to] = memory.get(place // width, 0x7FC17FC1 & ((1 << 8 * width) - 1))
+        else:
+            held[to] = does[name.split(".")[0]](*map(value, others)) & 0xFFFFFFFF
+    return [held[f"${i}"] for i in range(outputs)]
+
+
+@interpreted
+@pytest.mark.parametrize(("bits", "windows", "masked"), [(16, True, True), (16, True, False), (8, True, True),
+    (8, True, False), (16, False, True), (8, False, True)])  # fmt: skip
+def test_instructions_of_the_kernel_unroll_units_from_shared_memory(bits: int, windows: bool, masked: bool) -> None:
+    from workbench_kernels.gpu import bitmap
+
+    units = 32 // bits if windows else 2
+    code = bitmap._window_code(bits, masked) if windows else bitmap._raw_code(bits)
+    numbers = torch.arange(1, 200).tolist()
+    memory = dict(enumerate(numbers))
+    if windows:  # word r holds numbers r - 1 and r
+        memory = {r: (numbers[r - 1] if r else 0x7FC1) | numbers[r] << 16 for r in range(len(numbers))}
+    size = 4 if windows else 2
+    generator = torch.Generator().manual_seed(bits)
+    for _ in range(60):
+        some = torch.randint(1 << bits, (units,), generator=generator).tolist()
+        first = torch.randint(150, (units,), generator=generator).tolist()
+        out = executed(code, [*some, *(size * i for i in first)], bits * units // 2, memory, size)
+        for unit in range(units):
+            wanted, place = [], first[unit]
+            for i in range(bits):
+                there = some[unit] >> i & 1
+                wanted.append(numbers[place] if there else 0)
+                place += there
+            got = [out[i * (units // 2) + unit // 2] >> (16 * (unit % 2)) & 0xFFFF for i in range(bits)]
+            assert got == wanted

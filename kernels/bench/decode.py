@@ -2,7 +2,7 @@
 
 Heads are those of Llama 3.1 8B (32 query heads, 8 KV heads, head size 128) and of the default model (9, 3, 64); errors
 at head sizes 64, 96 and 256 too. *Times as fast* is against the fastest way of PyTorch's SDPA over the full cache of
-the same shape, measured just before. WORKBENCH_SWEEP=1 also tries configurations of the kernel for sparse rows.
+the same shape, measured just before. WORKBENCH_SWEEP=1 first tries configurations of the kernel for sparse rows.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ Row = dict[str, Any]
 
 def rows(quick: bool) -> Iterator[Row]:
     """Errors, then times, the longest caches first; quick: the shortest alone."""
+    if os.environ.get("WORKBENCH_SWEEP"):
+        yield from _sweep(LENGTHS[0] if quick else LENGTHS[-1])
     yield from _errors()
     for heads, lengths in ((LLAMA, LENGTHS), (DEFAULT, SHORT)):
-        if heads is DEFAULT and os.environ.get("WORKBENCH_SWEEP"):
-            yield from _sweep(LENGTHS[0] if quick else LENGTHS[-1])
         for n in reversed(lengths[: 1 if quick else None]):
             for batch in reversed(BATCHES):
                 yield from _times(heads, batch, n)
@@ -184,19 +184,41 @@ def _checked(what: str, heads: Heads, queries: int, keys: Held, values: Held) ->
 
 
 def _sweep(n: int) -> Iterator[Row]:
+    """Times of the kernel for sparse rows in each configuration, and its largest error at a few head sizes."""
     query, full = _query(LLAMA, 8), _dense(LLAMA, 8, n)
+    yield {"what": "sweep, dense", "n": n, "us": time_us(partial(_attend, query, *full), milliseconds=25)}
     held = _sparse(full[0], n), _sparse(full[1], n)
     del full
+    cases = [_sweep_case(heads, queries) for heads in SWEPT for queries in (1, 5)]
     for config in BITMAP_CONFIGS:
         row = {"what": "sweep, bitmap", "heads": list(LLAMA), "batch": 8, "n": n, "config": str(tuple(config))}
         try:
             work = partial(bitmap.decode_bitmap, query, *held, scale=0.1, config=config)
-            yield {**row, "bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
+            row |= {"bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
+            row["error"] = max(relative_error(case(config=config)[0], wanted) for case, wanted in cases)
+            yield row
         except Exception as problem:  # a configuration that needs more than there is
             yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:200]}
 
 
+def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]:
+    """Attention over a little, all but its configuration, and what it should be."""
+    n = 1043
+    keys, values = (_sparse(x, n) for x in _dense(heads, 1, n))
+    query = _query(heads, 1, queries)
+    options: dict[str, Any] = {"scale": heads.width**-0.5}
+    if queries > 1:
+        options["query_positions"] = torch.arange(n - queries, n, device="cuda")
+    wanted, _ = decode_bitmap_reference(query.double(), keys, values, **options)
+    return partial(bitmap.decode_bitmap, query, keys, values, **options), wanted
+
+
+SWEPT = (LLAMA, DEFAULT, Heads(32, 8, 96), Heads(32, 8, 256))
 BITMAP_CONFIGS = [
-    bitmap.Config(4, 16, 2, 3), bitmap.Config(4, 16, 1, 3), bitmap.Config(4, 16, 2, 4), bitmap.Config(4, 32, 2, 2),
-    bitmap.Config(2, 16, 1, 8), bitmap.Config(2, 32, 1, 6), bitmap.Config(1, 16, 1, 12), bitmap.Config(8, 16, 2, 2),
+    bitmap.Config(4, 16, 2, 3),
+    bitmap.Config(4, 16, 1, 3, 2), bitmap.Config(4, 16, 2, 3, 2), bitmap.Config(4, 16, 1, 4, 2),
+    bitmap.Config(4, 16, 1, 3, 3), bitmap.Config(4, 16, 1, 4, 3), bitmap.Config(4, 16, 2, 3, 3),
+    bitmap.Config(1, 16, 1, 12, 2), bitmap.Config(1, 16, 1, 12, 3), bitmap.Config(1, 16, 1, 16, 3),
+    bitmap.Config(2, 16, 2, 6, 3), bitmap.Config(4, 32, 1, 3, 3), bitmap.Config(4, 16, 1, 3, 1),
+    bitmap.Config(1, 16, 1, 12, 1),
 ]  # fmt: skip

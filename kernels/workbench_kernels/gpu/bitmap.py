@@ -8,8 +8,10 @@ units, with the channels of keys along its rows, those of values along its colum
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,9 +60,198 @@ def _unroll_code(wide: bool) -> str:
     return " ".join(lines) + " }"
 
 
+def _raw_code(bits: int) -> str:
+    """PTX that unrolls two units of `bits` bits, whose numbers begin at shared addresses. Outputs: the number of each bit,
+    that of the first unit in the lower half, that of the second in the upper, zero where no bit is set. Inputs: the
+    bits of both, the addresses of both.
+    """
+    lines = [
+        "{ .reg .pred p, q; .reg .b32 x, y, t, a, b;",
+        f"mov.u32 t, room; add.u32 a, ${bits + 2}, t; add.u32 b, ${bits + 3}, t;",
+    ]
+    for i in range(bits):
+        for is_set, number, place, unit in (("p", "x", "a", bits), ("q", "y", "b", bits + 1)):
+            lines.append(f"and.b32 t, ${unit}, {1 << i}; setp.ne.u32 {is_set}, t, 0; mov.b32 {number}, 0;")
+            lines.append(f"@{is_set} ld.shared.u16 {number}, [{place}];")
+            if i < bits - 1:
+                lines.append(f"@{is_set} add.u32 {place}, {place}, 2;")
+        lines.append(f"prmt.b32 ${i}, x, y, 0x5410;")
+    return " ".join(lines) + " }"
+
+
+def _window_code(bits: int, masked: bool) -> str:
+    """The same from windows: the word at 4 * r bytes beyond a unit's address holds its numbers r - 1 and r.
+
+    The bits of a word's bytes are added up side by side: byte k of `s` is how many numbers precede an odd bit, times 4;
+    a window there ends with the number of that bit and begins with the one before, that of the even bit below it. The
+    bit, shifted to the sign of its byte, gives the half's mask. masked: no reads where neither bit is set, for fewer
+    conflicts of banks. Two units of 16 bits, or four of 8.
+    """
+    units = 32 // bits  # of one invocation
+    per_unit = bits // 8
+    outputs = bits * units // 2
+    unit = [f"${outputs + i}" for i in range(units)]
+    place = [f"p{i}" for i in range(units)]
+    lines = ["{ .reg .pred p, q; .reg .b32 w, u, t, c, s0, s1, s2, s3, w0, w1, w2, w3, w4, w5, w6, w7, a, b, x, y, m;"]
+    lines.append(".reg .b32 p0, p1, p2, p3; mov.u32 t, room;")
+    lines.extend(f"add.u32 p{i}, ${outputs + units + i}, t;" for i in range(units))
+    if units == 2:
+        lines.append(f"prmt.b32 w, {unit[0]}, {unit[1]}, 0x5410;")
+    else:
+        lines.append(f"prmt.b32 w, {unit[0]}, {unit[1]}, 0x0040; prmt.b32 t, {unit[2]}, {unit[3]}, 0x0040;")
+        lines.append("prmt.b32 w, w, t, 0x5410;")
+    # Twos of bits, an odd one and the even one above it; the highest of a unit is not counted.
+    lines.append(f"and.b32 u, w, {0x7FFF7FFF if units == 2 else 0x7F7F7F7F}; and.b32 t, w, 0x55555555;")
+    lines.append("add.u32 c, u, u; sub.u32 c, c, t;")
+    for k in range(4):
+        shift = f"shl.b32 t, c, {2 - 2 * k};" if k < 1 else f"shr.u32 t, c, {2 * k - 2};"
+        lines.append(f"{shift} and.b32 s{k}, t, 0x0C0C0C0C;")
+    lines.append("add.u32 s1, s0, s1; add.u32 s2, s1, s2; add.u32 s3, s2, s3;")
+    if per_unit == 2:
+        lines.append("shl.b32 t, s3, 8; and.b32 t, t, 0xFF00FF00;")
+        lines.extend(f"add.u32 s{k}, s{k}, t;" for k in range(4))
+    lines.extend(f"shl.b32 w{i}, w, {7 - i};" for i in range(8))
+    for y in range(per_unit):
+        for pair in range(units // 2):
+            low, high = 2 * pair * per_unit + y, (2 * pair + 1) * per_unit + y  # bytes of w
+            for k in range(4):
+                for number, address, is_set, byte, at_unit in (
+                    ("x", "a", "p", low, 2 * pair),
+                    ("y", "b", "q", high, 2 * pair + 1),
+                ):
+                    lines.append(f"dp4a.u32.u32 {address}, s{k}, {1 << (8 * byte)}, {place[at_unit]};")
+                    if masked:
+                        lines.append(f"and.b32 t, w, {3 << (8 * byte + 2 * k)}; setp.ne.u32 {is_set}, t, 0;")
+                        lines.append(f"@{is_set} ld.shared.b32 {number}, [{address}];")
+                    else:
+                        lines.append(f"ld.shared.b32 {number}, [{address}];")
+                signs = (8 + high) * 0x1100 + (8 + low) * 0x11
+                for half in range(2):
+                    channel = 8 * y + 2 * k + half
+                    out = f"${channel * (units // 2) + pair}"
+                    lines.append(f"prmt.b32 t, x, y, {0x7632 if half else 0x5410};")
+                    lines.append(f"prmt.b32 m, w{2 * k + half}, w, {signs}; and.b32 {out}, t, m;")
+    return " ".join(lines) + " }"
+
+
+def _constraints(bits: int, units: int) -> str:
+    return ",".join(["=&r"] * (bits * units // 2) + ["r"] * (2 * units))
+
+
+_RAW_8 = tl.constexpr(_raw_code(8))
+_RAW_16 = tl.constexpr(_raw_code(16))
+_RAW_8_OUTPUTS = tl.constexpr(_constraints(8, 2))
+_RAW_16_OUTPUTS = tl.constexpr(_constraints(16, 2))
+_WINDOWS_8 = tl.constexpr(_window_code(8, masked=False))
+_WINDOWS_16 = tl.constexpr(_window_code(16, masked=False))
+_MASKED_WINDOWS_8 = tl.constexpr(_window_code(8, masked=True))
+_MASKED_WINDOWS_16 = tl.constexpr(_window_code(16, masked=True))
+_WINDOWS_8_OUTPUTS = tl.constexpr(_constraints(8, 4))
+_WINDOWS_16_OUTPUTS = tl.constexpr(_constraints(16, 2))
+
 _UNROLL = tl.constexpr(_unroll_code(wide=False))
 _UNROLL_WIDE = tl.constexpr(_unroll_code(wide=True))
 _OUTPUTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,l,l")
+
+
+_FETCH = tl.constexpr(  # what is not read stays rubbish, which masks hide
+    "{ .reg .pred p, q; setp.lt.s32 p, $4, $5; setp.gt.s32 q, $4, 0; setp.le.and.s32 q, $4, $5, q; "
+    "@p ld.global.nc.v2.b32 {$0, $1}, [$3]; @q ld.global.nc.u16 $2, [$3 + -2]; }"
+)
+_PUT = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 x, y; setp.lt.s32 p, $5, $6; prmt.b32 x, $3, $1, 0x5410; prmt.b32 y, $1, $2, 0x5432; "
+    "@p st.shared.v4.b32 [$4], {x, $1, y, $2}; mov.b32 $0, 0; }"
+)
+_COPY = tl.constexpr(
+    "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, 0; }"
+)
+
+
+def _room_code(size: int) -> str:
+    """PTX that declares `size` bytes of shared memory, and gives their address."""
+    return f".shared .align 16 .b8 room[{size}]; mov.u32 $0, room;"
+
+
+@triton.jit
+def _room(CODE: tl.constexpr):
+    """The address of shared memory."""
+    return tl.inline_asm_elementwise(CODE, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _nothing():
+    """Zero, of which the compiler does not know that it is: what is loaded there is loaded after this."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _copied():
+    """Wait for this thread's copies."""
+    tl.inline_asm_elementwise(
+        "cp.async.wait_all; mov.b32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _stretch(numbers, row, left, C: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the numbers of rows row [G] and on lie, of which `left` [G] rows exist: the address of the vector (of
+    VECTOR numbers) in which they begin, and where they end counted from its beginning (0 if there is none), [G] each.
+    """
+    address = (numbers + tl.cast(row, tl.int64) * C).to(tl.int64)
+    ahead = ((address % (2 * VECTOR)) // 2).to(tl.int32)
+    return address - 2 * ahead, tl.where(left > 0, ahead + left * C, 0)
+
+
+@triton.jit
+def _fronts(tile, length, G: tl.constexpr, N: tl.constexpr):
+    """The first row of each warp in a tile of a head of `length` rows, and how many rows it has: [G]."""
+    front = tile * (G * N) + tl.arange(0, G) * N
+    return front, tl.maximum(tl.minimum(length - front, N), 0)
+
+
+@triton.jit
+def _copy(numbers, row, left, room, C: tl.constexpr, V: tl.constexpr):
+    """Begin to copy up to 8 * V numbers of `_stretch` to the rooms [G]. Only vectors that hold one of them are read."""
+    lane = tl.arange(0, 32)[None, :]
+    address, end = _stretch(numbers, row, left, C, 8)
+    for j in tl.static_range((V + 31) // 32):
+        v = lane + 32 * j
+        tl.inline_asm_elementwise(
+            _COPY, "=r,r,l,r",
+            [room[:, None] + 16 * v, address[:, None] + 16 * v, ((v < V) & (8 * v < end[:, None])).to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fetch(numbers, row, left, C: tl.constexpr, V: tl.constexpr):
+    """The first 4 * V numbers of `_stretch`, for each four the number before them too."""
+    lane = tl.arange(0, 32)[None, :]
+    address, end = _stretch(numbers, row, left, C, 4)
+    found = ()
+    for j in tl.static_range((V + 31) // 32):
+        v = lane + 32 * j
+        some = tl.inline_asm_elementwise(
+            _FETCH, "=&r,=&r,=&r,l,r,r", [address[:, None] + 8 * v, 4 * v, end[:, None]],
+            dtype=(tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        found = found + (some[0], some[1], some[2])
+    return found
+
+
+@triton.jit
+def _put(found, room, V: tl.constexpr):
+    """Leave windows of what was fetched: word i of a room holds numbers i - 1 and i."""
+    lane = tl.arange(0, 32)[None, :]
+    for j in tl.static_range((V + 31) // 32):
+        v = lane + 32 * j
+        tl.inline_asm_elementwise(
+            _PUT, "=r,r,r,r,r,r,r",
+            [found[3 * j], found[3 * j + 1], found[3 * j + 2], room[:, None] + 16 * v, v, V],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -127,6 +318,139 @@ def _unrolled(
 
 
 @triton.jit
+def _unit_bits(
+    bitmap, row, there, unit, axis: tl.constexpr, B: tl.constexpr, UP: tl.constexpr, U: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Bits of units of U bits of rows [G, N], none where a row is not there, and how many numbers of their row precede
+    them."""
+    COUNT: tl.constexpr = 8 * B // U
+    if B % 4 == 0:
+        # Few loads, each of a row's part: the compiler lets them be wherever the units are wanted.
+        W: tl.constexpr = 8 if B % 8 == 0 else 4
+        words = bitmap.to(tl.pointer_type(tl.int64 if W == 8 else tl.int32))
+        byte = unit * (U // 8)
+        before = tl.zeros([1, 1, 1], tl.int32)
+        bits = tl.zeros([1, 1, 1], tl.int64 if W == 8 else tl.int32)
+        for j in tl.static_range(B // W):
+            word = tl.expand_dims(tl.load(words + (row * (B // W) + j), mask=there, other=0), axis)
+            before = before + _before(word.to(tl.int32), byte, W * j, INTERPRET)
+            if W == 8 and 8 * j + 4 < B - U // 8:
+                before = before + _before((word >> 32).to(tl.int32), byte, W * j + 4, INTERPRET)
+            bits = tl.where(byte >= W * j, word, bits)
+        bits = (bits >> (byte % W * 8).to(bits.dtype)).to(tl.int32) & ((1 << U) - 1)
+        if COUNT != UP:
+            bits = tl.where(unit < COUNT, bits, 0)
+    else:
+        each = tl.expand_dims(row, axis)
+        where = bitmap.to(tl.pointer_type(tl.int16)) if U == 16 else bitmap
+        bits = tl.load(where + (each * COUNT + unit), mask=(unit < COUNT) & tl.expand_dims(there, axis), other=0).to(
+            tl.int32
+        ) & ((1 << U) - 1)
+        count = _popcount(bits, INTERPRET)
+        before = tl.cumsum(count, axis) - count
+    return bits, before
+
+
+@triton.jit
+def _unrolled_here(
+    numbers, bits, before, start, row, line, axis: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, WAY: tl.constexpr, AT: tl.constexpr, STRIDE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """U tensors of what rows [G, N] hold, one for each bit of units of U bits: [G, N, UP] each for axis 2, [G, UP, N]
+    for axis 1, given the units' bits and how many numbers precede them.     start: where the head's first row lies
+    among all rows. The numbers of each warp's rows are in shared memory, from AT bytes on, STRIDE bytes a warp.
+
+    The compiler unrolls in the layout of the matrix units only if nothing but loads and constants lead there: numbers
+    from 0 on, `line` [G, N] and the units', are therefore loaded, too.
+    """
+    g, t = tl.arange(0, G), tl.arange(0, N)
+    found = ()
+    if INTERPRET:
+        place = numbers + (tl.expand_dims(row, axis) * C + before)
+        for i in tl.static_range(U):
+            set = (bits >> i) & 1
+            found = found + (tl.load(place, mask=set != 0, other=0.0),)
+            place += set
+    else:
+        SIZE: tl.constexpr = 2 if WAY == 1 else 4
+        LOT: tl.constexpr = 8 if WAY == 1 else 4
+        ahead = tl.load(start + (g[:, None] + t[None, :]) * 0) * C & (LOT - 1)
+        place = tl.expand_dims(line // N * STRIDE + (line % N * C + ahead) * SIZE + AT, axis) + before * SIZE
+        if WAY == 1:
+            CODE: tl.constexpr = _RAW_16 if U == 16 else _RAW_8
+            OUTPUTS: tl.constexpr = _RAW_16_OUTPUTS if U == 16 else _RAW_8_OUTPUTS
+        else:
+            if WAY == 2:
+                CODE: tl.constexpr = _WINDOWS_16 if U == 16 else _WINDOWS_8
+            else:
+                CODE: tl.constexpr = _MASKED_WINDOWS_16 if U == 16 else _MASKED_WINDOWS_8
+            OUTPUTS: tl.constexpr = _WINDOWS_16_OUTPUTS if U == 16 else _WINDOWS_8_OUTPUTS
+        PACK: tl.constexpr = 2 if WAY == 1 else 32 // U
+        if U == 16:
+            words = tl.inline_asm_elementwise(
+                CODE, OUTPUTS, [bits, place],
+                dtype=(
+                    tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                    tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                ),
+                is_pure=True, pack=PACK,
+            )  # fmt: skip
+        else:
+            words = tl.inline_asm_elementwise(
+                CODE, OUTPUTS, [bits, place],
+                dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+                is_pure=True, pack=PACK,
+            )  # fmt: skip
+        for i in tl.static_range(U):
+            found = found + (words[i].to(numbers.dtype.element_ty, bitcast=True),)
+    return found
+
+
+@triton.jit
+def _operand(
+    found, axis: tl.constexpr, G: tl.constexpr, N: tl.constexpr, UP: tl.constexpr, U: tl.constexpr
+):  # fmt: skip
+    """One operand of the matrix units of what `_unrolled_here` found. See `_channel`.
+
+    As one, so that the compiler unrolls in the layout that they need.
+    """
+    parts = found
+    if U == 16:
+        parts = _joined(parts, 8)
+    parts = _joined(_joined(_joined(parts, 4), 2), 1)
+    if axis == 2:
+        whole = tl.permute(tl.reshape(parts[0], (G, N, UP // 2, 2, U // 2, 2)), (0, 1, 4, 2, 5, 3))
+        return tl.reshape(whole, (G, N, U * UP))
+    else:
+        whole = tl.permute(tl.reshape(parts[0], (G, UP, N, U)), (0, 3, 1, 2))
+        return tl.reshape(whole, (G, U * UP, N))
+
+
+@triton.jit
+def _joined(parts, HALF: tl.constexpr):
+    """Twice HALF tensors as HALF, part i beside part HALF + i."""
+    both = ()
+    for i in tl.static_range(HALF):
+        both = both + (tl.join(parts[i], parts[HALF + i]),)
+    return both
+
+
+@triton.jit
+def _channel(axis: tl.constexpr, B: tl.constexpr, D: tl.constexpr, UP: tl.constexpr, U: tl.constexpr):
+    """Which channels `_operand` holds, and which of them are real, [U * UP]."""
+    k = tl.arange(0, U * UP)
+    if axis == 2:
+        unit, which = k // 4 % (UP // 2) * 2 + k % 2, k // (2 * UP) * 2 + k // 2 % 2
+    else:
+        unit, which = k % UP, k // UP
+    bit = unit * U + which
+    channel = bit // 8 + B * (bit % 8)
+    return channel, (bit < 8 * B) & (channel < D)
+
+
+@triton.jit
 def _seen(
     row, length, positions, where, before, MASKED: tl.constexpr, PLACED: tl.constexpr
 ):  # fmt: skip
@@ -190,20 +514,30 @@ def _attend(
     query, asked_at, positions, position_starts,
     key_numbers, key_bitmap, key_starts, key_bitmap_starts, lengths, key_tail, key_tail_starts, tail_lengths,
     value_numbers, value_bitmap, value_starts, value_bitmap_starts, value_tail, value_tail_starts,
-    sums, largest, weights, scale, softcap, queries, programs,
+    order, sums, largest, weights, scale, softcap, queries, programs,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, C: tl.constexpr, VC: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
-    VB: tl.constexpr, VBP: tl.constexpr, G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr,
+    VB: tl.constexpr, VBP: tl.constexpr, U: tl.constexpr, VU: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr, WAY: tl.constexpr,
+    V: tl.constexpr, VV: tl.constexpr, ROOM: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles of G * N sparse rows or, in the first RESTS programs of every head, a part of its whole rows. As
     in `dense`, each warp has rows and a softmax of its own (the dimension G).
     """
     TILE: tl.constexpr = G * N
+    HERE: tl.constexpr = WAY > 0 and not INTERPRET  # numbers go through shared memory
+    COUNT: tl.constexpr = 1 if WAY > 0 else 8  # tensors that hold all channels
+    room = tl.arange(0, G) * (16 * (V + VV))
+    if HERE:
+        room += _room(ROOM)
+    value_room = room + 16 * V
+    line = tl.load(order + (tl.arange(0, G)[:, None] * N + tl.arange(0, N)[None, :]))
+    unit, value_unit = tl.load(order + tl.arange(0, BP)), tl.load(order + tl.arange(0, VBP))
     pid = tl.program_id(0) - K * RESTS
     rows = tl.program_id(1) * R + tl.arange(0, R)
     g, t = tl.arange(0, G), tl.arange(0, N)
-    b, vb, dv = tl.arange(0, BP), tl.arange(0, VBP), tl.arange(0, DVP)
+    b, vb = tl.arange(0, BP), tl.arange(0, VBP)
     within = g[:, None] * N + t[None, :]  # [G, N]
     where = rows
     if MASKED:
@@ -221,6 +555,7 @@ def _attend(
             ROWS, R, D, DP, DV, DVP, G, 16, MASKED, PLACED, SOFTCAP,
         )  # fmt: skip
         slot = programs + K + head * RESTS + which
+        dv = tl.arange(0, DVP)
         leave_sums(sums, slot, rows, mixed, dv, dv < DV, ROWS, DV, G)
         leave_weights(largest, weights, slot, rows, top, whole, ROWS, G)
     else:
@@ -240,27 +575,80 @@ def _attend(
             if PLACED:
                 place_at = positions + tl.load(position_starts + head).to(tl.int64)
             asked = ()
-            for i in tl.static_range(8):
-                channel = b + B * i
+            if WAY > 0:
+                channel, real = _channel(2, B, D, BP, U)
                 some = tl.load(
                     query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
-                    mask=(rows < ROWS)[None, :] & ((b < B) & (channel < D))[:, None], other=0.0,
+                    mask=(rows < ROWS)[None, :] & real[:, None], other=0.0,
                 )  # fmt: skip
-                asked = asked + (tl.broadcast_to(some[None], [G, BP, R]),)
+                asked = (tl.broadcast_to(some[None], [G, BP * U, R]),)
+            else:
+                for i in tl.static_range(8):
+                    channel = b + B * i
+                    some = tl.load(
+                        query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
+                        mask=(rows < ROWS)[None, :] & ((b < B) & (channel < D))[:, None], other=0.0,
+                    )  # fmt: skip
+                    asked = asked + (tl.broadcast_to(some[None], [G, BP, R]),)
             mixed = ()
-            for i in tl.static_range(8):
-                mixed = mixed + (tl.zeros([G, VBP, R], tl.float32),)
+            for i in tl.static_range(COUNT):
+                mixed = mixed + (tl.zeros([G, VBP * VU // COUNT, R], tl.float32),)
             top = tl.full([G, R], LOWEST, tl.float32)
             whole = tl.zeros([G, R], tl.float32)
-            for tile in tl.range(low - begin, stop - begin, num_stages=STAGES):
+            if HERE:
+                start = low - begin
+                if WAY > 1 and STAGES > 1:
+                    front, left = _fronts(start, length, G, N)
+                    held = _fetch(number_at, front, left, C, V)
+                    others = _fetch(value_number_at, front, left, VC, VV)
+            for tile in tl.range(low - begin, stop - begin, num_stages=1 if WAY > 0 else STAGES):
                 first = tl.cast(tile * TILE, tl.int64)
                 # Rows beyond the end read the last row, and are hidden.
                 row = tl.minimum(within, length - 1 - tile * TILE)
-                key = _unrolled(
-                    number_at + first * C, bits_at + first * B, row, b[None, None, :], 2, C, B, BP, WIDE, INTERPRET
-                )
+                there = within < length - tile * TILE
+                start_at, value_start_at = key_starts + head, value_starts + head
+                if WAY > 0:
+                    bits, before = _unit_bits(
+                        bits_at + first * B, within, there, unit[None, None, :], 2, B, BP, U, INTERPRET
+                    )
+                    value_bits, value_before = _unit_bits(
+                        value_bits_at + first * VB, within, there, value_unit[None, :, None], 1, VB, VBP, VU, INTERPRET
+                    )
+                if HERE:
+                    front, left = _fronts(tile, length, G, N)
+                    if WAY == 1:
+                        tl.debug_barrier()
+                        _copy(number_at, front, left, room, C, V)
+                        _copy(value_number_at, front, left, value_room, VC, VV)
+                        _copied()
+                        tl.debug_barrier()
+                    else:
+                        if STAGES == 1:
+                            held = _fetch(number_at, front, left, C, V)
+                            others = _fetch(value_number_at, front, left, VC, VV)
+                        tl.debug_barrier()
+                        _put(held, room, V)
+                        _put(others, value_room, VV)
+                        tl.debug_barrier()
+                        if STAGES > 1:
+                            front, left = _fronts(tile + 1, length, G, N)
+                            held = _fetch(number_at, front, left, C, V)
+                            others = _fetch(value_number_at, front, left, VC, VV)
+                    nothing = _nothing()
+                    start_at += nothing
+                    value_start_at += nothing
+                if WAY > 0:
+                    key = _unrolled_here(
+                        number_at + first * C, bits, before, start_at, within, line, 2, C, U, G, N, WAY, 0,
+                        16 * (V + VV), INTERPRET,
+                    )  # fmt: skip
+                    key = (_operand(key, 2, G, N, BP, U),)
+                else:
+                    key = _unrolled(
+                        number_at + first * C, bits_at + first * B, row, b[None, None, :], 2, C, B, BP, WIDE, INTERPRET
+                    )
                 score = tl.zeros([G, N, R], tl.float32)
-                for i in tl.static_range(8):
+                for i in tl.static_range(COUNT):
                     score = tl.dot(key[i], asked[i], score)
                 score = capped(score * scale, softcap, SOFTCAP)
                 seen = _seen(within + tile * TILE, length, place_at, where, 0, MASKED, PLACED)
@@ -270,32 +658,49 @@ def _attend(
                 old = tl.exp2(top - higher)
                 whole = whole * old + tl.sum(weight, 1)
                 share = weight.to(value_numbers.dtype.element_ty)
-                value = _unrolled(
-                    value_number_at + first * VC, value_bits_at + first * VB, row, vb[None, :, None], 1, VC, VB, VBP,
-                    WIDE, INTERPRET,
-                )  # fmt: skip
+                if WAY > 0:
+                    value = _unrolled_here(
+                        value_number_at + first * VC, value_bits, value_before, value_start_at, within, line, 1, VC,
+                        VU, G, N, WAY, 16 * V, 16 * (V + VV), INTERPRET,
+                    )  # fmt: skip
+                    value = (_operand(value, 1, G, N, VBP, VU),)
+                else:
+                    value = _unrolled(
+                        value_number_at + first * VC, value_bits_at + first * VB, row, vb[None, :, None], 1, VC, VB,
+                        VBP, WIDE, INTERPRET,
+                    )  # fmt: skip
                 kept = ()
-                for i in tl.static_range(8):
+                for i in tl.static_range(COUNT):
                     kept = kept + (tl.dot(value[i], share, mixed[i] * old[:, None, :]),)
                 mixed = kept
                 top = higher
-            for i in tl.static_range(8):
-                channel = vb + VB * i
-                leave_sums(sums, pid + head, rows, mixed[i], channel, (vb < VB) & (channel < DV), ROWS, DV, G)
+            for i in tl.static_range(COUNT):
+                if WAY > 0:
+                    channel, real = _channel(1, VB, DV, VBP, VU)
+                else:
+                    channel = vb + VB * i
+                    real = (vb < VB) & (channel < DV)
+                leave_sums(sums, pid + head, rows, mixed[i], channel, real, ROWS, DV, G)
             leave_weights(largest, weights, pid + head, rows, top, whole, ROWS, G)
             low = stop
 
 
 class Config(NamedTuple):
-    """How a program works: warps, rows a warp takes at once, stages of the load pipeline, programs a processor."""
+    """How a program works: warps, rows a warp takes at once, stages of the load pipeline, programs a processor, and
+    way: 0, numbers are read where they lie; 1, they are copied to shared memory; 2, windows of two are left there;
+    3, the same, read only where there is a number. unit: bits unrolled at once.
+    """
 
     warps: int
     tokens: int
     stages: int
     per_processor: int
+    way: int = 0
+    unit: int = 16
 
 
 DEFAULT = Config(4, 16, 2, 3)
+ROOM_BYTES = 48 << 10  # bytes of shared memory that a program may declare
 
 
 def decode_bitmap(
@@ -315,7 +720,21 @@ def decode_bitmap(
     width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
     nbytes, value_nbytes = keys.bitmap.data.shape[1], values.bitmap.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
-    warps, tokens, stages, per_processor = config
+    warps, tokens, stages, per_processor, way, unit = config
+    lot = 8 if way == 1 else 4
+    ends = 7 if way == 1 else 4
+    per_warp = [-(-(tokens * side.numbers.data.shape[1] + ends) // lot) for side in (keys, values)]
+    room = 16 * sum(per_warp)
+    while way > 0 and warps > 1 and room * warps > ROOM_BYTES:
+        warps, per_processor = warps // 2, per_processor * 2
+    if way > 0 and max(width, value_width) > 128:
+        per_processor = max(per_processor * 2 // 3, 1)  # more registers
+    aligned = all(x.numbers.data.data_ptr() % 16 == 0 for x in (keys, values))
+    if room > ROOM_BYTES or not aligned:
+        way = 0
+    # As many registers as let that many programs run on a multiprocessor.
+    limit = {"maxnreg": min((64 << 10) // (32 * warps * per_processor) // 8 * 8, 255)} if way else {}
+    key_unit, value_unit = _unit_of(nbytes, way, unit), _unit_of(value_nbytes, way, unit)
     tile = warps * tokens
     rests = min(-(-keys.tail.longest // (warps * 16)), 8)
     tiles = heads * -(-keys.numbers.longest // tile)
@@ -328,15 +747,30 @@ def decode_bitmap(
         keys.tail.data, keys.tail.starts, keys.tail.lengths,
         values.numbers.data, values.bitmap.data, values.numbers.starts, values.bitmap.starts,
         values.tail.data, values.tail.starts,
-        *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, query.shape[1], programs,
+        _order(query.device), *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, query.shape[1], programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), C=keys.numbers.data.shape[1], VC=values.numbers.data.shape[1],
-        B=nbytes, BP=max(power(nbytes), 16), VB=value_nbytes, VBP=max(power(value_nbytes), 16), G=warps, N=tokens,
+        B=nbytes, BP=key_unit[1], VB=value_nbytes, VBP=value_unit[1], U=key_unit[0], VU=value_unit[0],
+        G=warps, N=tokens, WAY=way, V=per_warp[0], VV=per_warp[1], ROOM=_room_code(room * warps),
         RESTS=rests, STAGES=stages, MASKED=query_positions is not None, PLACED=positions is not None,
         SOFTCAP=softcap is not None, WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data),
-        INTERPRET=interpreted(), num_warps=warps,
+        INTERPRET=interpreted(), num_warps=warps, **limit,
     )  # fmt: skip
     return join(slots, lengths, query, value_width, tile=tile, programs=programs, lse=lse, rests=rests)
+
+
+@cache
+def _order(device: torch.device) -> Tensor:
+    """Numbers from 0 on."""
+    return torch.arange(1024, dtype=torch.int32, device=device)
+
+
+def _unit_of(nbytes: int, way: int, most: int) -> tuple[int, int]:
+    """Bits unrolled at once, and units in a row (a power of two)."""
+    if way == 0:
+        return 8, max(power(nbytes), 16)
+    bits = 16 if most == 16 and nbytes % 2 == 0 and nbytes >= 10 else 8
+    return bits, max(power(nbytes * 8 // bits), 16 // bits)
 
 
 def _passes_4_gib(x: Tensor) -> bool:
