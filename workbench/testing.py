@@ -33,7 +33,8 @@ from workbench.registry import method as make
 from workbench.run import Run
 from workbench.session import Session
 from workbench.trace import Trace
-from workbench.weights.base import Survey, WeightMethod, compressed
+from workbench.weights.base import SHORT, Survey, WeightMethod, compressed
+from workbench.weights.study import WeightStudy
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 70  # of the usual prompt: longer than a tiny model's sliding window (16), short enough for plain loops
@@ -490,17 +491,29 @@ def _read_by(session: Session) -> Trace:
 # -- weight methods
 
 
-def the_original_model_is_unchanged(method: WeightMethod) -> None:
+@cache
+def _studied() -> tuple[PreTrainedModel, WeightStudy]:
+    """A tiny model and its calibration, which all weight methods share as those of a session do."""
     model = tiny("llama")
+    return model, WeightStudy(model, calibration=SHORT)
+
+
+def _compressed(method: WeightMethod) -> PreTrainedModel:
+    model, study = _studied()
+    return compressed(model, [method], study=lambda *_: study)
+
+
+def the_original_model_is_unchanged(method: WeightMethod) -> None:
+    model, _ = _studied()
     with _nothing_left(method, model):
         said = _logits(model)
-        _logits(compressed(model, [method]))
+        _logits(_compressed(method))
         _must(torch.equal(_logits(model), said), "the original model answers differently")
 
 
 def compressed_layers_hold_no_more_than_foretold(method: WeightMethod) -> None:
-    model = tiny("llama")
-    survey, twin = method.survey(model), compressed(model, [method])
+    model, _ = _studied()
+    survey, twin = method.survey(model), _compressed(method)
     _must(bool(_logits(twin).isfinite().all()), "the compressed model's logits are not finite")
     live = _held(survey, model, twin)
     _must(live <= survey.nbytes, f"{survey.nbytes} bytes foretold, {live} held")
@@ -517,18 +530,18 @@ def _held(survey: Survey, model: PreTrainedModel, twin: PreTrainedModel) -> int:
 
 
 def weights_keep_to_the_budget(method: WeightMethod) -> None:
-    model = tiny("llama")
+    model, _ = _studied()
     for budget in BUDGETS:
         asked = method.with_budget(budget)
         try:
-            twin = compressed(model, [asked])
+            twin = _compressed(asked)
         except BudgetTooSmall as refusal:
             _must(budget < refusal.smallest, f"the budget {budget} is refused, and {refusal.smallest} named")
             if refusal.smallest > 1:
                 continue
             budget = refusal.smallest
             asked = method.with_budget(budget)
-            twin = compressed(model, [asked])
+            twin = _compressed(asked)
         survey = asked.survey(model)
         live = _held(survey, model, twin)
         _must(
@@ -538,7 +551,7 @@ def weights_keep_to_the_budget(method: WeightMethod) -> None:
 
 
 def the_same_weights_come_out_twice(method: WeightMethod) -> None:
-    one, two = (compressed(tiny("llama"), [type(method)(**dict(method))]) for _ in range(2))
+    one, two = _compressed(method), compressed(tiny("llama"), [type(method)(**dict(method))])
     _must(torch.equal(_logits(one), _logits(two)), "compressing the same model twice gives two models")
 
 

@@ -287,17 +287,16 @@ class LiveBytes(TorchDispatchMode):
             self._current -= self._sizes.pop(watch.key)
 
 
-class _Watch(weakref.ref[torch.UntypedStorage]):
+class _Watch(weakref.ref):  # type: ignore[type-arg]
     """Notes when a storage is freed: the watch itself, which knows the storage's key."""
 
     __slots__ = ("key",)
     key: int
 
-    def __new__(cls, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> _Watch:
-        return super().__new__(cls, storage, freed.append)  # type: ignore[arg-type]
+    def __new__(cls, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> Self:
+        return super().__new__(cls, storage, freed.append)
 
     def __init__(self, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> None:
-        super().__init__(storage, freed.append)  # type: ignore[arg-type]
         self.key = key
 
     __hash__ = object.__hash__  # that of a storage is gone with it

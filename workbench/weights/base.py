@@ -21,7 +21,7 @@ from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
 
-_SHORT = Calibration(SAMPLED, samples=16, tokens=64)
+SHORT = Calibration(SAMPLED, samples=16, tokens=64)  # where nobody says on what to calibrate
 
 
 class WeightMethod(Method):
@@ -229,7 +229,7 @@ def compressed(
         before, twin = twin, sharing_copy(twin)
         survey = method.survey(twin)
         survey.check()
-        known = study(before, number) if study else WeightStudy(before, calibration=_SHORT)
+        known = study(before, number) if study else WeightStudy(before, calibration=SHORT)
         survey.method.apply(twin, survey.linears, known, progress)
     return twin if methods else sharing_copy(model)
 
