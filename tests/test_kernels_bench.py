@@ -288,7 +288,7 @@ def test_small_layers_are_measured_beside_the_plain_one_and_what_is_missing_is_a
     monkeypatch.setattr(weights, "LIBRARIES", {("sparse, 2:4", "torch"): lambda *shape: 1 / 0})
     rows = list(weights.rows(quick=False))
     assert len(rows) == 3 * (len(weights.OURS) + 1 + len(weights.GEMLITE))
-    ours = [row for row in rows if row["way"] in ("torch", "ours") and "us" in row]
+    ours = [row for row in rows if row["way"] in ("torch", "ours", "tiles") and "us" in row]
     assert len(ours) == 3 * len(weights.OURS) and all(row["speedup"] == 1.0 for row in ours)
     for row in ours:  # 16-bit scales of the packed ones are exact in float32; integers round their inputs
         assert row["error"] < (0.02 if row["what"].startswith("integers") else 1e-5), row

@@ -5,7 +5,8 @@ of the held weight, the input and the output; *times as fast* is over nn.Linear 
 product in float64 with the weight that a layer stands for, so they say what computing loses, not what rounding the
 weight lost. Whatever a library cannot do, or is not installed, is a row with the reason; GemLite chooses among its
 kernels' configurations while it warms up, as long as `GEMLITE_SECONDS` are not over.
-WORKBENCH_SWEEP=1 tries several sizes of the tiles in which weights are made float first.
+WORKBENCH_SWEEP=1 first tries several sizes of the tiles in which weights are made float, and the configurations of the
+kernel that packed layers use for a few tokens ("tiles": the same layer without it).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.layers import CodebookLinear, CompactLinear, IntegerLinear, PackedLinear, SparseLinear, compact
 from workbench.weights.low_rank import LowRankLinear
+from workbench_kernels.packing import pack
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # [o, i]
 TOKENS = (1, 16, 512)
@@ -117,22 +119,42 @@ def timed(work: Callable[[], Any]) -> tuple[float, bool]:
 
 
 def sweep() -> Iterator[dict[str, Any]]:
-    """How long one token and 512 take where weights are made float in tiles of another size."""
+    """Tiles of other sizes for one token and 512, and the packed kernel's configurations for one."""
     usual = compact._TILE
     try:
         for outputs, inputs in ((14336, 4096), (4096, 14336)):
-            for what in ("packed 4 bit, group 64", "sparse, half, uneven rows"):
-                held = OURS[what, "ours"](outputs, inputs)
+            for what in (("packed 4 bit, group 64", "tiles"), ("sparse, half, uneven rows", "ours")):
+                held = OURS[what](outputs, inputs)
                 for tile in TILES:
                     compact._TILE = tile << 20
                     for tokens in (1, 512):
-                        x = torch.randn(tokens, inputs, dtype=KIND, device=DEVICE)
-                        row = case(f"sweep: {what}", f"tiles of {tile} MiB", outputs, inputs, tokens)
-                        with torch.inference_mode():
-                            us, graph = timed(partial(held.work, x))
-                        yield {**row, "us": us, **({} if graph else {"launched": "one by one"})}
+                        yield tried(held.work, what[0], f"tiles of {tile} MiB", outputs, inputs, tokens)
     finally:
         compact._TILE = usual
+    from workbench_kernels.gpu import packed_linear as gpu
+
+    for outputs, inputs in ((4096, 4096), (14336, 4096)):
+        codes, scale, zero = grid(4, 64, outputs, inputs)
+        plane = pack(codes, 4).contiguous()
+        for config in gpu.CONFIGS:
+
+            def work(x: Tensor, given: Any = (plane, scale, zero, None, 4, 64, 0.0, config)) -> Tensor:
+                return gpu.packed_linear(x, *given)
+
+            yield tried(work, "packed 4 bit, group 64", str(tuple(config)), outputs, inputs, 1)
+
+
+def tried(
+    work: Callable[[Tensor], Tensor], what: str, way: str, outputs: int, inputs: int, tokens: int
+) -> dict[str, Any]:
+    """A row of a sweep."""
+    row = case(f"sweep: {what}", way, outputs, inputs, tokens)
+    try:
+        with torch.inference_mode():
+            us, graph = timed(partial(work, torch.randn(tokens, inputs, dtype=KIND, device=DEVICE)))
+    except Exception as error:  # does not fit into the device: one result among others
+        return {**row, "failed": _said(error)}
+    return {**row, "us": us, **({} if graph else {"launched": "one by one"})}
 
 
 def _said(error: Exception) -> str:
@@ -156,6 +178,13 @@ def ours(layer: CompactLinear) -> Held:
 def packed(bits: int, group: int, outputs: int, inputs: int) -> Held:
     codes, scale, zero = grid(bits, group, outputs, inputs)
     return ours(PackedLinear(codes, scale, zero, bits, group=group))
+
+
+def packed_tiles(outputs: int, inputs: int) -> Held:
+    """The same without the kernel: for one token, too, weights are made float."""
+    codes, scale, zero = grid(4, 64, outputs, inputs)
+    layer = PackedLinear(codes, scale, zero, 4, group=64)
+    return ours(layer)._replace(work=partial(CompactLinear.forward, layer))
 
 
 def integer(bits: int, outputs: int, inputs: int) -> Held:
@@ -187,6 +216,7 @@ OURS: dict[tuple[str, str], Make] = {
         (f"packed {bits} bit, group {group}", "ours"): partial(packed, bits, group)
         for bits in (8, 4, 2) for group in (64, 128)
     },
+    ("packed 4 bit, group 64", "tiles"): packed_tiles,
     ("sparse, half, uneven rows", "ours"): partial(sparse, False),
     ("sparse, 2:4", "ours"): partial(sparse, True),
     ("codebook, an eighth", "ours"): codebook,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +12,18 @@ from torch import Tensor
 
 from workbench_kernels.packed_linear import RUN
 
-_RUNS = 4  # of each output, that a program reads at a time
 _PROGRAMS = 256  # at least, so that no multiprocessor is idle
+
+
+class Config(NamedTuple):
+    """How a program works: outputs, runs of bytes of each that it reads at a time, warps."""
+
+    rows: int
+    runs: int
+    warps: int
+
+
+CONFIGS = tuple(Config(*each) for each in product((8, 16, 32), (2, 4, 8), (4, 8)))
 
 
 @triton.jit
@@ -32,7 +45,9 @@ def _product(
         byte = first + run[:, None] + place[None, :]  # [RUNS, RUN]
         inside = first + run < width
         there = real[:, None] & inside[None, :]  # [ROWS, RUNS]
-        held = tl.load(plane + held_base[:, None, None] + byte[None], mask=there[:, :, None], other=0).to(tl.int32)
+        held = tl.load(plane + held_base[:, None, None] + byte[None, :, :], mask=there[:, :, None], other=0).to(
+            tl.int32
+        )
         for field in tl.static_range(8 // BITS):
             code = ((held >> (field * BITS)) & (2**BITS - 1)).to(tl.float32)  # [ROWS, RUNS, RUN]
             column = field * width + byte
@@ -45,25 +60,31 @@ def _product(
                 below = tl.load(zero + at, mask=there, other=0).to(tl.float32)
             else:
                 below = MIDDLE
-            part = tl.sum(code * number[None], 2)  # [ROWS, RUNS]
+            part = tl.sum(code * number[None, :, :], 2)  # [ROWS, RUNS]
             total += tl.sum(step * (part - below * tl.sum(number, 1)[None, :]), 1)
     tl.store(out + token * outputs + row, total.to(out.dtype.element_ty), mask=real)
 
 
+def usual(outputs: int) -> Config:
+    """What is taken where nothing else is asked for."""
+    rows = 16
+    while rows > 2 and outputs < rows * _PROGRAMS:
+        rows //= 2
+    return Config(rows, 4, 4)
+
+
 def packed_linear(
     x: Tensor, plane: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, bits: int, group: int,
-    middle: float,
+    middle: float, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """See `workbench_kernels.packed_linear.packed_linear`."""
     outputs, width = plane.shape
     out = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
-    rows = 16
-    while rows > 2 and outputs < rows * _PROGRAMS:
-        rows //= 2
-    _product[(x.shape[0], triton.cdiv(outputs, rows))](
+    config = config or usual(outputs)
+    _product[(x.shape[0], triton.cdiv(outputs, config.rows))](
         x.contiguous(), plane, scale, scale if zero is None else zero, scale if columns is None else columns, out,
         outputs, width, scale.shape[1],
         BITS=bits, GROUP=group, MIDDLE=middle, ZERO=zero is not None, COLUMNS=columns is not None,
-        ROWS=rows, RUNS=_RUNS, RUN=RUN, num_warps=4,
+        ROWS=config.rows, RUNS=config.runs, RUN=RUN, num_warps=config.warps,
     )  # fmt: skip
     return out
