@@ -61,9 +61,9 @@ def _unroll_code(wide: bool) -> str:
 
 
 def _raw_code(bits: int) -> str:
-    """PTX that unrolls two units of `bits` bits, whose numbers begin at shared addresses. Outputs: the number of each bit,
-    that of the first unit in the lower half, that of the second in the upper, zero where no bit is set. Inputs: the
-    bits of both, the addresses of both.
+    """PTX that unrolls two units of `bits` bits, whose numbers begin so many bytes into `room`. Outputs: the number of
+    each bit, that of the first unit in the lower half, that of the second in the upper, zero where no bit is set.
+    Inputs: the bits of both, the places of both.
     """
     lines = [
         "{ .reg .pred p, q; .reg .b32 x, y, t, a, b;",
@@ -80,7 +80,7 @@ def _raw_code(bits: int) -> str:
 
 
 def _window_code(bits: int, masked: bool) -> str:
-    """The same from windows: the word at 4 * r bytes beyond a unit's address holds its numbers r - 1 and r.
+    """The same from windows: the word 4 * r bytes beyond a unit's place holds its numbers r - 1 and r.
 
     The bits of a word's bytes are added up side by side: byte k of `s` is how many numbers precede an odd bit, times 4;
     a window there ends with the number of that bit and begins with the one before, that of the even bit below it. The
