@@ -83,6 +83,16 @@ def test_the_kernel_reads_packed_codes_and_multiplies_the_same(given: dict[str, 
     assert float((found.double() - wanted).norm()) < (1e-5 if x.dtype == torch.float32 else 1e-3) * float(wanted.norm())
 
 
+@interpreted
+def test_every_configuration_gives_the_same() -> None:
+    from workbench_kernels.gpu.packed_linear import CONFIGS, packed_linear
+
+    codes, arguments = case(outputs=70, inputs=640, dtype=torch.float32)
+    wanted = looped(codes, arguments)
+    for config in CONFIGS:
+        assert float((packed_linear(*arguments, config).double() - wanted).norm()) < 1e-5 * float(wanted.norm())
+
+
 def test_runs_of_two_groups_and_many_tokens_are_left_to_the_reference() -> None:
     plane = torch.zeros(3, 128, dtype=torch.uint8)
     assert fits(torch.zeros(1, 256), plane, 4, 64)
