@@ -34,6 +34,7 @@ from workbench.weights.layers import (
     VectorLinear,
     compact,
 )
+from workbench.weights.layers.integer import input_codes, input_step
 from workbench.weights.low_rank import LowRankLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -225,6 +226,15 @@ def test_integers_are_multiplied_as_in_host_memory(name: str, dtype: torch.dtype
     with torch.no_grad():
         got, want = layer(x.to(CUDA)), twin(x)
     assert off(got, want) < (1e-5 if twin.by_token and dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bf16", "float16"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_inputs_are_rounded_to_the_same_integers_as_in_host_memory(bits: int, dtype: torch.dtype) -> None:
+    x = drawn(300, INPUTS, seed=9).to(dtype)  # in 16 bits, many of them halfway between two integers
+    there = x.to(CUDA)
+    want, got = input_codes(x, input_step(x, bits), bits), input_codes(there, input_step(there, bits), bits)
+    assert torch.equal(got.cpu(), want)
 
 
 @pytest.mark.parametrize("name", LAYERS)

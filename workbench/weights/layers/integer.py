@@ -91,7 +91,9 @@ def input_step(x: Tensor, bits: int, inputs: Tensor | None = None, exponent: flo
     step = largest.pow(exponent) if exponent != 1 else largest
     if inputs is not None:
         step = step * inputs.float()
-    return (step / (2 ** (bits - 1) - 1)).clamp_min(_TINY)
+    # Times the reciprocal, which is what a GPU makes of a division by a number: the same steps to the bit everywhere, so
+    # that ties (frequent at few bits of 16-bit inputs) fall to the same side.
+    return (step * (1 / (2 ** (bits - 1) - 1))).clamp_min(_TINY)
 
 
 def input_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:
