@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from workbench.weights.layers.compact import CompactLinear
-from workbench_kernels.packing import pack, unpack
+from workbench_kernels.packing import pack
+from workbench_kernels.weight import sparse_weight
 
 
 class DictionaryLinear(CompactLinear):
@@ -33,10 +34,8 @@ class DictionaryLinear(CompactLinear):
 
     def codes(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """The sparse matrix of some outputs, with its zeros: [last - first, a]."""
-        chosen = unpack(self.mask[first:last], 1, self.atoms.shape[0]).view(torch.bool)
-        return chosen.new_zeros(chosen.shape, dtype=dtype).masked_scatter_(
-            chosen, self.coefficients[first:last].to(dtype)
-        )
+        coefficients = self.coefficients[first:last].flatten()
+        return sparse_weight(self.mask[first:last], coefficients, None, self.atoms.shape[0], dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.codes(first, last, dtype) @ self.atoms.to(dtype)

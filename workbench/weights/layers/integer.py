@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from workbench.weights.layers.packed import PackedLinear
+from workbench_kernels.weight import nibbles
 
 _EXACT = 1024  # columns whose products of 8-bit numbers float32 sums without rounding: 128 * 128 * 1024 = 2 ** 24
 _TINY = 1e-12  # a token of zeros has some step too
@@ -71,12 +72,7 @@ class IntegerLinear(PackedLinear):
         held: Tensor = self.plane0  # type: ignore[assignment]
         if self.bits == 8:
             return (held ^ 128).view(torch.int8), 1
-        half = held.shape[1]  # a byte holds a code of the first columns below one of the last
-        turned = held ^ 0x88
-        whole = torch.empty(self.out_features, 2 * half, dtype=torch.uint8, device=held.device)
-        torch.bitwise_left_shift(turned, 4, out=whole[:, :half])
-        torch.bitwise_and(turned, 0xF0, out=whole[:, half:])
-        return whole[:, : self.in_features].view(torch.int8), 16
+        return nibbles(held)[:, : self.in_features], 16
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "input_bits": self.input_bits}
@@ -91,8 +87,8 @@ def input_step(x: Tensor, bits: int, inputs: Tensor | None = None, exponent: flo
     step = largest.pow(exponent) if exponent != 1 else largest
     if inputs is not None:
         step = step * inputs.float()
-    # Times the reciprocal, which is what a GPU makes of a division by a number: the same steps to the bit everywhere, so
-    # that ties (frequent at few bits of 16-bit inputs) fall to the same side.
+    # Times the reciprocal, which is what a GPU makes of a division by a number: so steps are the same to the bit
+    # everywhere, and ties, frequent at few bits of 16-bit inputs, fall to the same side.
     return (step * (1 / (2 ** (bits - 1) - 1))).clamp_min(_TINY)
 
 

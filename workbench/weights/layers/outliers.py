@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
-from workbench_kernels.packing import pack, unpack
+from workbench_kernels.packing import pack
+from workbench_kernels.weight import sparse_weight
 
 
 class OutliersLinear(CompactLinear):
@@ -48,12 +49,13 @@ class OutliersLinear(CompactLinear):
             self.register_buffer("values", nearest_eight(weight, scale[:, None])[chosen].to(torch.int8))
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        values = self.values[self._span(first, last)].to(dtype)
-        weight = values.new_zeros(last - first, self.in_features)
+        values = self.values[self._span(first, last)]
         if self.map is not None:
-            weight.masked_scatter_(unpack(self.map[first:last], 1, self.in_features).view(torch.bool), values)
+            starts = self.starts[first : last + 1]
+            weight = sparse_weight(self.map[first:last], values, starts, self.in_features, dtype)
         else:
-            weight[self._places(first, last)] = values
+            weight = values.new_zeros(last - first, self.in_features, dtype=dtype)
+            weight[self._places(first, last)] = values.to(dtype)
         return weight if self.scale is None else weight.mul_(self.scale[first:last, None].to(dtype))
 
     def _places(self, first: int, last: int) -> tuple[Tensor, Tensor]:

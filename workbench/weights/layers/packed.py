@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.packed_linear import fits, packed_linear
-from workbench_kernels.packing import pack, unpack
+from workbench_kernels.packing import pack
+from workbench_kernels.weight import packed_codes, packed_weight, scaled_weight
 
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # how many bits lie in which buffer
 
@@ -55,19 +56,22 @@ class PackedLinear(CompactLinear):
         self.register_buffer("zero", None if zero is None else zero.to(exact, copy=True).contiguous())
         self.register_buffer("columns", None if columns is None else columns.to(torch.float16, copy=True).contiguous())
 
+    def planes(self, first: int = 0, last: int | None = None) -> list[Tensor]:
+        """The packed bytes of some outputs (default: of all), uint8 [last - first, b] each."""
+        return [getattr(self, f"plane{index}")[first:last] for index in range(len(_PLANES[self.bits]))]
+
     def codes(self, first: int = 0, last: int | None = None) -> Tensor:
         """The codes of some outputs (default: of all), uint8 [last - first, i]."""
-        found, below = None, 0
-        for index, width in enumerate(_PLANES[self.bits]):
-            plane = unpack(getattr(self, f"plane{index}")[first:last], width, self.in_features)
-            found = plane if found is None else found.bitwise_or_(plane << below)
-            below += width
-        assert found is not None
-        return found
+        return packed_codes(self.planes(first, last), _PLANES[self.bits], self.in_features)
 
     def numbers(self, first: int, last: int) -> Tensor:
         """What the codes of some outputs stand for before zeros and scales: [last - first, i], the codes themselves."""
         return self.codes(first, last)
+
+    @property
+    def plain(self) -> bool:
+        """Whether codes stand for themselves."""
+        return type(self).numbers is PackedLinear.numbers
 
     @property
     def middle(self) -> float:
@@ -75,21 +79,12 @@ class PackedLinear(CompactLinear):
         return 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        numbers = self.numbers(first, last)
-        exact = dtype if dtype.itemsize > 4 else torch.float32  # of what is computed; rounded once, when it is written
-        scale = self.scale[first:last].to(exact)
-        zero = self.middle if self.zero is None else self.zero[first:last].to(exact)
-        begin = scale * -zero  # exact: 11 bits times 11
-        weight = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
-        whole = self.in_features // self.group
-        edge, shape = whole * self.group, (-1, self.group)
-        for part, of, own in (
-            (weight[:, :edge].unflatten(1, shape), numbers[:, :edge].unflatten(1, shape), slice(0, whole)),
-            (weight[:, None, edge:], numbers[:, None, edge:], slice(whole, None)),
-        ):
-            if part.numel():
-                torch.addcmul(begin[:, own, None], of, scale[:, own, None], out=part)
-        return weight if self.columns is None else weight.mul_(self.columns.to(dtype))
+        zero = None if self.zero is None else self.zero[first:last]
+        scale, columns, group, middle = self.scale[first:last], self.columns, self.group, self.middle
+        if not self.plain:
+            return scaled_weight(self.numbers(first, last), scale, zero, columns, group, middle, dtype)
+        planes, widths = self.planes(first, last), _PLANES[self.bits]
+        return packed_weight(planes, widths, scale, zero, columns, group, middle, self.in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -102,7 +97,7 @@ class PackedLinear(CompactLinear):
 
     def _read_as_it_lies(self, x: Tensor) -> bool:
         """Whether a GPU's kernel multiplies x [n, i] with the packed codes: no weight is made float then."""
-        own = type(self).numbers is PackedLinear.numbers and len(_PLANES[self.bits]) == 1
+        own = self.plain and len(_PLANES[self.bits]) == 1
         learning = x.requires_grad and torch.is_grad_enabled()
         plane: Any = self.plane0
         return own and not learning and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.packing import pack, unpack
+from workbench_kernels.weight import sparse_weight
 
 
 class SparseLinear(CompactLinear):
@@ -40,19 +41,16 @@ class SparseLinear(CompactLinear):
     @property
     def kept(self) -> Tensor:
         """Which weights are held, bool [o, i]."""
-        return self._kept(0, self.out_features)
-
-    def _kept(self, first: int, last: int) -> Tensor:
-        return unpack(self.bitmap[first:last], 1, self.in_features).view(torch.bool)
+        return unpack(self.bitmap, 1, self.in_features).view(torch.bool)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         if self.offsets is None:
             each = self.values.numel() // self.out_features
-            values = self.values[first * each : last * each]
+            begin, end, starts = first * each, last * each, None
         else:
-            values = self.values[starting(self.offsets, self.marks, first) : starting(self.offsets, self.marks, last)]
-        kept = self._kept(first, last)
-        return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
+            begin, end = (starting(self.offsets, self.marks, row) for row in (first, last))
+            starts = self.offsets[first : last + 1]
+        return sparse_weight(self.bitmap[first:last], self.values[begin:end], starts, self.in_features, dtype)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "density": self.values.numel() / (self.in_features * self.out_features)}
