@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ KIND, DEVICE = torch.bfloat16, "cuda"
 CODEWORDS = 8  # of this many outputs each, one codeword
 MILLISECONDS = 8.0  # of each time
 TILES = (8, 16, 32, 64, 128)  # MiB
-GEMLITE_SECONDS = 20.0
+GEMLITE_SECONDS = 15.0
 
 
 class Held(NamedTuple):
@@ -62,13 +62,15 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
         for outputs, inputs in shapes:
             for (what, way), make in GEMLITE.items():
                 if perf_counter() - began > GEMLITE_SECONDS:
-                    yield {**case(what, way, outputs, inputs, tokens), "failed": "the time was over"}
+                    yield {**case(what, way, outputs, inputs, (tokens,)), "failed": "the time was over"}
                 else:
                     yield from measured(what, way, make, outputs, inputs, plain, (tokens,))
 
 
-def case(what: str, way: str, outputs: int, inputs: int, tokens: int) -> dict[str, Any]:
-    return {"what": what, "way": way, "shape": [outputs, inputs], "n": tokens}
+def case(what: str, way: str, outputs: int, inputs: int, several: tuple[int, ...]) -> dict[str, Any]:
+    """What a row is about, for one number of tokens, or for several that failed in the same way."""
+    n = several[0] if len(several) == 1 else ", ".join(map(str, several))
+    return {"what": what, "way": way, "shape": [outputs, inputs], "n": n}
 
 
 def measured(
@@ -85,37 +87,42 @@ def measured(
         held = make(outputs, inputs)
         exact = held.weight().double() if held.weight is not None else None
     except Exception as error:  # not installed, or not for this device: one result among others
-        for tokens in several:
-            yield {**case(what, way, outputs, inputs, tokens), "failed": _said(error)}
+        yield {**case(what, way, outputs, inputs, several), "failed": _said(error)}
         return
+    failed: dict[str, list[int]] = {}
+    graph = True  # until a capture fails: then for the others neither
     for tokens in several:
-        row, key = case(what, way, outputs, inputs, tokens), (outputs, inputs, tokens)
-        x = torch.randn(tokens, inputs, dtype=KIND, device=DEVICE)
+        key = (outputs, inputs, tokens)
+        x = drawn(tokens, inputs)
         try:
             with torch.inference_mode():
                 out = run_poisoned(partial(held.work, x))
                 error = None if exact is None else relative_error(out, x.double() @ exact.T)
-                us, graph = timed(partial(held.work, x))
+                us, graph = timed(partial(held.work, x), graph)
                 peak = peak_bytes(partial(held.work, x))
         except Exception as problem:
-            yield {**row, "failed": _said(problem)}
+            failed.setdefault(_said(problem), []).append(tokens)
             continue
         if what == DENSE:
             plain[key] = us
         yield {
-            **row, "us": us, "bytes": held.nbytes + x.nbytes + out.nbytes, "flops": 2 * tokens * outputs * inputs,
+            **case(what, way, outputs, inputs, (tokens,)),
+            "us": us, "bytes": held.nbytes + x.nbytes + out.nbytes, "flops": 2 * tokens * outputs * inputs,
             "speedup": plain[key] / us if key in plain else None, "peak": peak, "error": error,
             **({} if graph else {"launched": "one by one"}),
         }  # fmt: skip
+    for said, those in failed.items():
+        yield {**case(what, way, outputs, inputs, tuple(those)), "failed": said}
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, bool]:
+def timed(work: Callable[[], Any], graph: bool = True) -> tuple[float, bool]:
     """Microseconds, and whether by a graph; work that cannot be captured is launched kernel by kernel."""
-    try:
-        return time_us(work, milliseconds=MILLISECONDS), True
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return time_us(work, graph=False, milliseconds=MILLISECONDS), False
+    if graph:
+        try:
+            return time_us(work, milliseconds=MILLISECONDS), True
+        except RuntimeError:
+            torch.cuda.synchronize()
+    return time_us(work, graph=False, milliseconds=MILLISECONDS), False
 
 
 def sweep() -> Iterator[dict[str, Any]]:
@@ -148,10 +155,10 @@ def tried(
     work: Callable[[Tensor], Tensor], what: str, way: str, outputs: int, inputs: int, tokens: int
 ) -> dict[str, Any]:
     """A row of a sweep."""
-    row = case(f"sweep: {what}", way, outputs, inputs, tokens)
+    row = case(f"sweep: {what}", way, outputs, inputs, (tokens,))
     try:
         with torch.inference_mode():
-            us, graph = timed(partial(work, torch.randn(tokens, inputs, dtype=KIND, device=DEVICE)))
+            us, graph = timed(partial(work, drawn(tokens, inputs)))
     except Exception as error:  # does not fit into the device: one result among others
         return {**row, "failed": _said(error)}
     return {**row, "us": us, **({} if graph else {"launched": "one by one"})}
@@ -167,8 +174,15 @@ def _said(error: Exception) -> str:
 
 
 def dense(outputs: int, inputs: int) -> Held:
-    layer = nn.Linear(inputs, outputs, bias=False, dtype=KIND, device=DEVICE).requires_grad_(False)
+    layer = whole(outputs, inputs)
     return Held(layer, layer.weight.nbytes, lambda: layer.weight)
+
+
+def whole(outputs: int, inputs: int) -> nn.Linear:
+    """A plain layer."""
+    layer = nn.Linear(inputs, outputs, bias=False, dtype=KIND, device="meta").to_empty(device=DEVICE)
+    layer.requires_grad_(False).weight.copy_(_normal(outputs, inputs))
+    return layer
 
 
 def ours(layer: CompactLinear) -> Held:
@@ -200,7 +214,8 @@ def sparse(even: bool, outputs: int, inputs: int) -> Held:
 
 def codebook(outputs: int, inputs: int) -> Held:
     words = outputs // CODEWORDS
-    return ours(CodebookLinear(_normal(words, inputs), torch.randint(words, (outputs,), device=DEVICE)))
+    index = torch.randint(words, (outputs,), generator=_drawing(DEVICE), device=DEVICE)
+    return ours(CodebookLinear(_normal(words, inputs), index))
 
 
 def low_rank(outputs: int, inputs: int) -> Held:
@@ -259,7 +274,7 @@ def torchao(config: str, options: dict[str, Any], outputs: int, inputs: int) -> 
     """A plain layer that torchao quantised. What it stands for is read off its product with the identity."""
     from torchao import quantization
 
-    layer: Any = nn.Linear(inputs, outputs, bias=False, dtype=KIND, device=DEVICE).requires_grad_(False)
+    layer: Any = whole(outputs, inputs)
     quantization.quantize_(layer, getattr(quantization, config)(**options))
     inner = [getattr(layer.weight, part) for part in layer.weight.__tensor_flatten__()[0]]
     nbytes = tensor_bytes(tensor for tensor in inner if isinstance(tensor, Tensor))
@@ -305,9 +320,10 @@ GEMLITE: dict[tuple[str, str], Make] = {
 def grid(bits: int, group: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [o, i], scales and zeros float16 [o, g]; the weights have a variance of about 1 / i."""
     groups = inputs // group
-    codes = torch.randint(2**bits, (outputs, inputs), dtype=torch.uint8, device=DEVICE)
-    scale = (torch.rand(outputs, groups, device=DEVICE) + 0.5) * 3.5 / 2**bits / inputs**0.5
-    zero = 2 ** (bits - 1) + torch.rand(outputs, groups, device=DEVICE) - 0.5
+    draw = _drawing(DEVICE)
+    codes = torch.randint(2**bits, (outputs, inputs), generator=draw, dtype=torch.uint8, device=DEVICE)
+    scale = (torch.rand(outputs, groups, generator=draw, device=DEVICE) + 0.5) * 3.5 / 2**bits / inputs**0.5
+    zero = 2 ** (bits - 1) + torch.rand(outputs, groups, generator=draw, device=DEVICE) - 0.5
     return codes, scale.half(), zero.half()
 
 
@@ -317,5 +333,16 @@ def two_of_four(weight: Tensor) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(2, dim=-1).indices, True).flatten(1)
 
 
+def drawn(*shape: int) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(*shape, generator=_drawing(DEVICE), dtype=KIND, device=DEVICE)
+
+
 def _normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=KIND, device=DEVICE) / shape[1] ** 0.5
+    return drawn(*shape) / shape[1] ** 0.5
+
+
+@cache
+def _drawing(device: str) -> torch.Generator:
+    """A generator of one's own: a capture that failed leaves torch's own unable to draw."""
+    return torch.Generator(device=device).manual_seed(0)
