@@ -158,7 +158,7 @@ def test_a_budget_too_small_is_one_notice_that_names_the_smallest(open_tab: Call
 
 def test_two_tabs_never_disturb_each_other(open_tab: Callable[..., Watched]) -> None:
     one = open_tab(own(SHORT, kv="knorm", budget="60%")).page
-    other = open_tab(own("Rain fell on the harbour all day long. " * 6, kv="tova", budget="30%")).page
+    other = open_tab(own("Rain fell on the harbour all day long. " * 6, kv="tova", budget="30%", tokens="4")).page
     first = figure(one, "KV cache").text_content()
     set_budget(other, "80%")
     figure(other, "Share of bytes").filter(has_text=re.compile("^(79|80)")).wait_for()
@@ -222,33 +222,39 @@ def test_a_row_of_the_raster_shows_that_head_alone_and_comes_back(open_tab: Call
     page.wait_for_selector("text=Prompt, by the share")
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_every_tab_shows_its_view_in_both_themes(open_tab: Callable[..., Watched], dark: bool) -> None:
+def test_every_tab_shows_its_view_in_both_themes(open_tab: Callable[..., Watched]) -> None:
     page = open_tab(own(SHORT)).page
-    if dark:
-        page.locator("button[aria-label*='heme']").first.click()
-        page.wait_for_selector("[aria-label='Kept positions by layer and head'].wb-dark")
-    for tab, shows in (
-        ("Attention", "text=Attention of layer 0, head 0"),
-        ("Head error", "text=Relative error of each head"),
-        ("Outliers", ".js-plotly-plot"),
-        ("Memory", ".js-plotly-plot"),
-        ("Runs", "text=No runs yet"),
-        ("Weights", "text=Choose a weight method"),
-        ("Tokens", "text=Kept positions"),
-    ):
-        page.get_by_role("tab", name=tab).click()
-        page.wait_for_selector(shows)
-        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth + 1"), f"{tab} is too wide"
+    toggle = page.locator("button[aria-label*='heme']").first
+    for dark in (False, True):
+        if dark:
+            toggle.click()
+            page.wait_for_selector("[aria-label='Kept positions by layer and head'].wb-dark")
+        for tab, shows in (
+            ("Attention", "text=Attention of layer 0, head 0"),
+            ("Head error", "text=Relative error of each head"),
+            ("Outliers", ".js-plotly-plot"),
+            ("Memory", ".js-plotly-plot"),
+            ("Runs", "text=No runs yet"),
+            ("Weights", "text=Choose a weight method"),
+            ("Tokens", "text=Kept positions"),
+        ):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_selector(shows)
+            assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth + 1"), f"{tab} is too wide"
+    toggle.click()  # the browser remembers it
 
 
-def test_a_link_brings_the_view_back(open_tab: Callable[..., Watched]) -> None:
+def test_a_link_brings_the_view_back_and_the_page_is_python_too(open_tab: Callable[..., Watched]) -> None:
     query = own(SHORT, kv="h2o", values='{"h2o": {"recent_share": 0.25}}', budget="45%", question="Who?", layer="3")
     page = open_tab(query + "&head=2&tab=1").page
     page.wait_for_selector("text=Attention of layer 3, head 2")
     assert page.get_by_label("Recent share").input_value() == "0.25"
     assert page.get_by_label("Question about the text").input_value() == "Who?"
     assert figure(page, "Share of bytes").text_content().startswith("4")
+    page.locator("button:has-text('Python')").click()
+    code = page.locator("pre").first.text_content()
+    assert "recent_share" in code
+    compile(code, "page", "exec")
 
 
 def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[..., Watched]) -> None:
@@ -267,14 +273,6 @@ def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[
     assert changed(lambda: weights.text_content(), before) < before
     page.get_by_text("full + bitstack 2 MiB").first.wait_for()
     page.wait_for_url(re.compile("weights_budget=2MiB"))
-
-
-def test_the_page_as_python_can_be_copied(open_tab: Callable[..., Watched]) -> None:
-    page = open_tab(own(SHORT, store="kivi")).page
-    page.locator("button:has-text('Python')").click()
-    code = page.locator("pre").first.text_content()
-    assert "wb.method('kivi')" in code
-    compile(code, "page", "exec")
 
 
 def choose_to_show(page: Any, name: str) -> None:

@@ -77,7 +77,7 @@ OWN: list[type[KVMethod]] = [Undecided, Certain, FirstServed, IntoTheLast]
 KV = [cls for cls in registered("kv") if issubclass(cls, KVMethod)] + OWN
 TOKENS = 48
 BUDGET = 0.6
-THIN = 6  # of the recipes of three methods and more, one in so many is tried with each scorer
+THIN = 12  # of the recipes of three methods and more, one in so many is tried with each scorer
 RUN_EVERY = 12  # of the valid recipes, one in so many is also run
 Recipe = tuple[KVMethod, ...]
 
