@@ -60,94 +60,77 @@ def _unroll_code(wide: bool) -> str:
     return " ".join(lines) + " }"
 
 
-def _raw_code(bits: int) -> str:
-    """PTX that unrolls two units of `bits` bits, whose numbers begin so many bytes into `room`. Outputs: the number of
-    each bit, that of the first unit in the lower half, that of the second in the upper, zero where no bit is set.
-    Inputs: the bits of both, the places of both.
-    """
-    lines = [
-        "{ .reg .pred p, q; .reg .b32 x, y, t, a, b;",
-        f"mov.u32 t, room; add.u32 a, ${bits + 2}, t; add.u32 b, ${bits + 3}, t;",
-    ]
-    for i in range(bits):
-        for is_set, number, place, unit in (("p", "x", "a", bits), ("q", "y", "b", bits + 1)):
-            lines.append(f"and.b32 t, ${unit}, {1 << i}; setp.ne.u32 {is_set}, t, 0; mov.b32 {number}, 0;")
-            lines.append(f"@{is_set} ld.shared.u16 {number}, [{place}];")
-            if i < bits - 1:
-                lines.append(f"@{is_set} add.u32 {place}, {place}, 2;")
-        lines.append(f"prmt.b32 ${i}, x, y, 0x5410;")
-    return " ".join(lines) + " }"
-
-
-def _window_code(bits: int, masked: bool) -> str:
+def _window_code(bits: int, masked: bool, pairs: bool = False) -> str:
     """The same from windows: the word 4 * r bytes beyond a unit's place holds its numbers r - 1 and r.
 
     The bits of a word's bytes are added up side by side: byte k of `s` is how many numbers precede an odd bit, times 4;
     a window there ends with the number of that bit and begins with the one before, that of the even bit below it. The
     bit, shifted to the sign of its byte, gives the half's mask. masked: no reads where neither bit is set, for fewer
     conflicts of banks. Two units of 16 bits, or four of 8.
+
+    pairs: one unit of 8, 16 or 32 bits (the first of four inputs, which are alike), whose even bits are in lower
+    halves, odd ones in upper.
     """
-    units = 32 // bits  # of one invocation
+    units = 1 if pairs else 32 // bits  # of one invocation
+    inputs = 4 if pairs else units
     per_unit = bits // 8
-    outputs = bits * units // 2
+    outputs = bits // 2 if pairs else bits * units // 2
     unit = [f"${outputs + i}" for i in range(units)]
-    place = [f"p{i}" for i in range(units)]
     lines = ["{ .reg .pred p, q; .reg .b32 w, u, t, c, s0, s1, s2, s3, w0, w1, w2, w3, w4, w5, w6, w7, a, b, x, y, m;"]
     lines.append(".reg .b32 p0, p1, p2, p3; mov.u32 t, room;")
-    lines.extend(f"add.u32 p{i}, ${outputs + units + i}, t;" for i in range(units))
-    if units == 2:
+    lines.extend(f"add.u32 p{per_unit * i}, ${outputs + inputs + i}, t;" for i in range(units))
+    if units == 1:
+        lines.append(f"mov.b32 w, {unit[0]};")
+    elif units == 2:
         lines.append(f"prmt.b32 w, {unit[0]}, {unit[1]}, 0x5410;")
     else:
         lines.append(f"prmt.b32 w, {unit[0]}, {unit[1]}, 0x0040; prmt.b32 t, {unit[2]}, {unit[3]}, 0x0040;")
         lines.append("prmt.b32 w, w, t, 0x5410;")
     # Twos of bits, an odd one and the even one above it; the highest of a unit is not counted.
-    lines.append(f"and.b32 u, w, {0x7FFF7FFF if units == 2 else 0x7F7F7F7F}; and.b32 t, w, 0x55555555;")
+    ends = sum(128 << (8 * i) for i in range(3, -1, -per_unit))
+    lines.append(f"and.b32 u, w, {0xFFFFFFFF - ends:#x}; and.b32 t, w, 0x55555555;")
     lines.append("add.u32 c, u, u; sub.u32 c, c, t;")
     for k in range(4):
-        shift = f"shl.b32 t, c, {2 - 2 * k};" if k < 1 else f"shr.u32 t, c, {2 * k - 2};"
+        shift = ("shl.b32 t, c, 2;", "mov.b32 t, c;", "shr.u32 t, c, 2;", "shr.u32 t, c, 4;")[k]
         lines.append(f"{shift} and.b32 s{k}, t, 0x0C0C0C0C;")
     lines.append("add.u32 s1, s0, s1; add.u32 s2, s1, s2; add.u32 s3, s2, s3;")
-    if per_unit == 2:
-        lines.append("shl.b32 t, s3, 8; and.b32 t, t, 0xFF00FF00;")
-        lines.extend(f"add.u32 s{k}, s{k}, t;" for k in range(4))
-    lines.extend(f"shl.b32 w{i}, w, {7 - i};" for i in range(8))
+    for i in range(units):  # where the numbers of a unit's further bytes begin
+        for y in range(1, per_unit):
+            byte = per_unit * i + y
+            lines.append(f"dp4a.u32.u32 p{byte}, s3, {1 << (8 * byte - 8):#x}, p{byte - 1};")
+    lines.extend(f"shl.b32 w{i}, w, {7 - i};" for i in range(7))
+    lines.append("mov.b32 w7, w;")
+
+    def read(number: str, address: str, is_set: str, byte: int, k: int) -> None:
+        lines.append(f"dp4a.u32.u32 {address}, s{k}, {1 << (8 * byte):#x}, p{byte};")
+        if masked:
+            lines.append(f"and.b32 t, w, {3 << (8 * byte + 2 * k):#x}; setp.ne.u32 {is_set}, t, 0;")
+            lines.append(f"@{is_set} ld.shared.b32 {number}, [{address}];")
+        else:
+            lines.append(f"ld.shared.b32 {number}, [{address}];")
+
     for y in range(per_unit):
+        for k in range(4) if pairs else ():
+            read("x", "a", "p", y, k)
+            lines.append(f"prmt.b32 m, w{2 * k}, w{2 * k + 1}, {(12 + y) * 0x1100 + (8 + y) * 0x11:#x};")
+            lines.append(f"and.b32 ${4 * y + k}, x, m;")
         for pair in range(units // 2):
             low, high = 2 * pair * per_unit + y, (2 * pair + 1) * per_unit + y  # bytes of w
             for k in range(4):
-                for number, address, is_set, byte, at_unit in (
-                    ("x", "a", "p", low, 2 * pair),
-                    ("y", "b", "q", high, 2 * pair + 1),
-                ):
-                    lines.append(f"dp4a.u32.u32 {address}, s{k}, {1 << (8 * byte)}, {place[at_unit]};")
-                    if masked:
-                        lines.append(f"and.b32 t, w, {3 << (8 * byte + 2 * k)}; setp.ne.u32 {is_set}, t, 0;")
-                        lines.append(f"@{is_set} ld.shared.b32 {number}, [{address}];")
-                    else:
-                        lines.append(f"ld.shared.b32 {number}, [{address}];")
+                read("x", "a", "p", low, k)
+                read("y", "b", "q", high, k)
                 signs = (8 + high) * 0x1100 + (8 + low) * 0x11
                 for half in range(2):
                     channel = 8 * y + 2 * k + half
                     out = f"${channel * (units // 2) + pair}"
-                    lines.append(f"prmt.b32 t, x, y, {0x7632 if half else 0x5410};")
-                    lines.append(f"prmt.b32 m, w{2 * k + half}, w, {signs}; and.b32 {out}, t, m;")
+                    lines.append(f"prmt.b32 t, x, y, {0x7632 if half else 0x5410:#x};")
+                    lines.append(f"prmt.b32 m, w{2 * k + half}, w, {signs:#x}; and.b32 {out}, t, m;")
     return " ".join(lines) + " }"
 
 
-def _constraints(bits: int, units: int) -> str:
-    return ",".join(["=&r"] * (bits * units // 2) + ["r"] * (2 * units))
+def _constraints(outputs: int, inputs: int) -> str:
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
-
-_RAW_8 = tl.constexpr(_raw_code(8))
-_RAW_16 = tl.constexpr(_raw_code(16))
-_RAW_8_OUTPUTS = tl.constexpr(_constraints(8, 2))
-_RAW_16_OUTPUTS = tl.constexpr(_constraints(16, 2))
-_WINDOWS_8 = tl.constexpr(_window_code(8, masked=False))
-_WINDOWS_16 = tl.constexpr(_window_code(16, masked=False))
-_MASKED_WINDOWS_8 = tl.constexpr(_window_code(8, masked=True))
-_MASKED_WINDOWS_16 = tl.constexpr(_window_code(16, masked=True))
-_WINDOWS_8_OUTPUTS = tl.constexpr(_constraints(8, 4))
-_WINDOWS_16_OUTPUTS = tl.constexpr(_constraints(16, 2))
 
 _UNROLL = tl.constexpr(_unroll_code(wide=False))
 _UNROLL_WIDE = tl.constexpr(_unroll_code(wide=True))
@@ -155,15 +138,12 @@ _OUTPUTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,l,l")
 
 
 _FETCH = tl.constexpr(  # what is not read stays rubbish, which masks hide
-    "{ .reg .pred p, q; setp.lt.s32 p, $4, $5; setp.gt.s32 q, $4, 0; setp.le.and.s32 q, $4, $5, q; "
-    "@p ld.global.nc.v2.b32 {$0, $1}, [$3]; @q ld.global.nc.u16 $2, [$3 + -2]; }"
+    "{ .reg .pred p; setp.gt.s32 p, $3, $4; @p ld.global.nc.v2.b32 {$0, $1}, [$2]; }"
 )
-_PUT = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 x, y; setp.lt.s32 p, $5, $6; prmt.b32 x, $3, $1, 0x5410; prmt.b32 y, $1, $2, 0x5432; "
-    "@p st.shared.v4.b32 [$4], {x, $1, y, $2}; mov.b32 $0, 0; }"
-)
-_COPY = tl.constexpr(
-    "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.cg.shared.global [$1], [$2], 16; mov.b32 $0, 0; }"
+_PUT = tl.constexpr(  # $0: the second word of the lane before; the first lane's is that of the last, of an earlier turn
+    "{ .reg .pred p; .reg .b32 b, x, y; shfl.sync.idx.b32 $0, $2, $4, 31, 0xffffffff; setp.eq.u32 p, $4, 31; "
+    "selp.b32 b, $3, $0, p; prmt.b32 x, b, $1, 0x5432; prmt.b32 y, $1, $2, 0x5432; "
+    "setp.lt.s32 p, $6, $7; @p st.shared.v4.b32 [$5], {x, $1, y, $2}; }"
 )
 
 
@@ -187,20 +167,20 @@ def _nothing():
 
 
 @triton.jit
-def _copied():
-    """Wait for this thread's copies."""
+def _together():
+    """What lanes of a warp have left in shared memory is seen by all of them."""
     tl.inline_asm_elementwise(
-        "cp.async.wait_all; mov.b32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def _stretch(numbers, row, left, C: tl.constexpr, VECTOR: tl.constexpr):
-    """Where the numbers of rows row [G] and on lie, of which `left` [G] rows exist: the address of the vector (of
-    VECTOR numbers) in which they begin, and where they end counted from its beginning (0 if there is none), [G] each.
+def _stretch(numbers, row, left, C: tl.constexpr):
+    """Where the numbers of rows row [G] and on lie, of which `left` [G] rows exist: the address of the vector of four
+    in which they begin, and where they end counted from its beginning (0 if there is none), [G] each.
     """
     address = (numbers + tl.cast(row, tl.int64) * C).to(tl.int64)
-    ahead = ((address % (2 * VECTOR)) // 2).to(tl.int32)
+    ahead = ((address % 8) // 2).to(tl.int32)
     return address - 2 * ahead, tl.where(left > 0, ahead + left * C, 0)
 
 
@@ -212,32 +192,18 @@ def _fronts(tile, length, G: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _copy(numbers, row, left, room, C: tl.constexpr, V: tl.constexpr):
-    """Begin to copy up to 8 * V numbers of `_stretch` to the rooms [G]. Only vectors that hold one of them are read."""
-    lane = tl.arange(0, 32)[None, :]
-    address, end = _stretch(numbers, row, left, C, 8)
-    for j in tl.static_range((V + 31) // 32):
-        v = lane + 32 * j
-        tl.inline_asm_elementwise(
-            _COPY, "=r,r,l,r",
-            [room[:, None] + 16 * v, address[:, None] + 16 * v, ((v < V) & (8 * v < end[:, None])).to(tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _fetch(numbers, row, left, C: tl.constexpr, V: tl.constexpr):
-    """The first 4 * V numbers of `_stretch`, for each four the number before them too."""
+    """The first 4 * V numbers of `_stretch`, two words of each four."""
     lane = tl.arange(0, 32)[None, :]
-    address, end = _stretch(numbers, row, left, C, 4)
+    address, end = _stretch(numbers, row, left, C)
+    address, end = address[:, None] + 8 * lane, end[:, None] - 4 * lane
     found = ()
     for j in tl.static_range((V + 31) // 32):
-        v = lane + 32 * j
         some = tl.inline_asm_elementwise(
-            _FETCH, "=&r,=&r,=&r,l,r,r", [address[:, None] + 8 * v, 4 * v, end[:, None]],
-            dtype=(tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            _FETCH, "=&r,=&r,l,r,r", [address + 256 * j, end, 128 * j],
+            dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
-        found = found + (some[0], some[1], some[2])
+        found = found + (some[0], some[1])
     return found
 
 
@@ -245,11 +211,12 @@ def _fetch(numbers, row, left, C: tl.constexpr, V: tl.constexpr):
 def _put(found, room, V: tl.constexpr):
     """Leave windows of what was fetched: word i of a room holds numbers i - 1 and i."""
     lane = tl.arange(0, 32)[None, :]
+    place, before = room[:, None] + 16 * lane, (lane + 31) % 32
+    last = found[1]
     for j in tl.static_range((V + 31) // 32):
-        v = lane + 32 * j
-        tl.inline_asm_elementwise(
-            _PUT, "=r,r,r,r,r,r,r",
-            [found[3 * j], found[3 * j + 1], found[3 * j + 2], room[:, None] + 16 * v, v, V],
+        last = tl.inline_asm_elementwise(
+            _PUT, "=&r,r,r,r,r,r,r,r",
+            [found[2 * j], found[2 * j + 1], last, before, place + 512 * j, lane, min(V - 32 * j, 32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -322,8 +289,9 @@ def _unit_bits(
     bitmap, row, there, unit, axis: tl.constexpr, B: tl.constexpr, UP: tl.constexpr, U: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Bits of units of U bits of rows [G, N], none where a row is not there, and how many numbers of their row precede
-    them."""
+    """Bits of units of U bits of rows [G, N] (lowest in a word, others above), none where a row is not there, and how
+    many numbers of their row precede them.
+    """
     COUNT: tl.constexpr = 8 * B // U
     if B % 4 == 0:
         # Few loads, each of a row's part: the compiler lets them be wherever the units are wanted.
@@ -334,19 +302,22 @@ def _unit_bits(
         bits = tl.zeros([1, 1, 1], tl.int64 if W == 8 else tl.int32)
         for j in tl.static_range(B // W):
             word = tl.expand_dims(tl.load(words + (row * (B // W) + j), mask=there, other=0), axis)
-            before = before + _before(word.to(tl.int32), byte, W * j, INTERPRET)
+            if W * j < B - U // 8:
+                before = before + _before(word.to(tl.int32), byte, W * j, INTERPRET)
             if W == 8 and 8 * j + 4 < B - U // 8:
                 before = before + _before((word >> 32).to(tl.int32), byte, W * j + 4, INTERPRET)
-            bits = tl.where(byte >= W * j, word, bits)
-        bits = (bits >> (byte % W * 8).to(bits.dtype)).to(tl.int32) & ((1 << U) - 1)
+            if j == 0:
+                bits = word
+            else:
+                bits = tl.where(byte >= W * j, word, bits)
+        bits = (bits >> (byte % W * 8).to(bits.dtype)).to(tl.int32)
         if COUNT != UP:
             bits = tl.where(unit < COUNT, bits, 0)
     else:
         each = tl.expand_dims(row, axis)
         where = bitmap.to(tl.pointer_type(tl.int16)) if U == 16 else bitmap
-        bits = tl.load(where + (each * COUNT + unit), mask=(unit < COUNT) & tl.expand_dims(there, axis), other=0).to(
-            tl.int32
-        ) & ((1 << U) - 1)
+        bits = tl.load(where + (each * COUNT + unit), mask=(unit < COUNT) & tl.expand_dims(there, axis), other=0)
+        bits = bits.to(tl.int32) & ((1 << U) - 1)
         count = _popcount(bits, INTERPRET)
         before = tl.cumsum(count, axis) - count
     return bits, before
@@ -354,56 +325,61 @@ def _unit_bits(
 
 @triton.jit
 def _unrolled_here(
-    numbers, bits, before, start, row, line, axis: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
-    G: tl.constexpr, N: tl.constexpr, WAY: tl.constexpr, AT: tl.constexpr, STRIDE: tl.constexpr,
+    numbers, bits, before, ahead, row, line, axis: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
+    N: tl.constexpr, AT: tl.constexpr, STRIDE: tl.constexpr, CODE: tl.constexpr, OUTPUTS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """U tensors of what rows [G, N] hold, one for each bit of units of U bits: [G, N, UP] each for axis 2, [G, UP, N]
-    for axis 1, given the units' bits and how many numbers precede them.     start: where the head's first row lies
-    among all rows. The numbers of each warp's rows are in shared memory, from AT bytes on, STRIDE bytes a warp.
+    """What rows [G, N] hold, given bits of units and how many numbers precede them: for axis 2 (keys) U / 4 tensors
+    [G, N, UP, 4], the j-th with bits 4 * j .. 4 * j + 3 of each unit; for axis 1 (values) U tensors [G, UP, N], one
+    for each bit. Windows of each warp's rows are in shared memory, from AT bytes on, STRIDE bytes a warp, the first of
+    them `ahead` numbers on.
 
     The compiler unrolls in the layout of the matrix units only if nothing but loads and constants lead there: numbers
     from 0 on, `line` [G, N] and the units', are therefore loaded, too.
     """
-    g, t = tl.arange(0, G), tl.arange(0, N)
     found = ()
     if INTERPRET:
         place = numbers + (tl.expand_dims(row, axis) * C + before)
-        for i in tl.static_range(U):
-            set = (bits >> i) & 1
-            found = found + (tl.load(place, mask=set != 0, other=0.0),)
-            place += set
-    else:
-        SIZE: tl.constexpr = 2 if WAY == 1 else 4
-        LOT: tl.constexpr = 8 if WAY == 1 else 4
-        ahead = tl.load(start + (g[:, None] + t[None, :]) * 0) * C & (LOT - 1)
-        place = tl.expand_dims(line // N * STRIDE + (line % N * C + ahead) * SIZE + AT, axis) + before * SIZE
-        if WAY == 1:
-            CODE: tl.constexpr = _RAW_16 if U == 16 else _RAW_8
-            OUTPUTS: tl.constexpr = _RAW_16_OUTPUTS if U == 16 else _RAW_8_OUTPUTS
+        if axis == 2:
+            place, bits = place[:, :, :, None], bits[:, :, :, None]
+            for j in tl.static_range(U // 4):
+                bit = 4 * j + tl.arange(0, 4)[None, None, None, :]
+                lower = _popcount(bits & ((1 << bit) - 1), INTERPRET)
+                found = found + (tl.load(place + lower, mask=((bits >> bit) & 1) != 0, other=0.0),)
         else:
-            if WAY == 2:
-                CODE: tl.constexpr = _WINDOWS_16 if U == 16 else _WINDOWS_8
-            else:
-                CODE: tl.constexpr = _MASKED_WINDOWS_16 if U == 16 else _MASKED_WINDOWS_8
-            OUTPUTS: tl.constexpr = _WINDOWS_16_OUTPUTS if U == 16 else _WINDOWS_8_OUTPUTS
-        PACK: tl.constexpr = 2 if WAY == 1 else 32 // U
-        if U == 16:
+            for i in tl.static_range(U):
+                set = (bits >> i) & 1
+                found = found + (tl.load(place, mask=set != 0, other=0.0),)
+                place += set
+    else:
+        place = tl.expand_dims(line // N * STRIDE + (line % N * C + ahead) * 4 + AT, axis) + before * 4
+        COUNT: tl.constexpr = U // 4 if axis == 2 else U
+        PACK: tl.constexpr = 4 if axis == 2 else 32 // U
+        args = (bits, place)
+        if axis == 2:  # each of the four alike but for a number, lest the compiler unroll one and spread it
+            args = (bits[:, :, :, None], place[:, :, :, None], tl.arange(0, 4)[None, None, None, :])
+        if COUNT == 16:
             words = tl.inline_asm_elementwise(
-                CODE, OUTPUTS, [bits, place],
+                CODE, OUTPUTS, args,
                 dtype=(
                     tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
                     tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
                 ),
                 is_pure=True, pack=PACK,
             )  # fmt: skip
-        else:
+        elif COUNT == 8:
             words = tl.inline_asm_elementwise(
-                CODE, OUTPUTS, [bits, place],
+                CODE, OUTPUTS, args,
                 dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
                 is_pure=True, pack=PACK,
             )  # fmt: skip
-        for i in tl.static_range(U):
+        elif COUNT == 4:
+            words = tl.inline_asm_elementwise(
+                CODE, OUTPUTS, args, dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=PACK
+            )
+        else:
+            words = tl.inline_asm_elementwise(CODE, OUTPUTS, args, dtype=(tl.int16, tl.int16), is_pure=True, pack=PACK)
+        for i in tl.static_range(COUNT):
             found = found + (words[i].to(numbers.dtype.element_ty, bitcast=True),)
     return found
 
@@ -417,15 +393,18 @@ def _operand(
     As one, so that the compiler unrolls in the layout that they need.
     """
     parts = found
-    if U == 16:
+    COUNT: tl.constexpr = U // 4 if axis == 2 else U
+    if COUNT == 16:
         parts = _joined(parts, 8)
-    parts = _joined(_joined(_joined(parts, 4), 2), 1)
+    if COUNT >= 8:
+        parts = _joined(parts, 4)
+    if COUNT >= 4:
+        parts = _joined(parts, 2)
+    parts = _joined(parts, 1)
     if axis == 2:
-        whole = tl.permute(tl.reshape(parts[0], (G, N, UP // 2, 2, U // 2, 2)), (0, 1, 4, 2, 5, 3))
-        return tl.reshape(whole, (G, N, U * UP))
+        return tl.reshape(tl.permute(tl.reshape(parts[0], (G, N, UP, 4, U // 4)), (0, 1, 4, 2, 3)), (G, N, U * UP))
     else:
-        whole = tl.permute(tl.reshape(parts[0], (G, UP, N, U)), (0, 3, 1, 2))
-        return tl.reshape(whole, (G, U * UP, N))
+        return tl.reshape(tl.permute(tl.reshape(parts[0], (G, UP, N, U)), (0, 3, 1, 2)), (G, U * UP, N))
 
 
 @triton.jit
@@ -442,7 +421,7 @@ def _channel(axis: tl.constexpr, B: tl.constexpr, D: tl.constexpr, UP: tl.conste
     """Which channels `_operand` holds, and which of them are real, [U * UP]."""
     k = tl.arange(0, U * UP)
     if axis == 2:
-        unit, which = k // 4 % (UP // 2) * 2 + k % 2, k // (2 * UP) * 2 + k // 2 % 2
+        unit, which = k // 4 % UP, k // (4 * UP) * 4 + k % 4
     else:
         unit, which = k % UP, k // UP
     bit = unit * U + which
@@ -519,7 +498,8 @@ def _attend(
     DV: tl.constexpr, DVP: tl.constexpr, C: tl.constexpr, VC: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
     VB: tl.constexpr, VBP: tl.constexpr, U: tl.constexpr, VU: tl.constexpr,
     G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr, WAY: tl.constexpr,
-    V: tl.constexpr, VV: tl.constexpr, ROOM: tl.constexpr,
+    V: tl.constexpr, VV: tl.constexpr, ROOM: tl.constexpr, KEYS: tl.constexpr, KEYS_OUT: tl.constexpr,
+    VALUES: tl.constexpr, VALUES_OUT: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles of G * N sparse rows or, in the first RESTS programs of every head, a part of its whole rows. As
@@ -594,11 +574,14 @@ def _attend(
             for i in tl.static_range(COUNT):
                 mixed = mixed + (tl.zeros([G, VBP * VU // COUNT, R], tl.float32),)
             top = tl.full([G, R], LOWEST, tl.float32)
-            whole = tl.zeros([G, R], tl.float32)
+            if WAY > 0:
+                whole = tl.zeros([G, N, R], tl.float32)  # rows' sums are added up at the end
+            else:
+                whole = tl.zeros([G, R], tl.float32)
             if HERE:
-                start = low - begin
-                if WAY > 1 and STAGES > 1:
-                    front, left = _fronts(start, length, G, N)
+                ahead = tl.load(key_starts + head) * C & 3
+                if STAGES > 1:
+                    front, left = _fronts(low - begin, length, G, N)
                     held = _fetch(number_at, front, left, C, V)
                     others = _fetch(value_number_at, front, left, VC, VV)
             for tile in tl.range(low - begin, stop - begin, num_stages=1 if WAY > 0 else STAGES):
@@ -606,7 +589,6 @@ def _attend(
                 # Rows beyond the end read the last row, and are hidden.
                 row = tl.minimum(within, length - 1 - tile * TILE)
                 there = within < length - tile * TILE
-                start_at, value_start_at = key_starts + head, value_starts + head
                 if WAY > 0:
                     bits, before = _unit_bits(
                         bits_at + first * B, within, there, unit[None, None, :], 2, B, BP, U, INTERPRET
@@ -616,31 +598,26 @@ def _attend(
                     )
                 if HERE:
                     front, left = _fronts(tile, length, G, N)
-                    if WAY == 1:
-                        tl.debug_barrier()
-                        _copy(number_at, front, left, room, C, V)
-                        _copy(value_number_at, front, left, value_room, VC, VV)
-                        _copied()
-                        tl.debug_barrier()
-                    else:
-                        if STAGES == 1:
-                            held = _fetch(number_at, front, left, C, V)
-                            others = _fetch(value_number_at, front, left, VC, VV)
-                        tl.debug_barrier()
-                        _put(held, room, V)
-                        _put(others, value_room, VV)
-                        tl.debug_barrier()
-                        if STAGES > 1:
-                            front, left = _fronts(tile + 1, length, G, N)
-                            held = _fetch(number_at, front, left, C, V)
-                            others = _fetch(value_number_at, front, left, VC, VV)
+                    if STAGES == 1:
+                        held = _fetch(number_at, front, left, C, V)
+                        others = _fetch(value_number_at, front, left, VC, VV)
+                    _together()
+                    _put(held, room, V)
+                    _put(others, value_room, VV)
+                    _together()
+                    if STAGES > 1:
+                        front, left = _fronts(tile + 1, length, G, N)
+                        held = _fetch(number_at, front, left, C, V)
+                        others = _fetch(value_number_at, front, left, VC, VV)
                     nothing = _nothing()
-                    start_at += nothing
-                    value_start_at += nothing
+                    # As a load, for the compiler's sake: see `_unrolled_here`.
+                    value_ahead = tl.load(value_starts + (head + nothing) + line * 0) * VC & 3
+                else:
+                    nothing, ahead, value_ahead = 0, 0, 0
                 if WAY > 0:
                     key = _unrolled_here(
-                        number_at + first * C, bits, before, start_at, within, line, 2, C, U, G, N, WAY, 0,
-                        16 * (V + VV), INTERPRET,
+                        number_at + first * C, bits, before, ahead + nothing, within, line, 2, C, U, N, 0,
+                        16 * (V + VV), KEYS, KEYS_OUT, INTERPRET,
                     )  # fmt: skip
                     key = (_operand(key, 2, G, N, BP, U),)
                 else:
@@ -656,12 +633,15 @@ def _attend(
                 higher = tl.maximum(top, tl.max(score, 1))
                 weight = tl.exp2(score - higher[:, None, :])
                 old = tl.exp2(top - higher)
-                whole = whole * old + tl.sum(weight, 1)
+                if WAY > 0:
+                    whole = whole * old[:, None, :] + weight
+                else:
+                    whole = whole * old + tl.sum(weight, 1)
                 share = weight.to(value_numbers.dtype.element_ty)
                 if WAY > 0:
                     value = _unrolled_here(
-                        value_number_at + first * VC, value_bits, value_before, value_start_at, within, line, 1, VC,
-                        VU, G, N, WAY, 16 * V, 16 * (V + VV), INTERPRET,
+                        value_number_at + first * VC, value_bits, value_before, value_ahead, within, line,
+                        1, VC, VU, N, 16 * V, 16 * (V + VV), VALUES, VALUES_OUT, INTERPRET,
                     )  # fmt: skip
                     value = (_operand(value, 1, G, N, VBP, VU),)
                 else:
@@ -681,14 +661,16 @@ def _attend(
                     channel = vb + VB * i
                     real = (vb < VB) & (channel < DV)
                 leave_sums(sums, pid + head, rows, mixed[i], channel, real, ROWS, DV, G)
+            if WAY > 0:
+                whole = tl.sum(whole, 1)
             leave_weights(largest, weights, pid + head, rows, top, whole, ROWS, G)
             low = stop
 
 
 class Config(NamedTuple):
     """How a program works: warps, rows a warp takes at once, stages of the load pipeline, programs a processor, and
-    way: 0, numbers are read where they lie; 1, they are copied to shared memory; 2, windows of two are left there;
-    3, the same, read only where there is a number. unit: bits unrolled at once.
+    way: 0, numbers are read where they lie; 2, windows of two are left in shared memory; 3, the same, read only where
+    there is a number.
     """
 
     warps: int
@@ -696,11 +678,10 @@ class Config(NamedTuple):
     stages: int
     per_processor: int
     way: int = 0
-    unit: int = 16
 
 
 DEFAULT = Config(4, 16, 2, 3)
-ROOM_BYTES = 48 << 10  # bytes of shared memory that a program may declare
+ROOM_BYTES = 48 << 10  # bytes of shared memory that a program may have, its own and what Triton takes
 
 
 def decode_bitmap(
@@ -720,21 +701,21 @@ def decode_bitmap(
     width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
     nbytes, value_nbytes = keys.bitmap.data.shape[1], values.bitmap.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
-    warps, tokens, stages, per_processor, way, unit = config
-    lot = 8 if way == 1 else 4
-    ends = 7 if way == 1 else 4
-    per_warp = [-(-(tokens * side.numbers.data.shape[1] + ends) // lot) for side in (keys, values)]
+    warps, tokens, stages, per_processor, way = config
+    per_warp = [-(-(tokens * side.numbers.data.shape[1] + 4) // 4) for side in (keys, values)]
     room = 16 * sum(per_warp)
-    while way > 0 and warps > 1 and room * warps > ROOM_BYTES:
+    # Triton itself takes as much as a warp's whole rows need.
+    room_of_all = room + 32 * max(power(width), power(value_width))
+    while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
         warps, per_processor = warps // 2, per_processor * 2
     if way > 0 and max(width, value_width) > 128:
         per_processor = max(per_processor * 2 // 3, 1)  # more registers
     aligned = all(x.numbers.data.data_ptr() % 16 == 0 for x in (keys, values))
-    if room > ROOM_BYTES or not aligned:
+    if room_of_all > ROOM_BYTES or not aligned:
         way = 0
     # As many registers as let that many programs run on a multiprocessor.
     limit = {"maxnreg": min((64 << 10) // (32 * warps * per_processor) // 8 * 8, 255)} if way else {}
-    key_unit, value_unit = _unit_of(nbytes, way, unit), _unit_of(value_nbytes, way, unit)
+    key_unit, value_unit = _key_unit_of(nbytes, way), _value_unit_of(value_nbytes, way)
     tile = warps * tokens
     rests = min(-(-keys.tail.longest // (warps * 16)), 8)
     tiles = heads * -(-keys.numbers.longest // tile)
@@ -752,6 +733,8 @@ def decode_bitmap(
         DVP=max(power(value_width), 16), C=keys.numbers.data.shape[1], VC=values.numbers.data.shape[1],
         B=nbytes, BP=key_unit[1], VB=value_nbytes, VBP=value_unit[1], U=key_unit[0], VU=value_unit[0],
         G=warps, N=tokens, WAY=way, V=per_warp[0], VV=per_warp[1], ROOM=_room_code(room * warps),
+        KEYS=_window_code(key_unit[0], way == 3, True), KEYS_OUT=_constraints(key_unit[0] // 2, 12),
+        VALUES=_window_code(value_unit[0], way == 3), VALUES_OUT=_constraints(16, 64 // value_unit[0]),
         RESTS=rests, STAGES=stages, MASKED=query_positions is not None, PLACED=positions is not None,
         SOFTCAP=softcap is not None, WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data),
         INTERPRET=interpreted(), num_warps=warps, **limit,
@@ -765,12 +748,20 @@ def _order(device: torch.device) -> Tensor:
     return torch.arange(1024, dtype=torch.int32, device=device)
 
 
-def _unit_of(nbytes: int, way: int, most: int) -> tuple[int, int]:
-    """Bits unrolled at once, and units in a row (a power of two)."""
+def _key_unit_of(nbytes: int, way: int) -> tuple[int, int]:
+    """Bits unrolled at once, and units in a row (a power of two): as large as lets four lanes share it."""
     if way == 0:
         return 8, max(power(nbytes), 16)
-    bits = 16 if most == 16 and nbytes % 2 == 0 and nbytes >= 10 else 8
-    return bits, max(power(nbytes * 8 // bits), 16 // bits)
+    size = next(size for size in (4, 2, 1) if nbytes % size == 0 and (nbytes // size > 2 or size == 1))
+    return 8 * size, max(power(nbytes // size), 4)
+
+
+def _value_unit_of(nbytes: int, way: int) -> tuple[int, int]:
+    """The same, for eight lanes that share a row."""
+    if way == 0:
+        return 8, max(power(nbytes), 16)
+    size = 2 if nbytes % 2 == 0 and nbytes > 8 else 1
+    return 8 * size, max(power(nbytes // size), 2 if size == 1 else 1)
 
 
 def _passes_4_gib(x: Tensor) -> bool:
