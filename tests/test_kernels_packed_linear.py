@@ -95,10 +95,41 @@ def test_every_configuration_gives_the_same() -> None:
         assert float((packed_linear(*arguments, config).double() - wanted).norm()) < 1e-5 * float(wanted.norm())
 
 
+@interpreted
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tokens": 5, "outputs": 70},
+        {"tokens": 16, "bits": 8, "zeros": None, "inputs": 64},
+        {"tokens": 9, "bits": 2, "inputs": 1280, "group": 320, "columns": True},
+        {"tokens": 6, "bits": 1, "inputs": 512, "zeros": None},
+        {"tokens": 7, "zeros": torch.uint8, "inputs": 128 * 7},  # one run for each program
+        {"tokens": 16, "inputs": 128 * 5, "group": 128, "programs": 2},  # three for the first, two for the second
+    ],
+    ids=str,
+)
+def test_matrix_units_multiply_some_tokens_with_packed_codes(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workbench_kernels.gpu import packed_matmul
+
+    given = dict(given)
+    monkeypatch.setattr(packed_matmul, "_PROGRAMS", given.pop("programs", 9))
+    codes, arguments = case(**given)
+    x, plane, *_, bits, group, _ = arguments
+    assert fits(x, plane, bits, group)
+    wanted, found = looped(codes, arguments), packed_matmul.packed_matmul(*arguments)
+    assert found.dtype == x.dtype and found.shape == wanted.shape
+    assert float((found.double() - wanted).norm()) < 2e-3 * float(wanted.norm())
+    assert torch.equal(packed_matmul.packed_matmul(*arguments), found)
+
+
 def test_runs_of_two_groups_and_many_tokens_are_left_to_the_reference() -> None:
     plane = torch.zeros(3, 128, dtype=torch.uint8)
     assert fits(torch.zeros(1, 256), plane, 4, 64)
+    assert fits(torch.zeros(16, 256, dtype=torch.bfloat16), plane, 4, 64)
     assert not fits(torch.zeros(5, 256), plane, 4, 64)  # too many tokens
+    assert not fits(torch.zeros(17, 256, dtype=torch.bfloat16), plane, 4, 64)
     assert not fits(torch.zeros(1, 256), plane, 4, 32)  # a run would need two scales
     assert not fits(torch.zeros(1, 255), plane, 4, 64)  # codes were added to fill the last bytes
     assert not fits(torch.zeros(1, 192), plane[:, :96], 4, 64)  # the second half begins within a run

@@ -1,4 +1,4 @@
-"""A linear layer of packed weights for a few tokens, whose weights are never in memory at another width."""
+"""A linear layer of packed weights for some tokens, whose weights are never in memory at another width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.packing import unpack
 
-FEW = 4  # tokens, each of which reads all weights again, if from the cache
+FEW = 4  # tokens that are multiplied number by number, in float32
+SOME = 16  # tokens of 16 bits, which the matrix units multiply
 RUN = 64  # bytes in a row whose codes share a scale
 
 
@@ -24,6 +25,10 @@ def packed_linear(
     """
     given = (x, plane, scale, zero, columns)
     if on_gpu(*given) and fits(x, plane, bits, group):
+        if x.shape[0] > FEW:
+            from workbench_kernels.gpu.packed_matmul import packed_matmul
+
+            return packed_matmul(*given, bits, group, middle)
         from workbench_kernels.gpu.packed_linear import packed_linear as kernel
 
         return kernel(*given, bits, group, middle)
@@ -31,9 +36,10 @@ def packed_linear(
 
 
 def fits(x: Tensor, plane: Tensor, bits: int, group: int) -> bool:
-    """Whether the kernel takes these: a few tokens, summed in float32, and no run of bytes with codes of two groups."""
-    whole = plane.shape[1] * (8 // bits) == x.shape[1] and x.dtype.itemsize <= 4
-    return whole and 1 <= x.shape[0] <= FEW and plane.shape[1] % RUN == 0 and group % RUN == 0
+    """Whether a kernel takes these: few tokens, summed in float32, and no run of bytes with codes of two groups."""
+    most = {2: SOME, 4: FEW}.get(x.dtype.itemsize, 0)
+    whole = plane.shape[1] * (8 // bits) == x.shape[1]
+    return whole and 1 <= x.shape[0] <= most and plane.shape[1] % RUN == 0 and group % RUN == 0
 
 
 def packed_linear_reference(
