@@ -147,6 +147,16 @@ _PUT = tl.constexpr(  # $0: the second word of the lane before; the first lane's
 )
 
 
+def _copy_code(size: int) -> str:
+    """PTX that begins to copy `size` bytes, $3 of them from memory, zeros after them."""
+    kind = "cg" if size == 16 else "ca"
+    copy = f"cp.async.{kind}.shared.global [$1], [$2], {size}, $3;"
+    return "{ .reg .pred p; setp.lt.s32 p, $4, $5; @p " + copy + " mov.b32 $0, 0; }"
+
+
+_COPY_16, _COPY_8, _COPY_4 = (tl.constexpr(_copy_code(size)) for size in (16, 8, 4))
+
+
 def _room_code(size: int) -> str:
     """PTX that declares `size` bytes of shared memory, and gives their address."""
     return f".shared .align 16 .b8 room[{size}]; mov.u32 $0, room;"
@@ -285,32 +295,87 @@ def _unrolled(
 
 
 @triton.jit
+def _copy(bitmap, row, left, room, N: tl.constexpr, B: tl.constexpr):
+    """Begin to copy N rows of a bitmap from row [G] on, of which `left` [G] exist, to rooms [G]; zeros for others."""
+    lane = tl.arange(0, 32)[None, :]
+    SIZE: tl.constexpr = 16 if B % 16 == 0 else (8 if B % 8 == 0 else 4)
+    CODE: tl.constexpr = _COPY_16 if SIZE == 16 else (_COPY_8 if SIZE == 8 else _COPY_4)
+    address = (bitmap + tl.cast(row, tl.int64) * B).to(tl.int64)
+    for j in tl.static_range((N * B // SIZE + 31) // 32):
+        v = lane + 32 * j
+        tl.inline_asm_elementwise(
+            CODE, "=r,r,l,r,r,r",
+            [room[:, None] + SIZE * v, address[:, None] + SIZE * v,
+             tl.where(SIZE * v < left[:, None] * B, SIZE, 0), v, N * B // SIZE],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _copied():
+    """Wait for this thread's copies."""
+    tl.inline_asm_elementwise(
+        "cp.async.wait_all; mov.b32 $0, 0;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _words(place, B: tl.constexpr):
+    """B bytes from each place in `room`, as int32 words."""
+    words = ()
+    if B % 16 == 0:
+        for j in tl.static_range(B // 16):
+            some = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; mov.u32 t, room; add.u32 t, t, $4; ld.shared.v4.b32 {$0, $1, $2, $3}, [t]; }",
+                "=r,=r,=r,=r,r", [place + 16 * j],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+            words = words + (some[0], some[1], some[2], some[3])
+    elif B % 8 == 0:
+        for j in tl.static_range(B // 8):
+            some = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; mov.u32 t, room; add.u32 t, t, $2; ld.shared.v2.b32 {$0, $1}, [t]; }",
+                "=r,=r,r", [place + 8 * j], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+            words = words + (some[0], some[1])
+    else:
+        for j in tl.static_range(B // 4):
+            some = tl.inline_asm_elementwise(
+                "{ .reg .b32 t; mov.u32 t, room; add.u32 t, t, $1; ld.shared.b32 $0, [t]; }",
+                "=r,r", [place + 4 * j], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+            words = words + (some,)
+    return words
+
+
+@triton.jit
 def _unit_bits(
-    bitmap, row, there, unit, axis: tl.constexpr, B: tl.constexpr, UP: tl.constexpr, U: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    bitmap, place, row, there, unit, axis: tl.constexpr, B: tl.constexpr, UP: tl.constexpr, U: tl.constexpr,
+    HERE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Bits of units of U bits of rows [G, N] (lowest in a word, others above), none where a row is not there, and how
-    many numbers of their row precede them.
+    many numbers of their row precede them. With HERE, rows of whole words lie in shared memory, at `place` [G, N].
     """
     COUNT: tl.constexpr = 8 * B // U
     if B % 4 == 0:
-        # Few loads, each of a row's part: the compiler lets them be wherever the units are wanted.
-        W: tl.constexpr = 8 if B % 8 == 0 else 4
-        words = bitmap.to(tl.pointer_type(tl.int64 if W == 8 else tl.int32))
+        words = ()
+        if HERE:
+            words = _words(place, B)
+        else:
+            for j in tl.static_range(B // 4):
+                at = bitmap.to(tl.pointer_type(tl.int32)) + (row * (B // 4) + j)
+                words = words + (tl.load(at, mask=there, other=0),)
         byte = unit * (U // 8)
         before = tl.zeros([1, 1, 1], tl.int32)
-        bits = tl.zeros([1, 1, 1], tl.int64 if W == 8 else tl.int32)
-        for j in tl.static_range(B // W):
-            word = tl.expand_dims(tl.load(words + (row * (B // W) + j), mask=there, other=0), axis)
-            if W * j < B - U // 8:
-                before = before + _before(word.to(tl.int32), byte, W * j, INTERPRET)
-            if W == 8 and 8 * j + 4 < B - U // 8:
-                before = before + _before((word >> 32).to(tl.int32), byte, W * j + 4, INTERPRET)
-            if j == 0:
-                bits = word
-            else:
-                bits = tl.where(byte >= W * j, word, bits)
-        bits = (bits >> (byte % W * 8).to(bits.dtype)).to(tl.int32)
+        bits = tl.expand_dims(words[0], axis)
+        for j in tl.static_range(B // 4):
+            word = tl.expand_dims(words[j], axis)
+            if 4 * j < B - U // 8:
+                before = before + _before(word, byte, 4 * j, INTERPRET)
+            if j > 0:
+                bits = tl.where(byte >= 4 * j, word, bits)
+        if U < 32:
+            bits = bits >> (byte % 4 * 8)
         if COUNT != UP:
             bits = tl.where(unit < COUNT, bits, 0)
     else:
@@ -325,17 +390,15 @@ def _unit_bits(
 
 @triton.jit
 def _unrolled_here(
-    numbers, bits, before, ahead, row, line, axis: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
-    N: tl.constexpr, AT: tl.constexpr, STRIDE: tl.constexpr, CODE: tl.constexpr, OUTPUTS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    numbers, bits, before, place, row, axis: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
+    CODE: tl.constexpr, OUTPUTS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """What rows [G, N] hold, given bits of units and how many numbers precede them: for axis 2 (keys) U / 4 tensors
     [G, N, UP, 4], the j-th with bits 4 * j .. 4 * j + 3 of each unit; for axis 1 (values) U tensors [G, UP, N], one
-    for each bit. Windows of each warp's rows are in shared memory, from AT bytes on, STRIDE bytes a warp, the first of
-    them `ahead` numbers on.
+    for each bit. Windows of each row begin at `place` [G, N] in shared memory.
 
     The compiler unrolls in the layout of the matrix units only if nothing but loads and constants lead there: numbers
-    from 0 on, `line` [G, N] and the units', are therefore loaded, too.
+    from 0 on are therefore loaded, too.
     """
     found = ()
     if INTERPRET:
@@ -352,7 +415,7 @@ def _unrolled_here(
                 found = found + (tl.load(place, mask=set != 0, other=0.0),)
                 place += set
     else:
-        place = tl.expand_dims(line // N * STRIDE + (line % N * C + ahead) * 4 + AT, axis) + before * 4
+        place = tl.expand_dims(place, axis) + before * 4
         COUNT: tl.constexpr = U // 4 if axis == 2 else U
         PACK: tl.constexpr = 4 if axis == 2 else 32 // U
         args = (bits, place)
@@ -499,7 +562,7 @@ def _attend(
     VB: tl.constexpr, VBP: tl.constexpr, U: tl.constexpr, VU: tl.constexpr,
     G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr, WAY: tl.constexpr,
     V: tl.constexpr, VV: tl.constexpr, ROOM: tl.constexpr, KEYS: tl.constexpr, KEYS_OUT: tl.constexpr,
-    VALUES: tl.constexpr, VALUES_OUT: tl.constexpr,
+    VALUES: tl.constexpr, VALUES_OUT: tl.constexpr, STRIDE: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles of G * N sparse rows or, in the first RESTS programs of every head, a part of its whole rows. As
@@ -508,11 +571,14 @@ def _attend(
     TILE: tl.constexpr = G * N
     HERE: tl.constexpr = WAY > 0 and not INTERPRET  # numbers go through shared memory
     COUNT: tl.constexpr = 1 if WAY > 0 else 8  # tensors that hold all channels
-    room = tl.arange(0, G) * (16 * (V + VV))
+    room = tl.arange(0, G) * STRIDE
     if HERE:
         room += _room(ROOM)
     value_room = room + 16 * V
-    line = tl.load(order + (tl.arange(0, G)[:, None] * N + tl.arange(0, N)[None, :]))
+    # Two rooms for bitmaps whose rows are whole words, for this tile's and the next one's.
+    BITS_AT: tl.constexpr = 16 * (V + VV)
+    VALUE_BITS_AT: tl.constexpr = BITS_AT + (2 * N * B if B % 4 == 0 else 0)
+    turn = tl.load(order + tl.arange(0, N))[None, :]
     unit, value_unit = tl.load(order + tl.arange(0, BP)), tl.load(order + tl.arange(0, VBP))
     pid = tl.program_id(0) - K * RESTS
     rows = tl.program_id(1) * R + tl.arange(0, R)
@@ -580,8 +646,15 @@ def _attend(
                 whole = tl.zeros([G, R], tl.float32)
             if HERE:
                 ahead = tl.load(key_starts + head) * C & 3
+                value_ahead = tl.load(value_starts + head) * VC & 3
+                front, left = _fronts(low - begin, length, G, N)
+                _copied()
+                _together()
+                if B % 4 == 0:
+                    _copy(bits_at, front, left, room + BITS_AT + ((low - begin) & 1) * (N * B), N, B)
+                if VB % 4 == 0:
+                    _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((low - begin) & 1) * (N * VB), N, VB)
                 if STAGES > 1:
-                    front, left = _fronts(low - begin, length, G, N)
                     held = _fetch(number_at, front, left, C, V)
                     others = _fetch(value_number_at, front, left, VC, VV)
             for tile in tl.range(low - begin, stop - begin, num_stages=1 if WAY > 0 else STAGES):
@@ -589,35 +662,55 @@ def _attend(
                 # Rows beyond the end read the last row, and are hidden.
                 row = tl.minimum(within, length - 1 - tile * TILE)
                 there = within < length - tile * TILE
-                if WAY > 0:
-                    bits, before = _unit_bits(
-                        bits_at + first * B, within, there, unit[None, None, :], 2, B, BP, U, INTERPRET
-                    )
-                    value_bits, value_before = _unit_bits(
-                        value_bits_at + first * VB, within, there, value_unit[None, :, None], 1, VB, VBP, VU, INTERPRET
-                    )
                 if HERE:
                     front, left = _fronts(tile, length, G, N)
                     if STAGES == 1:
                         held = _fetch(number_at, front, left, C, V)
                         others = _fetch(value_number_at, front, left, VC, VV)
+                    _copied()
                     _together()
                     _put(held, room, V)
                     _put(others, value_room, VV)
                     _together()
+                    front, left = _fronts(tile + 1, length, G, N)
+                    if B % 4 == 0:
+                        _copy(bits_at, front, left, room + BITS_AT + ((tile + 1) & 1) * (N * B), N, B)
+                    if VB % 4 == 0:
+                        _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((tile + 1) & 1) * (N * VB), N, VB)
                     if STAGES > 1:
-                        front, left = _fronts(tile + 1, length, G, N)
                         held = _fetch(number_at, front, left, C, V)
                         others = _fetch(value_number_at, front, left, VC, VV)
-                    nothing = _nothing()
-                    # As a load, for the compiler's sake: see `_unrolled_here`.
-                    value_ahead = tl.load(value_starts + (head + nothing) + line * 0) * VC & 3
+                    # As one load, for the compiler's sake: see `_unrolled_here`.
+                    known = ((tile & 1) * 4 + value_ahead) * 4 + ahead
+                    known = tl.load(order + (known * 8 + _nothing() + g[:, None]))
+                    place = (known & 7) * STRIDE
+                    bits_place = place + (known >> 7) * (N * B) + BITS_AT + turn * B
+                    value_bits_place = place + (known >> 7) * (N * VB) + VALUE_BITS_AT + turn * VB
+                    value_place = place + (known >> 5 & 3) * 4 + 16 * V + turn * (4 * VC)
+                    place += (known >> 3 & 3) * 4 + turn * (4 * C)
                 else:
-                    nothing, ahead, value_ahead = 0, 0, 0
+                    place, bits_place, value_place, value_bits_place = within, within, within, within
+                if WAY > 0:
+                    bits, before = _unit_bits(
+                        bits_at + first * B,
+                        bits_place,
+                        within,
+                        there,
+                        unit[None, None, :],
+                        2,
+                        B,
+                        BP,
+                        U,
+                        HERE,
+                        INTERPRET,
+                    )
+                    value_bits, value_before = _unit_bits(
+                        value_bits_at + first * VB, value_bits_place, within, there, value_unit[None, :, None], 1, VB,
+                        VBP, VU, HERE, INTERPRET,
+                    )  # fmt: skip
                 if WAY > 0:
                     key = _unrolled_here(
-                        number_at + first * C, bits, before, ahead + nothing, within, line, 2, C, U, N, 0,
-                        16 * (V + VV), KEYS, KEYS_OUT, INTERPRET,
+                        number_at + first * C, bits, before, place, within, 2, C, U, KEYS, KEYS_OUT, INTERPRET,
                     )  # fmt: skip
                     key = (_operand(key, 2, G, N, BP, U),)
                 else:
@@ -640,8 +733,8 @@ def _attend(
                 share = weight.to(value_numbers.dtype.element_ty)
                 if WAY > 0:
                     value = _unrolled_here(
-                        value_number_at + first * VC, value_bits, value_before, value_ahead, within, line,
-                        1, VC, VU, N, 16 * V, 16 * (V + VV), VALUES, VALUES_OUT, INTERPRET,
+                        value_number_at + first * VC, value_bits, value_before, value_place, within, 1, VC, VU, VALUES,
+                        VALUES_OUT, INTERPRET,
                     )  # fmt: skip
                     value = (_operand(value, 1, G, N, VBP, VU),)
                 else:
@@ -703,7 +796,7 @@ def decode_bitmap(
     rows, block, blocks = rows_of(query, heads)
     warps, tokens, stages, per_processor, way = config
     per_warp = [-(-(tokens * side.numbers.data.shape[1] + 4) // 4) for side in (keys, values)]
-    room = 16 * sum(per_warp)
+    room = 16 * sum(per_warp) + 2 * tokens * sum(x for x in (nbytes, value_nbytes) if x % 4 == 0)
     # Triton itself takes as much as a warp's whole rows need.
     room_of_all = room + 32 * max(power(width), power(value_width))
     while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
@@ -732,7 +825,7 @@ def decode_bitmap(
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), C=keys.numbers.data.shape[1], VC=values.numbers.data.shape[1],
         B=nbytes, BP=key_unit[1], VB=value_nbytes, VBP=value_unit[1], U=key_unit[0], VU=value_unit[0],
-        G=warps, N=tokens, WAY=way, V=per_warp[0], VV=per_warp[1], ROOM=_room_code(room * warps),
+        G=warps, N=tokens, WAY=way, V=per_warp[0], VV=per_warp[1], STRIDE=room, ROOM=_room_code(room * warps),
         KEYS=_window_code(key_unit[0], way == 3, True), KEYS_OUT=_constraints(key_unit[0] // 2, 12),
         VALUES=_window_code(value_unit[0], way == 3), VALUES_OUT=_constraints(16, 64 // value_unit[0]),
         RESTS=rests, STAGES=stages, MASKED=query_positions is not None, PLACED=positions is not None,
