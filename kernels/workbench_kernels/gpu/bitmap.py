@@ -185,16 +185,6 @@ def _together():
 
 
 @triton.jit
-def _stretch(numbers, row, left, C: tl.constexpr):
-    """Where the numbers of rows row [G] and on lie, of which `left` [G] rows exist: the address of the vector of four
-    in which they begin, and where they end counted from its beginning (0 if there is none), [G] each.
-    """
-    address = (numbers + tl.cast(row, tl.int64) * C).to(tl.int64)
-    ahead = ((address % 8) // 2).to(tl.int32)
-    return address - 2 * ahead, tl.where(left > 0, ahead + left * C, 0)
-
-
-@triton.jit
 def _fronts(tile, length, G: tl.constexpr, N: tl.constexpr):
     """The first row of each warp in a tile of a head of `length` rows, and how many rows it has: [G]."""
     front = tile * (G * N) + tl.arange(0, G) * N
@@ -202,11 +192,15 @@ def _fronts(tile, length, G: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _fetch(numbers, row, left, C: tl.constexpr, V: tl.constexpr):
-    """The first 4 * V numbers of `_stretch`, two words of each four."""
+def _fetch(numbers, ahead, row, left, C: tl.constexpr, V: tl.constexpr):
+    """Up to 4 * V numbers from those of row [G] on, of which `left` [G] rows exist: two words of each four.
+
+    numbers: of row 0, less the `ahead` that precede them in their four. A warp's rows are as far ahead, as N rows are
+    whole fours.
+    """
     lane = tl.arange(0, 32)[None, :]
-    address, end = _stretch(numbers, row, left, C)
-    address, end = address[:, None] + 8 * lane, end[:, None] - 4 * lane
+    address = (numbers + tl.cast(row, tl.int64) * C).to(tl.int64)[:, None] + 8 * lane
+    end = tl.where(left > 0, left * C + ahead, 0)[:, None] - 4 * lane
     found = ()
     for j in tl.static_range((V + 31) // 32):
         some = tl.inline_asm_elementwise(
@@ -655,8 +649,8 @@ def _attend(
                 if VB % 4 == 0:
                     _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((low - begin) & 1) * (N * VB), N, VB)
                 if STAGES > 1:
-                    held = _fetch(number_at, front, left, C, V)
-                    others = _fetch(value_number_at, front, left, VC, VV)
+                    held = _fetch(number_at - ahead, ahead, front, left, C, V)
+                    others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
             for tile in tl.range(low - begin, stop - begin, num_stages=1 if WAY > 0 else STAGES):
                 first = tl.cast(tile * TILE, tl.int64)
                 # Rows beyond the end read the last row, and are hidden.
@@ -665,24 +659,24 @@ def _attend(
                 if HERE:
                     front, left = _fronts(tile, length, G, N)
                     if STAGES == 1:
-                        held = _fetch(number_at, front, left, C, V)
-                        others = _fetch(value_number_at, front, left, VC, VV)
+                        held = _fetch(number_at - ahead, ahead, front, left, C, V)
+                        others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
                     _copied()
                     _together()
                     _put(held, room, V)
                     _put(others, value_room, VV)
                     _together()
+                    # As one load, for the compiler's sake: see `_unrolled_here`.
+                    known = ((tile & 1) * 4 + value_ahead) * 4 + ahead
+                    known = tl.load(order + (known * 8 + _nothing() + g[:, None]))
                     front, left = _fronts(tile + 1, length, G, N)
                     if B % 4 == 0:
                         _copy(bits_at, front, left, room + BITS_AT + ((tile + 1) & 1) * (N * B), N, B)
                     if VB % 4 == 0:
                         _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((tile + 1) & 1) * (N * VB), N, VB)
                     if STAGES > 1:
-                        held = _fetch(number_at, front, left, C, V)
-                        others = _fetch(value_number_at, front, left, VC, VV)
-                    # As one load, for the compiler's sake: see `_unrolled_here`.
-                    known = ((tile & 1) * 4 + value_ahead) * 4 + ahead
-                    known = tl.load(order + (known * 8 + _nothing() + g[:, None]))
+                        held = _fetch(number_at - ahead, ahead, front, left, C, V)
+                        others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
                     place = (known & 7) * STRIDE
                     bits_place = place + (known >> 7) * (N * B) + BITS_AT + turn * B
                     value_bits_place = place + (known >> 7) * (N * VB) + VALUE_BITS_AT + turn * VB
@@ -692,23 +686,13 @@ def _attend(
                     place, bits_place, value_place, value_bits_place = within, within, within, within
                 if WAY > 0:
                     bits, before = _unit_bits(
-                        bits_at + first * B,
-                        bits_place,
-                        within,
-                        there,
-                        unit[None, None, :],
-                        2,
-                        B,
-                        BP,
-                        U,
-                        HERE,
+                        bits_at + first * B, bits_place, within, there, unit[None, None, :], 2, B, BP, U, HERE,
                         INTERPRET,
-                    )
+                    )  # fmt: skip
                     value_bits, value_before = _unit_bits(
                         value_bits_at + first * VB, value_bits_place, within, there, value_unit[None, :, None], 1, VB,
                         VBP, VU, HERE, INTERPRET,
                     )  # fmt: skip
-                if WAY > 0:
                     key = _unrolled_here(
                         number_at + first * C, bits, before, place, within, 2, C, U, KEYS, KEYS_OUT, INTERPRET,
                     )  # fmt: skip
@@ -803,7 +787,7 @@ def decode_bitmap(
         warps, per_processor = warps // 2, per_processor * 2
     if way > 0 and max(width, value_width) > 128:
         per_processor = max(per_processor * 2 // 3, 1)  # more registers
-    aligned = all(x.numbers.data.data_ptr() % 16 == 0 for x in (keys, values))
+    aligned = all(x.data.data_ptr() % 16 == 0 for side in (keys, values) for x in (side.numbers, side.bitmap))
     if room_of_all > ROOM_BYTES or not aligned:
         way = 0
     # As many registers as let that many programs run on a multiprocessor.
