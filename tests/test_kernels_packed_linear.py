@@ -163,6 +163,11 @@ def test_layers_on_a_gpu_multiply_one_token_by_the_kernel_and_many_by_tiles(monk
     assert not asked
     monkeypatch.setattr(layers, "on_gpu", lambda *tensors: False)
     torch.testing.assert_close(found, rounding(x), rtol=1e-4, atol=1e-4)
+    whole = IntegerLinear(codes, scale[:, :1], None, 4, bias, group=512)  # nothing but integers inside the sums
+    wanted = whole(x)
+    monkeypatch.setattr(layers, "on_gpu", lambda *tensors: True)
+    monkeypatch.setattr(whole, "_signed", lambda: pytest.fail("no weight is unpacked for one token"))
+    torch.testing.assert_close(whole(x), wanted, rtol=1e-5, atol=1e-5)
     x.requires_grad_()
     monkeypatch.setattr(layers, "on_gpu", lambda *tensors: True)
     assert PackedLinear(codes, scale, None, 4, group=512)(x).requires_grad

@@ -15,10 +15,10 @@ from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.crossquant import CrossQuant, channel_factor
 from workbench.weights.grid import fit
 from workbench.weights.layers import IntegerLinear, packed_nbytes
-from workbench.weights.layers.integer import input_codes, input_step, integer_product
 from workbench.weights.odyssey import Odyssey, clipped
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
+from workbench_kernels.integer import input_codes, input_step, integer_product
 
 DRAW = torch.Generator().manual_seed(0)
 

@@ -14,9 +14,9 @@ from workbench.engine import exclusive
 from workbench.measure.rounding import kernel_share, space_used
 from workbench.progress import Progress
 from workbench.weights.blocks import Stream, blocks, placed
-from workbench.weights.layers.integer import input_step
 from workbench.weights.linears import linear_layers
 from workbench.weights.turning import TurnedLinear
+from workbench_kernels.integer import input_step
 
 _ALPHA = 0.15  # CrossQuant's: the weight of the token in the step of an element
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
 
 from workbench.weights.layers.packed import PackedLinear
+from workbench_kernels.integer import input_codes, input_step, integer_linear
+from workbench_kernels.packed_linear import FEW, packed_linear
 from workbench_kernels.weight import nibbles
-
-_EXACT = 1024  # columns whose products of 8-bit numbers float32 sums without rounding: 128 * 128 * 1024 = 2 ** 24
-_TINY = 1e-12  # a token of zeros has some step too
 
 
 class IntegerLinear(PackedLinear):
@@ -25,8 +23,8 @@ class IntegerLinear(PackedLinear):
     Where steps are one for each token and scales one for each output (groups as wide as the layer, without zeros, of 4
     or 8 bits), integers are multiplied and summed exactly (`integer_product`), 4-bit ones as their codes stand in the
     upper half of a byte: 16 times too large, which the scale takes back (FastGEMM, Li et al. 2023, arXiv:2311.09550).
-    Otherwise the factor of each column or group stands inside the sum, and the rounded numbers are multiplied as
-    floating point.
+    A few tokens on a GPU are multiplied with the packed codes as they lie, and summed in float32. Otherwise the factor
+    of each column or group stands inside the sum, and the rounded numbers are multiplied as floating point.
     """
 
     inputs: Tensor | None
@@ -58,13 +56,19 @@ class IntegerLinear(PackedLinear):
         return input_step(x, self.input_bits, self.inputs, self.exponent)
 
     def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if self.by_token and not (len(flat) <= FEW and self._read_as_it_lies(flat)):
+            whole, by = self._signed()
+            scale = self.scale[:, 0].float() / by
+            return integer_linear(flat, whole, scale, self.input_bits, self.bias).view(*x.shape[:-1], -1)
         step = self.step(x)
         codes = input_codes(x, step, self.input_bits)
         if not self.by_token:
             return super().forward((codes * step).to(x.dtype))
-        whole, by = self._signed()
-        sums = integer_product(codes.flatten(0, -2).to(torch.int8), whole).view(*x.shape[:-1], -1)
-        out = (sums * step * (self.scale[:, 0].float() / by)).to(x.dtype)
+        plane: Any = self.plane0
+        few = codes.view(-1, self.in_features)
+        sums = packed_linear(few, plane, self.scale, None, None, self.bits, self.group, self.middle)
+        out = (sums.view(*x.shape[:-1], -1) * step).to(x.dtype)
         return out if self.bias is None else out.add_(self.bias)
 
     def _signed(self) -> tuple[Tensor, int]:
@@ -76,47 +80,3 @@ class IntegerLinear(PackedLinear):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "input_bits": self.input_bits}
-
-
-def input_step(x: Tensor, bits: int, inputs: Tensor | None = None, exponent: float = 1.0) -> Tensor:
-    """The step by which inputs x [..., i] are rounded to `bits` bits: float32, [..., 1], or [..., i] with `inputs`.
-
-    The largest |x| of each token, to the power `exponent`, times `inputs` [i] (default: 1), over 2 ** (bits - 1) - 1.
-    """
-    largest = x.detach().float().abs().amax(dim=-1, keepdim=True)
-    step = largest.pow(exponent) if exponent != 1 else largest
-    if inputs is not None:
-        step = step * inputs.float()
-    # Times the reciprocal, which is what a GPU makes of a division by a number: so steps are the same to the bit
-    # everywhere, and ties, frequent at few bits of 16-bit inputs, fall to the same side.
-    return (step * (1 / (2 ** (bits - 1) - 1))).clamp_min(_TINY)
-
-
-def input_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:
-    """The nearest whole numbers of inputs x [..., i] in these steps, float32, from -(2 ** (bits - 1) - 1) up."""
-    most = 2 ** (bits - 1) - 1
-    return (x.float() / step).round_().clamp_(-most, most)
-
-
-def integer_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x int8 [n, i] times weight int8 [o, i] transposed, exactly: float32 [n, o] where sums fit, else as near as it is.
-
-    On a GPU by its integer units. Elsewhere by floating point, 1,024 columns at a time, whose sums float32 holds
-    exactly: it is many times faster there than the integer product.
-    """
-    if x.device.type == "cuda":
-        # The units want more than 16 rows, and multiples of 8 everywhere.
-        rows, outs, columns = max(24 - x.shape[0], -x.shape[0] % 8), -weight.shape[0] % 8, -x.shape[1] % 8
-        sums = torch._int_mm(_widened(x, rows, columns), _widened(weight, outs, columns).T)
-        return sums[: x.shape[0], : weight.shape[0]].float()
-    total: Tensor | None = None
-    for part, own in zip(x.split(_EXACT, dim=1), weight.split(_EXACT, dim=1), strict=True):
-        sums = linear(part.float(), own.float())
-        total = sums if total is None else total.add_(sums)
-    assert total is not None
-    return total
-
-
-def _widened(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x with so many more rows and columns of zeros, and itself where it needs none."""
-    return pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()

@@ -1,0 +1,85 @@
+"""A linear layer that rounds its inputs and multiplies integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from workbench_kernels.dispatch import on_gpu
+
+_EXACT = 1024  # columns whose products of 8-bit numbers float32 sums without rounding: 128 * 128 * 1024 = 2 ** 24
+_WIDEST = 2**15  # columns that one program rounds
+TINY = 1e-12  # a token of zeros has some step too
+
+
+def integer_linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
+    """x [n, i], each token rounded to `bits` bits in steps of its own, times the transpose of weight int8 [o, i].
+
+    Integers are multiplied and summed exactly, then times scale float32 [o], plus bias [o]: [n, o] in the dtype of x.
+    """
+    learning = x.requires_grad and torch.is_grad_enabled()
+    if on_gpu(x, weight, scale, bias) and x.dtype.itemsize <= 4 and not learning and 0 < x.shape[1] <= _WIDEST:
+        from workbench_kernels.gpu.integer import rounded, scaled
+
+        rows, outputs, columns = _missing(x, weight)
+        codes, step = rounded(x, bits, x.shape[0] + rows, x.shape[1] + columns)
+        sums = torch._int_mm(codes, _widened(weight, outputs, columns).T)
+        return scaled(sums, step, scale, bias, weight.shape[0], x.dtype)
+    return integer_linear_reference(x, weight, scale, bits, bias)
+
+
+def integer_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
+    """The same in plain PyTorch."""
+    step = input_step(x, bits)
+    sums = integer_product(input_codes(x, step, bits).to(torch.int8), weight)
+    out = (sums * step * scale).to(x.dtype)
+    return out if bias is None else out.add_(bias)
+
+
+def input_step(x: Tensor, bits: int, inputs: Tensor | None = None, exponent: float = 1.0) -> Tensor:
+    """The step by which inputs x [..., i] are rounded to `bits` bits: float32, [..., 1], or [..., i] with `inputs`.
+
+    The largest |x| of each token, to the power `exponent`, times `inputs` [i] (default: 1), over 2 ** (bits - 1) - 1.
+    """
+    largest = x.detach().float().abs().amax(dim=-1, keepdim=True)
+    step = largest.pow(exponent) if exponent != 1 else largest
+    if inputs is not None:
+        step = step * inputs.float()
+    # Times the reciprocal, which is what a GPU makes of a division by a number: so steps are the same to the bit
+    # everywhere, and ties, frequent at few bits of 16-bit inputs, fall to the same side.
+    return (step * (1 / (2 ** (bits - 1) - 1))).clamp_min(TINY)
+
+
+def input_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The nearest whole numbers of inputs x [..., i] in these steps, float32, from -(2 ** (bits - 1) - 1) up."""
+    most = 2 ** (bits - 1) - 1
+    return (x.float() / step).round_().clamp_(-most, most)
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x int8 [n, i] times weight int8 [o, i] transposed, exactly: float32 [n, o] where sums fit, else as near as it is.
+
+    On a GPU by its integer units. Elsewhere by floating point, 1,024 columns at a time, whose sums float32 holds
+    exactly: it is many times faster there than the integer product.
+    """
+    if x.device.type == "cuda":
+        rows, outputs, columns = _missing(x, weight)
+        sums = torch._int_mm(_widened(x, rows, columns), _widened(weight, outputs, columns).T)
+        return sums[: x.shape[0], : weight.shape[0]].float()
+    total: Tensor | None = None
+    for part, own in zip(x.split(_EXACT, dim=1), weight.split(_EXACT, dim=1), strict=True):
+        sums = linear(part.float(), own.float())
+        total = sums if total is None else total.add_(sums)
+    assert total is not None
+    return total
+
+
+def _missing(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """How many rows of x and of the weight, and columns, integer units lack: more than 16 rows, and multiples of 8."""
+    return max(24 - x.shape[0], -x.shape[0] % 8), -weight.shape[0] % 8, -x.shape[1] % 8
+
+
+def _widened(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x with so many more rows and columns of zeros, and itself where it needs none."""
+    return pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()
