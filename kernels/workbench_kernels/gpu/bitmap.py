@@ -76,7 +76,7 @@ def _window_code(bits: int, masked: bool, pairs: bool = False) -> str:
     per_unit = bits // 8
     outputs = bits // 2 if pairs else bits * units // 2
     unit = [f"${outputs + i}" for i in range(units)]
-    lines = ["{ .reg .pred p, q; .reg .b32 w, u, t, c, s0, s1, s2, s3, w0, w1, w2, w3, w4, w5, w6, w7, a, b, x, y, m;"]
+    lines = ["{ .reg .pred p, q; .reg .b32 w, u, t, c, s0, s1, s2, s3, w0, w1, w2, w3, w4, w5, w6, w7, x, y, m;"]
     lines.append(".reg .b32 p0, p1, p2, p3; mov.u32 t, room;")
     lines.extend(f"add.u32 p{per_unit * i}, ${outputs + inputs + i}, t;" for i in range(units))
     if units == 1:
@@ -101,24 +101,23 @@ def _window_code(bits: int, masked: bool, pairs: bool = False) -> str:
     lines.extend(f"shl.b32 w{i}, w, {7 - i};" for i in range(7))
     lines.append("mov.b32 w7, w;")
 
-    def read(number: str, address: str, is_set: str, byte: int, k: int) -> None:
-        lines.append(f"dp4a.u32.u32 {address}, s{k}, {1 << (8 * byte):#x}, p{byte};")
+    def read(number: str, is_set: str, byte: int, k: int) -> None:
+        # Over the address: what is not read must not wait for what the register held before.
+        lines.append(f"dp4a.u32.u32 {number}, s{k}, {1 << (8 * byte):#x}, p{byte};")
         if masked:
-            lines.append(f"and.b32 t, w, {3 << (8 * byte + 2 * k):#x}; setp.ne.u32 {is_set}, t, 0;")
-            lines.append(f"@{is_set} ld.shared.b32 {number}, [{address}];")
-        else:
-            lines.append(f"ld.shared.b32 {number}, [{address}];")
+            lines.append(f"and.b32 t, w, {3 << (8 * byte + 2 * k):#x}; setp.ne.u32 {is_set}, t, 0; @{is_set}")
+        lines.append(f"ld.shared.b32 {number}, [{number}];")
 
     for y in range(per_unit):
         for k in range(4) if pairs else ():
-            read("x", "a", "p", y, k)
+            read("x", "p", y, k)
             lines.append(f"prmt.b32 m, w{2 * k}, w{2 * k + 1}, {(12 + y) * 0x1100 + (8 + y) * 0x11:#x};")
             lines.append(f"and.b32 ${4 * y + k}, x, m;")
         for pair in range(units // 2):
             low, high = 2 * pair * per_unit + y, (2 * pair + 1) * per_unit + y  # bytes of w
             for k in range(4):
-                read("x", "a", "p", low, k)
-                read("y", "b", "q", high, k)
+                read("x", "p", low, k)
+                read("y", "q", high, k)
                 signs = (8 + high) * 0x1100 + (8 + low) * 0x11
                 for half in range(2):
                     channel = 8 * y + 2 * k + half
@@ -155,6 +154,14 @@ def _copy_code(size: int) -> str:
 
 
 _COPY_16, _COPY_8, _COPY_4 = (tl.constexpr(_copy_code(size)) for size in (16, 8, 4))
+
+
+def _unit_code(bits: int) -> str:
+    """PTX that reads so many bits from a place in `room`."""
+    return "{ .reg .b32 t; mov.u32 t, room; add.u32 t, t, $1; " + f"ld.shared.u{bits} $0, [t]; }}"
+
+
+_UNIT_32, _UNIT_16, _UNIT_8 = (tl.constexpr(_unit_code(bits)) for bits in (32, 16, 8))
 
 
 def _room_code(size: int) -> str:
@@ -366,9 +373,13 @@ def _unit_bits(
             word = tl.expand_dims(words[j], axis)
             if 4 * j < B - U // 8:
                 before = before + _before(word, byte, 4 * j, INTERPRET)
-            if j > 0:
+            if not HERE:
                 bits = tl.where(byte >= 4 * j, word, bits)
-        if U < 32:
+        if HERE:
+            CODE: tl.constexpr = _UNIT_32 if U == 32 else (_UNIT_16 if U == 16 else _UNIT_8)
+            at = tl.expand_dims(place, axis) + (byte if COUNT == UP else tl.minimum(byte, B - U // 8))
+            bits = tl.inline_asm_elementwise(CODE, "=r,r", [at], dtype=tl.int32, is_pure=True, pack=1)
+        elif U < 32:
             bits = bits >> (byte % 4 * 8)
         if COUNT != UP:
             bits = tl.where(unit < COUNT, bits, 0)
