@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from kernels_support import interpreted
-from torch import Tensor
+from torch import Tensor, nn
 
+from workbench.weights.layers import SparseLinear
+from workbench.weights.layers import sparse as layers
+from workbench_kernels import sparse_linear as kernels
 from workbench_kernels.packing import pack
+from workbench_kernels.sparse_linear import sparse_linear_reference
 from workbench_kernels.weight import nibbles_reference, packed_weight_reference, sparse_weight_reference
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -133,6 +137,33 @@ def test_rows_that_hold_equally_many_need_no_starts() -> None:
     wanted = weight.bfloat16().float() * held
     assert torch.equal(sparse_weight_reference(*given), wanted)
     assert torch.equal(sparse_weight(*given), wanted)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("sizes", [each for each in SPARSE if each[2]], ids=str)
+def test_a_few_tokens_are_multiplied_with_the_values_that_are_held(sizes: tuple[int, int, float], tokens: int) -> None:
+    from workbench_kernels.gpu.sparse_linear import sparse_linear
+
+    weight, held, starts = sparse(*sizes)
+    x = torch.randn(tokens, sizes[1], generator=torch.Generator().manual_seed(tokens))
+    given = (x, pack(held.to(torch.uint8), 1), weight[held], starts)
+    for found in (sparse_linear(*given), sparse_linear_reference(*given)):
+        assert close(found, x.double() @ weight.double().T)
+
+
+@interpreted
+def test_layers_on_a_gpu_write_no_sparse_weight_for_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (layers, kernels):
+        monkeypatch.setattr(module, "on_gpu", lambda *tensors: True)
+    weight, held, _ = sparse(5, 93, 0.3)
+    bias = nn.Parameter(torch.randn(5), requires_grad=False)
+    layer = SparseLinear(weight, held, bias)
+    x = torch.randn(1, 6, 93, generator=torch.Generator().manual_seed(0))
+    wanted = nn.functional.linear(x, weight.float(), bias)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(SparseLinear, "rows", lambda *given: pytest.fail("a weight was written"))
+    torch.testing.assert_close(layer(x[:, :1]), wanted[:, :1], rtol=1e-5, atol=1e-5)
 
 
 @interpreted

@@ -11,7 +11,7 @@ from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.packing import unpack
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_WIDEST = 2**18  # columns of a sparse row that one program takes
+WIDEST = 2**18  # columns of a sparse row that one program takes
 
 
 def packed_weight(
@@ -76,7 +76,7 @@ def sparse_weight(bitmap: Tensor, values: Tensor, starts: Tensor | None, inputs:
     bitmap: uint8 [o, b], one bit a weight, as `pack` packs them. starts: int32 [o + 1], where each row's values begin,
     counted from any number; None where all rows hold equally many.
     """
-    if on_gpu(bitmap, values, starts) and dtype in _FLOATS and inputs <= _WIDEST and bitmap.numel():
+    if on_gpu(bitmap, values, starts) and dtype in _FLOATS and inputs <= WIDEST and bitmap.numel():
         from workbench_kernels.gpu.weight import sparse_weight as kernel
 
         return kernel(bitmap, values, starts, inputs, dtype)

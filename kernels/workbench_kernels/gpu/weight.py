@@ -100,6 +100,17 @@ def packed_weight(
 
 
 @triton.jit
+def counted(held, half: tl.constexpr):
+    """How many bits of four fields are set up to each byte of held [b], and in all: four counts of 16 bits, side by
+    side in int64. half: of which fields, the first four or the last.
+    """
+    spread = (held >> (4 * half) & 1).to(tl.int64)
+    for field in tl.static_range(1, 4):
+        spread |= ((held >> (4 * half + field)) & 1).to(tl.int64) << (16 * field)
+    return tl.cumsum(spread, 0), tl.sum(spread, 0)
+
+
+@triton.jit
 def _sparse(
     bitmap, values, starts, out, inputs, width, each, EVEN: tl.constexpr, BYTES: tl.constexpr
 ):  # fmt: skip
@@ -119,10 +130,7 @@ def _sparse(
     out += row * inputs
     first = 0
     for half in tl.static_range(2):
-        spread = tl.zeros([BYTES], tl.int64)
-        for field in tl.static_range(4):
-            spread |= ((held >> (4 * half + field)) & 1).to(tl.int64) << (16 * field)
-        seen, whole = tl.cumsum(spread, 0), tl.sum(spread, 0)
+        seen, whole = counted(held, half)
         for field in tl.static_range(4):
             bit = (held >> (4 * half + field)) & 1
             place = first + ((seen >> (16 * field)) & 0xFFFF).to(tl.int32) - 1
@@ -132,6 +140,11 @@ def _sparse(
             first += ((whole >> (16 * field)) & 0xFFFF).to(tl.int32)
 
 
+def warps_of(width: int) -> int:
+    """Of a program for a row of so many bytes of bits: eight bytes a thread."""
+    return min(max(width // 256, 1), 16)
+
+
 def sparse_weight(bitmap: Tensor, values: Tensor, starts: Tensor | None, inputs: int, dtype: torch.dtype) -> Tensor:
     """See `workbench_kernels.weight.sparse_weight`."""
     outputs, width = bitmap.shape
@@ -139,7 +152,7 @@ def sparse_weight(bitmap: Tensor, values: Tensor, starts: Tensor | None, inputs:
     padded = triton.next_power_of_2(width)
     _sparse[(outputs,)](
         bitmap.contiguous(), values.contiguous(), bitmap if starts is None else starts, out, inputs, width,
-        values.numel() // outputs, EVEN=starts is None, BYTES=padded, num_warps=min(max(padded // 256, 1), 16),
+        values.numel() // outputs, EVEN=starts is None, BYTES=padded, num_warps=warps_of(padded),
     )  # fmt: skip
     return out
 
