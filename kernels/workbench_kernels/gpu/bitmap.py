@@ -796,7 +796,7 @@ def decode_bitmap(
     room_of_all = room + 32 * max(power(width), power(value_width))
     while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
         warps, per_processor = warps // 2, per_processor * 2
-    if way > 0 and max(width, value_width) > 128:
+    if way > 0 and (max(width, value_width) > 128 or block > 8):
         per_processor = max(per_processor * 2 // 3, 1)  # more registers
     aligned = all(x.data.data_ptr() % 16 == 0 for side in (keys, values) for x in (side.numbers, side.bitmap))
     if room_of_all > ROOM_BYTES or not aligned:
