@@ -792,8 +792,8 @@ def decode_bitmap(
     warps, tokens, stages, per_processor, way = config
     per_warp = [-(-(tokens * side.numbers.data.shape[1] + 4) // 4) for side in (keys, values)]
     room = 16 * sum(per_warp) + 2 * tokens * sum(x for x in (nbytes, value_nbytes) if x % 4 == 0)
-    # Triton itself takes as much as a warp's whole rows need.
-    room_of_all = room + 32 * max(power(width), power(value_width))
+    # Triton itself takes what a warp's whole rows need, and for odd widths a little more.
+    room_of_all = room + 32 * max(power(width), power(value_width)) + 512
     while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
         warps, per_processor = warps // 2, per_processor * 2
     if way > 0 and (max(width, value_width) > 128 or block > 8):
