@@ -768,7 +768,8 @@ class Config(NamedTuple):
     way: int = 0
 
 
-DEFAULT = Config(4, 16, 2, 3)
+DEFAULT = Config(4, 16, 2, 3, 3)
+WIDEST = 128  # channels of rows that go through shared memory: at 256 that gave wrong sums on an H100
 ROOM_BYTES = 48 << 10  # bytes of shared memory that a program may have, its own and what Triton takes
 
 
@@ -794,13 +795,13 @@ def decode_bitmap(
     room = 16 * sum(per_warp) + 2 * tokens * sum(x for x in (nbytes, value_nbytes) if x % 4 == 0)
     # Triton itself takes what a warp's whole rows need, and for odd widths a little more.
     room_of_all = room + 32 * max(power(width), power(value_width)) + 512
+    aligned = all(x.data.data_ptr() % 16 == 0 for side in (keys, values) for x in (side.numbers, side.bitmap))
+    if room_of_all > ROOM_BYTES or not aligned or max(width, value_width) > WIDEST:
+        way = 0
     while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
         warps, per_processor = warps // 2, per_processor * 2
-    if way > 0 and (max(width, value_width) > 128 or block > 8):
+    if way > 0 and block > 8:
         per_processor = max(per_processor * 2 // 3, 1)  # more registers
-    aligned = all(x.data.data_ptr() % 16 == 0 for side in (keys, values) for x in (side.numbers, side.bitmap))
-    if room_of_all > ROOM_BYTES or not aligned:
-        way = 0
     # As many registers as let that many programs run on a multiprocessor.
     limit = {"maxnreg": min((64 << 10) // (32 * warps * per_processor) // 8 * 8, 255)} if way else {}
     key_unit, value_unit = _key_unit_of(nbytes, way), _value_unit_of(value_nbytes, way)
