@@ -796,7 +796,8 @@ def decode_bitmap(
     # Triton itself takes what a warp's whole rows need, and for odd widths a little more.
     room_of_all = room + 32 * max(power(width), power(value_width)) + 512
     aligned = all(x.data.data_ptr() % 16 == 0 for side in (keys, values) for x in (side.numbers, side.bitmap))
-    if room_of_all > ROOM_BYTES or not aligned or max(width, value_width) > WIDEST:
+    words = nbytes % 4 == 0 and value_nbytes % 4 == 0 and max(width, value_width) <= WIDEST
+    if room_of_all > ROOM_BYTES or not aligned or not words:
         way = 0
     while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
         warps, per_processor = warps // 2, per_processor * 2
