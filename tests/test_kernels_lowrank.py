@@ -19,7 +19,8 @@ from workbench_kernels.lowrank import (
     mlp_factors_reference,
 )
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# On a GPU the matrix units take float32 as tf32.
+TOLERANCE = {torch.float32: 4e-3 if torch.cuda.is_available() else 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 COUNT = 37
 
 
