@@ -214,9 +214,4 @@ def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]
 
 
 SWEPT = (LLAMA, DEFAULT, Heads(32, 8, 96), Heads(32, 8, 256))
-BITMAP_CONFIGS = [
-    bitmap.Config(4, 16, 2, 3), bitmap.Config(4, 16, 2, 3, 3), bitmap.Config(2, 16, 2, 7, 3),
-    bitmap.Config(4, 16, 2, 3, 2), bitmap.Config(1, 16, 2, 14, 3), bitmap.Config(1, 16, 2, 12, 3),
-    bitmap.Config(4, 16, 1, 4, 3), bitmap.Config(2, 16, 2, 7, 2), bitmap.Config(4, 16, 2, 2, 3),
-    bitmap.Config(4, 16, 1, 3, 3),
-]  # fmt: skip
+BITMAP_CONFIGS = [bitmap.Config(4, 16, 3), bitmap.Config(4, 16, 2), bitmap.Config(2, 16, 7), bitmap.Config(1, 16, 12)]

@@ -16,6 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench_kernels.gpu.bitmap_code import (
+    COPY_4,
+    COPY_8,
+    COPY_16,
+    FETCH,
+    OUTPUTS,
+    PUT,
+    UNIT_8,
+    UNIT_16,
+    UNIT_32,
+    UNROLL,
+    UNROLL_WIDE,
+    constraints,
+    room_code,
+    window_code,
+)
 from workbench_kernels.gpu.split import (
     LOG2E,
     LOWEST,
@@ -34,139 +50,6 @@ from workbench_kernels.gpu.split import (
     tiles_of,
 )
 from workbench_kernels.rows import Ragged, SparseRows
-
-
-def _unroll_code(wide: bool) -> str:
-    """PTX that unrolls two bytes, $8 and $9, whose numbers begin at addresses $10 and $11: bit i gives $i, the number
-    of the first in its lower half, that of the second in its upper, zero where no bit is set.
-
-    wide: addresses may pass a multiple of 4 GiB. Otherwise their upper halves stay, which spares an addition.
-    """
-    lines = ["{ .reg .pred p, q; .reg .b32 x, y, t, l, m, h, k; .reg .b64 a, b;"]
-    lines.append("mov.b64 a, $10; mov.b64 b, $11; mov.b64 {l, h}, a; mov.b64 {m, k}, b;")
-    for i in range(8):
-        for is_set, number, place, low, high, byte in (
-            ("p", "x", "a", "l", "h", "$8"),
-            ("q", "y", "b", "m", "k", "$9"),
-        ):
-            lines.append(f"and.b32 t, {byte}, {1 << i}; setp.ne.u32 {is_set}, t, 0; mov.b32 {number}, 0;")
-            lines.append(f"@{is_set} ld.global.nc.u16 {number}, [{place}];")
-            if i < 7 and wide:
-                lines.append(f"@{is_set} add.s64 {place}, {place}, 2;")
-            elif i < 7:
-                moved = f"shl.b32 t, t, {1 - i};" if i < 2 else f"shr.u32 t, t, {i - 1};"
-                lines.append(f"{moved} add.u32 {low}, {low}, t; mov.b64 {place}, {{{low}, {high}}};")
-        lines.append(f"prmt.b32 ${i}, x, y, 0x5410;")
-    return " ".join(lines) + " }"
-
-
-def _window_code(bits: int, masked: bool, pairs: bool = False) -> str:
-    """The same from windows: the word 4 * r bytes beyond a unit's place holds its numbers r - 1 and r.
-
-    The bits of a word's bytes are added up side by side: byte k of `s` is how many numbers precede an odd bit, times 4;
-    a window there ends with the number of that bit and begins with the one before, that of the even bit below it. The
-    bit, shifted to the sign of its byte, gives the half's mask. masked: no reads where neither bit is set, for fewer
-    conflicts of banks. Two units of 16 bits, or four of 8.
-
-    pairs: one unit of 8, 16 or 32 bits (the first of four inputs, which are alike), whose even bits are in lower
-    halves, odd ones in upper.
-    """
-    units = 1 if pairs else 32 // bits  # of one invocation
-    inputs = 4 if pairs else units
-    per_unit = bits // 8
-    outputs = bits // 2 if pairs else bits * units // 2
-    unit = [f"${outputs + i}" for i in range(units)]
-    lines = ["{ .reg .pred p, q; .reg .b32 w, u, t, c, s0, s1, s2, s3, w0, w1, w2, w3, w4, w5, w6, w7, x, y, m;"]
-    lines.append(".reg .b32 p0, p1, p2, p3; mov.u32 t, room;")
-    lines.extend(f"add.u32 p{per_unit * i}, ${outputs + inputs + i}, t;" for i in range(units))
-    if units == 1:
-        lines.append(f"mov.b32 w, {unit[0]};")
-    elif units == 2:
-        lines.append(f"prmt.b32 w, {unit[0]}, {unit[1]}, 0x5410;")
-    else:
-        lines.append(f"prmt.b32 w, {unit[0]}, {unit[1]}, 0x0040; prmt.b32 t, {unit[2]}, {unit[3]}, 0x0040;")
-        lines.append("prmt.b32 w, w, t, 0x5410;")
-    # Twos of bits, an odd one and the even one above it; the highest of a unit is not counted.
-    ends = sum(128 << (8 * i) for i in range(3, -1, -per_unit))
-    lines.append(f"and.b32 u, w, {0xFFFFFFFF - ends:#x}; and.b32 t, w, 0x55555555;")
-    lines.append("add.u32 c, u, u; sub.u32 c, c, t;")
-    for k in range(4):
-        shift = ("shl.b32 t, c, 2;", "mov.b32 t, c;", "shr.u32 t, c, 2;", "shr.u32 t, c, 4;")[k]
-        lines.append(f"{shift} and.b32 s{k}, t, 0x0C0C0C0C;")
-    lines.append("add.u32 s1, s0, s1; add.u32 s2, s1, s2; add.u32 s3, s2, s3;")
-    for i in range(units):  # where the numbers of a unit's further bytes begin
-        for y in range(1, per_unit):
-            byte = per_unit * i + y
-            lines.append(f"dp4a.u32.u32 p{byte}, s3, {1 << (8 * byte - 8):#x}, p{byte - 1};")
-    lines.extend(f"shl.b32 w{i}, w, {7 - i};" for i in range(7))
-    lines.append("mov.b32 w7, w;")
-
-    def read(number: str, is_set: str, byte: int, k: int) -> None:
-        # Over the address: what is not read must not wait for what the register held before.
-        lines.append(f"dp4a.u32.u32 {number}, s{k}, {1 << (8 * byte):#x}, p{byte};")
-        if masked:
-            lines.append(f"and.b32 t, w, {3 << (8 * byte + 2 * k):#x}; setp.ne.u32 {is_set}, t, 0; @{is_set}")
-        lines.append(f"ld.shared.b32 {number}, [{number}];")
-
-    for y in range(per_unit):
-        for k in range(4) if pairs else ():
-            read("x", "p", y, k)
-            lines.append(f"prmt.b32 m, w{2 * k}, w{2 * k + 1}, {(12 + y) * 0x1100 + (8 + y) * 0x11:#x};")
-            lines.append(f"and.b32 ${4 * y + k}, x, m;")
-        for pair in range(units // 2):
-            low, high = 2 * pair * per_unit + y, (2 * pair + 1) * per_unit + y  # bytes of w
-            for k in range(4):
-                read("x", "p", low, k)
-                read("y", "q", high, k)
-                signs = (8 + high) * 0x1100 + (8 + low) * 0x11
-                for half in range(2):
-                    channel = 8 * y + 2 * k + half
-                    out = f"${channel * (units // 2) + pair}"
-                    lines.append(f"prmt.b32 t, x, y, {0x7632 if half else 0x5410:#x};")
-                    lines.append(f"prmt.b32 m, w{2 * k + half}, w, {signs:#x}; and.b32 {out}, t, m;")
-    return " ".join(lines) + " }"
-
-
-def _constraints(outputs: int, inputs: int) -> str:
-    return ",".join(["=&r"] * outputs + ["r"] * inputs)
-
-
-_UNROLL = tl.constexpr(_unroll_code(wide=False))
-_UNROLL_WIDE = tl.constexpr(_unroll_code(wide=True))
-_OUTPUTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,l,l")
-
-
-_FETCH = tl.constexpr(  # what is not read stays rubbish, which masks hide
-    "{ .reg .pred p; setp.gt.s32 p, $3, $4; @p ld.global.nc.v2.b32 {$0, $1}, [$2]; }"
-)
-_PUT = tl.constexpr(  # $0: the second word of the lane before; the first lane's is that of the last, of an earlier turn
-    "{ .reg .pred p; .reg .b32 b, x, y; shfl.sync.idx.b32 $0, $2, $4, 31, 0xffffffff; setp.eq.u32 p, $4, 31; "
-    "selp.b32 b, $3, $0, p; prmt.b32 x, b, $1, 0x5432; prmt.b32 y, $1, $2, 0x5432; "
-    "setp.lt.s32 p, $6, $7; @p st.shared.v4.b32 [$5], {x, $1, y, $2}; }"
-)
-
-
-def _copy_code(size: int) -> str:
-    """PTX that begins to copy `size` bytes, $3 of them from memory, zeros after them."""
-    kind = "cg" if size == 16 else "ca"
-    copy = f"cp.async.{kind}.shared.global [$1], [$2], {size}, $3;"
-    return "{ .reg .pred p; setp.lt.s32 p, $4, $5; @p " + copy + " mov.b32 $0, 0; }"
-
-
-_COPY_16, _COPY_8, _COPY_4 = (tl.constexpr(_copy_code(size)) for size in (16, 8, 4))
-
-
-def _unit_code(bits: int) -> str:
-    """PTX that reads so many bits from a place in `room`."""
-    return "{ .reg .b32 t; mov.u32 t, room; add.u32 t, t, $1; " + f"ld.shared.u{bits} $0, [t]; }}"
-
-
-_UNIT_32, _UNIT_16, _UNIT_8 = (tl.constexpr(_unit_code(bits)) for bits in (32, 16, 8))
-
-
-def _room_code(size: int) -> str:
-    """PTX that declares `size` bytes of shared memory, and gives their address."""
-    return f".shared .align 16 .b8 room[{size}]; mov.u32 $0, room;"
 
 
 @triton.jit
@@ -211,7 +94,7 @@ def _fetch(numbers, ahead, row, left, C: tl.constexpr, V: tl.constexpr):
     found = ()
     for j in tl.static_range((V + 31) // 32):
         some = tl.inline_asm_elementwise(
-            _FETCH, "=&r,=&r,l,r,r", [address + 256 * j, end, 128 * j],
+            FETCH, "=&r,=&r,l,r,r", [address + 256 * j, end, 128 * j],
             dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
         found = found + (some[0], some[1])
@@ -226,7 +109,7 @@ def _put(found, room, V: tl.constexpr):
     last = found[1]
     for j in tl.static_range((V + 31) // 32):
         last = tl.inline_asm_elementwise(
-            _PUT, "=&r,r,r,r,r,r,r,r",
+            PUT, "=&r,r,r,r,r,r,r,r",
             [found[2 * j], found[2 * j + 1], last, before, place + 512 * j, lane, min(V - 32 * j, 32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
@@ -285,7 +168,7 @@ def _unrolled(
         return found
     else:
         words = tl.inline_asm_elementwise(
-            _UNROLL_WIDE if WIDE else _UNROLL, _OUTPUTS, [bits, place.to(tl.int64)],
+            UNROLL_WIDE if WIDE else UNROLL, OUTPUTS, [bits, place.to(tl.int64)],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=2,
         )  # fmt: skip
@@ -300,7 +183,7 @@ def _copy(bitmap, row, left, room, N: tl.constexpr, B: tl.constexpr):
     """Begin to copy N rows of a bitmap from row [G] on, of which `left` [G] exist, to rooms [G]; zeros for others."""
     lane = tl.arange(0, 32)[None, :]
     SIZE: tl.constexpr = 16 if B % 16 == 0 else (8 if B % 8 == 0 else 4)
-    CODE: tl.constexpr = _COPY_16 if SIZE == 16 else (_COPY_8 if SIZE == 8 else _COPY_4)
+    CODE: tl.constexpr = COPY_16 if SIZE == 16 else (COPY_8 if SIZE == 8 else COPY_4)
     address = (bitmap + tl.cast(row, tl.int64) * B).to(tl.int64)
     for j in tl.static_range((N * B // SIZE + 31) // 32):
         v = lane + 32 * j
@@ -355,41 +238,34 @@ def _unit_bits(
     HERE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Bits of units of U bits of rows [G, N] (lowest in a word, others above), none where a row is not there, and how
-    many numbers of their row precede them. With HERE, rows of whole words lie in shared memory, at `place` [G, N].
+    many numbers of their row precede them. Rows are of whole words; with HERE they lie in shared memory, at `place`
+    [G, N].
     """
     COUNT: tl.constexpr = 8 * B // U
-    if B % 4 == 0:
-        words = ()
-        if HERE:
-            words = _words(place, B)
-        else:
-            for j in tl.static_range(B // 4):
-                at = bitmap.to(tl.pointer_type(tl.int32)) + (row * (B // 4) + j)
-                words = words + (tl.load(at, mask=there, other=0),)
-        byte = unit * (U // 8)
-        before = tl.zeros([1, 1, 1], tl.int32)
-        bits = tl.expand_dims(words[0], axis)
-        for j in tl.static_range(B // 4):
-            word = tl.expand_dims(words[j], axis)
-            if 4 * j < B - U // 8:
-                before = before + _before(word, byte, 4 * j, INTERPRET)
-            if not HERE:
-                bits = tl.where(byte >= 4 * j, word, bits)
-        if HERE:
-            CODE: tl.constexpr = _UNIT_32 if U == 32 else (_UNIT_16 if U == 16 else _UNIT_8)
-            at = tl.expand_dims(place, axis) + (byte if COUNT == UP else tl.minimum(byte, B - U // 8))
-            bits = tl.inline_asm_elementwise(CODE, "=r,r", [at], dtype=tl.int32, is_pure=True, pack=1)
-        elif U < 32:
-            bits = bits >> (byte % 4 * 8)
-        if COUNT != UP:
-            bits = tl.where(unit < COUNT, bits, 0)
+    words = ()
+    if HERE:
+        words = _words(place, B)
     else:
-        each = tl.expand_dims(row, axis)
-        where = bitmap.to(tl.pointer_type(tl.int16)) if U == 16 else bitmap
-        bits = tl.load(where + (each * COUNT + unit), mask=(unit < COUNT) & tl.expand_dims(there, axis), other=0)
-        bits = bits.to(tl.int32) & ((1 << U) - 1)
-        count = _popcount(bits, INTERPRET)
-        before = tl.cumsum(count, axis) - count
+        for j in tl.static_range(B // 4):
+            at = bitmap.to(tl.pointer_type(tl.int32)) + (row * (B // 4) + j)
+            words = words + (tl.load(at, mask=there, other=0),)
+    byte = unit * (U // 8)
+    before = tl.zeros([1, 1, 1], tl.int32)
+    bits = tl.expand_dims(words[0], axis)
+    for j in tl.static_range(B // 4):
+        word = tl.expand_dims(words[j], axis)
+        if 4 * j < B - U // 8:
+            before = before + _before(word, byte, 4 * j, INTERPRET)
+        if not HERE:
+            bits = tl.where(byte >= 4 * j, word, bits)
+    if HERE:
+        CODE: tl.constexpr = UNIT_32 if U == 32 else (UNIT_16 if U == 16 else UNIT_8)
+        at = tl.expand_dims(place, axis) + (byte if COUNT == UP else tl.minimum(byte, B - U // 8))
+        bits = tl.inline_asm_elementwise(CODE, "=r,r", [at], dtype=tl.int32, is_pure=True, pack=1)
+    elif U < 32:
+        bits = bits >> (byte % 4 * 8)
+    if COUNT != UP:
+        bits = tl.where(unit < COUNT, bits, 0)
     return bits, before
 
 
@@ -565,7 +441,7 @@ def _attend(
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, C: tl.constexpr, VC: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
     VB: tl.constexpr, VBP: tl.constexpr, U: tl.constexpr, VU: tl.constexpr,
-    G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr, WAY: tl.constexpr,
+    G: tl.constexpr, N: tl.constexpr, RESTS: tl.constexpr, SHARED: tl.constexpr,
     V: tl.constexpr, VV: tl.constexpr, ROOM: tl.constexpr, KEYS: tl.constexpr, KEYS_OUT: tl.constexpr,
     VALUES: tl.constexpr, VALUES_OUT: tl.constexpr, STRIDE: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
@@ -574,15 +450,15 @@ def _attend(
     in `dense`, each warp has rows and a softmax of its own (the dimension G).
     """
     TILE: tl.constexpr = G * N
-    HERE: tl.constexpr = WAY > 0 and not INTERPRET  # numbers go through shared memory
-    COUNT: tl.constexpr = 1 if WAY > 0 else 8  # tensors that hold all channels
+    HERE: tl.constexpr = SHARED and not INTERPRET  # numbers go through shared memory
+    COUNT: tl.constexpr = 1 if SHARED else 8  # tensors that hold all channels
     room = tl.arange(0, G) * STRIDE
     if HERE:
         room += _room(ROOM)
     value_room = room + 16 * V
-    # Two rooms for bitmaps whose rows are whole words, for this tile's and the next one's.
+    # Two rooms for bitmaps, for this tile's and the next one's.
     BITS_AT: tl.constexpr = 16 * (V + VV)
-    VALUE_BITS_AT: tl.constexpr = BITS_AT + (2 * N * B if B % 4 == 0 else 0)
+    VALUE_BITS_AT: tl.constexpr = BITS_AT + 2 * N * B
     turn = tl.load(order + tl.arange(0, N))[None, :]
     unit, value_unit = tl.load(order + tl.arange(0, BP)), tl.load(order + tl.arange(0, VBP))
     pid = tl.program_id(0) - K * RESTS
@@ -626,7 +502,7 @@ def _attend(
             if PLACED:
                 place_at = positions + tl.load(position_starts + head).to(tl.int64)
             asked = ()
-            if WAY > 0:
+            if SHARED:
                 channel, real = _channel(2, B, D, BP, U)
                 some = tl.load(
                     query + ((head * ROWS + rows)[None, :] * D + channel[:, None]),
@@ -645,7 +521,7 @@ def _attend(
             for i in tl.static_range(COUNT):
                 mixed = mixed + (tl.zeros([G, VBP * VU // COUNT, R], tl.float32),)
             top = tl.full([G, R], LOWEST, tl.float32)
-            if WAY > 0:
+            if SHARED:
                 whole = tl.zeros([G, N, R], tl.float32)  # rows' sums are added up at the end
             else:
                 whole = tl.zeros([G, R], tl.float32)
@@ -655,23 +531,16 @@ def _attend(
                 front, left = _fronts(low - begin, length, G, N)
                 _copied()
                 _together()
-                if B % 4 == 0:
-                    _copy(bits_at, front, left, room + BITS_AT + ((low - begin) & 1) * (N * B), N, B)
-                if VB % 4 == 0:
-                    _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((low - begin) & 1) * (N * VB), N, VB)
-                if STAGES > 1:
-                    held = _fetch(number_at - ahead, ahead, front, left, C, V)
-                    others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
-            for tile in tl.range(low - begin, stop - begin, num_stages=1 if WAY > 0 else STAGES):
+                _copy(bits_at, front, left, room + BITS_AT + ((low - begin) & 1) * (N * B), N, B)
+                _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((low - begin) & 1) * (N * VB), N, VB)
+                held = _fetch(number_at - ahead, ahead, front, left, C, V)
+                others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
+            for tile in tl.range(low - begin, stop - begin, num_stages=1 if SHARED else 2):
                 first = tl.cast(tile * TILE, tl.int64)
                 # Rows beyond the end read the last row, and are hidden.
                 row = tl.minimum(within, length - 1 - tile * TILE)
                 there = within < length - tile * TILE
                 if HERE:
-                    front, left = _fronts(tile, length, G, N)
-                    if STAGES == 1:
-                        held = _fetch(number_at - ahead, ahead, front, left, C, V)
-                        others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
                     _copied()
                     _together()
                     _put(held, room, V)
@@ -681,13 +550,10 @@ def _attend(
                     known = ((tile & 1) * 4 + value_ahead) * 4 + ahead
                     known = tl.load(order + (known * 8 + _nothing() + g[:, None]))
                     front, left = _fronts(tile + 1, length, G, N)
-                    if B % 4 == 0:
-                        _copy(bits_at, front, left, room + BITS_AT + ((tile + 1) & 1) * (N * B), N, B)
-                    if VB % 4 == 0:
-                        _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((tile + 1) & 1) * (N * VB), N, VB)
-                    if STAGES > 1:
-                        held = _fetch(number_at - ahead, ahead, front, left, C, V)
-                        others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
+                    _copy(bits_at, front, left, room + BITS_AT + ((tile + 1) & 1) * (N * B), N, B)
+                    _copy(value_bits_at, front, left, room + VALUE_BITS_AT + ((tile + 1) & 1) * (N * VB), N, VB)
+                    held = _fetch(number_at - ahead, ahead, front, left, C, V)
+                    others = _fetch(value_number_at - value_ahead, value_ahead, front, left, VC, VV)
                     place = (known & 7) * STRIDE
                     bits_place = place + (known >> 7) * (N * B) + BITS_AT + turn * B
                     value_bits_place = place + (known >> 7) * (N * VB) + VALUE_BITS_AT + turn * VB
@@ -695,7 +561,7 @@ def _attend(
                     place += (known >> 3 & 3) * 4 + turn * (4 * C)
                 else:
                     place, bits_place, value_place, value_bits_place = within, within, within, within
-                if WAY > 0:
+                if SHARED:
                     bits, before = _unit_bits(
                         bits_at + first * B, bits_place, within, there, unit[None, None, :], 2, B, BP, U, HERE,
                         INTERPRET,
@@ -721,12 +587,12 @@ def _attend(
                 higher = tl.maximum(top, tl.max(score, 1))
                 weight = tl.exp2(score - higher[:, None, :])
                 old = tl.exp2(top - higher)
-                if WAY > 0:
+                if SHARED:
                     whole = whole * old[:, None, :] + weight
                 else:
                     whole = whole * old + tl.sum(weight, 1)
                 share = weight.to(value_numbers.dtype.element_ty)
-                if WAY > 0:
+                if SHARED:
                     value = _unrolled_here(
                         value_number_at + first * VC, value_bits, value_before, value_place, within, 1, VC, VU, VALUES,
                         VALUES_OUT, INTERPRET,
@@ -743,32 +609,27 @@ def _attend(
                 mixed = kept
                 top = higher
             for i in tl.static_range(COUNT):
-                if WAY > 0:
+                if SHARED:
                     channel, real = _channel(1, VB, DV, VBP, VU)
                 else:
                     channel = vb + VB * i
                     real = (vb < VB) & (channel < DV)
                 leave_sums(sums, pid + head, rows, mixed[i], channel, real, ROWS, DV, G)
-            if WAY > 0:
+            if SHARED:
                 whole = tl.sum(whole, 1)
             leave_weights(largest, weights, pid + head, rows, top, whole, ROWS, G)
             low = stop
 
 
 class Config(NamedTuple):
-    """How a program works: warps, rows a warp takes at once, stages of the load pipeline, programs a processor, and
-    way: 0, numbers are read where they lie; 2, windows of two are left in shared memory; 3, the same, read only where
-    there is a number.
-    """
+    """How a program works: warps (at most 8), rows a warp takes at once (16), and programs a processor."""
 
     warps: int
     tokens: int
-    stages: int
     per_processor: int
-    way: int = 0
 
 
-DEFAULT = Config(4, 16, 2, 3, 3)
+DEFAULT = Config(4, 16, 3)
 WIDEST = 128  # channels of rows that go through shared memory: at 256 that gave wrong sums on an H100
 ROOM_BYTES = 48 << 10  # bytes of shared memory that a program may have, its own and what Triton takes
 
@@ -790,22 +651,21 @@ def decode_bitmap(
     width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
     nbytes, value_nbytes = keys.bitmap.data.shape[1], values.bitmap.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
-    warps, tokens, stages, per_processor, way = config
+    warps, tokens, per_processor = config
     per_warp = [-(-(tokens * side.numbers.data.shape[1] + 4) // 4) for side in (keys, values)]
-    room = 16 * sum(per_warp) + 2 * tokens * sum(x for x in (nbytes, value_nbytes) if x % 4 == 0)
+    room = 16 * sum(per_warp) + 2 * tokens * (nbytes + value_nbytes)
     # Triton itself takes what a warp's whole rows need, and for odd widths a little more.
     room_of_all = room + 32 * max(power(width), power(value_width)) + 512
     aligned = all(x.data.data_ptr() % 16 == 0 for side in (keys, values) for x in (side.numbers, side.bitmap))
     words = nbytes % 4 == 0 and value_nbytes % 4 == 0 and max(width, value_width) <= WIDEST
-    if room_of_all > ROOM_BYTES or not aligned or not words:
-        way = 0
-    while way > 0 and warps > 1 and room_of_all * warps > ROOM_BYTES:
+    shared = aligned and words and room_of_all <= ROOM_BYTES
+    while shared and warps > 1 and room_of_all * warps > ROOM_BYTES:
         warps, per_processor = warps // 2, per_processor * 2
-    if way > 0 and block > 8:
+    if shared and block > 8:
         per_processor = max(per_processor * 2 // 3, 1)  # more registers
     # As many registers as let that many programs run on a multiprocessor.
-    limit = {"maxnreg": min((64 << 10) // (32 * warps * per_processor) // 8 * 8, 255)} if way else {}
-    key_unit, value_unit = _key_unit_of(nbytes, way), _value_unit_of(value_nbytes, way)
+    limit = {"maxnreg": min((64 << 10) // (32 * warps * per_processor) // 8 * 8, 255)} if shared else {}
+    key_unit, value_unit = _units_of(nbytes, value_nbytes, shared)
     tile = warps * tokens
     rests = min(-(-keys.tail.longest // (warps * 16)), 8)
     tiles = heads * -(-keys.numbers.longest // tile)
@@ -822,10 +682,10 @@ def decode_bitmap(
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), C=keys.numbers.data.shape[1], VC=values.numbers.data.shape[1],
         B=nbytes, BP=key_unit[1], VB=value_nbytes, VBP=value_unit[1], U=key_unit[0], VU=value_unit[0],
-        G=warps, N=tokens, WAY=way, V=per_warp[0], VV=per_warp[1], STRIDE=room, ROOM=_room_code(room * warps),
-        KEYS=_window_code(key_unit[0], way == 3, True), KEYS_OUT=_constraints(key_unit[0] // 2, 12),
-        VALUES=_window_code(value_unit[0], way == 3), VALUES_OUT=_constraints(16, 64 // value_unit[0]),
-        RESTS=rests, STAGES=stages, MASKED=query_positions is not None, PLACED=positions is not None,
+        G=warps, N=tokens, SHARED=shared, V=per_warp[0], VV=per_warp[1], STRIDE=room, ROOM=room_code(room * warps),
+        KEYS=window_code(key_unit[0], True), KEYS_OUT=constraints(key_unit[0] // 2, 12),
+        VALUES=window_code(value_unit[0]), VALUES_OUT=constraints(16, 64 // value_unit[0]),
+        RESTS=rests, MASKED=query_positions is not None, PLACED=positions is not None,
         SOFTCAP=softcap is not None, WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data),
         INTERPRET=interpreted(), num_warps=warps, **limit,
     )  # fmt: skip
@@ -838,20 +698,17 @@ def _order(device: torch.device) -> Tensor:
     return torch.arange(1024, dtype=torch.int32, device=device)
 
 
-def _key_unit_of(nbytes: int, way: int) -> tuple[int, int]:
-    """Bits unrolled at once, and units in a row (a power of two): as large as lets four lanes share it."""
-    if way == 0:
-        return 8, max(power(nbytes), 16)
-    size = next(size for size in (4, 2, 1) if nbytes % size == 0 and (nbytes // size > 2 or size == 1))
-    return 8 * size, max(power(nbytes // size), 4)
+def _units_of(nbytes: int, value_nbytes: int, shared: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bits of keys and of values that are unrolled at once, and such units in a row (a power of two).
 
-
-def _value_unit_of(nbytes: int, way: int) -> tuple[int, int]:
-    """The same, for eight lanes that share a row."""
-    if way == 0:
-        return 8, max(power(nbytes), 16)
-    size = 2 if nbytes % 2 == 0 and nbytes > 8 else 1
-    return 8 * size, max(power(nbytes // size), 2 if size == 1 else 1)
+    From shared memory as large ones as let four lanes share a row of keys, and eight one of values.
+    """
+    if not shared:
+        return (8, max(power(nbytes), 16)), (8, max(power(value_nbytes), 16))
+    size = next(size for size in (4, 2, 1) if nbytes // size > 2)
+    value_size = 2 if value_nbytes > 8 else 1
+    values = max(power(value_nbytes // value_size), 2 if value_size == 1 else 1)
+    return (8 * size, max(power(nbytes // size), 4)), (8 * value_size, values)
 
 
 def _passes_4_gib(x: Tensor) -> bool:
