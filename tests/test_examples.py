@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 import workbench as wb
 from workbench.errors import BadParameter
@@ -66,7 +65,6 @@ def test_impossible_haystacks_are_refused() -> None:
 @pytest.mark.model
 @pytest.mark.skipif(cached("smollm2-135m") is None, reason="workbench models fetch smollm2-135m")
 def test_the_default_model_answers_the_examples_and_a_built_haystack() -> None:
-    torch.set_num_threads(2)
     session = wb.Session("smollm2-135m")
     assert session.tokenizer is not None
     tokenizer = session.tokenizer
