@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import learning, on_gpu
 
 _EXACT = 1024  # columns whose products of 8-bit numbers float32 sums without rounding: 128 * 128 * 1024 = 2 ** 24
 _WIDEST = 2**15  # columns that one program rounds
@@ -18,8 +18,7 @@ def integer_linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Te
 
     Integers are multiplied and summed exactly, then times scale float32 [o], plus bias [o]: [n, o] in the dtype of x.
     """
-    learning = x.requires_grad and torch.is_grad_enabled()
-    if on_gpu(x, weight, scale, bias) and x.dtype.itemsize <= 4 and not learning and 0 < x.shape[1] <= _WIDEST:
+    if on_gpu(x, weight, scale, bias) and x.dtype.itemsize <= 4 and not learning(x) and 0 < x.shape[1] <= _WIDEST:
         from workbench_kernels.gpu.integer import rounded, scaled
 
         rows, outputs, columns = _missing(x, weight)

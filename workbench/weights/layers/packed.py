@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.weights.layers.compact import CompactLinear
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import learning, on_gpu
 from workbench_kernels.packed_linear import fits, packed_linear
 from workbench_kernels.packing import pack
 from workbench_kernels.weight import packed_codes, packed_weight, scaled_weight
@@ -98,9 +98,8 @@ class PackedLinear(CompactLinear):
     def _read_as_it_lies(self, x: Tensor) -> bool:
         """Whether a GPU's kernel multiplies x [n, i] with the packed codes: no weight is made float then."""
         own = self.plain and len(_PLANES[self.bits]) == 1
-        learning = x.requires_grad and torch.is_grad_enabled()
         plane: Any = self.plane0
-        return own and not learning and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)
+        return own and not learning(x) and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "code_bits": self.bits, "group": self.group}

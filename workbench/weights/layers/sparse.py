@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import learning, on_gpu
 from workbench_kernels.packing import pack, unpack
 from workbench_kernels.sparse_linear import fits, sparse_linear
 from workbench_kernels.weight import sparse_weight
@@ -56,8 +56,7 @@ class SparseLinear(CompactLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        learning = x.requires_grad and torch.is_grad_enabled()
-        if learning or not fits(flat) or not on_gpu(flat, self.bitmap):
+        if learning(x) or not fits(flat) or not on_gpu(flat, self.bitmap):
             return super().forward(x)
         out = sparse_linear(flat, self.bitmap, self.values, self.offsets).view(*x.shape[:-1], -1)
         return out if self.bias is None else out.add_(self.bias)
