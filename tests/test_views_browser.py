@@ -94,7 +94,7 @@ def served(chromium: Any, stage: tuple[str, list[Any]]) -> Iterator[Callable[...
         watched.page.close()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     """Wait for something that Python learns from the browser."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -236,6 +236,20 @@ def test_the_keyboard_zooms_in_and_steps_back_out_and_each_step_is_a_crumb(serve
     crumbs.get_by_role("button", name="Whole map").click()
     wait_until(lambda: component.window is None)
     crumbs.locator("b").wait_for(state="detached")
+
+
+PRESSED_TOGETHER = """(canvas, keys) => {
+    for (const key of keys) canvas.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));
+}"""
+
+
+def test_keys_that_follow_each_other_within_one_frame_all_count(served):
+    component, watched = served(big_map)
+    canvas = canvas_of(watched)
+    canvas.evaluate(PRESSED_TOGETHER, ["+", "+", "+"])
+    wait_until(lambda: component.window is not None and component.window[1] - component.window[0] == 512)
+    canvas.evaluate(PRESSED_TOGETHER, ["Escape", "Escape", "-"])
+    wait_until(lambda: component.window is None)  # from 2,048 rows of 4,096 one step out is the whole map
 
 
 def test_zooming_back_out_shows_the_whole_map_at_once_and_finer_tiles_join_it(served):

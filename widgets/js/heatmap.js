@@ -320,7 +320,7 @@ export default {
 
       /** The window of another size around a point that stays where it is; within the whole map. */
       function zoomed(factor, [row, column]) {
-        const s = area.shown;
+        const s = shown(); // what is asked for: a key may follow another within one frame
         const all = bounds();
         const cut = (low, high, least, most, point) => {
           const size = clamp(Math.round((high - low) * factor), Math.min(4, most - least), most - least);
@@ -330,7 +330,7 @@ export default {
         return [...cut(s[0], s[1], all[0], all[1], row), ...cut(s[2], s[3], all[2], all[3], column)];
       }
 
-      function moved(rows, columns, from = area.shown) {
+      function moved(rows, columns, from = shown()) {
         const all = bounds();
         const r = clamp(from[0] + rows, all[0], all[1] - (from[1] - from[0]));
         const c = clamp(from[2] + columns, all[2], all[3] - (from[3] - from[2]));
@@ -398,7 +398,7 @@ export default {
       }
 
       function step(by, marking) {
-        const s = area.shown;
+        const s = shown();
         const steps = cursor ? [cellOf(cursor)] : [];
         const size = steps.length ? [steps[0][1] - steps[0][0], steps[0][3] - steps[0][2]] : [1, 1];
         const from = cursor ?? get("selected");
@@ -416,7 +416,7 @@ export default {
 
       function zoomBy(factor) {
         if (!get("brush")) return;
-        const s = area.shown;
+        const s = shown();
         const window = zoomed(factor, cursor ?? [(s[0] + s[1]) >> 1, (s[2] + s[3]) >> 1]);
         if (!same(window, s)) open(same(window, bounds()) ? null : window);
         view.say(same(window, bounds()) ? "whole map" : `zoomed to ${windowName(window)}`);
