@@ -88,11 +88,6 @@ def in_notebook() -> bool:
     return hasattr(found, "kernel")
 
 
-def mib(nbytes: float) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 2**20:.2f} MiB"
-
-
 def _rounded(value: Any) -> Any:
     """The same nest with floats at four significant figures: equal on machines that differ in the last bits."""
     if isinstance(value, float):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from workbench.brief import Brief
 from workbench.errors import BadPrompt
 
 Message = dict[str, Any]
@@ -21,8 +22,8 @@ Text = str | Sequence[Message] | Sequence[int] | np.ndarray | Tensor
 _USER, _ASSISTANT, _NEXT = "\ue000user\ue000", "\ue000assistant\ue000", "\ue000next\ue000"
 
 
-@dataclass(frozen=True)
-class Prompt:
+@dataclass(frozen=True, repr=False)
+class Prompt(Brief):
     """What a session reads: token ids, and how a question is appended to them.
 
     `ids` is int64 [n]. `chat` says whether the ids end inside an open turn of the user (a question then closes that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from workbench.display import Shown, mib
+from workbench.brief import Brief, mib
+from workbench.display import Shown
 from workbench.errors import NotRead
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
@@ -33,8 +35,8 @@ class Token(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Brief):
     """How a run compares with the uncompressed run: figures over the same continuation, and errors head by head.
 
     output_error: relative error of each head's attention output on that continuation, float32 [l, h]; unlike a plan's
@@ -47,7 +49,7 @@ class Verdict:
     reference: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run(Shown):
     """One generation under a recipe.
 
@@ -182,6 +184,10 @@ class Run(Shown):
         """The record without what differs from one machine to the next: no timings, no live bytes of workspace."""
         record = self.to_dict(quality=self.measured)
         return {name: value for name, value in record.items() if name not in ("timing", "memory")}
+
+    def __repr__(self) -> str:
+        text = reprlib.repr(self.text)
+        return f"<Run of {self.recipe.label}: {self.plan.share:.1%} of the cache, {len(self.tokens)} tokens: {text}>"
 
     def __str__(self) -> str:
         return f"{self.recipe.label}: {self.plan.share:.1%} of the cache, {len(self.tokens)} tokens: {self.text!r}"

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
 from workbench.attention.implied import Implied
+from workbench.brief import mib
 from workbench.budget import Budget
 from workbench.capture import Captured, as_read, capture, changes_reading
 from workbench.conversation import Conversation, Question
-from workbench.display import Shown, controls, mib
+from workbench.display import Shown, controls
 from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotApplicable, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench.brief import Brief, mib
 from workbench.errors import NotApplicable
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
@@ -20,8 +21,8 @@ from workbench.prompt import Prompt
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LayerTrace:
+@dataclass(frozen=True, repr=False)
+class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
     index: which layer. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
@@ -40,7 +41,7 @@ class LayerTrace:
     scale: float
     window: int | None = None
     softcap: float | None = None
-    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
 
@@ -138,7 +139,7 @@ def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x.float(), cos / size, -sin / size)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """A prompt's keys, values and queries at every layer, the logits after its last token, and scores computed from
     them.
@@ -171,6 +172,13 @@ class Trace:
     @property
     def tokens(self) -> int:
         return int(self.ids.numel())
+
+    def __repr__(self) -> str:
+        read = f"<Trace of {self.tokens:,} tokens: {len(self.layers)} layers"
+        if not self.recorded:
+            return f"{read}, nothing recorded>"
+        first = self.layers[0]
+        return f"{read} of {first.kv_heads} KV heads, {mib(self.nbytes)}>"
 
     @property
     def recorded(self) -> bool:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
-from workbench.display import Bundle, mib
+from workbench.brief import mib
+from workbench.display import Bundle
 from workbench.errors import NotRead
 from workbench.kv.plan import Plan
 from workbench.run import Run

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from workbench.brief import mib
 from workbench.cli import given, show
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def run(
     if not live:
         print(done.text)
     print()
-    print(f"{record['label']}: cache {show.mib(record['kv_nbytes'])} of {show.mib(record['kv_full_nbytes'])}", end=" ")
+    print(f"{record['label']}: cache {mib(record['kv_nbytes'])} of {mib(record['kv_full_nbytes'])}", end=" ")
     print(f"({record['kv_share']:.1%}), {record['prompt_tokens']} tokens read, {len(record['tokens'])} generated")
     timing = record["timing"]
     print(f"first token {timing['first_token_s']:.2f} s, then {timing['tokens_per_s']:.1f} tokens/s", end="")

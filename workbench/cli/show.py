@@ -47,11 +47,6 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def mib(nbytes: int) -> str:
-    """A size in MiB."""
-    return f"{nbytes / 2**20:.2f} MiB"
-
-
 class Bar:
     """The progress of long work on stderr, while that is a terminal; `stop` when something else is to be written."""
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench.brief import mib
 from workbench.budget import Budget
-from workbench.display import Shown, mib
+from workbench.display import Shown
 from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
@@ -28,7 +29,7 @@ from workbench.trace import LayerTrace, Trace
 _PROBES = 64  # queries at the end of the prompt with which a plan's error is measured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """What KV methods decided on a trace.
 
@@ -158,6 +159,9 @@ class Plan(Shown):
     def label(self) -> str:
         """The methods in short, as tables and legends name them."""
         return " + ".join(method.label() for method in self.methods)
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.label} for {self.trace.tokens:,} tokens: {self.share:.1%} of the cache>"
 
     def summary(self) -> str:
         """Bytes and kept positions in words."""

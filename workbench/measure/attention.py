@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.brief import Brief
 from workbench.errors import BadParameter, InputError
 from workbench.measure.rows import (
     HeadsPart,
@@ -35,8 +36,8 @@ Span = tuple[int, int]
 _KERNEL_PIXELS, _KERNEL_WIDTH = 1024, 256  # the largest maps and head sizes that the kernel makes
 
 
-@dataclass(frozen=True, eq=False)
-class PooledMap:
+@dataclass(frozen=True, eq=False, repr=False)
+class PooledMap(Brief):
     """An attention map of one query head, pooled into cells.
 
     Cell (i, j) stands for the queries at positions row_edges[i] <= p < row_edges[i + 1] and the keys at positions

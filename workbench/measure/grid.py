@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.brief import Brief
 from workbench.errors import BadParameter
 from workbench.measure.attention import PooledMap, Pooling, same_cells
 
 
-@dataclass(frozen=True, eq=False)
-class GridOfMaps:
+@dataclass(frozen=True, eq=False, repr=False)
+class GridOfMaps(Brief):
     """One pooled map a layer and query head, all on the same cells; see `PooledMap` for what a cell stands for."""
 
     values: Tensor

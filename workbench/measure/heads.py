@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.brief import Brief
 from workbench.errors import BadParameter, InputError
 from workbench.measure.rows import head_parts, row_blocks, token_positions, visible_keys
 from workbench.progress import Progress
@@ -46,8 +47,8 @@ class Thresholds:
                 raise BadParameter(f"the threshold {each.name} is {value}: give a share between 0 and 1")
 
 
-@dataclass(frozen=True, eq=False)
-class HeadStats:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadStats(Brief):
     """Where the attention of heads goes, as means over the queries: of one layer [h], or of a model [l, h].
 
     Queries that see no key, because all of them were evicted, are left out of every mean.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from workbench.brief import mib
 from workbench.errors import BadParameter, InputError, NotApplicable
 
 Phase = Literal["read", "plan", "question", "decode"]
@@ -64,6 +65,10 @@ class Timeline:
     @property
     def samples(self) -> tuple[Sample, ...]:
         return tuple(self._samples)
+
+    def __repr__(self) -> str:
+        peaks = ", ".join(f"{kind} {mib(nbytes)}" for kind, nbytes in self.peaks.items())
+        return f"<Timeline of {len(self)} samples; at most {peaks or 'nothing'}>"
 
     def __len__(self) -> int:
         return len(self._samples)

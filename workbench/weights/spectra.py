@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from workbench.brief import Brief
 from workbench.progress import Progress
 from workbench.weights.blocks import blocks, placed
 from workbench.weights.census import weight_of
 from workbench.weights.linears import linear_layers
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(Brief):
     """The singular values of one weight matrix, on the CPU: float32 [r], descending, the largest one 1 (all 0: 0).
 
     name: of its layer; layer, module: where that is. largest: the largest singular value itself.
@@ -48,8 +49,8 @@ class Spectrum:
         return min(int((held < energy * held[-1]).sum()) + 1, self.values.numel())
 
 
-@dataclass(frozen=True, eq=False)
-class Spectra:
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectra(Brief):
     """The spectra of all linear layers in a model's blocks, in order."""
 
     spectra: tuple[Spectrum, ...]

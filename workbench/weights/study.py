@@ -55,6 +55,9 @@ class WeightStudy:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._made: dict[Any, Any] = {}
 
+    def __repr__(self) -> str:
+        return f"<WeightStudy of {len(self.blocks)} layers over {self.calibration}>"
+
     @cached_property
     def ids(self) -> Tensor:
         """The calibration texts, int64 [t, n], on the CPU."""

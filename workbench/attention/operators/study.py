@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.attention.exact import causal_attention
 from workbench.attention.operators.base import Operator, chunks
+from workbench.brief import Brief
 from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.measure.attention import PooledMap, Pooling, Span, pool_rows, pooled_map
 from workbench.measure.quality import output_error
@@ -19,8 +20,8 @@ from workbench.progress import Progress
 from workbench.trace import LayerTrace, Trace
 
 
-@dataclass(frozen=True, eq=False)
-class Study:
+@dataclass(frozen=True, eq=False, repr=False)
+class Study(Brief):
     """What an operator makes of one layer: its output error for each head, and one head's implied map."""
 
     operator: Operator

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.brief import Brief
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import attend
 from workbench_kernels.dispatch import on_gpu
@@ -18,8 +19,8 @@ from workbench_kernels.dispatch import on_gpu
 _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
 
 
-@dataclass(frozen=True)
-class Contents:
+@dataclass(frozen=True, repr=False)
+class Contents(Brief):
     """Everything a store holds, dequantised, slot by slot.
 
     keys [k, m, d], values [k, m, dv]; positions int [k or 1, m]; valid bool [k, m] or None: heads with fewer slots are
