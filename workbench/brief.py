@@ -6,8 +6,6 @@ import reprlib
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
-
 
 class Brief:
     """A dataclass (declared with `repr=False`) that shows its fields in one line, however large they are."""
@@ -28,7 +26,7 @@ class _OneLine(reprlib.Repr):
         self.maxtuple = self.maxlist = self.maxdict = 3
         self.maxstring, self.maxother = 80, 120
 
-    def repr_Tensor(self, tensor: Tensor, level: int) -> str:
+    def repr_Tensor(self, tensor: Any, level: int) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
     def repr_function(self, function: Any, level: int) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 from workbench.engine import device_of, forward
 from workbench.errors import NotApplicable
@@ -23,6 +22,8 @@ from workbench_kernels.rows import Ragged
 from workbench_kernels.step import add_rms_norm, rotate_append, silu_times
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from workbench.decoding import Decoder
 
 EVERY = 8  # steps after which the host looks at the tokens

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
 from workbench.decoding import Decoder, greedy
@@ -24,6 +23,9 @@ from workbench.progress import Progress
 from workbench.prompt import check_vocabulary, text_ids
 from workbench.recipe import Recipe
 from workbench.run import Run, Stream, Token, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Question = str | Sequence[int] | Tensor | None
 

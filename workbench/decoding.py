@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workbench import captured
 from workbench.attention.base import AttentionMethod, Pass
@@ -24,6 +23,9 @@ from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FINDING = (TieredStore, PagedStore)  # stores that look for what a query needs: how many scores they compute is theirs
 _OWN = (*_FINDING, MixedStore)  # with those that move entries by what they got: no attention but their own will do

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from threading import RLock
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from workbench.errors import NotApplicable, WorkbenchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 NAME = "workbench"
 
@@ -76,8 +79,14 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Handlers mask by the true positions of what they hold: a mask by cache slots would be wrong."""
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+@cache
+def _make_known() -> None:
+    """Register our attention with transformers, when it is first needed: importing it takes seconds."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
 
 _passing: ContextVar[Handler | None] = ContextVar("passing", default=None)
 
@@ -103,6 +112,7 @@ def exclusive(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def engaged(model: PreTrainedModel) -> Iterator[None]:
     """Let the model call our attention function until the block ends, whatever happens in it."""
+    _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"
         model.set_attn_implementation(NAME)

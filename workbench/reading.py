@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.attention.exact import causal_attention
@@ -22,6 +21,9 @@ from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
 from workbench.folders import whole
@@ -30,6 +29,8 @@ from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration import Calibration
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from workbench.session import Session
 
 FORMAT = "inference-workbench session"

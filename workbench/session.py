@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.base import AttentionMethod
 from workbench.attention.implied import Implied
@@ -42,6 +41,7 @@ from workbench.weights.base import WeightMethod
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
@@ -756,6 +756,8 @@ def _attention(recipe: Recipe) -> AttentionMethod | None:
 
 
 def _loaded(model: Any, device: Any, dtype: Any, progress: Progress | None) -> LoadedModel:
+    from transformers import PreTrainedModel
+
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):

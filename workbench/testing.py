@@ -11,11 +11,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.attention.base import AttentionMethod
 from workbench.attention.operators.base import Operator, per_head
@@ -35,6 +34,9 @@ from workbench.session import Session
 from workbench.trace import Trace
 from workbench.weights.base import SHORT, Survey, WeightMethod, compressed
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 70  # of the usual prompt: longer than a tiny model's sliding window (16), short enough for plain loops

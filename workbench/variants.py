@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
 from workbench.measure.memory import tensor_bytes
 from workbench.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from workbench.registry import Method
     from workbench.weights.calibration import Calibration

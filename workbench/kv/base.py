@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workbench.errors import BadRecipe, NotApplicable
 from workbench.kv.ranking import Ranking
@@ -30,6 +29,8 @@ from workbench.registry import Family, Method
 from workbench.trace import LayerTrace, Trace
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from workbench.kv.stores.offload import Index
     from workbench.kv.streamed import Held, Reading
 

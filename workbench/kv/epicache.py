@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import PreTrainedModel
 
 from workbench.engine import device_of, forward
 from workbench.errors import BudgetTooSmall
@@ -23,6 +22,8 @@ from workbench.registry import Paper, param, register
 from workbench_kernels import attend
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from workbench.kv.streamed import Held, Reading
 
 _PROFILED = 512  # first tokens of the prompt on which the layers' sensitivity is measured

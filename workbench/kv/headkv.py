@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attention.exact import causal_attention
 from workbench.engine import forward
@@ -22,6 +21,9 @@ from workbench.kv.ranking import Ranking
 from workbench.kv.snapkv import SnapKV
 from workbench.measure.rows import attention_rows
 from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PAPER = Paper(
     "Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning",

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workbench.brief import mib
 from workbench.budget import Budget
@@ -25,6 +24,9 @@ from workbench.kv.streamed import Streamed, streamed
 from workbench.measure.memory import Timeline
 from workbench.progress import Progress
 from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PROBES = 64  # queries at the end of the prompt with which a plan's error is measured
 

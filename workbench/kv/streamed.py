@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from workbench.decoding import Decoder
 from workbench.engine import device_of, forward
@@ -25,6 +25,9 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.trace import LayerTrace
 from workbench_kernels import attend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _REMEMBERED = 4  # readings of a method at different budgets, or for different questions, that a trace remembers
 

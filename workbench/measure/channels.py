@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.attention.exact import causal_attention
 from workbench.engine import engaged, forward
@@ -19,6 +18,9 @@ from workbench.errors import BadParameter, NotRead
 from workbench.measure.outliers import ChannelStats, LayerStats, channel_stats, layer_stats
 from workbench.progress import Progress
 from workbench.trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KINDS = ("keys", "values", "activations", "weights")
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")

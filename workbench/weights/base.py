@@ -7,19 +7,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from workbench.engine import exclusive
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Family, Method
-from workbench.weights.blocks import outside
+from workbench.weights.blocks import output_head, outside
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHORT = Calibration(SAMPLED, samples=16, tokens=64)  # where nobody says on what to calibrate
 
@@ -149,7 +151,7 @@ class Survey:
                 if parameter.ndim >= 2:
                     owners.setdefault(id(parameter), name or own)
                     counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        head = output_head(model)
         linears: dict[str, nn.Linear] = {}
         left: dict[str, str] = {}
         for name, module in model.named_modules():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -15,6 +14,9 @@ from workbench.weights.base import WeightMethod
 from workbench.weights.ladder import Rung, levels, order
 from workbench.weights.layers import BitBlock, BitBlocksLinear, bit_block_nbytes
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SPARE = 16  # columns that the search for singular vectors takes along, and
 _ROUNDS = 4  # how often it passes over the matrix

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.engine import device_of
 from workbench.errors import NotApplicable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,6 +23,12 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return {f"{name}.{index}": block for index, block in enumerate(module)}
     raise NotApplicable(f"{type(model).__name__} has no list of {count} decoder layers to calibrate one by one")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What turns the last hidden states into logits, in a model that has such a module."""
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

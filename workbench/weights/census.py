@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.measure.memory import tensor_bytes
 from workbench.progress import Progress
@@ -15,6 +14,9 @@ from workbench.weights.blocks import blocks, placed
 from workbench.weights.layers import CompactLinear
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _COLUMNS = (
     "layer", "module", "name", "form", "bits", "rank", "density", "chosen", "bytes", "share", "weight_error",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -16,6 +15,9 @@ from workbench.weights.blocks import placed
 from workbench.weights.sites import Site
 from workbench.weights.structured import StructuredPruner, shared_out
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def kept_shares(similarity: Tensor, sharpness: float, kept: float) -> list[float]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -17,6 +16,9 @@ from workbench.weights.depth import shorten
 from workbench.weights.foldgpt import block_nbytes, within_blocks
 from workbench.weights.structured import StructuredPruner, damped, shared_out
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def leverage(down: Tensor, squares: Tensor) -> Tensor:

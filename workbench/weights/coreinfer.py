@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
 from workbench.engine import passing
 from workbench.progress import Progress
@@ -17,6 +16,9 @@ from workbench.weights.base import Survey
 from workbench.weights.layers import CompactLinear
 from workbench.weights.structured import StructuredPruner, Within
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def votes(activations: Tensor, share: float) -> Tensor:

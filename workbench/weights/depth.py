@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from workbench.models.depth import renumber
 from workbench.weights.blocks import blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def shorten(model: PreTrainedModel, kept: Sequence[int]) -> None:

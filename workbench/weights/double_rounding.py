@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -17,6 +16,9 @@ from workbench.weights.ladder import Rung, levels, order
 from workbench.weights.layers import PackedLinear, packed_nbytes
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MASTER = 8  # bits of the codes that all others come from
 _WIDTHS = (2, 3, 4, 5, 6, 8)

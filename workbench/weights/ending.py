@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.engine import device_of, exclusive
 from workbench.measure.quality import divergence
 from workbench.weights.base import sharing_copy
 from workbench.weights.blocks import blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NUMBERS = 16 << 20  # logits made at a time
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.engine import exclusive
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
@@ -20,6 +19,9 @@ from workbench.weights.blocks import Stream, blocks, placed
 from workbench.weights.ending import Ending
 from workbench.weights.layers import CompactLinear
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _BITS = (2, 3, 4, 8)
 _STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares to choose from, beside the budget

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name
 from workbench.weights.study import WeightStudy
 from workbench.weights.svd import SVD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -15,6 +14,9 @@ from workbench.weights.blocks import blocks, outside, placed
 from workbench.weights.depth import shorten
 from workbench.weights.structured import Smaller, Within
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def folding(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, register
@@ -13,6 +13,9 @@ from workbench.weights.blocks import outside
 from workbench.weights.low_rank import LowRankLinear, row_weighted
 from workbench.weights.ranked import Ranked
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FLOOR = 1e-4  # of the mean importance: outputs without any gradient still count a little
 

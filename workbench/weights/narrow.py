@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workbench.engine import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Classes whose attention is: project, perhaps normalise, rotate, attend, project.
 _KNOWN = (
@@ -61,6 +62,8 @@ class NarrowAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [b, n, hidden] to the same; the rest as transformers' attention layers take it."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
         shape = hidden_states.shape[:-1]
         kv_heads = self.value_channels.shape[0]
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
@@ -19,6 +18,9 @@ from workbench.weights.quantiser import Quantiser
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
 from workbench.weights.turning import Decoder, Turn, TurnedLinear, turned_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register
@@ -58,6 +60,8 @@ class OSTQuant(Quantiser):
     seed: int = param(0, ge=0, le=2**31 - 1, help="which random signs")
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+        from transformers import PreTrainedModel
+
         if not isinstance(model, PreTrainedModel):
             raise NotApplicable(f"{self.key}: {type(model).__name__} is no transformers model")
         known = tuple(f"{name}." for name in Decoder(model).blocks)

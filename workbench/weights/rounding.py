@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.engine import exclusive
 from workbench.measure.rounding import kernel_share, space_used
@@ -17,6 +16,9 @@ from workbench.weights.blocks import Stream, blocks, placed
 from workbench.weights.linears import linear_layers
 from workbench.weights.turning import TurnedLinear
 from workbench_kernels.integer import input_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ALPHA = 0.15  # CrossQuant's: the weight of the token in the step of an element
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.engine import exclusive
 from workbench.errors import NotApplicable
@@ -18,6 +17,9 @@ from workbench.weights.base import sharing_copy
 from workbench.weights.blocks import Stream, blocks, placed
 from workbench.weights.ending import Ending
 from workbench.weights.structure import replaced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Each = Literal["layer", "module"]
 ALL = "all"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.weights.narrow import NarrowAttention, known_attention, narrowed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Site:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.brief import Brief
 from workbench.progress import Progress
 from workbench.weights.blocks import blocks, placed
 from workbench.weights.census import weight_of
 from workbench.weights.linears import linear_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)

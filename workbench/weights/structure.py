@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.errors import CheckpointRefused, NotApplicable
 from workbench.registry import registered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = "torch.nn.modules."  # where torch's own layers live

@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.engine import device_of, exclusive
 from workbench.models import cache_dir
@@ -24,7 +23,7 @@ from workbench.weights.calibration import Calibration, key_of
 from workbench.weights.statistics import FIRST, Gathering, GradientStats, InputStats
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import param, register
@@ -15,6 +14,9 @@ from workbench.weights.low_rank import LowRankLinear, truncated, whitened
 from workbench.weights.ranked import Ranked
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register

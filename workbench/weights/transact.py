@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -20,6 +19,9 @@ from workbench.weights.base import WeightMethod
 from workbench.weights.narrow import sampled_texts
 from workbench.weights.sites import Site, Values, sites_of
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TEXT = 32  # tokens of each calibration text
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.errors import NotApplicable
 from workbench.weights.blocks import blocks
 from workbench.weights.hadamard import rotate, unrotate
 from workbench.weights.layers import CompactLinear
 from workbench.weights.statistics import InputStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")  # x / rms(x) * weight
 _FUSED = {"self_attn": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -17,6 +16,9 @@ from workbench.weights.layers import PackedLinear, packed_nbytes
 from workbench.weights.sites import Site
 from workbench.weights.structured import StructuredPruner, damped, shared_out
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")  # which one leads into the MLP, first found
 _POINTS, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)  # for means over a standard normal variable

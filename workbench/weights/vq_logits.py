@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import Survey, WeightMethod
+from workbench.weights.blocks import output_head
 from workbench.weights.layers import CodebookLinear, codebook_nbytes
 from workbench.weights.study import WeightStudy
 
 _TILE = 64 << 20  # bytes of distances computed together
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register
@@ -86,7 +90,7 @@ class VQLogits(WeightMethod):
 
 def _head(model: nn.Module, key: str) -> tuple[str, nn.Linear]:
     """The output head and its name."""
-    head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = output_head(model)
     for name, module in model.named_modules():
         if module is head and type(module) is nn.Linear:
             return name, module

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
@@ -17,6 +16,9 @@ from workbench.weights.latency import product_seconds
 from workbench.weights.sites import Neurons, Site, Values
 from workbench.weights.structured import StructuredPruner, damped, refitted
 from workbench.weights.study import WeightStudy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROUNDS = 64  # in how many steps at least the structures of a head go: several at once where there are many
 
