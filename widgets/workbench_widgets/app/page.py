@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import panel as pn
@@ -61,6 +62,8 @@ class Page:
 
     def __init__(self, model: str) -> None:
         self._doc = pn.state.curdoc
+        self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
+        self._drawing = Lock()  # of that list: lanes post from threads of their own
         self._default_model = model
         state = PageState.read(_query())
         self.workspace = workspace = Workspace(self._post)
@@ -102,7 +105,11 @@ class Page:
         self._tab_changed()
         self.view = self._layout()
         if self._doc is not None and self.prompt.text:
-            pn.state.onload(self.read)
+            # The text is read while the browser still draws the page. What comes of it waits until the page is drawn:
+            # components that are changed while they are being made send back what they were.
+            self._early = []
+            pn.state.onload(self._drawn)
+            workspace.read(self.prompt.model, self.prompt.text)
 
     def _layout(self) -> Any:
         title = pn.pane.HTML("<h2>Recipe</h2>", stylesheets=[restyle("h2")], margin=(14, 4, 0, 4))
@@ -281,12 +288,23 @@ class Page:
         if doc is None:
             show()
             return
+        with self._drawing:
+            if self._early is not None:
+                self._early.append(show)
+                return
 
         def apply() -> None:
             with set_curdoc(doc), hold(doc):
                 show()
 
         doc.add_next_tick_callback(apply)
+
+    def _drawn(self) -> None:
+        with self._drawing:
+            early, self._early = self._early or [], None
+        for show in early:
+            self._post(show)
+        self._note()
 
 
 def _query() -> dict[str, str]:
