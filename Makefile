@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed

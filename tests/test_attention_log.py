@@ -21,7 +21,6 @@ from workbench.errors import BadParameter
 from workbench.kv.stores import Contents
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.trace import LayerTrace
 
 METHODS = (AdaLog, DopQ)
@@ -37,11 +36,6 @@ def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 
 
 def weights_of(seed: int, rows: int = 6, columns: int = 40) -> Tensor:
     return (3 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))).softmax(-1)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_rounded_weights_keep_every_promise(method: type[RoundedWeights]) -> None:
-    check_method(method)
 
 
 # --- AdaLog

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import workbench as wb
-from workbench import testing
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -43,11 +42,6 @@ def studied(model: PreTrainedModel) -> WeightStudy:
 
 def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy) -> PreTrainedModel:
     return compressed(model, [method], study=lambda _, number: study)
-
-
-@pytest.mark.parametrize(("method", "parameters"), [(BitStack, {"blocks": 3}), (DoubleRounding, {})])
-def test_adaptive_methods_keep_every_promise(method: type[WeightMethod], parameters: dict[str, int]) -> None:
-    testing.check_method(method, **parameters)
 
 
 # --- The order

@@ -17,7 +17,6 @@ from workbench.errors import BadParameter, BadRecipe, BudgetTooSmall, Cancelled,
 from workbench.evolution import Step, evolve, exchanges, filled, steps, switched, total, uniform
 from workbench.models import tiny
 from workbench.progress import Progress
-from workbench.testing import check_method
 from workbench.weights import RTN, SVD, EvoPress, compressed
 from workbench.weights.base import Survey
 from workbench.weights.calibration import Calibration
@@ -142,10 +141,6 @@ def test_a_fitness_that_is_not_a_number_never_wins() -> None:
 # -- EvoPress
 
 QUICK = {"generations": 2, "offspring": 3, "texts": 3, "tokens": 24, "slopes": 1}
-
-
-def test_evopress_keeps_the_promises() -> None:
-    check_method(EvoPress, generations=1, offspring=2, texts=2, tokens=16, slopes=0)
 
 
 def layers_that_differ() -> PreTrainedModel:

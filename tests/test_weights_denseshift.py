@@ -14,7 +14,6 @@ import workbench as wb
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.weights import RTN, DenseShift, compressed
 from workbench.weights.calibration import SHIPPED, Calibration
 from workbench.weights.denseshift import shifts
@@ -40,10 +39,6 @@ def linear(weight: Tensor) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     made.weight = nn.Parameter(weight.clone(), requires_grad=False)
     return made
-
-
-def test_denseshift_keeps_every_promise() -> None:
-    check_method(DenseShift)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

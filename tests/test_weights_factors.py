@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import workbench as wb
-from workbench import testing
 from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -78,22 +75,6 @@ def output_errors(model: PreTrainedModel, twin: PreTrainedModel, study: WeightSt
             change = small_weight(twin.get_submodule(name)) - weight
             found[name] = float(stats.output_error(change).sum() / stats.output_error(weight).sum())
     return found
-
-
-CHECKS: list[Callable[[], None]] = [
-    partial(testing.check_method, FWSVD),
-    partial(testing.check_method, Greenformers),
-    partial(testing.check_method, Greenformers, solver="snmf", iterations=3),
-    partial(testing.check_method, SVD, metric="outputs"),
-    partial(testing.check_method, CoSpaDi, rounds=2),
-    partial(testing.check_method, MoDeGPT),
-    partial(testing.check_method, VQLogits),
-]
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.args[0].key} {check.keywords}")
-def test_methods_of_factors_keep_every_promise(check: Callable[[], None]) -> None:
-    check()
 
 
 # --- Whitening

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from workbench.measure import kernel_share
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.weights.base import compressed
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.crossquant import CrossQuant, channel_factor
@@ -182,8 +181,3 @@ def test_the_recipe_loses_less_than_rounding_rows() -> None:
             ours += float(seen.output_error(made - weight).sum())
             plain += float(seen.output_error(row - weight).sum())
     assert ours < 0.8 * plain
-
-
-@pytest.mark.parametrize("method", [CrossQuant, Odyssey])
-def test_methods_keep_their_promises(method: type[CrossQuant | Odyssey]) -> None:
-    check_method(method)

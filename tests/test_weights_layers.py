@@ -9,19 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from workbench import testing
 from workbench.measure.memory import tensor_bytes
-from workbench.weights import RTN
 from workbench.weights.grid import fit
 from workbench.weights.layers import PackedLinear, Parts, compact, packed_nbytes
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_rtn_keeps_every_promise() -> None:
-    testing.check_method(RTN)
 
 
 @settings(deadline=None, max_examples=60)

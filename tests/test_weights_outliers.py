@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.weights.base import Survey, compressed
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.easyquant import EasyQuant, fitted, outliers
@@ -200,10 +199,3 @@ def test_no_smaller_budget_is_pretended() -> None:
     with pytest.raises(BudgetTooSmall) as caught:
         compressed(model, [PBLLM(salient=0.1, budget=0.1063)])  # 1.7 of 16 bits: signs and codes, places not counted
     compressed(model, [PBLLM(salient=0.1, budget=caught.value.smallest)])
-
-
-@pytest.mark.parametrize(
-    ("method", "parameters"), [(EasyQuant, {}), (EasyQuant, {"symmetric": False, "bits": 3}), (PBLLM, {})]
-)
-def test_methods_keep_their_promises(method: type[EasyQuant | PBLLM], parameters: dict[str, Any]) -> None:
-    check_method(method, **parameters)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.weights.base import Survey, compressed
 from workbench.weights.compensation import removal_cost
 from workbench.weights.gptq import inverse_factor
@@ -42,11 +41,6 @@ def correlated(tokens: int, width: int) -> Tensor:
     """Inputs of different sizes that depend on each other, [n, i]."""
     mixed = drawn(tokens, width, seed=1) + 0.1 * drawn(tokens, width, seed=1) @ drawn(width, width, seed=2)
     return mixed * drawn(width, seed=3).exp()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_pruning_keeps_every_promise(method: type[Pruner]) -> None:
-    check_method(method)
 
 
 # -- layers

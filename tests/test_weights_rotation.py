@@ -16,7 +16,6 @@ from workbench.errors import NotApplicable
 from workbench.measure import space_used
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.weights.base import Survey, compressed, sharing_copy
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.grid import fit
@@ -230,10 +229,6 @@ def test_answers_go_on_over_compressed_caches() -> None:
     )
     assert len(run.tokens) == 4 and run.plan.nbytes <= 0.5 * run.plan.full_nbytes
     assert run.ask(torch.tensor([7, 8]), max_new_tokens=2).tokens
-
-
-def test_ostquant_keeps_its_promises() -> None:
-    check_method(OSTQuant)
 
 
 def test_only_plain_layers_hide_behind_a_rotation() -> None:

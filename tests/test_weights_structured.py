@@ -15,7 +15,6 @@ from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.models.depth import origins
-from workbench.testing import check_method
 from workbench.weights import ziplm as ziplm_module
 from workbench.weights.base import WeightMethod, compressed
 from workbench.weights.cfsp import CFSP, kept_shares, neuron_scores
@@ -43,11 +42,6 @@ def logits(model: PreTrainedModel) -> Tensor:
 def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products take as long as they have weights, on every machine."""
     monkeypatch.setattr(ziplm_module, "product_seconds", lambda outputs, inputs, *_: outputs * inputs * 1e-9)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_structured_methods_keep_every_promise(method: type[WeightMethod]) -> None:
-    check_method(method)
 
 
 # -- sharing out

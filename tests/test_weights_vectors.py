@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.testing import check_method
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.codebook import codebook, nearest
 from workbench.weights.compensation import compensated
@@ -201,11 +200,3 @@ def test_a_layer_that_calibration_never_reached_is_compressed_all_the_same() -> 
     linear = nn.Linear(16, 8, bias=False)
     made, _ = _compress(VPTQ(index_bits=8, outliers=0.0), linear, stats(torch.zeros(1, 16)))
     assert made.isfinite().all() and float((made - linear.weight.detach()).norm()) < 0.5 * float(linear.weight.norm())
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [{"index_bits": 4, "rounds": 3}, {"index_bits": 6, "residual_bits": 4, "vector_length": 3, "rounds": 3}],
-)
-def test_vptq_keeps_its_promises(parameters: dict[str, Any]) -> None:
-    check_method(VPTQ, **parameters)

@@ -1,0 +1,34 @@
+"""Every weight and every attention method keeps its family's promises (cache methods: test_kv_methods.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from workbench.registry import Method, find, registered
+from workbench.testing import check_promise, promises
+
+SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
+    "evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "cospadi": {"rounds": 2},
+}
+OTHERWISE: list[tuple[str, dict[str, Any]]] = [  # parameters that take another way through a method
+    ("svd", {"metric": "outputs"}),
+    ("greenformers", {"solver": "snmf", "iterations": 3}),
+    ("easyquant", {"symmetric": False, "bits": 3}),
+    ("vptq", {"index_bits": 6, "residual_bits": 4, "vector_length": 3, "rounds": 3}),
+    ("bitstack", {"blocks": 3}),
+]
+
+
+@pytest.mark.parametrize("cls", [*registered("weights"), *registered("attention")], ids=lambda cls: cls.key)
+def test_every_weight_and_attention_method_keeps_every_promise(cls: type[Method]) -> None:
+    for promise in promises(cls):
+        check_promise(promise, cls, **SMALL.get(cls.key, {}))
+
+
+@pytest.mark.parametrize(("key", "parameters"), OTHERWISE, ids=lambda value: value if isinstance(value, str) else "")
+def test_so_do_they_with_other_parameters(key: str, parameters: dict[str, Any]) -> None:
+    for promise in promises(find(key)):
+        check_promise(promise, find(key), **parameters)
