@@ -335,3 +335,12 @@ def test_the_front_holds_the_runs_that_none_beats():
 def test_a_frame_without_the_needed_column_is_refused_by_name(draw):
     with pytest.raises(BadParameter, match="no column"):
         draw(pd.DataFrame({"x": [1]}))
+
+
+@pytest.mark.parametrize("decades", [1, 2, 4, 8])
+def test_a_log_axis_has_a_few_round_numbers_and_a_narrow_one_plotlys_own(decades: int) -> None:
+    wide = figures.lines([0, 1], {"x": [0.7, 0.7 * 10**decades]}, title="", x_title="", y_title="", log=True)
+    marks = [tick for tick in wide.layout.yaxis.tickvals if 0.7 <= tick <= 0.7 * 10**decades]
+    assert 2 <= len(marks) <= 10 and min(np.diff(np.log10(marks))) > 0.29
+    narrow = figures.lines([0, 1], {"x": [1.2, 1.9]}, title="", x_title="", y_title="", log=True)
+    assert narrow.layout.yaxis.type == "log" and narrow.layout.yaxis.tickvals is None

@@ -57,7 +57,7 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
         "ticks": "outside",
         "tickcolor": colours.line,
         "automargin": True,
-        "title": {"standoff": 8},
+        "title": {"standoff": 8, "font": {"size": 13}},
     }
     figure = _plotly().Figure(traces)
     figure.update_layout(
@@ -89,6 +89,18 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
     )
     figure.update_layout(**layout)
     return figure
+
+
+def _log_axis(values: ArrayLike) -> dict[str, Any]:
+    """A vertical log axis for these values, with a few round numbers on it; what is not positive does not count."""
+    axis: dict[str, Any] = {"yaxis_type": "log", "yaxis_tickformat": "~g"}
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
+    if not numbers.size or numbers.max() < 4 * numbers.min():  # Plotly's own ticks suit a narrow range
+        return axis
+    low, high = int(np.floor(np.log10(numbers.min()))), int(np.ceil(np.log10(numbers.max())))
+    digits = (1, 2, 5) if high - low <= 2 else (1, 3) if high - low <= 4 else (1,)
+    return {**axis, "yaxis_tickvals": [digit * 10.0**power for power in range(low, high + 1) for digit in digits]}
 
 
 def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Live memory") -> go.Figure:
@@ -174,9 +186,7 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
             )
         )
     layout: dict[str, Any] = {
-        "yaxis_type": "log",
-        "yaxis_tickvals": [digit * 10.0**power for power in range(-8, 9) for digit in (1, 3)],
-        "yaxis_tickformat": ".3~g",
+        **_log_axis(frame[[name for name in ("absmax", "median") if name in frame.columns]]),
         "yaxis_title_text": "absolute value",
         "xaxis_title_text": "layer",
         "bargap": 0.25,
@@ -243,7 +253,8 @@ def lines(
                 hovertemplate=f"%{{y:{form}}}",
             )
         )
-    layout: dict[str, Any] = {"yaxis_type": "log", "yaxis_tickformat": "~g"} if log else {"yaxis_rangemode": "tozero"}
+    every = np.concatenate([np.ravel(np.asarray(values, dtype=np.float64)) for values in ys.values()] or [np.zeros(0)])
+    layout = _log_axis(every) if log else {"yaxis_rangemode": "tozero"}
     if percent:
         layout["yaxis_tickformat"] = ".2~%"
     return _figure(
@@ -311,8 +322,6 @@ def received_line(
         text=[repr(str(tokens[i])) for i in at],
         hovertemplate="position %{x:,}: %{text}<br>%{y:.4g}<extra></extra>",
     )
-    some = shown[np.isfinite(shown)]
-    powers = range(int(np.floor(np.log10(some.min()))), int(np.ceil(np.log10(some.max()))) + 1) if some.size else (0,)
     return _figure(
         [trace],
         dark,
@@ -320,9 +329,7 @@ def received_line(
         height=220 if title else 190,
         margin={"l": 64, "r": 16, "t": 40 if title else 12, "b": 44},
         hovermode="closest",
-        yaxis_type="log",
-        yaxis_tickvals=[10.0**power for power in powers],
-        yaxis_tickformat="~g",
+        **_log_axis(shown),
         yaxis_title_text="received",
         xaxis_title_text="position",
         xaxis_range=[0, max(1, len(values) - 1)],
