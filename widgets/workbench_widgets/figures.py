@@ -210,7 +210,7 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
             "tickformat": ".0%",
             "showgrid": False,
             "automargin": True,
-            "title": {"text": "share of energy", "standoff": 8},
+            "title": {"text": "share of energy", "standoff": 8, "font": {"size": 13}},
         }
     return _figure(traces, dark, title_text=title, hovermode="x unified", **layout)
 

@@ -110,7 +110,8 @@ def spectrum(before: Spectrum, after: Spectrum | None = None, *, dark: bool = Fa
     ys = {}
     for name, one in found.items():
         values = (one.values.double() * one.largest).numpy()
-        ys[f"{name}"] = np.pad(values, (0, count - len(values)), constant_values=np.nan)
+        values[values <= one.largest * count * np.finfo(np.float32).eps] = np.nan  # zero, but for rounding
+        ys[name] = np.pad(values, (0, count - len(values)), constant_values=np.nan)
     return figures.lines(
         list(range(1, count + 1)),
         ys,

@@ -13,7 +13,7 @@ _STYLE = """
 .pnx-tabulator.tabulator { font-size: 13px; background: transparent; }
 .pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content { padding: 4px 6px; }
 .pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-title {
-  padding-right: 14px;
+  padding-right: 14px; font-size: 12px; white-space: normal;
 }
 .pnx-tabulator.tabulator .tabulator-header .tabulator-sortable .tabulator-col-content .tabulator-col-sorter {
   right: 4px;

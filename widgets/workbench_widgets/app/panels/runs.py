@@ -18,16 +18,16 @@ from workbench_widgets.app.workspace import Workspace
 
 _COLUMNS = {  # column -> title, width; the file has all there is
     "run": ("#", 40),
-    "recipe": ("Recipe", 166),
-    "kv_share": ("Share", 66),
-    "kv_mib": ("KV MiB", 74),
+    "recipe": ("Recipe", 150),
+    "kv_share": ("Share", 72),
+    "kv_mib": ("KV MiB", 80),
     "host_mib": ("Host MiB", 86),
     "score_share": ("Scores", 72),
-    "kl": ("KL", 68),
-    "top1": ("Top-1", 66),
-    "nll_difference": ("NLL diff.", 82),
-    "perplexity": ("Perplexity", 92),
-    "tokens_per_s": ("Tokens/s", 86),
+    "kl": ("KL", 70),
+    "top1": ("Top-1", 72),
+    "nll_difference": ("NLL diff.", 86),
+    "perplexity": ("Perplexity", 104),
+    "tokens_per_s": ("Tokens/s", 92),
     "text": ("Answer", 0),
 }
 _MEANINGS = {  # column -> what its title says when it is pointed at
