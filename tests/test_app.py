@@ -681,6 +681,32 @@ def test_a_page_is_built_without_a_model_or_a_warning() -> None:
     assert "wb.method('snapkv', budget=0.25)" in page.python()
 
 
+def test_what_is_read_before_the_page_is_drawn_is_shown_when_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bokeh.document import Document
+    from bokeh.server.callbacks import NextTickCallback
+    from panel.io.state import set_curdoc, state
+
+    from workbench_widgets.app import lane
+    from workbench_widgets.app.page import Page
+
+    drawn: list[Callable[[], None]] = []
+    monkeypatch.setattr(type(state), "onload", lambda self, ready: drawn.append(ready))
+    monkeypatch.setattr(lane, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
+    doc = Document()
+    with set_curdoc(doc):
+        page = Page("workbench-tiny")
+    try:
+        wait_for(lambda: not page.workspace.main.busy)
+        assert page.workspace.reading is None and not doc.session_callbacks
+        drawn[0]()
+        for turn in doc.session_callbacks:
+            if isinstance(turn, NextTickCallback):
+                turn.callback()
+        assert page.workspace.reading is not None and page.workspace.model == "workbench-tiny"
+    finally:
+        page.workspace.close()
+
+
 @pytest.mark.parametrize("port", [-1, 70000, "80", True])
 def test_a_port_that_is_none_is_refused(port: Any) -> None:
     with pytest.raises(BadParameter, match="port"):
