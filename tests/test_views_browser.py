@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import socket
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -64,29 +65,37 @@ def answers(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def stage(chromium: Any) -> Iterator[tuple[str, list[Any]]]:
-    """The address of a server, and a list: a page shows its last component."""
+def stage(chromium: Any) -> Iterator[tuple[str, list[Any], threading.Event]]:
+    """The address of a server; a list, of which a page shows the last component; what is set when it is drawn."""
     shown: list[Any] = []
+    drawn = threading.Event()
+
+    def page() -> Any:
+        pn.state.onload(drawn.set)
+        return shown[-1]
+
     with socket.socket() as probe:  # a free port; a threaded server does not tell which one it took
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = pn.serve(lambda: shown[-1], port=port, address="127.0.0.1", threaded=True, show=False)
+    server = pn.serve(page, port=port, address="127.0.0.1", threaded=True, show=False)
     wait_until(lambda: answers(port))
-    yield f"http://127.0.0.1:{port}/", shown
+    yield f"http://127.0.0.1:{port}/", shown, drawn
     server.stop()
 
 
 @pytest.fixture
-def served(chromium: Any, stage: tuple[str, list[Any]]) -> Iterator[Callable[..., tuple[Any, Any]]]:
+def served(chromium: Any, stage: tuple[str, list[Any], threading.Event]) -> Iterator[Callable[..., tuple[Any, Any]]]:
     """`served(make, **page options)` shows a component on a page of its own: (component, watched page)."""
-    (address, shown), pages = stage, []
+    (address, shown, drawn), pages = stage, []
 
     def show(make: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
         shown.append(make())
         watched = watched_page(chromium, **options)
         pages.append(watched)
+        drawn.clear()
         watched.page.goto(address)
         watched.page.wait_for_selector(".wb-view[data-paint-ms]", timeout=30_000)
+        assert drawn.wait(30), "the page is not ready"  # what Python changes while Panel still draws it may be lost
         return shown[-1], watched
 
     yield show
