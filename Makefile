@@ -31,7 +31,7 @@ browser:
 test: setup browser model  ## every test, then every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --nbval --nbval-current-env --nbval-cell-timeout 1200 --timeout 1200 \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --nbval --nbval-current-env --nbval-cell-timeout 600 --timeout 600 \
 			$$(test -f notebooks/sanitize.cfg && echo --nbval-sanitize-with notebooks/sanitize.cfg) notebooks; fi
 
 notebooks: model  ## run the notebooks and save what they show

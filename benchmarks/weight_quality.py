@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import PreTrainedModel
 
 import workbench as wb
 from benchmarks.parts import Part, Row, identity, read_parts, settled
@@ -32,9 +33,6 @@ from workbench.weights.blocks import Stream, blocks
 from workbench.weights.calibration import PYTHON, SHIPPED, Calibration
 from workbench.weights.layers import CompactLinear
 from workbench.weights.study import WeightStudy
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 JSON = RESULTS / "weight_quality.json"
 PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more

@@ -29,8 +29,5 @@ class _OneLine(reprlib.Repr):
     def repr_Tensor(self, tensor: Any, level: int) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
-    def repr_function(self, function: Any, level: int) -> str:
-        return f"{function.__name__}()"
-
 
 _ONE_LINE = _OneLine()

@@ -186,11 +186,13 @@ class Run(Shown):
         return {name: value for name, value in record.items() if name not in ("timing", "memory")}
 
     def __repr__(self) -> str:
-        text = reprlib.repr(self.text)
-        return f"<Run of {self.recipe.label}: {self.plan.share:.1%} of the cache, {len(self.tokens)} tokens: {text}>"
+        return f"<Run of {self._told(reprlib.repr(self.text))}>"
 
     def __str__(self) -> str:
-        return f"{self.recipe.label}: {self.plan.share:.1%} of the cache, {len(self.tokens)} tokens: {self.text!r}"
+        return self._told(repr(self.text))
+
+    def _told(self, text: str) -> str:
+        return f"{self.recipe.label}: {self.plan.share:.1%} of the cache, {len(self.tokens)} tokens: {text}"
 
 
 class Stream(Iterator[Token]):

@@ -62,8 +62,6 @@ class NarrowAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states [b, n, hidden] to the same; the rest as transformers' attention layers take it."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         shape = hidden_states.shape[:-1]
         kv_heads = self.value_channels.shape[0]
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
@@ -75,7 +73,9 @@ class NarrowAttention(nn.Module):
         query, key = code.apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, code.eager_attention_forward)
+        attend = code.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, code.eager_attention_forward
+        )
         out, weights = attend(
             self,
             query,

@@ -16,11 +16,10 @@ from workbench.weights.blocks import output_head
 from workbench.weights.layers import CodebookLinear, codebook_nbytes
 from workbench.weights.study import WeightStudy
 
-_TILE = 64 << 20  # bytes of distances computed together
-
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TILE = 64 << 20  # bytes of distances computed together
 
 
 @register
