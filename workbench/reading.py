@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,11 @@ class _Recorder:
         softcap: float | None,
     ) -> Tensor:
         self.progress.update("reading", len(self.layers), self.count)
+        if layer in self.layers:
+            raise NotApplicable(
+                f"layer {layer} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
+                "them apart"
+            )
         tokens, own = query.shape[1], window
         window = _combined_window(own, self.method, layer, self.count, tokens)
         self.at.layer = layer
@@ -154,9 +159,11 @@ def read(
             origin if plain is not None else range(count),
         )
         logits = forward(model, recorder, prompt.ids, torch.arange(tokens))[-1]
-    if sorted(recorder.layers) != list(range(count)):
-        missing = sorted(set(range(count)) - set(recorder.layers))
-        raise NotApplicable(f"layers {missing} of {facts.name} do not use transformers' attention interface")
+    _check_layers(recorder.layers, count, facts.name)
+    if not logits.isfinite().all():
+        raise NotApplicable(
+            f"{facts.name}: the logits after the prompt are not finite numbers; its weights are damaged"
+        )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
     exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
@@ -164,6 +171,33 @@ def read(
     return Trace(
         prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone, recorder.memory
     )
+
+
+def seen(facts: Facts, trace: Trace) -> Facts:
+    """A model's facts with the heads that a reading recorded, in the first layer that attends to everything.
+
+    A config may say otherwise: of DeepSeek's heads it names the rotated part, of Gemma 4's those of one kind of layer.
+    """
+    layer = next((layer for layer in trace.layers if layer.window is None), trace.layers[0])
+    return replace(facts, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.keys_held.shape[-1])
+
+
+def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> None:
+    """Raise NotApplicable unless each of a model's layers attended through the engine, with as many heads as others."""
+    missing, more = sorted(set(range(count)) - set(recorded)), sorted(set(recorded) - set(range(count)))
+    if more:
+        raise NotApplicable(f"{name} has attention in layers {more}, beyond the {count} that its config names")
+    if missing:
+        which = "none of the layers" if len(missing) == count else f"layers {', '.join(map(str, missing))}"
+        does = "uses" if len(missing) == count else "do not use"
+        raise NotApplicable(
+            f"{which} of {name} {does} transformers' attention interface (attention of their own kind, linear "
+            "attention or a state space), so they cannot be read"
+        )
+    heads = sorted({(layer.heads, layer.kv_heads) for layer in recorded.values()})
+    if len(heads) > 1:
+        found = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
+        raise NotApplicable(f"the layers of {name} differ in their number of heads ({found}), which is not supported")
 
 
 def take_in(

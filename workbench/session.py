@@ -21,6 +21,7 @@ from workbench.capture import Captured, as_read, capture, changes_reading
 from workbench.conversation import Conversation, Question
 from workbench.display import Shown, controls
 from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotApplicable, NotRead
+from workbench.exactness import verify
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
@@ -28,10 +29,10 @@ from workbench.measure.attention import PooledMap, Pooling, Span
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadStats
 from workbench.measure.memory import Timeline
-from workbench.models import Facts, LoadedModel, facts, load
+from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
 from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
-from workbench.reading import read, take_in
+from workbench.reading import read, seen, take_in
 from workbench.recipe import Recipe
 from workbench.registry import Method, find
 from workbench.run import Run, Stream
@@ -68,6 +69,7 @@ class Session(Shown):
     uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
     transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
     "cpu" for a model on a GPU. graphs: on a GPU, decode by replaying a CUDA graph where method and model allow it.
+    trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Session(Shown):
         seed: int = 0,
         keep_trace_on: str | torch.device | None = None,
         graphs: bool = True,
+        trust: bool = False,
         progress: Progress | None = None,
     ) -> None:
         loaded = _loaded(model, device, dtype, progress)
@@ -92,6 +95,7 @@ class Session(Shown):
         self.graphs = graphs
         self.trace: Trace | None = None
         self.runs: list[Run] = []
+        self._trusted = trust
         self._keep_on = None if keep_trace_on is None else torch.device(keep_trace_on)
         self._variants = Variants(self.model, self.tokenizer)
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
@@ -107,7 +111,8 @@ class Session(Shown):
         lines = [
             f"Session with {self.source}",
             f"  model   {found.layers} layers, {found.heads} heads on {found.kv_heads} KV heads of size "
-            f"{found.head_dim}, up to {found.max_positions:,} tokens",
+            f"{found.head_dim}"
+            + ("" if found.max_positions == UNLIMITED else f", up to {found.max_positions:,} tokens"),
         ]
         if self.trace is None:
             return "\n".join([*lines, "  prompt  nothing read yet: session.read(text)"])
@@ -141,9 +146,13 @@ class Session(Shown):
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
         as they are. record: False takes the prompt in without reading it as a whole, for texts too long for that; only
         methods that read in bounded memory can be used then, and quality is not measured. Raises BadPrompt,
-        PromptTooLong; Cancelled between layers, with the earlier prompt still in place.
+        PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
+        prompt still in place.
         """
         prompt = replace(Prompt.of(text, self.tokenizer, chat), tokenizer=self.tokenizer)
+        if not self._trusted:
+            verify(self.model, self.facts, progress)
+            self._trusted = True
         reading = read if record else take_in
         trace = reading(
             self.model,
@@ -154,6 +163,7 @@ class Session(Shown):
             progress=progress,
         )
         self.trace, self.runs = trace, []
+        self.facts = seen(self.facts, trace)
         self._traces.clear()
         self._timelines.append(trace.timeline)
         return trace

@@ -20,6 +20,7 @@ from workbench.kv.base import Study
 from workbench.kv.ranking import Ranking
 from workbench.kv.snapkv import SnapKV
 from workbench.measure.rows import attention_rows
+from workbench.models import max_positions
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def needle_tasks(
 ) -> Iterator[Task]:
     """`count` tasks of about `tokens` tokens, their needles spread over the depths; the same for the same model."""
     config = model.config.get_text_config()
-    tokens = min(tokens, config.max_position_embeddings * 3 // 4)
+    tokens = min(tokens, max_positions(model) * 3 // 4)
     for index in range(count):
         depth = (index + 0.5) / count
         if tokenizer is None:

@@ -12,6 +12,7 @@ from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Study, keep_first
 from workbench.kv.ranking import Ranking
 from workbench.measure.rows import row_blocks
+from workbench.models import max_positions
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.registry import Paper, param, register
@@ -87,7 +88,7 @@ class KVzip(GlobalHeads):
         pieces = [slice(start, min(start + self.chunk, trace.tokens)) for start in starts]
         passes = [torch.cat([_instruction(trace.prompt, piece.start), trace.ids[piece]]) for piece in pieces]
         longest = trace.tokens + max(ids.numel() for ids in passes)
-        most = model.config.get_text_config().max_position_embeddings
+        most = max_positions(model)
         if longest > most:
             raise NotApplicable(
                 f"kvzip repeats the prompt in pieces after it, up to position {longest:,}, but the model has only "

@@ -21,6 +21,7 @@ from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, 
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import HOST, CudaBytes, LiveBytes, Timeline, live_bytes, tensor_bytes
 from workbench.measure.timing import Stopwatch
+from workbench.models import max_positions
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.trace import LayerTrace
@@ -164,7 +165,7 @@ class Reading:
     @property
     def max_positions(self) -> int:
         """How many positions the model has."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return max_positions(self.model)
 
     @property
     def _fixed(self) -> int:

@@ -4,7 +4,7 @@ Importing this package is cheap: torch and transformers are imported by the func
 """
 
 from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, catalogue
-from workbench.models.facts import Facts, facts
+from workbench.models.facts import UNLIMITED, Facts, facts, max_positions
 from workbench.models.fetch import cache_dir, cached, fetch
 from workbench.models.load import LoadedModel, load
 from workbench.models.rotary import rotary
@@ -12,6 +12,7 @@ from workbench.models.tiny import TINY_ARCHITECTURES, tiny
 
 __all__ = [
     "TINY_ARCHITECTURES",
+    "UNLIMITED",
     "CatalogEntry",
     "Facts",
     "LoadedModel",
@@ -23,6 +24,7 @@ __all__ = [
     "facts",
     "fetch",
     "load",
+    "max_positions",
     "rotary",
     "tiny",
 ]

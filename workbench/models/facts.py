@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from workbench.errors import NotApplicable
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+UNLIMITED = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ def facts(model: PreTrainedModel, name: str | None = None, checkpoint_dtype: tor
     `NotApplicable` for a model without attention heads in its config.
     """
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
+    heads = _said(config, "num_attention_heads")
+    if heads is None:
         raise NotApplicable(
             f"{type(model).__name__} has no attention heads in its config; the workbench reads decoders with attention"
         )
@@ -59,11 +63,11 @@ def facts(model: PreTrainedModel, name: str | None = None, checkpoint_dtype: tor
         model_type=config.model_type,
         layers=config.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=_said(config, "num_key_value_heads") or heads,
+        head_dim=_head_dim(config, heads),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(model),
         parameters=count,
         weight_bytes=sum(weight.numel() * weight.element_size() for weight in parameters),
         weight_bytes_16bit=2 * count,
@@ -72,6 +76,34 @@ def facts(model: PreTrainedModel, name: str | None = None, checkpoint_dtype: tor
         windows=windows,
         eos_ids=_eos_ids(model),
     )
+
+
+def _said(config: Any, name: str) -> int | None:
+    """A positive number that a config gives under a name; that of its first layer where layers differ."""
+    by_layer = getattr(config, "per_layer_config", None)
+    found = getattr(by_layer[0] if by_layer else config, name, None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _head_dim(config: Any, heads: int) -> int:
+    """The size of a key, as the config has it; once a prompt has been read, what was recorded counts."""
+    for name in ("qk_head_dim", "head_dim"):  # DeepSeek's head_dim is that of its rotated part alone
+        if found := _said(config, name):
+            return found
+    return int(config.hidden_size // heads)
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """How many tokens a model can read; `UNLIMITED` where nothing in its config limits them (ALiBi, a state space).
+
+    Attention in chunks is causal attention up to the first chunk's end, and it ends there for us.
+    """
+    config: Any = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions")
+    limit = next((size for name in names if (size := _said(config, name))), UNLIMITED)
+    chunk = _said(config, "attention_chunk_size")
+    chunked = chunk is not None and "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return min(limit, chunk) if chunked and chunk else limit
 
 
 def _attention_span(config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
