@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from workbench.engine import engaged, forward
@@ -135,7 +135,8 @@ def profiles_of(study: Study) -> dict[int, Profile]:
     probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
     given = _Given(trace, probes)
     within = {layer.index for layer in trace.compressible}
-    layers: Any = study.model.get_decoder().layers
+    count = len(trace.layers)
+    layers = next(m for m in study.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     asking = False
 
     def after(module: Any, args: Any, options: Any, output: Any) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from workbench.models.rotation import Rotation
 
 _SHOWN = 32  # positions at which layers show what they do; below all lengths at which tables switch
-_SWITCHING = ("longrope", "dynamic")  # kinds of table that depend on the length of what is read
 
 
 def rotary(model: PreTrainedModel, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,18 +60,21 @@ def rotation_of(model: PreTrainedModel, layer: int, read: int = 0) -> Rotation:
 
 
 def switch(model: PreTrainedModel) -> int | None:
-    """The length in tokens beyond which a model rotates by another table (LongRoPE, dynamic NTK); None: never.
-
-    What was read before keeps the rotation of its own table. Some models' own generation reads everything again there.
-    """
+    """The length in tokens beyond which a model rotates by another table (LongRoPE, dynamic NTK); None: never."""
     config: Any = model.config.get_text_config()
-    lengths = [
-        length
-        for module in _embeddings(model)
-        for kind in _types(module, config)
-        if (length := _switch(module, kind)) is not None
-    ]
-    return min(lengths, default=None)
+    kinds = _by_kind(config)
+    return min((length for kind in kinds if (length := _switch(config, kind)) is not None), default=None)
+
+
+def switch_notes(model: PreTrainedModel, read: int, end: int) -> tuple[str, ...]:
+    """What is to be said where `read` tokens were read at once, and others one by one or in pieces up to `end`."""
+    until = switch(model)
+    if until is None or not read <= until < end:
+        return ()
+    return (
+        f"{type(model).__name__} rotates by another table beyond {until} tokens: what was read before keeps the first "
+        "one, where the model's own generation may read it again by the other",
+    )
 
 
 def _without(where: str) -> NoRotation:
@@ -108,15 +110,20 @@ def _types(embedding: Any, config: Any) -> list[str | None]:
     return [kind for kind in own if hasattr(embedding, f"{kind}_inv_freq")] or [None]
 
 
-def _switch(embedding: Any, kind: str | None) -> int | None:
-    rope = getattr(embedding, "rope_type", None)
-    rope = rope.get(kind) if isinstance(rope, dict) else rope
-    if not isinstance(rope, str) or not any(name in rope for name in _SWITCHING):
-        return None
-    if "dynamic" in rope:
-        return int(embedding.original_max_seq_len)
-    given = embedding.config.rope_parameters
-    return int((given if kind is None else given[kind])["original_max_position_embeddings"])
+def _by_kind(config: Any) -> dict[str | None, dict[str, Any]]:
+    """The rotary parameters of each kind of layer, under None where all have the same."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind: rope for kind, rope in given.items() if isinstance(rope, dict)}
+    return kinds or {None: given}
+
+
+def _switch(config: Any, kind: str | None) -> int | None:
+    """The length beyond which a kind of layer has another table."""
+    rope = _by_kind(config).get(kind, {})
+    named = str(rope.get("rope_type", ""))
+    if "dynamic" in named:
+        return int(config.max_position_embeddings)
+    return int(rope["original_max_position_embeddings"]) if named == "longrope" else None
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,14 @@ class _Switching(_Table):
     """A table that depends on the length of what has been read; the model's own state is left alone."""
 
     until: int = 0
+    again: bool = False  # with every length beyond, as dynamic NTK does, and not once
 
     def __call__(self, positions: Tensor, read: int = 0) -> tuple[Tensor, Tensor]:
         """As where the first `read` tokens were read at once, and all others one after the other."""
         import torch
 
         fresh = _copy(self.embedding)
-        lengths = (positions + 1).clamp_min(max(read, self.until))
+        lengths = (positions + 1).clamp(min=max(read, self.until), max=None if self.again else self.until + 1)
         cos, sin = self.of(fresh, positions.new_zeros(1))  # which also brings it back to its first table
         cos, sin = (x.new_empty(len(positions), x.shape[1]) for x in (cos, sin))
         for length in lengths.unique().tolist():
@@ -246,9 +254,7 @@ def _judged(
     for candidate in _candidates(keys.shape[-1], known, tables):
         if _unevenness(shown, candidate) < allowed:
             return candidate
-    size = keys.norm(dim=-1)  # [k, n]
-    turns = bool(((size - size[:, :1]).abs() <= allowed * size[:, :1]).all())
-    return "rotates its keys in a way that is not known" if tables or turns else None
+    return "rotates its keys in a way that is not known" if tables else None
 
 
 def _unevenness(shown: Tensor, candidate: Rotation) -> float:
@@ -320,7 +326,10 @@ def _tables(model: PreTrainedModel) -> list[_Table]:
                     lies = "halves"
                 elif torch.equal(cos[:, ::2], cos[:, 1::2]) and torch.equal(sin[:, ::2], sin[:, 1::2]):
                     lies = "pairs"
-            until = _switch(embedding, kind)
-            table = _Table(embedding, kind, lies)
-            found.append(table if until is None else _Switching(embedding, kind, lies, until=until))
+            until = _switch(config, kind)
+            if until is None:
+                found.append(_Table(embedding, kind, lies))
+            else:
+                again = "dynamic" in _by_kind(config)[kind]["rope_type"]
+                found.append(_Switching(embedding, kind, lies, until=until, again=again))
     return [*found, *(replace(table, backwards=True) for table in found)]
