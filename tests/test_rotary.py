@@ -153,10 +153,11 @@ def test_learned_positions_are_no_rotation(family: str) -> None:
     shape = {"ffn_dim": 64, "word_embed_proj_dim": 64} if family == "OPT" else {}
     config = getattr(transformers, f"{family}Config")(
         vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=None,
+        max_position_embeddings=30,
         bos_token_id=None, eos_token_id=None, **shape,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    layer = read(model, facts(model), Prompt(IDS[:TOKENS], chat=False)).layers[1]
+    layer = read(model, facts(model), Prompt(IDS[:30], chat=False)).layers[1]
     with pytest.raises(NoRotation, match=f"{family}.*methods that rotate keys"):
         layer.unrotated_queries()
     assert rotary_of(layer) is None and spaces_of(layer).rotary is None
@@ -250,6 +251,8 @@ def test_lengths_at_which_tables_switch_are_named() -> None:
     assert switch(model_of("halves, stretched")) is None and switch(model_of("pairs")) is None
     grown = built("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
     assert switch(grown) == 512
+    early = built("Llama", rope_parameters={**LONG, "original_max_position_embeddings": 8})
+    assert switch(early) == 8 and rotation_of(early, 0).width == 16
     model = model_of("halves, two tables")
     assert switch_notes(model, 40, 48) == switch_notes(model, 49, 90) == ()
     (note,) = switch_notes(model, 40, 49)

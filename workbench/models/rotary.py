@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from workbench.models.rotation import Rotation
 
-_SHOWN = 32  # positions at which layers show what they do; below all lengths at which tables switch
+_SHOWN = 32  # positions at which layers show what they do, where the model has so many before its tables switch
 
 
 def rotary(model: PreTrainedModel, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,9 +39,9 @@ def rotation_of(model: PreTrainedModel, layer: int, read: int = 0) -> Rotation:
     """How `layer` turns queries and keys; nothing (a width of 0) where it attends without positions.
 
     read: tokens that were read at once, which choose among tables that switch with length; each later position, for
-    itself, is at the end of what has been read. Found by one pass of 32 tokens, and remembered for as long as the model
-    lives. Raises NoRotation where positions enter the model in another way, such as learned ones that are added to
-    embeddings, and NotApplicable where the layer rotates by no convention that is known.
+    itself, is at the end of what has been read. Found by one pass of 32 tokens or fewer, and remembered for as long as
+    the model lives. Raises NoRotation where positions enter the model in another way, such as learned ones that are
+    added to embeddings, and NotApplicable where the layer rotates by no convention that is known.
     """
     from workbench.engine import exclusive
     from workbench.models.rotation import Rotation
@@ -220,8 +220,10 @@ def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
     config: Any = model.config.get_text_config()
     token = config.vocab_size // 2
     token += token == getattr(config, "pad_token_id", None)
+    limits = (_SHOWN, getattr(config, "max_position_embeddings", None), switch(model))
+    count = min(limit for limit in limits if limit)
     show = _Show()
-    forward(model, show, torch.full((_SHOWN,), token), torch.arange(_SHOWN))
+    forward(model, show, torch.full((count,), token), torch.arange(count))
     name, tables = type(model).__name__, _tables(model)
     outcomes: list[Rotation | str | None] = []
     known: list[Rotation] = []

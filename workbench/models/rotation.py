@@ -65,7 +65,13 @@ class Rotation:
         return self.unhalved(rotate(self.halved(x), cos, sin))
 
     def _index(self, x: Tensor) -> Tensor:
-        return torch.tensor(self.order, device=x.device)
+        if x.device not in self._indices:
+            self._indices[x.device] = torch.tensor(self.order, device=x.device)
+        return self._indices[x.device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}  # `order` on each device that asked: it is needed at every step
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

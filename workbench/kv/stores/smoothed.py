@@ -176,7 +176,7 @@ class SmoothedFormat(Format):
     def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
         keep = tiers > 0
         keys, values = layer.keys.float(), layer.values.float()
-        rotation = rotary_of(layer)
+        rotation = rotary_of(layer)  # None: no channels are paired
         if rotation is None:
             factors = smoothing(keys, 0, self.outliers)
         else:
