@@ -44,6 +44,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool, tuple[int, ...]]] = {
     "halves, where it slides": ("Exaone4", {"sliding_window": 8, "sliding_window_pattern": 4}, False, (16, 16, 16, 0)),
     "halves, not everywhere": ("SmolLM3", {"no_rope_layers": [1, 1, 0, 1]}, False, (16, 16, 0, 16)),
     "halves, a table a kind": ("Gemma3", {"head_dim": 16, "sliding_window_pattern": 2}, False, (16,) * 4),
+    "halves, in an encoder's place": (
+        "ModernBertDecoder",
+        {name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")},
+        False,
+        (16,) * 4,
+    ),
     "backwards": ("NanoChat", {}, False, (16,) * 4),
     "pairs": ("Cohere", {}, True, (16,) * 4),
     "pairs, where it slides": ("Cohere2", {"sliding_window": 8, "head_dim": 16}, True, (16, 16, 16, 0)),

@@ -90,15 +90,18 @@ _found: WeakKeyDictionary[PreTrainedModel, tuple[Rotation | str | None, ...]] = 
 
 def _embeddings(model: nn.Module) -> list[Any]:
     """The modules of a text model that make rotary tables, those of the decoder itself first."""
-    made: Any = model
-    decoder = made.get_decoder()
-    found: list[Any] = [
-        module
-        for module in decoder.modules()
-        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-        and "position_ids" in signature(module.forward).parameters
-    ]
-    return sorted(found, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
+    source: Any = model
+    decoder = source.get_decoder()
+    for root in (decoder, model):  # what some models call their decoder is a part of it, or the head
+        found: list[Any] = [
+            module
+            for module in root.modules()
+            if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+            and "position_ids" in signature(module.forward).parameters
+        ]
+        if found:
+            return sorted(found, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
+    return []
 
 
 def _types(embedding: Any, config: Any) -> list[str | None]:
