@@ -18,6 +18,7 @@ from workbench.decoding import Decoder
 from workbench.kv.stores import Contents
 from workbench.kv.stores.store import seen_by
 from workbench.models import tiny
+from workbench.models.rotation import Rotation
 from workbench.registry import registered
 from workbench.trace import LayerTrace
 from workbench_kernels import attend as reference
@@ -57,7 +58,7 @@ def recorded(tensors: tuple[Tensor, Tensor, Tensor], tokens: int, softcap: float
         scale=SCALE,
         window=None,
         softcap=softcap,
-        rotary=lambda positions: (positions, positions),
+        rotary=lambda read: Rotation(lambda positions: (positions, positions)),
     )
 
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from workbench.kv.stores import lowrank as stores_lowrank
 from workbench.kv.stores.lowrank import LowRankStore, Ranks, spaces_of
-from workbench.trace import LayerTrace, rotate
+from workbench.models.rotation import Rotation, rotate
+from workbench.trace import LayerTrace
 from workbench_kernels import decode
 from workbench_kernels import decode_lowrank as kernels_lowrank
 from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank, decode_lowrank_reference
 from workbench_kernels.rows import Ragged
 
 SCALE = 0.2
+PAIRS = (*range(8, 20, 2), *range(9, 20, 2), *range(8))  # the last 12 of 20 channels, neighbours paired
 SHAPES = ((2, 20), (2, 18), (4, 20))  # heads and widths of keys, values and queries
 
 
@@ -179,19 +181,24 @@ def test_what_is_no_rotation_by_proportional_angles_has_no_turns() -> None:
     assert Turns.of(neighbours, 1000, 4, torch.device("cpu")) is None
 
 
-def layer_of(rotary: Any) -> LayerTrace:
+def layer_of(rotation: Rotation | None) -> LayerTrace:
     keys, values, queries = numbers(2, 60, 20), numbers(2, 60, 18, seed=1), numbers(4, 60, 20, seed=2)
-    return LayerTrace(0, keys, values, queries, torch.device("cpu"), SCALE, rotary=rotary)
+    found = rotation and (lambda read: rotation)
+    return LayerTrace(0, keys, values, queries, torch.device("cpu"), SCALE, rotary=found)
 
 
 @interpreted
-@pytest.mark.parametrize("rotary", [rotary_of(12, 1.2), None], ids=["rotated", "plain"])
+@pytest.mark.parametrize(
+    "rotation",
+    [Rotation(rotary_of(12, 1.2)), Rotation(rotary_of(12, 1.2), PAIRS), None],
+    ids=["halves", "pairs", "plain"],
+)
 @pytest.mark.parametrize("counts", [[60, 60], [5, 52], [0, 60]], ids=str)
 @pytest.mark.parametrize("window", [0, 8])
 def test_store_attends_by_kernels_as_without(
-    rotary: Any, counts: list[int], window: int, monkeypatch: pytest.MonkeyPatch
+    rotation: Rotation | None, counts: list[int], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, keep = layer_of(rotary), torch.zeros(2, 60, dtype=torch.bool)
+    layer, keep = layer_of(rotation), torch.zeros(2, 60, dtype=torch.bool)
     for head, count in enumerate(counts):
         keep[head, torch.randperm(60, generator=torch.Generator().manual_seed(1))[:count]] = True
     store = LowRankStore.where(

@@ -18,14 +18,14 @@ from workbench.kv.stores.smoothed import (
     SmoothedFormat,
     SmoothedStore,
     SymmetricRows,
-    rotated_channels,
     rounded_to_fp8,
     smoothing,
 )
 from workbench.models import facts, tiny
+from workbench.models.rotation import Rotation, rotate
 from workbench.prompt import Prompt
 from workbench.reading import read
-from workbench.trace import LayerTrace, Trace, rotate
+from workbench.trace import LayerTrace, Trace
 
 TOKENS = 60
 
@@ -43,8 +43,8 @@ def random_layer(key_width: int = 20, value_width: int = 18, rotated: int = 16) 
         angles = positions[:, None] * torch.linspace(1, 0.01, rotated // 2).repeat(2)
         return angles.cos(), angles.sin()
 
-    device = torch.device("cpu")
-    return LayerTrace(0, keys, values, queries, device, key_width**-0.5, rotary=rotary if rotated else None)
+    device, found = torch.device("cpu"), (lambda read: Rotation(rotary)) if rotated else None
+    return LayerTrace(0, keys, values, queries, device, key_width**-0.5, rotary=found)
 
 
 def trace_of(architecture: str = "llama", tokens: int = 90) -> Trace:
@@ -114,9 +114,13 @@ def test_a_dead_channel_and_an_empty_pair_are_left_alone() -> None:
 @pytest.mark.parametrize(("architecture", "rotated"), [("llama", 16), ("phi3", None), ("gemma3", None)])
 def test_the_rotated_channels_come_from_the_model(architecture: str, rotated: int | None) -> None:
     layer = trace_of(architecture).layers[1]
-    found = rotated_channels(layer)
+    found = layer.rotation.width
     assert 0 < found <= layer.keys.shape[-1] and rotated in (None, found)
-    assert rotated_channels(replace(layer, rotary=None)) == 0
+    form, keep = SmoothedFormat(4, 16, 2, fp8_query=False), torch.ones(layer.keys.shape[:2], dtype=torch.uint8)
+    for held, width in ((layer, found), (replace(layer, rotary=None), 0)):
+        store = form.build(held, keep, None)
+        assert isinstance(store, SmoothedStore)
+        assert torch.equal(store.key_factors, smoothing(layer.keys, width, 2))
 
 
 def test_smoothing_protects_small_channels_from_outliers() -> None:

@@ -16,7 +16,8 @@ from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
-from workbench.trace import LayerTrace, rotate, turned_back
+from workbench.models.rotation import rotate
+from workbench.trace import LayerTrace
 
 SIZES = {"room": 22, "sinks": 2, "window": 12, "block": 4, "representatives": 2, "blocks": 3}
 
@@ -41,9 +42,9 @@ def fed(layer: LayerTrace, store: BlockStore, pieces: list[tuple[int, int]]) -> 
 
 def by_hand(layer: LayerTrace, pieces: list[tuple[int, int]]) -> tuple[Tensor, list[list[int]]]:
     """The same in plain loops: outputs [h, n, dv], and the positions of the blocks in host memory."""
-    everywhere = layer.rotation(torch.arange(layer.tokens))
-    keys = turned_back(layer.keys, *everywhere).double()  # before rotary embedding
-    queries = turned_back(layer.queries, *everywhere).double()
+    everywhere = torch.arange(layer.tokens)
+    keys = layer.rotation.turned_back(layer.keys, everywhere).double()  # before rotary embedding
+    queries = layer.rotation.turned_back(layer.queries, everywhere).double()
     values, groups = layer.values.double(), layer.groups
     window, block = SIZES["window"], SIZES["block"]
 
@@ -116,8 +117,8 @@ def test_while_everything_fits_attention_is_the_models_own() -> None:
 def test_answers_do_not_depend_on_how_far_away_distant_context_is() -> None:
     # The same sinks, blocks and window, with a gap of any length behind the sinks: the same output.
     layer = testing.reading().trace.layers[1]
-    everywhere = layer.rotation(torch.arange(70))
-    keys, queries = (turned_back(x, *everywhere) for x in (layer.keys, layer.queries))
+    everywhere = torch.arange(70)
+    keys, queries = (layer.rotation.turned_back(x, everywhere) for x in (layer.keys, layer.queries))
 
     def last(gap: int, store: BlockStore | DenseStore) -> Tensor:
         at = torch.arange(70) + torch.where(torch.arange(70) < 2, 0, gap)

@@ -17,7 +17,7 @@ from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.models import tiny
-from workbench.trace import LayerTrace, turned_back
+from workbench.trace import LayerTrace
 
 SHORT = {"sinks": 2, "window": 4, "recent": 8, "page": 4}
 
@@ -66,8 +66,8 @@ def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_
     where = store.positions[0].tolist()
     memory = [p for p in where if 2 <= p < 60]
     pages = [memory[i : i + 5] for i in range(0, len(memory), 5)]
-    everywhere = layer.rotation(torch.arange(70))
-    keys, queries = (turned_back(x, *everywhere) for x in (layer.keys, layer.queries))
+    everywhere = torch.arange(70)
+    keys, queries = (layer.rotation.turned_back(x, everywhere) for x in (layer.keys, layer.queries))
     relevance = [0.0] * len(pages)
     for head in range(layer.heads):
         means = [keys[head // layer.groups, page].mean(dim=0) for page in pages]

@@ -20,9 +20,10 @@ from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.kv.stores.lowrank import LowRankFormat, LowRankStore, Ranks, rotary_of, spaces_of
 from workbench.kv.stores.rows import Rows
 from workbench.models import facts, tiny
+from workbench.models.rotation import Rotation, rotate
 from workbench.prompt import Prompt
 from workbench.reading import read
-from workbench.trace import LayerTrace, Trace, rotate
+from workbench.trace import LayerTrace, Trace
 
 TOKENS = 90
 FORMATS = {
@@ -58,7 +59,9 @@ def random_layer(rotary: Any = table, index: int = 0) -> LayerTrace:
     draw = torch.Generator().manual_seed(index)
     keys, values = (torch.randn(2, 60, width, generator=draw) for width in (20, 18))
     queries = torch.randn(4, 60, 20, generator=draw)
-    return LayerTrace(index, keys, values, queries, torch.device("cpu"), 20**-0.5, rotary=rotary)
+    turning = rotary and Rotation(rotary)
+    found = rotary and (lambda read: turning)
+    return LayerTrace(index, keys, values, queries, torch.device("cpu"), 20**-0.5, rotary=found)
 
 
 def tiers_of(counts: list[int]) -> Tensor:
@@ -270,7 +273,7 @@ def test_queries_shape_the_space_only_where_nothing_rotates() -> None:
     assert not torch.allclose(spaces_of(layer).energy_keys[1], sizes.square(), rtol=1e-3)
     turning = random_layer()
     assert torch.equal(spaces_of(turning, queries=True).keys, spaces_of(turning).keys)
-    assert rotary_of(layer) is None and rotary_of(turning) is table
+    assert rotary_of(layer) is None and rotary_of(turning) is turning.rotation
 
 
 # -- Eigen Attention

@@ -35,6 +35,7 @@ from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.format import DenseFormat, PackedFormat, Shape, balancer
 from workbench.models import TINY_ARCHITECTURES, facts, tiny
+from workbench.models.rotation import Rotation
 from workbench.prompt import Prompt
 from workbench.reading import read
 from workbench.registry import find, registered
@@ -280,7 +281,7 @@ def test_expected_attention_is_the_mean_of_a_gaussian_of_queries_to_come(archite
     part = architecture not in TINY_ARCHITECTURES
     layer, sinks, ahead = trace_of("llama" if part else architecture).layers[1], 4, 32
     if part:
-        layer = replace(layer, rotary=scaled_part)
+        layer = replace(layer, rotary=lambda read: Rotation(scaled_part))
     cos, sin = layer.rotation(torch.arange(TOKENS + ahead))
     width = cos.shape[-1]
 

@@ -31,8 +31,7 @@ def random(*shape: int) -> Tensor:
 
 def turned(x: Tensor, by: int, layer: LayerTrace) -> Tensor:
     """A rotated key [d] moved `by` positions further, by plain sines of the angle of one position."""
-    assert layer.rotary is not None
-    cos, sin = (table[0].tolist() for table in layer.rotary(torch.tensor([1])))
+    cos, sin = (table[0].tolist() for table in layer.rotation(torch.tensor([1])))
     half, out = len(cos) // 2, x.clone()
     for channel in range(half):
         angle = math.atan2(sin[channel], cos[channel]) * by

@@ -19,6 +19,7 @@ from workbench.kv.stores import kv_categories
 from workbench.measure.memory import Timeline
 from workbench.measure.timing import Timing
 from workbench.models import Facts
+from workbench.models.rotary import switch_notes
 from workbench.progress import Progress
 from workbench.prompt import check_vocabulary, text_ids
 from workbench.recipe import Recipe
@@ -128,7 +129,12 @@ class Conversation:
             timing=Timing(read_s, plan_s, first - began, time.perf_counter() - first, len(tokens)),
             plan=self.plan,
             question=question if isinstance(question, str) else None,
-            notes=(*self.notes, *_left_to_stores(decoder), *decoder.notes),
+            notes=(
+                *self.notes,
+                *_left_to_stores(decoder),
+                *decoder.notes,
+                *switch_notes(self.model, self.plan.trace.tokens, decoder.position),
+            ),
             conversation=self,
             decoder=decoder,
             decode_score_share=decoder.score_share,

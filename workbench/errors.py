@@ -52,6 +52,10 @@ class NotApplicable(InputError):
     """A method cannot be applied to this model or this prompt."""
 
 
+class NoRotation(NotApplicable):
+    """A model or layer whose queries and keys are not rotated by their positions."""
+
+
 class BadPrompt(InputError):
     """Text, messages or ids that cannot be read."""
 

@@ -16,7 +16,7 @@ from workbench.engine import device_of, forward
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
-from workbench.models import Facts, rotary
+from workbench.models import Facts, rotation_of
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
@@ -84,7 +84,7 @@ class _Recorder:
             scale=scale,
             window=window,
             softcap=softcap,
-            rotary=partial(rotary, self.plain, self.origins[layer]),
+            rotary=partial(rotation_of, self.plain, self.origins[layer]),
             narrowed_from=min(own or tokens, tokens) if window != own else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
         )

@@ -20,7 +20,7 @@ from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
 from workbench.measure.timing import Timing
-from workbench.models import Facts, rotary
+from workbench.models import Facts, rotation_of
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
 from workbench.run import Run, Verdict
@@ -310,7 +310,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
                 scale=float(fields["scale"]),
                 window=fields["window"],
                 softcap=fields["softcap"],
-                rotary=partial(rotary, session.model, index),
+                rotary=partial(rotation_of, session.model, index),
             )
         )
     return Trace(

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from workbench.brief import Brief, mib
-from workbench.errors import NotApplicable
+from workbench.errors import NoRotation
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
 from workbench.measure.rows import attention_rows
+from workbench.models.rotation import Rotation
 from workbench.prompt import Prompt
 
 T = TypeVar("T")
@@ -27,9 +28,9 @@ class LayerTrace(Brief):
 
     index: which layer. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
     `device` wherever they are held (a long prompt's recording may rest in host memory). scale: what scores are
-    multiplied with. window: width of a sliding-window layer in tokens, or None. rotary: function from positions [p] to
-    (cos, sin), each [p, r] with r <= d the rotated channels. narrowed_from: where an attention method set the window,
-    how many positions the plain model's cache would hold.
+    multiplied with. window: width of a sliding-window layer in tokens, or None. rotary: function that says how the
+    layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
+    window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
     """
 
@@ -41,7 +42,7 @@ class LayerTrace(Brief):
     scale: float
     window: int | None = None
     softcap: float | None = None
-    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    rotary: Callable[[int], Rotation] | None = field(default=None, repr=False)
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
 
@@ -112,31 +113,18 @@ class LayerTrace(Brief):
         return sums.view(self.kv_heads, self.groups, -1).sum(dim=1).to(self.device)
 
     def unrotated_queries(self) -> Tensor:
-        """The queries before rotary embedding, [h, n, d]. Raises NotApplicable where the model has none."""
-        cos, sin = self.rotation(torch.arange(self.tokens, device=self.device))
-        size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
-        return rotate(self.queries.float(), cos / size, -sin / size)
+        """The queries before rotary embedding, [h, n, d]. Raises NotApplicable as `rotation` does."""
+        return self.rotation.undo(self.queries.float(), torch.arange(self.tokens, device=self.device))
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotary table (cos, sin) [p, r] of this layer at `positions`."""
+    @cached_property
+    def rotation(self) -> Rotation:
+        """How this layer rotates queries and keys: its table at positions, applied and undone.
+
+        Raises NoRotation where positions are no rotation, NotApplicable where it is one that is not known.
+        """
         if self.rotary is None:
-            raise NotApplicable(f"layer {self.index} has no rotary position embedding that could be undone")
-        cos, sin = self.rotary(positions)
-        return cos.float(), sin.float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first r channels of x [..., n, d] by the table cos, sin [n, r]; halves are paired, as in Llama."""
-    width = cos.shape[-1]
-    turning, still = x[..., :width], x[..., width:]
-    first, second = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, still], dim=-1)
-
-
-def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo in float32 what `rotate` with the same table did to x, but for the factor of YaRN and LongRoPE."""
-    size = (cos.square() + sin.square()).sqrt()
-    return rotate(x.float(), cos / size, -sin / size)
+            raise NoRotation(f"layer {self.index} has no rotary position embedding that could be undone")
+        return self.rotary(self.tokens)
 
 
 @dataclass(repr=False)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from workbench.engine import engaged, forward
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
-from workbench.kv.stores.lowrank import LowRankFormat, Ranks, Spaces, rotated, spaces_of, unrotated
+from workbench.kv.stores.lowrank import LowRankFormat, Ranks, Spaces, spaces_of
 from workbench.kv.stores.store import seen_by
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace, Trace
@@ -135,7 +135,8 @@ def profiles_of(study: Study) -> dict[int, Profile]:
     probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
     given = _Given(trace, probes)
     within = {layer.index for layer in trace.compressible}
-    layers: Any = study.model.get_decoder().layers
+    count = len(trace.layers)
+    layers = next(m for m in study.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     asking = False
 
     def after(module: Any, args: Any, options: Any, output: Any) -> None:
@@ -202,10 +203,10 @@ def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Te
     """The keys and values of a layer, float32, without what lies outside its spaces at these ranks."""
     keys, values, where = layer.keys.float(), layer.values.float(), torch.arange(layer.tokens, device=layer.device)
     if spaces.rotary is not None:
-        keys = unrotated(keys, where, spaces.rotary)
+        keys = spaces.rotary.undo(keys, where)
     keys = _within(keys, spaces.keys[:, : ranks.keys])
     if spaces.rotary is not None:
-        keys = rotated(keys, where, spaces.rotary)
+        keys = spaces.rotary.apply(keys, where)
     return keys, _within(values, spaces.values[:, : ranks.values])
 
 

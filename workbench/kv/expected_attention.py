@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from workbench.kv.base import KVMethod, keep_first
 from workbench.registry import Paper, param, register
-from workbench.trace import LayerTrace, rotate
+from workbench.trace import LayerTrace
 
 
 @register
@@ -57,4 +57,4 @@ class ExpectedAttention(KVMethod):
         """Rows of x [h, n, d] under the mean rotation of the positions to come, [k, g, n, d]."""
         ahead = torch.arange(layer.tokens, layer.tokens + self.n_future_positions, device=layer.device)
         cos, sin = (table.mean(dim=0, keepdim=True) for table in layer.rotation(ahead))
-        return rotate(x, cos, sin).unflatten(0, (-1, layer.groups))
+        return layer.rotation.by(x, cos, sin).unflatten(0, (-1, layer.groups))

@@ -6,7 +6,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from workbench.decoding import Decoder
 from workbench.engine import device_of, forward
-from workbench.errors import BudgetTooSmall, PromptTooLong
+from workbench.errors import BudgetTooSmall, NotApplicable, PromptTooLong
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.stores import DenseStore, SlidingStore, Store, kv_categories
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
@@ -22,13 +23,16 @@ from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import HOST, CudaBytes, LiveBytes, Timeline, live_bytes, tensor_bytes
 from workbench.measure.timing import Stopwatch
 from workbench.models import max_positions
+from workbench.models.rotary import switch, switch_notes
 from workbench.progress import Progress
 from workbench.prompt import Prompt
-from workbench.trace import LayerTrace
+from workbench.trace import LayerTrace, Trace
 from workbench_kernels import attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from workbench.models.rotation import Rotation
 
 _REMEMBERED = 4  # readings of a method at different budgets, or for different questions, that a trace remembers
 
@@ -396,6 +400,21 @@ class _Look:
         return out
 
 
+def _blank(trace: Trace, model: PreTrainedModel) -> tuple[LayerTrace, ...]:
+    """The trace's layers without data, as a reading in pieces has them."""
+    layers, until = tuple(layer.blank() for layer in trace.layers), switch(model)
+    if until is None or trace.tokens <= until:
+        return layers
+    return tuple(replace(layer, rotary=partial(_switched, until)) for layer in layers)
+
+
+def _switched(until: int, read: int) -> Rotation:
+    raise NotApplicable(
+        f"keys that are read in pieces are rotated by several tables where the model's switches at {until} tokens; "
+        f"methods that rotate keys cannot read this prompt of {read} tokens in pieces"
+    )
+
+
 @dataclass(frozen=True)
 class Streamed:
     """A finished reading: what it left, and what it took."""
@@ -424,7 +443,7 @@ def streamed(
             reading = Reading(
                 model=model,
                 prompt=trace.prompt,
-                layers=tuple(layer.blank() for layer in trace.layers),
+                layers=_blank(trace, model),
                 exact=frozenset(trace.exact),
                 dtype=dtype,
                 limit=limit,
@@ -436,6 +455,7 @@ def streamed(
                 label=method.key,
             )
             held = method.read(reading)
+            held = replace(held, notes=(*held.notes, *switch_notes(model, 0, trace.tokens)))
         remembered[key] = Streamed(held, timeline, watch.seconds["read"], reading.most_nbytes)
         while len(remembered) > _REMEMBERED:
             remembered.popitem(last=False)

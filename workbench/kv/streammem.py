@@ -13,7 +13,7 @@ from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore
 from workbench.prompt import Prompt, has_template
 from workbench.registry import Paper, param, register
-from workbench.trace import LayerTrace, rotate
+from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
     from workbench.kv.streamed import Held, Reading
@@ -141,9 +141,7 @@ def with_prototypes(
     where = positions[:1, old:].expand(1, -1)[0].long()  # [f]: what has just been read is the same in all heads
     recent = keys[:, old:]
     if layer.rotary is not None:
-        cos, sin = layer.rotation(where)
-        size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
-        recent = rotate(recent, cos / size, -sin / size)
+        recent = layer.rotation.undo(recent, where)
     weights = scores[:, old:].clamp_min(torch.finfo(scores.dtype).tiny)
     frames = -(-new // frame)
     number = torch.arange(new, device=keys.device) // frame
@@ -156,7 +154,7 @@ def with_prototypes(
 
     merged = means(recent)
     if layer.rotary is not None:
-        merged = rotate(merged, cos, sin)
+        merged = layer.rotation.apply(merged, where)
     stands = standing[:, old:, None]
     keys = torch.cat([keys[:, :old], torch.where(stands, merged, keys[:, old:])], dim=1)
     values = torch.cat([values[:, :old], torch.where(stands, means(values[:, old:]), values[:, old:])], dim=1)

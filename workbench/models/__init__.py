@@ -7,7 +7,7 @@ from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, cat
 from workbench.models.facts import UNLIMITED, Facts, facts, max_positions
 from workbench.models.fetch import cache_dir, cached, fetch
 from workbench.models.load import LoadedModel, load
-from workbench.models.rotary import rotary
+from workbench.models.rotary import rotary, rotation_of
 from workbench.models.tiny import TINY_ARCHITECTURES, tiny
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "load",
     "max_positions",
     "rotary",
+    "rotation_of",
     "tiny",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -12,12 +11,9 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.tiered import TieredStore
-from workbench.trace import turned_back
+from workbench.models.rotation import Rotation
 
 _TOGETHER = 128  # queries that look up blocks together: bounds what scores take for a long question
-
-Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From positions [p] to the rotary table (cos, sin), each [p, r]."""
 
 
 class BlockStore(TieredStore):
@@ -47,7 +43,7 @@ class BlockStore(TieredStore):
     ) -> None:
         """near: with a mass, which is the attention that each entry received from its window. means [k, far blocks, d].
 
-        rotation: the layer's rotary table.
+        rotation: the layer's.
         """
         self.near, self.far, self.means, self.rotation = near, far, means, rotation
         self.room, self.sinks, self.window = room, sinks, window
@@ -80,7 +76,7 @@ class BlockStore(TieredStore):
         slots = positions.argsort()[self.sinks : self.sinks + count * self.block]  # [e], oldest first
         keys, where, heads = held.keys[:, slots], positions[slots], held.keys.shape[0]
         self.far.append(keys, held.values[:, slots], where.expand(heads, -1))
-        flat = turned_back(keys, *self.rotation(where)).unflatten(1, (count, self.block))  # [k, c, block, d]
+        flat = self.rotation.turned_back(keys, where).unflatten(1, (count, self.block))  # [k, c, block, d]
         most = mass[:, slots].unflatten(1, (count, self.block)).topk(self.representatives, dim=2).indices
         means = flat.gather(2, most[..., None].expand(*most.shape, flat.shape[-1])).mean(dim=2)
         self.means.append(means.to(self.means.data.dtype), block=count)
@@ -109,7 +105,7 @@ class BlockStore(TieredStore):
         grouped = query.float().unflatten(0, (kv_heads, -1))  # [k, g, q, d]
         at = at.to(positions.device)
         # As queries would be at position `window`, where all that is distant is at position 0.
-        distant = turned_back(grouped, *self.rotation((at - self.window).clamp_min(0)))
+        distant = self.rotation.turned_back(grouped, (at - self.window).clamp_min(0))
         slots = self.find(distant)
         if slots.numel():
             far_keys, far_values, far_positions = self.far.fetch(slots.expand(kv_heads, -1))()
@@ -120,7 +116,7 @@ class BlockStore(TieredStore):
         scores = grouped @ keys[:, None].transpose(2, 3)  # [k, g, q, m]
         clipped = (behind[-1] >= self.window).nonzero()[:, 0]
         if clipped.numel():
-            flat = turned_back(keys[:, clipped], *self.rotation(positions[clipped]))
+            flat = self.rotation.turned_back(keys[:, clipped], positions[clipped])
             scores[..., clipped] = torch.where(
                 behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), scores[..., clipped]
             )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.lowrank import Rotary, rotary_of, rotated, unrotated
+from workbench.kv.stores.lowrank import rotary_of
+from workbench.models.rotation import Rotation
 from workbench.trace import LayerTrace
 
 _ROUNDS = 8
@@ -26,7 +27,7 @@ class Codebook:
     entries: Tensor
     factor: Tensor
     distance: int
-    rotary: Rotary | None
+    rotary: Rotation | None
 
     @classmethod
     def of(cls, layer: LayerTrace, codes: int, distance: int) -> Codebook:
@@ -112,13 +113,12 @@ def _apart(x: Tensor, centres: Tensor) -> Tensor:
     return torch.baddbmm(centres.square().sum(dim=2)[:, None], x, centres.transpose(1, 2), alpha=-2)
 
 
-def _unrotated(x: Tensor, positions: Tensor, rotary: Rotary | None) -> Tensor:
-    return x if rotary is None else unrotated(x, positions, rotary)
+def _unrotated(x: Tensor, positions: Tensor, rotary: Rotation | None) -> Tensor:
+    return x if rotary is None else rotary.undo(x, positions)
 
 
-def _seen_from(queries: Tensor, positions: Tensor, rotary: Rotary | None, distance: int) -> Tensor:
+def _seen_from(queries: Tensor, positions: Tensor, rotary: Rotation | None, distance: int) -> Tensor:
     """Queries [h, q, d] at positions [q], as they see a key without position that is `distance` before them."""
     if rotary is None:
         return queries
-    plain = unrotated(queries, positions, rotary)
-    return rotated(plain, torch.full_like(positions, distance), rotary)
+    return rotary.apply(rotary.undo(queries, positions), torch.full_like(positions, distance))

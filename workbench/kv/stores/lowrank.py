@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 from weakref import WeakKeyDictionary
@@ -10,19 +10,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from workbench.errors import NotApplicable
+from workbench.errors import NoRotation
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import PackedRows, first_of
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, seen_by
-from workbench.trace import LayerTrace, rotate
+from workbench.models.rotation import Rotation
+from workbench.trace import LayerTrace
 from workbench_kernels.decode import decode_dense, join_parts
 from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
 from workbench_kernels.dispatch import on_gpu
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 _SCALE_BYTES = 4  # a float16 scale and a float16 zero
-Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Spaces(NamedTuple):
@@ -38,7 +38,7 @@ class Spaces(NamedTuple):
     values: Tensor
     energy_keys: Tensor
     energy_values: Tensor
-    rotary: Rotary | None
+    rotary: Rotation | None
 
 
 class Ranks(NamedTuple):
@@ -63,7 +63,7 @@ def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
     if queries not in known:
         keys, rotary = layer.keys.float(), rotary_of(layer)
         if rotary is not None:
-            keys = unrotated(keys, torch.arange(layer.tokens, device=layer.device), rotary)
+            keys = rotary.undo(keys, torch.arange(layer.tokens, device=layer.device))
         elif queries:
             keys = torch.cat([keys, layer.queries.float().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)], dim=1)
         basis_keys, energy_keys = _principal(keys)
@@ -72,46 +72,25 @@ def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
     return known[queries]
 
 
-def rotary_of(layer: LayerTrace) -> Rotary | None:
-    """The layer's rotary table as a function of positions; None where it does not rotate."""
-    if layer.rotary is None:
-        return None
+def rotary_of(layer: LayerTrace) -> Rotation | None:
+    """How the layer rotates; None where it does not, or positions enter in another way."""
     try:
-        layer.rotary(torch.arange(1, device=layer.device))
-    except NotApplicable:
+        return layer.rotation if layer.rotation.width else None
+    except NoRotation:
         return None
-    return layer.rotary
-
-
-def rotated(keys: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
-    """Keys [k, m, d] float32, rotated to positions [m], [1, m] or [k, m]."""
-    cos, sin = _table(positions, rotary)
-    return rotate(keys, cos, sin)
-
-
-def unrotated(keys: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
-    """Keys [k, m, d] float32 at positions [m], [1, m] or [k, m] as they were before rotary embedding."""
-    cos, sin = _table(positions, rotary)
-    size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
-    return rotate(keys, cos / size, -sin / size)
 
 
 # A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
-_turns: WeakKeyDictionary[Rotary, tuple[int, Turns | None]] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[Rotation, tuple[int, Turns | None]] = WeakKeyDictionary()
 
 
-def turns_of(rotary: Rotary, longest: int, channels: int, device: torch.device) -> Turns | None:
+def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
     """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
     count = -(-longest // LOW) * LOW
     known = _turns.get(rotary)
     if known is None or known[0] != count:
         known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
     return known[1]
-
-
-def _table(positions: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    cos, sin = rotary(positions.reshape(-1))
-    return cos.float().unflatten(0, positions.shape), sin.float().unflatten(0, positions.shape)
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +128,7 @@ class LowRankStore(Store):
         older: tuple[Rows | PackedRows, Rows | PackedRows],
         newer: tuple[Rows, Rows],
         positions: tuple[Rows, Rows] | None,
-        rotary: Rotary | None,
+        rotary: Rotation | None,
         window: int,
         group: int,
     ) -> None:
@@ -179,7 +158,7 @@ class LowRankStore(Store):
             spaces.keys[:, : ranks.keys].to(dtype, copy=True).contiguous(),
             spaces.values[:, : ranks.values].to(dtype, copy=True).contiguous(),
         )
-        plain = keys.float() if spaces.rotary is None else unrotated(keys.float(), everywhere, spaces.rotary)
+        plain = keys.float() if spaces.rotary is None else spaces.rotary.undo(keys.float(), everywhere)
         lengths = keep.sum(dim=1)
         old = first_of(keep, older_of(lengths, window, group))
         new = keep & ~old
@@ -231,7 +210,7 @@ class LowRankStore(Store):
     def _project(self, keys: Tensor, values: Tensor, where: Tensor) -> None:
         """Add keys [k, q, d], values [k, q, dv] at positions [k or 1, q] to the older part."""
         if self.rotary is not None:
-            keys = unrotated(keys, where, self.rotary)
+            keys = self.rotary.undo(keys, where)
         self.older[0].append(project(keys, self.bases[0]))
         self.older[1].append(project(values, self.bases[1]))
         if self._positions is not None:
@@ -259,7 +238,7 @@ class LowRankStore(Store):
         """The older keys [k, m, d] at their positions [k or 1, all slots], out of their space."""
         keys = _view(self.older[0], torch.float32) @ self.bases[0].float()
         if self.rotary is not None:
-            keys = rotated(keys, positions[:, : keys.shape[1]].long(), self.rotary)
+            keys = self.rotary.apply(keys, positions[:, : keys.shape[1]].long())
         return keys.to(dtype)
 
     def contents(self, dtype: torch.dtype) -> Contents:
@@ -327,15 +306,16 @@ class LowRankStore(Store):
             return None
         asked = query_positions.to(query.device) if query_positions.numel() > 1 else None
         older, newer = (None, None) if self._positions is None else (rows.ragged() for rows in self._positions)
-        turns = None
+        turns, turned, (key_basis, value_basis) = None, query, self.bases
         if self.rotary is not None:
             longest = keys.longest if older is None else int(query_positions.max()) + 1
             turns = turns_of(self.rotary, longest, query.shape[2], query.device)
             if turns is None:
                 return None
+            turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
         out, sums = decode_lowrank(
-            query, keys.ragged(), values.ragged(), *self.bases, scale=scale, softcap=softcap, query_positions=asked,
-            positions=older, turns=turns, lse=True,
+            turned, keys.ragged(), values.ragged(), key_basis, value_basis, scale=scale, softcap=softcap,
+            query_positions=asked, positions=older, turns=turns, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.store import Contents, Store, seen_by
-from workbench.trace import turned_back
+from workbench.models.rotation import Rotation
 from workbench_kernels import attend
 
 
@@ -26,7 +25,7 @@ class PagedStore(Store):
     def __init__(
         self,
         near: DenseStore,
-        rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
+        rotation: Rotation,
         *,
         sinks: int,
         recent: int,
@@ -34,7 +33,7 @@ class PagedStore(Store):
         share: float,
         pages: tuple[int, ...] | None = None,
     ) -> None:
-        """rotation: the layer's rotary table. pages: those chosen, None before the first pass."""
+        """rotation: the layer's. pages: those chosen, None before the first pass."""
         self.near, self.rotation = near, rotation
         self.sinks, self.recent, self.page, self.share = sinks, recent, page, share
         self.pages = pages
@@ -61,7 +60,7 @@ class PagedStore(Store):
         numbers = torch.arange(last - self.sinks, device=positions.device) // self.page  # of each long-term slot
         if self.pages is None or query.shape[1] > 1:
             at = query_positions.to(positions.device)
-            queries = turned_back(query, *self.rotation(at))
+            queries = self.rotation.turned_back(query, at)
             self.pages = self.find(queries, held.keys, positions, numbers, scale)
         open_ = torch.ones_like(positions, dtype=torch.bool)
         open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
@@ -79,7 +78,7 @@ class PagedStore(Store):
             return ()
         count, (kv_heads, _, width) = int(numbers[-1]) + 1, keys.shape
         part = slice(self.sinks, self.sinks + numbers.numel())
-        flat = turned_back(keys[:, part], *self.rotation(positions[part]))
+        flat = self.rotation.turned_back(keys[:, part], positions[part])
         sums = torch.zeros(kv_heads, count, width, device=keys.device).index_add_(1, numbers, flat)
         means = sums / numbers.bincount(minlength=count)[:, None]
         rows = queries.unflatten(0, (kv_heads, -1)) @ means[:, None].transpose(2, 3) * scale  # [k, g, q, pages]

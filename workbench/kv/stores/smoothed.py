@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
+from workbench.kv.stores.lowrank import rotary_of
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace
@@ -175,7 +176,11 @@ class SmoothedFormat(Format):
     def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
         keep = tiers > 0
         keys, values = layer.keys.float(), layer.values.float()
-        factors = smoothing(keys, rotated_channels(layer), self.outliers)
+        rotation = rotary_of(layer)  # None: no channels are paired
+        if rotation is None:
+            factors = smoothing(keys, 0, self.outliers)
+        else:
+            factors = rotation.unhalved(smoothing(rotation.halved(keys), rotation.width, self.outliers))
         lift = _to_reach(values.abs().amax(dim=(1, 2), keepdim=False)[:, None])
         where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
         lengths = keep.sum(dim=1)
@@ -211,13 +216,6 @@ def smoothing(keys: Tensor, rotated: int, outliers: int) -> Tensor:
 def _to_reach(largest: Tensor) -> Tensor:
     factors = torch.where(largest > 0, _REACH / largest, 1.0)
     return factors.clamp(2.0**-14, 2.0**14).to(torch.float16)
-
-
-def rotated_channels(layer: LayerTrace) -> int:
-    """How many of a key's channels, the first, are rotated in pairs; 0 where nothing is."""
-    if layer.rotary is None:
-        return 0
-    return layer.rotation(torch.zeros(1, dtype=torch.long, device=layer.device))[0].shape[-1]
 
 
 def rounded_to_fp8(x: Tensor) -> Tensor:
