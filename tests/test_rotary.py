@@ -301,3 +301,11 @@ def test_a_prompt_read_in_pieces_across_the_switch_says_so() -> None:
             session.run(find(method)(budget=0.5), max_new_tokens=2)
     run = session.run(find("epicache")(budget=0.5, segment=16), max_new_tokens=2)
     assert any("another table beyond 48 tokens" in note for note in run.notes)
+
+
+def test_a_run_across_the_switch_says_so() -> None:
+    session = wb.Session((built("Phi3", rope_parameters=LONG, original_max_position_embeddings=48), None))
+    session.read(IDS[:44])
+    assert not session.run("full", max_new_tokens=4).notes
+    (said,) = session.run("full", max_new_tokens=12).notes
+    assert "another table beyond 48 tokens" in said

@@ -14,7 +14,7 @@ from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine import device_of, forward
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.kv.stores import DenseStore, SlidingStore, Store, cloned
 from workbench.kv.stores.mixed import MixedStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.paged import PagedStore
@@ -68,7 +68,7 @@ class Decoder:
         self._held: list[int | None] = [None] * len(self.stores)
         self._widths = [0] * len(self.stores)
         if self.attention is not None:
-            self.finding = tuple(i for i, store in enumerate(self.stores) if isinstance(store, _OWN))
+            self.finding = tuple(i for i, store in enumerate(self.stores) if isinstance(store.holder, _OWN))
             for layer in self.recorded:
                 self._at.layer = layer.index
                 if self._attends(layer.index):
@@ -108,8 +108,8 @@ class Decoder:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
-        if isinstance(store, SlidingStore):  # the window that the prompt was read with, the model's or a method's
-            window = store.window
+        if isinstance(store.holder, SlidingStore):  # the window that the prompt was read with, a method's or its own
+            window = store.holder.window
         before = self._enter()
         watching = self.evicting is not None and isinstance(store, DenseStore) and store.mass is not None
         if watching:
@@ -150,10 +150,11 @@ class Decoder:
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
-        return self.attention is not None and not isinstance(self.stores[layer], (SlidingStore, *_OWN))
+        return self.attention is not None and not isinstance(self.stores[layer].holder, (SlidingStore, *_OWN))
 
     def _count_exact(self, store: Store, heads: int, positions: Tensor, window: int | None) -> None:
         """Count what `heads` query heads see at positions [q] of all that a store holds, these included."""
+        store = store.holder
         if isinstance(store, _FINDING):
             self._uncounted = True
             return
@@ -208,7 +209,7 @@ class Decoder:
 
     def clone(self) -> Decoder:
         """An independent continuation from here; it counts score entries anew."""
-        stores = [store.clone() for store in self.stores]
+        stores = cloned(self.stores)
         twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
         twin._at = Pass(len(stores), self._at.tokens, left=dict(self._at.left))
         twin._held, twin._widths = list(self._held), list(self._widths)

@@ -47,6 +47,7 @@ class _Recorder:
         self.held = 0
         self.count = len(self.origins)
         self.memory: dict[Any, Any] = {}
+        self.places: dict[tuple[int, torch.Size], int] = {}  # of keys in memory: the layer that showed them first
 
     def attend(
         self,
@@ -74,7 +75,10 @@ class _Recorder:
         else:
             out = self.method.attend(query, key, value, scale=scale, window=window, softcap=softcap, at=self.at)
         before = self.held if self.home == query.device else 0  # of what is live here, the recording so far
+        shared = self._shared(layer, key)
         held = tuple(x.to(self.home) for x in (key, value, query))
+        if shared is not None:
+            held = (self.layers[shared].keys_held, self.layers[shared].values_held, held[2])
         self.layers[layer] = LayerTrace(
             index=layer,
             keys_held=held[0],
@@ -87,8 +91,9 @@ class _Recorder:
             rotary=partial(rotation_of, self.plain, self.origins[layer]),
             narrowed_from=min(own or tokens, tokens) if window != own else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
+            shared=shared,
         )
-        self.held += sum(x.nbytes for x in held)
+        self.held += sum(x.nbytes for x in held[0 if shared is None else 2 :])
         self.timeline.add(
             "read",
             layer,
@@ -96,6 +101,15 @@ class _Recorder:
         )
         self.live.reset_peak()
         return out
+
+    def _shared(self, layer: int, key: Tensor) -> int | None:
+        """The earlier layer whose keys [k, n, d] these are: what lies at the same place and is the same."""
+        place = (key.data_ptr(), key.shape)
+        there = self.places.get(place)
+        if there is not None and torch.equal(self.layers[there].keys_held, key.to(self.home)):
+            return there
+        self.places[place] = layer
+        return None
 
 
 def _combined_window(
@@ -167,6 +181,11 @@ def read(
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
     exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
+    exact |= {
+        layer.index: f"reads the keys and values of layer {layer.shared}"
+        for layer in layers
+        if layer.shared is not None
+    }
     gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
     return Trace(
         prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone, recorder.memory

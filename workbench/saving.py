@@ -20,7 +20,7 @@ from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
 from workbench.measure.timing import Timing
-from workbench.models import Facts, rotation_of
+from workbench.models import facts, rotation_of
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
 from workbench.run import Run, Verdict
@@ -127,7 +127,7 @@ def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "source": session.source,
             "name": session.facts.name,
             "dtype": _dtype_name(session.model.dtype),
-            **{name: getattr(session.facts, name) for name in _SHAPE},
+            **{name: getattr(facts(session.model), name) for name in _SHAPE},  # as its config has it
         },
         "kv_dtype": _dtype_name(session.kv_dtype),
         "seed": session.seed,
@@ -146,7 +146,9 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "chat": trace.prompt.chat,
         "open_turn": trace.prompt.open_turn,
         "read_seconds": trace.read_seconds,
-        "layers": [{"scale": x.scale, "window": x.window, "softcap": x.softcap} for x in trace.layers],
+        "layers": [
+            {"scale": x.scale, "window": x.window, "softcap": x.softcap, "shared": x.shared} for x in trace.layers
+        ],
         "exact": {str(layer): reason for layer, reason in trace.exact.items()},
         "timeline": trace.timeline.to_dict(),
         "computed": list(trace.computed),
@@ -237,7 +239,7 @@ def _restore(
     session = _session(cls, saved, options)
     if saved.get("calibration") is not None:
         session._variants.calibrate(Calibration(**saved["calibration"]))  # its file is read when it is needed
-    _check_model(folder, saved["model"], tensor("model.samples"), session.facts, session.model)
+    _check_model(folder, saved["model"], tensor("model.samples"), session.model)
     if saved["trace"] is None:
         return session
     trace = _trace(saved["trace"], tensor, session)
@@ -266,13 +268,14 @@ def _session(cls: type[S], saved: dict[str, Any], options: dict[str, Any]) -> S:
         ) from error
 
 
-def _check_model(folder: Path, saved: dict[str, Any], samples: Tensor, facts: Facts, model: PreTrainedModel) -> None:
+def _check_model(folder: Path, saved: dict[str, Any], samples: Tensor, model: PreTrainedModel) -> None:
     """A trace means nothing to another model: the same shape, and the same weights up to rounding."""
+    found = facts(model)
     for name in _SHAPE:
-        if getattr(facts, name) != saved[name]:
+        if getattr(found, name) != saved[name]:
             raise InputError(
                 f"{folder} was made with {saved['name']} ({name} {saved[name]}), but the model given has {name} "
-                f"{getattr(facts, name)}; load it with the same model"
+                f"{getattr(found, name)}; load it with the same model"
             )
     here = _samples(model)
     if here.shape != samples.shape or not torch.allclose(here, samples, rtol=0.02, atol=1e-4):
@@ -310,6 +313,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
                 scale=float(fields["scale"]),
                 window=fields["window"],
                 softcap=fields["softcap"],
+                shared=fields.get("shared"),
                 rotary=partial(rotation_of, session.model, index),
             )
         )

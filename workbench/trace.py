@@ -32,6 +32,7 @@ class LayerTrace(Brief):
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
+    shared: the earlier layer whose keys and values this one reads; None: it has its own.
     """
 
     index: int
@@ -45,6 +46,7 @@ class LayerTrace(Brief):
     rotary: Callable[[int], Rotation] | None = field(default=None, repr=False)
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
+    shared: int | None = None
 
     @property
     def keys(self) -> Tensor:

@@ -17,7 +17,7 @@ from workbench.display import Shown
 from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import SlidingStore, Store
+from workbench.kv.stores import SharedStore, SlidingStore, Store, cloned
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.streamed import Streamed, streamed
@@ -130,10 +130,13 @@ class Plan(Shown):
 
     def stores(self) -> list[Store]:
         """Fresh stores, one a layer, holding exactly what was planned."""
-        return [self.store(layer) for layer in self.trace.layers]
+        made: list[Store] = []
+        for layer in self.trace.layers:
+            made.append(self.store(layer) if layer.shared is None else SharedStore(made[layer.shared]))
+        return made
 
     def store(self, layer: LayerTrace) -> Store:
-        """A fresh store for one layer."""
+        """A fresh store for one layer that holds keys and values of its own."""
         tiers = self.tiers[layer.index]
         merging = self.stages.merge
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
@@ -247,6 +250,10 @@ def make_plan(
             f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
         )
+    if stages.read is not None and any(layer.shared is not None for layer in trace.layers):
+        raise NotApplicable(
+            f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
+        )
     layers = trace.compressible
     shapes = [held_shape(layer, dtype) for layer in layers]
     full = uncompressed_nbytes(trace, dtype)
@@ -343,7 +350,7 @@ def _streamed_plan(
     tiers = held.tiers
     if tiers is None:
         tiers = torch.stack([store.tiers(trace.tokens) for store in held.stores])
-    copies = [store.clone() for store in held.stores]
+    copies = cloned(held.stores)
     return StreamedPlan(
         trace,
         methods,
@@ -370,13 +377,17 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     are heads that a weight method made narrower and layers that it took out.
     """
     held = held_shape(layer, dtype)
+    if layer.shared is not None:
+        return held
     keys, values = layer.plain_widths or (held.key_width, held.value_width)
     return replace(held, tokens=layer.narrowed_from or held.tokens, key_width=keys, value_width=values)
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window, or everything."""
+    """The size of what a layer can hold at most in `dtype`: its window, everything, or nothing that is another's."""
     tokens = layer.tokens if layer.window is None else min(layer.tokens, layer.window)
+    if layer.shared is not None:
+        tokens = 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index
     )

@@ -152,6 +152,11 @@ class SlidingStore(Store):
         """keys [k, m, d], values [k, m, dv] of the positions before `end`, or at positions `scattered` [m]."""
         self.keys, self.values, self.end, self.window = keys, values, end, window
         self._scattered = scattered
+        self._for_others = False
+
+    def keep_for_others(self) -> None:
+        """Other layers attend to this store after its own: what has left the window goes when the next token comes."""
+        self._for_others = True
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, window: int, dtype: torch.dtype) -> SlidingStore:
@@ -175,7 +180,7 @@ class SlidingStore(Store):
 
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         found = super().attend(*args, **options)
-        if self._cut(self.end - self.window):
+        if not self._for_others and self._cut(self.end - self.window):
             self.keys, self.values = self.keys.clone(), self.values.clone()
         return found
 

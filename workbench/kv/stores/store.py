@@ -60,6 +60,11 @@ class Store(ABC):
         """Make room for `tokens` more, so that appending them moves nothing."""
 
     @property
+    def holder(self) -> Store:
+        """The store that holds what this layer attends to: itself, or that of the layer whose keys it reads."""
+        return self
+
+    @property
     def reach(self) -> int | None:
         """The distance between a query and a key at which attention is computed at most; None: any that there is.
 

@@ -1,0 +1,63 @@
+"""A layer that keeps nothing of its own: it attends to what an earlier layer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+from torch import Tensor
+
+from workbench.kv.stores.dense import SlidingStore
+from workbench.kv.stores.store import Contents, Store
+
+
+class SharedStore(Store):
+    """What a layer has that reads another layer's keys and values (Gemma 3n): nothing but the way there.
+
+    holder: that layer's store, which has taken in each token before this layer attends.
+    """
+
+    def __init__(self, holder: Store) -> None:
+        self._holder = holder
+        if isinstance(holder, SlidingStore):
+            holder.keep_for_others()
+
+    @property
+    def holder(self) -> Store:
+        return self._holder
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Nothing: the holder has them."""
+
+    def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return self._holder.attend(*args, **options)
+
+    def contents(self, dtype: Any) -> Contents:
+        return self._holder.contents(dtype)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {}
+
+    @property
+    def positions(self) -> list[Tensor]:
+        return self._holder.positions
+
+    @property
+    def reach(self) -> int | None:
+        return self._holder.reach
+
+    def tiers(self, tokens: int) -> Tensor:
+        return self._holder.tiers(tokens)
+
+    def clone(self) -> Self:
+        """One that reads the same holder; `cloned` copies holders too."""
+        return type(self)(self._holder)
+
+
+def cloned(stores: Iterable[Store]) -> list[Store]:
+    """Independent copies of all layers' stores, which share among each other what the originals shared."""
+    copies: dict[int, Store] = {}
+    for store in stores:
+        twin = SharedStore(copies[id(store.holder)]) if isinstance(store, SharedStore) else store.clone()
+        copies[id(store)] = twin
+    return list(copies.values())
