@@ -6,7 +6,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := smollm2-135m
 
-.PHONY: setup app test lint bench bench-gpu clean browser model notebooks
+.PHONY: setup app test kinds lint bench bench-gpu clean browser model notebooks
 
 setup: $(STAMP)  ## a virtual environment with everything in it
 
@@ -33,6 +33,9 @@ test: setup browser model  ## every test, then every notebook
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --nbval --nbval-current-env --nbval-cell-timeout 600 --timeout 600 \
 			$$(test -f notebooks/sanitize.cfg && echo --nbval-sanitize-with notebooks/sanitize.cfg) notebooks; fi
+
+kinds: setup  ## every kind of causal model of transformers is exact or refused; `make test` tries a third of them
+	WORKBENCH_ALL_KINDS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_model_kinds.py
 
 notebooks: model  ## run the notebooks and save what they show
 	$(BIN)/python notebooks/execute.py
