@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from html import escape
 
 import ipywidgets as w
 
@@ -24,6 +23,7 @@ from workbench_widgets import present
 from workbench_widgets.answer_diff import AnswerDiff
 from workbench_widgets.method_controls import NONE, MethodControls
 from workbench_widgets.notebook import PlanView, run_answers, run_html, runs_html
+from workbench_widgets.plain_text import in_markup
 
 _LOG = logging.getLogger(__name__)
 _STEP_S = 0.1  # between two updates of the progress bar: a browser draws no more
@@ -279,4 +279,4 @@ class Controls(w.VBox):  # type: ignore[misc]
 
 def _say(line: w.HTML, text: str, *, wrong: bool = False) -> None:
     colour = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
-    line.value = f'<div role="status" style="color:{colour};line-height:1.4">{escape(text)}</div>' if text else ""
+    line.value = f'<div role="status" style="color:{colour};line-height:1.4">{in_markup(text)}</div>' if text else ""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets.app.look import IN_HEADER
+from workbench_widgets.plain_text import in_markup
 
 _STYLE = """
 pre { margin: 0; padding: 12px 14px; border-radius: 6px; white-space: pre-wrap;
@@ -58,7 +58,7 @@ class CodeDialog:
     def _open(self, event: Any) -> None:
         code = self._code()
         self._plain.value = code
-        self.shown.object = f"<pre>{escape(code)}</pre>"
+        self.shown.object = f"<pre>{in_markup(code)}</pre>"
         self.dialog.open = True
 
     def _file(self) -> io.StringIO:

@@ -17,10 +17,12 @@ from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
+from workbench_widgets.app.address import Address, choose_theme
 from workbench_widgets.app.answer import Answer
 from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.code_dialog import CodeDialog
 from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
+from workbench_widgets.app.notice import Notice
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -43,6 +45,9 @@ _ADDRESS_MS = 400  # the address follows this long after the last change
 
 def page(model: str) -> Any:
     """A fresh page for one tab, in the state that its address describes; `model` where the address names none."""
+    if pn.state.curdoc is not None:
+        Address.take_over(pn.state.curdoc)
+        choose_theme()
     pn.extension(*EXTENSIONS)
     _style_sheets_at_home(pn.state.curdoc)
     return Page(model).view
@@ -65,7 +70,7 @@ class Page:
         self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
         self._drawing = Lock()  # of that list: lanes post from threads of their own
         self._default_model = model
-        state = PageState.read(_query())
+        state = PageState.read(pn.state.session_args or {})
         self.workspace = workspace = Workspace(self._post)
         if pn.state.location is not None:
             pn.state.on_session_destroyed(lambda context: workspace.close())
@@ -78,6 +83,7 @@ class Page:
         )
         self.answer = Answer(workspace, state.question or self.prompt.question, state.tokens, self.run, self._note)
         self.status = StatusLine(workspace)
+        self.link = Notice(state.complaint, severity="warning", closeable=True, margin=(0, 0, 12, 0))
         self.code = CodeDialog(self.python)
         self.panels: list[Panel] = [
             TokensPanel(workspace),
@@ -127,6 +133,7 @@ class Page:
             sidebar=[pn.Column(self.prompt.body, title, self.recipe.body, sizing_mode="stretch_width", margin=(6, 12))],
             main=[
                 pn.Column(
+                    self.link,
                     self.status.problem,
                     self.budget.body,
                     self.answer.body,
@@ -189,7 +196,7 @@ class Page:
         """The state of the page as Python."""
         recipe = self._recipe()
         if recipe is None:
-            return f"# {self.workspace.refusal}"
+            return "\n".join(f"# {line}" for line in self.workspace.refusal.splitlines())
         return snippet(
             model=self.prompt.model,
             example=self.prompt.example,
@@ -256,7 +263,7 @@ class Page:
             model="" if self.prompt.model == self._default_model else self.prompt.model,
             example=self.prompt.example or "",
             text="" if self.prompt.example else self.prompt.text,
-            **self.recipe.keys(),
+            **self.recipe.keys(),  # type: ignore[arg-type]
             values=self.recipe.values(),
             budget=self.budget.value,
             weights_budget=self.budget.weights,
@@ -305,9 +312,3 @@ class Page:
         for show in early:
             self._post(show)
         self._note()
-
-
-def _query() -> dict[str, str]:
-    """The parameters of the page's address as text."""
-    given = pn.state.session_args or {}
-    return {name: values[0].decode("utf-8", "replace") for name, values in given.items() if values}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import panel as pn
@@ -14,6 +13,7 @@ from workbench.examples import example, examples
 from workbench_widgets.app.look import restyle
 from workbench_widgets.app.state import TEXT_LIMIT, PageState
 from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.plain_text import in_markup
 
 _OWN = ""
 
@@ -122,7 +122,7 @@ class PromptForm:
         reading = event.new
         if reading is None:
             return
-        trace, name = reading.trace, escape(reading.session.facts.name)
+        trace, name = reading.trace, in_markup(reading.session.facts.name)
         said = f"{trace.tokens:,} tokens read in {trace.read_seconds:.1f} s by {name}"
         if self.example is None and len(self.text) > TEXT_LIMIT:
             said += f". A link to this page holds texts of up to {TEXT_LIMIT:,} characters: not this one"

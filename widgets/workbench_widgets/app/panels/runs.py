@@ -12,7 +12,7 @@ import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.recipe_form import kv_methods
+from workbench_widgets.app.recipe_form import kv_methods, name
 from workbench_widgets.app.table import fill, table
 from workbench_widgets.app.workspace import Workspace
 
@@ -44,7 +44,7 @@ class RunsPanel(Panel):
     needs = ("rows", "working", "reading")
 
     def __init__(self, workspace: Workspace, compare: Callable[[list[str], list[str]], None]) -> None:
-        every = {cls.title: cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
+        every = {name(cls): cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
         self.methods = pmu.MultiChoice(
             label="Methods",
             options=every,
