@@ -123,7 +123,11 @@ class Controls(w.VBox):  # type: ignore[misc]
             value=question, placeholder="a question about the prompt", layout=w.Layout(flex="1 1 320px", width="auto")
         )
         self.length = w.BoundedIntText(
-            value=max_new_tokens, min=1, max=1024, tooltip="tokens to generate", layout=w.Layout(width="80px")
+            value=max_new_tokens,
+            min=1,
+            max=session.facts.max_positions,
+            tooltip="tokens to generate",
+            layout=w.Layout(width="80px"),
         )
         self.run_button = w.Button(
             description="Run", button_style="primary", icon="play", layout=w.Layout(width="96px")

@@ -10,6 +10,7 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets.app.look import IN_HEADER
+from workbench_widgets.app.text_field import TextField
 from workbench_widgets.plain_text import in_markup
 
 _STYLE = """
@@ -36,7 +37,7 @@ class CodeDialog:
         )
         self.shown = pn.pane.HTML("", stylesheets=[_STYLE], sizing_mode="stretch_width", min_width=480)
         copy = pmu.Button(label="Copy", icon="content_copy", variant="outlined", size="small", width=110)
-        self._plain = pmu.TextInput(value="", visible=False)
+        self._plain = TextField(value="", visible=False)
         copy.js_on_click(args={"plain": self._plain}, code="navigator.clipboard.writeText(plain.data.value)")
         save = pmu.FileDownload(
             callback=self._file,

@@ -8,6 +8,7 @@ from typing import Any
 import panel_material_ui as pmu
 
 from workbench.registry import Method, Parameter
+from workbench_widgets.app.text_field import TextField
 from workbench_widgets.plain_text import in_label
 
 
@@ -35,7 +36,7 @@ def control(parameter: Parameter, value: Any = None) -> Any:
     if parameter.kind == "float":
         bounds = {"start": parameter.low, "end": parameter.high, "step": parameter.step or _step(parameter)}
         return pmu.FloatInput(value=value, **bounds, **shared)
-    return pmu.TextInput(value="" if value is None else str(value), **shared)
+    return TextField(value="" if value is None else str(value), **shared)
 
 
 class Menu(pmu.Select):

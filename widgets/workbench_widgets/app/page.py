@@ -36,7 +36,7 @@ from workbench_widgets.app.panels import (
 from workbench_widgets.app.prompt_form import PromptForm
 from workbench_widgets.app.recipe_form import SLOTS, RecipeForm
 from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import PageState
+from workbench_widgets.app.state import TEXT_LIMIT, PageState
 from workbench_widgets.app.status_line import StatusLine
 from workbench_widgets.app.workspace import Workspace
 
@@ -75,6 +75,7 @@ class Page:
         if pn.state.location is not None:
             pn.state.on_session_destroyed(lambda context: workspace.close())
         self._writing: Any = None
+        self._left_out: list[str] = []  # parts of the page that are too long for its address
 
         self.prompt = PromptForm(workspace, state, state.model or model, self.read)
         self.recipe = RecipeForm({slot: getattr(state, slot) for slot in SLOTS}, state.values, self._recipe_changed)
@@ -252,7 +253,7 @@ class Page:
         self._note()
 
     def _tokens(self) -> int:
-        return int(self.answer.tokens.value or 32)
+        return 32 if self.answer.tokens.value is None else int(self.answer.tokens.value)
 
     @property
     def state(self) -> PageState:
@@ -285,9 +286,17 @@ class Page:
 
         def write() -> None:
             self._writing = None
-            location.search = self.state.query()
+            state = self.state
+            location.search = state.query()
+            self._tell_left_out([part for part in state.left_out if part != "text"])  # its field says it
 
         self._writing = self._doc.add_timeout_callback(write, _ADDRESS_MS)
+
+    def _tell_left_out(self, parts: list[str]) -> None:
+        if parts != self._left_out:
+            self._left_out = parts
+            said = f"A link to this page does not hold {' and '.join(parts)}: more than {TEXT_LIMIT:,} characters."
+            self.link.say(said if parts else "", severity="info")
 
     def _post(self, show: Callable[[], None]) -> None:
         """Run `show` in the page's own thread, as one message to the browser."""
