@@ -207,5 +207,6 @@ def _parameters(cls: type[Method]) -> dict[str, TypeAdapter[Any]]:
 
 
 def _reason(error: ValueError) -> str:
-    said = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+    said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    said = said.removeprefix("Value error, ").partition(", unable to parse")[0]
     return said[:1].lower() + said[1:]

@@ -19,7 +19,13 @@ def about_tokens(text: str, tokenizer: Any) -> int:
     size = _WHOLE // _PIECES
     starts = [i * (len(text) - size) // (_PIECES - 1) for i in range(_PIECES)]
     counted = sum(text_ids(text[start : start + size], tokenizer).numel() for start in starts)
-    return round(counted * len(text) / (size * _PIECES))
+    return _round(counted * len(text) / (size * _PIECES))
+
+
+def _round(number: float) -> int:
+    """As precise as an estimate is: two figures."""
+    unit = 10 ** max(0, len(str(int(number))) - 2)
+    return int(number) // unit * unit
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class TextLength:
         if self.positions is not None and self.fits:
             said += f" of {self.positions:,}"
         elif self.tokens and self.positions is not None:
-            first = self.characters * self.positions // self.tokens
+            first = _round(self.characters * self.positions / self.tokens)
             said += f": too long, the model has {self.positions:,} positions. About the first {first:,} characters fit"
         if own and self.characters > TEXT_LIMIT:
             said += f". Not in a link to this page, which holds {TEXT_LIMIT:,} characters"
