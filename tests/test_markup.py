@@ -278,30 +278,10 @@ def test_a_saved_page_shows_tokens_labels_and_its_title_as_text(watched: Watched
 # -- the app
 
 
-@pytest.fixture
-def app(chromium: Any, planted_method: Any) -> Iterator[str]:
-    """The address of the app."""
-    import socket
-
-    from workbench_widgets import serve
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = serve(port=port, model="workbench-tiny", threaded=True)
-    deadline = time.monotonic() + 30
-    while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}/"
-    server.stop()
-
-
 @pytest.mark.browser
 def test_the_app_shows_everything_from_outside_as_text(
-    watched: Watched, app: str, planted_tokenizer: Any, planted_method: Any, tmp_path: Path
+    watched: Watched, served_app: Callable[[], str], planted_tokenizer: Any, planted_method: Any, tmp_path: Path
 ) -> None:
-    folder = tmp_path / PLANTED[0].replace("/", "\t") / PLANTED[2].replace("/", "\t")
     folder = tmp_path / "<img src=x onerror=planted()><b class=planted>"
     tiny().save_pretrained(folder)
     planted_tokenizer.save_pretrained(folder)
@@ -319,7 +299,7 @@ def test_the_app_shows_everything_from_outside_as_text(
         "store": PLANTED[2],
         "values": json.dumps({"snapkv": {EVERY: EVERY}, EVERY: {}}),
     }
-    page.goto(f"{app}?{urlencode(state)}")
+    page.goto(f"{served_app()}?{urlencode(state)}")
     alerts = page.get_by_role("alert")
     alerts.filter(has_text="Parts of this link").wait_for()
     assert PLANTED[2] in alerts.first.text_content()
