@@ -224,6 +224,7 @@ def test_a_pasted_text_of_any_length_is_whole_counted_and_said_to_be_too_long(
         ("?theme=%ff&text=" + "%5B" * 9000, ""),
         ("?tokens=" + "9" * 5000 + "&layer=²", "tokens="),
         ("?values=" + "%7B%22a%22%3A" * 3000, "values="),
+        ("?model=" + "".join(chr(97 + i * i * i % 7919 % 26) for i in range(90_000)), "model="),
     ],
 )
 def test_an_address_that_nobody_expects_opens_a_page(
