@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl
@@ -151,6 +152,19 @@ def test_parts_too_long_for_a_link_are_left_out_of_it_and_named() -> None:
 
 def test_the_page_has_as_many_tabs_as_a_link_can_name() -> None:
     assert len(Page("none-yet").panels) == TABS
+
+
+def test_a_head_that_the_model_has_not_is_said_and_the_nearest_shown() -> None:
+    page = Page("workbench-tiny")
+    page._wanted = (99, 2)  # as a link says it
+    page.workspace.read("workbench-tiny", "the needle lies under the stone")
+    deadline = time.monotonic() + 60
+    while page.workspace.selected is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert page.workspace.selected == (7, 2)
+    assert page.link.visible and "has no layer 99, head 2: layer 7, head 2 is shown" in page.link.object
+    page.workspace.close()
 
 
 # -- fields for text

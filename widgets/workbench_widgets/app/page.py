@@ -242,7 +242,10 @@ class Page:
         facts = event.new.session.facts
         layer, head = self._wanted
         self._wanted = (0, 0)
-        self.workspace.selected = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        self.workspace.selected = shown = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        if shown != (layer, head):
+            said = f"{facts.name} has no layer {layer}, head {head}: layer {shown[0]}, head {shown[1]} is shown."
+            self.link.say(f"{self.link.object} {said}".strip())
         if self.prompt.question and self.prompt.fresh:
             self.answer.question.value = self.prompt.question
         self.plan(interrupt=True)
