@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -43,6 +45,29 @@ def chromium() -> Iterator[Any]:
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def served_app() -> Iterator[Callable[[], str]]:
+    """`served_app()` starts the app with workbench-tiny in this process and gives its address."""
+    from workbench_widgets import serve
+
+    servers: list[Any] = []
+
+    def start() -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        servers.append(serve(port=port, model="workbench-tiny", threaded=True))
+        deadline = time.monotonic() + 30
+        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.1)
+        return f"http://127.0.0.1:{port}/"
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
 @dataclass

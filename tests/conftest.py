@@ -9,7 +9,7 @@ from functools import cache
 import kernels_support  # noqa: F401  before anything imports Triton
 import pytest
 import torch
-from browser_support import chromium  # noqa: F401  a fixture
+from browser_support import chromium, served_app  # noqa: F401  fixtures
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb

@@ -125,7 +125,7 @@ class SvgPen {
   fillText(text, x, y) {
     const anchor = { left: "start", center: "middle", right: "end" }[this.textAlign];
     // Quotes within an attribute would end it; control characters are no XML.
-    const safe = String(text).replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "·").replace(/&/g, "&amp;").replace(/</g, "&lt;");
+    const safe = String(text).replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g, "·").replace(/&/g, "&amp;").replace(/</g, "&lt;");
     this.#add("text", { x, y, fill: this.fillStyle, "text-anchor": anchor, "dominant-baseline": "central", "xml:space": "preserve", style: `font:${this.#font.replace(/"/g, "'")}` }, safe);
   }
   drawImage(image, sx, sy, sw, sh, dx, dy, dw, dh) {

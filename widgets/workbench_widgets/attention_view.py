@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import ipywidgets
@@ -17,6 +16,7 @@ from workbench_widgets import present
 from workbench_widgets.heatmap import Heatmap
 from workbench_widgets.map_grid import MapGrid
 from workbench_widgets.method_controls import NONE, MethodControls
+from workbench_widgets.plain_text import in_markup
 from workbench_widgets.token_text import TokenText
 
 _PIXELS = 512
@@ -146,7 +146,7 @@ class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
         if operator is not None:
             said = present.operator_line(self._session.operator(operator, layer, head, pixels=1), head)
         self.against.layout.display = "none" if operator is None else ""
-        self.remark.value = f'<div style="line-height:1.4">{escape(said)}</div>' if said else ""
+        self.remark.value = f'<div style="line-height:1.4">{in_markup(said)}</div>' if said else ""
 
     def _redraw(self) -> None:
         Heatmap.update(self.map, **self._map(self.map.window))

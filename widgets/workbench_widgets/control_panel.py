@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from html import escape
 
 import ipywidgets as w
 
@@ -24,6 +23,7 @@ from workbench_widgets import present
 from workbench_widgets.answer_diff import AnswerDiff
 from workbench_widgets.method_controls import NONE, MethodControls
 from workbench_widgets.notebook import PlanView, run_answers, run_html, runs_html
+from workbench_widgets.plain_text import in_markup
 
 _LOG = logging.getLogger(__name__)
 _STEP_S = 0.1  # between two updates of the progress bar: a browser draws no more
@@ -123,7 +123,11 @@ class Controls(w.VBox):  # type: ignore[misc]
             value=question, placeholder="a question about the prompt", layout=w.Layout(flex="1 1 320px", width="auto")
         )
         self.length = w.BoundedIntText(
-            value=max_new_tokens, min=1, max=1024, tooltip="tokens to generate", layout=w.Layout(width="80px")
+            value=max_new_tokens,
+            min=1,
+            max=session.facts.max_positions,
+            tooltip="tokens to generate",
+            layout=w.Layout(width="80px"),
         )
         self.run_button = w.Button(
             description="Run", button_style="primary", icon="play", layout=w.Layout(width="96px")
@@ -279,4 +283,4 @@ class Controls(w.VBox):  # type: ignore[misc]
 
 def _say(line: w.HTML, text: str, *, wrong: bool = False) -> None:
     colour = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
-    line.value = f'<div role="status" style="color:{colour};line-height:1.4">{escape(text)}</div>' if text else ""
+    line.value = f'<div role="status" style="color:{colour};line-height:1.4">{in_markup(text)}</div>' if text else ""

@@ -1,6 +1,7 @@
 """Figures made of lines, bars and points, as Plotly figures: the same object in a notebook and in the served app.
 
-Every function takes plain data and returns a `plotly.graph_objects.Figure` in the light or the dark theme.
+Every function takes plain data and returns a `plotly.graph_objects.Figure` in the light or the dark theme. Plotly
+reads markup: names, titles, labels and what is told on hover are given to it as `plain_text.in_markup`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from workbench.errors import BadParameter, MissingExtra
 from workbench.measure.memory import HOST
 from workbench_widgets.colors import theme
+from workbench_widgets.plain_text import in_markup
 from workbench_widgets.pool import edges
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ QUALITIES = {  # columns of Session.compare -> what they are called
 }
 _BEFORE, _AFTER = "before", "after"
 _FEW = 64  # points that are marked one by one
+_TEXTS = ("name", "text", "meta", "customdata", "x", "y")  # where a trace may have some
 
 
 def _plotly() -> Any:
@@ -48,7 +51,10 @@ def _columns(frame: pd.DataFrame, needed: Sequence[str], where: str) -> None:
 
 
 def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
-    """A figure with our colours, readable text, and margins that leave room for the labels."""
+    """A figure with our colours, readable text, and margins that leave room for the labels.
+
+    Every text of `traces` and titles of `layout` is shown as it is; only hover templates are markup.
+    """
     colours = theme(dark)
     axis = {
         "gridcolor": colours.line,
@@ -59,6 +65,11 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
         "automargin": True,
         "title": {"standoff": 8, "font": {"size": 13}},
     }
+    for trace in traces:
+        for place in _TEXTS:
+            if place in trace and trace[place] is not None:
+                trace[place] = _shown(trace[place])
+    layout = {name: _shown(value) if name.endswith("title_text") else value for name, value in layout.items()}
     figure = _plotly().Figure(traces)
     figure.update_layout(
         template="none",
@@ -83,12 +94,22 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
             "bgcolor": colours.surface,
             "bordercolor": colours.line,
             "font": {"color": colours.ink, "size": 12},
+            "namelength": -1,  # Plotly's own would cut a name at 15 characters
         },
         xaxis=axis,
         yaxis=axis,
     )
     figure.update_layout(**layout)
     return figure
+
+
+def _shown(texts: Any) -> Any:
+    """Texts as markup that shows them; numbers as they are."""
+    if isinstance(texts, str):
+        return in_markup(texts)
+    if np.asarray(texts).dtype.kind in "OU":
+        return [in_markup(text) if isinstance(text, str) else text for text in texts]
+    return texts
 
 
 def _log_axis(values: ArrayLike) -> dict[str, Any]:
@@ -364,6 +385,7 @@ def pareto(
                 x=runs[nbytes] / MIB,
                 y=runs[quality],
                 name=str(name),
+                meta=[quality],
                 mode="markers",
                 marker={
                     "color": colours.categories[i % len(colours.categories)],
@@ -372,7 +394,7 @@ def pareto(
                     "line": {"width": 1, "color": colours.muted},
                 },
                 customdata=runs["budget"] if has_budget else None,
-                hovertemplate=f"{name}<br>%{{x:,.2f}} MiB<br>{quality} %{{y:.4g}}"
+                hovertemplate="%{fullData.name}<br>%{x:,.2f} MiB<br>%{meta[0]} %{y:.4g}"
                 + ("<br>budget %{customdata}" if has_budget else "")
                 + "<extra></extra>",
             )

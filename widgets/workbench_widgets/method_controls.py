@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from html import escape
 from typing import Any
 
 import ipywidgets as w
 
 from workbench.registry import Method, Parameter, find
+from workbench_widgets.plain_text import in_markup
 
 NONE = ""  # the choice "none" of a dropdown
 
@@ -37,7 +37,7 @@ class MethodControls(w.VBox):  # type: ignore[misc]
         self.parameters = w.VBox()
         self._claim = w.HTML()
         self.choice.observe(self._rebuild, names="value")
-        heading = w.HTML(f'<div style="font-weight:600;line-height:1.4">{name}</div>')
+        heading = w.HTML(f'<div style="font-weight:600;line-height:1.4">{in_markup(name)}</div>')
         super().__init__([heading, self.choice, self._claim, self.parameters], layout=w.Layout(width="190px"))
         self._fill(values or {})
 
@@ -71,8 +71,8 @@ class _Labelled(w.VBox):  # type: ignore[misc]
     """A parameter's control between its name with the unit and its help."""
 
     def __init__(self, parameter: Parameter, made: w.DOMWidget) -> None:
-        unit = f" ({parameter.unit})" if parameter.unit else ""
-        label = w.HTML(f'<div style="line-height:1.4">{parameter.name.replace("_", " ")}{unit}</div>')
+        name = parameter.name.replace("_", " ") + (f" ({parameter.unit})" if parameter.unit else "")
+        label = w.HTML(f'<div style="line-height:1.4">{in_markup(name)}</div>')
         super().__init__([label, made, w.HTML(_small(parameter.help))])
 
     def close_all(self) -> None:
@@ -101,4 +101,4 @@ def control(parameter: Parameter) -> w.DOMWidget:
 
 
 def _small(text: str) -> str:
-    return f'<div style="opacity:.7;font-size:11px;line-height:1.35;white-space:normal">{escape(text)}</div>'
+    return f'<div style="opacity:.7;font-size:11px;line-height:1.35;white-space:normal">{in_markup(text)}</div>'

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import singledispatch
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -24,12 +23,14 @@ from workbench_widgets import figures, present
 from workbench_widgets.answer_diff import AnswerDiff
 from workbench_widgets.colors import LIGHT
 from workbench_widgets.kept_raster import KeptRaster
+from workbench_widgets.plain_text import in_markup, out_of_markup
 from workbench_widgets.token_text import TokenText
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 PLOTLY = "application/vnd.plotly.v1+json"
+_ANSWER = 160  # characters of an answer in the table of runs
 
 
 @singledispatch
@@ -69,9 +70,9 @@ def figure(made: go.Figure) -> Bundle:
     for colour, neutral in colours.items():
         written = written.replace(f'"{colour}"', f'"{neutral}"')
     content = json.loads(written)
-    content["layout"]["hoverlabel"] = {"bgcolor": LIGHT.surface, "font": {"color": LIGHT.ink}}
+    content["layout"]["hoverlabel"] = {"bgcolor": LIGHT.surface, "font": {"color": LIGHT.ink}, "namelength": -1}
     content["config"] = {"displaylogo": False, "responsive": True}
-    return {PLOTLY: content, "text/plain": f"Figure: {made.layout.title.text}"}
+    return {PLOTLY: content, "text/plain": f"Figure: {out_of_markup(made.layout.title.text)}"}
 
 
 def memory_figure(timeline: Any, title: str) -> go.Figure:
@@ -186,7 +187,7 @@ def run_html(run: Run) -> str:
         ("first token", f"{run.timing.first_token_s:.2f} s"),
         ("speed", f"{run.timing.tokens_per_s:.1f} tokens/s"),
     ]
-    notes = "".join(f"<div>{escape(note)}</div>" for note in run.notes)
+    notes = "".join(f"<div>{in_markup(note)}</div>" for note in run.notes)
     return _tiles(tiles, share) + notes
 
 
@@ -198,7 +199,8 @@ def session_html(session: Session) -> str:
     if trace is not None:
         tiles += [("prompt", f"{trace.tokens:,} tokens"), ("runs", str(len(session.runs)))]
         tokens = present.pieces(session.tokenizer, trace.ids[:60])
-        words = f'<p style="opacity:.75;margin:4px 0">{escape("".join(tokens))} …</p>'
+        more = " …" if trace.tokens > len(tokens) else ""
+        words = f'<p style="opacity:.75;margin:4px 0">{in_markup("".join(tokens))}{more}</p>'
     return _tiles(tiles) + words + runs_html(session.runs)
 
 
@@ -220,18 +222,24 @@ def runs_html(runs: Sequence[Run]) -> str:
             f"{run.timing.tokens_per_s:.1f}",
         ]
         styled = zip(cells, (style for _, style in heads), strict=True)
-        answer = f'<td style="{cell.replace("nowrap", "normal")}">{escape(run.text.strip()[:160])}</td>'
-        rows.append("<tr>" + "".join(f'<td style="{style}">{escape(c)}</td>' for c, style in styled) + answer + "</tr>")
+        answer = f'<td style="{cell.replace("nowrap", "normal")}">{in_markup(_short(run.text.strip()))}</td>'
+        rows.append(
+            "<tr>" + "".join(f'<td style="{style}">{in_markup(c)}</td>' for c, style in styled) + answer + "</tr>"
+        )
     top = "".join(f'<th style="{style}">{name}</th>' for name, style in [*heads, ("answer", cell + ";text-align:left")])
     top = top.replace(f'"{cell}"', f'"{cell};text-align:left"', 1)
     return f'<table style="border-collapse:collapse;line-height:1.4"><tr>{top}</tr>{"".join(rows)}</table>'
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _ANSWER else f"{text[:_ANSWER]} …"
+
+
 def _tiles(entries: Sequence[tuple[str, str]], share: float | None = None) -> str:
     """Named figures in a row that wraps, above a bar of the share of the uncompressed bytes."""
     tiles = "".join(
-        f'<div><div style="opacity:.7;font-size:11px">{escape(name)}</div>'
-        f'<div style="font-weight:600">{escape(value)}</div></div>'
+        f'<div><div style="opacity:.7;font-size:11px">{in_markup(name)}</div>'
+        f'<div style="font-weight:600">{in_markup(value)}</div></div>'
         for name, value in entries
     )
     row = f'<div style="display:flex;flex-wrap:wrap;gap:4px 24px;line-height:1.35">{tiles}</div>'

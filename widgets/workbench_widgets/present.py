@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -18,6 +17,7 @@ from workbench.measure.heads import HeadClass
 from workbench.measure.memory import Timeline
 from workbench.run import Run
 from workbench_widgets.heatmap import Heatmap
+from workbench_widgets.plain_text import in_markup
 from workbench_widgets.pool import Scale
 
 HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
@@ -285,5 +285,5 @@ def outliers(frame: pd.DataFrame, *, top: int = 4) -> pd.DataFrame:
 
 def question_line(run: Run) -> str:
     """What was asked and what stayed exact, as one line of HTML."""
-    asked = f"Asked: {escape(run.question)}" if run.question else "Going on from the text"
-    return "<div>" + "; ".join([asked, *map(escape, run.notes)]) + "</div>"
+    asked = f"Asked: {in_markup(run.question)}" if run.question else "Going on from the text"
+    return "<div>" + "; ".join([asked, *map(in_markup, run.notes)]) + "</div>"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from base64 import b64encode
-from html import escape
 from typing import TYPE_CHECKING, Any
+
+from workbench_widgets.plain_text import in_markup, in_script
 
 if TYPE_CHECKING:
     from workbench_widgets.view import View
@@ -59,16 +59,11 @@ def standalone(view: type[View], values: dict[str, Any], title: str) -> str:
     head, export, body = view.source().rpartition("export default")
     assert export, f"{view.module} exports no view"
     return _PAGE.format(
-        title=escape(title or view.__name__),
+        title=in_markup(title or view.__name__),
         light=LIGHT.surface,
         dark=DARK.surface,
         style=view.style(),
         source=f"{head}const view ={body}",
-        state=_script(plain),
-        packed=_script(packed),
+        state=in_script(plain),
+        packed=in_script(packed),
     )
-
-
-def _script(value: Any) -> str:
-    """JSON that cannot end the script it stands in."""
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")

@@ -10,6 +10,7 @@ import panel_material_ui as pmu
 
 from workbench_widgets import AnswerDiff, present
 from workbench_widgets.app.figures_row import figures_row, show
+from workbench_widgets.app.text_field import TextField
 from workbench_widgets.app.workspace import Workspace
 
 
@@ -20,7 +21,7 @@ class Answer:
         self, workspace: Workspace, question: str, tokens: int, run: Callable[[bool], None], asked: Callable[[], None]
     ) -> None:
         self._workspace = workspace
-        self.question = pmu.TextInput(
+        self.question = TextField(
             label="Question about the text",
             value=question,
             placeholder="leave empty to let the model go on from the text",
@@ -32,7 +33,6 @@ class Answer:
             label="At most (tokens)",
             value=tokens,
             start=1,
-            end=2048,
             step=8,
             size="small",
             width=140,
@@ -57,7 +57,7 @@ class Answer:
         self.diff = AnswerDiff.panel(visible=False, margin=(6, 0, 2, 0))
         self.figures = figures_row()
         self.figures.visible = False
-        self.follow = pmu.TextInput(
+        self.follow = TextField(
             label="Ask on, from the same compressed cache",
             size="small",
             sizing_mode="stretch_width",

@@ -12,6 +12,7 @@ from workbench.weights.base import WeightMethod
 from workbench_widgets import present
 from workbench_widgets.app.budget_slider import BudgetSlider
 from workbench_widgets.app.figures_row import figures_row, show
+from workbench_widgets.app.notice import Notice
 from workbench_widgets.app.workspace import Workspace
 
 _CACHE = "A share of the uncompressed cache (25%), a size (8MiB) or a number of positions a head (512 tokens)."
@@ -46,14 +47,7 @@ class BudgetBar:
         self.of_weights.body.visible = False
         self._method: type[Method] | None = None
         self.figures = figures_row(_EMPTY)
-        self.refusal = pmu.Alert(
-            "",
-            severity="warning",
-            visible=False,
-            sizing_mode="stretch_width",
-            margin=(6, 0),
-            css_classes=["wb-refusal"],
-        )
+        self.refusal = Notice(severity="warning", margin=(6, 0), css_classes=["wb-refusal"])
         workspace.param.watch(self._show, ["plan", "reading"])
         workspace.param.watch(self._refuse, "refusal")
         self.body = pmu.Paper(
@@ -99,4 +93,4 @@ class BudgetBar:
             show(self.figures, [], _EMPTY if reading is None else _PLANNING)
 
     def _refuse(self, event: Any) -> None:
-        self.refusal.param.update(object=event.new, visible=bool(event.new))
+        self.refusal.say(event.new)

@@ -10,6 +10,7 @@ import panel_material_ui as pmu
 
 from workbench.budget import Budget
 from workbench.errors import BadBudget
+from workbench_widgets.app.text_field import TextField
 
 
 class BudgetSlider:
@@ -31,7 +32,7 @@ class BudgetSlider:
             min_width=260,
             show_value=False,
         )
-        self.exact = pmu.TextInput(
+        self.exact = TextField(
             label=exactly, value=value, description=help, size="small", width=170, margin=(8, 4, 0, 4)
         )
         self.slider.param.watch(self._moved, "value")

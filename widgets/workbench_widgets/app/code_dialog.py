@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets.app.look import IN_HEADER
+from workbench_widgets.app.text_field import TextField
+from workbench_widgets.plain_text import in_markup
 
 _STYLE = """
 pre { margin: 0; padding: 12px 14px; border-radius: 6px; white-space: pre-wrap;
@@ -36,7 +37,7 @@ class CodeDialog:
         )
         self.shown = pn.pane.HTML("", stylesheets=[_STYLE], sizing_mode="stretch_width", min_width=480)
         copy = pmu.Button(label="Copy", icon="content_copy", variant="outlined", size="small", width=110)
-        self._plain = pmu.TextInput(value="", visible=False)
+        self._plain = TextField(value="", visible=False)
         copy.js_on_click(args={"plain": self._plain}, code="navigator.clipboard.writeText(plain.data.value)")
         save = pmu.FileDownload(
             callback=self._file,
@@ -58,7 +59,7 @@ class CodeDialog:
     def _open(self, event: Any) -> None:
         code = self._code()
         self._plain.value = code
-        self.shown.object = f"<pre>{escape(code)}</pre>"
+        self.shown.object = f"<pre>{in_markup(code)}</pre>"
         self.dialog.open = True
 
     def _file(self) -> io.StringIO:

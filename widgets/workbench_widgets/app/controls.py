@@ -8,13 +8,15 @@ from typing import Any
 import panel_material_ui as pmu
 
 from workbench.registry import Method, Parameter
+from workbench_widgets.app.text_field import TextField
+from workbench_widgets.plain_text import in_label
 
 
 def control(parameter: Parameter, value: Any = None) -> Any:
     """The widget for one parameter, at `value` or its default, with its bounds, unit and help."""
     shared: dict[str, Any] = {
-        "label": label(parameter),
-        "description": parameter.help or None,
+        "label": in_label(label(parameter)),
+        "description": in_label(parameter.help) or None,
         "size": "small",
         "sizing_mode": "stretch_width",
         "margin": (6, 4),
@@ -34,7 +36,7 @@ def control(parameter: Parameter, value: Any = None) -> Any:
     if parameter.kind == "float":
         bounds = {"start": parameter.low, "end": parameter.high, "step": parameter.step or _step(parameter)}
         return pmu.FloatInput(value=value, **bounds, **shared)
-    return pmu.TextInput(value="" if value is None else str(value), **shared)
+    return TextField(value="" if value is None else str(value), **shared)
 
 
 class Menu(pmu.Select):
@@ -81,7 +83,7 @@ class MethodForm:
 
 
 def _options(choices: tuple[Any, ...]) -> dict[str, Any]:
-    return {str(choice): choice for choice in choices}
+    return {in_label(choice): choice for choice in choices}
 
 
 def _int(bound: float | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import panel as pn
@@ -11,6 +10,7 @@ import panel_material_ui as pmu
 
 from workbench_widgets.app.look import restyle
 from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.plain_text import in_markup
 
 
 class Doing:
@@ -32,7 +32,7 @@ class Doing:
     def _show(self, *events: Any) -> None:
         stage, share = getattr(self._workspace, self._parameter)
         if stage:
-            self.said.object = f"<div>{escape(stage)} …</div>"
+            self.said.object = f"<div>{in_markup(stage)} …</div>"
             known = share is not None
             self.bar.param.update(variant="determinate" if known else "indeterminate", value=round(100 * (share or 0)))
         self.body.visible = bool(stage)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 from typing import Any
 
 import panel as pn
 
+from workbench_widgets.plain_text import in_markup
 from workbench_widgets.present import Figure
 
 _STYLE = """
@@ -33,10 +33,10 @@ def show(pane: Any, figures: Iterable[Figure], empty: str = "") -> None:
 
 def _markup(figures: list[Figure], empty: str) -> str:
     if not figures:
-        return f'<div class="empty">{escape(empty)}</div>' if empty else ""
+        return f'<div class="empty">{in_markup(empty)}</div>' if empty else ""
     cells = (
-        f'<div><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
+        f'<div><div class="name">{in_markup(name)}</div><div class="value">{in_markup(value)}</div>'
+        f'<div class="note">{in_markup(note)}</div></div>'
         for name, value, note in figures
     )
     return f'<div class="row">{"".join(cells)}</div>'

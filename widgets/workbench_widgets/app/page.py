@@ -17,10 +17,12 @@ from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
+from workbench_widgets.app.address import Address, choose_theme
 from workbench_widgets.app.answer import Answer
 from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.code_dialog import CodeDialog
 from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
+from workbench_widgets.app.notice import Notice
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -34,7 +36,7 @@ from workbench_widgets.app.panels import (
 from workbench_widgets.app.prompt_form import PromptForm
 from workbench_widgets.app.recipe_form import SLOTS, RecipeForm
 from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import PageState
+from workbench_widgets.app.state import TEXT_LIMIT, PageState
 from workbench_widgets.app.status_line import StatusLine
 from workbench_widgets.app.workspace import Workspace
 
@@ -43,6 +45,9 @@ _ADDRESS_MS = 400  # the address follows this long after the last change
 
 def page(model: str) -> Any:
     """A fresh page for one tab, in the state that its address describes; `model` where the address names none."""
+    if pn.state.curdoc is not None:
+        Address.take_over(pn.state.curdoc)
+        choose_theme()
     pn.extension(*EXTENSIONS)
     _style_sheets_at_home(pn.state.curdoc)
     return Page(model).view
@@ -65,11 +70,12 @@ class Page:
         self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
         self._drawing = Lock()  # of that list: lanes post from threads of their own
         self._default_model = model
-        state = PageState.read(_query())
+        state = PageState.read(pn.state.session_args or {})
         self.workspace = workspace = Workspace(self._post)
         if pn.state.location is not None:
             pn.state.on_session_destroyed(lambda context: workspace.close())
         self._writing: Any = None
+        self._left_out: list[str] = []  # parts of the page that are too long for its address
 
         self.prompt = PromptForm(workspace, state, state.model or model, self.read)
         self.recipe = RecipeForm({slot: getattr(state, slot) for slot in SLOTS}, state.values, self._recipe_changed)
@@ -78,6 +84,7 @@ class Page:
         )
         self.answer = Answer(workspace, state.question or self.prompt.question, state.tokens, self.run, self._note)
         self.status = StatusLine(workspace)
+        self.link = Notice(state.complaint, severity="warning", closeable=True, margin=(0, 0, 12, 0))
         self.code = CodeDialog(self.python)
         self.panels: list[Panel] = [
             TokensPanel(workspace),
@@ -127,6 +134,7 @@ class Page:
             sidebar=[pn.Column(self.prompt.body, title, self.recipe.body, sizing_mode="stretch_width", margin=(6, 12))],
             main=[
                 pn.Column(
+                    self.link,
                     self.status.problem,
                     self.budget.body,
                     self.answer.body,
@@ -189,7 +197,7 @@ class Page:
         """The state of the page as Python."""
         recipe = self._recipe()
         if recipe is None:
-            return f"# {self.workspace.refusal}"
+            return "\n".join(f"# {line}" for line in self.workspace.refusal.splitlines())
         return snippet(
             model=self.prompt.model,
             example=self.prompt.example,
@@ -234,7 +242,10 @@ class Page:
         facts = event.new.session.facts
         layer, head = self._wanted
         self._wanted = (0, 0)
-        self.workspace.selected = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        self.workspace.selected = shown = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        if shown != (layer, head):
+            said = f"{facts.name} has no layer {layer}, head {head}: layer {shown[0]}, head {shown[1]} is shown."
+            self.link.say(f"{self.link.object} {said}".strip())
         if self.prompt.question and self.prompt.fresh:
             self.answer.question.value = self.prompt.question
         self.plan(interrupt=True)
@@ -245,7 +256,7 @@ class Page:
         self._note()
 
     def _tokens(self) -> int:
-        return int(self.answer.tokens.value or 32)
+        return 32 if self.answer.tokens.value is None else int(self.answer.tokens.value)
 
     @property
     def state(self) -> PageState:
@@ -256,7 +267,7 @@ class Page:
             model="" if self.prompt.model == self._default_model else self.prompt.model,
             example=self.prompt.example or "",
             text="" if self.prompt.example else self.prompt.text,
-            **self.recipe.keys(),
+            **self.recipe.keys(),  # type: ignore[arg-type]
             values=self.recipe.values(),
             budget=self.budget.value,
             weights_budget=self.budget.weights,
@@ -278,9 +289,17 @@ class Page:
 
         def write() -> None:
             self._writing = None
-            location.search = self.state.query()
+            state = self.state
+            location.search = state.query()
+            self._tell_left_out([part for part in state.left_out if part != "text"])  # its field says it
 
         self._writing = self._doc.add_timeout_callback(write, _ADDRESS_MS)
+
+    def _tell_left_out(self, parts: list[str]) -> None:
+        if parts != self._left_out:
+            self._left_out = parts
+            said = f"A link to this page does not hold {' and '.join(parts)}: more than {TEXT_LIMIT:,} characters."
+            self.link.say(said if parts else "", severity="info")
 
     def _post(self, show: Callable[[], None]) -> None:
         """Run `show` in the page's own thread, as one message to the browser."""
@@ -305,9 +324,3 @@ class Page:
         for show in early:
             self._post(show)
         self._note()
-
-
-def _query() -> dict[str, str]:
-    """The parameters of the page's address as text."""
-    given = pn.state.session_args or {}
-    return {name: values[0].decode("utf-8", "replace") for name, values in given.items() if values}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
 
-from workbench.errors import BadParameter
+from workbench.errors import BadParameter, WorkbenchError
 from workbench.examples import example, examples
+from workbench.progress import Progress
 from workbench_widgets.app.look import restyle
-from workbench_widgets.app.state import TEXT_LIMIT, PageState
+from workbench_widgets.app.state import PageState
+from workbench_widgets.app.text_field import TextArea, TextField
+from workbench_widgets.app.text_length import TextLength, about_tokens
 from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.plain_text import in_markup
 
 _OWN = ""
 
@@ -34,7 +37,7 @@ class PromptForm:
             value=key,
             **wide,
         )
-        self.area = pmu.TextAreaInput(
+        self.area = TextArea(
             label="",
             value=text,
             rows=7,
@@ -45,7 +48,7 @@ class PromptForm:
             margin=(4, 4),
             resizable=False,
         )
-        self.model_name = pmu.TextInput(
+        self.model_name = TextField(
             label="Model",
             value=model,
             description="A packaged name (smollm2-135m), a hub id (org/name), or a folder with safetensors or GGUF.",
@@ -54,10 +57,15 @@ class PromptForm:
         self.button = pmu.Button(
             label="Read", icon="menu_book", variant="outlined", margin=(8, 4), sizing_mode="stretch_width"
         )
+        self._count()
         self._note = pn.pane.HTML("", stylesheets=[restyle("div")], margin=(0, 6), sizing_mode="stretch_width")
         self.choice.param.watch(self._chosen, "value")
         self.area.param.watch(self._edited, "value_input")
         self.area.param.watch(self._edited, "value")
+        self.area.param.watch(self._count, ["value_input", "value"])
+        self.choice.param.watch(self._count, "value")
+        self.model_name.param.watch(self._count, "value")
+        workspace.param.watch(self._count, "loaded")
         self.model_name.param.watch(lambda event: read(), "value")
         self.button.on_click(lambda event: read())
         workspace.param.watch(self._tell, "reading")
@@ -122,11 +130,28 @@ class PromptForm:
         reading = event.new
         if reading is None:
             return
-        trace, name = reading.trace, escape(reading.session.facts.name)
+        trace, name = reading.trace, in_markup(reading.session.facts.name)
         said = f"{trace.tokens:,} tokens read in {trace.read_seconds:.1f} s by {name}"
-        if self.example is None and len(self.text) > TEXT_LIMIT:
-            said += f". A link to this page holds texts of up to {TEXT_LIMIT:,} characters: not this one"
         self._note.object = f"<div>{said}.</div>"
+
+    def _count(self, *events: Any) -> None:
+        """Say below the field how long the text is; the tokens are counted elsewhere, for that may take a while."""
+        text, session = self.text, self._workspace.session_of(self.model)
+        if session is None or session.tokenizer is None or not text:
+            self._workspace.counting.drop()
+            self._show_length(TextLength(len(text)))
+            return
+
+        def count(progress: Progress) -> TextLength:
+            return TextLength(len(text), about_tokens(text, session.tokenizer), session.facts.max_positions)
+
+        def uncounted(error: WorkbenchError) -> None:  # a broken character: reading it says which
+            self._show_length(TextLength(len(text)))
+
+        self._workspace.counting.submit(count, self._show_length, uncounted, interrupt=True)
+
+    def _show_length(self, length: TextLength) -> None:
+        self.area.param.update(helper_text=length.line(own=self.example is None), error_state=not length.fits)
 
 
 def _start(state: PageState) -> tuple[str, str]:

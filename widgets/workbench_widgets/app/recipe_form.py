@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import panel as pn
 import panel_material_ui as pmu
@@ -13,8 +14,10 @@ from workbench.kv.full import Full
 from workbench.recipe import Recipe
 from workbench.registry import Method, registered
 from workbench_widgets.app.controls import MethodForm
+from workbench_widgets.plain_text import in_label, in_markup
 
 NONE = ""
+CACHE_SLOTS = ("kv", "allocate", "store", "retrieve")
 
 
 def kv_methods(slot: str) -> list[type[Method]]:
@@ -28,6 +31,11 @@ def kv_methods(slot: str) -> list[type[Method]]:
         if fits:
             found.append(cls)
     return sorted(found, key=lambda cls: cls.key != Full.key)  # the uncompressed cache first
+
+
+def methods_for(slot: str) -> list[type[Method]]:
+    """The methods for one place of a recipe, of the cache or of another family."""
+    return kv_methods(slot) if slot in CACHE_SLOTS else list(registered(slot))
 
 
 SLOTS: dict[str, tuple[str, str, str]] = {  # slot -> label, what none means, help
@@ -52,7 +60,6 @@ SLOTS: dict[str, tuple[str, str, str]] = {  # slot -> label, what none means, he
 }
 
 
-CACHE_SLOTS = ("kv", "allocate", "store", "retrieve")
 _SELECTING, _READING = "Chosen once the prompt is read", "Chosen while it is read, in bounded memory"
 
 
@@ -63,10 +70,10 @@ class Slot:
         self, slot: str, key: str, values: Mapping[str, Mapping[str, Any]], changed: Callable[[], None]
     ) -> None:
         label, none, help = SLOTS[slot]
-        classes = kv_methods(slot) if slot in CACHE_SLOTS else list(registered(slot))
+        classes = methods_for(slot)
         self.classes = {cls.key: cls for cls in classes}
         options = {none: NONE} if none else {}
-        options |= {cls.title or cls.key: cls.key for cls in classes}
+        options |= {name(cls): cls.key for cls in classes}
         offered: dict[str, Any] = {"options": options}
         if slot == "kv":
             offered = {"groups": _grouped(classes)}
@@ -122,25 +129,30 @@ class Slot:
         self._about.visible = cls is not None
 
 
+def name(cls: type[Method]) -> str:
+    """A method's title as a choice shows it."""
+    return in_label(cls.title or cls.key)
+
+
 def _grouped(classes: list[type[Method]]) -> dict[str, dict[str, str]]:
     """Methods that select, and methods that read the prompt themselves, as title -> key."""
     groups: dict[str, dict[str, str]] = {_SELECTING: {}, _READING: {}}
     for cls in classes:
         reads = issubclass(cls, KVMethod) and cls.contributes("read")
-        groups[_READING if reads else _SELECTING][cls.title or cls.key] = cls.key
-    return {name: options for name, options in groups.items() if options}
+        groups[_READING if reads else _SELECTING][name(cls)] = cls.key
+    return {group: options for group, options in groups.items() if options}
 
 
 def _about(cls: type[Method]) -> str:
-    paper = ""
-    if cls.paper is not None:
-        name = f"{cls.paper.authors}"
-        if cls.paper.arxiv:
-            link = f"https://arxiv.org/abs/{cls.paper.arxiv}"
-            paper = f' <a href="{link}" target="_blank" rel="noopener" style="color: inherit">{name}</a>'
-        else:
-            paper = f" {name}"
-    return f"{cls.summary()}.{paper}"
+    """What a method does, as markup, with a link to its paper."""
+    said = in_markup(f"{cls.summary()}.")
+    if cls.paper is None:
+        return said
+    authors = in_markup(cls.paper.authors)
+    if not cls.paper.arxiv:
+        return f"{said} {authors}"
+    link = f"https://arxiv.org/abs/{quote(cls.paper.arxiv)}"
+    return f'{said} <a href="{link}" target="_blank" rel="noopener" style="color: inherit">{authors}</a>'
 
 
 class RecipeForm:

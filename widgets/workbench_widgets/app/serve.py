@@ -8,6 +8,8 @@ from typing import Any
 from workbench.errors import BadParameter, MissingExtra
 
 DEFAULT_MODEL = "smollm2-135m"
+_LARGEST_TEXT = 2**26  # bytes that one change in a page may send; Bokeh's own limit of 20 MiB would cut the connection
+_LARGEST_ADDRESS = 2**21  # bytes of a request's head: browsers send no longer address, Tornado takes 64 KiB
 _PATIENCE_MS = 120_000  # so long a page that was sent waits for its browser, which may be busy
 
 
@@ -49,6 +51,8 @@ def serve(
             "title": "Inference workbench",
             "verbose": False,
             "unused_session_lifetime_milliseconds": _PATIENCE_MS,
+            "websocket_max_message_size": _LARGEST_TEXT,
+            "http_server_kwargs": {"max_header_size": _LARGEST_ADDRESS},
             **options,
         },
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets.app.look import IN_HEADER
+from workbench_widgets.app.notice import Notice
 from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.plain_text import in_markup
 
 
 class StatusLine:
@@ -47,21 +48,14 @@ class StatusLine:
         self.body = pn.Row(
             pn.Spacer(sizing_mode="stretch_width"), self._text, self._bar, self.cancel, sizing_mode="stretch_width"
         )
-        self.problem = pmu.Alert(
-            "",
-            severity="error",
-            visible=False,
-            sizing_mode="stretch_width",
-            margin=(0, 0, 12, 0),
-            css_classes=["wb-problem"],
-        )
+        self.problem = Notice(severity="error", margin=(0, 0, 12, 0), css_classes=["wb-problem"])
         workspace.param.watch(self._show, ["stage", "working"])
         workspace.param.watch(self._complain, "problem")
 
     def _show(self, *events: Any) -> None:
         stage, share = self._workspace.stage
         percent = "" if share is None else f" · {share:.0%}"
-        self._text.object = f"<div>{escape(stage)}{percent}</div>" if stage else ""
+        self._text.object = f"<div>{in_markup(stage)}{percent}</div>" if stage else ""
         self._bar.visible = bool(stage)
         known = share is not None
         self._bar.param.update(variant="determinate" if known else "indeterminate", value=round((share or 0) * 100))
@@ -69,4 +63,4 @@ class StatusLine:
 
     def _complain(self, event: Any) -> None:
         calm = event.new.startswith("Cancelled")
-        self.problem.param.update(object=event.new, visible=bool(event.new), severity="info" if calm else "error")
+        self.problem.say(event.new, severity="info" if calm else "error")

@@ -51,9 +51,10 @@ class Reading:
 class Workspace(param.Parameterized):
     """What one tab knows. Parameters change in the page's thread only; views watch them.
 
-    Five lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
+    Six lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
     `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at all
-    weights. A budget move never waits for a run, nor a map for a survey.
+    weights, `counting` for the tokens of a text that is being written. A budget move never waits for a run, nor a map
+    for a survey.
     """
 
     reading: Any = param.Parameter(None)
@@ -68,6 +69,7 @@ class Workspace(param.Parameterized):
     working: Any = param.Boolean(False)
     stage: Any = param.Parameter(("", None))  # what the main lane does, and the share done
     model: Any = param.String("")  # the model that is loaded
+    loaded: Any = param.Parameter(("", None))  # a model's name and its session, before it has read anything
     looking_stage: Any = param.Parameter(("", None))  # the same of a map or a table, once it takes long
     survey_stage: Any = param.Parameter(("", None))  # what the survey does, and the share done
     weighing_stage: Any = param.Parameter(("", None))  # what the look at weights does, and the share done
@@ -84,6 +86,7 @@ class Workspace(param.Parameterized):
         self.looking = Lane("looking", post, self._looking_busy, self._looking_progress)
         self.surveying = Lane("surveying", post, self._survey_busy, self._survey_progress)
         self.weighing = Lane("weighing", post, self._weighing_busy, self._weighing_progress)
+        self.counting = Lane("counting", post)
         self._looking_since = 0.0
         self._following = False  # whether the main lane answers because something moved
 
@@ -97,10 +100,11 @@ class Workspace(param.Parameterized):
 
     def close(self) -> None:
         """The tab is gone: stop its work and let go of what it holds."""
-        for lane in (self.main, self.planning, self.looking, self.surveying, self.weighing):
+        for lane in (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting):
             lane.close()
         with param.parameterized.discard_events(self):  # there is no page to tell
             self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None, weights=None)
+            self.loaded = ("", None)
         gc.collect()
 
     # -- reading
@@ -111,6 +115,7 @@ class Workspace(param.Parameterized):
 
         def work(progress: Progress) -> Reading:
             session = before or Session(self._shelf.get(model, progress))
+            self.main.tell(lambda: self._is_loaded(model, session), always=True)
             with self._exclusive(progress):
                 trace = session.read(text, progress=progress)
             return Reading(session, trace, tuple(present.pieces(session.tokenizer, trace.ids)))
@@ -133,6 +138,14 @@ class Workspace(param.Parameterized):
         self._following = False
         self._start("Reading")
         self.main.submit(work, finish, self._failed, interrupt=True)
+
+    def _is_loaded(self, model: str, session: Session) -> None:
+        self.loaded = (model, session)
+
+    def session_of(self, model: str) -> Session | None:
+        """The session of this model, where it is the one loaded last."""
+        name, session = self.loaded
+        return session if name == model else None
 
     # -- planning
 

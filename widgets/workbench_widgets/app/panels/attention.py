@@ -4,7 +4,6 @@ what another operator would make of the same queries, keys and values.
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any, NamedTuple
 
 import panel as pn
@@ -24,6 +23,7 @@ from workbench_widgets.app.look import restyle
 from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
 from workbench_widgets.app.recent import Recent
 from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.plain_text import in_label, in_markup
 
 _PIXELS = 512
 _SMALL = 32  # pixels of a map in the grid
@@ -198,7 +198,7 @@ class AttentionPanel(Panel):
         try:
             shown = self.shown
         except WorkbenchError as error:
-            self._remark.param.update(object=f"<div>{escape(str(error))}</div>", visible=True)
+            self._remark.param.update(object=f"<div>{in_markup(str(error))}</div>", visible=True)
             return
         self._show_map(layer, head, shown)
         self._survey(shown)
@@ -213,14 +213,16 @@ class AttentionPanel(Panel):
         workspace = self.workspace
         groups = {_OF_MODEL: {"all keys": "full"}}
         if workspace.plan is not None and workspace.recipe is not None:
-            name = workspace.recipe.label
+            name = in_label(workspace.recipe.label)
             kept = "attention under" if _sees_as_read(workspace.recipe) else "keys kept by"
             groups[_OF_MODEL][f"{kept} {name}"] = "recipe"
             groups["Difference"] = {f"{name} − all keys": "difference"}
-            groups["Difference"] |= {f"{name} − run of {label}": f"run:{label}" for label in self._runs()}
+            groups["Difference"] |= {f"{name} − run of {in_label(label)}": f"run:{label}" for label in self._runs()}
         operators = registered("operator")
-        groups["Implied by an operator"] = {str(cls.title): f"operator:{cls.key}" for cls in operators}
-        groups["Difference of an operator"] = {f"{cls.title} − all keys": f"against:{cls.key}" for cls in operators}
+        groups["Implied by an operator"] = {in_label(cls.title): f"operator:{cls.key}" for cls in operators}
+        groups["Difference of an operator"] = {
+            f"{in_label(cls.title)} − all keys": f"against:{cls.key}" for cls in operators
+        }
         if groups != self.shows.groups:
             offered = [value for group in groups.values() for value in group.values()]
             value = self.shows.value if self.shows.value in offered else "full"
@@ -298,7 +300,7 @@ class AttentionPanel(Panel):
         def show(made: tuple[dict[str, Any], dict[str, Any], Any, str]) -> None:
             keywords, text, line, said = made
             self._hint.visible, self._controls.visible, self._views.visible = False, True, True
-            self._remark.param.update(object=f"<div>{escape(said)}</div>", visible=bool(said))
+            self._remark.param.update(object=f"<div>{in_markup(said)}</div>", visible=bool(said))
             Heatmap.update(self.map, **keywords, dark=dark)
             TokenText.update(self.text, **text, dark=dark)
             self.line.object = line
@@ -365,7 +367,7 @@ class AttentionPanel(Panel):
         stage, share = self.workspace.survey_stage
         self._bar.visible = bool(stage)
         self._bar.value = round(100 * (share or 0))
-        self.survey.param.update(label=f"{stage} …" if stage else _SURVEY, disabled=bool(stage))
+        self.survey.param.update(label=in_label(f"{stage} …") if stage else _SURVEY, disabled=bool(stage))
 
 
 def _sees_as_read(recipe: Recipe | None) -> bool:

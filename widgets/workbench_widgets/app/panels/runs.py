@@ -12,8 +12,9 @@ import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.recipe_form import kv_methods
+from workbench_widgets.app.recipe_form import kv_methods, name
 from workbench_widgets.app.table import fill, table
+from workbench_widgets.app.text_field import TextField
 from workbench_widgets.app.workspace import Workspace
 
 _COLUMNS = {  # column -> title, width; the file has all there is
@@ -44,7 +45,7 @@ class RunsPanel(Panel):
     needs = ("rows", "working", "reading")
 
     def __init__(self, workspace: Workspace, compare: Callable[[list[str], list[str]], None]) -> None:
-        every = {cls.title: cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
+        every = {name(cls): cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
         self.methods = pmu.MultiChoice(
             label="Methods",
             options=every,
@@ -53,7 +54,7 @@ class RunsPanel(Panel):
             min_width=300,
             margin=(8, 12, 8, 4),
         )
-        self.budgets = pmu.TextInput(
+        self.budgets = TextField(
             label="Budgets",
             value="50%, 25%, 10%",
             description="Separated by commas: shares (25%), sizes (8MiB) or positions a head (512 tokens).",

@@ -62,6 +62,8 @@ class TokensPanel(Panel):
         try:
             dark = {"dark": workspace.dark}
             if workspace.reading is None:
+                TokenText.update(self.text, **dark)
+                KeptRaster.update(self.raster, **dark)
                 return
             tokens = workspace.reading.tokens
             if workspace.plan is None:

@@ -21,6 +21,7 @@ from workbench_widgets.app.panels.weight_sections import SECTIONS, Asked, Look, 
 from workbench_widgets.app.recent import Recent
 from workbench_widgets.app.table import fill, table
 from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.plain_text import in_label, in_markup
 
 _REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
 _COLUMNS = {  # of the tables -> title, width
@@ -77,7 +78,7 @@ class WeightsPanel(Panel):
             **slim,
         )
         self.layer = pmu.IntSlider(label="Layer", start=0, end=1, value=0, width=180, **slim)
-        self.module = pmu.Select(label="Module", options=[], width=210, **slim)
+        self.module = pmu.Select(label="Module", options={}, width=210, **slim)
         self.start = pmu.Button(
             label="", icon="insights", size="small", variant="outlined", margin=(8, 4), visible=False
         )
@@ -149,7 +150,7 @@ class WeightsPanel(Panel):
         """A click on a cell: its singular values, where one wants to see what became of it."""
         if self._quiet or cell is None or self.section.value not in ("layers", "sensitivity"):
             return
-        options = list(self.module.options)
+        options = list(self.module.options.values())
         if int(cell[1]) < len(options):
             self._quiet = True
             try:
@@ -171,7 +172,7 @@ class WeightsPanel(Panel):
         try:
             self.layer.param.update(end=max(len(names) - 1, 1), value=min(self.layer.value, len(names) - 1))
             kept = self.module.value if self.module.value in modules else next(iter(modules), None)
-            self.module.param.update(options=modules, value=kept)
+            self.module.param.update(options={in_label(name): name for name in modules}, value=kept)
         finally:
             self._quiet = False
 
@@ -243,7 +244,7 @@ class WeightsPanel(Panel):
 
     def _show(self, look: Look, offered: list[str]) -> None:
         dark = self.workspace.dark
-        self._hint.object = f"<p>{look.said}</p>"
+        self._hint.object = f"<p>{in_markup(look.said)}</p>"
         self._hint.visible = bool(look.said)
         show(self.numbers, look.numbers)
         self.numbers.visible = bool(look.numbers)
