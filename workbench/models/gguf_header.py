@@ -23,7 +23,7 @@ _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _TEXT, _ARRAY = 8, 9
 _DEPTH = 4  # arrays of arrays
 # Far above any real file, and few enough for Python objects: the largest vocabulary has 262,144 tokens.
-_KEYS, _VALUES, _TENSORS, _BYTES_OF_TEXT = 1 << 16, 1 << 23, 1 << 18, 1 << 28
+_KEYS, _VALUES, _TENSORS, _BYTES_OF_TEXT = 1 << 16, 1 << 22, 1 << 18, 1 << 28
 _DIMENSIONS, _ELEMENTS, _LARGEST_ALIGNMENT = 4, 1 << 48, 1 << 20
 
 
