@@ -47,7 +47,7 @@ def metadata(model: torch.nn.Module) -> dict[str, Any]:
         "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": c.vocab_size,
-        "attention.sliding_window": getattr(c, "sliding_window", None),
+        "attention.sliding_window": getattr(c, "sliding_window", None) or None,
         "attn_logit_softcapping": getattr(c, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(c, "final_logit_softcapping", None),
         "expert_count": getattr(c, "num_local_experts", None) or getattr(c, "num_experts", None),

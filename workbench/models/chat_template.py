@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 2.0  # of this thread's work; real templates take a thousandth
-_SIZE = 1 << 24  # characters or items of whatever a template makes; half of that is a prompt of 2 million tokens
+_SIZE = 1 << 24  # characters of whatever a template makes; half of that is a prompt of 2 million tokens
+_PER_ITEM = 16  # of a list: about what a place in it takes
 _PER_BIT = 1 << 8  # of a long number, which takes long to multiply
 # What some filters of Jinja are given before the value.
 _OWN = ("EvalContext", "Context", "Bounded")
@@ -82,8 +83,8 @@ class _Spent:
     def hold(self, size: int, what: str) -> None:
         if size > _SIZE:
             raise BadPrompt(
-                f"the model's chat template makes {what} of {size:,} characters or items, more than the {_SIZE:,} "
-                "allowed; give plain text (chat=False)"
+                f"the model's chat template makes {what} of {size:,} characters, more than the {_SIZE:,} allowed; "
+                "give plain text (chat=False)"
             )
 
 
@@ -148,7 +149,7 @@ def _environment(spent: _Spent) -> Environment:
             method = getattr(called, "__wrapped__", called)  # the sandbox wraps str.format
             owner = getattr(method, "__self__", None)
             if isinstance(owner, str | bytes):
-                args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
+                args = tuple(map(_settled, args))
                 spent.hold(_grown(method.__name__, owner, [*args, *kwargs.values()]), "a text")
             return super().call(context, called, *args, **kwargs)
 
@@ -215,6 +216,8 @@ def _bounded(name: str, call: Callable[..., Any], spent: _Spent) -> Callable[...
     @wraps(call)
     def filtered(*args: Any, **kwargs: Any) -> Any:
         spent.tick()
+        if name == "join":
+            args = tuple(map(_settled, args))
         given = [arg for arg in (*args, *kwargs.values()) if type(arg).__name__ not in _OWN]
         if given:
             spent.hold(_grown(name, given[0], given[1:]), "a text")
@@ -224,24 +227,26 @@ def _bounded(name: str, call: Callable[..., Any], spent: _Spent) -> Callable[...
     return filtered
 
 
+def _settled(value: Any) -> Any:
+    """What is taken one by one as a list, whose length is known."""
+    return list(value) if isinstance(value, Iterator | _Ticking | range) else value
+
+
 def _length(value: Any) -> int:
-    """How many characters and items a value has, with all that lies in it; counted no further than is allowed.
+    """About how many characters' room a value takes, with all that lies in it; counted no further than is allowed.
 
     Only what is allowed is ever put into another, so a value that lies twice in a list is counted twice.
     """
     total, waiting = 0, [value]
     while waiting and total <= _SIZE:
         item = waiting.pop()
-        if isinstance(item, str | bytes | range):
+        if isinstance(item, str | bytes):
             total += len(item)
-        elif isinstance(item, int):
-            bits = item.bit_length()
-            total += 1 if bits <= 64 else bits * _PER_BIT
+        elif isinstance(item, int) and item.bit_length() > 64:
+            total += item.bit_length() * _PER_BIT
         elif isinstance(item, list | tuple | dict):
-            total += 1
+            total += len(item) * _PER_ITEM
             waiting.extend([*item, *item.values()] if isinstance(item, dict) else item)
-        else:
-            total += 1
     return total
 
 
