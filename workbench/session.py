@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.attention.base import AttentionMethod
 from workbench.attention.implied import Implied
 from workbench.brief import mib
@@ -552,10 +553,9 @@ class Session(Shown):
     def _seen(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Seen:
         """What attention of a layer, or one query head of it, is under a recipe."""
         trace = _need_recording(self._trace(recipe, progress))
-        if layer not in range(len(trace.layers)):
-            raise BadParameter(f"layer {layer} does not exist: the model has layers 0 to {len(trace.layers) - 1}")
-        if head is not None and head not in range(self.facts.heads):
-            raise BadParameter(f"head {head} does not exist: the model has query heads 0 to {self.facts.heads - 1}")
+        layer = given.index("layer", layer, len(trace.layers), "the model's layers")
+        if head is not None:
+            head = given.index("head", head, self.facts.heads, "the model's query heads")
         return self._view(recipe, trace, progress)(layer, head)
 
     def _each_layer(
