@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ from workbench.brief import quoted
 from workbench.errors import BadParameter
 
 T = TypeVar("T")
+
+MOST_TOKENS = 2**31 - 1  # that can be asked for
 
 
 def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
@@ -72,6 +74,16 @@ def span(name: str, value: Any, most: int | None = None) -> tuple[int, int]:
         ends = "" if most is None else f" and {most:,} is where the prompt ends"
         raise BadParameter(f"{name} is {quoted(value)}: positions go from 0{ends}")
     return begin, end
+
+
+def several(name: str, value: Any, of: str) -> list[Any]:
+    """The values in a collection that is no text and no mapping; of: what it has, for the message."""
+    try:
+        if not isinstance(value, str | bytes | Mapping):
+            return list(value)
+    except TypeError:
+        pass
+    raise _wrong(name, value, f"a list of {of}")
 
 
 def path(name: str, value: Any) -> Path:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from workbench import given
 from workbench.attention.base import AttentionMethod
 from workbench.attention.implied import Implied
-from workbench.brief import mib
+from workbench.brief import mib, quoted
 from workbench.budget import Budget
 from workbench.capture import Captured, as_read, capture, changes_reading
 from workbench.conversation import Conversation, Question
@@ -396,7 +397,7 @@ class Session(Shown):
         Planning, and reading under other weights or attention, happen before this returns.
         """
         spec, progress = Recipe.of(recipe, **parameters), progress or Progress()
-        max_new_tokens = given.whole("max_new_tokens", max_new_tokens, low=1)
+        max_new_tokens = given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
         trace = self._trace(spec, progress)
         began = time.perf_counter()
         ids = trace.prompt.question_ids(question, self.tokenizer)
@@ -477,9 +478,10 @@ class Session(Shown):
 
         What is wrong with all of them raises at once: an unknown method, a bad budget, a question that cannot be read.
         """
-        if isinstance(recipes, str | Method | Recipe) or not isinstance(recipes, Iterable):
-            recipes = [recipes]
-        planned = [Recipe.of(spec) for spec in recipes]
+        one: Any = isinstance(recipes, str | Method | Recipe) and [recipes]
+        planned = [Recipe.of(spec) for spec in one or given.several("recipes", recipes, "recipes")]
+        if not planned:
+            raise BadRecipe("no recipe is given: name at least one method, for instance 'full'")
         wanted = [Budget.parse(each) for each in _several(budgets)]
         if not wanted and any(map(_takes_budget, planned)):
             raise BadBudget("no budget is given: give for instance budgets=[0.5, 0.25]")
@@ -487,7 +489,7 @@ class Session(Shown):
         if self.trace is None:
             raise NotRead("no prompt has been read yet: call read(text) first")
         self.trace.prompt.question_ids(question, self.tokenizer)
-        given.whole("max_new_tokens", max_new_tokens, low=1)
+        given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
         return self._compared(cases, question, max_new_tokens, progress or Progress())
 
     def _compared(
@@ -667,7 +669,8 @@ class Session(Shown):
 
         chosen = find(operator)(**parameters) if isinstance(operator, str) else operator
         if not isinstance(chosen, Operator):
-            raise BadParameter(f"{chosen.key} is no attention operator: choose one of wb.methods('operator')")
+            what = chosen.key if isinstance(chosen, Method) else quoted(chosen)
+            raise BadParameter(f"{what} is no attention operator: choose one of wb.methods('operator')")
         if self.trace is None:
             raise NotRead("no prompt has been read yet: call read(text) first")
         _check_view(self.trace, pixels, pooling, rows, cols)
@@ -795,9 +798,10 @@ def _need_recording(trace: Trace) -> Trace:
     return trace
 
 
-def _several(budgets: Any) -> Iterable[Any]:
+def _several(budgets: Any) -> list[Any]:
     """Budgets as they were given, one of them or several."""
-    return budgets if isinstance(budgets, Iterable) and not isinstance(budgets, str) else [budgets]
+    alone = isinstance(budgets, str | Real | Budget)
+    return [budgets] if alone else given.several("budgets", budgets, "budgets")
 
 
 def _shown(budget: Budget | None) -> float | str | None:

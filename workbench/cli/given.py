@@ -82,12 +82,13 @@ def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
             raise BadParameter(f"--set {quoted(setting)}: write it as name=value, or method.name=value")
         if not dot and len(known) > 1:
             raise BadParameter(
-                f"--set {quoted(setting)}: several methods are named, so say whose, as {next(iter(known))}.{setting[:_LONGEST]}"
+                f"--set {quoted(setting)}: several methods are named, so say whose, as "
+                f"{next(iter(known))}.{setting[:_LONGEST]}"
             )
         owner = owner if dot else next(iter(known))
         if owner not in known:
             raise BadParameter(
-                f"--set {quoted(setting)}: {quoted(owner)} is not among the methods named ({', '.join(known)})"
+                f"--set {quoted(setting)}: {owner[:_LONGEST]} is not among the methods named ({', '.join(known)})"
             )
         values[owner][name] = _value(right.strip())
     return [Recipe.of([method(key, **values[key]) for key in row]) for row in keys]

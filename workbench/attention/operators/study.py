@@ -13,7 +13,7 @@ from workbench import given
 from workbench.attention.exact import causal_attention
 from workbench.attention.operators.base import Operator, chunks
 from workbench.brief import Brief, quoted
-from workbench.errors import BadParameter, NotApplicable, NotRead
+from workbench.errors import NotApplicable, NotRead
 from workbench.measure.attention import PooledMap, Pooling, Span, pool_rows, pooled_map
 from workbench.measure.quality import output_error
 from workbench.measure.rows import RowBlock
@@ -74,9 +74,7 @@ def study(
 
     Raises BadParameter for a head that is not there.
     """
-    if heads is not None and not isinstance(heads, Iterable):
-        raise BadParameter(f"heads is {quoted(heads)}: give the numbers of query heads")
-    wanted = tuple(range(layer.heads) if heads is None else heads)
+    wanted = tuple(range(layer.heads) if heads is None else given.several("heads", heads, "query heads"))
     for each in (head, *wanted):
         given.index("head", each, layer.heads, "the model's query heads")
     implied = implied_map(
