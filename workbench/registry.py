@@ -90,6 +90,10 @@ class Method(BaseModel):
     budget: Budget | None = param(None, help="share of the uncompressed bytes, or a size")
 
     def __init__(self, **values: Any) -> None:
+        for name, field in type(self).model_fields.items():
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            if isinstance(values.get(name), bool) and choices:  # True is 1 for pydantic
+                given.choice(f"{self.key}: {name}", values[name], choices)
         try:
             super().__init__(**{name: _plain(value) for name, value in values.items()})
         except ValidationError as error:
@@ -100,11 +104,6 @@ class Method(BaseModel):
             value = getattr(self, name)
             if extra.get("odd") and value % 2 == 0:
                 raise BadParameter(f"{self.key}: {name} must be odd, not {value}")
-            if get_origin(field.annotation) is Literal:  # where True is 1 for pydantic
-                try:
-                    given.choice(name, value, get_args(field.annotation))
-                except BadParameter as error:
-                    raise BadParameter(f"{self.key}: {error}") from None
 
     @property
     def effective_budget(self) -> Budget | None:
