@@ -103,7 +103,7 @@ def _within(value: float, low: float | None, high: float | None) -> bool:
 
 def _bounds(low: float | None, high: float | None, least: str = "of at least") -> str:
     if low is not None and high is not None:
-        return f" from {low} to {high}" if least != "above" else f" above {low} and up to {high}"
+        return f" {least} {low} and at most {high}"
     if low is not None:
         return f" {least} {low}"
     return "" if high is None else f" of at most {high}"

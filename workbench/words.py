@@ -64,7 +64,8 @@ def encode(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, *, speci
     if len(ids) <= len(own) and words.strip() and not tokenizer(words, add_special_tokens=False)["input_ids"]:
         raise BadPrompt(f"the model's tokenizer makes no token of {quoted(words)}: there is nothing to read")
     # Characters that the tokenizer does not know are read as its token for that, and do not spell it.
-    unknown = -1 if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    unknown = -1 if unknown is None else int(unknown)
     counted = {token: name for token, name in control.items() if token != unknown}
     ours, read = _count(own, counted), _count(ids, counted)
     spelled = read - ours + Counter([unknown] if unknown in control and control[unknown] in words else [])

@@ -38,8 +38,8 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("tokens", 8), ("seed", 0)):
-            given.whole(f"calibration: {name}", getattr(self, name), low, 2**63 - 1)
+        for name, low, high in (("samples", 1, 2**20), ("tokens", 8, 2**31 - 1), ("seed", 0, 2**63 - 1)):
+            given.whole(f"calibration: {name}", getattr(self, name), low, high)
 
     def text(self) -> str:
         """The whole text. Raises InputError where it cannot be read."""
