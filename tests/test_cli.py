@@ -392,3 +392,108 @@ def test_a_table_comes_back_from_parquet(tmp_path):
     frame = pd.read_parquet(path)
     assert frame.recipe.tolist() == ["snapkv 0.5", "full"] and frame.kl.tolist() == [0.1, 0.0]
     assert [p.name for p in tmp_path.iterdir()] == ["runs.parquet"]
+
+
+# -- what is finished stays
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes during the third run."""
+    from workbench.session import Session
+
+    plain = Session.run
+
+    def run(self: Session, *arguments: Any, **options: Any) -> Any:
+        if len(self.runs) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "run", run)
+
+
+def many(model: str, command: str, *more: str) -> list[str]:
+    return [
+        command, "knorm", "--budgets", "0.3,0.4,0.5", "--model", model, "--text", TEXT, "--max-new-tokens", "2", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("interrupted")
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_an_interrupted_sweep_leaves_its_finished_rows_in_the_file(
+    ending: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"sweep.{ending}"
+    assert main(many(model, "sweep", "--out", str(out))) == 130
+    shown, err = capsys.readouterr()
+    assert shown == "" and err == f"workbench: cancelled; what was finished, 2 rows, is kept in {out}\n"
+    assert _table(out).budget.astype(float).tolist() == pytest.approx([0.3, 0.4])
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_an_interrupted_sweep_leaves_an_older_table_whole(
+    ending: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    out, part = tmp_path / f"sweep.{ending}", tmp_path / f"sweep.part.{ending}"
+    assert main(many(model, "sweep", "--out", str(out))) == 0
+    older = out.read_bytes()
+    request.getfixturevalue("interrupted")
+    assert main(many(model, "sweep", "--out", str(out))) == 130
+    assert str(part) in capsys.readouterr().err
+    assert out.read_bytes() == older and len(_table(out)) == 3 and len(_table(part)) == 2
+    request.getfixturevalue("monkeypatch").undo()
+    assert main(many(model, "sweep", "--out", str(out))) == 0
+    assert len(_table(out)) == 3 and [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def _table(path: Path) -> Any:
+    import pandas as pd
+
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}
+    return read[path.suffix](path)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupted_comparison_shows_its_finished_rows(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas as pd
+
+    assert main(many(model, "sweep")) == 130
+    out, err = capsys.readouterr()
+    assert len(pd.read_csv(io.StringIO(out))) == 2 and err.count("\n") == 1 and "2 rows" in err
+    for command in ("sweep", "compare"):
+        assert main(many(model, command, "--json")) == 130
+        assert [row["budget"] for row in json.loads(capsys.readouterr().out)] == [0.3, 0.4]
+    assert main(many(model, "compare")) == 130
+    assert "knorm 0.4" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.csv"
+    budgets = ",".join(f"0.{step}" for step in range(100, 999))
+    asked = ["sweep", "knorm", "--budgets", budgets, "--model", model, "--text", TEXT, "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workbench", *asked],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where tests run unattended
+    )
+    while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.count(b"\n") == 1 and b"is kept in" in err
+    assert 3 <= len(_table(out)) < 899
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 10**5, "{" * 10**5, "9" * 10**5, "NaN", "Infinity", "1e999", "true", '"3"', "[3]"],
+    ids=range(9),
+)
+def test_a_setting_of_any_text_is_refused_in_one_short_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "snapkv", "--text", "hi", "--set", f"window={value}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "window=" in err and len(err) < 400

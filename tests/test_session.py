@@ -31,6 +31,7 @@ from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.registry import registered
 from workbench.run import Run
+from workbench.session import COLUMNS
 
 ModelOf = Callable[[str], PreTrainedModel]
 
@@ -550,3 +551,82 @@ def test_what_takes_long_keeps_only_those_waiting_who_want_the_same(session: wb.
     for asker in askers:
         asker.join(10)
     assert found == [1, 1]
+
+
+# --- what is finished stays
+
+
+class Broken(RuntimeError):
+    """What no part of the workbench raises on purpose."""
+
+
+def interrupted(made: wb.Session, monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
+    """Let a session's runs fail once so many of them are done."""
+    plain = made.run
+
+    def run(*arguments: Any, **options: Any) -> Run:
+        if len(made.runs) == after:
+            raise error
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(made, "run", run)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Cancelled("cancelled")], ids=["Ctrl-C", "cancelled"])
+def test_an_interrupted_comparison_carries_its_finished_rows(
+    error: BaseException, session: wb.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(session, monkeypatch, len(session.runs) + 2, error)
+    with pytest.raises(type(error)) as stopped:
+        session.compare(["full", "snapkv", "h2o"], budgets=[0.6], max_new_tokens=2)
+    frame = stopped.value.finished  # type: ignore[attr-defined]
+    assert frame["recipe"].tolist() == ["full", "snapkv 0.6"] and frame["kl"].notna().all()
+    assert list(frame.columns) == list(COLUMNS) and "2 rows" in stopped.value.__notes__[0]
+
+
+def test_a_comparison_cancelled_between_rows_carries_them_too(session: wb.Session) -> None:
+    progress = Progress()
+    rows = session.compare_rows(["full", "snapkv"], budgets=[0.6], max_new_tokens=2, progress=progress)
+    assert next(rows)["recipe"] == "full"
+    progress.cancel()
+    with pytest.raises(Cancelled):
+        next(rows)
+
+
+def test_a_recipe_that_fails_is_a_row_with_its_reason(session: wb.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupted(session, patch, len(session.runs) + 1, Broken("two\nlines"))
+        table = session.compare(["full", "snapkv"], budgets=[0.6], max_new_tokens=2)
+    assert table["recipe"].tolist() == ["full", "snapkv 0.6"]
+    assert table["error"].isna().tolist() == [True, False] and table["error"][1] == "unexpected Broken: two lines"
+    table = session.compare([["snapkv", "h2o"], "block-sparse", "full"], budgets=[0.6], max_new_tokens=2)
+    assert table["error"].notna().tolist() == [True, False, False] and "snapkv" in table["error"][0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"recipes": []}, BadRecipe),
+        ({"recipes": {}}, BadParameter),
+        ({"recipes": 5}, BadParameter),
+        ({"recipes": ["snapvk"]}, UnknownMethod),
+        ({"budgets": []}, BadBudget),
+        ({"budgets": "a lot"}, BadBudget),
+        ({"budgets": None}, BadParameter),
+        ({"max_new_tokens": 0}, BadParameter),
+        ({"question": " "}, BadPrompt),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_with_all_rows_is_refused_before_the_first(
+    wrong: dict[str, Any], error: type[Exception], session: wb.Session
+) -> None:
+    runs = len(session.runs)
+    with pytest.raises(error):
+        session.compare(**{"recipes": ["full", "snapkv"], **wrong})
+    assert len(session.runs) == runs
+
+
+def test_one_budget_needs_no_list(session: wb.Session) -> None:
+    for budget in (0.6, "60%"):
+        assert session.compare("snapkv", budgets=budget, max_new_tokens=2)["budget"].tolist() == [0.6]

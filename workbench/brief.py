@@ -15,6 +15,15 @@ class Brief:
         return f"{type(self).__name__}({', '.join(told)})"
 
 
+def quoted(value: Any, most: int = 60) -> str:
+    """What somebody gave, as messages quote it: its repr in one line, of which `most` characters are shown."""
+    if isinstance(value, str | bytes):
+        told = repr(value[:most])
+        return told if len(value) <= most else f"{told}... ({len(value):,} characters)"
+    told = " ".join(_ONE_LINE.repr(value).split())
+    return told if len(told) <= 2 * most else f"{told[:most]}..."
+
+
 def mib(nbytes: float) -> str:
     """Bytes for people."""
     return f"{nbytes / 2**20:.2f} MiB"
@@ -25,6 +34,10 @@ class _OneLine(reprlib.Repr):
         super().__init__()
         self.maxtuple = self.maxlist = self.maxdict = 3
         self.maxstring, self.maxother = 80, 120
+
+    def repr_int(self, number: int, level: int) -> str:
+        digits = int(number.bit_length() * 0.30103)
+        return repr(number) if digits < 40 else f"a whole number of about {digits:,} digits"
 
     def repr_Tensor(self, tensor: Any, level: int) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.attention.base import AttentionMethod
 from workbench.attention.implied import Implied
 from workbench.attention.memory_efficient import MemoryEfficient
@@ -63,7 +64,12 @@ class Captured:
         progress: Progress | None = None,
     ) -> list[PooledMap]:
         """The map of each query head, pooled as `pooled_maps` does."""
-        shown: dict[str, Any] = {"pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols or (0, self.tokens)}
+        shown: dict[str, Any] = {
+            "pixels": pixels,
+            "pooling": pooling,
+            "rows": rows,
+            "cols": (0, self.tokens) if cols is None else given.span("cols", cols, self.tokens),
+        }
         return pooled_maps(self.queries, self.keys, **self.options, **shown, progress=progress)
 
     def received(self, progress: Progress | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from workbench.measure.timing import Timing
 from workbench.models import Facts
 from workbench.models.rotary import switch_notes
 from workbench.progress import Progress
-from workbench.prompt import check_vocabulary, text_ids
+from workbench.prompt import check_vocabulary, notes_on, text_ids
 from workbench.recipe import Recipe
 from workbench.run import Run, Stream, Token, Verdict
 
@@ -131,6 +131,7 @@ class Conversation:
             question=question if isinstance(question, str) else None,
             notes=(
                 *self.notes,
+                *notes_on(question, self.tokenizer),
                 *_left_to_stores(decoder),
                 *decoder.notes,
                 *switch_notes(self.model, self.plan.trace.tokens, decoder.position),

@@ -7,6 +7,8 @@ something impossible (exit code 2 on the command line); any other `WorkbenchErro
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class WorkbenchError(Exception):
     """Base of every error that the workbench raises on purpose."""
@@ -89,6 +91,10 @@ class MissingExtra(InputError):
 
 
 class Cancelled(WorkbenchError):
-    """The work was cancelled by the user."""
+    """The work was cancelled by the user.
+
+    finished: what was done before that, where there is something to keep: the rows of `Session.compare`, a DataFrame.
+    """
 
     exit_code = 130
+    finished: Any = None

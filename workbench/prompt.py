@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.brief import Brief
+from workbench.brief import Brief, quoted
 from workbench.errors import BadPrompt
+from workbench.models.chat_template import render
+from workbench.words import Encoded, Piece, encode, stand_ins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,69 +23,61 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Text = str | Sequence[Message] | Sequence[int] | np.ndarray | Tensor
 
-# Stand-ins that no template changes: the template is rendered around them and cut where they stand.
-_USER, _ASSISTANT, _NEXT = "\ue000user\ue000", "\ue000assistant\ue000", "\ue000next\ue000"
+_ELSE = "give plain text with chat=False, or token ids"
 
 
 @dataclass(frozen=True, repr=False)
 class Prompt(Brief):
     """What a session reads: token ids, and how a question is appended to them.
 
-    `ids` is int64 [n]. `chat` says whether the ids end inside an open turn of the user (a question then closes that
-    turn with the template); otherwise a question is appended as plain text. `tokenizer` tells views how the ids read.
+    `ids` is int64 [n]. `chat` says whether the ids were made with the chat template; `open_turn`, whether they end
+    inside a turn of the user: a question then joins that turn, after `held` (space that the template drops at a turn's
+    end), and `closing` follows it (None: as after a first turn). Without `chat` a question is appended as plain text.
+    `tokenizer` tells views how the ids read. `notes` say what was read otherwise than it may seem.
     """
 
     ids: Tensor
     chat: bool
     open_turn: bool = False
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False, compare=False)
+    closing: str | None = None
+    held: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, text: Text, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None = None) -> Prompt:
         """Read a prompt.
 
         text: plain text (wrapped in the model's chat template where it has one, unless `chat=False`), chat messages
-        (`[{"role": ..., "content": ...}, ...]`), or token ids. Raises BadPrompt.
+        (`[{"role": ..., "content": ...}, ...]`), or token ids. Control tokens that a text spells are read as the
+        letters that stand there, but for what an assistant said in messages: give token ids to set them by hand.
+        Raises BadPrompt.
         """
         if isinstance(text, str):
             if not text.strip():
                 raise BadPrompt("the text is empty: there is nothing to read")
-            wrap = has_template(tokenizer) if chat is None else chat
-            if not wrap:
-                return cls(_encode(text, tokenizer, special=True), chat=False)
-            before = _frame(_need_template(tokenizer))[0]
-            return cls(_encode(before + text, tokenizer, special=False), chat=True, open_turn=True)
+            if has_template(tokenizer) if chat is None else chat:
+                return cls._of_messages([{"role": "user", "content": text}], tokenizer)
+            found = _encode([Piece(text, words=True)], tokenizer, special=True)
+            return cls(found.ids, chat=False, notes=found.notes)
         if isinstance(text, Tensor | np.ndarray) or _is_ids(text):
-            try:
-                ids = torch.as_tensor(text)
-            except (TypeError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise BadPrompt(f"token ids must be whole numbers in one row [n]: {reason}") from None
-            if ids.ndim == 2 and ids.shape[0] == 1:
-                ids = ids[0]
-            if ids.numel() == 0:
-                raise BadPrompt("the list of token ids is empty: there is nothing to read")
-            if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-                raise BadPrompt(f"token ids must be whole numbers in one row [n], not {ids.dtype} {list(ids.shape)}")
-            return cls(ids.long().cpu(), chat=False)
+            return cls(_row_of_ids(text), chat=False)
         return cls._of_messages(text, tokenizer)
 
     @classmethod
     def _of_messages(cls, messages: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-        if not isinstance(messages, Sequence) or not messages:
+        if not isinstance(messages, Sequence) or isinstance(messages, bytes | bytearray) or not messages:
             raise BadPrompt("a prompt is a text, a list of chat messages, or a row of token ids")
         for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-                raise BadPrompt(f'a chat message needs "role" and "content" (text), not {message!r}')
-        last_from_user = messages[-1]["role"] == "user"
+            if not isinstance(message, dict) or not all(isinstance(message.get(x), str) for x in ("role", "content")):
+                raise BadPrompt(f'a chat message needs "role" and "content", both text, not {quoted(message)}')
         template = _need_template(tokenizer)
         # A last message from the user is left open, so that a question can still join it.
-        if last_from_user:
-            marked = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _USER}]
-            rendered = _render(template, marked, generate=False).split(_USER)[0]
-        else:
-            rendered = _render(template, messages, generate=False)
-        return cls(_encode(rendered, tokenizer, special=False), chat=True, open_turn=last_from_user)
+        open_turn = messages[-1]["role"] == "user"
+        pieces, held = _laid_out(template, messages, generate=open_turn)
+        closing = pieces.pop().text if open_turn else None
+        found = _encode(pieces, template)
+        return cls(found.ids, chat=True, open_turn=open_turn, closing=closing, held=held, notes=found.notes)
 
     def question_ids(self, question: str | Sequence[int] | Tensor | None, tokenizer: Any) -> Tensor:
         """The ids [q] to read after the prompt so that the model answers `question` (None: go on from here)."""
@@ -90,11 +85,14 @@ class Prompt(Brief):
             return text_ids(question, tokenizer)
         _check_question(question)
         if not self.chat:
-            return torch.empty(0, dtype=torch.long) if question is None else _encode(question, tokenizer, special=False)
-        if self.open_turn:
-            after = _frame(_need_template(tokenizer))[1]
-            return _encode((f"\n\n{question}" if question else "") + after, tokenizer, special=False)
-        return self.next_ids(question, tokenizer, ended=_ending(_need_template(tokenizer)))
+            return torch.empty(0, dtype=torch.long) if question is None else text_ids(question, tokenizer)
+        if not self.open_turn:
+            return self.next_ids(question, tokenizer, ended=_ending(_need_template(tokenizer)))
+        template = _need_template(tokenizer)
+        frame = _frame(template)
+        asked = "" if question is None else f"{self.held}\n\n{frame.trimmed(question, left=False)}"
+        closing = frame.after if self.closing is None else self.closing
+        return _encode([Piece(asked, words=True), Piece(closing)], template).ids
 
     def next_ids(self, question: str | Sequence[int] | Tensor | None, tokenizer: Any, *, ended: str) -> Tensor:
         """The ids [q] that follow an answer: they close the assistant's turn and ask the next question.
@@ -105,16 +103,25 @@ class Prompt(Brief):
             return Prompt.of(question, tokenizer).ids if question is not None else torch.empty(0, dtype=torch.long)
         _check_question(question)
         if not self.chat:
-            return _encode(question, tokenizer, special=False)
-        _, after, turn = _frame(_need_template(tokenizer))
-        return _encode(turn.removeprefix(ended) + question + after, tokenizer, special=False)
+            return text_ids(question, tokenizer)
+        template = _need_template(tokenizer)
+        frame = _frame(template)
+        turn, asked = frame.between.removeprefix(ended), frame.trimmed(question)
+        return _encode([Piece(turn), Piece(asked, words=True), Piece(frame.later)], template).ids
 
 
 def text_ids(text: str | Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """The ids [t] of a text as it stands in the middle of others, without special tokens; ids stay as they are."""
     if isinstance(text, str):
-        return _encode(text, tokenizer, special=False)
+        return _encode([Piece(text, words=True)], tokenizer).ids
     return Prompt.of(text, tokenizer).ids
+
+
+def notes_on(
+    question: str | Sequence[int] | Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, ...]:
+    """What is to be said about how a question is read, as `Prompt.notes` is about a prompt."""
+    return _encode([Piece(question, words=True)], tokenizer).notes if isinstance(question, str) else ()
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
@@ -148,36 +155,153 @@ def _need_template(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedToken
     return tokenizer
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Any, *, generate: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
+def _row_of_ids(given: Any) -> Tensor:
+    """Token ids as int64 [n]."""
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadPrompt(f"token ids must be whole numbers in one row [n]: {reason}") from None
+    if ids.ndim == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.numel() == 0:
+        raise BadPrompt("the list of token ids is empty: there is nothing to read")
+    whole = ids.dtype != torch.bool and not (ids.is_floating_point() or ids.is_complex())
+    if ids.ndim != 1 or not whole:
+        raise BadPrompt(f"token ids must be whole numbers in one row [n], not {ids.dtype} {list(ids.shape)}")
+    read = ids.long().cpu()
+    if ids.dtype == torch.uint64 and bool((read < 0).any()):
+        raise BadPrompt("token ids must be whole numbers in one row [n]: one is above 2**63")
+    return read
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """The template's text before a user's words, after them up to the answer, and between an answer and the next
-    question.
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.chat_template)
+
+
+def _laid_out(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool
+) -> tuple[list[Piece], str]:
+    """What the template makes of messages: its own texts and, between them, the words of each; and the space that it
+    drops at the end of the last.
+
+    What an assistant said is left to the template, which may change it: reasoning of earlier turns is often dropped.
+    With `generate` the pieces end with the last message's words and the text that closes its turn.
     """
-    once = _render(tokenizer, [{"role": "user", "content": _USER}], generate=True)
-    before, after = once.split(_USER)
-    talk = [
-        {"role": "user", "content": _USER},
-        {"role": "assistant", "content": _ASSISTANT},
-        {"role": "user", "content": _NEXT},
-    ]
-    between = _render(tokenizer, talk, generate=True).split(_ASSISTANT)[1].split(_NEXT)[0]
-    return before, after, between
+    said = [message["content"] for message in messages]
+    theirs = [index for index, message in enumerate(messages) if message["role"] != "assistant"]
+    for index in theirs:
+        _check_characters(said[index])
+    marks = dict(zip(stand_ins(len(theirs), _source(tokenizer), *said), theirs, strict=True))
+    standing = {index: mark for mark, index in marks.items()}
+    marked = [{**message, "content": standing.get(index, message["content"])} for index, message in enumerate(messages)]
+    # [text, mark, text, mark, ..., text]
+    parts = _split(render(tokenizer, marked, generate=generate), list(marks))
+    for mark, index in marks.items():
+        if (times := parts.count(mark)) != 1:
+            does = "repeats" if times else "leaves out or changes"
+            raise BadPrompt(f"the model's chat template {does} what {_who(messages, index)} says: {_ELSE}")
+    rendered, at = render(tokenizer, messages, generate=generate), 0
+    pieces, held = [Piece(parts[0])], ""
+    if not rendered.startswith(parts[0]):
+        raise BadPrompt(f"the model's chat template writes other text around other words: {_ELSE}")
+    at = len(parts[0])
+    for mark, after in zip(parts[1::2], parts[2::2], strict=True):
+        content = said[marks[mark]]
+        # Many templates drop space around what is said.
+        variants = dict.fromkeys((content, content.lstrip(), content.rstrip(), content.strip()))
+        words = next(
+            (each for each in variants if rendered.startswith(after, at + len(each)) and rendered.startswith(each, at)),
+            None,
+        )
+        if words is None:
+            raise BadPrompt(f"the model's chat template changes what {_who(messages, marks[mark])} says: {_ELSE}")
+        at += len(words) + len(after)
+        pieces += [Piece(words, words=True), Piece(after)]
+        held = content[len(content.rstrip()) :] if len(words) < len(content) and words == words.rstrip() else ""
+    if at != len(rendered):
+        raise BadPrompt(f"the model's chat template writes other text around other words: {_ELSE}")
+    if generate and marks.get(parts[-2]) != len(messages) - 1:
+        raise BadPrompt(
+            f"the model's chat template does not end with what {_who(messages, len(messages) - 1)} says: {_ELSE}"
+        )
+    return pieces, held
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A template's text after a user's first words up to the answer, between an answer and the next question, and
+    after that question; whether it drops space at either end of the words.
+    """
+
+    after: str
+    between: str
+    later: str
+    trims_left: bool
+    trims_right: bool
+
+    def trimmed(self, words: str, *, left: bool = True) -> str:
+        """Words that end a turn, and begin it if `left`, as the template writes them."""
+        words = words.rstrip() if self.trims_right else words
+        return words.lstrip() if left and self.trims_left else words
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    asked, answered, then = stand_ins(3, _source(tokenizer))
+    opening = _opening(tokenizer, asked)
+    question = {"role": "user", "content": asked}
+    once = render(tokenizer, [*opening, question], generate=True)
+    before, _, after = _split(once, [asked], each=True)
+    spaced = render(tokenizer, [*opening, {"role": "user", "content": f" {asked} "}], generate=True)
+    wide_before, _, wide_after = _split(spaced, [asked], each=True)
+    talk = [question, {"role": "assistant", "content": answered}, {"role": "user", "content": then}]
+    _, _, between, _, later = _split(render(tokenizer, [*opening, *talk], generate=True), [answered, then], each=True)
+    return _Frame(after, between, later, wide_before == before, wide_after == after)
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template's text after an answer that ends a conversation."""
-    talk = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-    return _render(tokenizer, talk, generate=False).split(_ASSISTANT)[1]
+    asked, answered = stand_ins(2, _source(tokenizer))
+    talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    ended = render(tokenizer, [*_opening(tokenizer, asked), *talk], generate=False)
+    return _split(ended, [answered], each=True)[2]
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase | None, *, special: bool) -> Tensor:
-    if tokenizer is None:
-        raise BadPrompt("this session has no tokenizer: give token ids instead of text")
+def _opening(tokenizer: PreTrainedTokenizerBase, words: str) -> list[Message]:
+    """What has to stand before a user's first turn: a system message, for templates that demand one."""
+    try:
+        render(tokenizer, [{"role": "user", "content": words}], generate=True)
+    except BadPrompt:
+        system = {"role": "system", "content": "."}
+        render(tokenizer, [system, {"role": "user", "content": words}], generate=True)
+        return [system]
+    return []
+
+
+def _split(rendered: str, marks: Sequence[str], *, each: bool = False) -> list[str]:
+    """A rendering cut at its marks, which stay between: [text, mark, text, ...]; each: raise unless all stand there
+    once and in this order.
+    """
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", rendered) if marks else [rendered]
+    if each and parts[1::2] != list(marks):
+        raise BadPrompt(f"the model's chat template leaves out, repeats or changes what is said: {_ELSE}")
+    return parts
+
+
+def _who(messages: Sequence[Message], index: int) -> str:
+    return f"message {index + 1} ({quoted(messages[index]['role'], 20)})" if len(messages) > 1 else "the user"
+
+
+def _check_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadPrompt(f"the text has a broken character at {error.start}: {error.reason}") from None
-    return torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.long)
+
+
+def _encode(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase | None, *, special: bool = False) -> Encoded:
+    if tokenizer is None:
+        raise BadPrompt("this session has no tokenizer: give token ids instead of text")
+    for piece in pieces:
+        _check_characters(piece.text)
+    return encode(pieces, tokenizer, special=special)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.brief import quoted
 from workbench.budget import Budget
 from workbench.errors import BadRecipe
 from workbench.registry import Family, Method, from_dict, method
@@ -48,7 +49,7 @@ class Recipe:
         if isinstance(spec, Recipe):
             return cls.of(spec.methods, **{"budget": spec.budget, **parameters})
         if not isinstance(spec, Sequence):
-            raise BadRecipe(f"a recipe is a method's key, a method, or a list of them, not {spec!r}")
+            raise BadRecipe(f"a recipe is a method's key, a method, or a list of them, not {quoted(spec)}")
         parts = [cls.of(part) for part in spec]
         if any(part.budget is not None for part in parts):
             raise BadRecipe(_JOINED)
@@ -92,5 +93,5 @@ class Recipe:
         """Read back what `to_dict` wrote."""
         items = description.get("methods") if isinstance(description, dict) else None
         if not isinstance(items, list):
-            raise BadRecipe(f"a recipe's description needs a list under 'methods': {description!r}")
+            raise BadRecipe(f"a recipe's description needs a list under 'methods': {quoted(description)}")
         return cls.of([from_dict(item) for item in items], budget=description.get("budget"))

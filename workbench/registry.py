@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from workbench import given
+from workbench.brief import quoted
 from workbench.budget import Budget
 from workbench.errors import BadBudget, BadParameter, PluginConflict, UnknownMethod
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 Family = Literal["kv", "weights", "attention", "operator"]
 PLUGINS = "workbench.methods"
+_PARTS = 5  # of what is wrong with a method's parameters that a message tells
+_NAME = 64  # characters of an unknown name that are compared with those that are known
 FAMILIES: tuple[Family, ...] = get_args(Family)
 _HOMES = {"operator": "workbench.attention.operators"}  # the others live in a package of their family's name
 
@@ -72,7 +77,7 @@ class Method(BaseModel):
     BadBudget.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
     family: ClassVar[Family]
     key: ClassVar[str] = ""
@@ -85,15 +90,20 @@ class Method(BaseModel):
     budget: Budget | None = param(None, help="share of the uncompressed bytes, or a size")
 
     def __init__(self, **values: Any) -> None:
+        for name, field in type(self).model_fields.items():
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            if isinstance(values.get(name), bool) and choices:  # True is 1 for pydantic
+                given.choice(f"{self.key}: {name}", values[name], choices)
         try:
-            super().__init__(**values)
+            super().__init__(**{name: _plain(value) for name, value in values.items()})
         except ValidationError as error:
             budget_only = all(problem["loc"] == ("budget",) for problem in error.errors())
             raise (BadBudget if budget_only else BadParameter)(_explain(type(self), error)) from None
         for name, field in type(self).model_fields.items():
             extra = cast("dict[str, Any]", field.json_schema_extra or {})
-            if extra.get("odd") and getattr(self, name) % 2 == 0:
-                raise BadParameter(f"{self.key}: {name} must be odd, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if extra.get("odd") and value % 2 == 0:
+                raise BadParameter(f"{self.key}: {name} must be odd, not {value}")
 
     @property
     def effective_budget(self) -> Budget | None:
@@ -167,6 +177,13 @@ def _parameter(name: str, field: FieldInfo) -> Parameter:
     )
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's own; everything else as it is, for text is no number and a bool is none either."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, Integral) else value
+
+
 def _explain(cls: type[Method], error: ValidationError) -> str:
     """One line for everything that is wrong with the parameters."""
     names = list(cls.model_fields)
@@ -174,14 +191,14 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(name[:_NAME], names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            parts.append(f"unknown parameter {name!r}{hint} It takes {', '.join(names)}")
+            parts.append(f"unknown parameter {quoted(name)}{hint} It takes {', '.join(names)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
-            parts.append(message if name == "budget" else f"{name}={problem['input']!r}: {message}")
-    return f"{cls.key}: " + "; ".join(parts)
+            parts.append(message if name == "budget" else f"{name}={quoted(problem['input'])}: {message}")
+    return f"{cls.key}: " + "; ".join(parts[:_PARTS]) + ("; and more" if len(parts) > _PARTS else "")
 
 
 _METHODS: dict[str, type[Method]] = {}
@@ -209,7 +226,7 @@ def register(cls: M) -> M:
 def registered(family: str | None = None) -> tuple[type[Method], ...]:
     """All method classes, of one family if given, in the order of the catalogue."""
     if family is not None and family not in FAMILIES:
-        raise UnknownMethod(f"unknown family {family!r}: there are {', '.join(FAMILIES)}")
+        raise UnknownMethod(f"unknown family {quoted(family)}: there are {', '.join(FAMILIES)}")
     for name in FAMILIES:
         import_module(_HOMES.get(name, f"workbench.{name}"))
     _load_plugins()
@@ -248,10 +265,10 @@ def _whose(point: EntryPoint) -> str:
 def find(key: str) -> type[Method]:
     """The method class registered under `key`. Raises UnknownMethod, naming the closest keys."""
     known = {cls.key: cls for cls in registered()}
-    if key not in known:
-        close = difflib.get_close_matches(str(key), known, n=3)
+    if not isinstance(key, str) or key not in known:
+        close = difflib.get_close_matches(key[:_NAME], known, n=3) if isinstance(key, str) else []
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-        raise UnknownMethod(f"unknown method {key!r}: {hint}")
+        raise UnknownMethod(f"unknown method {quoted(key)}: {hint}")
     return known[key]
 
 
@@ -265,7 +282,7 @@ def from_dict(description: dict[str, Any]) -> Method:
     values = dict(description) if isinstance(description, dict) else {}
     key = values.pop("method", None)
     if not isinstance(key, str):
-        raise UnknownMethod(f"a method's description needs its key under 'method': {description!r}")
+        raise UnknownMethod(f"a method's description needs its key under 'method': {quoted(description)}")
     return method(key, **values)
 
 

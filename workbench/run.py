@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from workbench import given
 from workbench.brief import Brief, mib
 from workbench.display import Shown
 from workbench.errors import NotRead
@@ -124,6 +125,7 @@ class Run(Shown):
             raise NotRead(
                 f"this run was loaded from disk and cannot be asked more, for its cache was not saved: {_AGAIN}"
             )
+        max_new_tokens = given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
         return self.conversation.go_on(self, question, max_new_tokens, progress or Progress())
 
     def release(self) -> None:

@@ -144,7 +144,8 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in held.items()})
     return {
         "chat": trace.prompt.chat,
-        "open_turn": trace.prompt.open_turn,
+        **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
+        "prompt_notes": list(trace.prompt.notes),
         "read_seconds": trace.read_seconds,
         "layers": [
             {"scale": x.scale, "window": x.window, "softcap": x.softcap, "shared": x.shared} for x in trace.layers
@@ -324,13 +325,26 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
             )
         )
     return Trace(
-        Prompt(ids, bool(saved["chat"]), bool(saved["open_turn"]), session.tokenizer),
+        _prompt(saved, ids, session),
         tuple(layers),
         tensor("logits"),
         float(saved["read_seconds"]),
         {int(layer): str(reason) for layer, reason in saved["exact"].items()},
         Timeline.from_dict(saved["timeline"]),
         tuple(int(entries) for entries in saved.get("computed", ())),
+    )
+
+
+def _prompt(saved: dict[str, Any], ids: Tensor, session: Session) -> Prompt:
+    closing = saved.get("closing")
+    return Prompt(
+        ids,
+        bool(saved["chat"]),
+        bool(saved["open_turn"]),
+        session.tokenizer,
+        closing if closing is None else str(closing),
+        str(saved.get("held", "")),
+        tuple(str(note) for note in saved.get("prompt_notes", ())),
     )
 
 

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.attention.base import AttentionMethod
 from workbench.attention.implied import Implied
-from workbench.brief import mib
+from workbench.brief import mib, quoted
 from workbench.budget import Budget
 from workbench.capture import Captured, as_read, capture, changes_reading
 from workbench.conversation import Conversation, Question
 from workbench.display import Shown, controls
-from workbench.errors import BadParameter, BadRecipe, ModelNotFound, NotApplicable, NotRead
+from workbench.errors import (
+    BadBudget,
+    BadParameter,
+    BadRecipe,
+    Cancelled,
+    ModelNotFound,
+    NotApplicable,
+    NotRead,
+    WorkbenchError,
+)
 from workbench.exactness import verify
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
-from workbench.measure.attention import PooledMap, Pooling, Span
+from workbench.measure.attention import PooledMap, Pooling, Span, check_pooling
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadStats
 from workbench.measure.memory import Timeline
@@ -91,7 +102,7 @@ class Session(Shown):
         self.source = loaded.source
         self.facts: Facts = loaded.facts
         self.kv_dtype = _kv_dtype(kv_dtype, loaded.facts)
-        self.seed = seed
+        self.seed = given.whole("seed", seed, 0, 2**63 - 1)
         self.graphs = graphs
         self.trace: Trace | None = None
         self.runs: list[Run] = []
@@ -149,6 +160,9 @@ class Session(Shown):
         PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
         prompt still in place.
         """
+        if chat is not None:
+            given.flag("chat", chat)
+        given.flag("record", record)
         prompt = replace(Prompt.of(text, self.tokenizer, chat), tokenizer=self.tokenizer)
         if not self._trusted:
             verify(self.model, self.facts, progress)
@@ -222,10 +236,10 @@ class Session(Shown):
         data set (.txt, .md, .jsonl, .parquet). samples: stretches of `tokens` tokens. Without a source nothing
         changes. Raises BadParameter, InputError.
         """
-        from workbench.weights.calibration import Calibration
+        from workbench.weights.calibration import SHIPPED, Calibration
 
+        chosen = Calibration(SHIPPED if source is None else str(given.path("source", source)), samples, tokens, seed)
         if source is not None:
-            chosen = Calibration(str(source), samples, tokens, seed)
             if chosen.source != "sampled" and self.tokenizer is not None:
                 chosen.text()  # refused now, and not in the middle of a run
             self._variants.calibrate(chosen)
@@ -250,6 +264,7 @@ class Session(Shown):
         from workbench.weights.census import census
 
         methods = _weights(Recipe.of(recipe, **parameters))
+        given.flag("outputs", outputs)
         twin = self._variants.get(methods, progress)
         reasons = {name: why for method in methods for name, why in method.left_alone(self.model).items()}
         return census(self.model, twin, self._variants.study() if outputs else None, reasons, progress)
@@ -276,7 +291,8 @@ class Session(Shown):
         for method in methods:
             if not method.alone:
                 raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
-        ids = self._variants.study().ids[:texts, :tokens]
+        given.choice("each", each, ("layer", "module"))
+        ids = self._some_ids(texts, tokens)
         return sensitivity(self.model, self._variants.get(methods, progress), ids, each, progress)
 
     def export(
@@ -295,11 +311,12 @@ class Session(Shown):
         it, else the workbench's own (safetensors and JSON). dtype: in which what is not compressed is written (default:
         as it is held). Raises NotApplicable, MissingExtra, and InputError for a folder that holds something else.
         """
-        from workbench.exporting import export
+        from workbench.exporting import Format, export
 
-        methods = _weights(Recipe.of(recipe, **parameters))
+        methods, folder = _weights(Recipe.of(recipe, **parameters)), given.path("path", path)
+        given.choice("format", format, get_args(Format))
         twin = self._variants.get(methods, progress)
-        return export(self.model, twin, methods, self.facts, self.tokenizer, Path(path), format, dtype)
+        return export(self.model, twin, methods, self.facts, self.tokenizer, folder, format, dtype)
 
     def spectra(
         self,
@@ -338,8 +355,13 @@ class Session(Shown):
         from workbench.weights.rounding import rounding
 
         methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
-        ids = self._variants.study().ids[:texts, :tokens]
+        bits, ids = given.whole("bits", bits, 2, 16), self._some_ids(texts, tokens)
         return rounding(self._variants.get(methods, progress), ids, bits, progress)
+
+    def _some_ids(self, texts: int, tokens: int) -> Tensor:
+        """The beginning of the calibration texts, at most `tokens` of each of `texts`: int64 [t, n]."""
+        texts, tokens = given.whole("texts", texts, low=1), given.whole("tokens", tokens, low=1)
+        return self._variants.study().ids[:texts, :tokens]
 
     def weight_nbytes(
         self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any
@@ -385,6 +407,7 @@ class Session(Shown):
         Planning, and reading under other weights or attention, happen before this returns.
         """
         spec, progress = Recipe.of(recipe, **parameters), progress or Progress()
+        max_new_tokens = given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
         trace = self._trace(spec, progress)
         began = time.perf_counter()
         ids = trace.prompt.question_ids(question, self.tokenizer)
@@ -407,7 +430,7 @@ class Session(Shown):
             plain_model=self.model,
             facts=self.facts,
             tokenizer=self.tokenizer,
-            notes=(*plan.notes, *weight_notes),
+            notes=(*self.trace.prompt.notes, *plan.notes, *weight_notes),
             on_run=partial(self._remember, self.trace),
             graphs=self.graphs,
         )
@@ -434,31 +457,71 @@ class Session(Shown):
     ) -> pd.DataFrame:
         """Run every recipe at every budget and put them side by side: one row a run, as a pandas DataFrame.
 
-        Recipes without a budget (the full cache, weights alone) run once. A budget that a recipe cannot meet, or a
-        method that cannot be applied here, gives a row whose `error` says so.
+        Recipes without a budget (the full cache, weights alone) run once. A recipe that fails, for instance at a budget
+        that it cannot meet, gives a row whose `error` says why. What ends all of it (`progress` was cancelled, Ctrl-C)
+        carries the rows so far as `finished`, a DataFrame; `compare_rows` gives them one by one.
         """
         import pandas as pd
 
-        from workbench.errors import BudgetTooSmall, NotApplicable
+        rows: list[dict[str, Any]] = []
+        try:
+            for row in self.compare_rows(
+                recipes, budgets=budgets, question=question, max_new_tokens=max_new_tokens, progress=progress
+            ):
+                rows.append(row)
+        except (Cancelled, KeyboardInterrupt) as stopped:
+            stopped.finished = pd.DataFrame(rows, columns=list(COLUMNS))  # type: ignore[union-attr]
+            stopped.add_note(f"{len(rows)} rows were finished before that: they are in this error's `finished`")
+            raise
+        return pd.DataFrame(rows, columns=list(COLUMNS))
 
-        if isinstance(recipes, str | Method | Recipe):
-            recipes = [recipes]
-        planned = [Recipe.of(spec) for spec in recipes]
-        wanted = [Budget.parse(budget) for budget in budgets]
+    def compare_rows(
+        self,
+        recipes: Sequence[Spec],
+        *,
+        budgets: Sequence[float | str] = (0.5, 0.25),
+        question: Question = None,
+        max_new_tokens: int = 32,
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The same as `compare`, row by row, each as soon as its run is measured; `COLUMNS` are what a row has.
+
+        What is wrong with all of them raises at once: an unknown method, a bad budget, a question that cannot be read.
+        """
+        one: Any = isinstance(recipes, str | Method | Recipe) and [recipes]
+        planned = [Recipe.of(spec) for spec in one or given.several("recipes", recipes, "recipes")]
+        if not planned:
+            raise BadRecipe("no recipe is given: name at least one method, for instance 'full'")
+        wanted = [Budget.parse(each) for each in _several(budgets)]
+        if not wanted and any(map(_takes_budget, planned)):
+            raise BadBudget("no budget is given: give for instance budgets=[0.5, 0.25]")
         cases = [(recipe, b) for recipe in planned for b in (wanted if _takes_budget(recipe) else [None])]
-        progress = progress or Progress()
-        rows = []
+        if self.trace is None:
+            raise NotRead("no prompt has been read yet: call read(text) first")
+        self.trace.prompt.question_ids(question, self.tokenizer)
+        given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
+        return self._compared(cases, question, max_new_tokens, progress or Progress())
+
+    def _compared(
+        self, cases: Sequence[tuple[Recipe, Budget | None]], question: Question, max_new_tokens: int, progress: Progress
+    ) -> Iterator[dict[str, Any]]:
         for done, (recipe, budget) in enumerate(cases):
             progress.update("comparing", done, len(cases))
-            spec = recipe if budget is None else Recipe.of(recipe, budget=budget)
+            label = recipe.label
             try:
+                spec = recipe if budget is None else Recipe.of(recipe, budget=budget)
+                label = spec.label
                 run = self.run(spec, question=question, max_new_tokens=max_new_tokens, progress=progress)
                 run.measure(progress=progress)
-                rows.append(row_of(run))
-            except (BudgetTooSmall, NotApplicable) as error:
-                rows.append({"recipe": spec.label, "budget": _shown(budget), "error": str(error)})
+                row = row_of(run)
+            except Cancelled:
+                raise
+            except Exception as error:  # one recipe that fails must not take the others with it
+                reason = " ".join(str(error).split())
+                told = reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
+                row = {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _shown(budget), "error": told}
+            yield row
         progress.update("comparing", len(cases), len(cases))
-        return pd.DataFrame(rows)
 
     # -- looking
 
@@ -486,7 +549,8 @@ class Session(Shown):
         dropped anything. Queries after the prompt see what their plan holds: by softmax, so for that leave the
         attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
-        seen = self._seen(Recipe.of(recipe or "full", **parameters), layer, head, progress)
+        _check_view(self.trace, pixels, pooling, rows, cols)
+        seen = self._seen(_recipe(recipe, parameters), layer, head, progress)
         return seen.maps(pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)[0]
 
     def attention_grid(
@@ -504,7 +568,8 @@ class Session(Shown):
         attention method whose weights have to be found, largest values take time with the third power of the length;
         the heads are judged on the way, and `heads` is quick after it.
         """
-        spec = Recipe.of(recipe or "full", **parameters)
+        spec = _recipe(recipe, parameters)
+        _check_view(self.trace, pixels, pooling)
         trace = _need_recording(self._trace(spec, progress))
         judged: list[HeadStats] = []
 
@@ -534,7 +599,7 @@ class Session(Shown):
         head: of one query head (default: the mean of the layer's). Adds up to the number of queries, where each sees
         something. recipe: as in `attention`; what it does not hold receives nothing.
         """
-        seen = self._seen(Recipe.of(recipe or "full", **parameters), layer, head, progress)
+        seen = self._seen(_recipe(recipe, parameters), layer, head, progress)
         return seen.received(progress).mean(dim=0)
 
     def heads(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> pd.DataFrame:
@@ -549,7 +614,7 @@ class Session(Shown):
         self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        spec = Recipe.of(recipe or "full", **parameters)
+        spec = _recipe(recipe, parameters)
         trace = _need_recording(self._trace(spec, progress))
 
         def stats(seen: Seen, steps: Progress) -> HeadStats:
@@ -562,10 +627,9 @@ class Session(Shown):
     def _seen(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Seen:
         """What attention of a layer, or one query head of it, is under a recipe."""
         trace = _need_recording(self._trace(recipe, progress))
-        if layer not in range(len(trace.layers)):
-            raise BadParameter(f"layer {layer} does not exist: the model has layers 0 to {len(trace.layers) - 1}")
-        if head is not None and head not in range(self.facts.heads):
-            raise BadParameter(f"head {head} does not exist: the model has query heads 0 to {self.facts.heads - 1}")
+        layer = given.index("layer", layer, len(trace.layers), "the model's layers")
+        if head is not None:
+            head = given.index("head", head, self.facts.heads, "the model's query heads")
         return self._view(recipe, trace, progress)(layer, head)
 
     def _each_layer(
@@ -615,9 +679,11 @@ class Session(Shown):
 
         chosen = find(operator)(**parameters) if isinstance(operator, str) else operator
         if not isinstance(chosen, Operator):
-            raise BadParameter(f"{chosen.key} is no attention operator: choose one of wb.methods('operator')")
+            what = chosen.key if isinstance(chosen, Method) else quoted(chosen)
+            raise BadParameter(f"{what} is no attention operator: choose one of wb.methods('operator')")
         if self.trace is None:
             raise NotRead("no prompt has been read yet: call read(text) first")
+        _check_view(self.trace, pixels, pooling, rows, cols)
         view: dict[str, Any] = {"heads": heads, "pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
         return study_operator(_need_recording(self.trace), chosen, layer, head, **view, progress=progress)
 
@@ -634,8 +700,9 @@ class Session(Shown):
         kind: "keys", "values", "activations" (the residual stream before each layer) or "weights". recipe: under its
         weight methods, whose layers count as the weights they stand for; its other methods change nothing here.
         """
-        from workbench.measure.channels import channel_table
+        from workbench.measure.channels import KINDS, channel_table
 
+        given.choice("kind", kind, KINDS)
         weights = () if recipe is None else Recipe.of(recipe, **parameters).family("weights")
         model = self._variants.get(weights, progress)
         if kind == "weights":
@@ -661,7 +728,7 @@ class Session(Shown):
 
         if self.trace is not None:
             _need_recording(self.trace)
-        return save(self, Path(path))
+        return save(self, given.path("path", path))
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Session:
@@ -672,13 +739,21 @@ class Session(Shown):
         from workbench.exporting import is_exported
         from workbench.saving import load as load_session
 
-        if is_exported(path):
-            return cls(path, **options)
-        return load_session(cls, Path(path), **options)
+        folder = given.path("path", path)
+        if is_exported(folder):
+            return cls(folder, **options)
+        return load_session(cls, folder, **options)
+
+
+COLUMNS = (
+    *("recipe", "budget", "kv_share", "kv_mib", "host_mib", "attention", "score_share", "weights_mib"),
+    *("kl", "top1", "nll_difference", "perplexity", "first_divergence", "first_token_s", "tokens_per_s"),
+    *("text", "error"),
+)
 
 
 def row_of(run: Run) -> dict[str, Any]:
-    """A run as one row of a table."""
+    """A run as one row of a table, with `COLUMNS`."""
     quality = run.quality
     budget = run.recipe.budget
     if budget is None and len(run.recipe.methods) == 1:
@@ -712,10 +787,31 @@ def _used(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
     return {name: partial(weight_of, module) for name, module in linear_layers(model).items()}  # type: ignore[misc]
 
 
+def _recipe(spec: Spec | None, parameters: dict[str, Any]) -> Recipe:
+    """The recipe that is looked at: the full cache where none is named."""
+    return Recipe.of("full" if spec is None else spec, **parameters)
+
+
+def _check_view(
+    trace: Trace | None, pixels: int, pooling: Pooling, rows: Span | None = None, cols: Span | None = None
+) -> None:
+    """Raise BadParameter for a map that cannot be made of the prompt, before anything is computed for it."""
+    check_pooling(pixels, pooling)
+    for name, span in (("rows", rows), ("cols", cols)):
+        if span is not None and trace is not None:
+            given.span(name, span, trace.tokens)
+
+
 def _need_recording(trace: Trace) -> Trace:
     if not trace.recorded:
         raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
     return trace
+
+
+def _several(budgets: Any) -> list[Any]:
+    """Budgets as they were given, one of them or several."""
+    alone = isinstance(budgets, str | Real | Budget)
+    return [budgets] if alone else given.several("budgets", budgets, "budgets")
 
 
 def _shown(budget: Budget | None) -> float | str | None:

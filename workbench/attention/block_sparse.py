@@ -93,6 +93,8 @@ class BlockSparse(AttentionMethod):
             plan = _blocks(tokens, allowed, self.block)
             at.count(query.shape[0] * plan.entries)
             return block_attention(query, key, value, plan, sinks=self.sinks, scale=scale, softcap=softcap)
+        # What there has to be at least: on short prompts a budget allows less than every query's own token.
+        allowed = self.entries(tokens, layers=1)
         probe = min(self.probe, _widest_probe(tokens, allowed))
         out, computed = vertical_slash_attention(query, key, value, probe, allowed, scale=scale, softcap=softcap)
         at.count(computed)

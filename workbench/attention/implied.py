@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.measure.attention import PooledMap, Pooling, Span, cell_edges, check_pooling, pool_blocks
 from workbench.measure.heads import HeadStats, HeadSums
@@ -63,8 +64,10 @@ class Implied:
     ) -> list[PooledMap]:
         """The map of each query head, pooled as `pooled_maps` does."""
         check_pooling(pixels, pooling)
-        low, high = cols or (0, self.tokens)
-        edges = torch.arange(low, high + 1) if pooling == "max" else cell_edges((low, high), pixels, "cols")
+        low, high = (0, self.tokens) if cols is None else given.span("cols", cols, self.tokens)
+        if rows is not None:
+            given.span("rows", rows, self.tokens)
+        edges = torch.arange(low, high + 1) if pooling == "max" else cell_edges((low, high), pixels)
         maps = []
         for part in self._parts(progress):
             maps += part.pooled(edges, part.columns(edges), pixels=pixels, pooling=pooling, rows=rows, cols=(low, high))

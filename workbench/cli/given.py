@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.brief import quoted
 from workbench.errors import BadBudget, BadParameter, BadPrompt
+from workbench.files import place, regular
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe
+
+
+_LONGEST = 64  # characters of a number
 
 
 def prompt(text: str | None, text_file: str | None, example: str | None) -> tuple[str, str | None]:
@@ -42,9 +46,9 @@ def _bytes(path: str) -> tuple[bytes, str]:
     if path == "-":
         return sys.stdin.buffer.read(), "standard input"
     try:
-        return Path(path).expanduser().read_bytes(), path
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadPrompt(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from error
+        return regular(place(path)).read_bytes(), path
+    except OSError as error:
+        raise BadPrompt(f"cannot read {quoted(path, 200)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decoded(raw: bytes, name: str) -> str:
@@ -75,20 +79,25 @@ def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
         left, found, right = setting.partition("=")
         owner, dot, name = left.strip().rpartition(".")
         if not found or not name:
-            raise BadParameter(f"--set {setting!r}: write it as name=value, or method.name=value")
+            raise BadParameter(f"--set {quoted(setting)}: write it as name=value, or method.name=value")
         if not dot and len(known) > 1:
             raise BadParameter(
-                f"--set {setting!r}: several methods are named, so say whose, as {next(iter(known))}.{setting}"
+                f"--set {quoted(setting)}: several methods are named, so say whose, as "
+                f"{next(iter(known))}.{setting[:_LONGEST]}"
             )
         owner = owner if dot else next(iter(known))
         if owner not in known:
-            raise BadParameter(f"--set {setting!r}: {owner} is not among the methods named ({', '.join(known)})")
+            raise BadParameter(
+                f"--set {quoted(setting)}: {owner[:_LONGEST]} is not among the methods named ({', '.join(known)})"
+            )
         values[owner][name] = _value(right.strip())
     return [Recipe.of([method(key, **values[key]) for key in row]) for row in keys]
 
 
 def _value(text: str) -> Any:
     """A number, true or false where it reads as one, else the text itself."""
+    if len(text) > _LONGEST:
+        return text
     try:
         value = json.loads(text)
     except ValueError:

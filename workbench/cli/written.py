@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from workbench.errors import BadParameter, MissingExtra, WorkbenchError
 
@@ -24,6 +25,55 @@ def check(path: Path) -> None:
         raise MissingExtra("Parquet needs pyarrow, which is not installed: pip install 'inference-workbench[sweep]'")
     if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise BadParameter(f"--out {path}: cannot be written there; name a file in a folder that exists")
+
+
+class Rows:
+    """A table on its way into a file: rows of a CSV file are there as they come, the others' when the block ends.
+
+    Where the file exists already, rows go beside it (`sweep.part.csv`) and take its place when all of them are there:
+    an older table stays until a newer one is whole. The block may end early: `path` is where the rows so far are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._final = path
+        self._rows: list[dict[str, Any]] = []
+        self.path = path.with_name(f"{path.stem}.part{path.suffix}") if path.exists() else path
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One more row, in the file at once where the format allows that."""
+        self._rows.append(row)
+        if self._final.suffix != ".csv":
+            return
+        first = len(self._rows) == 1
+        try:
+            with self.path.open("w" if first else "a", encoding="utf-8", newline="") as file:
+                file.write(csv_lines([row], header=first))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            write(_frame(self._rows), self._final)
+            if self.path != self._final:
+                self.path.unlink(missing_ok=True)
+        elif self._rows and self._final.suffix != ".csv":
+            write(_frame(self._rows), self.path)
+
+
+def csv_lines(rows: Sequence[dict[str, Any]], *, header: bool) -> str:
+    """Rows of a comparison as lines of CSV, below the names of their columns with `header`."""
+    return str(_frame(rows).to_csv(index=False, header=header))
+
+
+def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    from workbench.session import COLUMNS
+
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
@@ -44,7 +94,11 @@ def write(frame: pd.DataFrame, path: Path) -> None:
         finally:
             Path(part).unlink(missing_ok=True)
     except OSError as error:
-        raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> WorkbenchError:
+    return WorkbenchError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _one_type(frame: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,8 @@ class TextPrior(AccumulatedAttention):
     def _written_one_way(cls, given: Any) -> Any:
         """Pairs of numbers become text; text is written one way, so that equal spans are equal."""
         if not isinstance(given, str):
+            if not isinstance(given, Sequence) or not all(isinstance(span, Sequence) for span in given):
+                raise ValueError("spans are text, as 5-581, 600-1176, or pairs of positions")
             given = ", ".join("-".join(str(end) for end in span) for span in given)
         return ", ".join(f"{first}-{end}" for first, end in _spans(given))
 
@@ -110,7 +113,7 @@ def _gathered(x: Tensor, weight: Tensor, home: Tensor, own: Tensor) -> Tensor:
 def _spans(text: str) -> tuple[tuple[int, int], ...]:
     """Read "5-581, 600-1176". Raises ValueError, which becomes BadParameter."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    found = [re.fullmatch(r"(\d+)\s*-\s*(\d+)", part) for part in parts]
+    found = [re.fullmatch(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})", part) for part in parts]
     spans = tuple((int(match[1]), int(match[2])) for match in found if match)
     if len(spans) != len(parts):
         raise ValueError("spans of positions look like 5-581, 600-1176")

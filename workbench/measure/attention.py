@@ -16,11 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.brief import Brief
-from workbench.errors import BadParameter, InputError
+from workbench.errors import InputError
 from workbench.measure.rows import (
     HeadsPart,
     RowBlock,
+    check_scores,
     head_parts,
     row_blocks,
     token_positions,
@@ -401,8 +403,7 @@ def sink_mass(
     queries: [h, nq, d]; keys: [k, nk, d]. Only queries after those positions count, since the first ones have nothing
     else to look at; not a number where there is no such query.
     """
-    if first < 1:
-        raise BadParameter(f"first is {first}: give at least 1 token")
+    given.whole("first", first, low=1)
     (h, nq, _), (k, nk, _) = queries.shape, keys.shape
     at, held = token_positions(nq, nk, query_positions, key_positions)
     is_sink = (held < first).to(queries.device, torch.float32)  # [k or 1, nk]
@@ -444,8 +445,7 @@ def _read(
     fits = 0 < nq <= nk and k > 0 and h > 0 and h % k == 0 and d == width <= _KERNEL_WIDTH
     if not fits or queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
-    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
-        return None
+    check_scores(scale, window, softcap)
     at, held = token_positions(nq, nk, query_positions, key_positions)
     if len(held) > 1 or not torch.equal(held[0], torch.arange(nk)) or not torch.equal(at, held[0, nk - nq :]):
         return None
@@ -475,25 +475,21 @@ def queries_per_key(
 
 def check_pooling(pixels: int, pooling: Pooling) -> None:
     """Raise BadParameter unless maps can be pooled so."""
-    if pixels < 1:
-        raise BadParameter(f"pixels is {pixels}: give at least 1")
-    if pooling not in get_args(Pooling):
-        raise BadParameter(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
+    given.whole("pixels", pixels, low=1)
+    given.choice("pooling", pooling, get_args(Pooling))
 
 
 def _edges_of(at: Tensor, held: Tensor, pixels: int, rows: Span | None, cols: Span | None) -> tuple[Tensor, Tensor]:
     """Edges of rows and columns for queries at [nq] and keys held [k or 1, nk], all of them by default."""
-    return (
-        cell_edges(rows or (int(at[0]), int(at[-1]) + 1), pixels, "rows"),
-        cell_edges(cols or (0, max(int(held[:, -1].max()), int(at[-1])) + 1), pixels, "cols"),
-    )
+    end = max(int(held[:, -1].max()), int(at[-1])) + 1
+    shown_rows = (int(at[0]), int(at[-1]) + 1) if rows is None else given.span("rows", rows, end)
+    shown_cols = (0, end) if cols is None else given.span("cols", cols, end)
+    return cell_edges(shown_rows, pixels), cell_edges(shown_cols, pixels)
 
 
-def cell_edges(span: Span, pixels: int, name: str) -> Tensor:
-    """The edges of at most `pixels` cells over a span of positions, [cells + 1]; name: of the span, for errors."""
+def cell_edges(span: Span, pixels: int) -> Tensor:
+    """The edges of at most `pixels` cells over a span of positions, [cells + 1]."""
     begin, end = span
-    if begin >= end:
-        raise BadParameter(f"{name} is {span}: the range of positions must not be empty")
     size = end - begin
     cells = min(pixels, size)
     return begin + torch.arange(cells + 1) * size // cells  # sizes differ by at most one

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from workbench import given
 from workbench.attention.exact import causal_attention
 from workbench.engine import engaged, forward
-from workbench.errors import BadParameter, NotRead
+from workbench.errors import NotRead
 from workbench.measure.outliers import ChannelStats, LayerStats, channel_stats, layer_stats
 from workbench.progress import Progress
 from workbench.trace import Trace
@@ -45,8 +46,7 @@ def channel_table(
     energy adds up to 1 over the channels of a head, layer or module; kurtosis is 3 for a normal distribution and not a
     number for a constant channel. Raises BadParameter for another kind, NotRead where a trace is needed and missing.
     """
-    if kind not in KINDS:
-        raise BadParameter(f"no outliers of {kind!r}: choose {', '.join(KINDS)}")
+    given.choice("kind", kind, KINDS)
     progress = progress or Progress()
     if kind == "weights":
         return _weights(plain_weights(model) if weights is None else weights, progress)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.brief import Brief
-from workbench.errors import BadParameter
 from workbench.measure.attention import PooledMap, Pooling, same_cells
 
 
@@ -38,11 +38,8 @@ class GridOfMaps(Brief):
     def map(self, layer: int, head: int) -> PooledMap:
         """One of the maps. Raises BadParameter where there is no such layer or head."""
         layers, heads = self.values.shape[:2]
-        if layer not in range(layers) or head not in range(heads):
-            raise BadParameter(
-                f"layer {layer}, head {head} does not exist: there are layers 0 to {layers - 1} with query heads 0 to "
-                f"{heads - 1}"
-            )
+        layer = given.index("layer", layer, layers, "the maps' layers")
+        head = given.index("head", head, heads, "the maps' query heads")
         return PooledMap(self.values[layer, head], self.row_edges, self.col_edges, self.pooling)
 
     def minus(self, other: GridOfMaps) -> GridOfMaps:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.brief import Brief
 from workbench.errors import BadParameter, InputError
 from workbench.measure.rows import head_parts, row_blocks, token_positions, visible_keys
@@ -42,9 +43,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
-            if not 0 <= value <= 1:
-                raise BadParameter(f"the threshold {each.name} is {value}: give a share between 0 and 1")
+            given.number(f"the threshold {each.name}", getattr(self, each.name), 0, 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,6 +105,8 @@ class HeadStats(Brief):
     def to_frame(self, kv_heads: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
         """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class."""
         layers, heads = self.entropy.shape
+        if heads % given.whole("kv_heads", kv_heads, 1, heads):
+            raise BadParameter(f"kv_heads is {kv_heads}: {heads} query heads cannot share so many KV heads")
         head = torch.arange(heads)
         columns = {name: getattr(self, name).flatten().numpy() for name in _COLUMNS}
         classes = [name for layer in self.classes(thresholds) for name in layer]
@@ -153,8 +154,7 @@ def head_stats(
     All float32 on the CPU. The column sums are those of `workbench.measure.column_sums`.
     """
     for name, count in (("sinks", sinks), ("recent", recent), ("probes", probes)):
-        if count < 1:
-            raise BadParameter(f"{name} is {count}: give at least 1")
+        given.whole(name, count, low=1)
     (_, nq, _), (k, nk, _) = queries.shape, keys.shape
     if nq == 0 or nk == 0:
         raise InputError(f"heads are judged by at least one query and one key, not {nq} and {nk}")
@@ -412,6 +412,8 @@ def probe_positions(tokens: int, count: int) -> Tensor:
 
     By them HACK judges heads.
     """
+    given.whole("tokens", tokens, low=1)
+    given.whole("count", count, low=1)
     half = tokens // 2
     at = torch.linspace(half, tokens - 1, min(count, tokens - half)).round().long()
     at[-1] = tokens - 1
@@ -424,7 +426,7 @@ def contextual(variance: Tensor, share: float) -> Tensor:
     HACK (Qin et al. 2025, arXiv:2504.09261) calls contextual the heads whose attention forms vertical patterns, the
     same tokens from every query, and structural those with diagonal patterns.
     """
-    number = round(share * variance.numel())
+    number = round(given.number("share", share, 0, 1) * variance.numel())
     chosen = torch.zeros(variance.numel(), dtype=torch.bool)
     chosen[variance.cpu().flatten().argsort(stable=True)[:number]] = True
     return chosen.view(variance.shape)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from workbench import given
 from workbench.brief import mib
 from workbench.errors import BadParameter, InputError, NotApplicable
 
@@ -83,11 +84,11 @@ class Timeline:
         time_s: float | None = None,
     ) -> Sample:
         """Append what is alive now; time_s: seconds since the timeline began, by default taken from the clock."""
-        if phase not in get_args(Phase):
-            raise BadParameter(f"phase is {phase!r}: choose one of {', '.join(get_args(Phase))}")
+        given.choice("phase", phase, get_args(Phase))
+        given.whole("step", step, low=0)
         if any(nbytes < 0 for nbytes in (*categories.values(), *kv_layers)):
             raise BadParameter(f"bytes must not be negative (phase {phase!r}, step {step})")
-        at = time.perf_counter() - self._began if time_s is None else time_s
+        at = time.perf_counter() - self._began if time_s is None else given.number("time_s", time_s, low=0)
         if self._samples and at < self._samples[-1].time:
             raise BadParameter(
                 f"a timeline goes forward: {at} s comes before the last sample's {self._samples[-1].time} s"
@@ -192,6 +193,7 @@ class Timeline:
 
     def without(self, phase: Phase) -> Timeline:
         """The same timeline without the samples of one phase."""
+        given.choice("phase", phase, get_args(Phase))
         left = Timeline(self.run)
         left._samples = [sample for sample in self._samples if sample.phase != phase]
         left._resume()

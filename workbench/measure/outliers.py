@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench.errors import BadParameter, InputError
+from workbench import given
+from workbench.errors import InputError
 
 # Statistics are taken in float64, this many bytes of channels at a time.
 _CHUNK_BYTES = 4 * 2**20  # stays in the processor's cache
@@ -139,8 +140,8 @@ def massive_activations(x: Tensor, ratio: float = 1000.0, floor: float = 100.0) 
     """
     if x.ndim != 2:
         raise InputError(f"massive activations are looked for in one hidden state [n, c], not {list(x.shape)}")
-    if not (ratio > 0 and floor >= 0):
-        raise BadParameter(f"ratio {ratio} and floor {floor}: the first must be positive, the second not negative")
+    given.number("ratio", ratio, low=0, above=True)
+    given.number("floor", floor, low=0)
     magnitude = x.detach().float().abs()
     if magnitude.numel() == 0 or magnitude.max() <= floor:  # the usual case: no need for the median
         return MassiveActivations((), floor)
@@ -170,8 +171,8 @@ def sinks(
     """
     if column_sums.ndim != 2:
         raise InputError(f"column_sums must be [h, nk], not {list(column_sums.shape)}")
-    if not 0 < threshold < 1:
-        raise BadParameter(f"threshold is {threshold}: give a share of attention between 0 and 1")
+    given.number("threshold", threshold, 0, 1, above=True)
+    given.whole("min_queries", min_queries, low=1)
     h, nk = column_sums.shape
     counts = torch.arange(nk, 0, -1)[None] if queries_per_key is None else queries_per_key.reshape(-1, nk).cpu()
     if h % counts.shape[0]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from workbench.errors import BadParameter, InputError
+from workbench import given
+from workbench.errors import InputError
 from workbench.progress import Progress
 
 BLOCK_BYTES = 64 * 2**20
@@ -96,7 +97,8 @@ def row_blocks(
 
     Raises InputError for shapes or positions that do not fit together.
     """
-    h, nq, k, nk = _check(queries, keys, window, softcap, block_bytes)
+    check_scores(scale, window, softcap)
+    h, nq, k, nk = _check(queries, keys, block_bytes)
     queries, keys_t = queries.detach(), keys.detach().float().transpose(1, 2)  # [k, d, nk]
     first, stop = visible_keys(nq, nk, query_positions, key_positions, window, kv_heads=k)  # [k or 1, nq]
     group = h // k
@@ -206,17 +208,24 @@ def token_positions(
         raise InputError("KV heads hold different positions: give query_positions, which tokens the queries belong to")
     else:
         at = held[0, nk - nq :]
-    for name, given, n in (("query_positions", at, nq), ("key_positions", held, nk)):
-        if given.shape[-1] != n:
-            raise InputError(f"{name} has {given.shape[-1]} entries for {n} tokens")
-        if (given.diff(dim=-1) < 0).any():
+    for name, found, n in (("query_positions", at, nq), ("key_positions", held, nk)):
+        if found.shape[-1] != n:
+            raise InputError(f"{name} has {found.shape[-1]} entries for {n} tokens")
+        if (found.diff(dim=-1) < 0).any():
             raise InputError(f"{name} must ascend: sort the tokens by position first")
     return at, held
 
 
-def _check(
-    queries: Tensor, keys: Tensor, window: int | None, softcap: float | None, block_bytes: int | None
-) -> tuple[int, int, int, int]:
+def check_scores(scale: float, window: int | None, softcap: float | None) -> None:
+    """Raise BadParameter unless scores can be computed so."""
+    given.number("scale", scale)
+    if window is not None:
+        given.whole("window", window, low=1)
+    if softcap is not None:
+        given.number("softcap", softcap, low=0, above=True)
+
+
+def _check(queries: Tensor, keys: Tensor, block_bytes: int | None) -> tuple[int, int, int, int]:
     if queries.ndim != 3 or keys.ndim != 3:
         raise InputError(
             f"queries must be [h, nq, d] and keys [k, nk, d], not {list(queries.shape)} and {list(keys.shape)}"
@@ -226,12 +235,8 @@ def _check(
         raise InputError(f"queries have head size {d}, keys {key_d}: they must come from the same layer")
     if k == 0 or h % k:
         raise InputError(f"{h} query heads cannot share {k} KV heads: the first must be a multiple of the second")
-    if window is not None and window < 1:
-        raise BadParameter(f"window is {window}: give at least 1 token, or None for no window")
-    if softcap is not None and not softcap > 0:
-        raise BadParameter(f"softcap is {softcap}: give a positive number, or None for none")
-    if block_bytes is not None and block_bytes < 1:
-        raise BadParameter(f"block_bytes is {block_bytes}: give a positive number of bytes")
+    if block_bytes is not None:
+        given.whole("block_bytes", block_bytes, low=1)
     return h, nq, k, nk
 
 

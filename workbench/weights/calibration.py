@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.errors import BadParameter, InputError
+from workbench import given
+from workbench.errors import InputError
 from workbench.weights.narrow import sampled_texts
 
 if TYPE_CHECKING:
@@ -37,9 +38,8 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("tokens", 8)):
-            if getattr(self, name) < low:
-                raise BadParameter(f"calibration: {name} is {getattr(self, name)}: give at least {low}")
+        for name, low, high in (("samples", 1, 2**20), ("tokens", 8, 2**31 - 1), ("seed", 0, 2**63 - 1)):
+            given.whole(f"calibration: {name}", getattr(self, name), low, high)
 
     def text(self) -> str:
         """The whole text. Raises InputError where it cannot be read."""

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from workbench import given
 from workbench.brief import Brief
 from workbench.progress import Progress
 from workbench.weights.blocks import blocks, placed
@@ -48,6 +49,7 @@ class Spectrum(Brief):
 
     def rank_for(self, energy: float) -> int:
         """The fewest singular values that hold this share of the sum of squares."""
+        given.number("energy", energy, 0, 1)
         held = self.values.double().square().cumsum(0)
         return min(int((held < energy * held[-1]).sum()) + 1, self.values.numel())
 
@@ -103,6 +105,11 @@ def spectra(
     layer, module: only of that decoder layer, or of the layers of that name inside it.
     """
     names = list(blocks(model))
+    linears = {name: placed(name, names) for name in linear_layers(model)}
+    if layer is not None:
+        layer = given.index("layer", layer, len(names), "the model's layers")
+    if module is not None:
+        given.choice("module", module, dict.fromkeys(short for where, short in linears.values() if where is not None))
     chosen: dict[str, tuple[int, str, nn.Module]] = {}
     for name, linear in linear_layers(model).items():
         where, short = placed(name, names)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench import given
 from workbench.attention.exact import causal_attention
 from workbench.attention.operators.base import Operator, chunks
-from workbench.brief import Brief
-from workbench.errors import BadParameter, NotApplicable, NotRead
+from workbench.brief import Brief, quoted
+from workbench.errors import NotApplicable, NotRead
 from workbench.measure.attention import PooledMap, Pooling, Span, pool_rows, pooled_map
 from workbench.measure.quality import output_error
 from workbench.measure.rows import RowBlock
@@ -73,10 +74,9 @@ def study(
 
     Raises BadParameter for a head that is not there.
     """
-    wanted = tuple(range(layer.heads) if heads is None else heads)
+    wanted = tuple(range(layer.heads) if heads is None else given.several("heads", heads, "query heads"))
     for each in (head, *wanted):
-        if not 0 <= each < layer.heads:
-            raise BadParameter(f"head is {each}: layer {layer.index} has query heads 0 to {layer.heads - 1}")
+        given.index("head", each, layer.heads, "the model's query heads")
     implied = implied_map(
         operator, layer, head, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress
     )
@@ -106,12 +106,11 @@ def study_operator(
     layer that is not there.
     """
     if not isinstance(operator, Operator):
-        raise NotApplicable(f"{operator!r} is no operator: wb.methods('operator') lists them")
+        raise NotApplicable(f"{quoted(operator)} is no operator: wb.methods('operator') lists them")
     if not trace.recorded:
         raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
-    if not 0 <= layer < len(trace.layers):
-        raise BadParameter(f"layer is {layer}: the model has layers 0 to {len(trace.layers) - 1}")
-    return study(operator, trace.layers[layer], head, pixels=pixels, **view)
+    at = given.index("layer", layer, len(trace.layers), "the model's layers")
+    return study(operator, trace.layers[at], head, pixels=pixels, **view)
 
 
 def implied_map(
