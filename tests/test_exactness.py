@@ -129,9 +129,9 @@ def test_attention_in_chunks_is_read_up_to_the_first_chunks_end() -> None:
     options = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "attention_chunk_size": 60}
     model = made("Llama4TextConfig", "Llama4ForCausalLM", **options)
     session = as_transformers(model, tokens=40)
-    with pytest.raises(PromptTooLong, match="60 positions"):
+    with pytest.raises(PromptTooLong, match="60 positions: beyond, its attention begins another chunk"):
         session.run("full", max_new_tokens=21)
-    with pytest.raises(PromptTooLong, match="60 positions"):
+    with pytest.raises(PromptTooLong, match="60 positions: beyond, its attention begins another chunk"):
         session.read(torch.cat([IDS, IDS]))
 
 

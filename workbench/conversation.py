@@ -186,8 +186,8 @@ class Conversation:
         read = before + ids.numel()
         if read + more > self.facts.max_positions and not self.plan.endless:
             raise PromptTooLong(
-                f"{read} tokens read and {more} to generate exceed the {self.facts.max_positions} positions of "
-                f"{self.facts.name}; shorten the text or lower max_new_tokens"
+                f"{read} tokens read and {more} to generate are too many for {self.facts.name}, which has "
+                f"{self.facts.room}; shorten the text or lower max_new_tokens"
             )
 
     def _text(self, tokens: Sequence[int]) -> str:

@@ -36,6 +36,13 @@ class Facts:
     layer_types: tuple[str, ...]  # per layer: "full_attention", "sliding_attention", or another word of transformers
     windows: tuple[int | None, ...]  # per layer: how many positions a query sees, itself included; None for all
     eos_ids: tuple[int, ...]  # token ids that end a generation
+    chunked: bool = False  # layers attend in chunks of `max_positions` tokens, of which the first is read
+
+    @property
+    def room(self) -> str:
+        """How many tokens can be read, in words."""
+        why = ": beyond, its attention begins another chunk, which is not supported" if self.chunked else ""
+        return f"{self.max_positions:,} positions{why}"
 
     @property
     def group(self) -> int:
@@ -75,6 +82,7 @@ def facts(model: PreTrainedModel, name: str | None = None, checkpoint_dtype: tor
         layer_types=layer_types,
         windows=windows,
         eos_ids=_eos_ids(model),
+        chunked=_chunk(config) == max_positions(model),
     )
 
 
@@ -101,9 +109,13 @@ def max_positions(model: PreTrainedModel) -> int:
     config: Any = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions")
     limit = next((size for name in names if (size := _said(config, name))), UNLIMITED)
-    chunk = _said(config, "attention_chunk_size")
-    chunked = chunk is not None and "chunked_attention" in (getattr(config, "layer_types", None) or ())
-    return min(limit, chunk) if chunked and chunk else limit
+    return min(limit, _chunk(config) or UNLIMITED)
+
+
+def _chunk(config: Any) -> int | None:
+    """How many tokens attend to each other in a model's layers that attend in chunks."""
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return _said(config, "attention_chunk_size") if chunked else None
 
 
 def _attention_span(config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
