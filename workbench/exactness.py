@@ -29,7 +29,7 @@ from workbench.reading import read
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_READ = 20  # tokens that are read at once; those that follow are decoded
+_READ = 12  # tokens that are read at once; those that follow are decoded
 _STEPS = (4, 1)  # so many at a time: several, then one
 _WINDOW = 8  # what sliding windows are narrowed to meanwhile, so that reading and decoding pass their edge
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of a row of logits' spread, by precision
@@ -39,7 +39,7 @@ _RULES = 1  # raise it when what is checked changes: models are then looked at a
 def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = None) -> None:
     """Raise NotApplicable where reading or decoding differs from the model by itself, naming the first layer.
 
-    Compared are the logits after 20 tokens read at once, then four together and one more decoded, on uncompressed
+    Compared are the logits after 12 tokens read at once, then four together and one more decoded, on uncompressed
     stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens meanwhile. A model that
     passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
     libraries. Raises Cancelled between layers.
@@ -127,9 +127,10 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.inference_mode(), quiet():
         for part in _parts(ids):
             inputs = part.to(device_of(model))[None]
-            output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+            count = part.numel() if rows else 1
+            output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count)
             cache = output.past_key_values
-            rows.append(output.logits[0].float() if rows else output.logits[0, -1:].float())
+            rows.append(output.logits[0, -count:].float())
     return torch.cat(rows)
 
 
