@@ -22,6 +22,7 @@ from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, 
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.streamed import Streamed, streamed
 from workbench.measure.memory import Timeline
+from workbench.measure.quality import output_error
 from workbench.progress import Progress
 from workbench.trace import LayerTrace, Trace
 
@@ -220,7 +221,7 @@ class Plan(Shown):
             got, _ = held.attend(probes, positions, **cast("dict[str, Any]", options))
             got = got.nan_to_num(0.0)
             want, _ = exact.attend(probes, positions, **cast("dict[str, Any]", options))
-            rows.append((got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1).clamp_min(1e-12))
+            rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
 
 

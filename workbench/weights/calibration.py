@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadParameter, InputError
+from workbench.models.decoder import max_positions
 from workbench.weights.narrow import sampled_texts
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class Calibration:
 
         Without a tokenizer, or from the source "sampled", they are what the model itself says.
         """
-        config: Any = model.config.get_text_config()
-        tokens = min(self.tokens, config.max_position_embeddings)
+        tokens = min(self.tokens, max_positions(model) or self.tokens)
         if tokenizer is None or self.source == SAMPLED:
             return sampled_texts(model, self.samples, tokens, self.seed).cpu().clone()  # no longer an inference tensor
         found = tokenizer(self.text(), add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]

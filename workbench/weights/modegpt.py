@@ -15,6 +15,7 @@ from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.blocks import blocks
 from workbench.weights.narrow import NarrowAttention, known_attention, narrowed
+from workbench.weights.sites import Values, sites_of
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
 from workbench.weights.whitening import root
@@ -236,24 +237,13 @@ def mixtures(outputs: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 def _modules(model: nn.Module) -> dict[str, list[_Module]]:
     """What can be narrower in each block, attention first."""
-    found: dict[str, list[_Module]] = {}
-    for block, parent in blocks(model).items():
-        found[block] = []
-        for own, module in parent.named_modules():
-            name = f"{block}.{own}"
-            projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
-            source: Any = module
-            if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
-                heads = source.k_proj.out_features // source.head_dim
-                value, out = source.v_proj, source.o_proj
-                width = value.out_features // heads
-                nbytes = (value.weight.nbytes + out.weight.nbytes) // width
-                found[block].insert(0, _Module(name, (f"{name}.v_proj",), f"{name}.o_proj", heads, width, nbytes))
-            elif projections == ["gate_proj", "up_proj", "down_proj"]:
-                width = source.down_proj.in_features
-                nbytes = sum(getattr(source, part).weight.nbytes for part in projections) // width
-                into = (f"{name}.gate_proj", f"{name}.up_proj")
-                found[block].append(_Module(name, into, f"{name}.down_proj", 1, width, nbytes))
+    names = blocks(model)
+    found: dict[str, list[_Module]] = {name: [] for name in names}
+    for site in sorted(sites_of(model), key=lambda site: not isinstance(site, Values)):
+        block = next((name for name in names if site.name.startswith(f"{name}.")), None)
+        if block is not None:
+            into = tuple(name for name in site.places if name != site.out)
+            found[block].append(_Module(site.name, into, site.out, site.heads, site.width, site.dimension_nbytes))
     return found
 
 

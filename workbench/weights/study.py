@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from workbench.engine import device_of, exclusive
 from workbench.models import cache_dir
+from workbench.models.linear import linear_of
 from workbench.progress import Progress
 from workbench.weights.blocks import Stream, blocks
 from workbench.weights.calibration import Calibration, key_of
@@ -103,7 +104,8 @@ class WeightStudy:
                 linears = _linears(self.blocks[name], name)
                 gathering = Gathering(moments)
                 alike, tokens = 0.0, 0
-                with exclusive(self.model), gathering.listening(linears):
+                called = {full: self.model.get_submodule(full) for full in linears}
+                with exclusive(self.model), gathering.listening(called):
                     for entered, left in stream.through(name):
                         progress.check()
                         cosines = nn.functional.cosine_similarity(entered.float(), left.float(), dim=-1)
@@ -172,9 +174,10 @@ class WeightStudy:
 
         model = self.model
         embedding = model.get_input_embeddings()
-        handles = [x.register_forward_hook(partial(listen, name)) for name, x in linears.items()]
+        handles = [model.get_submodule(name).register_forward_hook(partial(listen, name)) for name in linears]
         # A gradient has to flow through the blocks, but none into the model's own weights, which others may share.
-        handles.append(embedding.register_forward_hook(lambda *call: call[2].detach().requires_grad_()))
+        # What some models scale in place must not be the leaf itself.
+        handles.append(embedding.register_forward_hook(lambda *call: call[2].detach().requires_grad_().clone()))
         try:
             for ids in progress.track(self.ids[:, :256].split(1), "measuring gradients", self.ids.shape[0]):
                 with exclusive(model), torch.enable_grad():
@@ -223,8 +226,9 @@ class WeightStudy:
 
 
 def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The plain linear layers of a block, by their full names."""
-    return {f"{prefix}.{name}": module for name, module in block.named_modules() if type(module) is nn.Linear}
+    """The plain linear layers of a block, by their full names; Conv1D ones as `linear_of` sees them."""
+    found = {f"{prefix}.{name}": linear_of(module) for name, module in block.named_modules()}
+    return {name: linear for name, linear in found.items() if linear is not None}
 
 
 def _write(found: Mapping[str, InputStats], path: Path) -> None:
