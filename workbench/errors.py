@@ -52,6 +52,10 @@ class NotApplicable(InputError):
     """A method cannot be applied to this model or this prompt."""
 
 
+class OutOfRange(NotApplicable):
+    """Numbers too large for the precision in which they would have to be held."""
+
+
 class BadPrompt(InputError):
     """Text, messages or ids that cannot be read."""
 

@@ -14,6 +14,18 @@ from safetensors import SafetensorError
 from workbench.errors import InputError, WorkbenchError
 
 
+def located(folder: str | Path) -> Path:
+    """A folder as an absolute path, ~ written out. Raises InputError for a path that no system takes."""
+    try:
+        found = Path(folder).expanduser().absolute()
+        os.fsencode(found)
+        if "\0" in str(found):
+            raise ValueError("a path holds no zero byte")
+    except (RuntimeError, ValueError) as error:  # RuntimeError: the home of nobody
+        raise InputError(f"{str(folder)!r} is no path: {error}") from error
+    return found
+
+
 @contextmanager
 def whole(folder: Path, ours: Callable[[Path], bool], what: str) -> Iterator[Path]:
     """A folder beside `folder`, to be filled; it takes that place when the block ends, and goes if the block fails.

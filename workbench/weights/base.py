@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from workbench.engine import exclusive
-from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable
+from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable, OutOfRange
 from workbench.models.linear import linear_of, multiplied_weights
 from workbench.progress import Progress
 from workbench.registry import Family, Method
@@ -93,10 +94,20 @@ class WeightMethod(Method):
         there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
         """
         for name, linear, inputs in self.visit(linears, study, progress):
-            try:
+            with self.naming(name):
                 twin.set_submodule(name, self.compress(linear, inputs))
-            except CalibrationFailed as failure:
-                raise CalibrationFailed(f"{self.key}, {name}: {failure}") from failure
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """What fails for want of calibration or of range while the block runs says that this layer did."""
+        try:
+            yield
+        except CalibrationFailed as failure:
+            raise CalibrationFailed(f"{self.key}, {name}: {failure}") from failure
+        except OutOfRange as failure:
+            raise OutOfRange(
+                f"{self.key}, {name}: {failure}; a method that holds it in another form may do"
+            ) from failure
 
     def visit(
         self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

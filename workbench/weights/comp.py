@@ -128,7 +128,8 @@ class COMP(StructuredPruner):
                     down, seen = linears[site.out].weight.detach(), inputs[site.out]
                     kept = leverage(down, seen.square).topk(counts[site.out]).indices.sort().values
                     mask = tuned(down, seen.second_moment, kept, self.damping)
-                    site.prune(twin, kept[None], down[:, kept].double() * mask)
+                    with self.naming(site.out):
+                        site.prune(twin, kept[None], down[:, kept].double() * mask)
                 done += 1
         progress.update(f"compressing by {self.key}", len(narrow), len(narrow))
         shorten(twin, staying)

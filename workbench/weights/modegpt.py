@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
@@ -123,10 +124,11 @@ class MoDeGPT(WeightMethod):
             for module, width in zip(found[name], widths[name], strict=True):
                 if width == module.width:
                     continue
-                if known_attention(twin.get_submodule(module.name)):
-                    _narrow_values(twin, module, width, inputs)
-                else:
-                    self._narrow_neurons(twin, module, width, inputs)
+                with self.naming(module.out):
+                    if known_attention(twin.get_submodule(module.name)):
+                        _narrow_values(twin, module, width, inputs)
+                    else:
+                        self._narrow_neurons(twin, module, width, inputs)
 
     def _narrow_neurons(
         self, twin: PreTrainedModel, module: _Module, width: int, inputs: Mapping[str, InputStats]
@@ -256,7 +258,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 def _made(weight: Tensor, bias: nn.Parameter | None, like: nn.Linear) -> nn.Linear:
     """A plain layer with this weight [o, i], in the precision and mode of another."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.to(like.weight.dtype).contiguous(), requires_grad=False)
+    made.weight = nn.Parameter(checked(weight, like.weight.dtype, "its weights").contiguous(), False)
     made.bias = bias  # type: ignore[assignment]
     return made.train(like.training)
 

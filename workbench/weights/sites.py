@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked
 from workbench.weights.narrow import NarrowAttention, known_attention, narrowed
 
 if TYPE_CHECKING:
@@ -160,4 +161,4 @@ def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, 
 
 
 def _replace_weight(linear: Any, weight: Tensor) -> None:
-    linear.weight = nn.Parameter(weight.to(linear.weight.dtype).contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(checked(weight, linear.weight.dtype, "its weights").contiguous(), False)

@@ -129,7 +129,8 @@ class UDFC(StructuredPruner):
             even = [1.0] * len(sites)
             counts = shared_out(even, widths, lambda index, width: self.site_nbytes(sites[index], width), limit)
         for site, count in progress.track(zip(sites, counts, strict=True), f"compressing by {self.key}", len(sites)):
-            self._rebuild(twin, site, count)
+            with self.naming(site.name):
+                self._rebuild(twin, site, count)
 
     def _rebuild(self, twin: PreTrainedModel, site: Site, count: int) -> None:
         act = activation(twin.get_submodule(site.name))
