@@ -20,6 +20,7 @@ from workbench.kv.ranking import Ranking
 from workbench.kv.stores import SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
+from workbench.kv.stores.reach import check_reach
 from workbench.kv.streamed import Streamed, streamed
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import output_error
@@ -134,7 +135,12 @@ class Plan(Shown):
         return [self.store(layer) for layer in self.trace.layers]
 
     def store(self, layer: LayerTrace) -> Store:
-        """A fresh store for one layer."""
+        """A fresh store for one layer. Raises OutOfRange where its numbers are too large for the store's."""
+        store = self._store(layer)
+        check_reach(store, layer)
+        return store
+
+    def _store(self, layer: LayerTrace) -> Store:
         tiers = self.tiers[layer.index]
         merging = self.stages.merge
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
