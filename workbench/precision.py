@@ -34,6 +34,11 @@ def sixteen(x: Tensor, what: str) -> Tensor:
     )
 
 
+def appended(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """x as `dtype`, checked where that waits for nothing: on a GPU, what is appended step by step is not."""
+    return x.to(dtype) if x.is_cuda else checked(x, dtype, what)
+
+
 def check_finite(made: Tensor, x: Tensor, what: str) -> None:
     """Raise OutOfRange where a number of `made`, a narrower form of x, is not finite."""
     if bool(made.isfinite().all()):
