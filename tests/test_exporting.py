@@ -9,13 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import workbench as wb
 from workbench import exporting
 from workbench.cli import main
-from workbench.errors import BadRecipe, CheckpointRefused, InputError, MissingExtra, NotApplicable
+from workbench.errors import BadRecipe, CheckpointRefused, InputError, MissingExtra, NotApplicable, OutOfRange
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.weights import served
@@ -257,3 +267,90 @@ def test_the_command_line_exports_and_measures_layers(
     assert len(rows) == 3 + 7 and {"layer", "module", "kl", "error"} == set(rows[0])
     assert main(["sensitivity", "rtn", "--each", "head", *common]) == 2
     assert "layer or module" in capsys.readouterr().err
+
+
+# --- What a model has beside its weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "mended"),
+    [
+        ({"temperature": 0.6}, {"temperature"}),
+        ({"temperature": 0.6, "top_p": 0.9, "max_new_tokens": "many"}, {"temperature", "top_p", "max_new_tokens"}),
+        ({"early_stopping": True, "length_penalty": 2.0}, {"early_stopping", "length_penalty"}),
+        ({"num_beams": 2, "num_return_sequences": 4}, {"num_return_sequences"}),
+        ({"cache_implementation": "none such"}, {"cache_implementation"}),
+        ({"own": object()}, {"own"}),
+        ({"do_sample": True, "temperature": 0.6}, set()),
+    ],
+)
+def test_a_generation_config_that_is_not_valid_is_mended_and_the_export_says_so(
+    tmp_path: Path, settings: dict[str, Any], mended: set[str]
+) -> None:
+    made = session()
+    for name, value in {**settings, "eos_token_id": 7}.items():
+        setattr(made.model.generation_config, name, value)
+    done = made.export(tmp_path / "m", "rtn")
+    assert {text.partition("=")[0] for text in done.mended} == mended
+    assert all(text in str(done) for text in done.mended)
+    found = GenerationConfig.from_pretrained(str(tmp_path / "m"))
+    found.validate(strict=True)
+    kept = {name: value for name, value in settings.items() if name not in mended}
+    assert all(getattr(found, name) == value for name, value in {**kept, "eos_token_id": 7}.items())
+    assert all(getattr(made.model.generation_config, name) == value for name, value in settings.items())
+    assert wb.Session(tmp_path / "m").facts.eos_ids == (7,)
+
+
+def test_a_config_or_a_tokenizer_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    made = session()
+    made.model.config.own = torch.ones(2)
+    with pytest.raises(NotApplicable, match="cannot be written for its 'own'"):
+        made.export(tmp_path / "m", "rtn")
+
+    class Unwritten(PreTrainedTokenizerFast):
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError("no files")
+
+    tokenizer = Unwritten(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+    with pytest.raises(NotApplicable, match=r"Unwritten cannot be written \(NotImplementedError: no files\)"):
+        wb.Session((tiny("llama", layers=2), tokenizer)).export(tmp_path / "m", "rtn")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/m", "a\0b", "file/m"])
+def test_paths_that_cannot_be_written_to_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError) as refusal:
+        session().export(path, "rtn")
+    assert "\n" not in str(refusal.value)
+
+
+def test_names_in_another_encoding_do_not_stop_an_export(tmp_path: Path) -> None:
+    made = session()
+    made.model.config._name_or_path = "models/\udc80"
+    wb.Session((made.model, None)).export(tmp_path / "m", "rtn")
+    assert wb.Session(tmp_path / "m").facts.name == "models/?"
+
+
+def test_a_weight_that_the_exported_dtype_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama", layers=2)
+    model.lm_head.weight.data[3, 4] = -7e4
+    with pytest.raises(OutOfRange, match=r"lm_head\.weight reach 7e\+04, and float16 ends at 65,504"):
+        wb.Session((model, None)).export(tmp_path / "m", "rtn", dtype="float16")
+    wb.Session((model, None)).export(tmp_path / "m", "rtn", dtype="bfloat16")
+    with pytest.raises(OutOfRange, match="lm_head"):
+        wb.Session(tmp_path / "m", dtype="float16")
+
+
+def test_models_with_transposed_weights_are_written_in_our_own_format(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1)
+    made = wb.Session((GPT2LMHeadModel(config).eval(), None))
+    done = made.export(tmp_path / "m", "rtn", symmetric=True, group_size=32)
+    assert done.format == "workbench" and "stands for a Conv1D" in done.why
+    again = wb.Session(tmp_path / "m").model
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, compressed(made, "rtn", symmetric=True, group_size=32)(ids).logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,77 @@ def test_a_cancelled_pass_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     assert list((tmp_path / "calibration").iterdir()) == []
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
     assert len(list(study.inputs(moments=True))) == 3
+
+
+def moments(study: WeightStudy) -> list[Tensor]:
+    return [stats.second_moment for _, inputs in study.inputs(moments=True) for stats in inputs.values()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_without_a_writable_cache_statistics_lie_elsewhere_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = moments(study_of(tiny("llama")))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    study = study_of(tiny("llama"), persistent=True)
+    assert same(moments(study), want) and study.similarity().shape == (3,)
+    monkeypatch.setattr(study, "_stream", None)  # the second time they are read
+    assert same(moments(study), want)
+    assert len(study.notes) == 1 and "cannot be written to" in study.notes[0]
+    session = wb.Session((tiny("llama"), None))
+    session.read(torch.arange(20))
+    assert sum("calibration is not kept" in note for note in session.run("wanda", max_new_tokens=2).notes) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_full_disk_stops_no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    import resource
+
+    want = moments(study_of(tiny("llama")))
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    study, before = study_of(tiny("llama"), persistent=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # what writes more than that is told so by the system
+    try:
+        found, again = moments(study), moments(study)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert same(found, want) and same(again, want) and study.similarity().shape == (3,)
+    assert len(study.notes) == 2
+    assert list((tmp_path / "calibration").iterdir()) == []
+    assert same(moments(study_of(tiny("llama"), persistent=True)), want)
+
+
+@pytest.mark.parametrize("name", ["0.safetensors", "2.safetensors", "blocks.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "garbage", "gone"])
+def test_damaged_statistics_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    want = moments(study_of(tiny("llama"), persistent=True))
+    path = next((tmp_path / "calibration").iterdir()) / name
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if how == "cut" else b"\xff" * 300)
+    assert same(moments(study_of(tiny("llama"), persistent=True)), want)
+    mended = study_of(tiny("llama"), persistent=True)
+    monkeypatch.setattr(mended, "_stream", None)
+    assert same(moments(mended), want) and not mended.notes
+
+
+def test_two_who_calibrate_at_once_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    one, two = (study_of(tiny("llama"), persistent=True) for _ in range(2))
+    pairs = list(zip(one.inputs(moments=True), two.inputs(moments=True), strict=True))
+    assert len(pairs) == 3 and not one.notes and not two.notes
+    assert len(list((tmp_path / "calibration").iterdir())) == 1
+    monkeypatch.setattr(one, "_stream", None)
+    assert len(moments(one)) == len(moments(two))
 
 
 def test_other_texts_make_other_copies(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

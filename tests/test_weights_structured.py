@@ -403,7 +403,7 @@ def test_stored_weights_do_not_shrink_and_a_budget_says_so(tiny_llama: PreTraine
 
 def test_what_is_in_no_gated_mlp_is_listed_with_the_reason(tiny_llama: PreTrainedModel) -> None:
     left = CFSP().left_alone(tiny_llama)
-    assert "no module whose inside is pruned" in left["model.layers.0.self_attn.q_proj"]
+    assert "no gated MLP (gate_proj, up_proj, down_proj)" in left["model.layers.0.self_attn.q_proj"]
     for architecture in ("phi3", "mixtral"):
         with pytest.raises(NotApplicable, match="no linear layer left"):
             compressed(tiny(architecture), [CFSP()])

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench import captured
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine import device_of, forward
-from workbench.errors import BudgetTooSmall, NotApplicable
+from workbench.errors import BudgetTooSmall, NotApplicable, OutOfRange
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore, SlidingStore, Store, cloned
 from workbench.kv.stores.mixed import MixedStore
@@ -284,6 +284,11 @@ def greedy(
         logits = decoder.feed(ids, measure=True)[-1]
         progress.update("question", 1, 1)
     for step in range(max_new_tokens):
+        if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
+            raise OutOfRange(
+                f"after {step} tokens the logits are not finite numbers: keys or values are too large for the "
+                'precision in which this cache holds them; give kv_dtype="bfloat16", or another method'
+            )
         token = int(logits.argmax())
         yield token
         progress.update("decoding", step + 1, max_new_tokens)

@@ -58,6 +58,10 @@ class NoRotation(NotApplicable):
     """A model or layer whose queries and keys are not rotated by their positions."""
 
 
+class OutOfRange(NotApplicable):
+    """Numbers too large for the precision in which they would have to be held."""
+
+
 class BadPrompt(InputError):
     """Text, messages or ids that cannot be read."""
 

@@ -8,7 +8,7 @@ tell: they are read and decoded as every prompt is, and the logits are held agai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from workbench.errors import NotApplicable
 from workbench.kv.full import Full
 from workbench.kv.plan import make_plan
 from workbench.models import Facts, cache_dir
+from workbench.models.decoder import decoder_layers
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 from workbench.prompt import Prompt
@@ -159,8 +160,9 @@ def _wrong(own: Tensor, got: Tensor, precision: torch.dtype) -> str | None:
 
 def _first_layer(model: PreTrainedModel, facts: Facts, ids: Tensor) -> int | None:
     """The first decoder layer whose outputs differ between both ways; None where its layers cannot be told."""
-    layers = _layers(model, facts)
-    if layers is None:
+    try:
+        layers = list(decoder_layers(model).values())
+    except NotApplicable:  # an architecture whose layers are not in one list: the refusal names none
         return None
     with _outputs(layers) as own:
         _own_logits(model, ids)
@@ -174,14 +176,8 @@ def _first_layer(model: PreTrainedModel, facts: Facts, ids: Tensor) -> int | Non
     return None
 
 
-def _layers(model: PreTrainedModel, facts: Facts) -> nn.ModuleList | None:
-    """The decoder's layers: the first list of as many modules."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((found for found in lists if len(found) == facts.layers), None)
-
-
 @contextmanager
-def _outputs(layers: nn.ModuleList) -> Iterator[list[list[Tensor]]]:
+def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
     """What each layer gives while the block lasts, [t, hidden] for each call."""
     seen: list[list[Tensor]] = [[] for _ in layers]
 

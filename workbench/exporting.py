@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from workbench import strict_json
 from workbench.errors import BadParameter, CheckpointRefused, NotApplicable
-from workbench.folders import whole
+from workbench.files import place
+from workbench.folders import located, whole
 from workbench.measure.memory import tensor_bytes
 from workbench.models import Facts, LoadedModel, facts
 from workbench.models.checkpoint import has_tokenizer
+from workbench.models.generation import writable
 from workbench.models.load import device_for, dtype_for, named_dtype
 from workbench.models.quiet import quiet
+from workbench.precision import checked
 from workbench.progress import Progress
-from workbench.strict_json import dumps
 from workbench.weights import served
 from workbench.weights.structure import describe, rebuild, replaced
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from workbench.weights.base import WeightMethod
 
@@ -45,7 +50,8 @@ class Exported:
 
     format: "compressed-tensors", which transformers loads, or "workbench", which `wb.Session(path)` does. why: what
     speaks against the former, where it was not taken. nbytes: of the file with the weights. compressed_nbytes: of what
-    stands for the compressed weights; rest_nbytes: of all other tensors in it.
+    stands for the compressed weights; rest_nbytes: of all other tensors in it. mended: settings for generating that
+    could not be written as the model has them, and went back to their defaults, each as "name=value".
     """
 
     path: Path
@@ -54,6 +60,7 @@ class Exported:
     compressed_nbytes: int
     rest_nbytes: int
     why: str = ""
+    mended: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -61,9 +68,12 @@ class Exported:
 
     def __str__(self) -> str:
         why = f" ({self.why})" if self.why else ""
+        mended = f"; left out of the generation config, as it is not valid with it: {', '.join(self.mended)}"
+        mended = mended if self.mended else ""
         return (
             f"{self.path}: {self.nbytes / 2**20:.1f} MiB in the format {self.format}{why}: "
             f"{self.compressed_nbytes / 2**20:.1f} MiB compressed, {self.rest_nbytes / 2**20:.1f} MiB of the rest"
+            f"{mended}"
         )
 
 
@@ -81,17 +91,21 @@ def export(
 
     known: the facts of the model. format: "auto" takes compressed-tensors where the layers have a place in it and the
     library is here. dtype: in which the tensors that are not compressed are written: "float16", "bfloat16" or
-    "float32"; by default as the model holds them. Raises NotApplicable where the format asked for has no place for a
-    layer, MissingExtra, InputError for a folder that holds something else.
+    "float32"; by default as the model holds them. What of the generation config is not valid goes back to its default,
+    and the result says so. Raises NotApplicable where the format asked for has no place for a layer, a weight is too
+    large for the dtype, or the configuration or the tokenizer cannot be written; MissingExtra; InputError for a folder
+    that holds something else or cannot be written to.
     """
-    folder = folder.expanduser().absolute()
+    folder = located(folder)
     if format not in ("auto", "workbench", served.NAME):
         raise BadParameter(f"format {format!r} is not one of auto, workbench, {served.NAME}")
     precision = None if dtype is None else named_dtype(str(dtype).removeprefix("torch."))
     if dtype is not None and precision not in (torch.float32, torch.bfloat16, torch.float16):
         raise BadParameter(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
     names = replaced(model, twin)
-    why = served.unfit(twin, names)
+    why = served.unfit(model, twin, names)
+    config = _config(twin)
+    generation, mended = (None, ()) if twin.generation_config is None else writable(twin.generation_config)
     if format == served.NAME:
         if why:
             raise NotApplicable(f'{why}, which {served.NAME} has no place for: export with format="workbench"')
@@ -111,28 +125,72 @@ def export(
             "checkpoint_dtype": None if known.checkpoint_dtype is None else _name(known.checkpoint_dtype),
         }
         if own:
-            description |= _write(twin, work, precision)
+            description |= _write(twin, config, work, precision)
         else:
-            served.write(twin, names, work, precision)
-        if twin.generation_config is not None:
-            twin.generation_config.save_pretrained(work)
+            served.write(twin, config, names, work, precision)
+        if generation is not None:
+            generation.save_pretrained(work)
         if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        (work / DESCRIPTION).write_text(dumps(description) + "\n", encoding="utf-8")
+            _write_tokenizer(tokenizer, work)
+        (work / DESCRIPTION).write_text(strict_json.dumps(description) + "\n", encoding="utf-8")
     weights = folder / (TENSORS if own else served.WEIGHTS)
     compressed = sum(tensor_bytes(twin.get_submodule(name).buffers()) for name in names)
     rest = _stored_nbytes(weights) - compressed
     reason = why if format == "auto" and why else ""
-    return Exported(folder, str(description["kind"]), weights.stat().st_size, compressed, rest, reason)
+    return Exported(folder, str(description["kind"]), weights.stat().st_size, compressed, rest, reason, mended)
 
 
 def is_exported(folder: str | Path) -> bool:
     """Whether `export` wrote this folder."""
     try:
-        found = json.loads((Path(folder).expanduser() / DESCRIPTION).read_text(encoding="utf-8"))
+        return strict_json.read(place(folder) / DESCRIPTION).get("format") == FORMAT
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _config(twin: PreTrainedModel) -> PretrainedConfig:
+    """A copy of the model's configuration, which names its class. Raises NotApplicable where it cannot be written."""
+    config: PretrainedConfig = copy.deepcopy(twin.config)
+    config.architectures = [type(twin).__name__]
+    complaint = _unwritable(config)
+    if complaint is not None:
+        odd = next((name for name in vars(config) if _unwritable(_without(config, name)) is None), None)
+        which = "" if odd is None else f" for its {odd!r}"
+        raise NotApplicable(
+            f"the model's config cannot be written{which} ({complaint}): mend model.config and export again"
+        )
+    return config
+
+
+def _unwritable(config: PretrainedConfig) -> str | None:
+    """What speaks against writing this configuration; None if it can be."""
+    try:
+        with TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _without(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    made = copy.copy(config)
+    made.__dict__ = {key: value for key, value in vars(config).items() if key != name}
+    return made
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise  # the folder's, not the tokenizer's
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise NotApplicable(
+            f"this {type(tokenizer).__name__} cannot be written ({type(error).__name__}: {reason}); export without it, "
+            "from Session((model, None))"
+        ) from error
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -148,22 +206,23 @@ def _stored_nbytes(path: Path) -> int:
 # -- the workbench's own format
 
 
-def _write(twin: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+def _write(twin: PreTrainedModel, config: PretrainedConfig, folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """Write tensors and configuration; returns what else is needed to read them."""
-    modules, tensors = describe(twin, _skeleton(twin.config, twin.dtype, None))
+    modules, tensors = describe(twin, _skeleton(config, twin.dtype, None))
     parameters = {id(weight) for weight in twin.parameters()} if dtype is not None else set()
     held = dict(twin.named_parameters(remove_duplicate=False))
     stored: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     owners: dict[tuple[int, ...], str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.numel(), tensor.storage_offset(), *tensor.shape, hash(tensor.dtype))
+        key = (tensor.data_ptr(), tensor.storage_offset(), *tensor.shape, *tensor.stride(), hash(tensor.dtype))
         names[name] = owner = owners.setdefault(key, name) if tensor.numel() else name
         if owner == name:
-            cast = dtype is not None and name in held and id(held[name]) in parameters and tensor.is_floating_point()
-            stored[name] = (tensor.to(dtype) if cast else tensor).cpu().contiguous().clone()
+            own = name in held and id(held[name]) in parameters and tensor.is_floating_point()
+            cast = tensor if dtype is None or not own else checked(tensor, dtype, name)
+            stored[name] = cast.cpu().contiguous().clone()
     save_file(stored, folder / TENSORS)
-    twin.config.save_pretrained(folder)
+    config.save_pretrained(folder)
     return {
         "modules": modules,
         "tensors": names,
@@ -173,10 +232,15 @@ def _write(twin: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> di
 
 
 def _skeleton(config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    """A plain model of this configuration, its parameters without data."""
+    """A plain model of this configuration, its parameters without data: of the class that it names, where that is one
+    of transformers' own.
+    """
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    own = isinstance(named, type) and issubclass(named, PreTrainedModel)
     with init_empty_weights(), quiet():
-        options = {} if attention is None else {"attn_implementation": attention}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        make = named._from_config if own else AutoModelForCausalLM.from_config
+        model: PreTrainedModel = make(config, dtype=dtype, **options)
     return model
 
 
@@ -191,12 +255,12 @@ def load(
     dtype: what it computes in; default float32 on a CPU, bfloat16 on CUDA. Raises CheckpointRefused for a damaged one
     or one with layers that are unknown here.
     """
-    folder, progress = Path(folder).expanduser().resolve(), progress or Progress()
+    folder, progress = located(folder).resolve(), progress or Progress()
     target = device_for(device)
     precision = dtype_for(dtype, target)
     progress.update("load", 0, 1)
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        described = strict_json.read(folder / DESCRIPTION)
         if described["version"] > VERSION:
             raise CheckpointRefused(
                 f"{folder} was exported by a newer workbench; upgrade inference-workbench to open it"
@@ -207,9 +271,9 @@ def load(
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointRefused(f"{folder}: damaged ({type(error).__name__}: {reason}); export it again") from error
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
         if weight.is_floating_point():
-            weight.data = weight.data.to(precision)
+            weight.data = checked(weight.data, precision, name)
     model.config.dtype = precision
     model.to(target)  # type: ignore[arg-type]
     model.eval()

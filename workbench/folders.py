@@ -11,7 +11,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from workbench.brief import quoted
 from workbench.errors import InputError, WorkbenchError
+from workbench.files import place
+
+
+def located(folder: str | Path) -> Path:
+    """A folder as an absolute path, ~ written out. Raises InputError for a path that no system takes."""
+    try:
+        found = place(folder).absolute()
+        os.fsencode(found)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{quoted(str(folder), 200)} is no path: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    return found
 
 
 @contextmanager

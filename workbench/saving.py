@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
-from workbench.files import place, regular
-from workbench.folders import whole
+from workbench.files import regular
+from workbench.folders import located, whole
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
@@ -101,7 +101,7 @@ def save(session: Session, folder: Path) -> Path:
     Whole or not at all: everything is written beside the folder first. A folder that holds a saved session is replaced;
     any other folder with something in it is refused with InputError.
     """
-    folder = _place(folder).absolute()
+    folder = located(folder)
     tensors: dict[str, Tensor] = {"model.samples": _samples(session.model)}
     with whole(folder, _is_ours, "a saved session") as work:
         description = _describe(session, tensors)
@@ -182,7 +182,7 @@ def load(cls: type[S], folder: Path, **options: Any) -> S:
     one. Computes in the precision of the saved session unless `dtype=` says otherwise. Raises InputError for what is no
     saved session or another model, CheckpointRefused for a damaged one.
     """
-    folder = _place(folder)
+    folder = located(folder)
     description = _read_description(folder)
     try:
         with safe_open(regular(folder / TENSORS), framework="pt") as tensors:
@@ -231,13 +231,6 @@ def _exists(folder: Path) -> bool:
         return folder.exists()
     except OSError:
         return False
-
-
-def _place(folder: Path) -> Path:
-    try:
-        return place(folder)
-    except OSError as error:
-        raise InputError(f"{str(folder)!r} cannot be a folder: {error.strerror}") from None
 
 
 def _restore(

@@ -430,7 +430,7 @@ class Session(Shown):
             plain_model=self.model,
             facts=self.facts,
             tokenizer=self.tokenizer,
-            notes=(*self.trace.prompt.notes, *plan.notes, *weight_notes),
+            notes=(*self.trace.prompt.notes, *plan.notes, *weight_notes, *self._variants.notes),
             on_run=partial(self._remember, self.trace),
             graphs=self.graphs,
         )

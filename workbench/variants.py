@@ -71,6 +71,11 @@ class Variants:
             self.calibration = calibration
             self._made, self._nbytes, self._studies = {}, {}, {}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run's record has to say of how the models were calibrated."""
+        return tuple(dict.fromkeys(note for study in self._studies.values() for note in study.notes))
+
     def nbytes(self, methods: Sequence[Method]) -> int:
         """Live bytes of the model's weights under `methods`."""
         key = tuple(methods)

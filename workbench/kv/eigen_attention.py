@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from workbench.engine import engaged, forward
@@ -16,6 +16,7 @@ from workbench.kv.base import KVMethod, Study
 from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.lowrank import LowRankFormat, Ranks, Spaces, spaces_of
 from workbench.kv.stores.store import seen_by
+from workbench.models.decoder import decoder_layers
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import attend
@@ -135,8 +136,7 @@ def profiles_of(study: Study) -> dict[int, Profile]:
     probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
     given = _Given(trace, probes)
     within = {layer.index for layer in trace.compressible}
-    count = len(trace.layers)
-    layers = next(m for m in study.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    layers = list(decoder_layers(study.model).values())
     asking = False
 
     def after(module: Any, args: Any, options: Any, output: Any) -> None:

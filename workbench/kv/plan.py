@@ -20,8 +20,10 @@ from workbench.kv.ranking import Ranking
 from workbench.kv.stores import SharedStore, SlidingStore, Store, cloned
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
+from workbench.kv.stores.reach import check_reach
 from workbench.kv.streamed import Streamed, streamed
 from workbench.measure.memory import Timeline
+from workbench.measure.quality import output_error
 from workbench.progress import Progress
 from workbench.trace import LayerTrace, Trace
 
@@ -136,7 +138,15 @@ class Plan(Shown):
         return made
 
     def store(self, layer: LayerTrace) -> Store:
-        """A fresh store for one layer that holds keys and values of its own."""
+        """A fresh store for one layer that holds keys and values of its own.
+
+        Raises OutOfRange where its numbers are too large for the store's.
+        """
+        store = self._store(layer)
+        check_reach(store, layer)
+        return store
+
+    def _store(self, layer: LayerTrace) -> Store:
         tiers = self.tiers[layer.index]
         merging = self.stages.merge
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
@@ -223,7 +233,7 @@ class Plan(Shown):
             got, _ = held.attend(probes, positions, **cast("dict[str, Any]", options))
             got = got.nan_to_num(0.0)
             want, _ = exact.attend(probes, positions, **cast("dict[str, Any]", options))
-            rows.append((got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1).clamp_min(1e-12))
+            rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,8 @@ from workbench.attention.exact import causal_attention
 from workbench.engine import engaged, forward
 from workbench.errors import NotRead
 from workbench.measure.outliers import ChannelStats, LayerStats, channel_stats, layer_stats
+from workbench.models.decoder import decoder_layers, placed
+from workbench.models.linear import linear_of
 from workbench.progress import Progress
 from workbench.trace import Trace
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS = ("keys", "values", "activations", "weights")
-_IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 def channel_table(
@@ -39,7 +39,7 @@ def channel_table(
 
     kind: "keys" or "values" (columns layer, head, channel: each KV head for itself, keys after the rotary embedding);
     "activations" (layer, channel: the residual stream as it enters each decoder layer, from one more forward pass over
-    the prompt, remembered with the trace); "weights" (layer, module, channel: the input channels of every nn.Linear
+    the prompt, remembered with the trace); "weights" (layer, module, channel: the input channels of every linear layer
     over its outputs; layer is missing for one outside the layers, such as lm_head; `weights` gives others to look at,
     by name, [outputs, inputs] when called).
 
@@ -49,7 +49,7 @@ def channel_table(
     given.choice("kind", kind, KINDS)
     progress = progress or Progress()
     if kind == "weights":
-        return _weights(plain_weights(model) if weights is None else weights, progress)
+        return _weights(model, plain_weights(model) if weights is None else weights, progress)
     if trace is None:
         raise NotRead(f"outliers of {kind} are those of a prompt, and none has been read yet: call read(text) first")
     return trace.once(("channels", kind), lambda: _of_prompt(kind, model, trace, progress)).copy()
@@ -85,7 +85,7 @@ class _Exact:
 def _residual_stream(model: PreTrainedModel, trace: Trace, progress: Progress) -> LayerStats:
     """Statistics of what enters each decoder layer; taken layer by layer, so that only one hidden state is alive."""
     stats: dict[int, ChannelStats] = {}
-    layers: Any = model.get_decoder().layers
+    layers = list(decoder_layers(model).values())
 
     def take(index: int, hidden: Tensor) -> None:  # hidden [1, n, c]
         progress.update("statistics of activations", index, len(layers))
@@ -117,18 +117,20 @@ def _watching(layers: Any, take: Any) -> Iterator[None]:
 
 
 def plain_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """The weight [outputs, inputs] of every nn.Linear by name: a fused tensor of experts, or an embedding, is none."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name: partial(getattr, module, "weight") for name, module in linears.items()}
+    """The weight [outputs, inputs] of every linear layer by name, as `linear_of` takes it: fused experts, or an
+    embedding, are none.
+    """
+    linears = {name: linear_of(module) for name, module in model.named_modules()}
+    return {name: partial(getattr, linear, "weight") for name, linear in linears.items() if linear is not None}
 
 
-def _weights(weights: Mapping[str, Callable[[], Tensor]], progress: Progress) -> pd.DataFrame:
-    frames = []
+def _weights(model: nn.Module, weights: Mapping[str, Callable[[], Tensor]], progress: Progress) -> pd.DataFrame:
+    frames, layers = [], list(decoder_layers(model))
     for name, weight in progress.track(weights.items(), "statistics of weights", len(weights)):
-        found = _IN_LAYER.search(name)
+        layer, module = placed(name, layers)
         frame = channel_stats(weight()).to_frame()  # [out, in] -> one row an input channel
-        frame.insert(0, "module", found[2] if found else name)
-        frame.insert(0, "layer", int(found[1]) if found else -1)
+        frame.insert(0, "module", module)
+        frame.insert(0, "layer", -1 if layer is None else layer)
         frames.append(frame)
     columns = ["layer", "module", "channel", "absmax", "kurtosis", "energy"]
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)

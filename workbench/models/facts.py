@@ -104,11 +104,19 @@ def _head_dim(config: Any, heads: int) -> int:
 def max_positions(model: PreTrainedModel) -> int:
     """How many tokens a model can read; `UNLIMITED` where nothing in its config limits them (ALiBi, a state space).
 
-    Attention in chunks is causal attention up to the first chunk's end, and it ends there for us.
+    Attention in chunks is causal attention up to the first chunk's end, and it ends there for us. A table of positions
+    that begins behind its padding (RoBERTa) has fewer than the config says.
     """
-    config: Any = model.config.get_text_config()
+    from torch import nn
+
+    config: Any = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions")
     limit = next((size for name in names if (size := _said(config, name))), UNLIMITED)
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
+            continue
+        if module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
     return min(limit, _chunk(config) or UNLIMITED)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from workbench.precision import half
 from workbench.registry import Paper, param, register
 from workbench.weights.grid import Grid, fit_least
 from workbench.weights.layers import PackedLinear, packed_nbytes
@@ -31,7 +32,7 @@ def awq_columns(weight: Tensor, inputs: InputStats, nearest: Callable[[Tensor], 
     least = float("inf")
     for step in range(_STEPS):
         scales = size ** (step / _STEPS)
-        columns = ((scales.max() * scales.min()).sqrt() / scales).to(torch.float16).float()
+        columns = half((scales.max() * scales.min()).sqrt() / scales, "the factors of its columns").float()
         change = nearest(weight / columns).mul_(columns).sub_(weight)
         error = float(inputs.output_error(change).sum())
         if best is None or error < least:

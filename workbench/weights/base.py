@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from workbench.engine import exclusive
-from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable
+from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable, OutOfRange
+from workbench.models.linear import linear_of, multiplied_weights
 from workbench.progress import Progress
 from workbench.registry import Family, Method
-from workbench.weights.blocks import output_head, outside
+from workbench.weights.blocks import blocks, output_head, outside
 from workbench.weights.calibration import SAMPLED, Calibration
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
@@ -29,7 +30,9 @@ SHORT = Calibration(SAMPLED, samples=16, tokens=64)  # where nobody says on what
 class WeightMethod(Method):
     """Base of all methods that make a model's weights smaller.
 
-    Budget: the share of the 16-bit bytes of the weight matrices that the method compresses, or a size for them.
+    Budget: the share of the 16-bit bytes of the weight matrices that the method is for, or a size for them: by default
+    those of the decoder's layers. What it cannot compress there, such as fused experts, counts at its full size; a
+    budget that this leaves no room for is refused. The embedding and the output head stay, and do not count.
 
     Stages: `survey` says which matrices are taken and which are left, with the reason; `check` refuses what the
     parameters do not fit; `nbytes` or `total_nbytes` foretell the size, before anything is computed; `compress` makes
@@ -91,10 +94,20 @@ class WeightMethod(Method):
         there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
         """
         for name, linear, inputs in self.visit(linears, study, progress):
-            try:
+            with self.naming(name):
                 twin.set_submodule(name, self.compress(linear, inputs))
-            except CalibrationFailed as failure:
-                raise CalibrationFailed(f"{self.key}, {name}: {failure}") from failure
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """What fails for want of calibration or of range while the block runs says that this layer did."""
+        try:
+            yield
+        except CalibrationFailed as failure:
+            raise CalibrationFailed(f"{self.key}, {name}: {failure}") from failure
+        except OutOfRange as failure:
+            raise OutOfRange(
+                f"{self.key}, {name}: {failure}; a method that holds it in another form may do"
+            ) from failure
 
     def visit(
         self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -121,9 +134,7 @@ class WeightMethod(Method):
         """One line for a run's record: what was compressed to which size, and what was left alone."""
         survey = self.survey(model)
         compact, full = survey.nbytes, survey.full_nbytes
-        left = sorted(survey.left.items(), key=lambda item: item[1])
-        parts = [_several([name for name, _ in same], reason) for reason, same in groupby(left, lambda item: item[1])]
-        kept = f"; left alone: {'; '.join(parts)}" if parts else ""
+        kept = f"; left alone: {_grouped(survey.left)}" if survey.left else ""
         return (
             f"{self.key}: {len(survey.linears)} linear layers in {compact / 2**20:.1f} MiB "
             f"({compact / full:.1%} of their {self.measure}){kept}"
@@ -134,12 +145,17 @@ class WeightMethod(Method):
 class Survey:
     """What a weight method finds in a model.
 
-    linears: the layers that it compresses, by name. left: the other weight matrices, with the reason.
+    linears: the layers that it compresses, by name. left: the other weight matrices, with the reason. fixed: how many
+    numbers those of the left ones hold that stand in the decoder's layers and are of a form that the method has no
+    answer to: fused experts, routers. A budget is a share of both: what it asks of the layers is less by what is fixed.
+    method: with the budget that is left for the layers; asked: as it was asked for.
     """
 
     method: WeightMethod
     linears: dict[str, nn.Linear]
     left: dict[str, str]
+    fixed: dict[str, int] = field(default_factory=dict, kw_only=True)
+    asked: WeightMethod | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, model: nn.Module, method: WeightMethod) -> Survey:
@@ -152,36 +168,44 @@ class Survey:
                     owners.setdefault(id(parameter), name or own)
                     counts[id(parameter)] = counts.get(id(parameter), 0) + 1
         head = output_head(model)
+        inside = tuple(f"{name}." for name in blocks(model)) if hasattr(model, "config") else ("",)
         linears: dict[str, nn.Linear] = {}
         left: dict[str, str] = {}
+        fixed: dict[str, int] = {}
         for name, module in model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim < 2:
                     continue
-                owner = owners[id(parameter)]
+                owner, linear = owners[id(parameter)], linear_of(module)
+                path = name if linear is not None or isinstance(module, nn.Embedding) else f"{name}.{own}"
                 if isinstance(module, nn.Embedding):
-                    left[name] = "an embedding is looked up, not multiplied"
-                elif owner != name and isinstance(module, nn.Linear):
-                    left[name] = f"tied to {owner}"
+                    left[path] = "an embedding is looked up, not multiplied"
+                elif owner != name and linear is not None:
+                    left[path] = f"tied to {owner}"
                 elif counts[id(parameter)] > 1:
-                    left[name] = "its weight is shared with another module"
+                    left[path] = "its weight is shared with another module"
                 elif module is head:
-                    left[name] = "the output head keeps its precision"
-                elif type(module) is not nn.Linear:
+                    left[path] = "the output head keeps its precision"
+                elif linear is None:
                     what = "fused experts, not linear layers" if parameter.ndim > 2 else "not a plain linear layer"
-                    left[f"{name}.{own}"] = f"{what} ({type(module).__name__})"
+                    left[path] = f"{what} ({type(module).__name__})"
                 else:
-                    reason = method.refuses(module)
+                    reason = _read_elsewhere(model, name) or method.refuses(linear)
                     if reason is None:
-                        linears[name] = module
-                    else:
-                        left[name] = reason
+                        linears[name] = linear
+                        continue
+                    left[path] = reason
+                if path.startswith(inside):
+                    fixed[path] = parameter.numel()
         refused = method.refused(model, linears)
         linears = {name: linear for name, linear in linears.items() if name not in refused}
         left.update(refused)
         if not linears:
-            raise NotApplicable(f"{method.key}: this model has no linear layer left that could be compressed")
-        return cls(method, linears, left)
+            raise NotApplicable(
+                f"{method.key}: this {type(model).__name__} has no linear layer left that could be compressed: "
+                f"{_grouped({name: why for name, why in left.items() if name.startswith(inside)} or left)}"
+            )
+        return cls(_within(method, linears, sum(fixed.values())), linears, left, fixed=fixed, asked=method)
 
     @property
     def nbytes(self) -> int:
@@ -193,22 +217,71 @@ class Survey:
         """Bytes of the same layers as the method measures them, usually at 16 bits."""
         return sum(self.method.full_nbytes(linear) for linear in self.linears.values())
 
+    @property
+    def fixed_nbytes(self) -> int:
+        """Bytes of what stays in the decoder's layers whatever the budget, measured in the same way."""
+        return _measured(self.method, self.linears, sum(self.fixed.values()))
+
     def check(self) -> None:
         """Raise NotApplicable or BudgetTooSmall before anything is computed."""
-        method = self.method
-        method.check(self.linears)
-        if method.effective_budget is None:
+        method, asked = self.method, self.asked or self.method
+        try:
+            method.check(self.linears)
+        except BudgetTooSmall as failure:
+            if not self.fixed:
+                raise
+            raise self._too_small(math.ceil(failure.smallest * self.full_nbytes)) from failure
+        if asked.effective_budget is None:
             return
-        limit = method.effective_budget.nbytes(self.full_nbytes)
+        limit = asked.effective_budget.nbytes(self.full_nbytes + self.fixed_nbytes)
         if limit is None:
-            raise BadBudget(f'{method.key}: weights have no budget in tokens; give a share (0.3) or a size ("64MiB")')
-        if self.nbytes > limit:
-            smallest = math.ceil(self.nbytes / self.full_nbytes * 1e4) / 1e4
-            raise BudgetTooSmall(
-                f"{method.key}: the budget {method.effective_budget} of the weights' {method.measure} cannot be met "
-                f"with {_settings(method)}; the smallest possible is {smallest:.4g}",
-                smallest,
-            )
+            raise BadBudget(f'{asked.key}: weights have no budget in tokens; give a share (0.3) or a size ("64MiB")')
+        if self.nbytes + self.fixed_nbytes > limit:
+            raise self._too_small(self.nbytes)
+
+    def _too_small(self, least: int) -> BudgetTooSmall:
+        """least: bytes that the layers take at least."""
+        asked, fixed, full = self.asked or self.method, self.fixed_nbytes, self.full_nbytes + self.fixed_nbytes
+        smallest = math.ceil((least + fixed) / full * 1e4) / 1e4
+        stays = ""
+        if fixed:
+            reasons = {name: self.left[name] for name in sorted(self.fixed, key=lambda name: -self.fixed[name])}
+            stays = f", as {fixed / full:.1%} of it stay: {_grouped(reasons)}"
+        return BudgetTooSmall(
+            f"{asked.key}: the budget {asked.effective_budget} of the weights' {asked.measure} cannot be met"
+            f"{_settings(asked)}{stays}; the smallest possible is {smallest:.4g}",
+            smallest,
+        )
+
+
+_LEAST = 1e-6  # the share that is asked of layers which have nothing left of the budget: less than any method can
+
+
+def _within(method: WeightMethod, linears: Mapping[str, nn.Linear], fixed: int) -> WeightMethod:
+    """The method with the part of its budget that so many `fixed` numbers beside its layers leave for these."""
+    budget = method.effective_budget
+    if budget is None or not fixed or budget.kind == "tokens":
+        return method
+    full, rest = sum(map(method.full_nbytes, linears.values())), _measured(method, linears, fixed)
+    limit = budget.nbytes(full + rest)
+    assert limit is not None
+    if budget.kind == "share" and budget.amount >= 1:
+        return method
+    room = limit - rest
+    return method.with_budget(max(room / full, _LEAST) if budget.kind == "share" else f"{max(room, 1)} bytes")
+
+
+def _measured(method: WeightMethod, linears: Mapping[str, nn.Linear], numbers: int) -> int:
+    """Bytes of so many numbers as the method measures those of its layers."""
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return numbers * sum(map(method.full_nbytes, linears.values())) // weights
+
+
+def _read_elsewhere(model: nn.Module, name: str) -> str | None:
+    """Why nothing can stand in the place of a linear layer: its owner multiplies the weight itself."""
+    path, _, own = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return f"{type(owner).__name__} multiplies its weight itself" if own in multiplied_weights(owner) else None
 
 
 def compressed(
@@ -243,10 +316,15 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
         return copy.deepcopy(model, dict(shared))
 
 
-def _several(names: Sequence[str], reason: str) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more} ({reason})"
+def _grouped(reasons: Mapping[str, str]) -> str:
+    """Matrices with their reasons in one line: of each reason the first one and how many more."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    more = {reason: f" and {len(same) - 1} more" if len(same) > 1 else "" for reason, same in names.items()}
+    return "; ".join(f"{same[0]}{more[reason]} ({reason})" for reason, same in names.items())
 
 
 def _settings(method: Method) -> str:
-    return ", ".join(f"{parameter.name}={getattr(method, parameter.name)}" for parameter in method.parameters())
+    found = ", ".join(f"{parameter.name}={getattr(method, parameter.name)}" for parameter in method.parameters())
+    return f" with {found}" if found else ""

@@ -83,7 +83,8 @@ class BitStack(WeightMethod):
                 progress.update(f"compressing by {self.key}", len(blocks), len(linears))
                 linear = linears[name]
                 weight, scale = linear.weight.detach().float(), scales(inputs[name].square)
-                blocks[name], errors = decompose(weight, scale, self._rank(linear), self._count(linear))
+                with self.naming(name):
+                    blocks[name], errors = decompose(weight, scale, self._rank(linear), self._count(linear))
                 size = self._block(linear)
                 ladders[name] = [Rung(size * (number + 1), error) for number, error in enumerate(errors)]
         progress.update(f"compressing by {self.key}", len(linears), len(linears))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from workbench.engine import device_of
 from workbench.errors import NotApplicable
+from workbench.models.decoder import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CLOSE, _LOOSE = 0.02, 0.1  # how far blocks run one by one may be from the model, as a share, in 32 and in 16 bits
+
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder's layers by name, in order. Raises NotApplicable where there is no such list of modules."""
-    config: Any = model.config
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return {f"{name}.{index}": block for index, block in enumerate(module)}
-    raise NotApplicable(f"{type(model).__name__} has no list of {count} decoder layers to calibrate one by one")
+    return decoder_layers(model)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -37,12 +36,10 @@ def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: "it stands outside the blocks that are calibrated" for name in names if not name.startswith(inside)}
 
 
-def placed(name: str, blocks: Iterable[str]) -> tuple[int | None, str]:
-    """Where a module is: the number of its block and its name inside that; None and its name outside all of them."""
-    for index, block in enumerate(blocks):
-        if name.startswith(f"{block}."):
-            return index, name.removeprefix(f"{block}.")
-    return None, name
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what leaves a block: the first of several things, or all there is."""
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
 
 
 class _Stop(Exception):
@@ -53,15 +50,29 @@ class Stream:
     """The hidden states of texts on their way through the blocks.
 
     ids: int64 [t, n]. hidden: what enters the block that comes next, [t, n, i], as the model computes it; texts go
-    through a block in batches of at most `batch` tokens.
+    through a block in batches of at most `batch` tokens. What the model gives each block besides (masks, rotary tables)
+    is that of the first text. Raises NotApplicable, naming the block, where this does not lead to what the model itself
+    computes: where blocks hand on more than their hidden states, or are told something about the text.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, batch: int = 4096) -> None:
         self._blocks = blocks(model)
+        self._what = type(model).__name__
         self._size = max(batch // ids.shape[1], 1)
-        self._keywords = _keywords(model, self._blocks, ids[:1])
-        entering = [_entering(model, next(iter(self._blocks.values())), part) for part in ids.split(self._size)]
-        self.hidden = torch.cat(entering)
+        first = next(iter(self._blocks.values()))
+        self._given = _given(model, self._blocks, ids[:1])
+        # The first text, and the last, which was given other arguments and comes behind all the rest.
+        self._compared = sorted({0, ids.shape[0] - 1})
+        both = _given(model, self._blocks, ids[self._compared])
+        self._wanted = {name: given.left for name, given in both.items()}
+        if any(_by_text(self._given[name], given) for name, given in both.items()):
+            self._size = 1
+        self.hidden = torch.cat([_entering(model, first, part) for part in ids.split(self._size)])
+        if self.hidden.shape[:2] != ids.shape or self.hidden.ndim != 3:
+            raise NotApplicable(
+                f"{self._what} hands its layers {list(self.hidden.shape)} for {list(ids.shape)} tokens, not one hidden "
+                "state for each: its layers cannot be run one after another"
+            )
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self._blocks.items()
@@ -74,6 +85,7 @@ class Stream:
             yield part, out
             done.append(out)
         self.hidden = torch.cat(done)
+        self._compare(name)
 
     def leaving(self, name: str, entering: Tensor, block: nn.Module | None = None) -> Tensor:
         """What leaves the block of this name when `entering` [t, n, i] enters it; `hidden` stays where it is.
@@ -84,29 +96,53 @@ class Stream:
         return torch.cat([self._run(name, part, stands) for part in entering.split(self._size)])
 
     def _run(self, name: str, entering: Tensor, block: nn.Module) -> Tensor:
+        given = self._given[name]
         with torch.no_grad():
-            found = block(entering, **self._keywords[name])
-        out: Tensor = found[0] if isinstance(found, tuple) else found
-        return out
+            found = block(entering, *given.args, **given.kwargs)
+        return hidden_of(found)
+
+    def _compare(self, name: str) -> None:
+        """Raise where what left this block is not what leaves it in the model."""
+        loose = _LOOSE if self.hidden.dtype.itemsize < 4 else _CLOSE
+        for want, found in zip(self._wanted[name].float(), self.hidden[self._compared, -1].float(), strict=True):
+            if float((found - want).norm()) > loose * float(want.norm()):
+                raise NotApplicable(
+                    f"{self._what}'s layers cannot be run one after another: {name} is given more than hidden states, "
+                    "or gives more, so that it computes something else than in the model"
+                )
 
 
-def _keywords(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) -> dict[str, dict[str, Any]]:
-    """What the model hands to each block beside the hidden states: rotary embeddings, masks."""
-    found: dict[str, dict[str, Any]] = {}
-    handles = []
+class _Given(NamedTuple):
+    """What one block was given beside the hidden states, and what left it for the last token of each text [t, i]."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    left: Tensor
+
+
+def _given(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) -> dict[str, _Given]:
+    """What the model gives to each block for texts [t, n] beside the hidden states: rotary embeddings, masks."""
+    found: dict[str, _Given] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        found[name] = _Given(args[1:], others, hidden_of(output)[:, -1].clone())
+
+    handles = [block.register_forward_hook(partial(keep, name), with_kwargs=True) for name, block in blocks.items()]
     try:
-        for name, block in blocks.items():
-
-            def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
-                found[name] = kwargs
-
-            handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
         with torch.no_grad():
             model(input_ids=ids.to(device_of(model)), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: {k: v for k, v in kwargs.items() if k != "hidden_states"} for name, kwargs in found.items()}
+    return found
+
+
+def _by_text(one: _Given, several: _Given) -> bool:
+    """Whether arguments of one text do not serve several at once: they hold numbers of each, side by side."""
+    pairs = [*zip(one.args, several.args, strict=True), *((one.kwargs[key], several.kwargs[key]) for key in one.kwargs)]
+    sizes = [(x.shape, y.shape) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor)]
+    return any(1 < x < y for before, after in sizes for x, y in zip(before, after, strict=False))
 
 
 def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:

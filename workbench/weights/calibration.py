@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench import given
+from workbench.brief import quoted
 from workbench.errors import InputError
+from workbench.files import place, regular
+from workbench.models import max_positions
 from workbench.weights.narrow import sampled_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED, PYTHON, SAMPLED = "workbench", "python", "sampled"
+_LARGEST = 1 << 30  # bytes of a text or a data set
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,14 @@ class Calibration:
             except ImportError as error:
                 raise InputError("calibration: this Python comes without its documentation's topics") from error
             return "\n\n".join(topics[name].strip() for name in sorted(topics))
-        return _read(Path(self.source).expanduser())
+        return _read(self.source)
 
     def ids(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
         """Token ids int64 [t, n], on the CPU: `samples` stretches, fewer where the text is shorter.
 
         Without a tokenizer, or from the source "sampled", they are what the model itself says.
         """
-        config: Any = model.config.get_text_config()
-        tokens = min(self.tokens, config.max_position_embeddings)
+        tokens = min(self.tokens, max_positions(model))
         if tokenizer is None or self.source == SAMPLED:
             return sampled_texts(model, self.samples, tokens, self.seed).cpu().clone()  # no longer an inference tensor
         found = tokenizer(self.text(), add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -82,8 +84,9 @@ def key_of(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes() + str(tuple(ids.shape)).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> str:
+def _read(source: str) -> str:
     try:
+        path = regular(place(source), _LARGEST)
         if path.suffix == ".parquet":
             import pandas as pd
 
@@ -97,6 +100,6 @@ def _read(path: Path) -> str:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise InputError(
-            f"calibration: cannot read {str(path)!r} ({reason}); give {SHIPPED!r}, {PYTHON!r}, {SAMPLED!r}, or a .txt, "
-            ".md, .jsonl or .parquet file in UTF-8"
+            f"calibration: cannot read {quoted(source, 200)} ({reason}); give {SHIPPED!r}, {PYTHON!r}, {SAMPLED!r}, or "
+            "a .txt, .md, .jsonl or .parquet file in UTF-8"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,11 @@ import pandas as pd
 from torch import Tensor, nn
 
 from workbench.measure.memory import tensor_bytes
+from workbench.measure.relative import ratio, relative_error
+from workbench.models.decoder import placed
+from workbench.models.linear import linear_of, linear_weight
 from workbench.progress import Progress
-from workbench.weights.blocks import blocks, placed
+from workbench.weights.blocks import blocks
 from workbench.weights.layers import CompactLinear
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
@@ -33,14 +37,14 @@ def census(
 ) -> pd.DataFrame:
     """One row for each weight matrix of `model`, with what `twin`, a compressed copy of it, has in its place.
 
-    layer, module: where it is; the layer is missing outside the decoder's blocks. form: the kind of layer that holds it
-    now; "plain" where it did not change, "gone" where it has no place any more. bits, rank, density, chosen: what that
-    layer says of itself. bytes: of what stands for it, plain ones at 16 bits; share: of the original at 16 bits.
-    weight_error: ‖ΔW‖ / ‖W‖. output_error: the same of its outputs over the calibration texts of `study`, the root of
-    tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), for the linear layers of blocks. Errors are missing where the two have no common shape,
-    and they are not small, though nothing is lost, where a method rotated what flows between layers. reason: why it was
-    left as it is, from `reasons`. Rows of tied matrices come once, at the first module that has them; matrices that
-    the twin has besides come last.
+    layer, module: where it is; the layer is missing outside the decoder's blocks. form: the kind of layer that
+    holds it now; "plain" where it did not change, "gone" where it has no place any more. bits, rank, density,
+    chosen: what that layer says of itself. bytes: of what stands for it, plain ones at 16 bits; share: of the
+    original at 16 bits. weight_error: ‖ΔW‖ / ‖W‖, missing where W is zero. output_error: the same of its outputs
+    over the calibration texts of `study`, the root of tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), for the linear layers of blocks.
+    Errors are missing where the two have no common shape, and they are not small, though nothing is lost, where a
+    method rotated what flows between layers. reason: why it was left as it is, from `reasons`. Rows of tied
+    matrices come once, at the first module that has them; matrices that the twin has besides come last.
     """
     progress = progress or Progress()
     known = dict(matrices(model))
@@ -54,16 +58,16 @@ def census(
         row["reason"] = _reason(reasons or {}, full) if row["form"] == "plain" else ""
         rows[full] = row
         stands = _at(twin, full)
-        if row["form"] != "plain" and type(module) is nn.Linear and stands is not None:
+        if row["form"] != "plain" and linear_of(module) is not None and stands is not None:
             changes[full] = (weight, stands)
     if study is not None and changes:
         for _, inputs in study.inputs(moments=True, progress=progress):
             for full in changes.keys() & inputs.keys():
                 rows[full]["output_error"] = _output_error(*changes[full], inputs[full])
     for full, row in rows.items():
-        if row["form"] == "plain" and type(known[full][0]) is nn.Linear:
+        if row["form"] == "plain" and linear_of(known[full][0]) is not None:
             row["output_error"] = 0.0
-    for full, module in _besides(twin, known):
+    for full, module in _besides(model, twin, known):
         layer, short = placed(full, names)
         rows[full] = {"layer": layer, "module": short, "name": full, **_described(module)}
     frame = pd.DataFrame(list(rows.values()), columns=list(_COLUMNS))
@@ -71,14 +75,17 @@ def census(
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:
-    """Every weight matrix by name, with the module that has it, each once; one of several in a module by its own."""
+    """Every weight matrix by name, with the module that has it, each once; one of several in a module by its own. Those
+    of linear layers are [o, i], however they lie (`linear_of`).
+    """
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.ndim >= 2}
         for key, weight in own.items():
             if id(weight) not in seen:
                 seen.add(id(weight))
-                yield name if key == "weight" else f"{name}.{key}", (module, weight)
+                shown = linear_weight(module) if key == "weight" else None
+                yield name if key == "weight" else f"{name}.{key}", (module, weight if shown is None else shown)
 
 
 def _reason(reasons: Mapping[str, str], full: str) -> str:
@@ -91,12 +98,11 @@ def _of(twin: nn.Module, full: str, module: nn.Module, weight: Tensor) -> dict[s
     if stands is None:
         return {"form": "gone", "bits": 0.0, "bytes": 0}
     found = weight_of(stands, full)
-    if found is weight:
+    if found is not None and _same(found, weight):
         return {"form": "plain", "bits": 16.0, "bytes": 2 * weight.numel(), "weight_error": 0.0}
     made = _described(stands)
     if found is not None and found.shape == weight.shape:
-        plain = weight.detach().float()
-        made["weight_error"] = float((found.to(plain.device).float() - plain).norm() / plain.norm().clamp_min(1e-30))
+        made["weight_error"] = relative_error(found, weight)
     return made
 
 
@@ -116,11 +122,22 @@ def weight_of(module: nn.Module, full: str = "weight") -> Tensor | None:
     """The whole weight that a module stands for, in float32 where it is held in another form; None: it has none."""
     if isinstance(module, CompactLinear):
         return module.dequantised()
+    linear = linear_weight(module)
+    if linear is not None:
+        return linear
     for key in (full.rpartition(".")[2], "weight"):
         found = getattr(module, key, None)
         if isinstance(found, Tensor):
             return found
     return None
+
+
+def _same(found: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place."""
+    return found is weight or (
+        found.data_ptr() == weight.data_ptr()
+        and (found.shape, found.stride(), found.dtype) == (weight.shape, weight.stride(), weight.dtype)
+    )
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
@@ -140,14 +157,16 @@ def _output_error(weight: Tensor, stands: nn.Module, inputs: InputStats) -> floa
     if found is None or found.shape != weight.shape or inputs.moment is None:
         return float("nan")
     plain = weight.detach().float()
-    size = inputs.output_error(plain).sum().clamp_min(1e-30)
-    return float((inputs.output_error(found.to(plain.device).float() - plain).sum().clamp_min(0) / size).sqrt())
+    lost = inputs.output_error(found.to(plain.device).float() - plain).sum().clamp_min(0)
+    return math.sqrt(ratio(float(lost), float(inputs.output_error(plain).sum())))
 
 
-def _besides(twin: nn.Module, known: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the twin that hold matrices where the model has none of that name."""
+def _besides(model: nn.Module, twin: nn.Module, known: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the twin that hold matrices where the model has none of that name; what the model holds itself, masks
+    and tables in its buffers, is no weight of the twin's.
+    """
     inside: tuple[str, ...] = ()
-    held = {id(weight) for _, weight in known.values()}
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for name, module in twin.named_modules():
         if name in known or name.startswith(inside or ("\0",)):
             inside = (*inside, f"{name}.") if isinstance(module, CompactLinear) else inside

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.blocks import placed
 from workbench.weights.sites import Site
 from workbench.weights.structured import StructuredPruner, shared_out
 from workbench.weights.study import WeightStudy

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from workbench.errors import NotApplicable
+from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import Survey
-from workbench.weights.blocks import blocks, placed
+from workbench.weights.blocks import blocks
 from workbench.weights.depth import shorten
 from workbench.weights.foldgpt import block_nbytes, within_blocks
+from workbench.weights.sites import Neurons
 from workbench.weights.structured import StructuredPruner, damped, shared_out
 from workbench.weights.study import WeightStudy
 
@@ -93,7 +96,12 @@ class COMP(StructuredPruner):
         return super(StructuredPruner, self).refused(model, linears)  # whole blocks go, whatever is in them
 
     def survey(self, model: nn.Module) -> Survey:
-        return within_blocks(self, model)
+        found = within_blocks(self, model)
+        if not self.sites(model, tuple(found.linears)):
+            raise NotApplicable(
+                f"{self.key}: no layer of this {type(model).__name__} has {Neurons.what}, whose neurons could go"
+            )
+        return found
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -120,7 +128,8 @@ class COMP(StructuredPruner):
                     down, seen = linears[site.out].weight.detach(), inputs[site.out]
                     kept = leverage(down, seen.square).topk(counts[site.out]).indices.sort().values
                     mask = tuned(down, seen.second_moment, kept, self.damping)
-                    site.prune(twin, kept[None], down[:, kept].double() * mask)
+                    with self.naming(site.out):
+                        site.prune(twin, kept[None], down[:, kept].double() * mask)
                 done += 1
         progress.update(f"compressing by {self.key}", len(narrow), len(narrow))
         shorten(twin, staying)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import Survey
 from workbench.weights.layers import CompactLinear
+from workbench.weights.sites import activation
 from workbench.weights.structured import StructuredPruner, Within
 from workbench.weights.study import WeightStudy
 
@@ -47,7 +49,8 @@ class CoreMLP(nn.Module):
     def __init__(self, original: Any, number: int, token_share: float, share: float) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = original.gate_proj, original.up_proj, original.down_proj
-        self.act_fn, self.number = original.act_fn, number
+        self.act_fn: Any = activation(original)
+        self.number = number
         self.token_share, self.count = token_share, max(int(share * original.down_proj.in_features), 1)
         self.train(original.training)
 
@@ -118,7 +121,7 @@ class CoreInfer(StructuredPruner):
     def survey(self, model: nn.Module) -> Survey:
         found = super().survey(model)
         assert isinstance(found, Within)
-        return Within(self, found.linears, found.left, found.whole, found.whole)
+        return replace(found, least=found.whole)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked
 from workbench.registry import Paper, param, register
 from workbench.weights.layers import DictionaryLinear, dictionary_nbytes
 from workbench.weights.ranked import Ranked
@@ -67,7 +68,7 @@ class CoSpaDi(Ranked):
         size = atoms.abs().amax(dim=1).clamp_min(1e-30)
         coefficients = (found.codes * size)[found.chosen].view(-1, kept)
         return DictionaryLinear(
-            (atoms / size[:, None]).to(linear.weight.dtype), found.chosen, coefficients, linear.bias
+            checked(atoms / size[:, None], linear.weight.dtype, "its atoms"), found.chosen, coefficients, linear.bias
         )
 
 

@@ -77,8 +77,9 @@ class DoubleRounding(WeightMethod):
             ladders = {name: ladder[: len(widths)] for name, ladder in master.ladders.items()}
             chosen = levels(ladders, order(ladders), self._limit(linears))
         for name, linear in progress.track(linears.items(), f"compressing by {self.key}", len(linears)):
-            small = narrower(*master.stored[name], widths[chosen[name]], linear.bias, symmetric=self.symmetric)
-            twin.set_submodule(name, small)
+            with self.naming(name):
+                small = narrower(*master.stored[name], widths[chosen[name]], linear.bias, symmetric=self.symmetric)
+                twin.set_submodule(name, small)
 
     def _master(self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress) -> _Master:
         stored: dict[str, tuple[Tensor, Grid]] = {}
@@ -89,7 +90,8 @@ class DoubleRounding(WeightMethod):
                 linear = linears[name]
                 weight = linear.weight.detach().float()
                 group = min(self.group_size, linear.in_features)
-                grid = fit(weight, _MASTER, group, symmetric=self.symmetric)
+                with self.naming(name):
+                    grid = fit(weight, _MASTER, group, symmetric=self.symmetric)
                 stored[name] = grid.codes(weight), grid
                 found = (lost(weight, *stored[name], b, inputs[name], symmetric=self.symmetric) for b in _WIDTHS)
                 ladders[name] = [Rung(self._nbytes(linear, b), e) for b, e in zip(_WIDTHS, found, strict=True)]

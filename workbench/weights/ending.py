@@ -8,28 +8,49 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine import device_of, exclusive
+from workbench.errors import NotApplicable
 from workbench.measure.quality import divergence
 from workbench.weights.base import sharing_copy
-from workbench.weights.blocks import blocks
+from workbench.weights.blocks import blocks, hidden_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NUMBERS = 16 << 20  # logits made at a time
+_PROBE = 8  # tokens on which it is checked
+_CLOSE = 0.02  # of the largest logit: how far others may be, which in 16 bits depend on what is computed together
 
 
 class Ending:
     """The final norm and output head of a model, and whatever else comes after its blocks, as it computes them.
 
-    Blocks can then be run one by one (`Stream`), and the logits are still the model's own.
+    Blocks can then be run one by one (`Stream`), and the logits are still the model's own. Raises NotApplicable where
+    they are not: where what comes after the blocks takes more than their hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = sharing_copy(model)
-        for name, block in blocks(self._model).items():
-            self._last = _Passed(block)
-            self._model.set_submodule(name, self._last)
         self._vocabulary = model.config.get_text_config().vocab_size
+        found = blocks(self._model)
+        stands = {name: _Passed(block) for name, block in found.items()}
+        self._last = list(stands.values())[-1]
+        ids = torch.arange(1, _PROBE + 1, device=device_of(model))[None] % self._vocabulary
+        handles = [block.register_forward_hook(stands[name].learn) for name, block in found.items()]
+        with exclusive(self._model), torch.no_grad():
+            want = self._model(input_ids=ids, use_cache=False).logits.float()
+        for handle in handles:
+            handle.remove()
+        left = self._last.learnt
+        assert left is not None
+        for name, stand in stands.items():
+            stand.learnt = None
+            self._model.set_submodule(name, stand)
+        apart = self.logits(left).float() - want  # of other ids: what is looked up for them must not matter
+        if float(apart.abs().max()) > _CLOSE * float(want.abs().max()):
+            raise NotApplicable(
+                f"{type(model).__name__} takes more from its layers than hidden states: its logits cannot be found "
+                "from those alone"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states [t, n, i] that left the last block: [t, n, v]."""
@@ -55,11 +76,15 @@ class Ending:
 
 
 class _Passed(nn.Module):
-    """A block that computes nothing: what enters it leaves it, or what is `given`."""
+    """A block that computes nothing: what enters it leaves it, or what is `given`, in the form in which the block's own
+    output leaves.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.given: Tensor | None = None
+        self.learnt: Tensor | None = None
+        self._beside: int | None = None  # how many things leave beside the hidden states; None: they leave alone
         self.__dict__["_block"] = block  # no submodule: models may ask a block what kind it is
 
     def __getattr__(self, name: str) -> Any:
@@ -68,5 +93,11 @@ class _Passed(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states if self.given is None else self.given
+    def learn(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Remember what left the block, and in which form."""
+        self._beside = len(output) - 1 if isinstance(output, tuple | list) else None
+        self.learnt = hidden_of(output)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        found = hidden_states if self.given is None else self.given
+        return found if self._beside is None else (found, *[None] * self._beside)

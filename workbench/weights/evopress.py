@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from workbench.engine import exclusive
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.evolution import evolve, exchanges, filled, switched, uniform
+from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.registry import Paper, find, param, register
 from workbench.weights.base import WeightMethod, sharing_copy
-from workbench.weights.blocks import Stream, blocks, placed
+from workbench.weights.blocks import Stream, blocks
 from workbench.weights.ending import Ending
 from workbench.weights.layers import CompactLinear
 from workbench.weights.study import WeightStudy
@@ -171,12 +172,13 @@ class EvoPress(WeightMethod):
 
     def profile(self, model: PreTrainedModel, study: WeightStudy, progress: Progress | None = None) -> Profile:
         """What the search chooses for a model, without a compressed copy of it; found once for each study."""
-        linears = self.survey(model).linears
-        limit = self._limit(linears)
+        survey = self.survey(model)
+        asked, linears = cast("EvoPress", survey.method), survey.linears
+        limit = asked._limit(linears)
         assert limit is not None  # there is a default budget
-        methods, progress = self._possible(linears), progress or Progress()
+        methods, progress = asked._possible(linears), progress or Progress()
         made = [compressed_once(study, method, linears, progress) for method in methods]
-        levels, before, after = self._searched(study, list(linears), made, _sizes(methods, linears), limit, progress)
+        levels, before, after = asked._searched(study, list(linears), made, _sizes(methods, linears), limit, progress)
         labels = [_label(method) for method in methods]
         chosen = {name: labels[level] for name, level in zip(linears, levels.tolist(), strict=True)}
         return Profile(chosen, before, after)

@@ -10,6 +10,7 @@ from torch import nn
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name
+from workbench.weights.sites import Neurons, activation, sites_of
 from workbench.weights.study import WeightStudy
 from workbench.weights.svd import SVD
 
@@ -39,9 +40,11 @@ class FlashSVD(SVD):
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
+        gated = [site for site in sites_of(twin, tuple(linears)) if isinstance(site, Neurons)]
         super().apply(twin, linears, study, progress)
-        for name, module in list(twin.named_modules()):
-            parts = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
+        for site in gated:
+            act = activation(twin.get_submodule(site.name))
+            parts = [twin.get_submodule(name) for name in site.places]
             thin = [part for part in parts if isinstance(part, LowRankLinear)]
-            if len(thin) == 3 and activation_name(getattr(module, "act_fn", None)):
-                twin.set_submodule(name, StreamedMLP(thin[0], thin[1], thin[2], module.act_fn, self.tile))
+            if len(thin) == 3 and activation_name(act):
+                twin.set_submodule(site.name, StreamedMLP(thin[0], thin[1], thin[2], act, self.tile))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import Survey
-from workbench.weights.blocks import blocks, outside, placed
+from workbench.weights.blocks import blocks, outside
 from workbench.weights.depth import shorten
 from workbench.weights.structured import Smaller, Within
 from workbench.weights.study import WeightStudy
@@ -97,7 +98,7 @@ def within_blocks(method: Smaller, model: nn.Module) -> Within:
     """What a method that removes whole blocks finds: at least the largest of them stays."""
     found = Survey.of(model, method)
     sizes = [size for size in block_nbytes(method, model, found.linears) if size]
-    return Within(method, found.linears, found.left, sum(sizes), max(sizes))
+    return Within(**vars(found), whole=sum(sizes), least=max(sizes))
 
 
 def block_nbytes(method: Smaller, model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[int]:

@@ -48,8 +48,9 @@ class FWSVD(Ranked):
             return
         gradients = study.gradients(progress)
         for name, linear in progress.track(linears.items(), f"compressing by {self.key}", len(linears)):
-            factors = row_weighted(linear.weight, self.rank(linear), importance(gradients[name].rows))
-            twin.set_submodule(name, LowRankLinear(*factors, linear.bias))
+            with self.naming(name):
+                factors = row_weighted(linear.weight, self.rank(linear), importance(gradients[name].rows))
+                twin.set_submodule(name, LowRankLinear(*factors, linear.bias))
 
 
 def importance(rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
-from workbench.weights.low_rank import LowRankLinear, truncated
+from workbench.weights.low_rank import LowRankLinear, in_precision, truncated
 from workbench.weights.ranked import Ranked
 from workbench.weights.statistics import InputStats
 
@@ -66,7 +66,7 @@ def semi_nonnegative(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor
         down *= (above / below.clamp_min(tiny)).sqrt_()
     up = _least_squares(whole, down)
     share = (up.norm(dim=0) / down.norm(dim=1).clamp_min(tiny)).sqrt().clamp_min(1e-6)  # both fit into 16 bits
-    return (down * share[:, None]).to(weight.dtype), (up / share).to(weight.dtype)
+    return in_precision(weight, down * share[:, None], up / share)
 
 
 def _least_squares(whole: Tensor, down: Tensor) -> Tensor:

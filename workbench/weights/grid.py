@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from workbench.precision import half
+
 
 class Grid(NamedTuple):
     """Where the levels of each group lie: the weight of a code is (code - zero) * scale.
@@ -87,5 +89,5 @@ def squares(change: Tensor, group: int) -> Tensor:
 
 
 def held(scale: Tensor) -> Tensor:
-    """Scales as float16 holds them, never zero: codes are chosen for what is stored."""
-    return scale.to(torch.float16).clamp_min_(torch.finfo(torch.float16).tiny).float()
+    """Scales as float16 holds them, never zero: codes are chosen for what is stored. Raises OutOfRange beyond that."""
+    return half(scale, "its scales").clamp_min_(torch.finfo(torch.float16).tiny).float()

@@ -71,7 +71,7 @@ class HQQ(WeightMethod):
             linear,
             config,
             del_orig=False,
-            compute_dtype=torch.float16,  # of scales and zeros; our layer computes in the type of its input
+            compute_dtype=torch.float32,  # of scales and zeros, until our layer rounds them
             device=str(linear.weight.device),
         )
         codes = done.W_q.to(torch.uint8).view(linear.out_features, linear.in_features)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from workbench.precision import checked, sixteen
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.whitening import root, solved
 from workbench_kernels.dispatch import on_gpu
@@ -22,9 +23,8 @@ class LowRankLinear(CompactLinear):
 
     def __init__(self, down: Tensor, up: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__(down.shape[1], up.shape[0], bias)
-        dtype = down.dtype if down.dtype.itemsize == 2 else torch.float16
-        self.register_buffer("down", down.to(dtype, copy=True).contiguous())
-        self.register_buffer("up", up.to(dtype, copy=True).contiguous())
+        self.register_buffer("down", sixteen(down, "its factors"))
+        self.register_buffer("up", sixteen(up.to(down.dtype), "its factors"))
 
     @property
     def rank(self) -> int:
@@ -47,7 +47,7 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     left, values, right = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = values[:rank].sqrt()
-    return (root[:, None] * right[:rank]).to(weight.dtype), (left[:, :rank] * root).to(weight.dtype)
+    return in_precision(weight, root[:, None] * right[:rank], left[:, :rank] * root)
 
 
 def whitened(weight: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def whitened(weight: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]
     """
     base = root(moment)
     down, up = truncated(weight.detach().float() @ base, rank)
-    return solved(down, base).to(weight.dtype), up.to(weight.dtype)
+    return in_precision(weight, solved(down, base), up)
 
 
 def row_weighted(weight: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,12 @@ def row_weighted(weight: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tenso
     """
     factor = (rows / rows.mean()).sqrt()[:, None]
     down, up = truncated(factor * weight.detach().float(), rank)
-    return down.to(weight.dtype), (up / factor).to(weight.dtype)
+    return in_precision(weight, down, up / factor)
+
+
+def in_precision(weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in the precision of the weight that they stand for."""
+    return checked(down, weight.dtype, "its factors"), checked(up, weight.dtype, "its factors")
 
 
 class StreamedMLP(nn.Module):

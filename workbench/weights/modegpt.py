@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.blocks import blocks
 from workbench.weights.narrow import NarrowAttention, known_attention, narrowed
+from workbench.weights.sites import Values, sites_of
 from workbench.weights.statistics import InputStats
 from workbench.weights.study import WeightStudy
 from workbench.weights.whitening import root
@@ -122,10 +124,11 @@ class MoDeGPT(WeightMethod):
             for module, width in zip(found[name], widths[name], strict=True):
                 if width == module.width:
                     continue
-                if known_attention(twin.get_submodule(module.name)):
-                    _narrow_values(twin, module, width, inputs)
-                else:
-                    self._narrow_neurons(twin, module, width, inputs)
+                with self.naming(module.out):
+                    if known_attention(twin.get_submodule(module.name)):
+                        _narrow_values(twin, module, width, inputs)
+                    else:
+                        self._narrow_neurons(twin, module, width, inputs)
 
     def _narrow_neurons(
         self, twin: PreTrainedModel, module: _Module, width: int, inputs: Mapping[str, InputStats]
@@ -236,24 +239,13 @@ def mixtures(outputs: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 def _modules(model: nn.Module) -> dict[str, list[_Module]]:
     """What can be narrower in each block, attention first."""
-    found: dict[str, list[_Module]] = {}
-    for block, parent in blocks(model).items():
-        found[block] = []
-        for own, module in parent.named_modules():
-            name = f"{block}.{own}"
-            projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
-            source: Any = module
-            if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
-                heads = source.k_proj.out_features // source.head_dim
-                value, out = source.v_proj, source.o_proj
-                width = value.out_features // heads
-                nbytes = (value.weight.nbytes + out.weight.nbytes) // width
-                found[block].insert(0, _Module(name, (f"{name}.v_proj",), f"{name}.o_proj", heads, width, nbytes))
-            elif projections == ["gate_proj", "up_proj", "down_proj"]:
-                width = source.down_proj.in_features
-                nbytes = sum(getattr(source, part).weight.nbytes for part in projections) // width
-                into = (f"{name}.gate_proj", f"{name}.up_proj")
-                found[block].append(_Module(name, into, f"{name}.down_proj", 1, width, nbytes))
+    names = blocks(model)
+    found: dict[str, list[_Module]] = {name: [] for name in names}
+    for site in sorted(sites_of(model), key=lambda site: not isinstance(site, Values)):
+        block = next((name for name in names if site.name.startswith(f"{name}.")), None)
+        if block is not None:
+            into = tuple(name for name in site.places if name != site.out)
+            found[block].append(_Module(site.name, into, site.out, site.heads, site.width, site.dimension_nbytes))
     return found
 
 
@@ -266,7 +258,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 def _made(weight: Tensor, bias: nn.Parameter | None, like: nn.Linear) -> nn.Linear:
     """A plain layer with this weight [o, i], in the precision and mode of another."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.to(like.weight.dtype).contiguous(), requires_grad=False)
+    made.weight = nn.Parameter(checked(weight, like.weight.dtype, "its weights").contiguous(), False)
     made.bias = bias  # type: ignore[assignment]
     return made.train(like.training)
 

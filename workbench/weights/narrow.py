@@ -117,8 +117,9 @@ def sampled_texts(model: PreTrainedModel, texts: int, tokens: int, seed: int) ->
     cache = None
     with torch.inference_mode():
         while ids.shape[1] < tokens:
-            output = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            given = ids if cache is None else ids[:, -1:]  # models without a cache read all of it again
+            output = model(input_ids=given.to(device), past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
             chances = output.logits[:, -1].float().cpu().softmax(dim=-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=draw)], dim=1)
     return ids.to(device)

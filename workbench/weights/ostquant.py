@@ -83,7 +83,8 @@ class OSTQuant(Quantiser):
             turns = decoder.turns(block, signs, inputs if self.scaling else None)
             for name in (name for name in linears if name in turns):
                 progress.update(stage, done, len(linears))
-                small = self.rounded(linears[name], turns[name], inputs[name])
+                with self.naming(name):
+                    small = self.rounded(linears[name], turns[name], inputs[name])
                 twin.set_submodule(name, TurnedLinear(small) if name.endswith("mlp.down_proj") else small)
                 done += 1
         decoder.turn_ends(twin, signs)

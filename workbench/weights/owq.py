@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked
 from workbench.registry import Paper, param, register
 from workbench.weights.gptq import gptq
 from workbench.weights.grid import Grid, fit_least, squares
@@ -86,5 +87,5 @@ class OWQ(Quantiser):
         grid = Grid(done.scale, done.zero, self.bits, group)
         if not len(weak):
             return self.packed(done.codes, grid, linear.bias)
-        kept = DenseLinear(done.exact.to(linear.weight.dtype))
+        kept = DenseLinear(checked(done.exact, linear.weight.dtype, "its weak columns"))
         return Parts([self.packed(done.codes, grid, None), kept], [strong, weak], weight.shape[1], linear.bias)

@@ -42,9 +42,10 @@ class Pruner(WeightMethod):
 
     def survey(self, model: nn.Module) -> Survey:
         found = Survey.of(model, self)
-        if self.budget is None or self.budget.kind != "bytes":
+        budget = found.method.budget
+        if budget is None or budget.kind != "bytes":
             return found
-        return replace(found, method=self.with_budget(min(self.budget.amount / found.full_nbytes, 1.0)))
+        return replace(found, method=self.with_budget(min(budget.amount / found.full_nbytes, 1.0)))
 
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
         budget = self.effective_budget

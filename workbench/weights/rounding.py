@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine import exclusive
+from workbench.errors import NotApplicable
 from workbench.measure.rounding import kernel_share, space_used
+from workbench.models.decoder import placed
 from workbench.progress import Progress
-from workbench.weights.blocks import Stream, blocks, placed
+from workbench.weights.blocks import Stream, blocks
 from workbench.weights.linears import linear_layers
 from workbench.weights.turning import TurnedLinear
 from workbench_kernels.integer import input_step
@@ -34,15 +36,17 @@ def rounding(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Progr
     """
     progress = progress or Progress()
     names = list(blocks(model))
-    inside = {name: layer for name, layer in linear_layers(model).items() if placed(name, names)[0] is not None}
+    inside = [name for name in linear_layers(model) if placed(name, names)[0] is not None]
+    if not inside:
+        raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers")
     rows: list[dict[str, Any]] = []
     with exclusive(model):
         stream = Stream(model, ids)
         for block in progress.track(names, "measuring rounding", len(names)):
             heard: dict[str, list[Tensor]] = {}
             handles = [
-                _rounded(layer).register_forward_pre_hook(partial(_hear, heard, name))
-                for name, layer in inside.items()
+                _rounded(model.get_submodule(name)).register_forward_pre_hook(partial(_hear, heard, name))
+                for name in inside
                 if name.startswith(f"{block}.")
             ]
             try:

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from workbench.engine import exclusive
 from workbench.errors import NotApplicable
+from workbench.measure.relative import relative_error
+from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.weights.base import sharing_copy
-from workbench.weights.blocks import Stream, blocks, placed
+from workbench.weights.blocks import Stream, blocks
 from workbench.weights.ending import Ending
 from workbench.weights.structure import replaced
 
@@ -68,7 +69,7 @@ def sensitivity(
             left = stream.hidden
             for module, block in _parts(model, twin, name, inside[name], each):
                 hidden = stream.leaving(name, entering, block)
-                error = _apart(hidden, left)
+                error = relative_error(hidden, left)
                 for later in names[index + 1 :]:
                     progress.check()
                     hidden = stream.leaving(later, hidden)
@@ -79,7 +80,7 @@ def sensitivity(
                 progress.check()
                 block = _switched(model.get_submodule(name), twin.get_submodule(name), [kind])
                 hidden = stream.leaving(name, hidden, block)
-            row(None, kind, hidden, _apart(hidden, want))
+            row(None, kind, hidden, relative_error(hidden, want))
         if outside:
             other = sharing_copy(twin)
             for name in names:
@@ -88,7 +89,7 @@ def sensitivity(
             for name in names:
                 progress.check()
                 entering = stream.leaving(name, entering)
-            row(None, ", ".join(outside), entering, _apart(entering, want), Ending(other))
+            row(None, ", ".join(outside), entering, relative_error(entering, want), Ending(other))
     return pd.DataFrame(rows, columns=["layer", "module", "kl", "error"]).astype({"layer": "Int64"})
 
 
@@ -115,7 +116,3 @@ def _switched(block: nn.Module, small: nn.Module, paths: list[str]) -> nn.Module
         except AttributeError:
             continue  # not every layer has a module of this kind
     return made
-
-
-def _apart(hidden: Tensor, want: Tensor) -> float:
-    return float((hidden.float() - want.float()).norm() / torch.linalg.vector_norm(want.float()).clamp_min(1e-30))

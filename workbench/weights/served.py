@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from workbench.errors import MissingExtra
+from workbench.precision import checked
 from workbench.weights.layers import PackedLinear
 from workbench.weights.structure import rebuild
 
@@ -21,14 +22,17 @@ NAME = "compressed-tensors"
 WEIGHTS = "model.safetensors"
 
 
-def unfit(twin: PreTrainedModel, names: list[str]) -> str | None:
-    """Why a compressed model cannot be written in this format, in words; None if it can. names: what was compressed.
+def unfit(model: PreTrainedModel, twin: PreTrainedModel, names: list[str]) -> str | None:
+    """Why a compressed copy of a model cannot be written in this format, in words; None if it can. names: what was
+    compressed.
 
     It holds integers with one scale for each group of columns and nothing else. Checkpoints with zeros of their own
     load wrong on transformers 5 (the shape of the zeros), so only symmetric ones are written.
     """
     for name in names:
-        layer = twin.get_submodule(name)
+        layer, before = twin.get_submodule(name), type(model.get_submodule(name))
+        if before is not torch.nn.Linear:
+            return f"{name} stands for a {before.__name__}"
         if type(layer) is not PackedLinear:
             return f"{name} is a {type(layer).__name__}"
         if layer.zero is not None:
@@ -54,8 +58,10 @@ def check_installed() -> None:
         )
 
 
-def write(twin: PreTrainedModel, names: list[str], folder: Path, dtype: torch.dtype | None) -> None:
-    """Write the weights and the configuration into a folder that is there. dtype: of what is not compressed."""
+def write(
+    twin: PreTrainedModel, config: PretrainedConfig, names: list[str], folder: Path, dtype: torch.dtype | None
+) -> None:
+    """Write weights and a copy of the configuration into a folder that is there. dtype: of what is not compressed."""
     check_installed()
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -69,16 +75,15 @@ def write(twin: PreTrainedModel, names: list[str], folder: Path, dtype: torch.dt
             continue
         seen.add(id(tensor))
         plain = tensor.detach()
-        tensors[name] = plain.to(dtype) if dtype is not None and plain.is_floating_point() else plain
+        tensors[name] = checked(plain, dtype, name) if dtype is not None and plain.is_floating_point() else plain
     for name, layer in layers.items():
         codes = layer.codes().to(torch.int16) - 2 ** (layer.bits - 1)
         tensors[f"{name}.weight_packed"] = pack_to_int32(codes.to(torch.int8), layer.bits)
         tensors[f"{name}.weight_scale"] = layer.scale
         tensors[f"{name}.weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
     save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    config = copy.deepcopy(twin.config)
+    config = copy.deepcopy(config)
     config.dtype = dtype or twin.dtype
-    config.architectures = [type(twin).__name__]
     config.quantization_config = _scheme(layers, twin)
     config.save_pretrained(folder)
 

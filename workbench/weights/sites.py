@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked
 from workbench.weights.narrow import NarrowAttention, known_attention, narrowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_GATED = ["gate_proj", "up_proj", "down_proj"]
+_CLOSE = 0.02  # of the largest output: how far rounding at 16 bits may take two ways of the same product apart
+
 
 class Site:
     """One module with something inside that can be narrower.
 
-    name: of the module. out: the layer whose input is inside. places: its layers, and of each the axis along which it
-    can be narrower, whether it belongs to attention, and into how many heads that axis divides. heads: what is inside
-    divides into this many, with `width` dimensions each. dimension_nbytes: what one dimension of each head takes,
-    at `element_size` bytes a weight.
+    what: such modules in words. name: of the module. out: the layer whose input is inside. places: its layers, and of
+    each the axis along which it can be narrower, whether it belongs to attention, and into how many heads that axis
+    divides. heads: what is inside divides into this many, with `width` dimensions each. dimension_nbytes: what one
+    dimension of each head takes, at `element_size` bytes a weight.
     """
 
+    what: ClassVar[str]
     name: str
     out: str
     places: dict[str, tuple[int, bool, int]]
@@ -47,6 +52,7 @@ class Site:
 class Neurons(Site):
     """A gated MLP: act(gate(x)) * up(x), and down."""
 
+    what = "a gated MLP (gate_proj, up_proj, down_proj)"
     heads = 1
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -75,6 +81,8 @@ class Neurons(Site):
 
 class Values(Site):
     """Attention of a known class: what each KV head holds as values, and its query heads take out of them."""
+
+    what = "attention of a known class"
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.out = name, f"{name}.o_proj"
@@ -114,13 +122,35 @@ class Values(Site):
 def sites_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Site]:
     """The modules that can be narrower inside, in order. names: only those whose layers are all among these."""
     found: list[Site] = []
+    known: dict[type[nn.Module], bool] = {}  # of one class one is tried
     for name, module in model.named_modules():
         projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
         if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
             found.append(Values(name, module))
-        elif projections == ["gate_proj", "up_proj", "down_proj"]:
-            found.append(Neurons(name, module))
+        elif projections == _GATED:
+            if type(module) not in known:
+                known[type(module)] = _gated(module)
+            if known[type(module)]:
+                found.append(Neurons(name, module))
     return [site for site in found if names is None or set(site.places) <= set(names)]
+
+
+def activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The activation of a gated MLP, by whichever name its class knows it."""
+    return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+
+
+def _gated(mlp: nn.Module) -> bool:
+    """Whether a module computes down(act(gate(x)) * up(x)) and no more: others also keep the largest or clip."""
+    act, source = activation(mlp), cast("Any", mlp)
+    if act is None:
+        return False
+    weight = source.gate_proj.weight
+    x = torch.linspace(-2, 2, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(1, 2, -1)
+    with torch.no_grad():
+        found = mlp(x)
+        want = source.down_proj(act(source.gate_proj(x)) * source.up_proj(x))
+    return isinstance(found, Tensor) and bool((found - want).abs().max() <= _CLOSE * want.abs().max())
 
 
 def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, int]:
@@ -131,4 +161,4 @@ def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, 
 
 
 def _replace_weight(linear: Any, weight: Tensor) -> None:
-    linear.weight = nn.Parameter(weight.to(linear.weight.dtype).contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(checked(weight, linear.weight.dtype, "its weights").contiguous(), False)

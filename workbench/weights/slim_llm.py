@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import half
 from workbench.registry import Paper, param, register
 from workbench.weights.compensation import removal_cost
 from workbench.weights.gptq import Rounded, gptq, inverse_factor
-from workbench.weights.grid import Grid, fit, fit_least, squares
+from workbench.weights.grid import Grid, fit, fit_least, held, squares
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts, packed_nbytes
 from workbench.weights.quantiser import Quantiser
 from workbench.weights.statistics import InputStats
@@ -40,8 +41,8 @@ def binary(weight: Tensor, group: int) -> Grid:
     rows = weight.float().unflatten(1, (-1, group))
     mean = rows.mean(dim=-1)
     distance = (rows - mean[..., None]).abs().mean(dim=-1)
-    scale = (2 * distance).to(torch.float16).clamp_min_(torch.finfo(torch.float16).tiny).float()
-    return Grid(scale, (0.5 - mean / scale).to(torch.float16).float(), 1, group)
+    scale = held(2 * distance)
+    return Grid(scale, half(0.5 - mean / scale, "its zeros").float(), 1, group)
 
 
 def salient_grid(weight: Tensor, factor: Tensor, bits: int) -> Grid:

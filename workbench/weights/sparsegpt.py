@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from workbench.precision import checked
 from workbench.registry import Paper, param, register
 from workbench.weights.compensation import Replacing, compensated, removal_cost
 from workbench.weights.gptq import inverse_factor
@@ -76,4 +77,4 @@ class SparseGPT(Pruner):
         assert inputs is not None
         factor = inverse_factor(inputs.second_moment, self.damping)
         corrected, kept = sparsegpt(weight, factor, count, self.pattern, self.block)
-        return corrected.to(weight.dtype), kept
+        return checked(corrected, weight.dtype, "its weights"), kept

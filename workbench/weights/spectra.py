@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from workbench import given
 from workbench.brief import Brief
+from workbench.errors import NotApplicable
+from workbench.models.decoder import placed
 from workbench.progress import Progress
-from workbench.weights.blocks import blocks, placed
+from workbench.weights.blocks import blocks
 from workbench.weights.census import weight_of
 from workbench.weights.linears import linear_layers
 
@@ -37,19 +39,23 @@ class Spectrum(Brief):
     @property
     def effective_rank(self) -> float:
         """The exponential of the entropy of the values as shares of their sum (Roy and Vetterli 2007): from 1, one
-        direction, to r, all alike.
+        direction, to r, all alike. Not a number where all are 0: no direction is used.
         """
-        share = self.values.double() / self.values.double().sum().clamp_min(1e-300)
+        if not self.largest:
+            return math.nan
+        share = self.values.double() / self.values.double().sum()
         return math.exp(float(torch.special.entr(share).sum()))
 
     @property
     def stable_rank(self) -> float:
-        """The sum of the squares over the largest."""
-        return float(self.values.double().square().sum())
+        """The sum of the squares over the largest; not a number where all are 0."""
+        return math.nan if not self.largest else float(self.values.double().square().sum())
 
     def rank_for(self, energy: float) -> int:
-        """The fewest singular values that hold this share of the sum of squares."""
+        """The fewest singular values that hold this share of the sum of squares; none where all are 0."""
         given.number("energy", energy, 0, 1)
+        if not self.largest:
+            return 0
         held = self.values.double().square().cumsum(0)
         return min(int((held < energy * held[-1]).sum()) + 1, self.values.numel())
 
@@ -102,7 +108,8 @@ def spectra(
 ) -> Spectra:
     """The spectra of the weights of all linear layers in the decoder's blocks, compressed ones as they are used.
 
-    layer, module: only of that decoder layer, or of the layers of that name inside it.
+    layer, module: only of that decoder layer, or of the layers of that name inside it. Raises NotApplicable where there
+    are none.
     """
     names = list(blocks(model))
     linears = {name: placed(name, names) for name in linear_layers(model)}
@@ -115,6 +122,9 @@ def spectra(
         where, short = placed(name, names)
         if where is not None and layer in (None, where) and module in (None, short):
             chosen[name] = where, short, linear
+    if not chosen:
+        only = "" if layer is None and module is None else f" at layer={layer!r}, module={module!r}"
+        raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers{only}")
     found = []
     track = (progress or Progress()).track(chosen.items(), "singular values", len(chosen))
     for name, (where, short, linear) in track:
@@ -122,5 +132,5 @@ def spectra(
         assert weight is not None
         values = singular_values(weight).cpu()
         largest = float(values[0])
-        found.append(Spectrum(name, where, short, largest, (values / max(largest, 1e-300)).float()))
+        found.append(Spectrum(name, where, short, largest, (values / (largest or 1.0)).float()))
     return Spectra(tuple(found))

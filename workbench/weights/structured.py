@@ -48,14 +48,15 @@ class StructuredPruner(Smaller):
         refused = super().refused(model, linears)
         left = [name for name in linears if name not in refused]
         taken = {name for site in self.sites(model, left) for name in site.places}
-        return refused | {name: "it stands in no module whose inside is pruned" for name in left if name not in taken}
+        kinds = " and in no ".join(kind.what.removeprefix("a ") for kind in self.takes)
+        return refused | {name: f"it stands in no {kinds}" for name in left if name not in taken}
 
     def survey(self, model: nn.Module) -> Survey:
         found = Survey.of(model, self)
         sites = self.sites(model, tuple(found.linears))
         whole = sum(self.site_nbytes(site, site.width) for site in sites)
         least = sum(self.site_nbytes(site, 1) for site in sites)
-        return Within(self, found.linears, found.left, whole, least)
+        return Within(**vars(found), whole=whole, least=least)
 
     def site_nbytes(self, site: Site, width: int) -> int:
         """Bytes of a module's layers once each of its heads has `width` dimensions."""

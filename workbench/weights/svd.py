@@ -58,4 +58,5 @@ class SVD(Ranked):
             for done, name in enumerate(linears):
                 if name in inputs:
                     progress.update(f"compressing by {self.key}", done, len(linears))
-                    twin.set_submodule(name, self.compress(linears[name], inputs[name]))
+                    with self.naming(name):
+                        twin.set_submodule(name, self.compress(linears[name], inputs[name]))

@@ -13,7 +13,7 @@ from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.grid import Grid, fit
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.sites import Site
+from workbench.weights.sites import Site, activation
 from workbench.weights.structured import StructuredPruner, damped, shared_out
 from workbench.weights.study import WeightStudy
 
@@ -129,14 +129,16 @@ class UDFC(StructuredPruner):
             even = [1.0] * len(sites)
             counts = shared_out(even, widths, lambda index, width: self.site_nbytes(sites[index], width), limit)
         for site, count in progress.track(zip(sites, counts, strict=True), f"compressing by {self.key}", len(sites)):
-            self._rebuild(twin, site, count)
+            with self.naming(site.name):
+                self._rebuild(twin, site, count)
 
     def _rebuild(self, twin: PreTrainedModel, site: Site, count: int) -> None:
-        mlp: Any = twin.get_submodule(site.name)
+        act = activation(twin.get_submodule(site.name))
+        assert act is not None  # a site of gated neurons has one
         layers: list[Any] = [twin.get_submodule(name) for name in site.places]  # gate, up, down
         weights = [layer.weight.detach() for layer in layers]
         squares = gains(twin, site.name, weights[0].shape[1]).square()
-        whole = channels(weights[0], weights[1], squares, mlp.act_fn)
+        whole = channels(weights[0], weights[1], squares, act)
         kept = data_free_scores(*weights).topk(count).indices.sort().values
         site.prune(twin, kept[None])
         first, grids = [], []
@@ -144,7 +146,7 @@ class UDFC(StructuredPruner):
             grid = self._grid(weight[kept])
             first.append(grid.codes(weight[kept]))
             grids.append(grid)
-        damaged = channels(grids[0].values(first[0]), grids[1].values(first[1]), squares, mlp.act_fn)
+        damaged = channels(grids[0].values(first[0]), grids[1].values(first[1]), squares, act)
         cross, gram = overlap(whole, damaged, squares), overlap(damaged, damaged, squares)
         last = rebuilt(weights[2], kept, cross, gram, self.damping).float()
         grids.append(self._grid(last))

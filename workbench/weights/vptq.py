@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from workbench.precision import half
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.codebook import codebook, nearest
@@ -131,7 +132,7 @@ def vectors(
     weights = (costs[rest][:, None, None] * importance).flatten(0, 1)
     books: list[Tensor] = []
     for number, count in enumerate(entries):
-        book = codebook(points, weights, count, rounds=rounds, seed=seed + number).to(torch.float16).float()
+        book = half(codebook(points, weights, count, rounds=rounds, seed=seed + number), "its codebooks").float()
         books.append(book)
         if number + 1 < len(entries):
             points = points - book[nearest(weights * points, weights, book)[0]]

@@ -84,7 +84,8 @@ class VQLogits(WeightMethod):
             count = self._codewords(head)
             if count:
                 codewords, index = clusters(head.weight.detach(), count, self.rounds, self.seed, progress)
-                twin.set_submodule(name, CodebookLinear(codewords.to(head.weight.dtype), index, head.bias))
+                with self.naming(name):
+                    twin.set_submodule(name, CodebookLinear(codewords.to(head.weight.dtype), index, head.bias))
 
 
 def _head(model: nn.Module, key: str) -> tuple[str, nn.Linear]:

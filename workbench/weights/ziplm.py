@@ -139,7 +139,8 @@ class ZipLM(StructuredPruner):
                     kept = removals[site.name].order[:, site.width - counts[site.name] :].sort(dim=1).values
                     weight, moment = linears[site.out].weight.detach(), inputs[site.out].second_moment
                     columns = site.columns(kept).to(moment.device)
-                    site.prune(twin, kept, refitted(weight, moment, columns, self.damping))
+                    with self.naming(site.out):
+                        site.prune(twin, kept, refitted(weight, moment, columns, self.damping))
                 done += 1
         progress.update(f"compressing by {self.key}", len(sites), len(sites))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench.precision import appended
 from workbench_kernels.decode import decode_dense
 
 
@@ -174,8 +175,8 @@ class SlidingStore(Store):
         self._cut(begin - self.window + 1)
         if self._scattered is not None or begin != self.end or last - begin + 1 != positions.numel():
             self._scattered = torch.cat([self._positions, positions.to(self.keys.device)]).to(torch.int32)
-        self.keys = torch.cat([self.keys, keys.to(self.keys.dtype)], dim=1)
-        self.values = torch.cat([self.values, values.to(self.values.dtype)], dim=1)
+        self.keys = torch.cat([self.keys, appended(keys, self.keys.dtype, "new keys")], dim=1)
+        self.values = torch.cat([self.values, appended(values, self.values.dtype, "new values")], dim=1)
         self.end = last + 1
 
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

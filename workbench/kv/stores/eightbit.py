@@ -12,6 +12,7 @@ from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, 
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import Index, OffloadStore
 from workbench.kv.stores.store import Contents, Store
+from workbench.precision import checked
 from workbench.trace import LayerTrace
 from workbench_kernels import dequantise, quantise
 
@@ -53,6 +54,9 @@ class EightBitOffloadFormat(Format):
         others = tiers == 2
         if not bool(others.any()):
             return DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
+        for what, x in (("keys", layer.keys), ("values", layer.values)):
+            for end in (x.amin(dim=-1), x.amax(dim=-1) / 255):  # become float16 among the bytes, where nobody looks
+                checked(end, torch.float16, f"layer {layer.index}: {what} in eight bits")
         keys, values = to_bytes(layer.keys), to_bytes(layer.values)
         near = DenseStore.where(keys, values, tiers == 1, torch.uint8)
         far = HostRows.where(keys, values, others, torch.uint8)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench.precision import check_finite
 from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.rows import PackedRows as KernelRows
@@ -76,6 +77,9 @@ class PackedRows:
         """Quantise and add x [k, q, d]; per channel, q must be a multiple of the group."""
         heads, count, _ = x.shape
         codes, scale, zero = quantise_rows(x, self.bits, self.group, self.axis, balance=self.balance)
+        if not x.is_cuda:  # where it waits for nothing
+            check_finite(scale, x, "keys or values, of which scales are held,")
+            check_finite(zero, x, "keys or values, of which zeros are held,")
         per_scale = self.group if self.axis == "channel" else 1
         block = max(64 // per_scale, 1)
         self.codes.append(codes.view(heads, count, -1), block * per_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.precision import appended
 from workbench_kernels.building import Kept, gather, kept
 from workbench_kernels.rows import Ragged
 
@@ -174,7 +175,7 @@ class Rows:
 
     def append(self, x: Tensor, block: int = 64) -> None:
         """Add x [k, q, d] to the end of each head's rows; grows by `block` rows where nothing was reserved."""
-        count = x.shape[1]
+        count, x = x.shape[1], appended(x, self.data.dtype, "new keys or values")
         if self.lengths is None or self.starts is None:
             if self.longest + count > self._room:
                 self.reserve(max(count, block))
@@ -183,7 +184,7 @@ class Rows:
             if count > self._spare:
                 self.reserve(max(count, block))
             at = (self.starts + self.lengths).long()[:, None] + torch.arange(count, device=x.device)
-            self.data[at] = x.to(self.data.dtype)
+            self.data[at] = x
         self.grow(count)
 
     def move(self, source: Tensor, target: Tensor, drop: int) -> None:

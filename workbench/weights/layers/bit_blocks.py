@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import half
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.packing import pack, unpack
 
@@ -26,7 +27,7 @@ class BitBlock(NamedTuple):
     def of(cls, plus: Tensor, up: Tensor, down: Tensor) -> BitBlock:
         """plus: bool [o, i]."""
         signs = pack(plus.to(torch.uint8), 1).contiguous()
-        return cls(signs, up.to(torch.float16).contiguous(), down.to(torch.float16).contiguous())
+        return cls(signs, half(up, "its magnitudes"), half(down, "its magnitudes"))
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """What it adds to the outputs `first` to before `last`: [last - first, i]."""

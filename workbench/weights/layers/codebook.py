@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from workbench.precision import sixteen
 from workbench.weights.layers.compact import CompactLinear
 
 
@@ -23,8 +24,7 @@ class CodebookLinear(CompactLinear):
 
     def __init__(self, codewords: Tensor, index: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__(codewords.shape[1], index.numel(), bias)
-        dtype = codewords.dtype if codewords.dtype.itemsize == 2 else torch.float16
-        self.register_buffer("codewords", codewords.to(dtype, copy=True).contiguous())
+        self.register_buffer("codewords", sixteen(codewords, "its codewords"))
         self.register_buffer("index", index.to(_index_dtype(codewords.shape[0]), copy=True).contiguous())
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:

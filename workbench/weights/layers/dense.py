@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from workbench.precision import sixteen
 from workbench.weights.layers.compact import CompactLinear
 
 
@@ -16,8 +17,7 @@ class DenseLinear(CompactLinear):
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
-        self.register_buffer("weight", weight.detach().to(dtype, copy=True).contiguous())
+        self.register_buffer("weight", sixteen(weight, "its weights"))
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         return self.weight[first:last].to(dtype)

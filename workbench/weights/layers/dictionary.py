@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from workbench.precision import half, sixteen
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.packing import pack
 from workbench_kernels.weight import sparse_weight
@@ -27,10 +28,9 @@ class DictionaryLinear(CompactLinear):
     def __init__(self, atoms: Tensor, chosen: Tensor, coefficients: Tensor, bias: nn.Parameter | None = None) -> None:
         """chosen: bool [o, a], as many in each row as there are coefficients [o, s]."""
         super().__init__(atoms.shape[1], chosen.shape[0], bias)
-        dtype = atoms.dtype if atoms.dtype.itemsize == 2 else torch.float16
-        self.register_buffer("atoms", atoms.to(dtype, copy=True).contiguous())
+        self.register_buffer("atoms", sixteen(atoms, "its atoms"))
         self.register_buffer("mask", pack(chosen.to(torch.uint8), 1).contiguous())
-        self.register_buffer("coefficients", coefficients.to(torch.float16, copy=True).contiguous())
+        self.register_buffer("coefficients", half(coefficients, "its coefficients"))
 
     def codes(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """The sparse matrix of some outputs, with its zeros: [last - first, a]."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import half
 from workbench.weights.layers.packed import PackedLinear
 from workbench_kernels.integer import input_codes, input_step, integer_linear
 from workbench_kernels.packed_linear import FEW, packed_linear
@@ -44,7 +45,7 @@ class IntegerLinear(PackedLinear):
     ) -> None:
         super().__init__(codes, scale, zero, bits, bias, group=group)
         self.input_bits, self.exponent = input_bits, exponent
-        self.register_buffer("inputs", None if inputs is None else inputs.to(torch.float16, copy=True))
+        self.register_buffer("inputs", None if inputs is None else half(inputs, "the factors of its inputs"))
 
     @property
     def by_token(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import checked, half
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.packing import pack
@@ -42,9 +43,9 @@ class OutliersLinear(CompactLinear):
         places = None if mapped else chosen.nonzero()[:, 1].to(_place_type(weight.shape[1]))
         self.register_buffer("places", places)
         self.register_buffer("map", pack(chosen.to(torch.uint8), 1).contiguous().clone() if mapped else None)
-        self.register_buffer("scale", None if scale is None else scale.to(torch.float16, copy=True))
+        self.register_buffer("scale", None if scale is None else half(scale, "its scales"))
         if scale is None:
-            self.register_buffer("values", weight[chosen].to(_sixteen(weight.dtype)))
+            self.register_buffer("values", checked(weight[chosen], _sixteen(weight.dtype), "its outliers"))
         else:
             self.register_buffer("values", nearest_eight(weight, scale[:, None])[chosen].to(torch.int8))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import half
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.dispatch import learning, on_gpu
 from workbench_kernels.packed_linear import fits, packed_linear
@@ -51,10 +52,9 @@ class PackedLinear(CompactLinear):
         for index, width in enumerate(_PLANES[bits]):
             self.register_buffer(f"plane{index}", pack(codes >> below & 2**width - 1, width).contiguous().clone())
             below += width
-        exact = torch.uint8 if zero is not None and zero.dtype == torch.uint8 else torch.float16
-        self.register_buffer("scale", scale.to(torch.float16, copy=True).contiguous())
-        self.register_buffer("zero", None if zero is None else zero.to(exact, copy=True).contiguous())
-        self.register_buffer("columns", None if columns is None else columns.to(torch.float16, copy=True).contiguous())
+        self.register_buffer("scale", half(scale, "its scales"))
+        self.register_buffer("zero", _zeros(zero))
+        self.register_buffer("columns", None if columns is None else half(columns, "the factors of its columns"))
 
     def planes(self, first: int = 0, last: int | None = None) -> list[Tensor]:
         """The packed bytes of some outputs (default: of all), uint8 [last - first, b] each."""
@@ -103,6 +103,12 @@ class PackedLinear(CompactLinear):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "code_bits": self.bits, "group": self.group}
+
+
+def _zeros(zero: Tensor | None) -> Tensor | None:
+    if zero is None or zero.dtype == torch.uint8:
+        return None if zero is None else zero.clone(memory_format=torch.contiguous_format)
+    return half(zero, "its zeros")
 
 
 def packed_nbytes(

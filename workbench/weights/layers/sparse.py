@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import sixteen
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.dispatch import learning, on_gpu
@@ -31,9 +32,8 @@ class SparseLinear(CompactLinear):
     def __init__(self, weight: Tensor, kept: Tensor, bias: nn.Parameter | None = None) -> None:
         """weight: [o, i]; kept: bool [o, i], the weights that are held."""
         super().__init__(weight.shape[1], weight.shape[0], bias)
-        dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
         self.register_buffer("bitmap", pack(kept.to(torch.uint8), 1).contiguous())
-        self.register_buffer("values", weight.detach()[kept].to(dtype))
+        self.register_buffer("values", sixteen(weight[kept], "its weights"))
         counts = kept.sum(dim=1)
         even = bool((counts == counts[0]).all())
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)

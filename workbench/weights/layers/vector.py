@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.precision import half
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.packing import pack, unpack
 
@@ -35,9 +36,9 @@ class VectorLinear(CompactLinear):
         super().__init__(indices[0].shape[1], scale.shape[0], bias)
         self.bits = tuple(bits)
         self.length = books[0].shape[1]
-        self.register_buffer("scale", scale.to(torch.float16, copy=True))
+        self.register_buffer("scale", half(scale, "its scales"))
         for number, (index, book, wide) in enumerate(zip(indices, books, bits, strict=True)):
-            self.register_buffer(f"book{number}", book.to(torch.float16, copy=True).contiguous())
+            self.register_buffer(f"book{number}", half(book, "its codebooks"))
             below = 0
             for plane, width in enumerate(_PLANES[wide]):
                 part = (index >> below & 2**width - 1).to(torch.uint8)

@@ -9,9 +9,10 @@ import pandas as pd
 import panel as pn
 import panel_material_ui as pmu
 
+from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.weights.blocks import blocks, placed
+from workbench.weights.blocks import blocks
 from workbench.weights.linears import linear_layers
 from workbench_widgets import Heatmap, weight_views
 from workbench_widgets.app.doing import Doing
