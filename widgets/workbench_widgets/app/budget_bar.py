@@ -17,8 +17,8 @@ from workbench_widgets.app.workspace import Workspace
 
 _CACHE = "A share of the uncompressed cache (25%), a size (8MiB) or a number of positions a head (512 tokens)."
 _WEIGHTS = (
-    "A share of the 16-bit bytes of the weights that the method is for (30%), or a size for them (40MiB); what it cannot "
-    "compress there counts."
+    "A share of the 16-bit bytes of the weights that the method is for (30%), or a size for them (40MiB); what it "
+    "cannot compress there counts."
 )
 _EMPTY = "The numbers come when the prompt has been read."
 _PLANNING = "The numbers come when the recipe has been planned."
