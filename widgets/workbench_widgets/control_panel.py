@@ -115,7 +115,7 @@ class Controls(w.VBox):  # type: ignore[misc]
             max=1,
             step=0.01,
             readout_format=".0%",
-            tooltip="share of the 16-bit bytes of the weights that the method is for, with what it cannot compress there",
+            tooltip="share of the 16-bit bytes of the weights that the method is for, compressed or not",
             layout=w.Layout(width="100%", display="none"),
         )
         self._sized = NONE  # the weight method that the slider was set for
