@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool, tuple[int, ...]]] = {
         True,
         (16, 16, 16, 0),
     ),
-    "last halves": ("DeepseekV3", {**MLA, **EXPERTS}, True, (8,) * 4),
+    "last halves": ("DeepseekV3", {**MLA, **EXPERTS, "num_key_value_heads": 4}, True, (8,) * 4),
     "last complex numbers": ("DeepseekV2", {**MLA, **EXPERTS, "num_key_value_heads": 4}, True, (8,) * 4),
 }
 # Parameters that make a prompt of 90 tokens long.
