@@ -21,12 +21,14 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     named = (getattr(config, name, None) for name in ("num_hidden_layers", "decoder_layers"))
     counts = {count for count in named if isinstance(count, int)}
     decoder = source.get_decoder() if hasattr(source, "get_decoder") else model
-    inside = {id(module) for module in decoder.modules()}
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, nn.ModuleList) and len(module) in counts
-    }
+    lists: dict[str, nn.ModuleList] = {}
+    for root in (decoder, model):  # what some models call their decoder is a part of it, or the head
+        inside = {id(module) for module in root.modules()}
+        lists = lists or {
+            name: module
+            for name, module in model.named_modules()
+            if id(module) in inside and isinstance(module, nn.ModuleList) and len(module) in counts
+        }
     if not lists:
         raise NotApplicable(
             f"{type(model).__name__} has no list of {' or '.join(map(str, sorted(counts))) or 'its'} decoder layers: "
