@@ -11,16 +11,20 @@ import panel_material_ui as pmu
 from panel.io.document import hold
 from panel.io.resources import LOCAL_DIST
 from panel.io.state import set_curdoc
+from panel.util.parameters import edit_readonly
 from panel_material_ui.template.base import Page as MaterialPage
+from tornado.ioloop import IOLoop
 
 from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
 from workbench_widgets.app.answer import Answer
+from workbench_widgets.app.asked import Asked, asked
 from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.code_dialog import CodeDialog
 from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
+from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -38,14 +42,15 @@ from workbench_widgets.app.state import PageState
 from workbench_widgets.app.status_line import StatusLine
 from workbench_widgets.app.workspace import Workspace
 
+_GLANCE_S = 0.1  # how often a page that was sent looks for its browser
 _ADDRESS_MS = 400  # the address follows this long after the last change
 
 
-def page(model: str) -> Any:
-    """A fresh page for one tab, in the state that its address describes; `model` where the address names none."""
+def page(offered: Offered) -> Any:
+    """A fresh page for one tab, in the state that its address describes."""
     pn.extension(*EXTENSIONS)
     _style_sheets_at_home(pn.state.curdoc)
-    return Page(model).view
+    return Page(offered).view
 
 
 def _style_sheets_at_home(doc: Any) -> None:
@@ -58,17 +63,22 @@ def _style_sheets_at_home(doc: Any) -> None:
 
 
 class Page:
-    """One tab: builds the parts, joins them to the workspace, keeps the address up to date."""
+    """One tab: builds the parts, joins them to the workspace, keeps the address up to date.
 
-    def __init__(self, model: str) -> None:
+    A request for the page computes nothing. When its browser has connected, the text is read, unless the address asks
+    for more than everybody gets (`asked`): that waits for a person.
+    """
+
+    def __init__(self, offered: Offered) -> None:
         self._doc = pn.state.curdoc
         self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
         self._drawing = Lock()  # of that list: lanes post from threads of their own
-        self._default_model = model
+        self._default_model = model = offered.default
+        self._begun = False  # whether anything was read, or nothing shall be any more
         state = PageState.read(_query())
-        self.workspace = workspace = Workspace(self._post)
+        self.workspace = workspace = Workspace(self._post, offered=offered)
         if pn.state.location is not None:
-            pn.state.on_session_destroyed(lambda context: workspace.close())
+            pn.state.on_session_destroyed(lambda context: self.close())
         self._writing: Any = None
 
         self.prompt = PromptForm(workspace, state, state.model or model, self.read)
@@ -79,6 +89,7 @@ class Page:
         self.answer = Answer(workspace, state.question or self.prompt.question, state.tokens, self.run, self._note)
         self.status = StatusLine(workspace)
         self.code = CodeDialog(self.python)
+        self.asked = Asked(things := asked(state, model), self.read)
         self.panels: list[Panel] = [
             TokensPanel(workspace),
             AttentionPanel(workspace),
@@ -104,12 +115,13 @@ class Page:
         self._offer()
         self._tab_changed()
         self.view = self._layout()
-        if self._doc is not None and self.prompt.text:
+        if self._doc is not None and self.prompt.text and not things:
             # The text is read while the browser still draws the page. What comes of it waits until the page is drawn:
             # components that are changed while they are being made send back what they were.
             self._early = []
             pn.state.onload(self._drawn)
-            workspace.read(self.prompt.model, self.prompt.text)
+            workspace.announce("Reading")
+            self._expect()
 
     def _layout(self) -> Any:
         title = pn.pane.HTML("<h2>Recipe</h2>", stylesheets=[restyle("h2")], margin=(14, 4, 0, 4))
@@ -127,6 +139,7 @@ class Page:
             sidebar=[pn.Column(self.prompt.body, title, self.recipe.body, sizing_mode="stretch_width", margin=(6, 12))],
             main=[
                 pn.Column(
+                    self.asked.body,
                     self.status.problem,
                     self.budget.body,
                     self.answer.body,
@@ -142,14 +155,41 @@ class Page:
             theme_config=THEME,
             dark_theme=pn.config.theme == "dark",
         )
+        with edit_readonly(found):
+            # Each page's own follows `pn.state.busy`, which outlives all pages and would keep every one of them.
+            found.busy = self.workspace.param.working
         self.workspace.dark = found.dark_theme
         found.param.watch(lambda event: setattr(self.workspace, "dark", event.new), "dark_theme")
         return found
+
+    def close(self) -> None:
+        """The tab is gone: its work stops, and nothing that stays refers to it."""
+        self._begun = True
+        self.workspace.close()
+        self.code.close()
+
+    def begin(self) -> None:
+        """A browser has connected: read, if nothing was read yet."""
+        if not self._begun:
+            self._begun = True
+            self.workspace.read(self.prompt.model, self.prompt.text)
+
+    def _expect(self) -> None:
+        """Begin as soon as the page's socket is open: nobody is told of that, and a page is drawn seconds later."""
+        context: Any = None if self._doc is None else self._doc.session_context
+        if context is None or self._begun:
+            return
+        if context.session is not None and context.session.connection_count:
+            self.begin()
+        else:
+            IOLoop.current().call_later(_GLANCE_S, self._expect)
 
     # -- what a person does
 
     def read(self) -> None:
         """Read what the form holds."""
+        self._begun = True
+        self.asked.settle()
         self.workspace.read(self.prompt.model, self.prompt.text)
         self._note()
 
@@ -304,6 +344,7 @@ class Page:
             early, self._early = self._early or [], None
         for show in early:
             self._post(show)
+        self.begin()
         self._note()
 
 
