@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -23,6 +24,7 @@ from workbench_widgets.app.answer import Answer
 from workbench_widgets.app.asked import Asked, asked
 from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.code_dialog import CodeDialog
+from workbench_widgets.app.connection import tell_when_gone
 from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
 from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.panels import (
@@ -48,8 +50,10 @@ _ADDRESS_MS = 400  # the address follows this long after the last change
 
 def page(offered: Offered) -> Any:
     """A fresh page for one tab, in the state that its address describes."""
-    pn.extension(*EXTENSIONS)
-    _style_sheets_at_home(pn.state.curdoc)
+    pn.extension(*EXTENSIONS, reconnect=True)
+    if pn.state.curdoc is not None:
+        _style_sheets_at_home(pn.state.curdoc)
+        tell_when_gone(pn.state.curdoc)
     return Page(offered).view
 
 
@@ -57,9 +61,8 @@ def _style_sheets_at_home(doc: Any) -> None:
     """Panel learns where its style sheets lie when it sends the page as HTML. Where a browser was so slow that its
     session is made anew for the socket alone, it would look for them in the internet.
     """
-    if doc is not None:
-        home = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
-        doc.template_variables.setdefault("dist_url", home)
+    home = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
+    doc.template_variables.setdefault("dist_url", home)
 
 
 class Page:
@@ -167,6 +170,9 @@ class Page:
         self._begun = True
         self.workspace.close()
         self.code.close()
+        # Panel has just asked for a collection of all there is, in the event loop. What is unlinked goes without it.
+        with suppress(KeyError):
+            pn.state.cancel_task("gc.collect")
 
     def begin(self) -> None:
         """A browser has connected: read, if nothing was read yet."""
