@@ -1,4 +1,9 @@
-"""What a page says when its server is gone: browsers show a dead page as if it were alive."""
+"""What a page says when its server is gone: browsers show a dead page as if it were alive.
+
+A page that was cut off stays as it is and is not connected again, for Bokeh 3.9 cannot take one up in which there is
+binary data, or for which there is news: it would look alive and miss what happened meanwhile. Its address holds its
+state, so reloading brings it back.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,8 @@ from bokeh.models import CustomJS
 
 GONE = "The server has gone; what is on the page stays, nothing more can be computed. Reload when it is back."
 
-# Bokeh tries to connect again, first at once. Only when that fails is there something to tell.
-_LOST = """
-if (cb_obj.timeout === 0 || document.getElementById("wb-gone")) return
+_SAY = """
+if (document.getElementById("wb-gone")) return
 const said = document.createElement("div")
 said.id = "wb-gone"
 said.setAttribute("role", "alert")
@@ -21,10 +25,8 @@ Object.assign(said.style, {
 })
 document.body.append(said)
 """
-_BACK = """document.getElementById("wb-gone")?.remove()"""
 
 
 def tell_when_gone(doc: Any) -> None:
-    """Show the notice in the page of this document when its connection is lost, until it is back."""
-    doc.js_on_event("connection_lost", CustomJS(code=_LOST, args={"text": GONE}))
-    doc.js_on_event("client_reconnected", CustomJS(code=_BACK))
+    """Show the notice in the page of this document when its connection is lost."""
+    doc.js_on_event("connection_lost", CustomJS(code=_SAY, args={"text": GONE}))

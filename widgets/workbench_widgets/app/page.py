@@ -50,7 +50,7 @@ _ADDRESS_MS = 400  # the address follows this long after the last change
 
 def page(offered: Offered) -> Any:
     """A fresh page for one tab, in the state that its address describes."""
-    pn.extension(*EXTENSIONS, reconnect=True)
+    pn.extension(*EXTENSIONS)
     if pn.state.curdoc is not None:
         _style_sheets_at_home(pn.state.curdoc)
         tell_when_gone(pn.state.curdoc)

@@ -10,8 +10,7 @@ from typing import Any
 from workbench.errors import BadParameter, MissingExtra
 
 DEFAULT_MODEL = "smollm2-135m"
-_PATIENCE_MS = 120_000  # so long a page that was sent waits for its browser, which may be busy or cut off
-_RETURN_S = 86_400  # so long after it was sent a page that was cut off may come back to its session
+_PATIENCE_MS = 120_000  # so long a page that was sent waits for its browser, which may be busy
 
 
 def serve(
@@ -68,9 +67,8 @@ def serve(
             "title": "Inference workbench",
             "verbose": False,
             "unused_session_lifetime_milliseconds": _PATIENCE_MS,
-            "sign_sessions": True,  # with a key of this process: a page of an earlier server keeps what it shows
+            "sign_sessions": True,  # sockets belong to pages that this process has sent
             "secret_key": token_bytes(32),
-            "session_token_expiration": _RETURN_S,
             "auth_provider": Door(admitted),
             "websocket_origin": admitted.origins,
             **options,
