@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from browser_support import watched_page
 
-from workbench.errors import ModelNotOffered
+from workbench.errors import BadParameter, ModelNotOffered
 from workbench.progress import Progress
 
 pytest.importorskip("panel")
@@ -129,6 +129,12 @@ def test_the_address_that_is_served_and_what_is_allowed_are_let_in() -> None:
     assert proxied.admits("lab.example") and proxied.admits("lab.example:443") and proxied.admits("tunnel.example:8000")
     assert not proxied.admits("tunnel.example:5006")
     assert Hosts.of("127.0.0.1", 5006, ["*"]).admits("any.example:1")
+
+
+@pytest.mark.parametrize("host", ["", "http://lab.example", "lab.example/", "a b", "lab.example:port", "a:1:2"])
+def test_a_host_that_is_none_is_refused_when_the_server_starts(host: str) -> None:
+    with pytest.raises(BadParameter, match="not a name"):
+        Hosts.of("127.0.0.1", 5006, [host])
 
 
 def test_a_request_for_a_foreign_host_gets_no_page_and_no_socket(port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -13,6 +14,9 @@ from bokeh.server.util import check_allowlist
 from tornado.httputil import split_host_and_port
 from tornado.web import HTTPError
 
+from workbench.errors import BadParameter
+
+_HOST = re.compile(r"([\w.*-]+|\[[0-9a-fA-F:.]+\])(:(\d{1,5}|\*))?")
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -30,7 +34,14 @@ class Hosts:
 
     @classmethod
     def of(cls, address: str, port: int, allowed: Iterable[str] = ()) -> Hosts:
-        """Those of a server on `address` and `port`: this machine's own names, the address, and what is `allowed`."""
+        """Those of a server on `address` and `port`: this machine's own names, the address, and what is `allowed`.
+
+        Raises BadParameter for what is not "name" or "name:port".
+        """
+        allowed = list(allowed)
+        for host in allowed:
+            if not _HOST.fullmatch(host):
+                raise BadParameter(f"host {host[:80]!r} is not a name, or a name and a port, like lab.example:8000")
         own = [*_LOOPBACK, gethostname() if _everywhere(address) else _bracketed(address)]
         named = dict.fromkeys(host.lower() for host in [*(f"{name}:{port}" for name in own), *allowed])
         return cls(tuple(named), port if _everywhere(address) else None)

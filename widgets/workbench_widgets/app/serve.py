@@ -35,8 +35,9 @@ def serve(
     stands for any. Without them the server answers at this machine's own names, `address`, and, where it listens on
     all addresses, any of them as a number.
 
-    Further options go to `panel.serve`; `websocket_origin` counts as `hosts`. Raises MissingExtra without Panel,
-    BadParameter where the port cannot be taken.
+    Further options go to `panel.serve`; its `websocket_origin` counts as `hosts`, and where it asks people to log in
+    (`basic_auth`, `oauth_provider`) that takes the place of the check of hosts. Raises MissingExtra without Panel,
+    BadParameter where the port cannot be taken or a host is none.
     """
     try:
         import panel as pn
@@ -49,8 +50,10 @@ def serve(
     from workbench_widgets.app.shelf import SHELF
 
     port = _check_port(address, port)
-    origins = options.pop("websocket_origin", None) or ()
-    also = [*hosts, *([origins] if isinstance(origins, str) else origins)]
+    also = list(hosts)
+    for name in ("websocket_origin", "allow_websocket_origin"):
+        given = options.pop(name, None) or ()
+        also += [given] if isinstance(given, str) else given
     admitted = Hosts.of(address, port, also)
     here = all(is_this_machine(host) for host in [address, *also])
     offered = Offered(model, tuple(models), anything=here or "*" in models)
