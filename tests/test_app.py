@@ -20,6 +20,7 @@ pytest.importorskip("panel_material_ui")
 
 from workbench_widgets.app.controls import Menu, MethodForm, control
 from workbench_widgets.app.lane import Lane
+from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
 from workbench_widgets.app.serve import _check_port
 from workbench_widgets.app.shelf import Shelf
@@ -668,7 +669,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 
     doc = Document()
     with set_curdoc(doc):
-        page("tiny").server_doc(doc)
+        page(Offered("tiny")).server_doc(doc)
     found = {sheet.url for root in doc.roots for sheet in root.select({"type": ImportedStyleSheet})}
     assert found and not [url for url in found if "://" in url]
 
@@ -676,7 +677,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 def test_a_page_is_built_without_a_model_or_a_warning() -> None:
     from workbench_widgets.app.page import Page
 
-    page = Page("none-yet")
+    page = Page(Offered("none-yet"))
     assert page.state == PageState()
     assert "wb.method('snapkv', budget=0.25)" in page.python()
 
@@ -694,7 +695,8 @@ def test_what_is_read_before_the_page_is_drawn_is_shown_when_it_is(monkeypatch: 
     monkeypatch.setattr(lane, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
     doc = Document()
     with set_curdoc(doc):
-        page = Page("workbench-tiny")
+        page = Page(Offered("workbench-tiny"))
+    page.begin()  # its browser has connected
     try:
         wait_for(lambda: not page.workspace.main.busy)
         assert page.workspace.reading is None and not doc.session_callbacks

@@ -46,14 +46,19 @@ def address(chromium: Any) -> Iterator[str]:
 
 @pytest.fixture
 def open_tab(chromium: Any, address: str) -> Iterator[Callable[..., Watched]]:
-    """`open_tab(query)` opens a tab and waits until its text has been read and planned."""
+    """`open_tab(query)` opens a tab and waits until its text has been read and planned.
+
+    load: the link asks for more than the default page, and a person agrees.
+    """
     tabs: list[Watched] = []
 
-    def tab(query: str = "", **options: Any) -> Watched:
+    def tab(query: str = "", *, load: bool = False, **options: Any) -> Watched:
         watched = watched_page(chromium, **options)
         tabs.append(watched)
         watched.page.set_default_timeout(SLOW)
         watched.page.goto(address + query)
+        if load:
+            press(watched.page, "Load")
         watched.page.wait_for_selector("text=tokens read")
         figure(watched.page, "KV cache").wait_for()
         return watched
@@ -259,7 +264,7 @@ def test_a_link_brings_the_view_back_and_the_page_is_python_too(open_tab: Callab
 
 def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[..., Watched]) -> None:
     query = own(SHORT, model="workbench-tiny", kv="full", weights="bitstack", tab="6", tokens="4", question="Who?")
-    page = open_tab(query + "&weights_budget=40%25").page
+    page = open_tab(query + "&weights_budget=40%25", load=True).page
     page.wait_for_selector("text=Matrices compressed")
     page.wait_for_selector("section[aria-label^='Relative error of the outputs'] canvas")
     assert page.locator(".tabulator-tableholder").evaluate(WHOLE)

@@ -78,6 +78,10 @@ class ModelNotFound(InputError):
     """No model under this name, folder or hub id."""
 
 
+class ModelNotOffered(InputError):
+    """A served workbench does not load this model for its visitors."""
+
+
 class CheckpointRefused(InputError):
     """A checkpoint in a format that can run code, or one that is broken."""
 

@@ -88,8 +88,20 @@ def open_app(
     address: Annotated[str, typer.Option("--address", help="0.0.0.0 lets other machines in")] = "127.0.0.1",
     model: Model = _DEFAULT_MODEL,
     no_open: Annotated[bool, typer.Option("--no-open", help="do not open the browser")] = False,
+    allow_model: Annotated[
+        list[str] | None,
+        typer.Option("--allow-model", help="what others may load besides MODEL and the packaged models; *: anything"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="another name[:port] at which the page is asked for, as by a proxy; *: any"),
+    ] = None,
 ) -> None:
-    """Open the workbench in the browser."""
+    """Open the workbench in the browser.
+
+    As long as only this machine reaches it, any model can be loaded in the page; served to others (--address,
+    --allow-host), only MODEL, the packaged models and those of --allow-model.
+    """
     from importlib.util import find_spec
 
     from workbench.errors import MissingExtra
@@ -99,7 +111,14 @@ def open_app(
     typer.echo("Starting: what the workbench is made of takes some seconds to load.", err=True)
     from workbench_widgets.app.serve import serve
 
-    serve(model=model, address=address, port=port, open_browser=not no_open)
+    serve(
+        model=model,
+        address=address,
+        port=port,
+        open_browser=not no_open,
+        models=allow_model or (),
+        hosts=allow_host or (),
+    )
 
 
 @app.command()

@@ -38,7 +38,8 @@ class CodeDialog:
         self.shown = pn.pane.HTML("", stylesheets=[_STYLE], sizing_mode="stretch_width", min_width=480)
         copy = pmu.Button(label="Copy", icon="content_copy", variant="outlined", size="small", width=110)
         self._plain = TextField(value="", visible=False)
-        copy.js_on_click(args={"plain": self._plain}, code="navigator.clipboard.writeText(plain.data.value)")
+        code_of_copy = "navigator.clipboard.writeText(plain.data.value)"
+        self._copying = copy.js_on_click(args={"plain": self._plain}, code=code_of_copy)
         save = pmu.FileDownload(
             callback=self._file,
             filename="workbench_run.py",
@@ -55,6 +56,10 @@ class CodeDialog:
             width_option="md",
         )
         self.button.on_click(self._open)
+
+    def close(self) -> None:
+        """The tab is gone: Panel's register of what runs in browsers keeps it no longer."""
+        self._copying.unwatch()
 
     def _open(self, event: Any) -> None:
         code = self._code()

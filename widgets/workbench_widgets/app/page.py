@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -11,7 +12,9 @@ import panel_material_ui as pmu
 from panel.io.document import hold
 from panel.io.resources import LOCAL_DIST
 from panel.io.state import set_curdoc
+from panel.util.parameters import edit_readonly
 from panel_material_ui.template.base import Page as MaterialPage
+from tornado.ioloop import IOLoop
 
 from workbench.budget import Budget
 from workbench.errors import WorkbenchError
@@ -19,10 +22,13 @@ from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
 from workbench_widgets.app.address import Address, choose_theme
 from workbench_widgets.app.answer import Answer
+from workbench_widgets.app.asked import Asked, asked
 from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.code_dialog import CodeDialog
+from workbench_widgets.app.connection import tell_when_gone
 from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
 from workbench_widgets.app.notice import Notice
+from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -40,40 +46,47 @@ from workbench_widgets.app.state import TEXT_LIMIT, PageState
 from workbench_widgets.app.status_line import StatusLine
 from workbench_widgets.app.workspace import Workspace
 
+_GLANCE_S = 0.1  # how often a page that was sent looks for its browser
 _ADDRESS_MS = 400  # the address follows this long after the last change
 
 
-def page(model: str) -> Any:
-    """A fresh page for one tab, in the state that its address describes; `model` where the address names none."""
+def page(offered: Offered) -> Any:
+    """A fresh page for one tab, in the state that its address describes."""
     if pn.state.curdoc is not None:
         Address.take_over(pn.state.curdoc)
         choose_theme()
     pn.extension(*EXTENSIONS)
-    _style_sheets_at_home(pn.state.curdoc)
-    return Page(model).view
+    if pn.state.curdoc is not None:
+        _style_sheets_at_home(pn.state.curdoc)
+        tell_when_gone(pn.state.curdoc)
+    return Page(offered).view
 
 
 def _style_sheets_at_home(doc: Any) -> None:
     """Panel learns where its style sheets lie when it sends the page as HTML. Where a browser was so slow that its
     session is made anew for the socket alone, it would look for them in the internet.
     """
-    if doc is not None:
-        home = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
-        doc.template_variables.setdefault("dist_url", home)
+    home = f"{pn.state.rel_path}/{LOCAL_DIST}" if pn.state.rel_path else LOCAL_DIST
+    doc.template_variables.setdefault("dist_url", home)
 
 
 class Page:
-    """One tab: builds the parts, joins them to the workspace, keeps the address up to date."""
+    """One tab: builds the parts, joins them to the workspace, keeps the address up to date.
 
-    def __init__(self, model: str) -> None:
+    A request for the page computes nothing. When its browser has connected, the text is read, unless the address asks
+    for more than everybody gets (`asked`): that waits for a person.
+    """
+
+    def __init__(self, offered: Offered) -> None:
         self._doc = pn.state.curdoc
         self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
         self._drawing = Lock()  # of that list: lanes post from threads of their own
-        self._default_model = model
+        self._default_model = model = offered.default
+        self._begun = False  # whether anything was read, or nothing shall be any more
         state = PageState.read(pn.state.session_args or {})
-        self.workspace = workspace = Workspace(self._post)
+        self.workspace = workspace = Workspace(self._post, offered=offered)
         if pn.state.location is not None:
-            pn.state.on_session_destroyed(lambda context: workspace.close())
+            pn.state.on_session_destroyed(lambda context: self.close())
         self._writing: Any = None
         self._left_out: list[str] = []  # parts of the page that are too long for its address
 
@@ -86,6 +99,7 @@ class Page:
         self.status = StatusLine(workspace)
         self.link = Notice(state.complaint, severity="warning", closeable=True, margin=(0, 0, 12, 0))
         self.code = CodeDialog(self.python)
+        self.asked = Asked(things := asked(state, model), self.read)
         self.panels: list[Panel] = [
             TokensPanel(workspace),
             AttentionPanel(workspace),
@@ -111,12 +125,13 @@ class Page:
         self._offer()
         self._tab_changed()
         self.view = self._layout()
-        if self._doc is not None and self.prompt.text:
+        if self._doc is not None and self.prompt.text and not things:
             # The text is read while the browser still draws the page. What comes of it waits until the page is drawn:
             # components that are changed while they are being made send back what they were.
             self._early = []
             pn.state.onload(self._drawn)
-            workspace.read(self.prompt.model, self.prompt.text)
+            workspace.announce("Reading")
+            self._expect()
 
     def _layout(self) -> Any:
         title = pn.pane.HTML("<h2>Recipe</h2>", stylesheets=[restyle("h2")], margin=(14, 4, 0, 4))
@@ -135,6 +150,7 @@ class Page:
             main=[
                 pn.Column(
                     self.link,
+                    self.asked.body,
                     self.status.problem,
                     self.budget.body,
                     self.answer.body,
@@ -150,14 +166,44 @@ class Page:
             theme_config=THEME,
             dark_theme=pn.config.theme == "dark",
         )
+        with edit_readonly(found):
+            # Each page's own follows `pn.state.busy`, which outlives all pages and would keep every one of them.
+            found.busy = self.workspace.param.working
         self.workspace.dark = found.dark_theme
         found.param.watch(lambda event: setattr(self.workspace, "dark", event.new), "dark_theme")
         return found
+
+    def close(self) -> None:
+        """The tab is gone: its work stops, and nothing that stays refers to it."""
+        self._begun = True
+        self.workspace.close()
+        self.code.close()
+        # Panel has just asked for a collection of all there is, in the event loop. What is unlinked goes without it.
+        with suppress(KeyError):
+            pn.state.cancel_task("gc.collect")
+
+    def begin(self) -> None:
+        """A browser has connected: read, if nothing was read yet."""
+        if not self._begun:
+            self._begun = True
+            self.workspace.read(self.prompt.model, self.prompt.text)
+
+    def _expect(self) -> None:
+        """Begin as soon as the page's socket is open: nobody is told of that, and a page is drawn seconds later."""
+        context: Any = None if self._doc is None else self._doc.session_context
+        if context is None or self._begun:
+            return
+        if context.session is not None and context.session.connection_count:
+            self.begin()
+        else:
+            IOLoop.current().call_later(_GLANCE_S, self._expect)
 
     # -- what a person does
 
     def read(self) -> None:
         """Read what the form holds."""
+        self._begun = True
+        self.asked.settle()
         self.workspace.read(self.prompt.model, self.prompt.text)
         self._note()
 
@@ -323,4 +369,5 @@ class Page:
             early, self._early = self._early or [], None
         for show in early:
             self._post(show)
+        self.begin()
         self._note()

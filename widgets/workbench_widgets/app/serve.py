@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from secrets import token_bytes
 from typing import Any
 
 from workbench.errors import BadParameter, MissingExtra
@@ -19,14 +21,25 @@ def serve(
     model: str = DEFAULT_MODEL,
     open_browser: bool = False,
     *,
+    models: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     threaded: bool = False,
     **options: Any,
 ) -> Any:
     """Serve the workbench until interrupted; with `threaded` return at once, and stop with `.stop()`.
 
-    address, port: where it listens; port 0 takes any free one. model: what a new page loads (a catalogue name, hub id
-    or folder); loading begins at once, behind the page. open_browser: show the page in the user's browser. Further
-    options go to `panel.serve`. Raises MissingExtra without Panel, BadParameter where the port cannot be taken.
+    address, port: where it listens; port 0 takes any free one. model: what a new page begins with (a catalogue name,
+    hub id or folder); loading begins at once, behind the page. open_browser: show the page in the user's browser.
+
+    models: what visitors may load besides `model` and the packaged ones; "*" stands for anything. They may load
+    anything as long as only this machine reaches the server: `address` is a loopback address, and so are all `hosts`.
+    hosts: at which other hosts, as "name" or "name:port", the page is asked for, by the way of a proxy or a tunnel; "*"
+    stands for any. Without them the server answers at this machine's own names, `address`, and, where it listens on
+    all addresses, any of them as a number.
+
+    Further options go to `panel.serve`; its `websocket_origin` counts as `hosts`, and where it asks people to log in
+    (`basic_auth`, `oauth_provider`) that takes the place of the check of hosts. Raises MissingExtra without Panel,
+    BadParameter where the port cannot be taken or a host is none.
     """
     try:
         import panel as pn
@@ -34,15 +47,23 @@ def serve(
         from workbench_widgets.app.page import page
     except ImportError as error:
         raise MissingExtra(f"the app needs Panel ({error}): pip install 'inference-workbench[app]'") from error
+    from workbench_widgets.app.hosts import Door, Hosts, is_this_machine
+    from workbench_widgets.app.offered import Offered
     from workbench_widgets.app.shelf import SHELF
 
-    _check_port(address, port)
+    port = _check_port(address, port)
+    also = list(hosts)
+    for name in ("websocket_origin", "allow_websocket_origin"):
+        given = options.pop(name, None) or ()
+        also += [given] if isinstance(given, str) else given
+    admitted = Hosts.of(address, port, also)
+    here = all(is_this_machine(host) for host in [address, *also])
+    offered = Offered(model, tuple(models), anything=here or "*" in models)
     SHELF.warm(model)
-    shown = "localhost" if address in ("127.0.0.1", "0.0.0.0", "::") else address
-    if port:
-        print(f"The workbench is at http://{shown}:{port}/ (stop it with Ctrl+C)", flush=True)
+    shown = "localhost" if address in ("127.0.0.1", "0.0.0.0", "::", "::1", "") else address
+    print(f"The workbench is at http://{shown}:{port}/ (stop it with Ctrl+C)", flush=True)
     return pn.serve(
-        {"/": lambda: page(model)},
+        {"/": lambda: page(offered)},
         address=address,
         port=port,
         show=open_browser,
@@ -53,12 +74,17 @@ def serve(
             "unused_session_lifetime_milliseconds": _PATIENCE_MS,
             "websocket_max_message_size": _LARGEST_TEXT,
             "http_server_kwargs": {"max_header_size": _LARGEST_ADDRESS},
+            "sign_sessions": True,  # sockets belong to pages that this process has sent
+            "secret_key": token_bytes(32),
+            "auth_provider": Door(admitted),
+            "websocket_origin": admitted.origins,
             **options,
         },
     )
 
 
-def _check_port(address: str, port: int) -> None:
+def _check_port(address: str, port: int) -> int:
+    """The port, a free one for 0. Raises BadParameter where it cannot be had."""
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
         raise BadParameter(f"port {port!r} is not a number from 0 to 65535")
     try:
@@ -66,6 +92,7 @@ def _check_port(address: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
+            return int(probe.getsockname()[1])
     except OSError as error:
         reason = error.strerror or error
         raise BadParameter(f"cannot listen on {address} port {port} ({reason}); choose another with port=") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import param
 
-from workbench.errors import Cancelled, WorkbenchError
+from workbench.errors import Cancelled, ModelNotOffered, WorkbenchError
 from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan
 from workbench.progress import Progress
@@ -25,6 +24,7 @@ from workbench.session import Session, row_of
 from workbench.trace import Trace
 from workbench_widgets import present
 from workbench_widgets.app.lane import Lane, Post
+from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.shelf import SHELF, Shelf
 
 _GLANCE_S = 0.1
@@ -77,9 +77,10 @@ class Workspace(param.Parameterized):
     dark: Any = param.Boolean(False)
     recipe: Any = param.Parameter(None)  # the one that was planned last
 
-    def __init__(self, post: Post, shelf: Shelf = SHELF) -> None:
+    def __init__(self, post: Post, shelf: Shelf = SHELF, offered: Offered | None = None) -> None:
         super().__init__()
         self._shelf = shelf
+        self._offered = offered or Offered("", anything=True)
         self._alone = Lock()  # what changes a session beyond a plan's own memory happens one at a time
         self.main = Lane("work", post, self._busy, self._progress)
         self.planning = Lane("planning", post, None, self._planning_progress)
@@ -105,12 +106,19 @@ class Workspace(param.Parameterized):
         with param.parameterized.discard_events(self):  # there is no page to tell
             self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None, weights=None)
             self.loaded = ("", None)
-        gc.collect()
 
     # -- reading
 
     def read(self, model: str, text: str, done: Callable[[], None] | None = None) -> None:
-        """Load the model where needed and read `text`; whatever was going on is cancelled."""
+        """Load the model where needed and read `text`; whatever was going on is cancelled.
+
+        A model that is not offered is refused before anything is looked for.
+        """
+        try:
+            self._offered.check(model)
+        except ModelNotOffered as error:
+            self.problem = str(error)
+            return
         before = self.reading.session if self.reading is not None and self.model == model else None
 
         def work(progress: Progress) -> Reading:
@@ -136,7 +144,7 @@ class Workspace(param.Parameterized):
                 done()
 
         self._following = False
-        self._start("Reading")
+        self.announce("Reading")
         self.main.submit(work, finish, self._failed, interrupt=True)
 
     def _is_loaded(self, model: str, session: Session) -> None:
@@ -238,7 +246,7 @@ class Workspace(param.Parameterized):
             self._add([row])
 
         self.param.update(answer=())
-        self._start("Running")
+        self.announce("Running")
         self.main.submit(work, finish, self._failed, interrupt=interrupt)
 
     def compare(
@@ -262,7 +270,7 @@ class Workspace(param.Parameterized):
                     rows = [row | {"question": question} for row in frame.to_dict("records")]
                     self.main.tell(partial(self._add, rows), always=True)
 
-        self._start("Comparing")
+        self.announce("Comparing")
         self.main.submit(work, lambda _: None, self._failed)
 
     def look(
@@ -340,7 +348,8 @@ class Workspace(param.Parameterized):
         finally:
             self._alone.release()
 
-    def _start(self, what: str) -> None:
+    def announce(self, what: str) -> None:
+        """Say what the main lane is about to do."""
         self.weighing.cancel()
         self.param.update(problem="", stage=(what, None), working=True)
 
