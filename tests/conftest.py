@@ -10,12 +10,17 @@ import kernels_support  # noqa: F401  before anything imports Triton
 import pytest
 import torch
 from browser_support import chromium, served_app  # noqa: F401  fixtures
+from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
 from workbench.models import cached, tiny
 
 DEFAULT = "smollm2-135m"
+
+# On a machine that does much else drawing an example takes seconds now and then, which says nothing about the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session", autouse=True)
