@@ -29,7 +29,7 @@ def regular(path: Path, most: int | None = None) -> Path:
     """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file")
+        raise IsADirectoryError(errno.EISDIR, "it is a directory, not a file")
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file but a pipe, a socket or a device")
     if most is not None and found.st_size > most:

@@ -42,7 +42,7 @@ class Facts:
     def room(self) -> str:
         """How many tokens can be read, in words."""
         why = ": beyond, its attention begins another chunk, which is not supported" if self.chunked else ""
-        return f"{self.max_positions:,} positions{why}"
+        return f"{self.max_positions} positions{why}"
 
     @property
     def group(self) -> int:
