@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import workbench as wb
 from workbench import exactness
 from workbench.engine import forward
-from workbench.errors import NotApplicable, PromptTooLong
+from workbench.errors import ModelNotFound, NotApplicable, PromptTooLong
 from workbench.exactness import fingerprint, verify
 from workbench.masks import AnnouncedMask, Span, announced
 from workbench.models import UNLIMITED, facts, tiny
@@ -192,6 +192,29 @@ def test_the_layer_where_a_difference_begins_is_named(monkeypatch: pytest.Monkey
 
 def test_a_bert_told_to_be_a_decoder_is_exact() -> None:
     as_transformers(made("BertConfig", "BertLMHeadModel", is_decoder=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("LlamaModel", "LlamaModel does not generate text"),
+        ("LlamaForSequenceClassification", "does not generate text"),
+        ("BertModel", "does not generate text"),
+        ("T5ForConditionalGeneration", "is an encoder and a decoder"),
+    ],
+)
+def test_what_is_no_decoder_with_a_language_head_is_refused_when_it_is_opened(model: str, said: str) -> None:
+    config = f"{model.partition('For')[0].removesuffix('Model')}Config"
+    own = {"d_model": 64, "d_ff": 64, "num_heads": 4} if config == "T5Config" else {}
+    with pytest.raises(NotApplicable, match=said):
+        wb.Session((made(config, model, **(own | {"pad_token_id": 0})), None))
+
+
+def test_a_model_without_its_weights_is_refused_when_it_is_opened() -> None:
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
+    with pytest.raises(ModelNotFound, match="meta device"):
+        wb.Session((empty, None))
 
 
 def test_layers_that_do_not_hand_keywords_on_are_read() -> None:

@@ -874,6 +874,10 @@ def _loaded(model: Any, device: Any, dtype: Any, progress: Progress | None) -> L
         return loading(model, device=device, dtype=dtype, progress=progress)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
         network, tokenizer = model
+        if any(weight.is_meta for weight in network.parameters()):
+            raise ModelNotFound(
+                f"{type(network).__name__} has weights without data (on the meta device): load it whole"
+            )
         if device is not None or dtype is not None:
             network = network.to(device=device, dtype=dtype)  # type: ignore[call-overload]
         found = facts(network)

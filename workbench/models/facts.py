@@ -54,14 +54,19 @@ def facts(model: PreTrainedModel, name: str | None = None, checkpoint_dtype: tor
     """Read the facts off a loaded transformers model.
 
     `name` defaults to what the config carries, else the model type; `checkpoint_dtype` to the config's dtype. Raises
-    `NotApplicable` for a model without attention heads in its config.
+    `NotApplicable` for a model that is no decoder with a language head, or has no attention heads in its config.
     """
+    kind = type(model).__name__
+    if not model.can_generate():
+        raise NotApplicable(
+            f"{kind} does not generate text; give the model with its language head, as AutoModelForCausalLM loads it"
+        )
+    if model.config.is_encoder_decoder:
+        raise NotApplicable(f"{kind} is an encoder and a decoder; the workbench reads decoders alone")
     config: Any = model.config.get_text_config()
     heads = _said(config, "num_attention_heads")
     if heads is None:
-        raise NotApplicable(
-            f"{type(model).__name__} has no attention heads in its config; the workbench reads decoders with attention"
-        )
+        raise NotApplicable(f"{kind} has no attention heads in its config; the workbench reads decoders with attention")
     layer_types, windows = _attention_span(config)
     parameters = list(model.parameters())  # tied ones come once
     count = sum(weight.numel() for weight in parameters)
