@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -147,10 +148,14 @@ def test_the_generic_query_is_the_templates_beginning_of_an_answer() -> None:
     assert template_ids(Prompt(ids_of(4), chat=False)) is None
 
     class Words:
-        chat_template = "there is one"
+        chat_template = (
+            "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        special_tokens_map: ClassVar[dict[str, str]] = {}
 
-        def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
-            return "".join(f"<{m['role']}>{m['content']}<end>" for m in messages) + "<assistant>"
+        def get_chat_template(self, chosen: str | None = None) -> str:
+            return self.chat_template
 
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
