@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
 
 import workbench as wb
@@ -100,3 +101,35 @@ def test_a_saved_session_still_shares(session: wb.Session, model: PreTrainedMode
     again = wb.Session.load(tmp_path / "saved", model=(model, None))
     assert again.plan().full_nbytes == session.plan().full_nbytes
     assert again.run("full", max_new_tokens=4).tokens == session.run("full", max_new_tokens=4).tokens
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="this transformers has no Gemma 4")
+def test_a_model_that_leaves_out_queries_where_keys_are_shared_is_read_whole() -> None:
+    # Asked for the last logits only, Gemma 4 lets its last layers see the last query only.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.Gemma4TextConfig(
+            vocab_size=256,
+            vocab_size_per_layer_input=256,
+            hidden_size=64,
+            hidden_size_per_layer_input=16,
+            intermediate_size=128,
+            num_hidden_layers=6,
+            num_kv_shared_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=WINDOW,
+            layer_types=[f"{span}_attention" for span in ("sliding", "sliding", "full") * 2],
+            initializer_range=0.2,
+            eos_token_id=None,
+            bos_token_id=None,
+            pad_token_id=None,
+        )
+        model = transformers.Gemma4ForCausalLM(config).eval().requires_grad_(False)
+    session = wb.Session((model, None), kv_dtype="float32")
+    trace = session.read(IDS[:TOKENS])
+    assert {layer.queries_held.shape[1] for layer in trace.layers} == {TOKENS}
+    assert [layer.shared is not None for layer in trace.layers] == [False] * 4 + [True] * 2
+    want = model.generate(IDS[None, :TOKENS], max_new_tokens=8, do_sample=False)[0, TOKENS:]
+    assert list(session.run("full", max_new_tokens=8).tokens) == want.tolist()

@@ -199,6 +199,8 @@ def forward(
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
+    # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
+    kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
         before = _passing.set(_Passing(handler, mask, plain))
         try:
@@ -208,7 +210,7 @@ def forward(
                 position_ids=positions.to(device)[None],
                 past_key_values=cache,
                 use_cache=cache is not None,
-                logits_to_keep=logits,
+                logits_to_keep=kept,
             )
         finally:
             _passing.reset(before)
