@@ -198,7 +198,8 @@ def _columns(embedding: Any, kind: str | None, positions: Tensor) -> tuple[Tenso
     with torch.no_grad():
         made = embedding(like, ids) if kind is None else embedding(like, ids, layer_type=kind)
     cos, sin = (made.real, made.imag) if isinstance(made, torch.Tensor) else made
-    return cos.reshape(-1, *cos.shape[-2:])[0].float(), sin.reshape(-1, *sin.shape[-2:])[0].float()
+    first = (0,) * (cos.ndim - 2)  # of the batch, and of the three axes of M-RoPE, which are alike
+    return cos[first].float(), sin[first].float()
 
 
 # --- What a layer does with positions
