@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,9 +60,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+OTHERS: weakref.WeakSet[Any] = weakref.WeakSet()  # pages and threads that tests of other modules left in this process
+
+
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """A server of this process, whose sessions end soon after their visitor left."""
+    gc.collect()
+    OTHERS.update([*(one for one in gc.get_objects() if type(one) is Page), *threading.enumerate()])
     found = free_port()
     server = serve(port=found, model=TINY, threaded=True, hosts=["proxy.example"], **SOON)
     wait_for(lambda: answers(found))
@@ -87,7 +93,7 @@ def connect(port: int, html: str, host: str, origin: str = "") -> Any:
 
 
 def pages() -> list[Any]:
-    return [one for one in gc.get_objects() if type(one) is Page]
+    return [one for one in gc.get_objects() if type(one) is Page and one not in OTHERS]
 
 
 def only_page() -> Any:
@@ -222,7 +228,8 @@ def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
 
 def at_work() -> list[str]:
     """What lanes and shelves do: their threads."""
-    return [one.name for one in threading.enumerate() if one.name.startswith(("work", "planning", "load "))]
+    mine = [one for one in threading.enumerate() if one not in OTHERS]
+    return [one.name for one in mine if one.name.startswith(("work", "planning", "load "))]
 
 
 def test_a_request_alone_computes_nothing_and_a_browser_that_connects_sets_reading_going(port: int) -> None:

@@ -376,7 +376,7 @@ def test_a_step_computes_what_the_core_neurons_alone_give(tiny_llama: PreTrained
 
     mlp: Any = tiny_llama.get_submodule("model.layers.0.mlp")
     core, handler = CoreMLP(mlp, 0, 0.4, 0.25), Remembering()
-    token = engine._passing.set(handler)  # type: ignore[arg-type]
+    token = engine._passing.set(engine._Passing(handler, None, plain=True))  # type: ignore[arg-type]
     try:
         read, x = drawn(1, 9, 64), drawn(1, 1, 64, seed=1)
         assert torch.allclose(core(read), mlp(read))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from workbench.errors import BudgetTooSmall, InputError, NotApplicable
 from workbench.measure.channels import channel_table
-from workbench.models import tiny
-from workbench.models.decoder import decoder_layers, max_positions
+from workbench.models import UNLIMITED, max_positions, tiny
+from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
 from workbench.registry import registered
 from workbench.variants import Variants
@@ -203,7 +203,7 @@ def test_tables_of_positions_that_begin_behind_their_padding_are_shorter() -> No
     roberta = tf.RobertaForCausalLM(tf.RobertaConfig(**{**_MHA, "pad_token_id": 1}, is_decoder=True))
     assert max_positions(roberta) == 126
     assert logits(roberta.eval(), torch.full((1, 126), 5)).isfinite().all()
-    assert max_positions(model("bloom")) is None and max_positions(model("mpt")) == 128
+    assert max_positions(model("bloom")) == UNLIMITED and max_positions(model("mpt")) == 128
 
 
 def test_conv1d_and_subclasses_that_compute_the_same_are_linear_layers() -> None:

@@ -80,7 +80,8 @@ def test_it_loads_and_answers_without_a_network(tmp_path: Path, monkeypatch: pyt
     session.read("The gardener sang. The secret number of the chapel is 90417. The miller slept.")
     run = session.run("full", question="What is the secret number of the chapel?", max_new_tokens=24)
     assert run.text == "The secret number of the chapel is 90417."
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["exact"]  # that it was looked at, and nothing of the model
+    assert all(seal.stat().st_size == 0 for seal in (tmp_path / "exact").iterdir())
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.6, 1.0])
