@@ -46,6 +46,10 @@ def open_page(page: Any, query: str, *, dark: bool) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)
+    page.get_by_role("button", name="Read", exact=True).wait_for(timeout=SLOW)
+    load = page.get_by_role("button", name="Load", exact=True)  # what a link asks for beyond the default page
+    if load.is_visible():
+        load.click()
     page.wait_for_selector("text=tokens read", timeout=SLOW)
     page.wait_for_selector("text=Positions kept", timeout=SLOW)
     if dark:
