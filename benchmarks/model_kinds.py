@@ -25,7 +25,7 @@ from workbench.errors import WorkbenchError
 from workbench.models.quiet import quiet
 
 MOST_BYTES = 5_000_000  # of weights in float32: larger ones are not built
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -121,7 +121,7 @@ _LEFT = object()  # the config's own value stays
 _PADDED = {"pad_token_id": 1}  # positions begin after the padding's index
 _IDS = {"bos_token_id": 0, "eos_token_id": 255, "pad_token_id": 1}
 _TEXT = {
-    name: size for name, size in (_COMMON | _NAMED).items() if name not in ("n_layer", "n_head", "n_embd", "d_model")
+    name: size for name, size in (COMMON | _NAMED).items() if name not in ("n_layer", "n_head", "n_embd", "d_model")
 }
 _VISION = {
     "hidden_size": 32,
@@ -204,7 +204,7 @@ def config_of(kind: str) -> Any:
         names = set(made().to_dict()) | set(getattr(made, "attribute_map", {}))
     except Exception:  # configs without defaults, or that import what is not installed
         names = set()
-    options = _COMMON | {name: size for name, size in _NAMED.items() if name in names and name not in _COMMON}
+    options = COMMON | {name: size for name, size in _NAMED.items() if name in names and name not in COMMON}
     if "qk_rope_head_dim" in names:  # multi-head latent attention: as many KV heads as query heads
         options["num_key_value_heads"] = options["num_attention_heads"]
         options.pop("head_dim", None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import workbench as wb
+from benchmarks.model_kinds import COMMON
 from workbench import exactness
 from workbench.engine import forward
 from workbench.errors import ModelNotFound, NotApplicable, PromptTooLong
@@ -21,18 +22,6 @@ from workbench.masks import AnnouncedMask, Span, announced
 from workbench.models import UNLIMITED, facts, tiny
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
-COMMON: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,20 @@ import transformers
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
 
 import workbench as wb
+from benchmarks.model_kinds import COMMON
 from workbench.errors import NotApplicable
 from workbench.kv.stores import SharedStore, cloned
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
 KINDS = [f"{span}_attention" for span in ("sliding", "sliding", "full", "sliding", "full")]
 WINDOW, TOKENS, ENTRY = 16, 40, 2 * 2 * 16 * 4  # keys and values of two heads of 16 numbers in float32
+SHARING = {name: size for name, size in COMMON.items() if name != "num_hidden_layers"} | {
+    "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +32,7 @@ def model() -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = Gemma3nTextConfig(
-            vocab_size=256,
-            vocab_size_per_layer_input=256,
-            hidden_size=64,
-            hidden_size_per_layer_input=16,
-            intermediate_size=128,
-            num_hidden_layers=5,
-            num_kv_shared_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=WINDOW,
-            layer_types=KINDS,
-            activation_sparsity_pattern=[0.0] * 5,
-            initializer_range=0.2,
-            eos_token_id=None,
-            bos_token_id=None,
-            pad_token_id=None,
+            **SHARING, num_hidden_layers=5, layer_types=KINDS, activation_sparsity_pattern=[0.0] * 5
         )
         return Gemma3nForCausalLM(config).eval().requires_grad_(False)
 
@@ -109,22 +101,9 @@ def test_a_model_that_leaves_out_queries_where_keys_are_shared_is_read_whole() -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.Gemma4TextConfig(
-            vocab_size=256,
-            vocab_size_per_layer_input=256,
-            hidden_size=64,
-            hidden_size_per_layer_input=16,
-            intermediate_size=128,
+            **SHARING,
             num_hidden_layers=6,
-            num_kv_shared_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=WINDOW,
             layer_types=[f"{span}_attention" for span in ("sliding", "sliding", "full") * 2],
-            initializer_range=0.2,
-            eos_token_id=None,
-            bos_token_id=None,
-            pad_token_id=None,
         )
         model = transformers.Gemma4ForCausalLM(config).eval().requires_grad_(False)
     session = wb.Session((model, None), kv_dtype="float32")
