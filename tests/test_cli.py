@@ -337,6 +337,11 @@ def test_what_nobody_expected_is_one_line_with_a_hint_and_a_traceback_on_request
     assert "Traceback" in capsys.readouterr().err
 
 
+def _heeding_control_c() -> None:
+    """In a child: also where tests run in the background of a shell, whose jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_control_c_during_work_ends_with_130_and_one_line(model: str) -> None:
     asked = ["run", "--model", model, "--text", TEXT, "--max-new-tokens", "1800", "--stream", "--no-quality"]
@@ -346,6 +351,7 @@ def test_control_c_during_work_ends_with_130_and_one_line(model: str) -> None:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=_heeding_control_c,
     )
     assert process.stdout is not None
     process.stdout.read(1)  # it is generating
@@ -478,7 +484,7 @@ def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Pa
         env=ENVIRONMENT,
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where tests run unattended
+        preexec_fn=_heeding_control_c,
     )
     while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 3):
         time.sleep(0.05)
