@@ -63,6 +63,15 @@ def tied() -> PreTrainedModel:
 # -- our own format
 
 
+def test_an_exported_model_that_remembers_its_prompt_is_read_as_exactly_as_others(tmp_path: Path) -> None:
+    made = session()
+    made.read(IDS)
+    made.export(tmp_path / "small", "coreinfer")
+    opened = wb.Session(tmp_path / "small")
+    opened.read(IDS)
+    assert opened.run("full", max_new_tokens=4).tokens == made.run("coreinfer", max_new_tokens=4).tokens
+
+
 @pytest.mark.parametrize(("key", "parameters"), CASES, ids=[f"{key}-{len(p)}" for key, p in CASES])
 def test_an_exported_model_is_the_compressed_one_again(key: str, parameters: dict[str, Any], tmp_path: Path) -> None:
     made = session()

@@ -151,6 +151,26 @@ def passing() -> Handler | None:
     return None if found is None else found.handler
 
 
+class _Alone:
+    """Stands for the handler while a model attends by itself: a place for what its modules remember."""
+
+    def __init__(self) -> None:
+        self.memory: dict[Any, Any] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        raise WorkbenchError("this model attends by itself, but its layers were switched to a session's attention")
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Until the block ends modules that remember something of a run do so in calls of the model by itself."""
+    before = _passing.set(_Passing(_Alone(), None, plain=False))
+    try:
+        yield
+    finally:
+        _passing.reset(before)
+
+
 _locks: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _locks_guard = RLock()
 

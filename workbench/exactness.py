@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.decoding import Decoder
-from workbench.engine import device_of, exclusive
+from workbench.engine import device_of, exclusive, remembering
 from workbench.errors import NotApplicable
 from workbench.kv.full import Full
 from workbench.kv.plan import make_plan
@@ -125,7 +125,7 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """
     rows: list[Tensor] = []
     cache = None
-    with torch.inference_mode(), quiet():
+    with torch.inference_mode(), quiet(), remembering():
         for part in _parts(ids, (sum(_STEPS),)):  # it needs no steps: with its cache it is what it is
             inputs = part.to(device_of(model))[None]
             count = part.numel() if rows else 1
@@ -140,7 +140,7 @@ def _logits(model: PreTrainedModel, facts: Facts, ids: Tensor, progress: Progres
     first, *parts = _parts(ids, _STEPS)
     trace = read(model, facts, Prompt(first, chat=False), progress=progress)
     plan = make_plan(trace, [Full()], _precision(model), model=model)
-    decoder = Decoder(model, plan.stores(), plan.position, progress=progress)
+    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory)
     rows = [decoder.feed(part, logits=part.numel()) for part in parts]
     return torch.cat([trace.logits[None].to(device_of(model)), *rows])
 
