@@ -109,11 +109,11 @@ def _ids(model: PreTrainedModel, facts: Facts, tokens: int) -> Tensor:
     return torch.tensor([token for token in drawn if token not in named][:tokens] or drawn[:tokens])
 
 
-def _parts(ids: Tensor, steps: Sequence[int]) -> list[Tensor]:
-    """How ids [n] are taken in: most at once, then so many at a time, as far as they go."""
-    first = min(_READ, max(ids.numel() - sum(steps), 1))
+def _parts(ids: Tensor) -> list[Tensor]:
+    """How ids [n] are taken in, here and there alike: most at once, then by steps, as far as they go."""
+    first = min(_READ, max(ids.numel() - sum(_STEPS), 1))
     parts, rest = [ids[:first]], ids[first:]
-    for step in steps:
+    for step in _STEPS:
         parts.append(rest[:step])
         rest = rest[step:]
     return [part for part in parts if part.numel()]
@@ -126,7 +126,7 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     rows: list[Tensor] = []
     cache = None
     with torch.inference_mode(), quiet(), remembering():
-        for part in _parts(ids, (sum(_STEPS),)):  # it needs no steps: with its cache it is what it is
+        for part in _parts(ids):
             inputs = part.to(device_of(model))[None]
             count = part.numel() if rows else 1
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count)
@@ -137,7 +137,7 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 def _logits(model: PreTrainedModel, facts: Facts, ids: Tensor, progress: Progress) -> Tensor:
     """The same as the workbench computes them."""
-    first, *parts = _parts(ids, _STEPS)
+    first, *parts = _parts(ids)
     trace = read(model, facts, Prompt(first, chat=False), progress=progress)
     plan = make_plan(trace, [Full()], _precision(model), model=model)
     decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory)
