@@ -286,8 +286,8 @@ def greedy(
     for step in range(max_new_tokens):
         if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
             raise OutOfRange(
-                f"after {step} tokens the logits are not finite numbers: keys or values are too large for the "
-                'precision in which this cache holds them; give kv_dtype="bfloat16", or another method'
+                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
+                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
             )
         token = int(logits.argmax())
         yield token

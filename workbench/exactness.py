@@ -54,7 +54,10 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
         got = _logits(model, facts, ids, progress or Progress())  # first: it says best why a model cannot be read
         own = _own_logits(model, ids)
         if not own.isfinite().all():
-            raise NotApplicable(f"{facts.name}: its own logits are not finite numbers; its weights are damaged")
+            raise NotApplicable(
+                f"{facts.name}: its own logits are not finite numbers: its weights are damaged, or what it computes is "
+                f"too large for {str(model.dtype).removeprefix('torch.')}"
+            )
         wrong = _wrong(own, got, _precision(model))
         if wrong is not None:
             layer = _first_layer(model, facts, ids)

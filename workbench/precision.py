@@ -10,6 +10,11 @@ from workbench.errors import OutOfRange
 _WIDE = 1e30  # forms that reach further have a place for whatever a model computes
 
 
+def narrow(dtype: torch.dtype) -> bool:
+    """Whether a form of numbers with a point ends below what a model may compute: float16 and float8 do."""
+    return dtype.is_floating_point and torch.finfo(dtype).max < _WIDE
+
+
 def checked(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """x as `dtype`. what: x in words ("its scales").
 
@@ -17,7 +22,7 @@ def checked(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     number. On a GPU this waits for the device: it is for what is built once.
     """
     made = x.to(dtype)
-    if dtype.is_floating_point and torch.finfo(dtype).max < _WIDE and not made.is_meta:
+    if narrow(dtype) and not made.is_meta:
         check_finite(made, x, what)
     return made
 

@@ -173,7 +173,8 @@ def read(
     _check_layers(recorder.layers, count, facts.name)
     if not logits.isfinite().all():
         raise NotApplicable(
-            f"{facts.name}: the logits after the prompt are not finite numbers; its weights are damaged"
+            f"{facts.name}: the logits after the prompt are not finite numbers: its weights are damaged, or what it "
+            f"computes is too large for {str(model.dtype).removeprefix('torch.')}"
         )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from workbench.errors import OutOfRange
 from workbench.kv.stores.store import Store
+from workbench.precision import narrow
 from workbench.trace import LayerTrace
-
-_WIDE = 1e30  # forms that reach further have a place for whatever a model computes
 
 
 def check_reach(store: Store, layer: LayerTrace) -> None:
@@ -17,10 +16,10 @@ def check_reach(store: Store, layer: LayerTrace) -> None:
     the float16 or float8 numbers of its store. On a GPU this waits once: it is for stores that were just built.
     """
     held = [*store.tensors().values(), *store.host_tensors().values()]
-    narrow = [x for tensors in held for x in tensors if x.is_floating_point() and torch.finfo(x.dtype).max < _WIDE]
-    if narrow and not bool(torch.stack([_finite(x).to(layer.keys.device) for x in narrow]).all()):
+    short = [x for tensors in held for x in tensors if narrow(x.dtype)]
+    if short and not bool(torch.stack([_finite(x).to(layer.keys.device) for x in short]).all()):
         keys, values = (float(x.abs().max()) for x in (layer.keys, layer.values))
-        form = next(str(x.dtype).removeprefix("torch.") for x in narrow if not bool(_finite(x)))
+        form = next(str(x.dtype).removeprefix("torch.") for x in short if not bool(_finite(x)))
         raise OutOfRange(
             f"layer {layer.index}: keys reach {keys:.4g} and values {values:.4g}, too large for the {form} numbers in "
             f'which this cache holds them or their scales: give kv_dtype="bfloat16", or another method'
