@@ -35,7 +35,7 @@ test: setup browser model  ## every test, then every notebook
 			$$(test -f notebooks/sanitize.cfg && echo --nbval-sanitize-with notebooks/sanitize.cfg) notebooks; fi
 
 kinds: setup  ## every kind of causal model of transformers is exact or refused; `make test` tries a third of them
-	WORKBENCH_ALL_KINDS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_model_kinds.py
+	WORKBENCH_ALL_KINDS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/models/test_kinds.py
 
 notebooks: model  ## run the notebooks and save what they show
 	$(BIN)/python notebooks/execute.py

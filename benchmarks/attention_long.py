@@ -21,8 +21,8 @@ import psutil
 import torch
 
 from benchmarks.record import environment, write
+from workbench.core.attention_rows import BLOCK_BYTES
 from workbench.measure import column_sums, head_stats, pooled_map, pooled_maps
-from workbench.measure.rows import BLOCK_BYTES
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64  # one layer of smollm2-135m
 VOCABULARY = 49152

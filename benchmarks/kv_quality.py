@@ -33,7 +33,7 @@ from workbench.errors import BudgetTooSmall, Cancelled, NotApplicable
 from workbench.measure.quality import compare_logits
 from workbench.progress import Progress
 from workbench.prompt import text_ids
-from workbench.run import Run
+from workbench.runtime.run import Run
 
 BUDGETS = (0.5, 0.25, 0.1)
 LENGTHS = (512, 1024, 2048)

@@ -2,7 +2,7 @@
 
 Each kind is built as a tiny random model. What the workbench reads and decodes with it is compared with transformers'
 own `generate`, and on those that are exact a few methods and looks are tried. `python -m benchmarks.model_kinds` writes
-the table; tests/test_model_kinds.py holds it.
+the table; tests/models/test_kinds.py holds it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from benchmarks.record import environment, write
 from workbench.examples import needle
 from workbench.kv import RetrievalAttention
 from workbench.kv.base import Study
-from workbench.kv.retrievalattention import Keys
+from workbench.kv.methods.offload.retrievalattention import Keys
 from workbench.trace import Trace
 
 TOKENS, BUDGET = 2048, 0.1

@@ -21,8 +21,8 @@ import workbench as wb
 from benchmarks.record import environment, write
 from benchmarks.weight_quality import name_of
 from workbench.weights.base import WeightMethod, compressed
-from workbench.weights.calibration import Calibration
-from workbench.weights.study import WeightStudy
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.calibration.texts import Calibration
 
 METHODS = (("gptq", {"bits": 4}), ("awq", {"bits": 4}), ("hqq", {"bits": 4}), ("sparsegpt", {"budget": 0.5625}))
 SHAPE = "llama-3.1-8b"

@@ -25,14 +25,14 @@ from transformers import PreTrainedModel
 import workbench as wb
 from benchmarks.parts import Part, Row, identity, read_parts, settled
 from benchmarks.record import RESULTS, environment, markdown, where
-from workbench.engine import device_of, exclusive
+from workbench.engine.attention_hook import device_of, exclusive
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.base import Survey, WeightMethod, compressed
-from workbench.weights.blocks import Stream, blocks
-from workbench.weights.calibration import PYTHON, SHIPPED, Calibration
+from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.calibration.texts import PYTHON, SHIPPED, Calibration
 from workbench.weights.layers import CompactLinear
-from workbench.weights.study import WeightStudy
 
 JSON = RESULTS / "weight_quality.json"
 PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-import kernels_support  # noqa: F401  before anything imports Triton
 import pytest
 import torch
-from browser_support import chromium, served_app  # noqa: F401  fixtures
 from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.kernels import support  # noqa: F401  before anything imports Triton
+from tests.widgets.browser import chromium, served_app  # noqa: F401  fixtures
 from workbench.models import cached, tiny
 
 DEFAULT = "smollm2-135m"

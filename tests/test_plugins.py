@@ -48,7 +48,7 @@ def installed(site: Path, package: str, code: str, point: str) -> None:
 
 def module(key: str, *, decorated: bool = False) -> str:
     return f'''
-from workbench.kv.knorm import Knorm
+from workbench.kv.methods.evict.knorm import Knorm
 from workbench.registry import register
 
 {"@register" if decorated else ""}
@@ -127,7 +127,7 @@ from workbench.registry import find, registered
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     keys = [cls.key for cls in registered()]
-assert "fine" in keys and keys.count("snapkv") == 1 and find("snapkv").__module__ == "workbench.kv.snapkv"
+assert "fine" in keys and keys.count("snapkv") == 1 and find("snapkv").__module__ == "workbench.kv.methods.evict.snapkv"
 print(*sorted(str(w.message) for w in caught if "plugin" in str(w.message)), sep="\\n")
 """
     done = python("-c", script, site=site)

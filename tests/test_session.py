@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from reach import within_reach
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.runtime.memory_reach import within_reach
 from workbench.errors import (
     BadBudget,
     BadParameter,
@@ -30,7 +30,7 @@ from workbench.errors import (
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.registry import registered
-from workbench.run import Run
+from workbench.runtime.run import Run
 from workbench.session import COLUMNS
 
 ModelOf = Callable[[str], PreTrainedModel]

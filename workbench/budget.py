@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from workbench.brief import quoted
 from workbench.errors import BadBudget
+from workbench.formatting import quoted
 
 _UNITS = {
     "b": 1,

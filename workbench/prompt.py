@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.brief import Brief, quoted
 from workbench.errors import BadPrompt
+from workbench.formatting import Brief, quoted
 from workbench.models.chat_template import render
-from workbench.words import Encoded, Piece, encode, stand_ins
+from workbench.models.literal_text import Encoded, Piece, encode, stand_ins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

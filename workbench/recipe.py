@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.brief import quoted
 from workbench.budget import Budget
 from workbench.errors import BadRecipe
+from workbench.formatting import quoted
 from workbench.registry import Family, Method, from_dict, method
 
 _JOINED = "a recipe with a budget for all its methods cannot join others; give the budget to the whole"

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, g
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from workbench import given
-from workbench.brief import quoted
+from workbench import arguments
 from workbench.budget import Budget
 from workbench.errors import BadBudget, BadParameter, PluginConflict, UnknownMethod
+from workbench.formatting import quoted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ class Method(BaseModel):
         for name, field in type(self).model_fields.items():
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             if isinstance(values.get(name), bool) and choices:  # True is 1 for pydantic
-                given.choice(f"{self.key}: {name}", values[name], choices)
+                arguments.choice(f"{self.key}: {name}", values[name], choices)
         try:
             super().__init__(**{name: _plain(value) for name, value in values.items()})
         except ValidationError as error:

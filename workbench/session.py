@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from workbench import given
+from workbench import arguments
 from workbench.attention.base import AttentionMethod
-from workbench.attention.implied import Implied
-from workbench.brief import mib, quoted
 from workbench.budget import Budget
-from workbench.capture import Captured, as_read, capture, changes_reading
-from workbench.conversation import Conversation, Question
 from workbench.display import Shown, controls
 from workbench.errors import (
     BadBudget,
@@ -32,9 +28,11 @@ from workbench.errors import (
     NotRead,
     WorkbenchError,
 )
-from workbench.exactness import verify
+from workbench.formatting import mib, quoted
+from workbench.inspection.captured import Captured, as_read, capture, changes_reading
+from workbench.inspection.implied import Implied
 from workbench.kv.base import KVMethod
-from workbench.kv.full import Full
+from workbench.kv.methods.full import Full
 from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
 from workbench.measure.attention import PooledMap, Pooling, Span, check_pooling
 from workbench.measure.grid import GridOfMaps
@@ -43,13 +41,15 @@ from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
 from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
-from workbench.reading import read, seen, take_in
 from workbench.recipe import Recipe
 from workbench.registry import Method, find
-from workbench.run import Run, Stream
+from workbench.runtime.conversation import Conversation, Question
+from workbench.runtime.exactness import verify
+from workbench.runtime.prefill import read, seen, take_in
+from workbench.runtime.run import Run, Stream
 from workbench.trace import Trace
-from workbench.variants import Variants
 from workbench.weights.base import WeightMethod
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
-    from workbench.exporting import Exported
-    from workbench.weights.calibration import Calibration
-    from workbench.weights.spectra import Spectra
-    from workbench.weights.study import WeightStudy
+    from workbench.export.model import Exported
+    from workbench.weights.calibration.study import WeightStudy
+    from workbench.weights.calibration.texts import Calibration
+    from workbench.weights.reports.spectra import Spectra
 
 T = TypeVar("T")
 Seen = Captured | Implied
@@ -102,7 +102,7 @@ class Session(Shown):
         self.source = loaded.source
         self.facts: Facts = loaded.facts
         self.kv_dtype = _kv_dtype(kv_dtype, loaded.facts)
-        self.seed = given.whole("seed", seed, 0, 2**63 - 1)
+        self.seed = arguments.whole("seed", seed, 0, 2**63 - 1)
         self.graphs = graphs
         self.trace: Trace | None = None
         self.runs: list[Run] = []
@@ -161,8 +161,8 @@ class Session(Shown):
         prompt still in place.
         """
         if chat is not None:
-            given.flag("chat", chat)
-        given.flag("record", record)
+            arguments.flag("chat", chat)
+        arguments.flag("record", record)
         prompt = replace(Prompt.of(text, self.tokenizer, chat), tokenizer=self.tokenizer)
         if not self._trusted:
             verify(self.model, self.facts, progress)
@@ -236,9 +236,11 @@ class Session(Shown):
         data set (.txt, .md, .jsonl, .parquet). samples: stretches of `tokens` tokens. Without a source nothing
         changes. Raises BadParameter, InputError.
         """
-        from workbench.weights.calibration import SHIPPED, Calibration
+        from workbench.weights.calibration.texts import SHIPPED, Calibration
 
-        chosen = Calibration(SHIPPED if source is None else str(given.path("source", source)), samples, tokens, seed)
+        chosen = Calibration(
+            SHIPPED if source is None else str(arguments.path("source", source)), samples, tokens, seed
+        )
         if source is not None:
             if chosen.source != "sampled" and self.tokenizer is not None:
                 chosen.text()  # refused now, and not in the middle of a run
@@ -258,13 +260,13 @@ class Session(Shown):
         """What a recipe's weight methods made of each weight: one row a matrix, also of those left as they are.
 
         Columns: layer, module, name, form, bits, rank, density, chosen, bytes, share, weight_error, output_error,
-        reason; explained in `workbench.weights.census`. outputs: also the error of each layer's outputs over the
+        reason; explained in `workbench.weights.reports.census`. outputs: also the error of each layer's outputs over the
         calibration texts, whose second moments are gathered once for that.
         """
-        from workbench.weights.census import census
+        from workbench.weights.reports.census import census
 
         methods = _weights(Recipe.of(recipe, **parameters))
-        given.flag("outputs", outputs)
+        arguments.flag("outputs", outputs)
         twin = self._variants.get(methods, progress)
         reasons = {name: why for method in methods for name, why in method.left_alone(self.model).items()}
         return census(self.model, twin, self._variants.study() if outputs else None, reasons, progress)
@@ -282,16 +284,16 @@ class Session(Shown):
         """Which layer hurts: what a weight method does to the model's predictions in one decoder layer alone, and in
         one kind of module alone; with each="module", in each module of each layer.
 
-        Columns: layer, module, kl, error; explained in `workbench.weights.sensitivity`. texts, tokens: how much of the
+        Columns: layer, module, kl, error; explained in `workbench.weights.reports.sensitivity`. texts, tokens: how much of the
         calibration texts is read for it. Raises NotApplicable for methods whose layers only make sense together.
         """
-        from workbench.weights.sensitivity import sensitivity
+        from workbench.weights.reports.sensitivity import sensitivity
 
         methods = _weights(Recipe.of(recipe, **parameters))
         for method in methods:
             if not method.alone:
                 raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
-        given.choice("each", each, ("layer", "module"))
+        arguments.choice("each", each, ("layer", "module"))
         ids = self._some_ids(texts, tokens)
         return sensitivity(self.model, self._variants.get(methods, progress), ids, each, progress)
 
@@ -311,10 +313,10 @@ class Session(Shown):
         it, else the workbench's own (safetensors and JSON). dtype: in which what is not compressed is written (default:
         as it is held). Raises NotApplicable, MissingExtra, and InputError for a folder that holds something else.
         """
-        from workbench.exporting import Format, export
+        from workbench.export.model import Format, export
 
-        methods, folder = _weights(Recipe.of(recipe, **parameters)), given.path("path", path)
-        given.choice("format", format, get_args(Format))
+        methods, folder = _weights(Recipe.of(recipe, **parameters)), arguments.path("path", path)
+        arguments.choice("format", format, get_args(Format))
         twin = self._variants.get(methods, progress)
         return export(self.model, twin, methods, self.facts, self.tokenizer, folder, format, dtype)
 
@@ -332,7 +334,7 @@ class Session(Shown):
         recipe: of the weights as its weight methods made them (default: of the model's own). layer, module: only of
         one decoder layer, or of the modules of one name.
         """
-        from workbench.weights.spectra import spectra
+        from workbench.weights.reports.spectra import spectra
 
         methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
         return spectra(self._variants.get(methods, progress), progress, layer=layer, module=module)
@@ -349,18 +351,18 @@ class Session(Shown):
     ) -> pd.DataFrame:
         """How well what enters each linear layer lends itself to rounding: one row a layer.
 
-        Columns: layer, module, kernel, kernel_cross, space; explained in `workbench.weights.rounding`. recipe: under
+        Columns: layer, module, kernel, kernel_cross, space; explained in `workbench.weights.reports.rounding`. recipe: under
         its weight methods (default: in the model as it is). texts, tokens: how much of the calibration texts is read.
         """
-        from workbench.weights.rounding import rounding
+        from workbench.weights.reports.rounding import rounding
 
         methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
-        bits, ids = given.whole("bits", bits, 2, 16), self._some_ids(texts, tokens)
+        bits, ids = arguments.whole("bits", bits, 2, 16), self._some_ids(texts, tokens)
         return rounding(self._variants.get(methods, progress), ids, bits, progress)
 
     def _some_ids(self, texts: int, tokens: int) -> Tensor:
         """The beginning of the calibration texts, at most `tokens` of each of `texts`: int64 [t, n]."""
-        texts, tokens = given.whole("texts", texts, low=1), given.whole("tokens", tokens, low=1)
+        texts, tokens = arguments.whole("texts", texts, low=1), arguments.whole("tokens", tokens, low=1)
         return self._variants.study().ids[:texts, :tokens]
 
     def weight_nbytes(
@@ -407,7 +409,7 @@ class Session(Shown):
         Planning, and reading under other weights or attention, happen before this returns.
         """
         spec, progress = Recipe.of(recipe, **parameters), progress or Progress()
-        max_new_tokens = given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
+        max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
         trace = self._trace(spec, progress)
         began = time.perf_counter()
         ids = trace.prompt.question_ids(question, self.tokenizer)
@@ -489,7 +491,7 @@ class Session(Shown):
         What is wrong with all of them raises at once: an unknown method, a bad budget, a question that cannot be read.
         """
         one: Any = isinstance(recipes, str | Method | Recipe) and [recipes]
-        planned = [Recipe.of(spec) for spec in one or given.several("recipes", recipes, "recipes")]
+        planned = [Recipe.of(spec) for spec in one or arguments.several("recipes", recipes, "recipes")]
         if not planned:
             raise BadRecipe("no recipe is given: name at least one method, for instance 'full'")
         wanted = [Budget.parse(each) for each in _several(budgets)]
@@ -499,7 +501,7 @@ class Session(Shown):
         if self.trace is None:
             raise NotRead("no prompt has been read yet: call read(text) first")
         self.trace.prompt.question_ids(question, self.tokenizer)
-        given.whole("max_new_tokens", max_new_tokens, 1, given.MOST_TOKENS)
+        arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
         return self._compared(cases, question, max_new_tokens, progress or Progress())
 
     def _compared(
@@ -545,7 +547,7 @@ class Session(Shown):
 
         Under KV methods every query sees what the plan holds, as if it had been decided before the prompt was read.
         Under an attention method that changes reading, the map is what that method really added up
-        (`workbench.attention.implied`), whatever KV methods stand beside it: the prompt's queries attended before they
+        (`workbench.inspection.implied`), whatever KV methods stand beside it: the prompt's queries attended before they
         dropped anything. Queries after the prompt see what their plan holds: by softmax, so for that leave the
         attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
@@ -627,9 +629,9 @@ class Session(Shown):
     def _seen(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Seen:
         """What attention of a layer, or one query head of it, is under a recipe."""
         trace = _need_recording(self._trace(recipe, progress))
-        layer = given.index("layer", layer, len(trace.layers), "the model's layers")
+        layer = arguments.index("layer", layer, len(trace.layers), "the model's layers")
         if head is not None:
-            head = given.index("head", head, self.facts.heads, "the model's query heads")
+            head = arguments.index("head", head, self.facts.heads, "the model's query heads")
         return self._view(recipe, trace, progress)(layer, head)
 
     def _each_layer(
@@ -700,9 +702,9 @@ class Session(Shown):
         kind: "keys", "values", "activations" (the residual stream before each layer) or "weights". recipe: under its
         weight methods, whose layers count as the weights they stand for; its other methods change nothing here.
         """
-        from workbench.measure.channels import KINDS, channel_table
+        from workbench.inspection.channels import KINDS, channel_table
 
-        given.choice("kind", kind, KINDS)
+        arguments.choice("kind", kind, KINDS)
         weights = () if recipe is None else Recipe.of(recipe, **parameters).family("weights")
         model = self._variants.get(weights, progress)
         if kind == "weights":
@@ -724,11 +726,11 @@ class Session(Shown):
 
     def save(self, path: str | Path) -> Path:
         """Write the prompt, its trace and the record of all runs into a folder (safetensors and JSON)."""
-        from workbench.saving import save
+        from workbench.storage.sessions import save
 
         if self.trace is not None:
             _need_recording(self.trace)
-        return save(self, given.path("path", path))
+        return save(self, arguments.path("path", path))
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Session:
@@ -736,10 +738,10 @@ class Session(Shown):
 
         A folder that `export` wrote opens as a new session with that model, as `Session(path)` does.
         """
-        from workbench.exporting import is_exported
-        from workbench.saving import load as load_session
+        from workbench.export.model import is_exported
+        from workbench.storage.sessions import load as load_session
 
-        folder = given.path("path", path)
+        folder = arguments.path("path", path)
         if is_exported(folder):
             return cls(folder, **options)
         return load_session(cls, folder, **options)
@@ -781,8 +783,8 @@ def row_of(run: Run) -> dict[str, Any]:
 
 def _used(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
     """The weights of a compressed model's linear layers by name, as they are used."""
-    from workbench.weights.census import weight_of
-    from workbench.weights.linears import linear_layers
+    from workbench.weights.reports.census import weight_of
+    from workbench.weights.surgery.linears import linear_layers
 
     return {name: partial(weight_of, module) for name, module in linear_layers(model).items()}  # type: ignore[misc]
 
@@ -799,7 +801,7 @@ def _check_view(
     check_pooling(pixels, pooling)
     for name, span in (("rows", rows), ("cols", cols)):
         if span is not None and trace is not None:
-            given.span(name, span, trace.tokens)
+            arguments.span(name, span, trace.tokens)
 
 
 def _need_recording(trace: Trace) -> Trace:
@@ -811,7 +813,7 @@ def _need_recording(trace: Trace) -> Trace:
 def _several(budgets: Any) -> list[Any]:
     """Budgets as they were given, one of them or several."""
     alone = isinstance(budgets, str | Real | Budget)
-    return [budgets] if alone else given.several("budgets", budgets, "budgets")
+    return [budgets] if alone else arguments.several("budgets", budgets, "budgets")
 
 
 def _shown(budget: Budget | None) -> float | str | None:
@@ -867,8 +869,8 @@ def _loaded(model: Any, device: Any, dtype: Any, progress: Progress | None) -> L
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):
-        from workbench.exporting import is_exported
-        from workbench.exporting import load as load_exported
+        from workbench.export.model import is_exported
+        from workbench.export.model import load as load_exported
 
         loading = load_exported if is_exported(model) else load
         return loading(model, device=device, dtype=dtype, progress=progress)

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from workbench.brief import Brief, mib
+from workbench.core.attention_rows import attention_rows
+from workbench.core.rope import Rotation
 from workbench.errors import NoRotation
+from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
-from workbench.measure.rows import attention_rows
-from workbench.models.rotation import Rotation
 from workbench.prompt import Prompt
 
 T = TypeVar("T")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from workbench.captured import Step, predicted_nbytes
-from workbench.decoding import Decoder
 from workbench.kv.stores import DenseStore, PackedStore, Store
 from workbench.measure.memory import tensor_bytes
+from workbench.runtime.cuda_graph import Step, predicted_nbytes
+from workbench.runtime.decode import Decoder
 
 TOKENS, FEW = 128 << 10, 8 << 10
 LAYERS, KV_HEADS, WIDTH = 32, 8, 128

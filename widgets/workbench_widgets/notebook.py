@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
-from workbench.brief import mib
 from workbench.display import Bundle
 from workbench.errors import NotRead
+from workbench.formatting import mib
 from workbench.kv.plan import Plan
-from workbench.run import Run
+from workbench.runtime.run import Run
 from workbench.session import Session
 from workbench_widgets import figures, present
 from workbench_widgets.answer_diff import AnswerDiff

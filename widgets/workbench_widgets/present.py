@@ -15,7 +15,7 @@ from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadClass
 from workbench.measure.memory import Timeline
-from workbench.run import Run
+from workbench.runtime.run import Run
 from workbench_widgets.heatmap import Heatmap
 from workbench_widgets.plain_text import in_markup
 from workbench_widgets.pool import Scale

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workbench.weights.spectra import Spectrum
+from workbench.weights.reports.spectra import Spectrum
 from workbench_widgets import figures
 from workbench_widgets.present import Figure, size
 

@@ -1,17 +1,17 @@
 """Attention methods: how scores are computed, and how far a layer looks back."""
 
-from workbench.attention.adalog import AdaLog
 from workbench.attention.base import AttentionMethod
-from workbench.attention.block_sparse import BlockSparse
-from workbench.attention.cca import CoreContext
-from workbench.attention.deltallm import DeltaAttention
-from workbench.attention.dopq import DopQ
-from workbench.attention.l_mul import LMul
-from workbench.attention.lean import Lean
-from workbench.attention.masformer import MASFormer
-from workbench.attention.memory_efficient import MemoryEfficient
-from workbench.attention.streaming_window import StreamingWindow
-from workbench.attention.uniattn import UniAttn
+from workbench.attention.methods.adalog import AdaLog
+from workbench.attention.methods.block_sparse import BlockSparse
+from workbench.attention.methods.cca import CoreContext
+from workbench.attention.methods.deltallm import DeltaAttention
+from workbench.attention.methods.dopq import DopQ
+from workbench.attention.methods.l_mul import LMul
+from workbench.attention.methods.lean import Lean
+from workbench.attention.methods.masformer import MASFormer
+from workbench.attention.methods.memory_efficient import MemoryEfficient
+from workbench.attention.methods.streaming_window import StreamingWindow
+from workbench.attention.methods.uniattn import UniAttn
 
 __all__ = [
     "AdaLog",

@@ -7,8 +7,8 @@ from bisect import bisect_right
 from torch import Tensor
 
 from workbench.attention.base import Pass, visible_entries
-from workbench.attention.exact import causal_attention
 from workbench.budget import Budget
+from workbench.core.causal_attention import causal_attention
 
 
 def allowed_entries(budget: Budget, tokens: int) -> int:

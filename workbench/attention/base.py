@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from workbench.attention.exact import causal_attention
+from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.registry import Family, Method

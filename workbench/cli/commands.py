@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from workbench.brief import mib, quoted
 from workbench.cli import given, show
 from workbench.errors import Cancelled
+from workbench.formatting import mib, quoted
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe
@@ -457,7 +457,7 @@ def model_info(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show versions, devices, caches, kernels and extras of this installation."""
-    from workbench.doctor import lines, report
+    from workbench.cli.doctor import lines, report
 
     found = report()
     if as_json:

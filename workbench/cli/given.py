@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.brief import quoted
 from workbench.errors import BadBudget, BadParameter, BadPrompt
-from workbench.files import place, regular
+from workbench.files.paths import place, regular
+from workbench.formatting import quoted
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from workbench.files.strict_json import dumps
 from workbench.progress import Progress
-from workbench.strict_json import dumps
 
 _WIDTH = 160  # of tables that go into a pipe or a file, where there is no terminal to ask
 

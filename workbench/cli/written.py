@@ -85,7 +85,7 @@ def write(frame: pd.DataFrame, path: Path) -> None:
             if path.suffix == ".csv":
                 frame.to_csv(part, index=False)
             elif path.suffix == ".json":
-                from workbench.strict_json import dumps
+                from workbench.files.strict_json import dumps
 
                 Path(part).write_text(dumps(frame.to_dict("records")) + "\n", encoding="utf-8")
             else:

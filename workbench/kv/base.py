@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.kv.stores.offload import Index
-    from workbench.kv.streamed import Held, Reading
+    from workbench.runtime.chunked_prefill import Held, Reading
 
 # A stage is supplied by the method of its name, or by one of these.
 _METHODS_OF = {"score": {"score", "scores"}, "store": {"store", "layout"}}

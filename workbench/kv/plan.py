@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from workbench.brief import mib
 from workbench.budget import Budget
 from workbench.display import Shown
 from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
+from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import SharedStore, SlidingStore, Store, cloned
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
-from workbench.kv.stores.reach import check_reach
-from workbench.kv.streamed import Streamed, streamed
+from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import output_error
 from workbench.progress import Progress
+from workbench.runtime.chunked_prefill import Streamed, streamed
 from workbench.trace import LayerTrace, Trace
 
 if TYPE_CHECKING:

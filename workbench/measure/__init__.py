@@ -1,5 +1,6 @@
 """Measures of a run, as functions of tensors: attention, outliers, quality, memory, time."""
 
+from workbench.core.attention_rows import RowBlock, attention_rows, row_blocks, visible_keys
 from workbench.measure.attention import (
     PooledMap,
     column_sums,
@@ -27,7 +28,6 @@ from workbench.measure.outliers import (
 )
 from workbench.measure.quality import Quality, compare_logits, first_divergence, output_error
 from workbench.measure.rounding import kernel_share, space_used
-from workbench.measure.rows import RowBlock, attention_rows, row_blocks, visible_keys
 from workbench.measure.timing import Stopwatch, Timing
 
 __all__ = [

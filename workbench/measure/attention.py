@@ -2,7 +2,7 @@
 
 All functions take queries and keys after the rotary embedding, any dtype, compute in float32, and share the arguments
 `scale`, `query_positions`, `key_positions`, `window`, `softcap`, `block_bytes` and `progress` with
-`workbench.measure.rows.row_blocks`, where they are explained.
+`workbench.core.attention_rows.row_blocks`, where they are explained.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench import given
-from workbench.brief import Brief
-from workbench.errors import InputError
-from workbench.measure.rows import (
+from workbench import arguments
+from workbench.core.attention_rows import (
     HeadsPart,
     RowBlock,
     check_scores,
@@ -28,6 +26,8 @@ from workbench.measure.rows import (
     token_positions,
     visible_keys,
 )
+from workbench.errors import InputError
+from workbench.formatting import Brief
 from workbench.progress import Progress
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.reading import Reading, read_attention
@@ -403,7 +403,7 @@ def sink_mass(
     queries: [h, nq, d]; keys: [k, nk, d]. Only queries after those positions count, since the first ones have nothing
     else to look at; not a number where there is no such query.
     """
-    given.whole("first", first, low=1)
+    arguments.whole("first", first, low=1)
     (h, nq, _), (k, nk, _) = queries.shape, keys.shape
     at, held = token_positions(nq, nk, query_positions, key_positions)
     is_sink = (held < first).to(queries.device, torch.float32)  # [k or 1, nk]
@@ -475,15 +475,15 @@ def queries_per_key(
 
 def check_pooling(pixels: int, pooling: Pooling) -> None:
     """Raise BadParameter unless maps can be pooled so."""
-    given.whole("pixels", pixels, low=1)
-    given.choice("pooling", pooling, get_args(Pooling))
+    arguments.whole("pixels", pixels, low=1)
+    arguments.choice("pooling", pooling, get_args(Pooling))
 
 
 def _edges_of(at: Tensor, held: Tensor, pixels: int, rows: Span | None, cols: Span | None) -> tuple[Tensor, Tensor]:
     """Edges of rows and columns for queries at [nq] and keys held [k or 1, nk], all of them by default."""
     end = max(int(held[:, -1].max()), int(at[-1])) + 1
-    shown_rows = (int(at[0]), int(at[-1]) + 1) if rows is None else given.span("rows", rows, end)
-    shown_cols = (0, end) if cols is None else given.span("cols", cols, end)
+    shown_rows = (int(at[0]), int(at[-1]) + 1) if rows is None else arguments.span("rows", rows, end)
+    shown_cols = (0, end) if cols is None else arguments.span("cols", cols, end)
     return cell_edges(shown_rows, pixels), cell_edges(shown_cols, pixels)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench import given
-from workbench.brief import Brief
+from workbench import arguments
+from workbench.formatting import Brief
 from workbench.measure.attention import PooledMap, Pooling, same_cells
 
 
@@ -38,8 +38,8 @@ class GridOfMaps(Brief):
     def map(self, layer: int, head: int) -> PooledMap:
         """One of the maps. Raises BadParameter where there is no such layer or head."""
         layers, heads = self.values.shape[:2]
-        layer = given.index("layer", layer, layers, "the maps' layers")
-        head = given.index("head", head, heads, "the maps' query heads")
+        layer = arguments.index("layer", layer, layers, "the maps' layers")
+        head = arguments.index("head", head, heads, "the maps' query heads")
         return PooledMap(self.values[layer, head], self.row_edges, self.col_edges, self.pooling)
 
     def minus(self, other: GridOfMaps) -> GridOfMaps:

@@ -1,6 +1,6 @@
 """What kind each attention head is: where its attention goes over a whole prompt, in one streamed pass a layer.
 
-Arguments shared with `workbench.measure.rows.row_blocks` are explained there. Memory is that of a few blocks of rows,
+Arguments shared with `workbench.core.attention_rows.row_blocks` are explained there. Memory is that of a few blocks of rows,
 never n x n; all sums of weights are float32 or wider.
 """
 
@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench import given
-from workbench.brief import Brief
+from workbench import arguments
+from workbench.core.attention_rows import head_parts, row_blocks, token_positions, visible_keys
 from workbench.errors import BadParameter, InputError
-from workbench.measure.rows import head_parts, row_blocks, token_positions, visible_keys
+from workbench.formatting import Brief
 from workbench.progress import Progress
 
 HeadClass = Literal["retrieval", "sink", "local", "contextual", "structural"]
@@ -43,7 +43,7 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            given.number(f"the threshold {each.name}", getattr(self, each.name), 0, 1)
+            arguments.number(f"the threshold {each.name}", getattr(self, each.name), 0, 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,7 +83,7 @@ class HeadStats(Brief):
     def classes(self, thresholds: Thresholds | None = None) -> list[list[HeadClass]]:
         """The class of each head of a model, [l][h]: the first in the order of `Thresholds` that it meets.
 
-        Retrieval heads are known here by how they read this very prompt. HeadKV (`workbench.kv.headkv`) measures
+        Retrieval heads are known here by how they read this very prompt. HeadKV (`workbench.kv.methods.allocate.headkv`) measures
         whether a head copies the answers of needle tasks instead, which costs readings of their own, and is about the
         model, not the prompt.
         """
@@ -105,7 +105,7 @@ class HeadStats(Brief):
     def to_frame(self, kv_heads: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
         """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class."""
         layers, heads = self.entropy.shape
-        if heads % given.whole("kv_heads", kv_heads, 1, heads):
+        if heads % arguments.whole("kv_heads", kv_heads, 1, heads):
             raise BadParameter(f"kv_heads is {kv_heads}: {heads} query heads cannot share so many KV heads")
         head = torch.arange(heads)
         columns = {name: getattr(self, name).flatten().numpy() for name in _COLUMNS}
@@ -154,7 +154,7 @@ def head_stats(
     All float32 on the CPU. The column sums are those of `workbench.measure.column_sums`.
     """
     for name, count in (("sinks", sinks), ("recent", recent), ("probes", probes)):
-        given.whole(name, count, low=1)
+        arguments.whole(name, count, low=1)
     (_, nq, _), (k, nk, _) = queries.shape, keys.shape
     if nq == 0 or nk == 0:
         raise InputError(f"heads are judged by at least one query and one key, not {nq} and {nk}")
@@ -412,8 +412,8 @@ def probe_positions(tokens: int, count: int) -> Tensor:
 
     By them HACK judges heads.
     """
-    given.whole("tokens", tokens, low=1)
-    given.whole("count", count, low=1)
+    arguments.whole("tokens", tokens, low=1)
+    arguments.whole("count", count, low=1)
     half = tokens // 2
     at = torch.linspace(half, tokens - 1, min(count, tokens - half)).round().long()
     at[-1] = tokens - 1
@@ -426,7 +426,7 @@ def contextual(variance: Tensor, share: float) -> Tensor:
     HACK (Qin et al. 2025, arXiv:2504.09261) calls contextual the heads whose attention forms vertical patterns, the
     same tokens from every query, and structural those with diagonal patterns.
     """
-    number = round(given.number("share", share, 0, 1) * variance.numel())
+    number = round(arguments.number("share", share, 0, 1) * variance.numel())
     chosen = torch.zeros(variance.numel(), dtype=torch.bool)
     chosen[variance.cpu().flatten().argsort(stable=True)[:number]] = True
     return chosen.view(variance.shape)

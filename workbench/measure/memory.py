@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from workbench import given
-from workbench.brief import mib
+from workbench import arguments
 from workbench.errors import BadParameter, InputError, NotApplicable
+from workbench.formatting import mib
 
 Phase = Literal["read", "plan", "question", "decode"]
 HOST = "host "  # categories that begin so lie in host memory, wherever the model computes
@@ -84,11 +84,11 @@ class Timeline:
         time_s: float | None = None,
     ) -> Sample:
         """Append what is alive now; time_s: seconds since the timeline began, by default taken from the clock."""
-        given.choice("phase", phase, get_args(Phase))
-        given.whole("step", step, low=0)
+        arguments.choice("phase", phase, get_args(Phase))
+        arguments.whole("step", step, low=0)
         if any(nbytes < 0 for nbytes in (*categories.values(), *kv_layers)):
             raise BadParameter(f"bytes must not be negative (phase {phase!r}, step {step})")
-        at = time.perf_counter() - self._began if time_s is None else given.number("time_s", time_s, low=0)
+        at = time.perf_counter() - self._began if time_s is None else arguments.number("time_s", time_s, low=0)
         if self._samples and at < self._samples[-1].time:
             raise BadParameter(
                 f"a timeline goes forward: {at} s comes before the last sample's {self._samples[-1].time} s"
@@ -193,7 +193,7 @@ class Timeline:
 
     def without(self, phase: Phase) -> Timeline:
         """The same timeline without the samples of one phase."""
-        given.choice("phase", phase, get_args(Phase))
+        arguments.choice("phase", phase, get_args(Phase))
         left = Timeline(self.run)
         left._samples = [sample for sample in self._samples if sample.phase != phase]
         left._resume()
@@ -277,7 +277,7 @@ class LiveBytes(TorchDispatchMode):
                 continue
             if gives == "any":
                 if inputs is None:
-                    inputs = {given._cdata for given in _storages_in((args, kwargs))}
+                    inputs = {arguments._cdata for given in _storages_in((args, kwargs))}
                 if key in inputs:
                     continue
             self._sizes[key] = nbytes

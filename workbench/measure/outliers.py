@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench import given
+from workbench import arguments
 from workbench.errors import InputError
 
 # Statistics are taken in float64, this many bytes of channels at a time.
@@ -140,8 +140,8 @@ def massive_activations(x: Tensor, ratio: float = 1000.0, floor: float = 100.0) 
     """
     if x.ndim != 2:
         raise InputError(f"massive activations are looked for in one hidden state [n, c], not {list(x.shape)}")
-    given.number("ratio", ratio, low=0, above=True)
-    given.number("floor", floor, low=0)
+    arguments.number("ratio", ratio, low=0, above=True)
+    arguments.number("floor", floor, low=0)
     magnitude = x.detach().float().abs()
     if magnitude.numel() == 0 or magnitude.max() <= floor:  # the usual case: no need for the median
         return MassiveActivations((), floor)
@@ -171,8 +171,8 @@ def sinks(
     """
     if column_sums.ndim != 2:
         raise InputError(f"column_sums must be [h, nk], not {list(column_sums.shape)}")
-    given.number("threshold", threshold, 0, 1, above=True)
-    given.whole("min_queries", min_queries, low=1)
+    arguments.number("threshold", threshold, 0, 1, above=True)
+    arguments.whole("min_queries", min_queries, low=1)
     h, nk = column_sums.shape
     counts = torch.arange(nk, 0, -1)[None] if queries_per_key is None else queries_per_key.reshape(-1, nk).cpu()
     if h % counts.shape[0]:

@@ -68,7 +68,7 @@ SMOLLM2_135M = WheelEntry(
     weights_sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
 )
 
-# Trained by workbench.models.training; the card beside the weights says how, and what it can do.
+# Trained by training; the card beside the weights says how, and what it can do.
 WORKBENCH_TINY = ShippedEntry(
     name="workbench-tiny",
     title="Workbench Tiny, never quantised",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import CheckpointRefused, ModelNotFound
-from workbench.files import regular
-from workbench.strict_json import read
+from workbench.files.paths import regular
+from workbench.files.strict_json import read
 
 # Formats that are, or may hide, a Python pickle: opening one runs whatever its author wrote into it.
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})

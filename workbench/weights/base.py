@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from workbench.engine import exclusive
+from workbench.engine.attention_hook import exclusive
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, CalibrationFailed, NotApplicable, OutOfRange
 from workbench.models.linear import linear_of, multiplied_weights
 from workbench.progress import Progress
 from workbench.registry import Family, Method
-from workbench.weights.blocks import blocks, output_head, outside
-from workbench.weights.calibration import SAMPLED, Calibration
-from workbench.weights.statistics import InputStats
-from workbench.weights.study import WeightStudy
+from workbench.weights.calibration.block_by_block import blocks, output_head, outside
+from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.calibration.texts import SAMPLED, Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

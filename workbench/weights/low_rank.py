@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from workbench.precision import checked, sixteen
+from workbench.core.precision import checked, sixteen
 from workbench.weights.layers.compact import CompactLinear
-from workbench.weights.whitening import root, solved
+from workbench.weights.solvers.whitening import root, solved
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.lowrank import ACTIVATIONS, mlp_factors
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from workbench.errors import BudgetTooSmall
 from workbench.registry import param
 from workbench.weights.base import Survey, WeightMethod
+from workbench.weights.calibration.statistics import InputStats
 from workbench.weights.layers import SparseLinear, sparse_nbytes
-from workbench.weights.statistics import InputStats
 
 Pattern = Literal["unstructured", "2:4", "4:8"]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from workbench.registry import param
 from workbench.weights.base import WeightMethod
-from workbench.weights.grid import Grid, fit
 from workbench.weights.layers import PackedLinear, packed_nbytes
+from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 
 class Quantiser(WeightMethod):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.weights.base import Survey, WeightMethod
-from workbench.weights.sites import Neurons, Site, sites_of
+from workbench.weights.surgery.prunable import Neurons, Site, sites_of
 
 
 class Smaller(WeightMethod):

@@ -10,7 +10,7 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench.kv.base import KVMethod
-from workbench.kv.full import Full
+from workbench.kv.methods.full import Full
 from workbench.recipe import Recipe
 from workbench.registry import Method, registered
 from workbench_widgets.app.controls import MethodForm

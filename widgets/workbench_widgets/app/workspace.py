@@ -19,7 +19,7 @@ from workbench.kv.plan import Plan
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import Method
-from workbench.run import Run
+from workbench.runtime.run import Run
 from workbench.session import Session, row_of
 from workbench.trace import Trace
 from workbench_widgets import present

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench import given
-from workbench.attention.exact import causal_attention
+from workbench import arguments
 from workbench.attention.operators.base import Operator, chunks
-from workbench.brief import Brief, quoted
+from workbench.core.attention_rows import RowBlock
+from workbench.core.causal_attention import causal_attention
 from workbench.errors import NotApplicable, NotRead
+from workbench.formatting import Brief, quoted
 from workbench.measure.attention import PooledMap, Pooling, Span, pool_rows, pooled_map
 from workbench.measure.quality import output_error
-from workbench.measure.rows import RowBlock
 from workbench.progress import Progress
 from workbench.trace import LayerTrace, Trace
 
@@ -74,9 +74,9 @@ def study(
 
     Raises BadParameter for a head that is not there.
     """
-    wanted = tuple(range(layer.heads) if heads is None else given.several("heads", heads, "query heads"))
+    wanted = tuple(range(layer.heads) if heads is None else arguments.several("heads", heads, "query heads"))
     for each in (head, *wanted):
-        given.index("head", each, layer.heads, "the model's query heads")
+        arguments.index("head", each, layer.heads, "the model's query heads")
     implied = implied_map(
         operator, layer, head, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress
     )
@@ -109,7 +109,7 @@ def study_operator(
         raise NotApplicable(f"{quoted(operator)} is no operator: wb.methods('operator') lists them")
     if not trace.recorded:
         raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
-    at = given.index("layer", layer, len(trace.layers), "the model's layers")
+    at = arguments.index("layer", layer, len(trace.layers), "the model's layers")
     return study(operator, trace.layers[at], head, pixels=pixels, **view)
 
 

@@ -7,11 +7,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.core.rope import Rotation
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.tiered import TieredStore
-from workbench.models.rotation import Rotation
 
 _TOGETHER = 128  # queries that look up blocks together: bounds what scores take for a long question
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.lowrank import rotary_of
-from workbench.models.rotation import Rotation
+from workbench.core.rope import Rotation
+from workbench.kv.stores.low_rank import rotary_of
 from workbench.trace import LayerTrace
 
 _ROUNDS = 8

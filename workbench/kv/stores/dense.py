@@ -7,9 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from workbench.core.precision import appended
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, for_kernel
-from workbench.precision import appended
 from workbench_kernels.decode import decode_dense
 
 

@@ -7,9 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from workbench.core.precision import check_finite
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store, for_kernel
-from workbench.precision import check_finite
 from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.rows import PackedRows as KernelRows

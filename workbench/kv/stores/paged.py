@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.core.rope import Rotation
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.store import Contents, Store, seen_by
-from workbench.models.rotation import Rotation
 from workbench_kernels import attend
 
 

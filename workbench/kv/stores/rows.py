@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.precision import appended
+from workbench.core.precision import appended
 from workbench_kernels.building import Kept, gather, kept
 from workbench_kernels.rows import Ragged
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
-from workbench.kv.stores.lowrank import rotary_of
+from workbench.kv.stores.low_rank import rotary_of
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.brief import Brief
+from workbench.formatting import Brief
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import attend
 from workbench_kernels.dispatch import on_gpu

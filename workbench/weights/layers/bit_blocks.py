@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workbench.precision import half
+from workbench.core.precision import half
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.packing import pack, unpack
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from workbench.precision import sixteen
+from workbench.core.precision import sixteen
 from workbench.weights.layers.compact import CompactLinear
 
 

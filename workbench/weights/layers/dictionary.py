@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from workbench.precision import half, sixteen
+from workbench.core.precision import half, sixteen
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.packing import pack
 from workbench_kernels.weight import sparse_weight

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.precision import half
+from workbench.core.precision import half
 from workbench.weights.layers.packed import PackedLinear
 from workbench_kernels.integer import input_codes, input_step, integer_linear
 from workbench_kernels.packed_linear import FEW, packed_linear

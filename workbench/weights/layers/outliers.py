@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from workbench.precision import checked, half
+from workbench.core.precision import checked, half
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.packing import pack

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.precision import half
+from workbench.core.precision import half
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels.dispatch import learning, on_gpu
 from workbench_kernels.packed_linear import fits, packed_linear

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.precision import sixteen
+from workbench.core.precision import sixteen
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.dispatch import learning, on_gpu

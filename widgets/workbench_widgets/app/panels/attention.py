@@ -11,8 +11,8 @@ import panel_material_ui as pmu
 
 from workbench.attention.base import AttentionMethod
 from workbench.attention.operators import Operator, Study
-from workbench.capture import changes_reading, has_to_run
 from workbench.errors import WorkbenchError
+from workbench.inspection.captured import changes_reading, has_to_run
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import find, registered

@@ -12,8 +12,8 @@ import panel_material_ui as pmu
 from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.weights.blocks import blocks
-from workbench.weights.linears import linear_layers
+from workbench.weights.calibration.block_by_block import blocks
+from workbench.weights.surgery.linears import linear_layers
 from workbench_widgets import Heatmap, weight_views
 from workbench_widgets.app.doing import Doing
 from workbench_widgets.app.figures_row import figures_row, show

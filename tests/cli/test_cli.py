@@ -1,0 +1,505 @@
+"""The command line: exit codes, one line for what went wrong, one JSON document, and a quick start."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.cli import main
+from workbench.models import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "widgets"))}
+TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps until the sun comes up again. " * 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random model whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tiny("llama").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "workbench", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        **options,
+    )
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# -- starting
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import workbench",
+        "import workbench.examples; workbench.examples.needle()",
+        "from workbench.cli import main; main(['--help'])",
+        "from workbench.cli import main; main(['run', '--help'])",
+        "from workbench.cli import main; main(['models', 'list', '--json'])",
+        "from workbench.cli import main; main(['run', 'snapkv', '--text', ''])",
+        "from workbench.cli import main; main(['compare', 'snapkv', '--text', 'a', '--budgets', 'nan'])",
+    ],
+)
+def test_light_work_imports_neither_torch_nor_transformers(code: str) -> None:
+    heavy = python(f"{code}\nimport sys; print([name for name in ('torch', 'transformers') if name in sys.modules])")
+    assert heavy.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("code", "limit"), [("import workbench", 0.3), ("from workbench.cli import main; main(['--help'])", 0.5)]
+)
+def test_starting_is_quick(code: str, limit: float) -> None:
+    timed = f"import time; began = time.process_time()\n{code}\nprint(time.process_time() - began)"
+    assert min(float(python(timed).splitlines()[-1]) for _ in range(3)) < limit
+
+
+# -- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus"], "--bogus"),
+        (["frobnicate"], "frobnicate"),
+        (["run", "snapkv", "--text", "hi", "--max-new-tokens", "x"], "--max-new-tokens"),
+        (["compare"], "METHOD"),
+        (["run", "snapvk", "--text", "hi"], "did you mean snapkv"),
+        (["run", "snapkv"], "--text-file"),
+        (["run", "snapkv", "--text", "hi", "--example", "code"], "--text and --example together"),
+        (["run", "snapkv", "--text", "  "], "empty"),
+        (["run", "snapkv", "--text", "hi", "--question", " "], "question is empty"),
+        (["run", "snapkv", "--text", "hi", "--budget", "0"], "budget 0"),
+        (["run", "snapkv", "--text", "hi", "--budget", "nan"], "budget 'nan'"),
+        (["run", "snapkv", "--text", "hi", "--budget", "5 parsecs"], "parsecs"),
+        (["run", "snapkv", "--text", "hi", "--set", "window=0"], "window=0"),
+        (["run", "snapkv", "--text", "hi", "--set", "kernel=4"], "odd"),
+        (["run", "snapkv", "--text", "hi", "--set", "windw=3"], "did you mean 'window'"),
+        (["run", "snapkv", "--text", "hi", "--set", "window"], "name=value"),
+        (["run", "snapkv", "kivi", "--text", "hi", "--set", "window=3"], "snapkv.window=3"),
+        (["run", "snapkv", "--text", "hi", "--set", "h2o.decode=true"], "h2o is not among"),
+        (["run", "snapkv", "h2o", "--text", "hi"], "snapkv"),
+        (["run", "--text", "hi", "--model", "no-such-model"], "no-such-model"),
+        (["run", "--example", "poem"], "needle, code, dialogue"),
+        (["compare", "snapkv", "--text", "hi", "--budgets", ","], "--budgets"),
+        (["compare", "snapkv", "--text", "hi", "--budgets", "0.5,2"], "budget 2"),
+        (["sweep", "snapkv", "--text", "hi", "--out", "table.xls"], ".csv, .json, .parquet"),
+        (["sweep", "snapkv", "--text", "hi", "--out", "/no/such/folder/table.csv"], "cannot be written"),
+        (["methods", "--family", "poetry"], "kv, weights, attention"),
+        (["models", "fetch", "no-such-model"], "no-such-model"),
+        (["models", "info", "no-such-model"], "no-such-model"),
+        (["app", "--port", "99999"], "--port"),
+    ],
+)
+def test_wrong_input_is_one_line_on_stderr_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_wrong_input_is_as_short_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = command("run", "snapkv", "--text-file", str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_files_that_cannot_be_read_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
+    (tmp_path / "old.txt").write_bytes("Größe".encode("latin-1"))
+    cases = {
+        "": "directory",
+        "none.txt": "No such file",
+        "empty.txt": "empty",
+        "image.png": "UTF-8",
+        "old.txt": "UTF-8",
+    }
+    for name, message in cases.items():
+        assert main(["run", "--text-file", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert main(["run", "--text-file", "bad\0name"]) == 2
+
+
+def test_a_pickled_checkpoint_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert main(["run", "--text", "hi", "--model", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+
+
+def test_a_text_beyond_the_positions_of_the_model_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", model, "--text", "word " * 1000]) == 2
+    err = capsys.readouterr().err
+    assert "5000 tokens" in err and "2048 positions" in err and err.count("\n") == 1
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "snapkv", "--model", model, "--text", TEXT, "--budget", "0.00001"]) == 2
+    assert "smallest possible is" in capsys.readouterr().err
+
+
+# -- working
+
+
+def test_run_as_json_is_one_document_with_the_answer_and_its_figures(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["run", "snapkv", "--budget", "0.5", "--set", "window=4", "--model", model, "--text", TEXT]
+    assert main([*asked, "--question", "Why?", "--max-new-tokens", "5", "--kv-dtype", "float32", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert err == ""
+    assert found["recipe"]["methods"][0] == {
+        "method": "snapkv",
+        "budget": 0.5,
+        "window": 4,
+        "kernel": 5,
+        "pooling": "avg",
+    }
+    assert len(found["tokens"]) == 5 and found["kv_dtype"] == "float32" and found["question"] == "Why?"
+    assert 0.4 < found["kv_share"] <= 0.5
+    assert found["quality"]["kl"] > 0
+
+
+def test_run_gives_the_same_answer_as_the_session(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import workbench as wb
+
+    session = wb.Session(model)
+    session.read(TEXT)
+    want = session.run("knorm", budget=0.3, max_new_tokens=6)
+    assert (
+        main(["run", "knorm", "--budget", "30%", "--model", model, "--text", TEXT, "--max-new-tokens", "6", "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["tokens"] == list(want.tokens)
+
+
+def test_methods_are_joined_into_one_recipe_by_plus_or_by_naming_several(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--model", model, "--text", TEXT, "--max-new-tokens", "3", "--no-quality", "--set", "kivi.bits=4", "--json"]
+    seen = []
+    for names in (["snapkv+kivi"], ["snapkv", "kivi"]):
+        assert main(["run", *names, *rest]) == 0
+        seen.append(json.loads(capsys.readouterr().out))
+    assert seen[0]["recipe"] == seen[1]["recipe"] and seen[0]["tokens"] == seen[1]["tokens"]
+    assert [part["method"] for part in seen[0]["recipe"]["methods"]] == ["snapkv", "kivi"]
+    assert seen[0]["recipe"]["methods"][1]["bits"] == 4 and seen[0]["quality"] is None
+
+
+def test_standard_input_is_read_where_the_text_is_a_dash(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for option in ("--text", "--text-file"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfsome text")))
+        assert main(["run", option, "-", "--model", model, "--max-new-tokens", "2", "--json", "--no-quality"]) == 0
+        assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len("some text")
+
+
+def test_streamed_or_not_the_answer_is_printed_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["run", "--model", model, "--text", TEXT, "--max-new-tokens", "8", "--no-quality"]
+    shown = []
+    for option in ("--stream", "--no-stream"):
+        assert main([*asked, option]) == 0
+        shown.append(capsys.readouterr().out.split("\n\nfull:")[0].rstrip("\n\ufffd"))
+    assert shown[0] == shown[1] and shown[0]
+
+
+def test_compare_has_a_row_for_each_recipe_and_budget(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "compare",
+        "full",
+        "snapkv",
+        "--budgets",
+        "0.5,0.00001",
+        "--model",
+        model,
+        "--text",
+        TEXT,
+        "--max-new-tokens",
+        "4",
+    ]
+    assert main([*asked, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert [row["budget"] for row in rows][1:] == [0.5, 0.00001]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "smallest" in rows[2]["error"] and rows[2]["kl"] is None
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "snapkv 0.5" in shown and "smallest" in shown
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_sweep_writes_a_table(model: str, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas as pd
+
+    out = tmp_path / f"sweep.{ending}"
+    asked = ["sweep", "knorm", "--budgets", "0.25,0.5", "--model", model, "--text", TEXT, "--max-new-tokens", "2"]
+    assert main([*asked, "--out", str(out)]) == 0
+    table = pd.read_csv(out) if ending == "csv" else pd.read_json(out)
+    assert table.budget.tolist() == [0.25, 0.5] and (table.kv_share <= table.budget).all()
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_methods_as_json_describe_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--family", "kv", "--json"]) == 0
+    found = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {row["family"] for row in found.values()} == {"kv"}
+    window = next(p for p in found["snapkv"]["parameters"] if p["name"] == "window")
+    assert (window["default"], window["low"], window["unit"], window["kind"]) == (32, 1, "tokens", "int")
+    assert main(["methods"]) == 0
+    assert "snapkv" in capsys.readouterr().out
+
+
+def test_models_are_listed_and_described(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "smollm2-135m"
+    assert main(["models", "info", model, "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert (known["layers"], known["kv_heads"], known["checkpoint_dtype"]) == (3, 2, "float32")
+    assert main(["models", "info", model]) == 0
+    assert "kv_heads            2" in capsys.readouterr().out
+
+
+def test_doctor_reports_what_is_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    (tmp_path / "file").write_bytes(b"12345")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache"]["folder"] == str(tmp_path) and found["cache"]["bytes"] == 5
+    assert found["default_model"] == {
+        "name": "smollm2-135m",
+        "title": "SmolLM2-135M-Instruct",
+        "here": False,
+        "folder": None,
+    }
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["devices"]["cpu"]["cores"] == os.cpu_count() and set(found["extras"]) == {
+        "app",
+        "gpu",
+        "notebooks",
+        "weights",
+        "export",
+    }
+    assert main(["doctor"]) == 0
+    assert "workbench models fetch smollm2-135m" in capsys.readouterr().out
+
+
+# -- ending
+
+
+def test_what_nobody_expected_is_one_line_with_a_hint_and_a_traceback_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise ZeroDivisionError("line one\nline two")
+
+    monkeypatch.setattr("workbench.cli.given.prompt", broken)
+    assert main(["run", "--text", "hi"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "ZeroDivisionError" in err and "--debug" in err
+    assert main(["run", "--text", "hi", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def _heeding_control_c() -> None:
+    """In a child: also where tests run in the background of a shell, whose jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_control_c_during_work_ends_with_130_and_one_line(model: str) -> None:
+    asked = ["run", "--model", model, "--text", TEXT, "--max-new-tokens", "1800", "--stream", "--no-quality"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workbench", *asked],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_heeding_control_c,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # it is generating
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"workbench: cancelled\n")
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--json"], ["--help"]])
+def test_a_reader_who_leaves_early_is_no_error(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "workbench", *arguments],
+            env=ENVIRONMENT,
+            cwd=ROOT,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_app_without_panel_says_which_extra_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "panel" else find(name, *rest))
+    assert main(["app"]) == 2
+    assert "inference-workbench[app]" in capsys.readouterr().err
+
+
+def test_a_table_comes_back_from_parquet(tmp_path):
+    import pandas as pd
+
+    from workbench.cli.written import check, write
+
+    path = tmp_path / "runs.parquet"
+    check(path)
+    write(pd.DataFrame({"recipe": ["snapkv 0.5", "full"], "budget": [0.5, None], "kl": [0.1, 0.0]}), path)
+    frame = pd.read_parquet(path)
+    assert frame.recipe.tolist() == ["snapkv 0.5", "full"] and frame.kl.tolist() == [0.1, 0.0]
+    assert [p.name for p in tmp_path.iterdir()] == ["runs.parquet"]
+
+
+# -- what is finished stays
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes during the third run."""
+    from workbench.session import Session
+
+    plain = Session.run
+
+    def run(self: Session, *arguments: Any, **options: Any) -> Any:
+        if len(self.runs) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "run", run)
+
+
+def many(model: str, command: str, *more: str) -> list[str]:
+    return [
+        command, "knorm", "--budgets", "0.3,0.4,0.5", "--model", model, "--text", TEXT, "--max-new-tokens", "2", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("interrupted")
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_an_interrupted_sweep_leaves_its_finished_rows_in_the_file(
+    ending: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"sweep.{ending}"
+    assert main(many(model, "sweep", "--out", str(out))) == 130
+    shown, err = capsys.readouterr()
+    assert shown == "" and err == f"workbench: cancelled; what was finished, 2 rows, is kept in {out}\n"
+    assert _table(out).budget.astype(float).tolist() == pytest.approx([0.3, 0.4])
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_an_interrupted_sweep_leaves_an_older_table_whole(
+    ending: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    out, part = tmp_path / f"sweep.{ending}", tmp_path / f"sweep.part.{ending}"
+    assert main(many(model, "sweep", "--out", str(out))) == 0
+    older = out.read_bytes()
+    request.getfixturevalue("interrupted")
+    assert main(many(model, "sweep", "--out", str(out))) == 130
+    assert str(part) in capsys.readouterr().err
+    assert out.read_bytes() == older and len(_table(out)) == 3 and len(_table(part)) == 2
+    request.getfixturevalue("monkeypatch").undo()
+    assert main(many(model, "sweep", "--out", str(out))) == 0
+    assert len(_table(out)) == 3 and [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def _table(path: Path) -> Any:
+    import pandas as pd
+
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}
+    return read[path.suffix](path)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupted_comparison_shows_its_finished_rows(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas as pd
+
+    assert main(many(model, "sweep")) == 130
+    out, err = capsys.readouterr()
+    assert len(pd.read_csv(io.StringIO(out))) == 2 and err.count("\n") == 1 and "2 rows" in err
+    for command in ("sweep", "compare"):
+        assert main(many(model, command, "--json")) == 130
+        assert [row["budget"] for row in json.loads(capsys.readouterr().out)] == [0.3, 0.4]
+    assert main(many(model, "compare")) == 130
+    assert "knorm 0.4" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.csv"
+    budgets = ",".join(f"0.{step}" for step in range(100, 999))
+    asked = ["sweep", "knorm", "--budgets", budgets, "--model", model, "--text", TEXT, "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workbench", *asked],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        preexec_fn=_heeding_control_c,
+    )
+    while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err.count(b"\n") == 1 and b"is kept in" in err
+    assert 3 <= len(_table(out)) < 899
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 10**5, "{" * 10**5, "9" * 10**5, "NaN", "Infinity", "1e999", "true", '"3"', "[3]"],
+    ids=range(9),
+)
+def test_a_setting_of_any_text_is_refused_in_one_short_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "snapkv", "--text", "hi", "--set", f"window={value}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "window=" in err and len(err) < 400

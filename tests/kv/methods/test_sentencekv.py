@@ -1,0 +1,160 @@
+"""SentenceKV: sentences in host memory, found by the mean of their keys."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import workbench as wb
+from workbench import testing
+from workbench.kv import SentenceKV, SnapKV
+from workbench.kv.base import Study
+from workbench.kv.methods.offload.sentencekv import SentenceIndex, Sentences, sentence_ends, votes
+from workbench.kv.plan import make_plan
+from workbench.kv.stores.format import Shape
+from workbench.kv.stores.offload import OffloadStore
+from workbench.models import tiny
+
+SHORT = {"fetch": 8, "longest": 8, "window": 8}
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def ends_of(text: str, longest: int = 100) -> tuple[int, ...]:
+    return sentence_ends(torch.tensor([ord(letter) for letter in text]), Letters(), longest)
+
+
+def index_of(found: testing.Reading, **parameters: object) -> SentenceIndex:
+    method = SentenceKV(**{**SHORT, **parameters})
+    return cast(SentenceIndex, method.retrieve(Study(found.trace, found.model), []))
+
+
+def random_others(heads: int, tokens: int, seed: int = 0, equal: bool = False) -> Tensor:
+    chosen = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return chosen[:1].expand(heads, -1).clone() if equal else chosen
+
+
+def test_sentences_end_at_their_marks_and_at_the_latest_after_so_many_tokens() -> None:
+    assert ends_of("Ah. Why? No") == (3, 8, 11)
+    assert ends_of("abcdefgh", 3) == (3, 6, 8)
+    assert ends_of("ab.cdefgh", 4) == (3, 7, 9)
+    assert sentence_ends(torch.arange(10), None, 4) == (4, 8, 10)
+
+    class Words(Letters):
+        def decode(self, ids: list[int]) -> str:
+            return ["He", " said", '."', "\n\n", " 你", "。", ".5"][ids[0]]
+
+    assert sentence_ends(torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 0]), Words(), 100) == (3, 5, 7, 9)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 100.0])
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_best_sentences_are_fetched_until_there_are_enough_tokens(factor: float, equal: bool) -> None:
+    found = testing.reading()
+    index, layer = index_of(found, factor=factor), found.trace.layers[1]
+    others = random_others(2, 70, equal=equal)
+    retriever = index.build(layer, others)
+    queries = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(4))
+    slots, counts = retriever.find(queries, layer.scale)
+    weights = votes(layer, 8)
+    ends = [0, *index.ends]
+    for head in range(2):
+        there = others[head].nonzero()[:, 0].tolist()  # slot -> position
+        known = sorted(there, key=lambda p: (-float(weights[head, p]), p))[: int(factor * 8)]
+        sentences = [sorted(p for p in known if a <= p < b) for a, b in pairwise(ends)]
+        for q in range(5):
+            asked = queries[2 * head : 2 * head + 2, : q + 1].mean(dim=(0, 1))
+            likeness = []
+            for members in sentences:
+                mean = layer.keys[head, members].mean(dim=0) if members else torch.zeros(16)
+                likeness.append(float(mean.to(torch.bfloat16).float() @ asked))
+            ranked = sorted(range(len(sentences)), key=lambda s: -likeness[s])
+            expected = [p for s in ranked for p in sentences[s]][:8]
+            got = [there[slot] for slot in slots[head, q, counts[head, q]].tolist()]
+            assert sorted(got) == sorted(expected)
+
+
+def test_votes_are_the_pooled_attention_of_the_prompts_last_queries() -> None:
+    layer = testing.reading().trace.layers[1]
+    rows = torch.zeros(2, 70)
+    for head in range(4):
+        for query in range(62, 70):
+            logits = layer.keys[head // 2, : query + 1] @ layer.queries[head, query] * layer.scale
+            rows[head // 2, : query + 1] += logits.softmax(dim=0) / 2
+    pooled = torch.stack([rows[:, max(i - 3, 0) : i + 4].amax(dim=1) for i in range(70)], dim=1)
+    assert torch.allclose(votes(layer, 8), pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_an_index_takes_the_bytes_foretold(equal: bool) -> None:
+    found = testing.reading()
+    for parameters in ({}, {"factor": 100.0}, {"longest": 3}):
+        index, layer = index_of(found, **parameters), found.trace.layers[1]
+        others = random_others(2, 70, equal=equal)
+        taken = sum(held.untyped_storage().nbytes() for held in index.build(layer, others).tensors())
+        assert taken == index.nbytes(Shape(2, 70, 16, 16, 2), others.sum(dim=1)[None])
+
+
+def test_what_moves_out_while_decoding_becomes_sentences_that_are_found() -> None:
+    found = testing.reading()
+    layer = found.trace.layers[1]
+    others = random_others(2, 70)
+    retriever = index_of(found, fetch=8, longest=8).build(layer, others)
+    assert isinstance(retriever, Sentences)
+    before, sentences = others.sum(dim=1), retriever.means.shape[1]
+    keys = 20 * torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(9))
+    twin = retriever.clone()
+    retriever.add(keys, keys, torch.arange(70, 90).expand(2, -1))
+    assert retriever.means.shape[1] == sentences + 3 and twin.means.shape[1] == sentences
+    # A query along the mean of the second new sentence finds just that one, in both heads.
+    mean = keys[:, 8:16].mean(dim=1)
+    slots, counts = retriever.find(100 * mean.repeat_interleave(2, dim=0)[:, None], 0.25)
+    assert bool(counts.all())
+    assert [sorted(row.tolist()) for row in slots[:, 0]] == [
+        list(range(int(count) + 8, int(count) + 16)) for count in before
+    ]
+
+
+def test_the_query_is_the_mean_of_the_sentence_in_progress() -> None:
+    found = testing.reading()
+    retriever = index_of(found, longest=4).build(found.trace.layers[1], random_others(2, 70))
+    assert isinstance(retriever, Sentences)
+    queries = torch.randn(4, 11, 16, generator=torch.Generator().manual_seed(5))
+    got = torch.cat([retriever._in_progress(part) for part in queries.split([3, 1, 2, 5], dim=1)], dim=1)
+    for at in range(11):
+        begin = at // 4 * 4
+        for head in range(2):
+            expected = queries[2 * head : 2 * head + 2, begin : at + 1].mean(dim=(0, 1))
+            assert torch.allclose(got[head, at], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "gemma3"])
+def test_fetching_everything_is_exact(architecture: str) -> None:
+    session = wb.Session((tiny(architecture), None), kv_dtype="float32")
+    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    session.read(ids)
+    full = session.run(question=ids[:9], max_new_tokens=24)
+    for recipe in ([], [SnapKV(window=8)]):
+        asked = [*recipe, SentenceKV(**{**SHORT, "fetch": 500}, budget=0.7)]
+        run = session.run(asked, question=ids[:9], max_new_tokens=24)
+        assert run.plan.host_nbytes > 0 and run.tokens == full.tokens
+        assert run.quality.kl < 1e-8
+
+
+def test_no_query_sees_more_than_what_is_near_and_what_it_may_fetch() -> None:
+    found = testing.fresh_reading(tokens=120)
+    plan = make_plan(found.trace, [SentenceKV(**SHORT, budget=0.4)], torch.float32, model=found.model)
+    store = plan.stores()[1]
+    assert isinstance(store, OffloadStore)
+    query = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(3))
+    slots, counts = store.distinct(*store.retriever.find(query, 0.25))
+    assert bool((counts.sum(dim=2) == 8).all()) and slots.shape[1] <= 24

@@ -1,0 +1,134 @@
+"""Kept-token sets agree with those of an independent implementation, recorded in files."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from workbench.kv.base import KVMethod, Study
+from workbench.kv.plan import make_plan, rank
+from workbench.models import cached, facts, load
+from workbench.prompt import Prompt
+from workbench.registry import method
+from workbench.runtime.prefill import read
+from workbench.trace import Trace
+
+TINY = Path(__file__).parent / "data" / "tiny-llama.safetensors"
+DEFAULT = Path(__file__).parents[3] / "shared" / "golden" / "smollm2-135m.safetensors"
+AGREEMENT = 0.995  # near-ties may fall differently with other kernels
+
+
+@cache
+def golden(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The cases' parameters, and all tensors."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["cases"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def cases(kind: str) -> list[str]:
+    return sorted({name.split("/")[1] for name in golden(TINY)[1] if name.startswith(kind)})
+
+
+@cache
+def trace_of(path: Path) -> Trace:
+    tensors = golden(path)[1]
+    if path == TINY:
+        with safe_open(path, "pt") as file:
+            config = LlamaConfig(**json.loads(file.metadata()["config"]))
+        model = LlamaForCausalLM(config).eval()
+        weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+        missing = model.load_state_dict(weights, strict=False)
+        assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}  # tied
+    else:
+        model = load("smollm2-135m").model
+    return read(model, facts(model), Prompt(tensors["ids"].long(), chat=False))
+
+
+@pytest.fixture(params=[pytest.param(TINY, id="tiny"), pytest.param(DEFAULT, id="smollm2", marks=pytest.mark.model)])
+def path(request: pytest.FixtureRequest) -> Path:
+    if request.param == DEFAULT and not DEFAULT.is_file():
+        pytest.skip(f"the recorded sets of the default model are not at {DEFAULT}")
+    if request.param == DEFAULT and not cached("smollm2-135m"):
+        pytest.skip("the default model is not in the cache: run `workbench models fetch smollm2-135m`")
+    return request.param
+
+
+def recorded(path: Path, case: str) -> list[Tensor]:
+    """What each layer of a case keeps, bool [k, n]."""
+    tensors, trace = golden(path)[1], trace_of(path)
+    if f"mask/{case}/0" in tensors:
+        return [tensors[f"mask/{case}/{layer.index}"] for layer in trace.layers]
+    empty = torch.zeros(trace.layers[0].kv_heads, trace.tokens, dtype=torch.bool)
+    return [empty.scatter(1, tensors[f"kept/{case}/{layer.index}"].long(), True) for layer in trace.layers]
+
+
+def described(path: Path, case: str) -> KVMethod:
+    """Our method with the case's parameters."""
+    parameters = dict(golden(path)[0][case])
+    key = case.split("@")[0]
+    if key == "adakv-snapkv":
+        key, parameters["safeguard"] = "adakv", parameters.pop("alpha")
+    found = method(key, **parameters)
+    assert isinstance(found, KVMethod)
+    return found
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.sum() == theirs.sum()
+    return float((ours & theirs).sum() / theirs.sum())
+
+
+@pytest.mark.parametrize("case", [name for name in cases("kept") if not name.startswith(("pyramidkv", "lagkv"))])
+def test_the_kept_tokens_are_those_of_the_reference(path: Path, case: str) -> None:
+    theirs = recorded(path, case)
+    asked = described(path, case).with_budget(f"{int(theirs[0][0].sum())} tokens")
+    plan = make_plan(trace_of(path), [asked], torch.float32)
+    for layer, mask in enumerate(theirs):
+        assert agreement(plan.tiers[layer] == 1, mask) >= AGREEMENT, f"layer {layer}"
+
+
+@pytest.mark.parametrize("case", cases("mask"))
+def test_the_kept_tokens_of_every_head_are_those_of_the_reference(path: Path, case: str) -> None:
+    theirs = recorded(path, case)
+    heads = theirs[0].shape[0]
+    asked = described(path, case).with_budget(f"{int(theirs[0].sum()) // heads} tokens")
+    plan = make_plan(trace_of(path), [asked], torch.float32)
+    for layer, mask in enumerate(theirs):
+        assert agreement(plan.tiers[layer] == 1, mask) >= AGREEMENT, f"layer {layer}"
+
+
+@pytest.mark.parametrize("case", [name for name in cases("kept") if name.startswith("pyramidkv")])
+def test_the_kept_tokens_are_those_of_the_reference_at_its_own_layer_sizes(path: Path, case: str) -> None:
+    # The reference rounds the pyramid differently and falls back to equal layers: only the ranking is compared.
+    theirs = recorded(path, case)
+    ranking = rank(Study(trace_of(path)), described(path, case))
+    ours = ranking.selected(torch.stack([mask.sum(dim=1) for mask in theirs]))
+    for layer, mask in enumerate(theirs):
+        assert agreement(ours[layer], mask) >= AGREEMENT, f"layer {layer}"
+
+
+@pytest.mark.parametrize("case", [name for name in cases("kept") if name.startswith("lagkv")])
+def test_the_kept_tokens_are_those_of_the_reference_up_to_its_ties(path: Path, case: str) -> None:
+    # The reference scores by the place within a stretch, equal in all stretches, and sinks and tail alike: among
+    # entries that tie with the last one kept, its choice is its sorting routine's.
+    theirs = recorded(path, case)
+    ranking = rank(Study(trace_of(path)), described(path, case))
+    ours = ranking.selected(torch.stack([mask.sum(dim=1) for mask in theirs]))
+    score = ranking.scores.clamp_max(0)  # [l, k, n]: sinks and tail alike
+    for layer, mask in enumerate(theirs):
+        last = score[layer].masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)
+        tied = score[layer] == last
+        assert (
+            agreement(ours[layer] & ~tied, mask & ~tied) >= AGREEMENT
+            if bool((mask & ~tied).any())
+            else tied[mask].all()
+        )
+        assert torch.equal((ours[layer] & tied).sum(dim=1), (mask & tied).sum(dim=1)), f"layer {layer}"

@@ -1,0 +1,191 @@
+"""What only a GPU can show. Skipped where there is none, in CI too."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.errors import BudgetTooSmall
+from workbench.kv.stores import Store
+from workbench.models import TINY_ARCHITECTURES, tiny
+from workbench.registry import registered
+from workbench.runtime.cuda_graph import Step
+from workbench.runtime.decode import Decoder, greedy
+from workbench.runtime.evaluate import forced
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CUDA = torch.device("cuda")
+
+
+def ids(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 250, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_logits_equal_plain_transformers_at_float32(architecture):
+    model = tiny(architecture).to(CUDA)
+    session = wb.Session((model, None), kv_dtype="float32")
+    prompt, question = ids(150), ids(9, seed=1)
+    session.read(prompt)
+    run = session.run("full", question=question, max_new_tokens=12)
+    everything = torch.cat([prompt, question, torch.tensor(run.tokens)])[None].to(CUDA)
+    with torch.inference_mode():
+        want = model(everything).logits[0, 158:-1].float().cpu()
+    got, _ = forced(run.conversation.decoder(), session.trace.logits, question, torch.tensor(run.tokens))
+    assert (got.cpu() - want).abs().max() < 1e-3  # float32 products on the GPU, in another order
+
+
+@pytest.mark.parametrize("key", [method.key for method in registered("kv")])
+def test_a_plan_on_the_gpu_is_the_plan_of_host_memory(key):
+    model = tiny("llama").to(CUDA)
+    here, there = wb.Session((model, None)), wb.Session((model, None), keep_trace_on="cpu")
+    for session in (here, there):
+        session.read(ids(400))
+    options = {} if key == "full" else {"budget": 0.5}
+    try:
+        here.plan(key, **options)
+    except BudgetTooSmall as refusal:
+        options = {"budget": refusal.smallest}
+    assert there.trace.layers[0].keys_held.device.type == "cpu"
+    plans = [session.plan(key, **options) for session in (here, there)]
+    assert torch.equal(plans[0].tiers.cpu(), plans[1].tiers.cpu())
+    runs = [session.run(key, question=ids(8, seed=2), max_new_tokens=16, **options) for session in (here, there)]
+    assert runs[0].tokens == runs[1].tokens
+    assert sum(store.nbytes for store in plans[0].stores()) == plans[0].nbytes <= plans[0].full_nbytes
+
+
+def test_the_timeline_follows_the_allocator():
+    model = tiny("llama").to(CUDA)
+    session = wb.Session((model, None))
+    gc.collect()  # what other tests left must not be freed meanwhile
+    before = torch.cuda.memory_allocated()
+    session.read(ids(1500))
+    held = torch.cuda.memory_allocated() - before
+    last = session.trace.timeline.samples[-1].categories
+    assert last["trace"] == session.trace.nbytes <= held
+    assert last["activations"] > 0
+    run = session.run("snapkv", budget=0.25, question=ids(8, seed=2), max_new_tokens=4)
+    assert run.memory.samples[-1].categories["activations"] > 0
+
+
+def test_half_precision_computes_and_agrees():
+    model = tiny("qwen3").to(CUDA, torch.bfloat16)
+    session = wb.Session((model, None))
+    session.read(ids(300))
+    for key in ("snapkv", "h2o", "kivi", "mikv"):
+        run = session.run(key, budget=0.5, question=ids(8, seed=2), max_new_tokens=16)
+        assert run.quality.kl >= 0 and run.quality.kl == run.quality.kl
+    full = session.run("full", question=ids(8, seed=2), max_new_tokens=16)
+    assert full.quality.kl == 0 and full.quality.top1_agreement == 1
+
+
+STEPS = {
+    "full": "full",
+    "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV()],
+    "kivi": wb.kv.KIVI(bits=4, group=16, residual=32),
+    "ragged kivi": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.KIVI(bits=2, group=16, residual=32)],
+}
+
+
+def decoder_of(recipe, dtype):
+    """A decoder that has read a prompt and a question, and the first token of its answer."""
+    model = tiny("llama").to(CUDA, dtype)
+    session = wb.Session((model, None), kv_dtype=str(dtype).removeprefix("torch."))
+    session.read(ids(400))
+    plan = session.plan(recipe)
+    decoder = Decoder(model, plan.stores(), plan.position)
+    return decoder, int(decoder.feed(ids(9, seed=1))[-1].argmax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_step_that_is_captured_gives_the_logits_of_the_plain_one(name, dtype):
+    decoder, token = decoder_of(STEPS[name], dtype)
+    twin = decoder.clone()
+    want = twin.feed(torch.tensor([token]))[-1].float()
+    step = Step(decoder, token, 24)
+    step.prepare()  # which runs some and takes them back
+    assert (step().float() - want).norm() < (1e-3 if dtype == torch.float32 else 0.03) * want.norm()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_replayed_tokens_are_those_of_steps_run_one_by_one(name):
+    decoder, token = decoder_of(STEPS[name], torch.bfloat16)
+    twin = decoder.clone()
+    replayed = list(Step(decoder, token, 60).answer(()))
+    assert replayed == list(Step(twin, token, 60, graph=False).answer(()))
+    assert decoder.position == twin.position
+    more, same = (d.feed(ids(3, seed=5)).float() for d in (decoder, twin))
+    assert (more - same).norm() < 1e-3 * same.norm()
+
+
+def test_a_session_on_the_gpu_decodes_by_a_graph_and_says_the_same():
+    model = tiny("llama").to(CUDA)
+    runs = []
+    for graphs in (True, False):
+        session = wb.Session((model, None), kv_dtype="float32")
+        session.read(ids(300))
+        plan = session.plan("full")
+        decoder = Decoder(model, plan.stores(), plan.position)
+        runs.append(list(greedy(decoder, ids(9, seed=1), plan.logits, max_new_tokens=40, eos=(), graphs=graphs)))
+        assert decoder.notes == []
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("key", ["snapkv", "kivi", "mustafar"])
+def test_kernels_answer_what_references_do(key, monkeypatch):
+    model = tiny("llama").to(CUDA, torch.bfloat16)
+    session = wb.Session((model, None))
+    session.read(ids(600))
+    plan = session.plan(key, budget=0.5)
+    question = ids(9, seed=1)
+    by_kernel, plain = (Decoder(model, plan.stores(), plan.position) for _ in range(2))
+    found = by_kernel.feed(question, logits=9).float()
+    assert any(store.by_kernel.__func__ is not Store.by_kernel for store in plain.stores)
+    for store in plain.stores:
+        monkeypatch.setattr(store, "by_kernel", lambda *args, **options: None)
+    wanted = plain.feed(question, logits=9).float()
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("key", ["retrievalattention", "a2ats", "sentencekv", "kcache", "alisa"])
+def test_what_lies_in_host_memory_is_pinned_and_not_on_the_device(key):
+    session = wb.Session((tiny("llama").to(CUDA), None))
+    session.read(ids(1000))
+    plan = session.plan(key, budget=0.6)
+    before = torch.cuda.memory_allocated()
+    stores = plan.stores()
+    grown = torch.cuda.memory_allocated() - before
+    assert plan.host_nbytes > 0 and grown <= plan.nbytes * 1.1 + 512 * 12 * len(stores)  # the allocator rounds up
+    for store in stores:
+        for tensors in store.host_tensors().values():
+            assert all(tensor.device.type == "cpu" for tensor in tensors)
+        for tensors in store.tensors().values():
+            assert all(tensor.device.type == "cuda" for tensor in tensors)
+    entries = [
+        t
+        for store in stores
+        for t in store.host_tensors().get("bfloat16", [])
+        if t.numel() and t.dtype == torch.bfloat16
+    ]
+    assert all(tensor.is_pinned() for tensor in entries)
+    run = session.run(key, budget=0.6, question=ids(8, seed=2), max_new_tokens=40)
+    assert len(run.tokens) == 40 and run.quality.kl >= 0
+
+
+@pytest.mark.parametrize("key", ["streammem", "infllm"])
+def test_a_reading_in_bounded_memory_does_not_grow_with_the_text(key):
+    peaks = []
+    for tokens in (600, 1900):
+        gc.collect()  # what is freed in the midst of a reading would be taken off what it uses
+        session = wb.Session((tiny("llama").to(CUDA), None))
+        session.read(ids(tokens), record=False)
+        plan = session.plan(key, budget="128 tokens")
+        samples = plan.timeline.samples
+        peaks.append(max(sample.device - sample.categories["weights"] for sample in samples))
+        assert max(sum(sample.kv_layers) for sample in samples) <= plan.full_nbytes * 128 / tokens
+    assert peaks[1] <= peaks[0] * 1.25  # indexes grow a little; the cache of 1,900 tokens would be three times as large

@@ -1,0 +1,486 @@
+"""Weights as products: truncated, weighted, of atoms, in pairs, and behind a shared codebook."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import workbench as wb
+from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
+from workbench.measure.memory import tensor_bytes
+from workbench.models import tiny
+from workbench.weights import FWSVD, SVD, CoSpaDi, Greenformers, MoDeGPT, VQLogits, WeightMethod, compressed
+from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.calibration.texts import Calibration
+from workbench.weights.layers import CodebookLinear, DictionaryLinear, codebook_nbytes, dictionary_nbytes
+from workbench.weights.low_rank import LowRankLinear, row_weighted, truncated, whitened
+from workbench.weights.methods.low_rank.cospadi import learn, pursue
+from workbench.weights.methods.low_rank.fwsvd import importance
+from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
+from workbench.weights.methods.quantise.vq_logits import clusters
+from workbench.weights.methods.structured.modegpt import leverage, mixtures, refitted, shares, value_moment
+from workbench.weights.solvers.whitening import root
+from workbench.weights.surgery.narrow import NarrowAttention
+
+IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs x [n, i] whose channels vary together, and unevenly."""
+    return drawn(tokens, width, seed=seed) @ drawn(width, width, seed=seed + 1) * torch.linspace(0.1, 3, width)
+
+
+def stats_of(x: Tensor) -> InputStats:
+    size = x.abs()
+    return InputStats(
+        x.shape[0], x.mean(dim=0), size.mean(dim=0), size.amax(dim=0), x.square().mean(dim=0), x.T @ x / x.shape[0]
+    )
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(IDS[None]).logits[0]
+
+
+def studied(model: PreTrainedModel) -> WeightStudy:
+    return WeightStudy(model, calibration=Calibration("sampled", samples=4, tokens=64))
+
+
+def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy) -> PreTrainedModel:
+    return compressed(model, [method], study=lambda _, number: study)
+
+
+def small_weight(layer: nn.Module) -> Tensor:
+    if isinstance(layer, LowRankLinear | DictionaryLinear):
+        return layer.dequantised()
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach()
+
+
+def output_errors(model: PreTrainedModel, twin: PreTrainedModel, study: WeightStudy) -> dict[str, float]:
+    """Of each layer the mean square of what changed in its outputs, relative to them."""
+    found = {}
+    for _, inputs in study.inputs(moments=True):
+        for name, stats in inputs.items():
+            weight = small_weight(model.get_submodule(name))
+            change = small_weight(twin.get_submodule(name)) - weight
+            found[name] = float(stats.output_error(change).sum() / stats.output_error(weight).sum())
+    return found
+
+
+# --- Whitening
+
+
+def test_the_root_of_a_second_moment_turns_output_errors_into_lengths() -> None:
+    x = correlated(200, 12)
+    moment, change = x.T @ x / 200, drawn(5, 12)
+    outputs = (x @ change.T).square().mean(dim=0).sum()
+    assert float((change @ root(moment)).square().sum()) == pytest.approx(float(outputs), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "moment", [torch.zeros(6, 6), torch.diag(torch.tensor([1.0, 0, 0, 2, 0, 0])), torch.ones(6, 6)]
+)
+def test_inputs_that_never_came_leave_a_root_that_can_be_inverted(moment: Tensor) -> None:
+    base = root(moment)
+    assert bool((base.diagonal() > 0).all()) and bool(base.isfinite().all())
+    down, up = whitened(drawn(4, 6), 2, moment)
+    assert bool(down.isfinite().all() and up.isfinite().all())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_no_product_of_that_rank_changes_the_outputs_less(rank: int) -> None:
+    x, weight = correlated(300, 12), drawn(20, 12)
+    down, up = whitened(weight, rank, x.T @ x / 300)
+    error = float((x @ (weight - up @ down).T).square().sum())
+    tail = torch.linalg.svdvals((x @ weight.T).double())[rank:].square().sum()  # of the outputs themselves
+    assert error == pytest.approx(float(tail), rel=1e-2)
+    plain = truncated(weight, rank)
+    assert error <= float((x @ (weight - plain[1] @ plain[0]).T).square().sum())
+
+
+def test_svd_by_outputs_loses_less_of_every_output_than_svd_by_weights() -> None:
+    model = tiny("llama")
+    study = studied(model)
+    by_weights, by_outputs = (
+        output_errors(model, with_study(model, SVD(budget=0.6, metric=metric), study), study)
+        for metric in ("weights", "outputs")
+    )
+    assert all(by_outputs[name] <= by_weights[name] * 1.001 for name in by_weights)
+    assert sum(by_outputs.values()) < 0.9 * sum(by_weights.values())
+
+
+# --- FWSVD
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_no_product_of_that_rank_has_a_smaller_weighted_error(rank: int) -> None:
+    weight, rows = drawn(20, 12), drawn(20, seed=1).exp()
+    down, up = row_weighted(weight, rank, rows)
+    error = sum(float(rows[o]) * float((weight - up @ down)[o].square().sum()) for o in range(20))
+    tail = torch.linalg.svdvals(rows.sqrt()[:, None].double() * weight)[rank:].square().sum()
+    assert error == pytest.approx(float(tail), rel=1e-3)
+
+
+def test_rows_that_count_alike_are_truncated_as_by_svd() -> None:
+    weight = drawn(9, 14)
+    ours, plain = row_weighted(weight, 4, torch.full((9,), 3e-7)), truncated(weight, 4)
+    torch.testing.assert_close(ours[1] @ ours[0], plain[1] @ plain[0], rtol=0, atol=1e-5)
+
+
+def test_the_fisher_weighted_error_of_every_layer_is_at_most_that_of_svd() -> None:
+    model = tiny("llama")
+    study = studied(model)
+    gradients = study.gradients()
+    fwsvd, svd = (with_study(model, method, study) for method in (FWSVD(budget=0.6), SVD(budget=0.6)))
+    ours, theirs = [], []
+    for name, gradient in gradients.items():
+        weight = small_weight(model.get_submodule(name))
+        for twin, errors in ((fwsvd, ours), (svd, theirs)):
+            change = small_weight(twin.get_submodule(name)) - weight
+            errors.append(float((importance(gradient.rows) * change.square().sum(dim=1)).sum() / gradient.rows.sum()))
+        assert ours[-1] <= theirs[-1] * 1.002  # both are rounded to 16 bits
+    assert sum(ours) < 0.95 * sum(theirs)
+
+
+def test_a_row_without_any_gradient_is_kept_in_bounds() -> None:
+    rows = torch.tensor([0.0, 1.0, 2.0, 0.0])
+    assert bool((importance(rows) > 0).all()) and float(importance(rows)[2]) == 2
+    assert torch.equal(importance(torch.zeros(3)), torch.ones(3))  # an expert that no token chose
+    down, up = row_weighted(drawn(4, 8), 2, importance(rows))
+    assert bool((up @ down).isfinite().all()) and float(up.abs().max()) < 1e3
+
+
+# --- Greenformers
+
+
+def test_the_default_solver_is_truncated_svd() -> None:
+    model = tiny("llama")
+    assert torch.equal(logits(compressed(model, [Greenformers()])), logits(compressed(model, [SVD()])))
+
+
+def test_one_update_is_that_of_the_paper() -> None:
+    weight, rank = drawn(6, 5), 2
+    down = torch.rand(rank, 5, generator=torch.Generator().manual_seed(0)) + 0.2
+    up = torch.linalg.lstsq(down.T, weight.T).solution.T
+    want = down.clone()
+    for r, i in itertools.product(range(rank), range(5)):
+        a = [float(up[:, q] @ weight[:, i]) for q in range(rank)]
+        b = [float(up[:, r] @ up[:, q]) for q in range(rank)]
+        plus = max(a[r], 0) + sum(max(-b[q], 0) * float(down[q, i]) for q in range(rank))
+        minus = max(-a[r], 0) + sum(max(b[q], 0) * float(down[q, i]) for q in range(rank))
+        want[r, i] = float(down[r, i]) * (plus / minus) ** 0.5
+    found, _ = semi_nonnegative(weight, rank, 1)
+    torch.testing.assert_close(found / found.norm(dim=1, keepdim=True), want / want.norm(dim=1, keepdim=True))
+
+
+def test_semi_nonnegative_factors_come_ever_closer_and_never_closer_than_svd() -> None:
+    weight = drawn(30, 40)
+    errors = []
+    for iterations in (1, 2, 5, 20, 80):
+        down, up = semi_nonnegative(weight, 8, iterations)
+        assert bool((down >= 0).all()) and bool((up < 0).any())
+        errors.append(float((weight - up @ down).norm()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
+    assert errors[-1] >= float(torch.linalg.svdvals(weight)[8:].square().sum().sqrt())
+
+
+# --- What ranks have in common
+
+
+@pytest.mark.parametrize("method", [FWSVD, Greenformers, CoSpaDi])
+def test_more_bytes_never_lose_more_and_all_of_them_lose_nothing(method: type[WeightMethod]) -> None:
+    model = tiny("llama", layers=1)
+    study = studied(model)
+    parameters = {"rounds": 4} if method is CoSpaDi else {}
+    errors = []
+    for share in (0.3, 0.6, 0.9, 1.0):
+        twin = with_study(model, method(budget=share, **parameters), study)
+        errors.append(sum(output_errors(model, twin, study).values()))
+    assert errors[0] > errors[1] > errors[2] > errors[3] == 0
+    assert torch.equal(logits(twin), logits(model))
+    with pytest.raises(BudgetTooSmall, match="no rank at all"):
+        compressed(model, [method(budget=0.01)])
+    with pytest.raises(BadBudget, match="share of each layer's bytes"):
+        method(budget="1MiB")
+
+
+# --- CoSpaDi
+
+
+def test_a_dictionary_layer_is_a_sparse_matrix_times_atoms_and_holds_what_it_counts() -> None:
+    atoms, chosen, coefficients = drawn(11, 7), torch.zeros(5, 11, dtype=torch.bool), drawn(5, 3, seed=1)
+    for o in range(5):
+        chosen[o, [o, o + 2, 10 - o // 2]] = True
+    layer = DictionaryLinear(atoms, chosen, coefficients, nn.Parameter(drawn(5, seed=2)))
+    want = torch.zeros(5, 7)
+    for o in range(5):
+        for place, atom in enumerate([a for a in range(11) if chosen[o, a]]):
+            want[o] += coefficients[o, place].half().float() * atoms[atom].half().float()
+    torch.testing.assert_close(layer.dequantised(), want)
+    x = drawn(2, 4, 7, seed=3)
+    torch.testing.assert_close(layer(x), x @ want.T + layer.bias, rtol=1e-4, atol=1e-4)
+    assert layer.nbytes == dictionary_nbytes(5, 7, 11, 3) == tensor_bytes(layer.buffers())
+
+
+def test_of_atoms_at_right_angles_the_best_choice_is_found() -> None:
+    basis = torch.linalg.qr(drawn(8, 8))[0][:6]
+    rows = drawn(10, 8, seed=1)
+    codes, chosen = pursue(rows, basis, None, 2)
+    for o in range(10):
+        best = min(
+            float((rows[o] - basis[list(pair)].T @ (basis[list(pair)] @ rows[o])).square().sum())
+            for pair in itertools.combinations(range(6), 2)
+        )
+        assert float((rows[o] - codes[o] @ basis).square().sum()) == pytest.approx(best, abs=1e-4)
+        assert int(chosen[o].sum()) == 2 and not bool(codes[o][~chosen[o]].any())
+
+
+def test_more_rounds_never_lose_more() -> None:
+    rows, errors = drawn(60, 24), []
+    for rounds in (0, 1, 3, 8, 20):
+        found = learn(rows, 16, 6, rounds)
+        assert bool((found.chosen.sum(dim=1) == 6).all())
+        errors.append(float((rows - found.codes @ found.atoms).norm()))
+    assert all(late <= early + 1e-4 for early, late in itertools.pairwise(errors))
+    assert errors[-1] < 0.95 * errors[0]
+
+
+def test_rows_in_many_subspaces_are_found_where_a_low_rank_finds_none() -> None:
+    draw = torch.Generator().manual_seed(0)
+    atoms = nn.functional.normalize(torch.randn(24, 32, generator=draw), dim=1)
+    codes = torch.zeros(400, 24)
+    for o in range(400):
+        codes[o, torch.randperm(24, generator=draw)[:3]] = torch.randn(3, generator=draw)
+    rows = codes @ atoms
+    found = learn(rows, 24, 3, 40)
+    error = float((rows - found.codes @ found.atoms).square().sum() / rows.square().sum())
+    rank = dictionary_nbytes(400, 32, 24, 3) // (2 * (400 + 32))
+    low = torch.linalg.svdvals(rows)[rank:].square().sum() / rows.square().sum()
+    assert error < 0.5 * float(low)
+
+
+def test_as_many_coefficients_as_dimensions_are_exact() -> None:
+    rows = drawn(20, 6)
+    found = learn(rows, 6, 6, 1)
+    torch.testing.assert_close(found.codes @ found.atoms, rows, rtol=0, atol=1e-4)
+
+
+def test_atoms_that_no_row_uses_are_put_to_use() -> None:
+    rows = torch.cat([drawn(1, 12).expand(20, 12), drawn(4, 12, seed=1)])  # of rank 5, for 10 atoms
+    found = learn(rows, 10, 2, 5)
+    assert bool(found.atoms.isfinite().all()) and bool(found.codes.isfinite().all())
+    torch.testing.assert_close(found.codes @ found.atoms, rows, rtol=0, atol=1e-3)
+
+
+def test_a_dictionary_loses_less_of_the_outputs_than_svd_of_the_same_bytes() -> None:
+    model = tiny("llama", layers=2)
+    study = studied(model)
+    ours, svd = (
+        output_errors(model, with_study(model, method, study), study)
+        for method in (CoSpaDi(budget=0.6), SVD(budget=0.6))
+    )
+    assert sum(ours.values()) < 0.9 * sum(svd.values())
+
+
+# --- MoDeGPT
+
+
+def test_ridge_leverage_is_the_diagonal_of_its_formula() -> None:
+    moment = (x := correlated(100, 9)).T @ x / 100
+    ridge = 0.03 * moment.diagonal().mean() * torch.eye(9)
+    want = (moment.double() @ torch.linalg.inv((moment + ridge).double())).diagonal()
+    torch.testing.assert_close(leverage(moment, 0.03), want.float(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(leverage(torch.zeros(3, 3), 0.1), torch.zeros(3))
+
+
+def test_what_follows_the_kept_neurons_is_refitted_by_least_squares() -> None:
+    x, weight = correlated(400, 10), drawn(6, 10)
+    kept = torch.tensor([0, 3, 4, 8])
+    moment = x.T @ x / 400
+    found = refitted(weight, moment, kept)
+    want = torch.linalg.lstsq(x[:, kept].double(), (x @ weight.T).double()).solution.T
+    torch.testing.assert_close(found, want.float(), rtol=1e-2, atol=1e-2)
+    lost = [float((x @ weight.T - x[:, kept] @ small.T).square().sum()) for small in (found, weight[:, kept])]
+    assert lost[0] < lost[1]
+    assert torch.equal(refitted(weight, torch.zeros(10, 10), kept), weight[:, kept])  # nothing was seen
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_no_other_mixtures_of_values_keep_more_of_the_outputs(rank: int) -> None:
+    v, outputs = correlated(500, 6), drawn(14, 6)
+    mixing, small = mixtures(outputs, v.T @ v / 500, rank)
+    error = float((v @ outputs.T - v @ mixing.T @ small.T).square().sum())
+    tail = torch.linalg.svdvals((v @ outputs.T).double())[rank:].square().sum()
+    assert mixing.shape == (rank, 6) and small.shape == (14, rank)
+    assert error == pytest.approx(float(tail), rel=1e-2)
+    moment = v.T @ v / 500
+    for some in itertools.combinations(range(6), rank):  # channels as they are, refitted
+        few = refitted(outputs, moment, torch.tensor(some))
+        assert error <= float((v @ outputs.T - v[:, list(some)] @ few.T).square().sum()) * 1.001
+
+
+def test_moments_of_values_count_their_bias() -> None:
+    x, rows, bias = correlated(300, 7) + 1, drawn(4, 7), drawn(4, seed=1)
+    v = x @ rows.T + bias
+    torch.testing.assert_close(value_moment(rows, bias, stats_of(x)), v.T @ v / 300, rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_that_do_little_lose_most() -> None:
+    importance = torch.tensor([0.5, 0.1, 0.3])
+    found = shares(importance, 0.2)
+    weights = [2.718281828459045 ** (-float(s) / 0.2) for s in importance]
+    assert found.tolist() == pytest.approx([3 * w / sum(weights) for w in weights])
+    model = tiny("llama")
+    study = studied(model)
+    twin = with_study(model, MoDeGPT(budget=0.6, temperature=0.05), study)
+    widths = [twin.get_submodule(f"model.layers.{layer}.mlp.down_proj").in_features for layer in range(3)]
+    order = (1 - study.similarity()).argsort().tolist()
+    assert [widths[layer] for layer in order] == sorted(widths) and widths[order[0]] < widths[order[-1]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mqa", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("budget", [0.4, 0.85])
+def test_modules_become_narrower_inside_and_fit(architecture: str, budget: float) -> None:
+    model = tiny(architecture)
+    method = MoDeGPT(budget=budget)
+    study = studied(model)
+    twin = with_study(model, method, study)
+    survey = method.survey(model)
+    held = sum(twin.get_submodule(name).weight.nbytes for name in survey.linears)
+    slack = sum(m.weight.nbytes // m.weight.shape[0] * 8 for m in survey.linears.values())
+    assert budget * survey.full_nbytes - slack < held <= budget * survey.full_nbytes
+    assert all(isinstance(layer.self_attn, NarrowAttention) for layer in twin.model.layers)
+    assert bool(logits(twin).isfinite().all())
+    assert {reason for name, reason in survey.left.items() if "q_proj" in name} == {"queries and keys stay whole"}
+    layer = twin.model.layers[0].self_attn
+    assert torch.equal(layer.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_mixtures_of_all_channels_and_all_neurons_say_what_the_model_says() -> None:
+    model = tiny("qwen2")  # with biases
+    study = studied(model)
+    rank_one_less = with_study(model, MoDeGPT(budget=0.999), study)
+    far = float((logits(rank_one_less) - logits(model)).abs().max() / logits(model).abs().max())
+    much = float((logits(with_study(model, MoDeGPT(budget=0.5), study)) - logits(model)).abs().max())
+    assert 0 < far * float(logits(model).abs().max()) < much
+    assert torch.equal(logits(with_study(model, MoDeGPT(budget=1.0), study)), logits(model))
+
+
+def test_a_module_loses_less_than_by_svd_of_its_matrices_of_the_same_bytes() -> None:
+    model = tiny("llama")
+    study = studied(model)
+    entering: dict[int, Tensor] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _, args, number=number: entering.update({number: args[0]}))
+    with torch.no_grad():
+        model(study.ids)
+    ours, svd = (with_study(model, method, study) for method in (MoDeGPT(budget=0.6, temperature=100), SVD(budget=0.6)))
+    for number, layer in enumerate(model.model.layers):
+        with torch.no_grad():
+            x, want = entering[number], layer.mlp(entering[number])
+            lost = [float((twin.model.layers[number].mlp(x) - want).square().sum()) for twin in (ours, svd)]
+        assert lost[0] < lost[1]
+
+
+def test_the_cache_becomes_smaller_with_the_values() -> None:
+    session = wb.Session((tiny("llama"), None))
+    session.read(IDS)
+    session.calibrate("sampled", samples=4, tokens=64)
+    whole, small = (session.run(method, question=IDS[:3], max_new_tokens=3) for method in ("full", MoDeGPT(budget=0.5)))
+    assert len(small.tokens) == 3
+
+    held = [sum(size for name, size in run.memory.peaks.items() if name.startswith("kv")) for run in (whole, small)]
+    assert held[1] < 0.85 * held[0]
+
+
+def test_fused_projections_and_experts_are_said_to_be_left() -> None:
+    with pytest.raises(NotApplicable, match="no linear layer left"):
+        MoDeGPT().survey(tiny("phi3"))
+    survey = MoDeGPT().survey(tiny("mixtral"))
+    assert all(name.endswith(("v_proj", "o_proj")) for name in survey.linears)
+    assert any("fused experts" in reason for reason in survey.left.values())
+
+
+# --- VQ-Logits
+
+
+def test_tokens_of_a_cluster_share_a_logit_and_only_the_head_changes() -> None:
+    model = tiny("llama")
+    twin = compressed(model, [VQLogits(budget=0.2)])
+    head = twin.lm_head
+    assert isinstance(head, CodebookLinear)
+    said = logits(twin)
+    for token in range(256):
+        same = (head.index == head.index[token]).nonzero()[:, 0]
+        assert bool((said[:, same] == said[:, token : token + 1]).all())
+    with torch.no_grad():
+        hidden = model.model(IDS[None]).last_hidden_state[0]
+    torch.testing.assert_close(said, hidden @ head.dequantised().T, rtol=1e-3, atol=1e-3)
+    assert len({id(p) for p in model.parameters()} - {id(p) for p in twin.parameters()}) == 1
+
+
+def test_tied_embeddings_still_look_up_their_own_rows() -> None:
+    model = tiny("gemma3")
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    survey = VQLogits().survey(model)
+    assert list(survey.linears) == ["lm_head"]
+    assert "tied to the head" in survey.left["model.embed_tokens"]
+    twin = compressed(model, [VQLogits()])
+    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert isinstance(twin.lm_head, CodebookLinear)
+
+
+def test_rows_that_are_the_same_are_given_back_exactly() -> None:
+    distinct = drawn(6, 8)
+    rows = distinct[torch.arange(60) % 6]
+    codewords, index = clusters(rows, 30, 30)
+    torch.testing.assert_close(codewords[index], rows)
+
+
+def test_each_row_goes_to_its_nearest_codeword_and_each_codeword_to_the_mean_of_its_rows() -> None:
+    rows = drawn(80, 5)
+    codewords, index = clusters(rows, 7, 100)
+    for v in range(80):
+        distances = [float((rows[v] - codewords[c]).square().sum()) for c in range(7)]
+        assert distances[int(index[v])] == pytest.approx(min(distances), abs=1e-5)
+    for c in range(7):
+        torch.testing.assert_close(codewords[c], rows[index == c].mean(dim=0), rtol=1e-4, atol=1e-4)
+
+
+def test_more_rounds_of_clustering_never_lose_more() -> None:
+    rows, errors = drawn(200, 6), []
+    for rounds in (1, 2, 4, 8, 16):
+        codewords, index = clusters(rows, 12, rounds)
+        errors.append(float((rows - codewords[index]).square().sum()))
+    assert all(late <= early * (1 + 1e-5) for early, late in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("tokens", [300, 40_000, 200_000])
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.5, 0.9])
+def test_the_codebook_is_the_largest_within_the_budget(tokens: int, share: float) -> None:
+    head, method = nn.Linear(64, tokens, bias=False, device="meta"), VQLogits(budget=share)
+    limit, count = share * 2 * 64 * tokens, method._codewords(head)
+    if method.nbytes(head) <= limit:
+        assert count == tokens or codebook_nbytes(tokens, 64, count + 1) > limit
+    else:
+        assert count == 1
+    assert VQLogits(budget=1.0)._codewords(head) == 0
+
+
+def test_a_layer_with_many_codewords_numbers_them_with_more_bytes() -> None:
+    index = torch.arange(40_000) % 33_000
+    layer = CodebookLinear(drawn(33_000, 2), index, nn.Parameter(drawn(40_000, seed=1)))
+    assert layer.index.dtype == torch.int32 and layer.nbytes == codebook_nbytes(40_000, 2, 33_000)
+    x = drawn(3, 2)
+    torch.testing.assert_close(layer(x), x @ layer.dequantised().T + layer.bias, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,202 @@
+"""Weights looked up several at a time, and columns that make up for those before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workbench.measure.memory import tensor_bytes
+from workbench.models import tiny
+from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.layers import Parts, VectorLinear, vector_nbytes
+from workbench.weights.methods.quantise.gptq import gptq, inverse_factor
+from workbench.weights.methods.quantise.vptq import VPTQ
+from workbench.weights.solvers.codebook import codebook, nearest
+from workbench.weights.solvers.compensation import compensated
+from workbench.weights.solvers.quantisation_grid import fit
+
+DRAW = torch.Generator().manual_seed(0)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=DRAW)
+
+
+def correlated(tokens: int, channels: int) -> Tensor:
+    return drawn(tokens, channels) @ drawn(channels, channels)
+
+
+def stats(x: Tensor) -> InputStats:
+    return InputStats(len(x), x.mean(0), x.abs().mean(0), x.abs().amax(0), x.square().mean(0), x.T @ x / len(x))
+
+
+# --- Columns that make up for those before them
+
+
+@pytest.mark.parametrize("block", [1, 4, 24])
+def test_later_columns_take_what_is_best_given_those_that_are_fixed(block: int) -> None:
+    weight, x = drawn(3, 24), correlated(200, 24)
+    hessian = (x.T @ x / 200).double()
+    seen = torch.empty(3, 24)
+
+    def prepare(first: int, part: Tensor) -> Callable[[Tensor, int], Tensor]:
+        def replace(column: Tensor, number: int) -> Tensor:
+            seen[:, number] = column
+            return column.round()
+
+        return replace
+
+    made = compensated(weight, inverse_factor(hessian.float(), 1e-7), prepare, block)
+    # With the first j columns changed by D, the change of the others that costs least is -D H_fr / H_rr.
+    for j in range(1, 24):
+        fixed = (made[:, :j] - weight[:, :j]).double()
+        best = -fixed @ hessian[:j, j:] @ torch.linalg.inv(hessian[j:, j:])
+        torch.testing.assert_close(seen[:, j], weight[:, j] + best[:, 0].float(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(made, made.round())
+
+
+def test_on_a_grid_it_is_gptq() -> None:
+    weight, x = drawn(6, 40), correlated(200, 40)
+    moment, grid = x.T @ x / 200, fit(weight, 3, 40, symmetric=True)
+    want = grid.values(gptq(weight, moment, lambda part, number: grid, 40).codes)
+    got = compensated(
+        weight, inverse_factor(moment, 0.01), lambda first, part: lambda c, n: grid.nearest(c[:, None])[:, 0], 16
+    )
+    assert float((got - want).abs().gt(1e-5).float().mean()) < 0.02  # but for ties that rounding errors decide
+
+
+# --- Codebooks
+
+
+def _cost(points: Tensor, weights: Tensor, book: Tensor) -> float:
+    total = 0.0
+    for p, w in zip(points, weights, strict=True):
+        total += min(float((w * (p - entry).square()).sum()) for entry in book)
+    return total
+
+
+def test_nearest_counts_the_weights_of_each_number() -> None:
+    points, weights, book = drawn(40, 3), torch.rand(40, 3, generator=DRAW), drawn(7, 3)
+    found, distance = nearest(weights * points, weights, book)
+    for n in range(40):
+        costs = [float((weights[n] * (points[n] - entry).square()).sum()) for entry in book]
+        assert int(found[n]) == costs.index(min(costs))
+        own = float((weights[n] * points[n].square()).sum())
+        assert float(distance[n]) + own == pytest.approx(min(costs), abs=1e-5)
+
+
+def test_entries_stand_for_what_matters() -> None:
+    points, weights = drawn(300, 2), torch.rand(300, 2, generator=DRAW)
+    book = codebook(points, weights, 16, rounds=20)
+    assert _cost(points, weights, book) < 0.5 * _cost(points, weights, points[:16])
+    assert _cost(points, weights, book) < 0.7 * _cost(points, weights, codebook(points, weights, 8, rounds=20))
+    weights[:250] = 1e-6  # nobody asks for these
+    few = codebook(points, weights, 16, rounds=20)
+    assert _cost(points[250:], weights[250:], few) < 0.6 * _cost(points[250:], weights[250:], book)
+
+
+def test_as_many_entries_as_points_are_the_points() -> None:
+    points = drawn(12, 4)
+    book = codebook(points, torch.ones(12, 4), 12, rounds=30)
+    assert _cost(points, torch.ones(12, 4), book) < 1e-6
+
+
+def test_the_same_seed_gives_the_same_entries_and_leaves_the_random_state_alone() -> None:
+    points, state = drawn(5000, 4), torch.get_rng_state()
+    one, two = (codebook(points, torch.ones(5000, 4), 8, seed=3) for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(one, codebook(points, torch.ones(5000, 4), 8, seed=4))
+
+
+# --- The layer
+
+
+@pytest.mark.parametrize(
+    ("outputs", "length", "bits"), [(12, 4, [4]), (10, 4, [6, 4]), (7, 2, [8]), (9, 3, [10, 8]), (8, 8, [12])]
+)
+def test_vector_layers_are_sums_of_entries(outputs: int, length: int, bits: list[int]) -> None:
+    inputs, vectors = 11, -(-outputs // length)
+    indices = [torch.randint(0, 2**wide, (vectors, inputs), generator=DRAW) for wide in bits]
+    books = [drawn(2**wide, length).half().float() for wide in bits]
+    scale, bias = (torch.rand(outputs, generator=DRAW) + 0.5).half().float(), nn.Parameter(drawn(outputs))
+    layer = VectorLinear(indices, books, scale, bits, bias)
+    want = torch.empty(outputs, inputs)
+    for o in range(outputs):
+        for i in range(inputs):
+            entry = sum(float(b[int(x[o // length, i])][o % length]) for b, x in zip(books, indices, strict=True))
+            want[o, i] = entry * float(scale[o])
+    torch.testing.assert_close(layer.dequantised(), want)
+    torch.testing.assert_close(layer.rows(1, outputs - 1, torch.float32), want[1:-1])
+    x = drawn(3, inputs)
+    torch.testing.assert_close(layer(x), x @ want.T + bias, rtol=1e-4, atol=1e-4)
+    assert tensor_bytes(layer.buffers()) == vector_nbytes(outputs, inputs, length, bits, [2**wide for wide in bits])
+
+
+# --- VPTQ
+
+
+def _compress(method: VPTQ, linear: nn.Linear, seen: InputStats) -> tuple[Tensor, float]:
+    layer = method.compress(linear, seen)
+    assert tensor_bytes(layer.buffers()) == method.nbytes(linear)
+    made = layer.dequantised()
+    return made, float(seen.output_error(made - linear.weight.detach()).sum())
+
+
+@pytest.mark.parametrize("outputs", [48, 46])
+def test_what_is_held_is_what_was_chosen(outputs: int) -> None:
+    linear, seen = nn.Linear(40, outputs), stats(correlated(300, 40))
+    method = VPTQ(index_bits=6, residual_bits=4, outliers=0.1)
+    made, error = _compress(method, linear, seen)
+    layer = method.compress(linear, seen)
+    assert isinstance(layer, Parts)
+    taken = layer.chosen(1)
+    assert taken is not None and taken.numel() == 4
+    costs = seen.square * linear.weight.detach().square().sum(dim=0)
+    assert set(taken.tolist()) == set(costs.topk(4).indices.tolist())
+    x = drawn(3, 40)
+    torch.testing.assert_close(layer(x), x @ made.T + linear.bias, rtol=1e-4, atol=1e-4)
+    whole = float(seen.output_error(linear.weight.detach()).sum())
+    assert error < 0.2 * whole
+
+
+def test_making_up_for_errors_a_second_book_and_outliers_each_lose_less() -> None:
+    model = tiny("llama", layers=2)
+    study = WeightStudy(model, calibration=Calibration(SAMPLED, samples=8, tokens=64))
+    small: dict[str, Any] = {"index_bits": 6, "outliers": 0.0, "rounds": 6}
+    totals = dict.fromkeys(("plain", "ours", "residual", "outliers"), 0.0)
+    for _, inputs in study.inputs(moments=True):
+        for name, seen in inputs.items():
+            linear = model.get_submodule(name)
+            eye = torch.diag(seen.square)  # nothing is shared with other columns: each takes its nearest entry
+            alone = InputStats(seen.tokens, seen.mean, seen.absmean, seen.absmax, seen.square, eye)
+            change = VPTQ(**small).compress(linear, alone).dequantised() - linear.weight.detach()
+            totals["plain"] += float(seen.output_error(change).sum())
+            totals["ours"] += _compress(VPTQ(**small), linear, seen)[1]
+            totals["residual"] += _compress(VPTQ(**small, residual_bits=4), linear, seen)[1]
+            totals["outliers"] += _compress(VPTQ(**{**small, "outliers": 0.1}), linear, seen)[1]
+    assert totals["ours"] < 0.9 * totals["plain"]
+    assert totals["residual"] < 0.6 * totals["ours"]
+    assert totals["outliers"] < totals["ours"]
+
+
+def test_books_never_have_more_entries_than_there_are_vectors() -> None:
+    linear, seen = nn.Linear(8, 8, bias=False), stats(drawn(100, 8))
+    made, _ = _compress(VPTQ(index_bits=12, outliers=0.0, damping=1e-3), linear, seen)
+    torch.testing.assert_close(made, linear.weight.detach(), rtol=1e-2, atol=1e-3)  # each vector has its own
+
+
+def test_the_default_takes_two_bits_and_a_little_at_the_shapes_it_names() -> None:
+    linear = nn.Linear(576, 576, bias=False)
+    assert 8 * VPTQ(outliers=0).nbytes(linear) / 576**2 == pytest.approx(2.05 + 16 / 576, abs=0.01)
+
+
+def test_a_layer_that_calibration_never_reached_is_compressed_all_the_same() -> None:
+    linear = nn.Linear(16, 8, bias=False)
+    made, _ = _compress(VPTQ(index_bits=8, outliers=0.0), linear, stats(torch.zeros(1, 16)))
+    assert made.isfinite().all() and float((made - linear.weight.detach()).norm()) < 0.5 * float(linear.weight.norm())

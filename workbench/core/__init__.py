@@ -1,0 +1,1 @@
+"""Mathematics that several families of methods need, each thing once."""

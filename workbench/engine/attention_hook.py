@@ -1,0 +1,237 @@
+"""How the workbench gets between a model and its attention: through transformers' extension points, and nowhere else.
+
+`forward(model, handler, ...)` runs one forward pass in which every attention layer calls `handler.attend`. The handler
+is known to the thread of the pass alone, so no state stays on the model and two sessions never meet; a lock per model
+keeps the switch of its attention implementation to one pass at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from workbench.engine.masks import AnnouncedMask, announced, checked
+from workbench.errors import NotApplicable, WorkbenchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+NAME = "workbench"
+
+
+class Handler(Protocol):
+    """What a forward pass does in place of each layer's attention."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # [h, n, d]
+        key: Tensor,  # [k, n, d]: of the tokens of this pass only
+        value: Tensor,  # [k, n, dv]
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # [h, n, dv]
+        ...
+
+
+@dataclass(frozen=True)
+class _Passing:
+    """The pass that a thread is in: who attends, and what its masks may be asked.
+
+    told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
+    by places is a mask by positions. own: masks that the model made by itself and that were found causal.
+    """
+
+    handler: Handler
+    told: Tensor | None
+    plain: bool
+    own: list[Tensor] = field(default_factory=list)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    passing = _passing.get()
+    if passing is None:
+        raise WorkbenchError(
+            "this model was called directly while a session is running it in another thread; wait for the run to end"
+        )
+    kind = type(module).__name__
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise NotApplicable(f"{kind} adds learned sinks or position biases to its scores, which is not supported")
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        raise NotApplicable(f"{kind} does not say which layer it is (layer_idx)")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise NotApplicable(
+            f"layer {index}: {kind} attends with {query.shape[0]} x {query.shape[2]} queries to {key.shape[2]} keys: "
+            "attention to something beside the tokens read (an encoder, a prefix, several streams) is not supported"
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = passing.handler.attend(index, query[0], key[0], value[0], scale=scale, window=window, softcap=softcap or None)
+    return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
+
+
+def _window(
+    passing: _Passing, mask: Tensor | None, sliding_window: int | None, tokens: int, causal: bool, where: str
+) -> int | None:
+    """The window that a layer's mask describes; `sliding_window` is what the layer itself says, where no mask tells."""
+    if isinstance(mask, AnnouncedMask):
+        span = mask.span
+        if span.refusal is not None:
+            raise NotApplicable(f"{where} {span.refusal}: it cannot be read exactly as a decoder")
+        if span.limit is not None and tokens > span.limit:
+            raise NotApplicable(
+                f"{where} attends in chunks of {span.limit} tokens, and {tokens} are read at once; shorten the text"
+            )
+        return span.window
+    if mask is None:
+        if tokens > 1 and not causal:
+            raise NotApplicable(f"{where} attends to later tokens too: it cannot be read exactly as a decoder")
+    elif mask is not passing.told and passing.plain and all(mask is not known for known in passing.own):
+        checked(mask, tokens)
+        passing.own.append(mask)
+    return sliding_window or None
+
+
+def _mask(
+    batch_size: int = 1,
+    q_length: int = 0,
+    kv_length: int = 0,
+    mask_function: Any = None,
+    local_size: int | None = None,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> AnnouncedMask:
+    """Handlers mask by the true positions of what they hold: of a model's mask they need the rule."""
+    passing = _passing.get()
+    plain = passing is not None and passing.plain
+    return announced(mask_function, q_length, kv_length, local_size or None, torch.device(device), check=plain)
+
+
+@cache
+def _make_known() -> None:
+    """Register our attention with transformers, when it is first needed: importing it takes seconds."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+_passing: ContextVar[_Passing | None] = ContextVar("passing", default=None)
+
+
+def passing() -> Handler | None:
+    """The handler of the pass that calls this, for modules that remember something of a run in the run itself."""
+    found = _passing.get()
+    return None if found is None else found.handler
+
+
+class _Alone:
+    """Stands for the handler while a model attends by itself: a place for what its modules remember."""
+
+    def __init__(self) -> None:
+        self.memory: dict[Any, Any] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        raise WorkbenchError("this model attends by itself, but its layers were switched to a session's attention")
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Until the block ends modules that remember something of a run do so in calls of the model by itself."""
+    before = _passing.set(_Passing(_Alone(), None, plain=False))
+    try:
+        yield
+    finally:
+        _passing.reset(before)
+
+
+_locks: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_locks_guard = RLock()
+
+
+@contextmanager
+def exclusive(model: PreTrainedModel) -> Iterator[None]:
+    """Until the block ends no other thread has the model engaged."""
+    with _locks_guard:
+        lock = _locks.setdefault(model, RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def engaged(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model call our attention function until the block ends, whatever happens in it."""
+    _make_known()
+    with exclusive(model):
+        before = model.config._attn_implementation or "eager"
+        model.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its token ids."""
+    return cast("torch.device", model.get_input_embeddings().weight.device)
+
+
+def forward(
+    model: PreTrainedModel,
+    handler: Handler,
+    ids: Tensor,
+    positions: Tensor,
+    *,
+    cache: Cache | None = None,
+    logits: int = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
+
+    mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
+    one, for which the host would wait for the device.
+    """
+    device = device_of(model)
+    plain = mask is None and bool((positions.diff() == 1).all())
+    # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
+    kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
+    with engaged(model), torch.inference_mode():
+        before = _passing.set(_Passing(handler, mask, plain))
+        try:
+            output = model(
+                input_ids=ids.to(device)[None],
+                attention_mask=mask,
+                position_ids=positions.to(device)[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=kept,
+            )
+        finally:
+            _passing.reset(before)
+        return output.logits[0].float()

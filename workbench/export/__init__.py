@@ -1,0 +1,1 @@
+"""Compressed models as files that the workbench or servers load."""

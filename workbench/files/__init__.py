@@ -1,0 +1,1 @@
+"""Files from outside, and folders that are written whole or not at all."""

@@ -1,0 +1,1 @@
+"""What a session shows of a prompt under a recipe: attention, heads, outliers."""

@@ -1,0 +1,171 @@
+"""What attention over the prompt is made of under a recipe: the recorded queries over the keys that are held, or the
+weights that an attention method made while it read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench import arguments
+from workbench.attention.base import AttentionMethod
+from workbench.attention.methods.memory_efficient import MemoryEfficient
+from workbench.attention.methods.uniattn import UniAttn
+from workbench.inspection.implied import Implied
+from workbench.kv.plan import Plan, StreamedPlan
+from workbench.kv.stores.format import DenseFormat
+from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, pooled_maps
+from workbench.measure.heads import HeadStats, head_stats
+from workbench.progress import Progress
+from workbench.trace import LayerTrace
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What the attention of one layer, or of one query head of it, is computed from.
+
+    queries [h, n, d], at positions 0 .. n - 1; keys [k, m, d]; positions int64 [k or 1, m], ascending: n, which no
+    query sees, where a head holds fewer than others. scale, window, softcap: as in LayerTrace.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    positions: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords for the measures of `workbench.measure`, which take queries and keys before them."""
+        return {
+            "scale": self.scale,
+            "query_positions": torch.arange(self.tokens),
+            "key_positions": self.positions,
+            "window": self.window,
+            "softcap": self.softcap,
+        }
+
+    def maps(
+        self,
+        *,
+        pixels: int = 512,
+        pooling: Pooling = "max",
+        rows: Span | None = None,
+        cols: Span | None = None,
+        progress: Progress | None = None,
+    ) -> list[PooledMap]:
+        """The map of each query head, pooled as `pooled_maps` does."""
+        shown: dict[str, Any] = {
+            "pixels": pixels,
+            "pooling": pooling,
+            "rows": rows,
+            "cols": (0, self.tokens) if cols is None else arguments.span("cols", cols, self.tokens),
+        }
+        return pooled_maps(self.queries, self.keys, **self.options, **shown, progress=progress)
+
+    def received(self, progress: Progress | None = None) -> Tensor:
+        """What each position receives from all queries together: float32 [h, n], on the CPU."""
+        sums = column_sums(self.queries, self.keys, **self.options, progress=progress).cpu()  # [h, m]
+        at = self.positions.repeat_interleave(len(sums) // len(self.positions), dim=0)
+        return torch.zeros(len(sums), self.tokens + 1).scatter_add_(1, at, sums)[:, : self.tokens]
+
+    def judge(self, ids: Tensor, progress: Progress | None = None) -> HeadStats:
+        """The statistics of the query heads; ids: the prompt's tokens [n]."""
+        return head_stats(self.queries, self.keys, ids, **self.options, progress=progress)[0]
+
+
+def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None) -> Captured:
+    """One layer as it was recorded, or with what a plan holds of its keys; head: only that query head.
+
+    With a plan every query looks at what the plan keeps, as if it had been decided before the prompt was read. Keys are
+    those that the plan's stores hold, merged and dequantised; what they hold in host memory is all there. Recorded keys
+    stand in where a store only rounds them to the type in which the uncompressed cache is held too, so that the
+    difference of two maps shows the method; in layers that stay exact; and for plans of methods that read the prompt by
+    themselves, whose own keys belong to other queries than those recorded.
+    """
+    own = slice(None) if head is None else slice(head, head + 1)
+    kv = slice(None) if head is None else slice(head // layer.groups, head // layer.groups + 1)
+    queries = layer.queries_held[own].to(layer.device)
+    if plan is None or layer.index in plan.exact:
+        keys, positions = layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens)[None]
+    elif _only_selects(plan):
+        there = plan.tiers[layer.index, kv] > 0  # [k, n]
+        keys, positions = _in_order(
+            layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens, device=there.device)[None], there
+        )
+    else:
+        held = plan.store(layer).contents(torch.float32)
+        heads = held.keys.shape[0]
+        valid = torch.ones(heads, held.keys.shape[1], dtype=torch.bool, device=held.keys.device)
+        keys, positions = _in_order(
+            held.keys[kv],
+            held.positions.expand(heads, -1)[kv],
+            (valid if held.valid is None else held.valid)[kv],
+            end=layer.tokens,
+        )
+    return Captured(queries, keys, positions, layer.scale, layer.window, layer.softcap)
+
+
+def changes_reading(method: AttentionMethod | None) -> bool:
+    """Whether an attention method changes what the queries of a prompt see, and not only decoding."""
+    if method is None:
+        return False
+    kind = type(method)
+    return kind.attend is not AttentionMethod.attend or kind.span is not AttentionMethod.span
+
+
+def has_to_run(method: AttentionMethod | None) -> bool:
+    """Whether the weights that a method makes are found only by running it, which takes much longer than to look at
+    exact attention; else they are a softmax over recorded queries and keys.
+    """
+    if method is None or isinstance(method, UniAttn | MemoryEfficient):
+        return False
+    return type(method).attend is not AttentionMethod.attend
+
+
+def as_read(
+    method: AttentionMethod, layers: Sequence[LayerTrace], layer: int, head: int | None = None
+) -> Captured | Implied:
+    """One layer as an attention method computed it while the prompt was read; head: only that query head.
+
+    layers: all that were recorded under the method. UniAttn's layers that reuse weights show those of the layer that
+    they take them from, its queries and keys in the narrower of both windows: dropping weights and scaling the others
+    up is the softmax over those.
+    """
+    own = layers[layer]
+    if isinstance(method, UniAttn):
+        source = layers[method.anchor(layer, len(layers))]
+        widths = [width for width in (own.window, source.window) if width is not None]
+        return replace(capture(source, head=head), window=min(widths, default=None))
+    return Implied(method, own, len(layers), head) if has_to_run(method) else capture(own, head=head)
+
+
+def _only_selects(plan: Plan) -> bool:
+    """Whether the plan's stores hold recorded keys in the type of the uncompressed cache, and nothing else."""
+    dense = isinstance(plan.format, DenseFormat)
+    return isinstance(plan, StreamedPlan) or (dense and (plan.stages.merge is None or plan.keeps_all))
+
+
+def _in_order(keys: Tensor, positions: Tensor, there: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:
+    """Keys [k, m, d] at positions [k or 1, m] by ascending position, without those that are not there [k, m].
+
+    end: the position of slots that a head holds fewer than others, by default the number of slots.
+    """
+    end = there.shape[1] if end is None else end
+    at = torch.where(there, positions.long(), end)
+    at, order = at.sort(dim=1, stable=True)
+    most = max(int(there.sum(dim=1).max()), 1)
+    at, order = at[:, :most], order[:, :most].to(keys.device)
+    keys = keys.gather(1, order[..., None].expand(-1, -1, keys.shape[-1]))
+    if bool((at == at[:1]).all()):  # one set of positions for all heads is quicker to work with
+        at = at[:1]
+    return keys, at.cpu()

@@ -1,0 +1,1 @@
+"""KV-cache methods by what they do."""

@@ -1,0 +1,1 @@
+"""Methods that share the budget out over layers and heads."""

@@ -1,0 +1,106 @@
+"""EvoPress for caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workbench.core.apportion import apportion
+from workbench.core.evolution import evolve, switched
+from workbench.kv.base import Study
+from workbench.kv.methods.evict.snapkv import SnapKV
+from workbench.kv.ranking import Ranking
+from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.measure.quality import divergence
+from workbench.registry import Paper, param, register
+
+_EVEN = 4  # levels up to an equal share: sizes are searched in steps of a quarter of it
+
+
+@register
+class EvoPressKV(SnapKV):
+    """Search for the room of each layer with which the prompt's last tokens are predicted most nearly the same.
+
+    EvoPress allocates weights; this is its search (`workbench.core.evolution`), level-switch mutation and elitist (1 + λ)
+    selection, over the cache. The levels of a layer are multiples of a quarter of an equal share; the fitness is the
+    divergence of the model's predictions at the last `window` tokens of the prompt when what came before them is cut to
+    the levels, from those over the whole cache. It is found once for a prompt, at the size `share`; other sizes are
+    divided among the layers in the same proportions. The heads of a layer have one size. Scores are SnapKV's, or those
+    of another scorer in the recipe; the model reads the last tokens again for each candidate.
+    """
+
+    key = "evopress-kv"
+    title = "EvoPress for caches"
+    paper = Paper(
+        "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", "Sieberling et al. 2025", "2410.14649"
+    )
+    claim = "room for each layer by what the whole model loses, not by how layers look"
+    default_budget = 0.5
+
+    share: float = param(0.25, gt=0, le=1, help="the share of all positions at which layers are compared")
+    generations: int = param(6, ge=0, le=1000, help="how often the fittest has children")
+    offspring: int = param(6, ge=1, le=256, help="children in each generation")
+    seed: int = param(0, ge=0, le=2**31 - 1, help="of all that is drawn")
+
+    def importance(self, study: Study) -> Tensor | None:
+        """How much room each compressible layer gets, float64 [l], 1 on average."""
+        trace, model = study.trace, study.reader(self.key)
+        ranking = study.ranking or Ranking(self.scores(study))
+        first = trace.tokens - min(self.window, trace.tokens // 2)  # where the tokens begin that are read again
+        step = int(self.share * first / _EVEN)
+        if step < 1 or ranking.layers < 2:
+            return torch.ones(ranking.layers, dtype=torch.float64)
+        earlier = Ranking(ranking.scores[..., :first])
+        levels = torch.arange(1, max(first // step, _EVEN) + 1) * step
+        sizes = levels.expand(ranking.layers, -1)
+        ids = trace.ids[first:]
+
+        from workbench.runtime.decode import Decoder  # which needs this package's stores
+
+        def said(kept: Tensor) -> Tensor:
+            """Log-probabilities at the last tokens over what is kept [l, k, n] of those before."""
+            stores = _stores(study, kept)
+            return Decoder(model, stores, first, progress=study.progress).feed(ids, logits=ids.numel()).log_softmax(-1)
+
+        whole = said(torch.ones_like(earlier.scores, dtype=torch.bool))
+
+        def measure(chosen: Tensor, seen: Sequence[int]) -> float:
+            counts = levels[chosen].to(earlier.scores.device)[:, None].expand(-1, ranking.kv_heads)
+            return float(divergence(whole, said(earlier.selected(counts))).mean())
+
+        even = torch.full((ranking.layers,), _EVEN - 1)
+        limit = int(levels[even].sum())
+        found = evolve(
+            even, lambda parent, draw: switched(parent, sizes, limit, draw), measure, samples=1,
+            generations=self.generations, offspring=self.offspring, seed=self.seed, progress=study.progress,
+            stage=f"searching levels by {self.key}",
+        )  # fmt: skip
+        room = levels[found.levels].double()
+        return room / room.mean()
+
+    def allocate(self, ranking: Ranking, entries: int) -> Tensor:
+        beyond = entries // ranking.kv_heads - ranking.layers  # every layer is certain of one position
+        if beyond < 0 or ranking.importance is None:
+            return super().allocate(ranking, entries)
+        most = torch.full((ranking.layers,), ranking.tokens - 1)
+        counts = 1 + apportion(beyond, ranking.importance, most)
+        return counts[:, None].expand(-1, ranking.kv_heads)
+
+
+def _stores(study: Study, kept: Tensor) -> list[Store]:
+    """Stores of the first tokens of the prompt: of compressible layers what is kept [l, k, n], of others all."""
+    count, trace = kept.shape[-1], study.trace
+    place = {layer.index: number for number, layer in enumerate(trace.compressible)}
+    stores: list[Store] = []
+    for layer in trace.layers:
+        keys, values = layer.keys[:, :count], layer.values[:, :count]
+        if layer.index in place:
+            stores.append(DenseStore.where(keys, values, kept[place[layer.index]], keys.dtype))
+        elif layer.window is not None:
+            stores.append(SlidingStore.of(keys, values, layer.window, keys.dtype))
+        else:
+            everything = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+            stores.append(DenseStore.where(keys, values, everything, keys.dtype))
+    return stores

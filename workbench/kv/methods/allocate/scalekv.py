@@ -1,0 +1,77 @@
+"""ScaleKV."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workbench.core.apportion import apportion
+from workbench.kv.base import Study
+from workbench.kv.methods.evict.snapkv import SnapKV
+from workbench.kv.ranking import Ranking
+from workbench.registry import Paper, param, register
+from workbench.trace import LayerTrace
+
+
+@register
+class ScaleKV(SnapKV):
+    """Give layers whose attention is spread out (drafters) much room, and layers that look close by (refiners) little.
+
+    A layer's attention selectivity index is the share of attention that its queries of the map in hand pay to that map,
+    times the sum of their `selective` largest weights on the history before it, each averaged over heads and queries
+    (equation 2). The `drafters` share of the layers with the lowest index are drafters (equation 3); refiners get
+    `refiner_room` of an equal split and drafters share what that leaves (equation 4). What a layer keeps is decided by
+    the attention of the last `window` tokens, pooled (equation 5).
+
+    On text there is one scale, and the map in hand is the last `current` tokens; layers are told apart on the prompt
+    itself instead of ten calibration prompts, and ranked as by Z-scores, which keep the order within one scale. The
+    observation window is the last tokens instead of the centres of patches. The default shares are near those of the
+    authors' configurations. What drafters cannot use because the prompt is short goes back to the refiners.
+    """
+
+    key = "scalekv"
+    title = "ScaleKV"
+    paper = Paper(
+        "Memory-Efficient Visual Autoregressive Modeling with Scale-Aware KV Cache Compression",
+        "Li et al. 2025",
+        "2505.19602",
+    )
+    claim = "10 % of the cache keeps pixel-level fidelity of visual autoregressive models"
+    default_budget = 0.5
+
+    window: int = param(16, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that vote")
+    pooling: Literal["avg", "max"] = param("avg", help="how neighbouring scores are pooled")
+    current: int = param(64, ge=1, le=1024, unit="tokens", help="the end of the prompt that stands for the map in hand")
+    selective: int = param(16, ge=1, le=1024, unit="tokens", help="how many of the history's largest weights count")
+    drafters: float = param(0.1, ge=0, le=1, help="share of the layers that are drafters, at least one")
+    refiner_room: float = param(0.7, ge=0, le=1, help="what a refiner gets, as a share of an equal split")
+
+    def importance(self, study: Study) -> Tensor:
+        """The attention selectivity index of each compressible layer, float32 [l]."""
+        return torch.stack([self._selectivity(layer) for layer in study.trace.compressible]).cpu()
+
+    def _selectivity(self, layer: LayerTrace) -> Tensor:
+        rows = layer.attention(last=self.current)  # [k, g, q, n]
+        history = layer.tokens - rows.shape[2]
+        near = rows[..., history:].sum(dim=-1).mean()
+        far = rows[..., :history].topk(min(self.selective, history), dim=-1).values.sum(dim=-1).mean()
+        return near * far
+
+    def allocate(self, ranking: Ranking, entries: int) -> Tensor:
+        layers, tokens = ranking.layers, ranking.tokens
+        total = min(entries // ranking.kv_heads, layers * tokens)  # over all layers, for one head
+        if ranking.importance is None or total < layers:
+            return super().allocate(ranking, entries)
+        equal = total // layers
+        refined = max(int(self.refiner_room * equal), min(self.window, equal), 1)
+        number = min(max(round(self.drafters * layers), 1), layers)
+        drafting = torch.zeros(layers, dtype=torch.bool)
+        drafting[torch.argsort(ranking.importance, stable=True)[:number]] = True
+        room = torch.where(drafting, 0, refined)
+        most = torch.where(drafting, tokens, tokens - refined)
+        left = total - int(room.sum())
+        first = apportion(left, drafting.double(), torch.where(drafting, most, 0))
+        room = room + first + apportion(left - int(first.sum()), (~drafting).double(), most - first)
+        return room[:, None].expand(-1, ranking.kv_heads)

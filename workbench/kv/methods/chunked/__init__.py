@@ -1,0 +1,1 @@
+"""Methods that read the prompt chunk by chunk in bounded memory."""

@@ -1,0 +1,86 @@
+"""InfLLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from workbench.kv.base import KVMethod
+from workbench.kv.stores.blocks import BlockStore
+from workbench.kv.stores.tiered import TieredFormat
+from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from workbench.runtime.chunked_prefill import Held, Reading
+
+
+@register
+class InfLLM(KVMethod):
+    """Read with a sliding window; distant context waits in host memory, and each pass fetches the blocks it needs.
+
+    Section 2 of the paper. On the device: the first `sinks` tokens and a window as large as the budget allows. What
+    leaves it goes to host memory in blocks of `block` tokens. A block is represented by the `representatives` keys that
+    received most attention from the tokens behind them while they were in the window, and its relevance is the sum of
+    their products with the queries of a pass over all heads; that sum needs only their mean, so only the mean is on the
+    device. A pass (up to 128 tokens of the prompt or the question, or one new token) attends to the sinks, the window
+    and its `blocks` most relevant blocks. All that is further back than the window counts as exactly one window away,
+    so a text may be longer than the model's positions.
+
+    Open details: representatives are chosen for each KV head, by the sum over its query heads of softmax weights, as in
+    the official code; the means are rounded to the cache's precision; fetched blocks are working memory of the layer
+    that attends, not cache: none stays on the device for the next pass. The index grows by one mean a block, and the
+    budget holds the index of the whole prompt: a text too long for that is refused.
+    """
+
+    key = "infllm"
+    title = "InfLLM"
+    paper = Paper(
+        "InfLLM: Training-Free Long-Context Extrapolation for LLMs with an Efficient Context Memory",
+        "Xiao et al. 2024",
+        "2402.04617",
+    )
+    claim = "models trained on a few thousand tokens read 1,024K tokens without training"
+    default_budget = 0.25
+
+    sinks: int = param(16, ge=0, le=256, unit="tokens", help="tokens at the beginning that every query sees")
+    block: int = param(32, ge=1, le=512, unit="tokens", help="tokens that go to host memory, and come back, together")
+    representatives: int = param(4, ge=1, le=64, unit="tokens", help="keys that stand for a block when it is looked up")
+    blocks: int = param(16, ge=1, le=256, help="blocks that a pass fetches")
+    piece: int = param(128, ge=1, le=128, unit="tokens", help="tokens of the prompt read at once, at most")
+
+    def read(self, reading: Reading) -> Held:
+        layers = reading.compressible
+        means = sum(layer.kv_heads * layer.keys_held.shape[-1] for layer in layers) * reading.dtype.itemsize
+        masses = sum(layer.kv_heads for layer in layers) * 4
+
+        def extra(each: int) -> int:
+            return each * masses + -(-(reading.tokens - each) // self.block) * means
+
+        room = reading.entries(self.sinks + self.block + 1, extra)
+        if room >= reading.tokens:
+            for piece in reading.pieces(self.piece):
+                reading.feed(piece)
+            return reading.held()
+        for layer in layers:
+            like = reading.empty(layer).contents(reading.dtype)
+            reading.stores[layer.index] = BlockStore.empty(
+                like.keys,
+                like.values,
+                layer.rotation,
+                room=room,
+                sinks=self.sinks,
+                window=min(self._window(room), reading.max_positions),
+                block=self.block,
+                representatives=min(self.representatives, self.block),
+                blocks=self.blocks,
+            )
+        for piece in reading.pieces(self._piece(room)):
+            reading.feed(piece)
+        return reading.held(form=TieredFormat(reading.dtype))
+
+    def _piece(self, each: int) -> int:
+        """Tokens read at once when each head has room for so many."""
+        return max(min(self.piece, each // 4, each - self.sinks - self.block), 1)
+
+    def _window(self, each: int) -> int:
+        """Tokens behind a query, itself included, that are always on the device then."""
+        return max(each - self.sinks - self._piece(each) - self.block + 1, 1)

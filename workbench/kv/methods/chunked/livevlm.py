@@ -1,0 +1,120 @@
+"""LiveVLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.kv.base import KVMethod
+from workbench.kv.stores import DenseStore
+from workbench.kv.stores.paged import PagedStore
+from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from workbench.runtime.chunked_prefill import Held, Reading
+
+
+@register
+class LiveVLM(KVMethod):
+    """Read a stream into a memory of fixed size spread over all of it, of which a question opens the pages it needs.
+
+    Second version of the paper (2026). Vision sink bucketing: when the next piece has no room, what is older than the
+    `recent` tokens is compressed by the attention that the last `window` tokens read give to it. The best `retention`
+    of the places go by score alone; the others to the best of each of as many equal stretches of the text as there are
+    places, where none of it is there yet. Position-agnostic retrieval: a question attends to the recent tokens and to
+    the share `retrieved` of the memory's pages, those whose mean keys without rotary embedding its queries, without it
+    too, attend to most; the answer stays with them.
+
+    Made for video: the tokens of an image are here any tokens, and the prompt before the video is here the first
+    `sinks` tokens, which always stay and are always seen. Open details chosen here: scores are averaged over all heads
+    of a layer, which keep the same positions and open the same pages; places that no stretch fills go by score. Like
+    the paper, which does without host memory, this forgets what it drops: the budget is all there is.
+    """
+
+    key = "livevlm"
+    title = "LiveVLM"
+    paper = Paper(
+        "LiveVLM: Efficient Online Video Understanding via Streaming-Oriented KV Cache and Retrieval",
+        "Ning et al. 2025",
+        "2505.15269",
+    )
+    claim = "44x more frames on the same device, and answers up to 5x faster"
+    default_budget = 0.25
+
+    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that stand for the prompt's frame")
+    recent: int = param(64, ge=0, le=8192, unit="tokens", help="short-term memory, at most a quarter of what is held")
+    window: int = param(16, ge=1, le=256, unit="tokens", help="last tokens read, whose attention scores the others")
+    retention: float = param(0.5, ge=0.0, le=1.0, help="share of the memory that goes by score alone")
+    page: int = param(16, ge=1, le=256, unit="tokens", help="entries of the memory that are opened together")
+    retrieved: float = param(0.4, ge=0.05, le=1.0, help="share of the pages that a question opens")
+    piece: int = param(64, ge=1, le=4096, unit="tokens", help="tokens read at once, at most an eighth of what is held")
+
+    def read(self, reading: Reading) -> Held:
+        total = reading.entries(self.sinks + 2)
+        whole = total >= reading.tokens
+        piece = self.piece if whole else min(self.piece, max(total // 8, 1))
+        recent = min(self.recent, total // 4, total - self.sinks - piece)
+        queries: dict[int, Tensor] = {}  # of each layer's last tokens, [h, r, d]
+
+        def remember(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+            queries[layer] = query[:, -self.window :]
+
+        for ids in reading.pieces(piece):
+            for layer in reading.compressible:
+                store = reading.stores[layer.index]
+                assert isinstance(store, DenseStore)
+                room = total - len(ids)
+                if store.longest <= room:
+                    continue
+                query = queries[layer.index]
+                at = torch.arange(reading.position - query.shape[1], reading.position)
+                _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
+                assert rows is not None  # [k, g, r, m]
+                slots = self._kept(rows.mean(dim=(0, 1, 2)), store.slot_positions[0], room, recent)
+                reading.keep(layer.index, slots.expand(layer.kv_heads, -1))
+            reading.feed(ids, watch=None if whole else remember)
+        if whole:
+            return reading.held()
+        for layer in reading.compressible:
+            store = reading.stores[layer.index]
+            assert isinstance(store, DenseStore)
+            reading.stores[layer.index] = PagedStore(
+                store,
+                layer.rotation,
+                sinks=self.sinks,
+                recent=int(store.slot_positions[0, max(store.longest - recent, self.sinks) - 1]) + 1,
+                page=self.page,
+                share=self.retrieved,
+            )
+        return reading.held()
+
+    def _kept(self, scores: Tensor, positions: Tensor, room: int, recent: int) -> Tensor:
+        """Which entries stay, bool [m], when `room` may: sinks, the last `recent`, and the memory's best."""
+        kept = torch.ones_like(positions, dtype=torch.bool)
+        last = len(positions) - recent
+        memory = slice(self.sinks, last)
+        end = int(positions[last - 1]) + 1
+        kept[memory] = bucketed(
+            scores[memory], positions[memory].long(), self.sinks, end, room - self.sinks - recent, self.retention
+        )
+        return kept
+
+
+def bucketed(scores: Tensor, positions: Tensor, start: int, end: int, places: int, retention: float) -> Tensor:
+    """Vision sink bucketing with one place a bucket: which of the entries [e] stay, bool [e].
+
+    scores and positions [e], within start <= position < end; places: how many stay.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    buckets = (positions[order] - start) * places // (end - start)
+    # Of each bucket the best is the first in order; `rank` counts those before it in the same one.
+    grouped = buckets.argsort(stable=True)
+    starts = torch.searchsorted(buckets[grouped], buckets[grouped])
+    rank = torch.empty_like(grouped).scatter_(0, grouped, torch.arange(len(grouped), device=grouped.device) - starts)
+    safe = torch.arange(len(order), device=order.device) < int(retention * places)
+    # Those that go by score, then those that find their bucket empty, then the rest; each by score.
+    class_ = torch.where(safe, 0, torch.where(rank == 0, 1, 2))
+    chosen = order[class_.argsort(stable=True)[:places]]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True)

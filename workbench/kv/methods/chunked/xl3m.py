@@ -1,0 +1,106 @@
+"""XL3M: segments read one by one with the question; those after which the model is surest are read again together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.kv.base import KVMethod
+from workbench.registry import Paper, param, register
+
+if TYPE_CHECKING:
+    from workbench.runtime.chunked_prefill import Held, Reading
+
+_LEAST = 4  # a sink, a token of a segment, and two of the question
+_FREE = 8  # of a text longer than the model's positions, one in so many is left for questions and answers
+
+
+@register
+class XL3M(KVMethod):
+    """Read each segment with the question alone, and keep together those that leave the model surest of its answer.
+
+    The context is cut into segments; each is read with the question on an empty cache, and the entropy of the next
+    token after it says how relevant it is: the lower, the more. The segments of lowest entropy that fit are put
+    together in the order of the text and read once more, and that cache is what remains. No cache ever holds more than
+    the key context, however long the text is.
+
+    Choices where the paper's text was not at hand: segments do not overlap; at least two fit into the room, and the
+    last one that fits only in part gives its beginning; the first `sinks` tokens stand before every segment and stay,
+    and so do the prompt's last `query` tokens, which stand for a question that is not known, as in the paper, where the
+    question ends the prompt. Layers that slide need their whole last window, so it stays too. Segments alone are read
+    from position 0 on. The key context stands at its true positions where the model has that many, so that nothing
+    changes but what is left out; where the text is longer, it closes up and an eighth of the positions stays free.
+    """
+
+    key = "xl3m"
+    title = "XL3M"
+    paper = Paper(
+        "XL3M: A Training-free Framework for LLM Length Extension Based on Segment-wise Inference",
+        "Wang et al. 2024",
+        "2405.17755",
+    )
+    claim = "a model of 4,096 positions reasons over 20 million tokens"
+    default_budget = 0.5
+    asks = True
+
+    segment: int = param(256, ge=1, le=8192, unit="tokens", help="pieces of the text that are judged, at most")
+    query: int = param(32, ge=1, le=1024, unit="tokens", help="at the prompt's end: stay, and stand for a question")
+    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning, before every segment")
+    chunk: int = param(256, ge=1, le=4096, unit="tokens", help="how many are read at once in the end, at most")
+
+    def read(self, reading: Reading) -> Held:
+        tokens, positions = reading.tokens, reading.max_positions
+        slide = max((layer.window or 0 for layer in reading.layers if layer.index in reading.exact), default=0)
+        total = reading.entries(max(_LEAST, slide + 1), lambda each: reading.scattered_nbytes)
+        too_long = tokens > positions
+        if too_long:
+            total = min(total, positions - positions // _FREE)
+        if total >= tokens:
+            for piece in reading.pieces(self.chunk):
+                reading.feed(piece)
+            return reading.held()
+
+        sinks = min(self.sinks, (total - slide) // 4)
+        last = max(slide, min(self.query, total // 2), 1)
+        asked = reading.ids[-self.query :] if reading.question is None else reading.question
+        asked = asked[-max(total // 2, 1) :]
+        room = total - sinks - last
+        size = max(min(self.segment, total - sinks - asked.numel(), room // 2), 1)
+        segments = torch.arange(sinks, tokens - last).split(size)
+        found = [self._entropy(reading, part, asked, sinks) for part in segments]
+        where = torch.cat(
+            [torch.arange(sinks), surest(segments, torch.stack(found), room), torch.arange(tokens - last, tokens)]
+        )
+        reading.read_only(where, self.chunk, closed_up=too_long)
+
+        notes = [] if reading.question is not None else ["no question was known: the prompt's end stood for it"]
+        if not too_long:
+            return reading.held(notes=tuple(notes))
+        notes.append(
+            f"the text is longer than the model's {positions:,} positions: the {where.numel():,} tokens kept of it "
+            "stand one after another"
+        )
+        tiers = torch.zeros(len(reading.layers), reading.layers[0].kv_heads, tokens, dtype=torch.uint8)
+        for layer in reading.layers:
+            kept = torch.arange(tokens - (layer.window or 0), tokens) if layer.index in reading.exact else where
+            tiers[layer.index, :, kept] = 1
+        return reading.held(tiers=tiers.to(reading.device), notes=tuple(notes))
+
+    def _entropy(self, reading: Reading, segment: Tensor, asked: Tensor, sinks: int) -> Tensor:
+        """The entropy of the next token after a segment, at positions [s] of the prompt, and the question ids [q]."""
+        reading.progress.update(f"judging segments for {self.key}", int(segment[0]), reading.tokens)
+        reading.begin_again()
+        return entropy(reading.feed(torch.cat([reading.ids[:sinks], reading.ids[segment], asked])))
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The entropy in nats of the distribution that logits [v] give."""
+    return torch.distributions.Categorical(logits=logits.float()).entropy()
+
+
+def surest(segments: tuple[Tensor, ...], entropies: Tensor, room: int) -> Tensor:
+    """The positions, ascending, of the segments with the lowest entropies [s], as many as there is room for."""
+    order = entropies.argsort(stable=True).tolist()
+    return torch.cat([segments[index] for index in order])[:room].sort().values

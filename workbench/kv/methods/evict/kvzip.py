@@ -1,0 +1,166 @@
+"""KVzip."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workbench.core.attention_rows import row_blocks
+from workbench.engine.attention_hook import forward
+from workbench.errors import NotApplicable
+from workbench.kv.base import KVMethod, Study, keep_first
+from workbench.kv.ranking import Ranking
+from workbench.models import max_positions
+from workbench.progress import Progress
+from workbench.prompt import Prompt
+from workbench.registry import Paper, param, register
+from workbench.trace import LayerTrace, Trace
+
+_CUE = 8  # tokens of the piece before, from which the model is asked to go on
+
+
+class GlobalHeads(KVMethod):
+    """Share the room by one threshold over the scores of all layers and heads; every head keeps at least one.
+
+    A base class, so that the threshold yields to an allocator of the recipe.
+    """
+
+    uneven = True
+
+    heads: Literal["global", "equal"] = param(
+        "global", help="one threshold over all layers and heads, or the same room for each head"
+    )
+
+    def allocate(self, ranking: Ranking, entries: int) -> Tensor:
+        if self.heads == "equal":
+            return super().allocate(ranking, entries)
+
+        def counts(taken: int) -> Tensor:  # of the `taken` best entries of all, how many are each head's: [l, k]
+            limits = torch.full((ranking.layers, ranking.kv_heads, 1), taken, device=ranking.in_all.device)
+            return torch.searchsorted(ranking.in_all, limits)[..., 0].clamp_min(1)
+
+        # What every head keeps at least counts too: where it was not among the best, fewer of them are taken.
+        low, high = 0, ranking.scores.numel() + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if int(counts(middle).sum()) <= entries:
+                low = middle
+            else:
+                high = middle
+        return counts(low)
+
+
+@register
+class KVzip(GlobalHeads):
+    """Keep what the model needs to repeat its context from the cache, whatever will be asked.
+
+    After the prompt the model is shown, piece by piece, an instruction to repeat the context and then the context's
+    own tokens; a pair's score is the most attention that any query of its piece's pass, of any head of its group, pays
+    to it (section 3.2). As in the authors' code the softmax of a score runs over the first `sinks`
+    positions, the piece and the pass's own tokens only, which makes the cost linear in the context, while what the
+    model computes attends to the whole cache. Room is shared by one threshold over all layers and heads.
+
+    Chosen here: the first `sinks` positions always stay, in place of the paper's system prompt; the instruction closes
+    the open turn with the chat template where the prompt has one; passes stand at the positions after the prompt. A
+    session without a tokenizer has no words for an instruction: there each piece follows the last tokens of the one
+    before, and the model is left to continue. Costs about two readings of the prompt, once; any budget is then
+    immediate.
+    """
+
+    key = "kvzip"
+    title = "KVzip"
+    paper = Paper(
+        "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", "Kim et al. 2025", "2505.23416"
+    )
+    claim = "3-4x smaller cache, reusable over many queries, about 2x faster decoding"
+    default_budget = 0.5
+
+    chunk: int = param(2000, ge=16, le=16384, unit="tokens", help="how much of the context is repeated in one pass")
+    sinks: int = param(4, ge=0, le=256, unit="tokens", help="positions at the start that always stay")
+
+    def scores(self, study: Study) -> Tensor:
+        trace, model = study.trace, study.reader(self.key)
+        if not trace.compressible:
+            return torch.zeros(0, trace.layers[0].kv_heads, trace.tokens)
+        starts = range(0, trace.tokens, self.chunk)
+        pieces = [slice(start, min(start + self.chunk, trace.tokens)) for start in starts]
+        passes = [torch.cat([_instruction(trace.prompt, piece.start), trace.ids[piece]]) for piece in pieces]
+        longest = trace.tokens + max(ids.numel() for ids in passes)
+        most = max_positions(model)
+        if longest > most:
+            raise NotApplicable(
+                f"kvzip repeats the prompt in pieces after it, up to position {longest:,}, but the model has only "
+                f"{most:,}; use a smaller chunk or a shorter prompt"
+            )
+        found = []
+        for done, (piece, ids) in enumerate(zip(pieces, passes, strict=True)):
+            repeating = _Repeating(trace, piece, self.sinks, study.progress, done, len(pieces))
+            positions = torch.arange(trace.tokens, trace.tokens + ids.numel())
+            forward(model, repeating, ids, positions)
+            found.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
+        study.progress.update("repeating the context", len(trace.layers) * len(pieces), len(trace.layers) * len(pieces))
+        scores = torch.cat(found, dim=2)  # [l, k, n]
+        return torch.stack([keep_first(layer, self.sinks) for layer in scores])
+
+
+def _instruction(prompt: Prompt, start: int) -> Tensor:
+    """The ids that ask for the context from position `start` on."""
+    cue = prompt.ids[max(start - _CUE, 0) : start]
+    tokenizer = prompt.tokenizer
+    if tokenizer is None:
+        return cue
+    before = str(tokenizer.decode(cue, skip_special_tokens=True)).strip()
+    asked = f"Repeat the previous context starting with: {before}" if before else "Repeat the previous context:"
+    return prompt.question_ids(asked if prompt.chat else f"\n\n{asked}\n", tokenizer)
+
+
+class _Repeating:
+    """One pass over an instruction and a piece of the context, attending to the recorded prompt and to itself.
+
+    scores: of each compressible layer, the most attention that the piece's positions received, float32 [k, p].
+    """
+
+    def __init__(self, trace: Trace, piece: slice, sinks: int, progress: Progress, done: int, pieces: int) -> None:
+        self.trace, self.piece, self.progress = trace, piece, progress
+        self.sinks = slice(0, min(sinks, piece.start))
+        self.done, self.pieces = done, pieces
+        self.scores: dict[int, Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        layers = len(self.trace.layers)
+        self.progress.update("repeating the context", self.done * layers + layer, self.pieces * layers)
+        recorded = self.trace.layers[layer]
+        scored = layer not in self.trace.exact
+        keys = torch.cat([recorded.keys, key], dim=1)  # [k, n + q, d]
+        values = torch.cat([recorded.values, value], dim=1)
+        out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
+        best = torch.zeros(key.shape[0], self.piece.stop - self.piece.start, device=query.device)
+        # The window is the one the prompt was read with, the model's or an attention method's.
+        for block in row_blocks(query, keys, scale=scale, window=recorded.window, softcap=softcap):
+            rows = block.probs.unflatten(0, (key.shape[0], -1))  # [k, g, rows, keys]
+            mixed = rows.flatten(1, 2).to(values.dtype) @ values[:, block.keys]
+            out[:, block.rows] = mixed.view(query.shape[0], -1, values.shape[-1])
+            if scored:
+                best = torch.maximum(best, self._most(rows, recorded))
+        if scored:
+            self.scores[layer] = best
+        return out
+
+    def _most(self, rows: Tensor, recorded: LayerTrace) -> Tensor:
+        """The largest weight [k, p] on each position of the piece, as if only sinks, piece and the pass were there."""
+        piece = rows[..., self.piece]
+        own = rows[..., recorded.tokens :].sum(dim=-1)
+        total = own + piece.sum(dim=-1) + rows[..., self.sinks].sum(dim=-1)  # [k, g, rows]
+        return (piece / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]).amax(dim=(1, 2))

@@ -1,0 +1,1 @@
+"""Methods that store entries in low-rank spaces."""

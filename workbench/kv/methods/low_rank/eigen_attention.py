@@ -1,0 +1,236 @@
+"""Eigen Attention."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from workbench.engine.attention_hook import engaged, forward
+from workbench.kv.base import KVMethod, Study
+from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
+from workbench.kv.stores.low_rank import LowRankFormat, Ranks, Spaces, spaces_of
+from workbench.kv.stores.store import seen_by
+from workbench.models.decoder import decoder_layers
+from workbench.registry import Paper, param, register
+from workbench.trace import LayerTrace, Trace
+from workbench_kernels import attend
+
+_THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # at which errors are measured
+_PROBES = 16  # positions at which errors are measured, from the first to the last
+_PUBLISHED = 0.6  # of the uncompressed bytes, the smallest cache in the paper
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What lower ranks cost one layer: at each of _THRESHOLDS the relative error of its output.
+
+    keys, values: for each rank the share of the singular values that lie before it, in the head where that is least.
+    """
+
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    def ranks(self, error: float) -> Ranks:
+        """The lowest ranks at which the layer's error is at most `error`, read off between the thresholds measured."""
+        return ranks_at(self.keys, self.values, self.threshold(error))
+
+    def threshold(self, error: float) -> float:
+        """The lowest threshold at which the error is at most `error`; 1 is without error."""
+        if error >= self.errors[-1]:
+            return _THRESHOLDS[-1]
+        found = [1.0, *_THRESHOLDS], [0.0, *self.errors]
+        at = bisect_left(found[1], error)
+        if found[1][at] == error:
+            return found[0][at]
+        part = (error - found[1][at - 1]) / (found[1][at] - found[1][at - 1])
+        return found[0][at - 1] + part * (found[0][at] - found[0][at - 1])
+
+
+def ranks_at(keys: Sequence[float], values: Sequence[float], threshold: float) -> Ranks:
+    """The ranks before which less than `threshold` of the singular values lie, at least 1."""
+    return Ranks(*(max(bisect_left(before, threshold), 1) for before in (keys, values)))
+
+
+@register
+class EigenAttention(KVMethod):
+    """Keep every token as coefficients in a low-rank space, with ranks that cost every layer equally much.
+
+    The space of each KV head is spanned by the leading singular vectors of keys and queries together, that of the
+    values by their own; attention runs in them: the query is projected, and the weighted sum of value
+    coefficients is projected back. Where a model has rotary positions, the space is that of the keys before rotation,
+    and keys leave it and are rotated to their positions when they are attended to (as in the published code, which
+    looks at keys alone there and has one space for all heads of a layer; here each has its own).
+
+    A threshold on the share of the singular values gives a layer the ranks of its keys and its values, the largest that
+    any of its heads needs, and each layer's threshold falls until its output is off by `error`, the same for all. That
+    is the relative error of the decoder layer's output, everything before it exact, averaged over 16 positions of the
+    prompt; it is measured at thirteen thresholds and read off between them. A budget sets the error that all layers may
+    make, if that is more than `error`; without one, 60 % of the uncompressed cache does, the paper's strongest setting.
+
+    The paper finds bases on calibration texts and merges them into the weights. Ours are found on the prompt itself, so
+    they fit it better; they serve the answer too, and their bytes are counted.
+    """
+
+    key = "eigen-attention"
+    title = "Eigen Attention"
+    paper = Paper(
+        "Eigen Attention: Attention in Low-Rank Space for KV Cache Compression", "Saxena et al. 2024", "2408.05646"
+    )
+    claim = "40 % less KV memory, 60 % less attention latency"
+
+    error: float = param(
+        0.0, ge=0, le=1, help="relative error that each layer's output may have; 0: as little as the budget allows"
+    )
+
+    def layout(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
+        full = sum(shape.full_nbytes for shape in shapes)
+        room = limit if limit is not None else full if self.error else int(_PUBLISHED * full)
+        if not self.error and full <= room:
+            return DenseFormat(dtype)
+        profiles = self._profiles(study)
+        everything = torch.tensor([[shape.tokens] * shape.kv_heads for shape in shapes])
+
+        def at(error: float) -> tuple[Format, int]:
+            form = LowRankFormat(dtype, {layer: p.ranks(error) for layer, p in profiles.items()}, queries=True)
+            return form, stored_nbytes(form, shapes, everything)
+
+        low, high = self.error, max(max(profile.errors) for profile in profiles.values())
+        form, nbytes = at(low)
+        if nbytes > room:
+            form, nbytes = at(max(high, low))
+            while nbytes <= room and high - low > 1e-5:
+                middle = (low + high) / 2
+                found = at(middle)
+                if found[1] <= room:
+                    high, (form, nbytes) = middle, found
+                else:
+                    low = middle
+        # On a short prompt the bases may take more than they save.
+        return DenseFormat(dtype) if full <= nbytes else form
+
+    def _profiles(self, study: Study) -> dict[int, Profile]:
+        """What lower ranks cost, by number of layer; found once a trace, whatever the parameters."""
+        return study.trace.once(("eigen-attention", study.model is None), lambda: profiles_of(study))
+
+
+@torch.inference_mode()
+def profiles_of(study: Study) -> dict[int, Profile]:
+    """What lower ranks cost each compressible layer, by its number.
+
+    Only the positions of some queries are fed to the model. As each of its layers is given the exact attention output
+    of the whole prompt for them, what reaches a layer is what reached it when the prompt was read; the layer is then
+    called again with the output at lower ranks. Without a model, the error is what the threshold leaves out.
+    """
+    trace, found = study.trace, {}
+    if study.model is None:
+        for layer in trace.compressible:
+            found[layer.index] = Profile(*_shares(layer), tuple(1 - threshold for threshold in _THRESHOLDS))
+        return found
+    probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
+    given = _Given(trace, probes)
+    within = {layer.index for layer in trace.compressible}
+    layers = list(decoder_layers(study.model).values())
+    asking = False
+
+    def after(module: Any, args: Any, options: Any, output: Any) -> None:
+        nonlocal asking
+        if asking or given.layer not in within:
+            return
+        asking = True
+        number = given.layer
+        study.progress.update("measuring low ranks", len(found), len(within))
+        found[number] = _profile(
+            trace.layers[number], given, _hidden(output), lambda: _hidden(module(*args, **options))
+        )
+        asking = False
+
+    with engaged(study.model):
+        hooks = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
+        try:
+            forward(study.model, given, trace.ids[probes], probes)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    study.progress.update("measuring low ranks", len(within), len(within))
+    return found
+
+
+def _profile(layer: LayerTrace, given: _Given, exact: Tensor, again: Callable[[], Tensor]) -> Profile:
+    """The profile of a layer whose output is `exact` [p, c]; `again` computes it from `given.output`."""
+    spaces, (keys, values) = spaces_of(layer, queries=True), _shares(layer)
+    errors: list[float] = []
+    known: dict[Ranks, float] = {}
+    for threshold in _THRESHOLDS:
+        ranks = ranks_at(keys, values, threshold)
+        if ranks not in known:
+            given.output = given.attention(layer, *lowered(layer, spaces, ranks))
+            known[ranks] = float(((again() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).mean())
+        errors.append(max(known[ranks], errors[-1] if errors else 0.0))  # what a lower rank gains is chance
+    given.output = None
+    return Profile(keys, values, tuple(errors))
+
+
+class _Given:
+    """Gives each layer the attention output of the whole prompt for the queries at `positions` [p], or `output`."""
+
+    def __init__(self, trace: Trace, positions: Tensor) -> None:
+        self.trace, self.positions = trace, positions
+        self.output: Tensor | None = None
+        self.layer = -1  # the one that asked last
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.layer, read = layer, self.trace.layers[layer]
+        found = self.output if self.output is not None else self.attention(read, read.keys.float(), read.values.float())
+        return found.to(query.dtype)
+
+    def attention(self, layer: LayerTrace, keys: Tensor, values: Tensor) -> Tensor:
+        """The output [h, p, dv] over keys [k, n, d] and values [k, n, dv] in place of the layer's own."""
+        where = torch.arange(layer.tokens, device=layer.device)
+        asked = self.positions.to(layer.device)
+        visible = seen_by(asked, where[None], None, layer.window)
+        queries = layer.queries[:, asked].float()
+        return attend(queries, keys, values, scale=layer.scale, softcap=layer.softcap, visible=visible)[0]
+
+
+def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, float32, without what lies outside its spaces at these ranks."""
+    keys, values, where = layer.keys.float(), layer.values.float(), torch.arange(layer.tokens, device=layer.device)
+    if spaces.rotary is not None:
+        keys = spaces.rotary.undo(keys, where)
+    keys = _within(keys, spaces.keys[:, : ranks.keys])
+    if spaces.rotary is not None:
+        keys = spaces.rotary.apply(keys, where)
+    return keys, _within(values, spaces.values[:, : ranks.values])
+
+
+def _within(x: Tensor, basis: Tensor) -> Tensor:
+    """x [k, n, d] without what lies outside the rows of basis [k, r, d]."""
+    unit = normalize(basis, dim=-1)
+    return x @ (unit.transpose(1, 2) @ unit)
+
+
+def _hidden(output: Any) -> Tensor:
+    """What a decoder layer hands on, float32 [p, c]."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden[0].float()
+
+
+def _shares(layer: LayerTrace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For each rank of keys and of values, the share of the singular values before it, where that is least."""
+    spaces = spaces_of(layer, queries=True)
+    return tuple(_before(spaces.energy_keys)), tuple(_before(spaces.energy_values))
+
+
+def _before(energy: Tensor) -> list[float]:
+    """For each rank 0 to d - 1, the share of a head's singular values before it, that of the head where it is least."""
+    sizes = energy.double().sqrt()  # [k, d]
+    share = sizes.cumsum(dim=1) / sizes.sum(dim=1, keepdim=True).clamp_min(1e-300)
+    least = torch.cat([torch.zeros(1, device=share.device), share.amin(dim=0).float()[:-1]])
+    return cast("list[float]", least.tolist())

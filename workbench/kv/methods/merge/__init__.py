@@ -1,0 +1,1 @@
+"""Methods that merge what is dropped into what is kept."""

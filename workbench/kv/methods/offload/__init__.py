@@ -1,0 +1,1 @@
+"""Methods that keep a part of the cache in host memory and retrieve from it."""

@@ -1,0 +1,438 @@
+"""Keys and values as coefficients in a low-rank space: few numbers a token, and a basis for each KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from workbench.core.rope import Rotation
+from workbench.errors import NoRotation
+from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
+from workbench.kv.stores.packed import PackedRows, first_of
+from workbench.kv.stores.rows import Rows
+from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.trace import LayerTrace
+from workbench_kernels.decode import decode_dense, join_parts
+from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
+from workbench_kernels.dispatch import on_gpu
+
+_ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
+_SCALE_BYTES = 4  # a float16 scale and a float16 zero
+
+
+class Spaces(NamedTuple):
+    """The directions in which a layer's keys and values are largest, largest first, float32 [k, d, d], [k, dv, dv].
+
+    A direction is a row, as long as the root mean square of the coefficients along it; so coefficients, in units of
+    their row, have the root mean square 1 whatever the direction. energy_keys, energy_values float32 [k, d]: what each
+    adds to the squared norm of all vectors it was found on. rotary: how keys are rotated after they left the space;
+    None where the space is that of the keys as they are attended to.
+    """
+
+    keys: Tensor
+    values: Tensor
+    energy_keys: Tensor
+    energy_values: Tensor
+    rotary: Rotation | None
+
+
+class Ranks(NamedTuple):
+    """How many directions the keys and the values of a layer keep."""
+
+    keys: int
+    values: int
+
+
+# The spaces of each layer that was read, with and without its queries, for as long as the reading lives.
+_spaces: WeakKeyDictionary[LayerTrace, dict[bool, Spaces]] = WeakKeyDictionary()
+
+
+def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
+    """The spaces of a layer, found on all that was read of the prompt, and remembered.
+
+    By singular value decomposition of the n vectors of each KV head, without centring. Keys are taken before rotary
+    embedding, where they fill fewer directions. queries: find the keys' space on keys and the queries of their group
+    together where the model does not rotate; where it does, on keys alone.
+    """
+    known = _spaces.setdefault(layer, {})
+    if queries not in known:
+        keys, rotary = layer.keys.float(), rotary_of(layer)
+        if rotary is not None:
+            keys = rotary.undo(keys, torch.arange(layer.tokens, device=layer.device))
+        elif queries:
+            keys = torch.cat([keys, layer.queries.float().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)], dim=1)
+        basis_keys, energy_keys = _principal(keys)
+        basis_values, energy_values = _principal(layer.values.float())
+        known[queries] = Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
+    return known[queries]
+
+
+def rotary_of(layer: LayerTrace) -> Rotation | None:
+    """How the layer rotates; None where it does not, or positions enter in another way."""
+    try:
+        return layer.rotation if layer.rotation.width else None
+    except NoRotation:
+        return None
+
+
+# A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
+_turns: WeakKeyDictionary[Rotation, tuple[int, Turns | None]] = WeakKeyDictionary()
+
+
+def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
+    """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
+    count = -(-longest // LOW) * LOW
+    known = _turns.get(rotary)
+    if known is None or known[0] != count:
+        known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
+    return known[1]
+
+
+def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Right singular vectors of x [k, n, d] as rows [k, d, d] scaled by s / sqrt(n), and the squares of s, [k, d]."""
+    x = x.double()
+    energy, vectors = torch.linalg.eigh(x.transpose(1, 2) @ x)  # ascending; the squares of the singular values
+    energy, vectors = energy.flip(-1).clamp_min(0), vectors.flip(-1).transpose(1, 2)
+    # Which way a vector points is arbitrary; its largest number is made positive.
+    sign = vectors.gather(2, vectors.abs().argmax(dim=2, keepdim=True)).sign()
+    length = (energy / x.shape[1]).sqrt()
+    length = torch.where(energy > 1e-10 * energy[:, :1], length, 1.0)  # nothing lies along these
+    return (vectors * sign * length[..., None]).float(), energy.float()
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    """Coefficients [k, m, r] of x [k, m, d] in units of the rows of basis [k, r, d], which are orthogonal."""
+    basis = basis.float()
+    return x.float() @ (basis / basis.square().sum(dim=-1, keepdim=True)).transpose(1, 2)
+
+
+class LowRankStore(Store):
+    """An older part held as coefficients, at full precision or packed, and a newer part held whole.
+
+    New tokens enter the newer part. Once they have attended, whatever is more than its `window` leaves it, oldest first
+    and `group` tokens at a time, is projected and joins the older part; while heads are unequally long, the shortest
+    decides. Without a window tokens are projected at once. Slots are those of the older part, then those of the newer.
+
+    Values are weighted in their space and the sum leaves it. Keys are attended to in theirs, by queries projected into
+    it, unless they have to be rotated to their positions first.
+    """
+
+    def __init__(
+        self,
+        bases: tuple[Tensor, Tensor],
+        older: tuple[Rows | PackedRows, Rows | PackedRows],
+        newer: tuple[Rows, Rows],
+        positions: tuple[Rows, Rows] | None,
+        rotary: Rotation | None,
+        window: int,
+        group: int,
+    ) -> None:
+        """bases [k, r, d] of keys and [k, r, dv] of values; older: their coefficients; newer: keys and values;
+        positions of both parts, or None if every position from 0 on is held.
+        """
+        self.bases, self.older, self.newer, self._positions = bases, older, newer, positions
+        self.rotary, self.window, self.group = rotary, window, group
+
+    @classmethod
+    def where(
+        cls,
+        layer: LayerTrace,
+        keep: Tensor,
+        spaces: Spaces,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        *,
+        window: int,
+        bits: int | None,
+        group: int,
+    ) -> LowRankStore:
+        """The entries of the layer at which keep [k, n] is True; coefficients at `bits` bits, None: at `dtype`."""
+        everywhere = torch.arange(layer.tokens, device=layer.device)
+        keys, values = layer.keys, layer.values
+        bases = (
+            spaces.keys[:, : ranks.keys].to(dtype, copy=True).contiguous(),
+            spaces.values[:, : ranks.values].to(dtype, copy=True).contiguous(),
+        )
+        plain = keys.float() if spaces.rotary is None else spaces.rotary.undo(keys.float(), everywhere)
+        lengths = keep.sum(dim=1)
+        old = first_of(keep, older_of(lengths, window, group))
+        new = keep & ~old
+        complete = bool(keep.all())
+        where = everywhere.expand(keys.shape[0], -1)[..., None]
+
+        def held(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
+            found = project(x, basis)
+            if bits is None:
+                return Rows.where(found, old, dtype)
+            counts, rank = old.sum(dim=1), found.shape[-1]
+            if per_channel:
+                return PackedRows.of(found[old], counts, bits, group, "channel")
+            return PackedRows.of(found[old], counts, bits, rank, "token")
+
+        return cls(
+            bases,
+            (held(plain, bases[0], True), held(values, bases[1], False)),
+            (Rows.where(keys, new, dtype), Rows.where(values, new, dtype)),
+            None if complete else (Rows.where(where, old, torch.int32), Rows.where(where, new, torch.int32)),
+            spaces.rotary,
+            window,
+            group,
+        )
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        if self.window == 0 and self.group == 1:
+            self._project(keys.float(), values.float(), positions.expand(keys.shape[0], -1))
+            return
+        self._settle()  # where another store attended for this one
+        self.newer[0].append(keys)
+        self.newer[1].append(values)
+        if self._positions is not None:
+            self._positions[1].append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+
+    def _settle(self) -> None:
+        """Project what is more than the window."""
+        tokens = int(older_of(self.newer[0].counts.min(), self.window, self.group))
+        if not tokens:
+            return
+        if self._positions is None:
+            start = _rows(self.older[0]).longest
+            where = torch.arange(start, start + tokens, device=self.newer[0].data.device)[None]
+        else:
+            where = self._positions[1].cut_front(tokens)[..., 0].long()
+        keys, values = (rows.cut_front(tokens).float() for rows in self.newer)
+        self._project(keys, values, where)
+
+    def _project(self, keys: Tensor, values: Tensor, where: Tensor) -> None:
+        """Add keys [k, q, d], values [k, q, dv] at positions [k or 1, q] to the older part."""
+        if self.rotary is not None:
+            keys = self.rotary.undo(keys, where)
+        self.older[0].append(project(keys, self.bases[0]))
+        self.older[1].append(project(values, self.bases[1]))
+        if self._positions is not None:
+            self._positions[0].append(where.to(torch.int32)[..., None])
+
+    def reserve(self, tokens: int) -> None:
+        if self.window or self.group > 1:
+            for rows in (*self.newer, *(() if self._positions is None else self._positions[1:])):
+                rows.reserve(min(tokens, self.window + self.group))
+        for part in (*self.older, *(() if self._positions is None else self._positions[:1])):
+            if isinstance(part, Rows):
+                part.reserve(tokens)
+
+    def _slots(self) -> tuple[Tensor, Tensor | None]:
+        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m] or None."""
+        older, newer = _rows(self.older[0]), self.newer[0]
+        if self._positions is None:
+            return torch.arange(older.longest + newer.longest, device=newer.data.device)[None], None
+        positions = torch.cat([rows.view()[..., 0] for rows in self._positions], dim=1)
+        if older.uniform and newer.uniform:
+            return positions, None
+        return positions, torch.cat([_real(older), _real(newer)], dim=1)
+
+    def _older_keys(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """The older keys [k, m, d] at their positions [k or 1, all slots], out of their space."""
+        keys = _view(self.older[0], torch.float32) @ self.bases[0].float()
+        if self.rotary is not None:
+            keys = self.rotary.apply(keys, positions[:, : keys.shape[1]].long())
+        return keys.to(dtype)
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        positions, valid = self._slots()
+        older = self._older_keys(positions, dtype), _view(self.older[1], torch.float32) @ self.bases[1].float()
+        keys, values = (
+            torch.cat([old.to(dtype), _view(new, dtype)], dim=1) for old, new in zip(older, self.newer, strict=True)
+        )
+        return Contents(keys, values, positions, valid)
+
+    def attend(
+        self,
+        query: Tensor,
+        query_positions: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if window is None and not weights:
+            found = self._attend_on_gpu(query, query_positions, scale, softcap)
+            if found is not None:
+                self._settle()
+                return found, None
+        positions, valid = self._slots()
+        visible = seen_by(query_positions, positions, valid, window)
+        key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
+        whole, values = (_view(rows, query.dtype) for rows in self.newer)
+        coefficients = _view(self.older[1], query.dtype)  # [k, older, r]
+        in_space = self.rotary is None
+        old_keys = _view(self.older[0], query.dtype) if in_space else self._older_keys(positions, query.dtype)
+        kv_heads, older = coefficients.shape[:2]
+        heads, count = query.shape[:2]
+        grouped = query.reshape(kv_heads, heads // kv_heads, count, -1)  # [k, g, q, d]
+        slots = older + whole.shape[1]
+        outs, rows = [], []
+        for part in torch.arange(count).split(max(1, _ROWS_BYTES // (4 * heads * max(slots, 1)))):
+            asked = grouped[:, :, part]
+            flat = asked.flatten(1, 2)  # [k, g*q, d]
+            old = (flat @ key_basis.transpose(1, 2) if in_space else flat) @ old_keys.transpose(1, 2)
+            scores = torch.cat([old, flat @ whole.transpose(1, 2)], dim=-1).float() * scale
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            scores = scores.unflatten(1, asked.shape[1:3])  # [k, g, q, m]
+            if visible is not None:
+                seen = visible[:, part] if visible.shape[1] > 1 else visible
+                scores = scores.masked_fill(~seen[:, None], float("-inf"))
+            probs = scores.softmax(dim=-1)
+            share = probs.flatten(1, 2).to(query.dtype)
+            out = share[..., :older] @ coefficients @ value_basis + share[..., older:] @ values
+            outs.append(out.view(heads, part.numel(), -1))
+            rows.append(probs)
+        self._settle()
+        return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
+
+    def _attend_on_gpu(
+        self, query: Tensor, query_positions: Tensor, scale: float, softcap: float | None
+    ) -> Tensor | None:
+        """The output of `attend` by kernels, without anything leaving its space in memory; None where they cannot."""
+        keys, values = self.older
+        if not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
+            return None
+        if query.dtype != keys.data.dtype or query.dtype.itemsize != 2 or not keys.longest:
+            return None
+        asked = query_positions.to(query.device) if query_positions.numel() > 1 else None
+        older, newer = (None, None) if self._positions is None else (rows.ragged() for rows in self._positions)
+        turns, turned, (key_basis, value_basis) = None, query, self.bases
+        if self.rotary is not None:
+            longest = keys.longest if older is None else int(query_positions.max()) + 1
+            turns = turns_of(self.rotary, longest, query.shape[2], query.device)
+            if turns is None:
+                return None
+            turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
+        out, sums = decode_lowrank(
+            turned, keys.ragged(), values.ragged(), key_basis, value_basis, scale=scale, softcap=softcap,
+            query_positions=asked, positions=older, turns=turns, lse=True,
+        )  # fmt: skip
+        if not self.newer[0].longest:
+            return out
+        if newer is None and asked is not None:
+            asked = asked - keys.longest  # where each row's position is its number
+        whole, more = decode_dense(
+            query, self.newer[0].ragged(), self.newer[1].ragged(), scale=scale, softcap=softcap, query_positions=asked,
+            positions=newer, lse=True,
+        )  # fmt: skip
+        assert sums is not None and more is not None
+        return join_parts([(out, sums), (whole, more)])
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        exact = str(self.bases[0].dtype).removeprefix("torch.")
+        positions = [t for rows in self._positions or () for t in rows.tensors()]
+        held = {exact: [*self.bases, *(t for rows in self.newer for t in rows.tensors()), *positions]}
+        for part in self.older:
+            name = f"{part.bits}-bit" if isinstance(part, PackedRows) else exact
+            held.setdefault(name, []).extend(part.tensors())
+        return held
+
+    def clone(self) -> Self:
+        positions = None if self._positions is None else (self._positions[0].clone(), self._positions[1].clone())
+        return type(self)(
+            (self.bases[0].clone(), self.bases[1].clone()),
+            (self.older[0].clone(), self.older[1].clone()),
+            (self.newer[0].clone(), self.newer[1].clone()),
+            positions,
+            self.rotary,
+            self.window,
+            self.group,
+        )
+
+
+@dataclass(frozen=True)
+class LowRankFormat(Format):
+    """Kept entries as coefficients in the spaces of `spaces_of`, all but the newest `window` or a few more.
+
+    ranks: by number of layer, or one pair for all layers. bits: of a coefficient, keys grouped over `group` tokens of a
+    direction and values over the directions of a token; None: at `dtype`, with a group of 1. queries: see `spaces_of`.
+    """
+
+    dtype: torch.dtype
+    ranks: Mapping[int, Ranks] | Ranks = field(hash=False)
+    window: int = 0
+    bits: int | None = None
+    group: int = 1
+    queries: bool = False
+
+    @property
+    def by_layer(self) -> bool:  # type: ignore[override]
+        return not isinstance(self.ranks, Ranks)
+
+    def ranks_of(self, layer: int) -> Ranks:
+        """The ranks of one layer."""
+        return self.ranks if isinstance(self.ranks, Ranks) else self.ranks[layer]
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        name = str(self.dtype).removeprefix("torch.") if self.bits is None else f"{self.bits}-bit"
+        every = [self.ranks] if isinstance(self.ranks, Ranks) else list(self.ranks.values())
+        keys, values = _span([ranks.keys for ranks in every]), _span([ranks.values for ranks in every])
+        return (f"{name}, keys of rank {keys}, values of rank {values}",)
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        older = older_of(selected, self.window, self.group)
+        newer = selected - older
+        partial = (selected < shape.tokens).any(dim=1)  # these need positions
+        keys, values = self.ranks_of(shape.layer)
+        bases = selected.numel() * (keys * shape.key_width + values * shape.value_width) * shape.itemsize
+        rows = int(older.sum())
+        if self.bits is None:
+            held, parts = rows * (keys + values) * shape.itemsize, 2
+        else:
+            codes = -(-keys * self.bits // 8) + -(-values * self.bits // 8)
+            held, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
+        indices = parts * index_nbytes(older) + 2 * index_nbytes(newer)
+        indices += index_nbytes(older[partial]) + index_nbytes(newer[partial])
+        return (
+            bases + held + int(newer.sum()) * shape.entry_nbytes + int(selected[partial].sum()) * INDEX_BYTES + indices
+        )
+
+    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+        ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
+        return LowRankStore.where(
+            layer, tiers > 0, spaces, ranks, self.dtype, window=self.window, bits=self.bits, group=self.group
+        )
+
+
+def older_of(lengths: Tensor, window: int, group: int) -> Tensor:
+    """How many of each head's rows are held as coefficients when `lengths` are held: whole groups beyond the window."""
+    return (lengths - window).clamp_min(0) // group * group
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _rows(part: Rows | PackedRows) -> Rows:
+    return part if isinstance(part, Rows) else part.codes
+
+
+def _view(part: Rows | PackedRows, dtype: torch.dtype) -> Tensor:
+    """What is held as [k, longest, w]; zeros where a head is shorter, for the room reserved there may hold anything."""
+    rows = _rows(part)
+    if isinstance(part, Rows):
+        found = part.view().to(dtype)
+    else:
+        held = part.dequantised(dtype)
+        found = held[rows.slots()] if held.shape[0] else held.new_zeros(rows.heads, 0, part.channels)
+    valid = rows.valid()
+    return found if valid is None else found.masked_fill(~valid[..., None], 0.0)
+
+
+def _real(rows: Rows) -> Tensor:
+    valid = rows.valid()
+    if valid is not None:
+        return valid
+    return torch.ones(rows.heads, rows.longest, dtype=torch.bool, device=rows.data.device)

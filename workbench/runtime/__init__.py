@@ -1,0 +1,1 @@
+"""How a model is run: prefill, chunked prefill, decoding, CUDA graphs, conversations, evaluation."""

@@ -1,0 +1,499 @@
+"""A decode step that a CUDA graph can hold, so that a GPU generates many tokens without Python between them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from workbench.engine.attention_hook import device_of, forward
+from workbench.errors import NotApplicable
+from workbench.kv.stores import DenseStore, Store
+from workbench.kv.stores.packed import WHOLE, PackedRows, PackedStore
+from workbench.kv.stores.rows import Rows
+from workbench.measure.memory import tensor_bytes
+from workbench_kernels import rows as operands
+from workbench_kernels.decode import decode_dense, decode_packed
+from workbench_kernels.rows import Ragged
+from workbench_kernels.step import add_rms_norm, rotate_append, silu_times
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from workbench.runtime.decode import Decoder
+
+EVERY = 8  # steps after which the host looks at the tokens
+WORTH = 16  # steps for which capturing pays: it costs about four of those that it saves
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # whose decoder layers `_Fused` knows
+_CUBLAS = 2 * (32 << 20)  # what cuBLAS takes for its products: once for each of the two streams, on Hopper
+
+
+def refusal(decoder: Decoder) -> str | None:
+    """Why the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
+    if decoder.evicting is not None:
+        return f"{decoder.evicting.key} makes room while decoding"
+    if decoder.attention is not None:
+        return f"{decoder.attention.key} attends in its own way while decoding"
+    if decoder.outputs is not None:
+        return "each layer's outputs are recorded"
+    others = {type(store).__name__ for store in decoder.stores if not _allowed(store)}
+    return f"{', '.join(sorted(others))} cannot grow on the device alone" if others else None
+
+
+def note(decoder: Decoder) -> str | None:
+    """What a run by captured steps has to say: where they differ from the published order of things."""
+    waiting = [store for store in decoder.stores if isinstance(store, PackedStore)]
+    if not waiting:
+        return None
+    return (
+        "decoded by a CUDA graph, between whose replays entries are quantised: what leaves the exact tail one token at "
+        f"a time otherwise leaves it up to {max(_period(store) for store in waiting)} tokens at a time"
+    )
+
+
+def predicted_nbytes(decoder: Decoder, max_new_tokens: int) -> int:
+    """The most bytes that will be alive on the device while captured steps generate so many tokens.
+
+    The model's weights, the stores with the room that will be reserved in them, and the workspace of a step.
+    """
+    model = decoder.model
+    config = model.config.get_text_config()
+    itemsize = device_weight(model).itemsize
+    stores = 0
+    for store in decoder.stores:
+        stores += sum(rows.reserved_nbytes(more) for rows, more in _room(store, max_new_tokens))
+        if isinstance(store, PackedStore):
+            stores += sum(x.nbytes for x in (store.keys.balance, store.values.balance) if x is not None)
+    hidden = 16 * itemsize * (config.hidden_size + config.intermediate_size)
+    logits = config.vocab_size * (itemsize + 4)
+    return tensor_bytes([*model.parameters(), *model.buffers()]) + stores + hidden + logits + _CUBLAS
+
+
+def device_weight(model: PreTrainedModel) -> Tensor:
+    """The embedding's weight, which says in what precision a model computes."""
+    return cast("Tensor", model.get_input_embeddings().weight)
+
+
+class Step:
+    """Greedy decoding, a token a call, on tensors that stay where they are.
+
+    Token, position, and the length of each head's rows are on the device and advance there; the stores' own numbers
+    follow when steps are over (`answer` does both). On a CUDA device calls are replayed from a graph; elsewhere they
+    run as they are. Values of a PackedStore, which leave its tail one at a time otherwise, leave in blocks: when keys
+    do, or when `residual` of them wait (if that is 0, a group).
+    """
+
+    def __init__(self, decoder: Decoder, token: int, steps: int, *, fused: bool = True, graph: bool = True) -> None:
+        """token: the last one chosen, not read yet. steps: room is reserved for so many.
+
+        fused: use fused operations between the matrix products where the model's layers are known. graph: capture the
+        step where there is a GPU. Raises NotApplicable where the model or a store does not allow it.
+        """
+        why = refusal(decoder)
+        if why is not None:
+            raise NotApplicable(why)
+        self.decoder, self.model, self.steps = decoder, decoder.model, steps
+        self._graph = graph
+        device = device_of(decoder.model)
+        with torch.inference_mode():
+            for store in decoder.stores:
+                for rows, more in _room(store, steps):
+                    rows.reserve(more)
+                    if rows.longest == 0:  # what is masked must be a number too
+                        rows.data.zero_()
+            growing = [rows for store in decoder.stores for rows in _growing(store)]
+            sizes = [rows.heads for rows in growing]
+            # One tensor each, so that one operation advances all heads of all layers.
+            self._lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+            self._counters = torch.zeros(sum(sizes) + 2, dtype=torch.long, device=device)
+            self._position, self._written = self._counters[-2:-1], self._counters[-1:]
+            self._position.fill_(decoder.position)
+            lengths, ends = self._lengths.split(sizes), self._counters[:-2].split(sizes)
+            self._layers = [
+                _Layer(store, steps, lengths[2 * i : 2 * i + 2], ends[2 * i : 2 * i + 2])
+                for i, store in enumerate(decoder.stores)
+            ]
+            self._token = torch.tensor([token], device=device)
+            self._out = torch.zeros(steps, dtype=torch.long, device=device)
+            self._mask = torch.zeros(1, 1, 1, 1, device=device)
+        self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._launched = self._settled = 0
+        self._fused = _Fused(self.model, self._layers) if fused and _Fused.fits(self.model) else None
+        self._replay: Callable[[], Any] | None = None
+        self.memory = decoder.memory
+
+    @property
+    def fused(self) -> bool:
+        """Whether the operations between the matrix products are fused."""
+        return self._fused is not None
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of one new token over everything that its layer holds, itself included."""
+        if window is not None:
+            raise NotApplicable(f"layer {layer} sees a window only")
+        self._layers[layer].append(key[:, 0], value[:, 0])
+        return self._layers[layer].attend(query, scale=scale, softcap=softcap)
+
+    def __call__(self) -> Tensor:
+        """Read the token, choose the next one and put it in its place; returns the logits [v]."""
+        with torch.inference_mode():
+            self._lengths.add_(1)
+            if self._fused is not None:
+                logits = self._fused(self._token, self._position)
+            else:
+                logits = forward(self.model, self, self._token, self._position, mask=self._mask)[-1]
+            token = logits.argmax(keepdim=True)
+            self._out.index_copy_(0, self._written, token)
+            self._token.copy_(token)
+            self._counters.add_(1)
+            return logits
+
+    def prepare(self) -> Callable[[], Any]:
+        """What makes one step: the replay of a graph on a CUDA device. Nothing has changed when this returns.
+
+        Raises NotApplicable if the model waits for the device in the midst of a step.
+        """
+        if self._replay is None:
+            with torch.inference_mode():
+                changed = (self._lengths, self._counters, self._token)
+                before = [x.clone() for x in changed]
+                if self._token.is_cuda and self._graph:
+                    self._replay = self._captured(changed, before)
+                else:
+                    self._try(changed, before)
+                    self._replay = self
+        return self._replay
+
+    def _try(self, changed: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """Run one step and take it back."""
+        try:
+            with _NoWaiting():
+                self()
+        finally:
+            for x, old in zip(changed, before, strict=True):
+                x.copy_(old)
+
+    def _captured(self, changed: Sequence[Tensor], before: Sequence[Tensor]) -> Callable[[], None]:
+        stream = torch.cuda.Stream(self._token.device)
+        stream.wait_stream(torch.cuda.current_stream(self._token.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels compile, and libraries take their workspace
+                self._try(changed, before)
+        torch.cuda.current_stream(self._token.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self()
+        return graph.replay
+
+    def answer(self, eos: Sequence[int]) -> Iterator[int]:
+        """Yield the tokens of all steps, or those up to and including one of `eos`.
+
+        A few steps run ahead of what has been yielded. However this ends, stores and decoder then hold what was read
+        to choose the tokens yielded, and no more: the last token has not been read.
+        """
+        self.prepare()
+        kept = 0
+        waiting: tuple[int, int, Any] | None = None
+        try:
+            while self._launched < self.steps or waiting is not None:
+                begun = None
+                # Rows that have been quantised cannot be taken back: first see whether the answer has ended.
+                if self._launched < self.steps and (waiting is None or self.due > 0):
+                    begun = self.launch(min(EVERY, self.steps - self._launched))
+                for token in () if waiting is None else self._tokens(*waiting):
+                    kept += 1
+                    yield token
+                    if token in eos:
+                        return
+                waiting = begun
+        finally:
+            self._end(kept)
+
+    @property
+    def due(self) -> int:
+        """Steps after which entries have to be quantised before another one."""
+        return self._settled + min(layer.until for layer in self._layers) - self._launched
+
+    def launch(self, steps: int) -> tuple[int, int, Any]:
+        """Begin up to `steps` more, quantising first what is due; returns where their tokens will be found."""
+        replay = self.prepare()
+        if self.due <= 0:
+            self._settle()
+        first, self._launched = self._launched, self._launched + min(steps, self.due)
+        with torch.inference_mode():
+            for _ in range(first, self._launched):
+                replay()
+            found = self._out[first : self._launched]
+            self._seen[first : self._launched].copy_(found, non_blocking=True)
+        event = None
+        if self._token.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return first, self._launched, event
+
+    def _tokens(self, first: int, last: int, event: Any) -> list[int]:
+        if event is not None:
+            event.synchronize()
+        return list(self._seen[first:last].tolist())
+
+    def _catch_up(self, steps: int) -> None:
+        """Let the stores know of all rows up to those of the first `steps` steps."""
+        more = steps - self._settled
+        if more:
+            self.decoder.take_up(more)
+        self._settled = steps
+
+    def _settle(self) -> None:
+        with torch.inference_mode():
+            self._catch_up(self._launched)
+            for layer in self._layers:
+                layer.settle()
+
+    def _end(self, kept: int) -> None:
+        with torch.inference_mode():
+            self._catch_up(kept)
+
+
+def captured(decoder: Decoder, token: int, steps: int) -> Step:
+    """Captured steps that go on from `token`, the last one chosen. Raises NotApplicable with the reason."""
+    step = Step(decoder, token, steps)
+    step.prepare()
+    return step
+
+
+class _Static:
+    """Rows whose starts and lengths are in tensors of their own, that never move."""
+
+    def __init__(self, rows: Rows, longest: int, lengths: Tensor | None = None, ends: Tensor | None = None) -> None:
+        """longest: no head will ever have more rows. lengths, ends: where to keep them, if not in new tensors."""
+        now = rows.ragged()
+        self.rows, self.ends = rows, ends
+        self.ragged = Ragged(
+            rows.data, now.starts.clone(), torch.empty_like(now.lengths) if lengths is None else lengths, longest
+        )
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what the host did to the rows."""
+        now = self.rows.ragged()
+        assert now.data.data_ptr() == self.ragged.data.data_ptr(), "rows moved: no room was reserved"
+        self.ragged.starts.copy_(now.starts)
+        self.ragged.lengths.copy_(now.lengths)
+        if self.ends is not None:
+            self.ends.copy_(now.starts + now.lengths)
+
+
+class _Layer:
+    """One layer's store, as a step uses it."""
+
+    def __init__(self, store: Store, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
+        """lengths int32 and ends int64, [k] each, of the rows that a new key and value join: where to keep them."""
+        self.store = store
+        self.until = steps
+        self._grown = [
+            _Static(rows, min(rows.longest + steps, bound), *places)
+            for rows, bound, *places in zip(_growing(store), _bounds(store, steps), lengths, ends, strict=True)
+        ]
+        self._parts: list[_Static] = []
+        keys, values = (static.ragged for static in self._grown)
+        self._dense, self._packed = (keys, values), None
+        if isinstance(store, PackedStore):
+            self._packed = (self._side(store.keys, keys, steps), self._side(store.values, values, steps))
+            self._count_down()
+
+    def _side(self, packed: PackedRows, tail: Ragged, steps: int) -> operands.PackedRows:
+        # Everything that enters has been in the tail, so no head gets more than what is there and what comes.
+        more = 0 if packed.bits == WHOLE else tail.longest + steps
+        codes, scale = (_Static(rows, rows.longest + more) for rows in (packed.codes, packed.scale))
+        self._parts += [codes, scale]
+        zero = scale.ragged._replace(data=packed.zero.data)
+        return operands.PackedRows(
+            codes.ragged, scale.ragged, zero, tail, packed.code_bits, packed.group, packed.axis, packed.balance
+        )
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where a new key goes, [t, d] and row numbers [k], and a new value."""
+        keys, values = self._grown
+        assert keys.ends is not None and values.ends is not None
+        return keys.rows.data, keys.ends, values.rows.data, values.ends
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Write key [k, d] and value [k, dv] behind the others; the step has counted them already."""
+        keys, key_ends, values, value_ends = self.rows
+        keys.index_copy_(0, key_ends, key.to(keys.dtype))
+        values.index_copy_(0, value_ends, value.to(values.dtype))
+
+    def attend(self, query: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+        """Attention of query [h, 1, d] over everything held: [h, 1, dv]."""
+        if self._packed is not None:
+            return decode_packed(query, *self._packed, scale=scale, softcap=softcap)[0]
+        return decode_dense(query, *self._dense, scale=scale, softcap=softcap)[0]
+
+    def settle(self) -> None:
+        """Quantise what waits in the tail, in place."""
+        if isinstance(self.store, PackedStore):
+            self.store.settle()
+            for static in (*self._grown, *self._parts):
+                static.refresh()
+            self._count_down()
+
+    def _count_down(self) -> None:
+        """Count the steps until the tail has to be quantised."""
+        assert isinstance(self.store, PackedStore)
+        found = zip(_growing(self.store), _limits(self.store), strict=True)
+        self.until = max(min(limit - int(rows.counts.min()) for rows, limit in found), 1)
+
+
+# transformers leaves hooks behind that only note what passes, once all attentions or hidden states were asked for.
+_LISTENERS = "transformers.utils.output_capturing"
+
+
+class _Fused:
+    """The forward pass of one token through a model of the Llama family, with what stands between products fused.
+
+    Modules are read and linear layers called, so compressed ones and their hooks work; nothing is changed in the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[_Layer]) -> None:
+        self._model: Any = model
+        self._layers = layers
+
+    @staticmethod
+    def fits(model: PreTrainedModel) -> bool:
+        """Whether all modules that are passed over are transformers' own and do nothing else."""
+        family = type(model).__name__.removesuffix("ForCausalLM")
+        if family not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
+            return False
+        if getattr(model.config, "sliding_window", None) or model.config.hidden_act != "silu":
+            return False
+        home, inner = sys.modules[type(model).__module__], model.model
+        dtype = device_weight(model).dtype
+        passed: list[tuple[nn.Module, str]] = [(inner, "Model"), (inner.norm, "RMSNorm")]
+        for layer in inner.layers:
+            passed += [(layer, "DecoderLayer"), (layer.self_attn, "Attention"), (layer.mlp, "MLP")]
+            passed += [(layer.input_layernorm, "RMSNorm"), (layer.post_attention_layernorm, "RMSNorm")]
+            if family == "Qwen3":
+                passed += [(layer.self_attn.q_norm, "RMSNorm"), (layer.self_attn.k_norm, "RMSNorm")]
+        return all(
+            type(module) is getattr(home, family + name)
+            and all(getattr(hook, "__module__", None) == _LISTENERS for hook in module._forward_hooks.values())
+            and not module._forward_pre_hooks
+            and (name != "RMSNorm" or module.weight.dtype == dtype)
+            for module, name in passed
+        )
+
+    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        """The logits [v] behind token [1] at position [1]; each layer's key and value join its store's rows."""
+        inner = self._model.model
+        hidden = inner.embed_tokens(token)  # [1, w]
+        cos, sin = (x[0, 0] for x in inner.rotary_emb(hidden, position_ids=position[None]))  # [d]
+        blocks = list(inner.layers[: self._model.config.num_hidden_layers])
+        norms = [*(block.input_layernorm for block in blocks[1:]), inner.norm]
+        hidden, x = _normed(hidden, blocks[0].input_layernorm)
+        for block, held, norm in zip(blocks, self._layers, norms, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            query, key, value = (
+                product(x).view(-1, attention.head_dim)
+                for product in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            if hasattr(attention, "q_norm"):
+                query, key = _normed(query, attention.q_norm)[1], _normed(key, attention.k_norm)[1]
+            turned = rotate_append(query, key, value, cos, sin, *held.rows)
+            out = held.attend(turned[:, None], scale=attention.scaling).reshape(1, -1)
+            hidden, x = _normed(attention.o_proj(out), block.post_attention_layernorm, hidden)
+            hidden, x = _normed(mlp.down_proj(silu_times(mlp.gate_proj(x), mlp.up_proj(x))), norm, hidden)
+        logits: Tensor = self._model.lm_head(x)[0]
+        return logits
+
+
+def _normed(x: Tensor, norm: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Raises NotApplicable at an operation whose result the host has to wait for."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name()
+        picked = args[1] if name in ("aten::index.Tensor", "aten::index_put", "aten::index_put_") else ()
+        if name in _WAITING or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in picked):
+            raise NotApplicable(f"the model waits for the device in the midst of a token ({name})")
+        return func(*args, **(kwargs or {}))
+
+
+_WAITING = {
+    f"aten::{name}"
+    for name in (
+        "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "argwhere", "where", "masked_select",
+        "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "equal", "allclose",
+        "repeat_interleave.Tensor", "repeat_interleave.self_Tensor",
+    )
+}  # fmt: skip
+
+
+def _allowed(store: Store) -> bool:
+    """Whether nothing but a row for each head has to be written for a new token."""
+    return (type(store) is DenseStore and store.mass is None) or type(store) is PackedStore
+
+
+def _growing(store: Store) -> tuple[Rows, Rows]:
+    """The rows that a new token's key and value join."""
+    if isinstance(store, PackedStore):
+        return store.key_tail, store.value_tail
+    assert isinstance(store, DenseStore)
+    return store.keys, store.values
+
+
+def _period(store: PackedStore) -> int:
+    """How many tokens leave the tail together."""
+    return max(store.residual, store.keys.group, store.values.group)
+
+
+def _limits(store: PackedStore) -> tuple[int, int]:
+    """How long the tails of keys and values of the shortest head become before they are quantised."""
+    block = max(store.residual, store.keys.group) if store.keys.axis == "channel" else store.residual + _period(store)
+    keys, values = (rows.bits == WHOLE for rows in (store.keys, store.values))
+    return sys.maxsize if keys else block, sys.maxsize if values else store.residual + _period(store)
+
+
+def _bounds(store: Store, steps: int) -> list[int]:
+    """How many rows a head that a new token joins will have at most, for keys and for values."""
+    if not isinstance(store, PackedStore):
+        return [rows.longest + steps for rows in _growing(store)]
+    found = []
+    for rows, limit in zip(_growing(store), _limits(store), strict=True):
+        shortest = int(rows.counts.min())
+        found.append(rows.longest - shortest + max(shortest + 1, limit))
+    return found
+
+
+def _room(store: Store, steps: int) -> list[tuple[Rows, int]]:
+    """All rows of a store that grow, and how many more each head needs for `steps` tokens."""
+    if not isinstance(store, DenseStore | PackedStore):
+        return []
+    found = store.room(steps)
+    if isinstance(store, PackedStore):
+        for tail, packed in ((store.key_tail, store.keys), (store.value_tail, store.values)):
+            most = 0 if packed.bits == WHOLE else int(tail.counts.min()) + steps
+            by_channel = packed.axis == "channel"
+            per_scale = packed.group if by_channel else 1
+            most = most // per_scale * per_scale
+            found += [(packed.codes, most), (packed.scale, most // per_scale), (packed.zero, most // per_scale)]
+    return found

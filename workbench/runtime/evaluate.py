@@ -1,0 +1,94 @@
+"""How far a run is from the uncompressed one: both read the uncompressed answer, token by token, on fresh stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench.measure.quality import compare_logits, output_error
+from workbench.models.depth import origins
+from workbench.progress import Progress
+from workbench.runtime.decode import Decoder, greedy
+from workbench.runtime.run import Verdict
+from workbench.trace import Trace
+
+
+class Reference(NamedTuple):
+    """The uncompressed model on some tokens, its own answer or a given text: logits [t, v] for them, and each layer's
+    attention outputs [h, t', dv].
+    """
+
+    tokens: tuple[int, ...]
+    logits: Tensor
+    outputs: list[Tensor]
+
+
+def reference(
+    trace: Trace,
+    decoder: Callable[[], Decoder],
+    ids: Tensor,
+    max_new_tokens: int,
+    eos: Sequence[int],
+    progress: Progress,
+    given: Tensor | None = None,
+) -> Reference:
+    """The uncompressed model after the prompt of `trace` and ids [q]; computed once for each question.
+
+    On its own greedy answer of at most max_new_tokens, or on the text `given` [t].
+    """
+
+    def compute() -> Reference:
+        if given is not None:
+            tokens = tuple(given.tolist())
+        else:
+            answering = decoder()
+            answering.progress = progress
+            tokens = tuple(greedy(answering, ids, trace.logits, max_new_tokens=max_new_tokens, eos=eos))
+        return Reference(tokens, *forced(decoder(), trace.logits, ids, torch.tensor(tokens), progress))
+
+    on = max_new_tokens if given is None else tuple(given.tolist())
+    return trace.once(("reference", tuple(ids.tolist()), on), compute)
+
+
+def forced(
+    decoder: Decoder, logits: Tensor, ids: Tensor, targets: Tensor, progress: Progress | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits [t, v] that predict targets [t] after ids [q], and each layer's attention outputs [h, t', dv] on the way.
+
+    logits [v]: those before ids, for when there are none. The targets are read one at a time, as in decoding, so that
+    stores flush and evict as they would there.
+    """
+    decoder.outputs = [[] for _ in decoder.stores]
+    decoder.progress = progress or Progress()
+    rows = [decoder.feed(ids)[-1:]] if ids.numel() else [logits[None]]
+    for token in decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1):
+        rows.append(decoder.feed(token[None]))
+    outputs = [torch.cat(layer, dim=1) if layer else torch.empty(0) for layer in decoder.outputs]
+    return torch.cat([row.cpu() for row in rows]), outputs
+
+
+def judge(
+    found: Reference,
+    decoder: Decoder,
+    before: Tensor,
+    ids: Tensor,
+    heads: int,
+    progress: Progress,
+    answer: Sequence[int] | None = None,
+) -> Verdict:
+    """Compare a recipe, on a fresh `decoder` after the prompt, whose logits are `before` [v], and ids [q], with
+    the reference.
+
+    answer: what the run itself answered, if the reference is an answer too.
+    """
+    targets = torch.tensor(found.tokens)
+    logits, outputs = forced(decoder, before, ids, targets, progress)
+    figures = compare_logits(found.logits, logits, targets, reference_tokens=found.tokens, tokens=answer)
+    errors = torch.full((len(found.outputs), heads), torch.nan)
+    for layer, output in zip(origins(decoder.model), outputs, strict=True):
+        exact = found.outputs[layer]
+        errors[layer] = output_error(exact, output).cpu() if exact.numel() else 0.0
+    return Verdict(figures, errors, found.tokens)

@@ -1,0 +1,262 @@
+"""Reading a prompt: one forward pass in which every attention layer hands over what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.core.causal_attention import causal_attention
+from workbench.engine.attention_hook import device_of, forward
+from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
+from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
+from workbench.measure.timing import Stopwatch
+from workbench.models import Facts, rotation_of
+from workbench.models.depth import origins
+from workbench.progress import Progress
+from workbench.prompt import Prompt, check_vocabulary
+from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class _Recorder:
+    """Computes exact (or the method's) attention over the prompt and keeps each layer's queries, keys and values."""
+
+    plain: PreTrainedModel
+    facts: Facts
+    method: AttentionMethod | None
+    progress: Progress
+    home: torch.device
+    timeline: Timeline
+    weights: int
+    live: LiveBytes | CudaBytes
+    at: Pass
+    plain_widths: Sequence[tuple[int, int]] | None
+    origins: Sequence[int]
+
+    def __post_init__(self) -> None:
+        self.layers: dict[int, LayerTrace] = {}
+        self.held = 0
+        self.count = len(self.origins)
+        self.memory: dict[Any, Any] = {}
+        self.places: dict[tuple[int, torch.Size], int] = {}  # of keys in memory: the layer that showed them first
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        self.progress.update("reading", len(self.layers), self.count)
+        if layer in self.layers:
+            raise NotApplicable(
+                f"layer {layer} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
+                "them apart"
+            )
+        tokens, own = query.shape[1], window
+        window = _combined_window(own, self.method, layer, self.count, tokens)
+        self.at.layer = layer
+        if self.method is None:
+            self.at.count(query.shape[0] * visible_entries(tokens, window))
+            out = causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+        else:
+            out = self.method.attend(query, key, value, scale=scale, window=window, softcap=softcap, at=self.at)
+        before = self.held if self.home == query.device else 0  # of what is live here, the recording so far
+        shared = self._shared(layer, key)
+        held = tuple(x.to(self.home) for x in (key, value, query))
+        if shared is not None:
+            held = (self.layers[shared].keys_held, self.layers[shared].values_held, held[2])
+        self.layers[layer] = LayerTrace(
+            index=layer,
+            keys_held=held[0],
+            values_held=held[1],
+            queries_held=held[2],
+            device=query.device,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            rotary=partial(rotation_of, self.plain, self.origins[layer]),
+            narrowed_from=min(own or tokens, tokens) if window != own else None,
+            plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
+            shared=shared,
+        )
+        self.held += sum(x.nbytes for x in held[0 if shared is None else 2 :])
+        self.timeline.add(
+            "read",
+            layer,
+            {"weights": self.weights, "trace": self.held, "activations": max(self.live.peak - before, 0)},
+        )
+        self.live.reset_peak()
+        return out
+
+    def _shared(self, layer: int, key: Tensor) -> int | None:
+        """The earlier layer whose keys [k, n, d] these are: what lies at the same place and is the same."""
+        place = (key.data_ptr(), key.shape)
+        there = self.places.get(place)
+        if there is not None and torch.equal(self.layers[there].keys_held, key.to(self.home)):
+            return there
+        self.places[place] = layer
+        return None
+
+
+def _combined_window(
+    own: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
+) -> int | None:
+    """The narrower of the model's own window and the method's."""
+    other = method.span(layer, layers, tokens) if method is not None else None
+    given = [width for width in (own, other) if width is not None]
+    return min(given) if given else None
+
+
+def read(
+    model: PreTrainedModel,
+    facts: Facts,
+    prompt: Prompt,
+    *,
+    method: AttentionMethod | None = None,
+    keep_on: torch.device | None = None,
+    weight_nbytes: int = 0,
+    plain: PreTrainedModel | None = None,
+    plain_widths: Sequence[tuple[int, int]] | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Read a prompt and record it.
+
+    method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
+    host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
+    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. Raises
+    PromptTooLong, BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt;
+    Cancelled between layers.
+    """
+    tokens = prompt.ids.numel()
+    if tokens > facts.max_positions:
+        raise PromptTooLong(f"the prompt has {tokens} tokens, but {facts.name} has only {facts.room}; shorten the text")
+    if not tokens:
+        raise BadPrompt("the text has no tokens: there is nothing to read")
+    check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
+    origin = origins(model)
+    count = len(origin)
+    if method is not None:
+        method.check(tokens, count)
+    device = device_of(model)
+    progress = progress or Progress()
+    watch, timeline = Stopwatch(device), Timeline("read")
+    with watch("read"), live_bytes(device) as live:
+        at = Pass(count, tokens)
+        recorder = _Recorder(
+            plain or model,
+            facts,
+            method,
+            progress,
+            keep_on or device,
+            timeline,
+            weight_nbytes,
+            live,
+            at,
+            plain_widths,
+            origin if plain is not None else range(count),
+        )
+        logits = forward(model, recorder, prompt.ids, torch.arange(tokens))[-1]
+    _check_layers(recorder.layers, count, facts.name)
+    if not logits.isfinite().all():
+        raise NotApplicable(
+            f"{facts.name}: the logits after the prompt are not finite numbers: its weights are damaged, or what it "
+            f"computes is too large for {str(model.dtype).removeprefix('torch.')}"
+        )
+    progress.update("reading", count, count)
+    layers = tuple(recorder.layers[index] for index in range(count))
+    exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
+    exact |= {
+        layer.index: f"reads the keys and values of layer {layer.shared}"
+        for layer in layers
+        if layer.shared is not None
+    }
+    gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
+    return Trace(
+        prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone, recorder.memory
+    )
+
+
+def seen(facts: Facts, trace: Trace) -> Facts:
+    """A model's facts with the heads that a reading recorded, in the first layer that attends to everything.
+
+    A config may say otherwise: of DeepSeek's heads it names the rotated part, of Gemma 4's those of one kind of layer.
+    """
+    layer = next((layer for layer in trace.layers if layer.window is None), trace.layers[0])
+    return replace(facts, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.keys_held.shape[-1])
+
+
+def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> None:
+    """Raise NotApplicable unless each of a model's layers attended through the engine, with as many heads as others."""
+    missing, more = sorted(set(range(count)) - set(recorded)), sorted(set(recorded) - set(range(count)))
+    if more:
+        raise NotApplicable(f"{name} has attention in layers {more}, beyond the {count} that its config names")
+    if missing:
+        which = "none of the layers" if len(missing) == count else f"layers {', '.join(map(str, missing))}"
+        does = "uses" if len(missing) == count else "do not use"
+        raise NotApplicable(
+            f"{which} of {name} {does} transformers' attention interface (attention of their own kind, linear "
+            "attention or a state space), so they cannot be read"
+        )
+    heads = sorted({(layer.heads, layer.kv_heads) for layer in recorded.values()})
+    if len(heads) > 1:
+        found = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
+        raise NotApplicable(f"the layers of {name} differ in their number of heads ({found}), which is not supported")
+
+
+def take_in(
+    model: PreTrainedModel,
+    facts: Facts,
+    prompt: Prompt,
+    *,
+    keep_on: torch.device | None = None,
+    weight_nbytes: int = 0,
+    progress: Progress | None = None,
+) -> Trace:
+    """A trace of the prompt's shapes without data: only its first token is read, to learn them.
+
+    For prompts that a method will read in bounded memory. Raises BadPrompt, NotApplicable.
+    """
+    tokens = prompt.ids.numel()
+    first = read(
+        model,
+        facts,
+        replace(prompt, ids=prompt.ids[:1]),
+        keep_on=keep_on,
+        weight_nbytes=weight_nbytes,
+        progress=progress,
+    )
+    check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
+    layers = tuple(layer.blank(tokens) for layer in first.layers)
+    gone = tuple(layer.blank(tokens) for layer in first.gone)
+    logits = torch.full_like(first.logits, torch.nan)
+    return Trace(prompt, layers, logits, 0.0, first.exact, Timeline("read"), gone=gone)
+
+
+def _gone(
+    like: LayerTrace, facts: Facts, missing: Sequence[int], widths: Sequence[tuple[int, int]] | None
+) -> tuple[LayerTrace, ...]:
+    """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts."""
+    blank = like.blank()
+    return tuple(
+        replace(blank, index=index, window=facts.windows[index], plain_widths=widths[index] if widths else None)
+        for index in missing
+    )
+
+
+def _window_reason(layer: LayerTrace, method: AttentionMethod | None) -> str:
+    whose = f" of {method.key}" if method is not None and layer.narrowed_from is not None else ""
+    return f"sliding window{whose} of {layer.window} tokens: it never holds more"

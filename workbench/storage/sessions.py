@@ -1,0 +1,371 @@
+"""Sessions on disk: a folder with session.json (descriptions) and trace.safetensors (tensors); never pickle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
+from workbench.files.folders import located, whole
+from workbench.files.paths import regular
+from workbench.files.strict_json import NotAnObject, dumps, read
+from workbench.kv.plan import Plan
+from workbench.measure.memory import Timeline
+from workbench.measure.quality import Quality
+from workbench.measure.timing import Timing
+from workbench.models import facts, rotation_of
+from workbench.prompt import Prompt
+from workbench.recipe import Recipe
+from workbench.runtime.run import Run, Verdict
+from workbench.trace import LayerTrace, Trace
+from workbench.weights.calibration.texts import Calibration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from workbench.session import Session
+
+FORMAT = "inference-workbench session"
+VERSION = 1  # raise it when an older workbench could no longer read what is written
+DESCRIPTION, TENSORS = "session.json", "trace.safetensors"
+
+_LARGEST = 1 << 28  # bytes of a description: a hundred long runs take a thousandth
+_SAMPLES = 8  # values of each weight that tell one model from another
+_SHAPE = ("model_type", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "parameters")
+S = TypeVar("S", bound="Session")
+
+
+class LoadedRun(Run):
+    """A run read back from disk: what was recorded, without the cache it ran on.
+
+    Its quality is there if it had been measured before saving. Its plan is made again from the restored trace when
+    first asked for. It cannot be asked further questions.
+    """
+
+    def __init__(
+        self,
+        record: dict[str, Any],
+        verdict: Verdict | None,
+        prompt_ids: Tensor,
+        replan: Callable[[Recipe], Plan],
+    ) -> None:
+        super().__init__(
+            recipe=Recipe.from_dict(record["recipe"]),
+            text=str(record["text"]),
+            tokens=tuple(int(token) for token in record["tokens"]),
+            prompt_ids=prompt_ids,
+            memory=Timeline.from_dict(record["memory"]),
+            timing=_timing(record["timing"]),
+            plan=None,  # type: ignore[arg-type]  # made when asked for, below
+            question=record["question"],
+            notes=tuple(str(note) for note in record["notes"]),
+        )
+        del self.__dict__["plan"]
+        self.__dict__.update(_record=record, _replan=replan)
+        if verdict is not None:
+            self.__dict__["verdict"] = verdict
+
+    @cached_property
+    def plan(self) -> Plan:  # type: ignore[override]
+        return self.__dict__["_replan"](self.recipe)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the cache after planning, as recorded."""
+        return int(self.__dict__["_record"]["kv_nbytes"])
+
+    def to_dict(self, *, quality: bool = True) -> dict[str, Any]:
+        """The record as it was saved."""
+        record = dict(self.__dict__["_record"])
+        return {**record, "quality": self.quality.to_dict() if quality else None}
+
+    def __str__(self) -> str:
+        share = self.__dict__["_record"]["kv_share"]
+        return f"{self.recipe.label}: {share:.1%} of the cache, {len(self.tokens)} tokens: {self.text!r}"
+
+
+# -- writing
+
+
+def save(session: Session, folder: Path) -> Path:
+    """Write a session's prompt, trace and runs into `folder`; the model itself is not written.
+
+    Whole or not at all: everything is written beside the folder first. A folder that holds a saved session is replaced;
+    any other folder with something in it is refused with InputError.
+    """
+    folder = located(folder)
+    tensors: dict[str, Tensor] = {"model.samples": _samples(session.model)}
+    with whole(folder, _is_ours, "a saved session") as work:
+        description = _describe(session, tensors)
+        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, work / TENSORS)
+        (work / DESCRIPTION).write_text(dumps(description) + "\n", encoding="utf-8")
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return read(folder / DESCRIPTION, _LARGEST).get("format") == FORMAT
+    except (OSError, ValueError):
+        return False
+
+
+def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Everything that is not a tensor; tensors are added to `tensors` by name."""
+    trace = session.trace
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {
+            "source": session.source,
+            "name": session.facts.name,
+            "dtype": _dtype_name(session.model.dtype),
+            **{name: getattr(facts(session.model), name) for name in _SHAPE},  # as its config has it
+        },
+        "kv_dtype": _dtype_name(session.kv_dtype),
+        "seed": session.seed,
+        "calibration": None if session.calibration is None else session.calibration.to_dict(),
+        "trace": None if trace is None else _describe_trace(trace, tensors),
+        "runs": [_describe_run(index, run, tensors) for index, run in enumerate(session.runs)],
+    }
+
+
+def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors.update({"ids": trace.ids, "logits": trace.logits})
+    for layer in trace.layers:
+        held = {"keys": layer.keys_held, "values": layer.values_held, "queries": layer.queries_held}
+        tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in held.items()})
+    return {
+        "chat": trace.prompt.chat,
+        **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
+        "prompt_notes": list(trace.prompt.notes),
+        "read_seconds": trace.read_seconds,
+        "layers": [
+            {"scale": x.scale, "window": x.window, "softcap": x.softcap, "shared": x.shared} for x in trace.layers
+        ],
+        "exact": {str(layer): reason for layer, reason in trace.exact.items()},
+        "timeline": trace.timeline.to_dict(),
+        "computed": list(trace.computed),
+    }
+
+
+def _describe_run(index: int, run: Run, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    measured = "verdict" in run.__dict__  # measuring takes a while, and saving should not
+    tensors[f"runs.{index}.prompt_ids"] = run.prompt_ids
+    record = run.to_dict(quality=measured)
+    if measured:
+        tensors[f"runs.{index}.output_error"] = run.verdict.output_error
+        record["reference_tokens"] = list(run.verdict.reference)
+    return record
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and sharing its memory with no other: what safetensors takes."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+# -- reading
+
+
+def load(cls: type[S], folder: Path, **options: Any) -> S:
+    """The session that `save` wrote: its trace, ready for plans and runs without reading again; its runs as records.
+
+    options go to the Session; `model=` gives the model where it is no longer found at its source, and must be the same
+    one. Computes in the precision of the saved session unless `dtype=` says otherwise. Raises InputError for what is no
+    saved session or another model, CheckpointRefused for a damaged one.
+    """
+    folder = located(folder)
+    description = _read_description(folder)
+    try:
+        with safe_open(regular(folder / TENSORS), framework="pt") as tensors:
+            return _restore(cls, folder, description, tensors.get_tensor, options)
+    except WorkbenchError:
+        raise
+    except FileNotFoundError:
+        _broken(folder, f"{TENSORS} is missing")
+    except (SafetensorError, OSError) as error:
+        _broken(folder, f"{TENSORS}: {str(error).splitlines()[0]}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        _broken(folder, f"{DESCRIPTION}: {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _broken(folder: Path, reason: str) -> NoReturn:
+    raise CheckpointRefused(f"{folder}: this saved session is damaged ({reason}); save it again") from None
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        found = read(folder / DESCRIPTION, _LARGEST)
+    except UnicodeDecodeError:
+        _broken(folder, f"{DESCRIPTION} is not text")
+    except NotAnObject:
+        found = {}
+    except ValueError as error:
+        _broken(folder, f"{DESCRIPTION} is not JSON: {error}")
+    except OSError as error:
+        reason = (error.strerror or error) if _exists(folder) else "no such folder"
+        raise InputError(f"{folder} is not a saved session ({DESCRIPTION}: {reason})") from None
+    if found.get("format") != FORMAT:
+        raise InputError(f"{folder} is not a saved session: {DESCRIPTION} was written by something else")
+    version = found.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        _broken(folder, f"{DESCRIPTION} has no version")
+    if version > VERSION:
+        raise InputError(
+            f"{folder} was saved by a newer workbench (format {version}, this one reads up to {VERSION}); upgrade "
+            "inference-workbench to open it"
+        )
+    return found
+
+
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError:
+        return False
+
+
+def _restore(
+    cls: type[S], folder: Path, saved: dict[str, Any], tensor: Callable[[str], Tensor], options: dict[str, Any]
+) -> S:
+    session = _session(cls, saved, options)
+    if saved.get("calibration") is not None:
+        session._variants.calibrate(Calibration(**saved["calibration"]))  # its file is read when it is needed
+    _check_model(folder, saved["model"], tensor("model.samples"), session.model)
+    if saved["trace"] is None:
+        return session
+    trace = _trace(saved["trace"], tensor, session)
+    replan = partial(_replan, session, trace)
+    runs = []
+    for index, record in enumerate(saved["runs"]):
+        verdict, prompt_ids = _verdict(record, index, tensor), tensor(f"runs.{index}.prompt_ids")
+        try:
+            runs.append(LoadedRun(record, verdict, prompt_ids, replan))
+        except UnknownMethod as error:
+            raise InputError(f"{folder}: run {index + 1} used a method that is not here ({error})") from error
+    session.restore(trace, runs)
+    return session
+
+
+def _session(cls: type[S], saved: dict[str, Any], options: dict[str, Any]) -> S:
+    source = saved["model"]["source"]
+    given = {"kv_dtype": saved["kv_dtype"], "seed": saved["seed"], **options}
+    if "model" in given:
+        return cls(given.pop("model"), **given)
+    try:
+        return cls(source, **{"dtype": saved["model"]["dtype"], **given})
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"the session was made with the model {source!r}, which is not found here; give it as model= ({error})"
+        ) from error
+
+
+def _check_model(folder: Path, saved: dict[str, Any], samples: Tensor, model: PreTrainedModel) -> None:
+    """A trace means nothing to another model: the same shape, and the same weights up to rounding."""
+    found = facts(model)
+    for name in _SHAPE:
+        if getattr(found, name) != saved[name]:
+            raise InputError(
+                f"{folder} was made with {saved['name']} ({name} {saved[name]}), but the model given has {name} "
+                f"{getattr(found, name)}; load it with the same model"
+            )
+    here = _samples(model)
+    if here.shape != samples.shape or not torch.allclose(here, samples, rtol=0.02, atol=1e-4):
+        raise InputError(f"{folder} was made with other weights of {saved['name']}; load it with the same model")
+
+
+def _samples(model: PreTrainedModel) -> Tensor:
+    """A few values of every weight [s] float32, spread evenly: enough to tell two models of one shape apart."""
+    rows = []
+    for weight in model.parameters():
+        flat = weight.detach().reshape(-1)
+        at = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+        rows.append(flat[at.to(flat.device)].float().cpu())
+    return torch.cat(rows)
+
+
+def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Session) -> Trace:
+    ids = tensor("ids").long()
+    device: torch.device = session.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    home = session._keep_on or device
+    if len(saved["layers"]) != session.facts.layers:
+        raise ValueError(f"{len(saved['layers'])} layers instead of {session.facts.layers}")
+    layers = []
+    for index, fields in enumerate(saved["layers"]):
+        keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
+        if not keys.shape[1] == values.shape[1] == queries.shape[1] == ids.numel():  # [k, n, d], [k, n, dv], [h, n, d]
+            raise ValueError(f"layer {index} does not hold {ids.numel()} tokens")
+        layers.append(
+            LayerTrace(
+                index=index,
+                keys_held=keys.to(home, session.model.dtype),
+                values_held=values.to(home, session.model.dtype),
+                queries_held=queries.to(home, session.model.dtype),
+                device=device,
+                scale=float(fields["scale"]),
+                window=fields["window"],
+                softcap=fields["softcap"],
+                shared=fields.get("shared"),
+                rotary=partial(rotation_of, session.model, index),
+            )
+        )
+    return Trace(
+        _prompt(saved, ids, session),
+        tuple(layers),
+        tensor("logits"),
+        float(saved["read_seconds"]),
+        {int(layer): str(reason) for layer, reason in saved["exact"].items()},
+        Timeline.from_dict(saved["timeline"]),
+        tuple(int(entries) for entries in saved.get("computed", ())),
+    )
+
+
+def _prompt(saved: dict[str, Any], ids: Tensor, session: Session) -> Prompt:
+    closing = saved.get("closing")
+    return Prompt(
+        ids,
+        bool(saved["chat"]),
+        bool(saved["open_turn"]),
+        session.tokenizer,
+        closing if closing is None else str(closing),
+        str(saved.get("held", "")),
+        tuple(str(note) for note in saved.get("prompt_notes", ())),
+    )
+
+
+def _replan(session: Session, trace: Trace, recipe: Recipe) -> Plan:
+    if recipe.family("weights") or recipe.family("attention"):
+        raise NotRead(
+            f"this run was loaded from disk; {recipe.label} reads the prompt in its own way, and that reading was not "
+            "saved: run the recipe again with session.run(run.recipe, ...)"
+        )
+    return session._plan(recipe, trace, None)
+
+
+def _verdict(record: dict[str, Any], index: int, tensor: Callable[[str], Tensor]) -> Verdict | None:
+    figures = record["quality"]
+    if figures is None:
+        return None
+    numbers = {name: figures[name] for name in Quality.__dataclass_fields__}
+    optional = ("first_divergence",)
+    read: dict[str, Any] = {
+        name: math.nan if value is None and name not in optional else value for name, value in numbers.items()
+    }
+    reference = tuple(int(token) for token in record["reference_tokens"])
+    return Verdict(Quality(**read), tensor(f"runs.{index}.output_error"), reference)
+
+
+def _timing(saved: dict[str, Any]) -> Timing:
+    return Timing(**{name: saved[name] for name in Timing.__dataclass_fields__})
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

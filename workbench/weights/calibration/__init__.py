@@ -1,0 +1,1 @@
+"""Calibration texts, and what is learnt of a model from them."""

@@ -1,0 +1,1 @@
+"""Weight methods by what they do."""

@@ -1,0 +1,1 @@
+"""Methods that hold all sizes at once, or share bytes out over layers."""

@@ -1,0 +1,1 @@
+"""Methods that write weights as products of smaller matrices."""

@@ -1,0 +1,1 @@
+"""Methods that leave single weights out."""

@@ -1,0 +1,31 @@
+"""Magnitude pruning."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workbench.registry import Paper, register
+from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.pruner import Pruner, largest, largest_in_groups
+
+
+@register
+class Magnitude(Pruner):
+    """Leave out the weights that are smallest in size.
+
+    The same share of every layer, compared within the layer as a whole (within each group, where there is a pattern).
+    The plain baseline of all pruning: no calibration, no correction, and no training after it.
+    """
+
+    key = "magnitude"
+    title = "Magnitude pruning"
+    paper = Paper(
+        "Learning both Weights and Connections for Efficient Neural Networks", "Han et al. 2015", "1506.02626"
+    )
+    claim = "what pruning methods are compared with"
+
+    def prune(self, weight: Tensor, count: int, inputs: InputStats | None) -> tuple[Tensor, Tensor]:
+        sizes = weight.float().abs()
+        if self.pattern == "unstructured":
+            return weight, largest(sizes, count)
+        return weight, largest_in_groups(sizes, self.pattern)

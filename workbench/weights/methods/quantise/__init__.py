@@ -1,0 +1,1 @@
+"""Methods that round weights, or look them up in codebooks."""

@@ -1,0 +1,27 @@
+"""Round to nearest."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from workbench.registry import register
+from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.layers import PackedLinear
+from workbench.weights.quantiser import Quantiser
+
+
+@register
+class RTN(Quantiser):
+    """Round every weight to the nearest level of its group, between the group's own minimum and maximum.
+
+    The plain baseline of all weight quantisers: no calibration, no optimisation.
+    """
+
+    key = "rtn"
+    title = "Round to nearest"
+    claim = "what weight quantisers are compared with"
+
+    def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> PackedLinear:
+        weight = linear.weight.detach().float()
+        grid = self.grid(weight)
+        return self.packed(grid.codes(weight), grid, linear.bias)

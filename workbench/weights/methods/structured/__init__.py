@@ -1,0 +1,1 @@
+"""Methods that make modules narrower, or take blocks out."""

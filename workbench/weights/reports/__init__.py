@@ -1,0 +1,1 @@
+"""What weight methods did to a model: tables."""

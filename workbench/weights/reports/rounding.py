@@ -1,0 +1,82 @@
+"""How well what enters each linear layer lends itself to rounding."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from workbench.engine.attention_hook import exclusive
+from workbench.errors import NotApplicable
+from workbench.measure.rounding import kernel_share, space_used
+from workbench.models.decoder import placed
+from workbench.progress import Progress
+from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.weights.surgery.linears import linear_layers
+from workbench.weights.surgery.rotation import TurnedLinear
+from workbench_kernels.integer import input_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ALPHA = 0.15  # CrossQuant's: the weight of the token in the step of an element
+
+
+def rounding(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Progress | None = None) -> pd.DataFrame:
+    """One row for each linear layer of the blocks: what rounding its inputs to `bits` bits would lose to zero.
+
+    ids: int64 [t, n], the texts. Columns: layer, module; kernel: the share of the inputs that become zero with one step
+    for each token (the quantisation kernel, `workbench.measure.kernel_share`); kernel_cross: the same with CrossQuant's
+    steps (alpha 0.15) of tokens and of the channels of these texts; space: how much of the space of levels the inputs
+    fill (`workbench.measure.space_used`, of their second moments over these texts; 0 where these do not determine all
+    directions). Of a layer that turns its inputs, the turned ones count: it is those that are rounded.
+    """
+    progress = progress or Progress()
+    names = list(blocks(model))
+    inside = [name for name in linear_layers(model) if placed(name, names)[0] is not None]
+    if not inside:
+        raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers")
+    rows: list[dict[str, Any]] = []
+    with exclusive(model):
+        stream = Stream(model, ids)
+        for block in progress.track(names, "measuring rounding", len(names)):
+            heard: dict[str, list[Tensor]] = {}
+            handles = [
+                _rounded(model.get_submodule(name)).register_forward_pre_hook(partial(_hear, heard, name))
+                for name in inside
+                if name.startswith(f"{block}.")
+            ]
+            try:
+                for _ in stream.through(block):
+                    progress.check()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            known: dict[int, dict[str, float]] = {}  # layers with the same input share its figures
+            for name, parts in heard.items():
+                layer, module = placed(name, names)
+                if id(parts[0]) not in known:
+                    known[id(parts[0])] = _figures(torch.cat(parts), bits)
+                rows.append({"layer": layer, "module": module, **known[id(parts[0])]})
+    return pd.DataFrame(rows, columns=["layer", "module", "kernel", "kernel_cross", "space"])
+
+
+def _rounded(layer: nn.Module) -> nn.Module:
+    return layer.inner if isinstance(layer, TurnedLinear) else layer
+
+
+def _hear(heard: dict[str, list[Tensor]], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    heard.setdefault(name, []).append(inputs[0])
+
+
+def _figures(x: Tensor, bits: int) -> dict[str, float]:
+    flat = x.flatten(0, -2).float()  # [n, i]
+    channels = flat.abs().amax(dim=0).clamp_min(1e-12).pow(1 - _ALPHA)
+    return {
+        "kernel": kernel_share(flat, input_step(flat, bits)),
+        "kernel_cross": kernel_share(flat, input_step(flat, bits, channels, _ALPHA)),
+        "space": space_used(flat.double().T @ flat.double() / flat.shape[0]),
+    }

@@ -1,0 +1,1 @@
+"""Mathematics of rounding and pruning that several weight methods need."""

@@ -1,0 +1,93 @@
+"""Rounding to a grid: scales, zeros and codes of groups of neighbouring columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from workbench.core.precision import half
+
+
+class Grid(NamedTuple):
+    """Where the levels of each group lie: the weight of a code is (code - zero) * scale.
+
+    scale: [o, g], as float16 holds them. zero: [o, g] whole numbers from 0 to 2 ** bits - 1; 2 ** (bits - 1) where the
+    grid is symmetric. group: neighbouring columns that share them; the last group of a row may be shorter.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group: int
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The nearest codes of weight [o, i], uint8."""
+        scale, zero = (self.spread(part, weight.shape[1]) for part in (self.scale, self.zero))
+        return (weight.float() / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [o, i] stand for, float32."""
+        scale, zero = (self.spread(part, codes.shape[1]) for part in (self.scale, self.zero))
+        return (codes.float() - zero) * scale
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The nearest levels to weight [o, i], float32."""
+        return self.values(self.codes(weight))
+
+    def spread(self, part: Tensor, columns: int) -> Tensor:
+        """A scale or zero for each column: [o, g] to [o, i]."""
+        return part.repeat_interleave(self.group, dim=1)[:, :columns]
+
+
+def fit(weight: Tensor, bits: int, group: int, *, symmetric: bool = False, shrink: Tensor | float = 1.0) -> Grid:
+    """The grid between each group's own ends: its minimum and maximum, zero always among the levels.
+
+    weight: [o, i]. symmetric: from minus to plus the largest magnitude, which is at level 2 ** bits - 1. shrink: the
+    share of that range which is covered, one number or [o, g]: what lies beyond is rounded to the ends.
+    """
+    rows = pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))  # zeros change no range
+    low, high = rows.amin(dim=-1).clamp_max_(0) * shrink, rows.amax(dim=-1).clamp_min_(0) * shrink
+    steps = 2**bits - 1
+    if symmetric:
+        middle = 2 ** (bits - 1)
+        scale = held(torch.maximum(high, -low) / max(middle - 1, 0.5))
+        return Grid(scale, torch.full_like(scale, middle), bits, group)
+    scale = held((high - low) / steps)
+    return Grid(scale, (-low / scale).round_().clamp_(0, steps), bits, group)
+
+
+def fit_least(
+    weight: Tensor,
+    bits: int,
+    group: int,
+    shrinks: Sequence[float],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    symmetric: bool = False,
+) -> Grid:
+    """The grid that covers whichever share of its range makes rounding weight [o, i] hurt least, each group by itself.
+
+    shrinks: the shares that are tried, the first of them where several are equal. loss: what a change of the weight
+    [o, i] costs in each group [o, g].
+    """
+    chosen = torch.full((weight.shape[0], -(-weight.shape[1] // group)), shrinks[0], device=weight.device)
+    least = torch.full_like(chosen, torch.inf)
+    for shrink in shrinks:
+        cost = loss(fit(weight, bits, group, symmetric=symmetric, shrink=shrink).nearest(weight).sub_(weight))
+        chosen = torch.where(cost < least, shrink, chosen)
+        least = torch.minimum(least, cost)
+    return fit(weight, bits, group, symmetric=symmetric, shrink=chosen)
+
+
+def squares(change: Tensor, group: int) -> Tensor:
+    """The sum of squares of a change [o, i] in each group [o, g]."""
+    return pad(change.square(), (0, -change.shape[1] % group)).unflatten(1, (-1, group)).sum(dim=-1)
+
+
+def held(scale: Tensor) -> Tensor:
+    """Scales as float16 holds them, never zero: codes are chosen for what is stored. Raises OutOfRange beyond that."""
+    return half(scale, "its scales").clamp_min_(torch.finfo(torch.float16).tiny).float()

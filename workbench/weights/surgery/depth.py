@@ -1,0 +1,31 @@
+"""Models with fewer blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from workbench.models.depth import renumber
+from workbench.weights.calibration.block_by_block import blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def shorten(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Leave only the blocks `kept`, ascending, in a model that shares none of its modules with another.
+
+    The others are gone, with their part of the cache; what is left counts from zero, as transformers' caches and the
+    model's own code expect, and the config says where each layer came from.
+    """
+    found = blocks(model)
+    left = [list(found.values())[index] for index in kept]
+    renumber(model, list(kept))
+    for index, block in enumerate(left):
+        parts: list[Any] = list(block.modules())
+        for part in parts:
+            if getattr(part, "layer_idx", None) is not None:
+                part.layer_idx = index
+    model.set_submodule(next(iter(found)).rpartition(".")[0], nn.ModuleList(left))

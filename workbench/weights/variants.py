@@ -1,0 +1,103 @@
+"""A model under weight methods: compressed copies that share everything they do not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from workbench.measure.memory import tensor_bytes
+from workbench.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from workbench.registry import Method
+    from workbench.weights.calibration.study import WeightStudy
+    from workbench.weights.calibration.texts import Calibration
+
+_PATIENCE_S = 0.1  # how often a waiting thread looks whether it was cancelled
+
+
+class Variants:
+    """The plain model and the last compressed one made from it, by the weight methods that made it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self._plain = model
+        self._tokenizer = tokenizer
+        self.calibration = calibration
+        self._made: dict[tuple[Method, ...], PreTrainedModel] = {}
+        self._nbytes: dict[tuple[Method, ...], int] = {}
+        self._studies: dict[tuple[Method, ...], WeightStudy] = {}
+        self._lock = RLock()
+
+    def get(self, methods: Sequence[Method], progress: Progress | None = None) -> PreTrainedModel:
+        """The model compressed by `methods`, in order; made once, and remembered until another is asked for."""
+        key = tuple(methods)
+        if not key:
+            return self._plain
+        with self._alone(progress):
+            if key not in self._made:
+                from workbench.weights.base import compressed
+
+                self._made = {}  # the last one goes before the next is made: there is never room for two
+                before = {key[:number] for number in range(len(key))}
+                self._studies = {known: study for known, study in self._studies.items() if known in before}
+
+                def study(model: PreTrainedModel, number: int) -> WeightStudy:
+                    return self._studies.setdefault(key[:number], self._study(model, plain=not number))
+
+                self._made = {key: compressed(self._plain, key, progress, study)}
+            return self._made[key]
+
+    def study(self) -> WeightStudy:
+        """Calibration of the plain model: what weight methods know of it."""
+        return self._studies.setdefault((), self._study(self._plain, plain=True))
+
+    def _study(self, model: PreTrainedModel, *, plain: bool) -> WeightStudy:
+        from workbench.weights.calibration.study import WeightStudy
+
+        return WeightStudy(model, self._tokenizer, self.calibration, persistent=plain)
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Look at other texts from now on; what was compressed with the earlier ones is forgotten."""
+        with self._alone(None):
+            self.calibration = calibration
+            self._made, self._nbytes, self._studies = {}, {}, {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run's record has to say of how the models were calibrated."""
+        return tuple(dict.fromkeys(note for study in self._studies.values() for note in study.notes))
+
+    def nbytes(self, methods: Sequence[Method]) -> int:
+        """Live bytes of the model's weights under `methods`."""
+        key = tuple(methods)
+        if key not in self._nbytes:
+            model = self.get(key)
+            self._nbytes[key] = tensor_bytes([*model.parameters(), *model.buffers()])
+        return self._nbytes[key]
+
+    def deployed_nbytes(self, methods: Sequence[Method], progress: Progress | None = None) -> int:
+        """Bytes of the weights under `methods` as they would be deployed: what was not compressed at 16 bits."""
+        model = self.get(methods, progress)
+        others = {id(buffer) for buffer in self._plain.buffers()}  # rotary frequencies and the like
+        made = [buffer for buffer in model.buffers() if id(buffer) not in others]
+        return sum(2 * weight.numel() for weight in model.parameters()) + tensor_bytes(made)
+
+    @contextmanager
+    def _alone(self, progress: Progress | None) -> Iterator[None]:
+        """One thread compresses at a time; whoever waits can still be cancelled."""
+        while not self._lock.acquire(timeout=_PATIENCE_S):
+            if progress is not None:
+                progress.check()
+        try:
+            yield
+        finally:
+            self._lock.release()
