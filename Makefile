@@ -40,9 +40,10 @@ kinds: setup  ## every kind of causal model of transformers is exact or refused;
 notebooks: model  ## run the notebooks and save what they show
 	$(BIN)/python notebooks/execute.py
 
-lint: setup  ## formatting, style, types
+lint: setup  ## formatting, style, which room may import which, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: model  ## the figures that the README claims
