@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.core.bisection import largest
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BudgetTooSmall, NotApplicable, PromptTooLong
 from workbench.kv.base import KVMethod, Study
@@ -148,11 +149,7 @@ class Reading:
             return self.tokens
         if nbytes(least) > self.room:
             self.refuse(nbytes(least))
-        low, high = least, self.tokens
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if nbytes(middle) <= self.room else (low, middle)
-        return low
+        return largest(lambda each: nbytes(each) <= self.room, least, self.tokens)
 
     @property
     def room(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from workbench.core.bisection import boundary
 from workbench.engine.attention_hook import engaged, forward
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
@@ -101,17 +102,10 @@ class EigenAttention(KVMethod):
             form = LowRankFormat(dtype, {layer: p.ranks(error) for layer, p in profiles.items()}, queries=True)
             return form, stored_nbytes(form, shapes, everything)
 
-        low, high = self.error, max(max(profile.errors) for profile in profiles.values())
-        form, nbytes = at(low)
+        form, nbytes = at(self.error)
         if nbytes > room:
-            form, nbytes = at(max(high, low))
-            while nbytes <= room and high - low > 1e-5:
-                middle = (low + high) / 2
-                found = at(middle)
-                if found[1] <= room:
-                    high, (form, nbytes) = middle, found
-                else:
-                    low = middle
+            worst = max(self.error, *(max(profile.errors) for profile in profiles.values()))
+            form, nbytes = at(boundary(lambda error: at(error)[1] <= room, worst, self.error, tolerance=1e-5))
         # On a short prompt the bases may take more than they save.
         return DenseFormat(dtype) if full <= nbytes else form
 
