@@ -20,7 +20,7 @@ from workbench.kv.stores.store import seen_by
 from workbench.models.decoder import decoder_layers
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace, Trace
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 _THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # at which errors are measured
 _PROBES = 16  # positions at which errors are measured, from the first to the last
@@ -190,7 +190,7 @@ class _Given:
         asked = self.positions.to(layer.device)
         visible = seen_by(asked, where[None], None, layer.window)
         queries = layer.queries[:, asked].float()
-        return attend(queries, keys, values, scale=layer.scale, softcap=layer.softcap, visible=visible)[0]
+        return attend(queries, keys, values, Scoring(layer.scale, layer.window, layer.softcap), visible=visible)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:
