@@ -450,7 +450,7 @@ _WAITING = {
 
 def _allowed(store: Store) -> bool:
     """Whether nothing but a row for each head has to be written for a new token."""
-    return (type(store) is DenseStore and store.mass is None) or type(store) is PackedStore
+    return (type(store) is DenseStore and store.state is None) or type(store) is PackedStore
 
 
 def _growing(store: Store) -> tuple[Rows, Rows]:

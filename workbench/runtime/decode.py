@@ -111,7 +111,7 @@ class Decoder:
         if isinstance(store.holder, SlidingStore):  # the window that the prompt was read with, a method's or its own
             window = store.holder.window
         before = self._enter()
-        watching = self.evicting is not None and isinstance(store, DenseStore) and store.mass is not None
+        watching = self.evicting is not None and isinstance(store, DenseStore) and store.state is not None
         if watching:
             self._make_room(layer, key.shape[1])
         store.append(key, value, positions)
@@ -127,9 +127,9 @@ class Decoder:
                 query, positions, scale=scale, window=window, softcap=softcap, weights=watching
             )
             out = out if own else exact
-        if watching and weights is not None and isinstance(store, DenseStore) and store.mass is not None:
-            assert self.evicting is not None and store.remembered is not None
-            store.remember(self.evicting.watch(store.remembered, weights))
+        if watching and weights is not None and isinstance(store, DenseStore) and store.state is not None:
+            assert self.evicting is not None and store.eviction_state is not None
+            store.replace_state(self.evicting.update_state(store.eviction_state, weights))
         if self.outputs is not None:
             self.outputs[layer].append(out)
         self._leave(before)
@@ -228,24 +228,24 @@ class Decoder:
         """How many tokens may enter together: no more than half of what an evicting cache holds."""
         if self.evicting is None or count <= 1:
             return max(count, 1)
-        held = [int(s.keys.counts.min()) for s in self.stores if isinstance(s, DenseStore) and s.mass is not None]
+        held = [int(s.keys.counts.min()) for s in self.stores if isinstance(s, DenseStore) and s.state is not None]
         return min(count, max(min(held, default=count) // 2, 1))
 
     def _make_room(self, layer: int, count: int) -> None:
         store, capacity = self.stores[layer], self.capacity[layer]
-        assert isinstance(store, DenseStore) and store.remembered is not None and self.evicting is not None
+        assert isinstance(store, DenseStore) and store.eviction_state is not None and self.evicting is not None
         room = store.longest + count - (capacity or 0)
         if room <= 0:
             return
         if room > int(store.keys.counts.min()):
             raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
-        mass, positions = store.remembered, store.slot_positions
+        state, positions = store.eviction_state, store.slot_positions
         valid = store.keys.valid()
         if valid is not None:  # slots beyond a head's length hold nothing and cannot leave
             empty = ~valid
-            mass = mass.masked_fill(empty if mass.ndim == 2 else empty[..., None], torch.inf)
+            state = state.masked_fill(empty if state.ndim == 2 else empty[..., None], torch.inf)
             positions = positions.masked_fill(empty, -1)
-        store.evict(self.evicting.evict(mass, positions, room))
+        store.evict(self.evicting.evict(state, positions, room))
 
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from workbench.engine.attention_hook import device_of, exclusive, remembering
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
-from workbench.kv.plan import make_plan
 from workbench.models import Facts, cache_dir
 from workbench.models.decoder import decoder_layers
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 
 if TYPE_CHECKING:
