@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.core.bisection import largest
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv.stores import DenseStore, SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
@@ -239,11 +240,7 @@ class ChunkedPrefill(ABC):
             return self.tokens
         if nbytes(least) > self.room:
             self.refuse(nbytes(least))
-        low, high = least, self.tokens
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if nbytes(middle) <= self.room else (low, middle)
-        return low
+        return largest(lambda each: nbytes(each) <= self.room, least, self.tokens)
 
     def refuse(self, need: int) -> None:
         """Say that the caches would need `need` bytes besides those of exact layers. Raises BudgetTooSmall."""

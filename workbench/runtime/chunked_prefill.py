@@ -23,7 +23,7 @@ from workbench.measure.timing import Stopwatch
 from workbench.models.rotary import switch, switch_notes
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace, Trace
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,9 +184,8 @@ class _Probe:
             query,
             torch.cat([held.keys, key], dim=1),
             torch.cat([held.values, value], dim=1),
-            scale=scale,
+            Scoring(scale, window, softcap),
             visible=seen_by(own, positions, valid, window),
-            softcap=softcap,
             weights=scored,
         )
         if scored and weights is not None:
