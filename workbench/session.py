@@ -43,11 +43,11 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
 from workbench.recipe import Recipe
 from workbench.registry import Method, find
-from workbench.runtime.conversation import Conversation, Question
+from workbench.runtime.conversation import Conversation
 from workbench.runtime.exactness import verify
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read, seen, take_in
-from workbench.runtime.run import Run, Stream
+from workbench.runtime.run import Question, Run, Stream
 from workbench.trace import Trace
 from workbench.weights.base import WeightMethod
 from workbench.weights.variants import Variants

@@ -1,8 +1,8 @@
-"""Decoding on stores: what happens at each layer when new tokens come in, and the loop that makes them."""
+"""Decoding on stores: what happens at each layer when new tokens come in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine.attention_hook import device_of, forward
-from workbench.errors import BudgetTooSmall, NotApplicable, OutOfRange
+from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore, SlidingStore, Store, cloned
 from workbench.kv.stores.mixed import MixedStore
@@ -21,7 +21,6 @@ from workbench.kv.stores.store import seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
-from workbench.runtime import cuda_graph
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
@@ -267,43 +266,3 @@ class Decoder:
         if self._live is not None:
             self.workspace = max(self.workspace, self._live.peak - before)
             self._live.reset_peak()
-
-
-def greedy(
-    decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int, eos: Sequence[int], graphs: bool = False
-) -> Iterator[int]:
-    """Read ids [q] and yield the most likely tokens one by one, up to and including one that ends the answer.
-
-    logits [v]: those before ids, for when there is nothing to read first. The last token yielded has not been read.
-    graphs: on a CUDA device, capture a step and replay it, where the stores allow it and the answer is long enough.
-    Reports to the decoder's progress.
-    """
-    progress = decoder.progress or Progress()
-    if ids.numel():
-        progress.update("question", 0, 1)
-        logits = decoder.feed(ids, measure=True)[-1]
-        progress.update("question", 1, 1)
-    for step in range(max_new_tokens):
-        if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
-            raise OutOfRange(
-                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
-                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
-            )
-        token = int(logits.argmax())
-        yield token
-        progress.update("decoding", step + 1, max_new_tokens)
-        if token in eos or step == max_new_tokens - 1:
-            return
-        left = max_new_tokens - step - 1
-        if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
-            try:  # the first token has been read as all are without a graph, and was measured
-                following = cuda_graph.captured(decoder, token, left)
-            except NotApplicable as reason:
-                decoder.notes.append(f"decoded without a CUDA graph: {reason}")
-            else:
-                decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
-                for more, token in enumerate(following.answer(eos), step + 2):
-                    yield token
-                    progress.update("decoding", more, max_new_tokens)
-                return
-        logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]

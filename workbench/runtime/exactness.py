@@ -26,6 +26,7 @@ from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
+from workbench.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,6 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
 def fingerprint(model: PreTrainedModel) -> str:
     """What decides how a model computes, but for the numbers in its weights, as 32 hexadecimal digits."""
     import transformers
-
-    from workbench import __version__
 
     config = model.config.to_dict()
     names = sorted(set(config) - {"_name_or_path", "transformers_version"})
