@@ -63,7 +63,7 @@ class ChunkedPlan(Plan):
 
 
 def study_of(trace: Trace, model: PreTrainedModel | None = None, progress: Progress | None = None) -> Study:
-    """What methods may look at: the trace, and the model that read it, which also reads on from stores that they make."""
+    """What methods may look at: the trace, and the model that read it, which reads on from stores that they make."""
     progress = progress or Progress()
     if model is None:
         return Study(trace, progress=progress)

@@ -153,11 +153,8 @@ class BitmapStore(PositionedStore):
 
     def tensors(self) -> dict[str, list[Tensor]]:
         dtype = str(self.key_tail.data.dtype).removeprefix("torch.")
-        tail = [*self.key_tail.tensors(), *self.value_tail.tensors()]
-        return {
-            f"{dtype} with bitmap": [*self.keys.tensors(), *self.values.tensors(), *self._position_tensors()],
-            dtype: tail,
-        }
+        sparse = [*self.keys.tensors(), *self.values.tensors(), *self._position_tensors()]
+        return {f"{dtype} with bitmap": sparse, dtype: [*self.key_tail.tensors(), *self.value_tail.tensors()]}
 
     def clone(self) -> Self:
         twin = super().clone()

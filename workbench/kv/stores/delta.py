@@ -132,11 +132,8 @@ class DeltaStore(PositionedStore):
 
     def tensors(self) -> dict[str, list[Tensor]]:
         dtype = str(self.keys.tail.data.dtype).removeprefix("torch.")
-        tails = [*self.keys.tail.tensors(), *self.values.tail.tensors()]
-        return {
-            f"{dtype} deltas": [*self.keys.tensors(), *self.values.tensors()],
-            dtype: [*tails, *self._position_tensors()],
-        }
+        whole = [*self.keys.tail.tensors(), *self.values.tail.tensors(), *self._position_tensors()]
+        return {f"{dtype} deltas": [*self.keys.tensors(), *self.values.tensors()], dtype: whole}
 
     def clone(self) -> Self:
         twin = super().clone()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from workbench.core.rope import Rotation
-from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench_kernels import Scoring, attend
 
@@ -26,7 +25,7 @@ class PagedStore(Store):
 
     def __init__(
         self,
-        near: DenseStore,
+        near: Store,
         rotation: Rotation,
         *,
         sinks: int,

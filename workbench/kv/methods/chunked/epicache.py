@@ -14,7 +14,6 @@ from workbench.core.kmeans import kmeans
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.progress import Progress
 from workbench.prompt import Prompt
@@ -86,7 +85,7 @@ class EpiCache(KVMethod):
         episode = self.matched(prefill)
         weights = self._layer_weights(prefill)
         for piece in prefill.pieces(min(self.block, max(total // 4, 1))):
-            held = sum(_store(prefill, layer.index).keys.total for layer in layers)
+            held = sum(prefill.stores[layer.index].entries for layer in layers)
             room = sum(layer.kv_heads for layer in layers) * (total - len(piece))
             if held > room:
                 self._condense(prefill, episode.patched, weights, room, equal)
@@ -136,16 +135,15 @@ class EpiCache(KVMethod):
         """Leave `room` entries over all layers and heads."""
         layers = prefill.compressible
         scores = prefill.probe(patched, lambda layer, rows: most_attended(rows))
-        held = torch.tensor([_store(prefill, layer.index).keys.total for layer in layers])
+        held = torch.tensor([prefill.stores[layer.index].entries for layer in layers])
         heads = torch.tensor([layer.kv_heads for layer in layers])
         each = room // int(heads.sum())
         unit = heads if equal else torch.ones_like(heads)
         floor = torch.minimum(held, heads * max(each // 4, 1))
         counts = layer_counts(each * len(layers) if equal else room, weights, held // unit, floor // unit) * unit
         for layer, score, count in zip(layers, scores, counts.tolist(), strict=True):
-            store = _store(prefill, layer.index)
-            score = with_sinks(score, store.slot_positions, self.sinks)
-            valid = store.keys.valid()
+            positions, valid = prefill.stores[layer.index].slots()
+            score = with_sinks(score, positions, self.sinks)
             if valid is not None:
                 score = score.masked_fill(~valid, -1)
             prefill.keep(layer.index, best(score, count, equal=equal))
@@ -259,9 +257,3 @@ class _Twice:
         if window is not None:
             visible = visible & (self.positions > self.positions[:, None] - window)
         return attend(query, key, value, Scoring(scale, window, softcap), visible=visible[None])[0]
-
-
-def _store(prefill: ChunkedPrefill, layer: int) -> DenseStore:
-    store = prefill.stores[layer]
-    assert isinstance(store, DenseStore)
-    return store

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Contents, DenseStore, Store
+from workbench.kv.stores import Contents, Store
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
@@ -141,9 +141,7 @@ def _pieces(prefill: ChunkedPrefill, asked: Tensor, most: int) -> Iterator[tuple
 
 def _make_room(prefill: ChunkedPrefill, layer: LayerTrace, sinks: int, window: int) -> None:
     """Leave an early layer its sinks and the window before the next token."""
-    store = prefill.stores[layer.index]
-    assert isinstance(store, DenseStore)
-    positions = store.slot_positions.expand(layer.kv_heads, -1)
+    positions = prefill.stores[layer.index].slot_positions.expand(layer.kv_heads, -1)
     prefill.keep(layer.index, (positions < sinks) | (positions >= prefill.position - window))
 
 
@@ -192,6 +190,17 @@ class KeyStore(Store):
     def held(self) -> Tensor:
         return self.keys[:, : self.count]
 
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return torch.arange(self.count, device=self.device)[None], None
+
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         end = self.count + keys.shape[1]
         self.keys[:, self.count : end] = keys
@@ -199,7 +208,7 @@ class KeyStore(Store):
 
     def contents(self, dtype: torch.dtype) -> Contents:
         held = self.held.to(dtype)
-        return Contents(held, held[..., :0], torch.arange(self.count, device=held.device)[None], None)
+        return Contents(held, held[..., :0], *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {str(self.keys.dtype).removeprefix("torch."): [self.keys]}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.registry import Paper, param, register
 
@@ -64,27 +63,26 @@ class LiveVLM(KVMethod):
         for ids in prefill.pieces(piece):
             for layer in prefill.compressible:
                 store = prefill.stores[layer.index]
-                assert isinstance(store, DenseStore)
-                room = total - len(ids)
-                if store.longest <= room:
+                room, positions = total - len(ids), store.slot_positions[0]
+                if len(positions) <= room:
                     continue
                 query = queries[layer.index]
                 at = torch.arange(prefill.position - query.shape[1], prefill.position)
                 _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
                 assert rows is not None  # [k, g, r, m]
-                slots = self._kept(rows.mean(dim=(0, 1, 2)), store.slot_positions[0], room, recent)
+                slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent)
                 prefill.keep(layer.index, slots.expand(layer.kv_heads, -1))
             prefill.feed(ids, observer=None if whole else remember)
         if whole:
             return prefill.result()
         for layer in prefill.compressible:
             store = prefill.stores[layer.index]
-            assert isinstance(store, DenseStore)
+            positions = store.slot_positions[0]
             prefill.stores[layer.index] = PagedStore(
                 store,
                 layer.rotation,
                 sinks=self.sinks,
-                recent=int(store.slot_positions[0, max(store.longest - recent, self.sinks) - 1]) + 1,
+                recent=int(positions[max(len(positions) - recent, self.sinks) - 1]) + 1,
                 page=self.page,
                 share=self.retrieved,
             )

@@ -56,9 +56,9 @@ class StreamMem(KVMethod):
         query = template_ids(prefill.prompt)
         seen = 0  # how many tokens had been read when the memory last shrank
         for piece in prefill.pieces(self.chunk if total == prefill.tokens else min(self.chunk, max(total // 4, 1))):
-            held = max((_store(prefill, layer).longest for layer in prefill.compressible), default=0)
+            slots = [prefill.stores[layer.index].slot_positions.shape[1] for layer in prefill.compressible]
             room = total - len(piece)
-            if held > room:
+            if max(slots, default=0) > room:
                 last = prefill.ids[max(prefill.position - self.proxy, 0) : prefill.position]
                 self._shrink(prefill, last if query is None else query, room, prefill.position - seen)
                 seen = prefill.position
@@ -70,7 +70,7 @@ class StreamMem(KVMethod):
         frame = self.frame_of(room, new)
         scores = prefill.probe(query, lambda layer, rows: rows.mean(dim=(1, 2)))
         for layer, score in zip(prefill.compressible, scores, strict=True):
-            held = _store(prefill, layer).contents(torch.float32)
+            held = prefill.stores[layer.index].contents(torch.float32)
             kept, standing = chosen(score, room, new, frame)
             if frame:
                 keys, values = with_prototypes(
@@ -159,9 +159,3 @@ def with_prototypes(
     keys = torch.cat([keys[:, :old], torch.where(stands, merged, keys[:, old:])], dim=1)
     values = torch.cat([values[:, :old], torch.where(stands, means(values[:, old:]), values[:, old:])], dim=1)
     return keys, values
-
-
-def _store(prefill: ChunkedPrefill, layer: LayerTrace) -> DenseStore:
-    store = prefill.stores[layer.index]
-    assert isinstance(store, DenseStore)
-    return store
