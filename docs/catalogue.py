@@ -87,10 +87,7 @@ def family_page(family: str) -> str:
 
 def overview(methods: Iterable[type[Method]]) -> str:
     """One row a method: name, key, what it does, paper."""
-    rows = [
-        f"| [{m.title}](#{m.key}) | `{m.key}` | {_cell(m.summary())} | {_short(m.paper)} |"
-        for m in methods
-    ]
+    rows = [f"| [{m.title}](#{m.key}) | `{m.key}` | {_cell(m.summary())} | {_short(m.paper)} |" for m in methods]
     return "\n".join(["| method | key | what it does | paper |", "| --- | --- | --- | --- |", *rows])
 
 
@@ -111,7 +108,7 @@ def section(method: type[Method], evidence: str | None = None, head: str = "##")
     facts = [f"- **Paper**: {_long(method.paper)}"] if method.paper else []
     facts += [f"- **Its claim**: {_cell(method.claim)}"]
     facts += [f"- **Measured here**: {evidence}"] if evidence else []
-    facts += [f"- **Use**: `{CODE[method.family]}.{method.__name__}(...)` or `wb.method(\"{method.key}\", ...)`"]
+    facts += [f'- **Use**: `{CODE[method.family]}.{method.__name__}(...)` or `wb.method("{method.key}", ...)`']
     facts += [f"- **Budget**: {_budget(method)}"] if method.family != "operator" else []
     facts += [f"- **Stages**: {stages(method)}"] if issubclass(method, KVMethod) else []
     parts += ["\n".join(facts), parameters(method), _weight_rows(method.key) if method.family == "weights" else ""]
@@ -181,7 +178,7 @@ def _long(paper: Paper) -> str:
 
 def _cell(text: str) -> str:
     """Text for a table's cell or a list's item: one line of plain words."""
-    return prose(" ".join(text.split())).replace("|", "\\|")
+    return str(prose(" ".join(text.split()))).replace("|", "\\|")
 
 
 def _claims() -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Docstrings are prose, not Markdown: brackets are shapes and stars are products. Here they are made to mean themselves.
+"""Docstrings are prose, not Markdown: brackets are shapes, stars are products. Here they are made to mean themselves.
 
 `Prose` does so for mkdocstrings, as an extension of griffe; the catalogue uses `prose` itself.
 """

@@ -20,6 +20,7 @@ from mkdocs.structure.files import File
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,8 +38,7 @@ INCLUDED = {
 RESULTS = {
     "kv_quality": (
         "What cache methods cost",
-        "At equal bytes: how often the answer is still right and how many nats a token are lost, and each paper's claim "
-        "beside the measurement that comes closest to it.",
+        "How often the answer is right at equal bytes, nats lost a token, and each paper's claim beside what was measured.",
     ),
     "weight_quality": (
         "What weight methods cost",
@@ -97,7 +97,8 @@ def included(name: str, place: str, places: dict[str, str]) -> str:
     if name.startswith("benchmarks/results/"):
         heading, says = RESULTS[result]
         body = text.split("\n", 1)[1].lstrip()
-        text = f"# {heading}\n\n{says} As `benchmarks/results/{result}.md` has it.\n\n{body}"
+        body = body.replace(" ± ", "\u00a0±\u00a0")  # a figure and its error stay on one line
+        text = f"---\nhide: [toc]\n---\n\n# {heading}\n\n{says} From `benchmarks/results/{result}.md`.\n\n{body}"
 
     def link(match: re.Match[str]) -> str:
         words, target = match[1], match[2]
@@ -113,16 +114,26 @@ def included(name: str, place: str, places: dict[str, str]) -> str:
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", link, text)
 
 
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """A table of contents shows one heading of the first level: what else has that level goes to the second."""
+    if page.file.src_uri != "kernels.md":
+        return markdown
+    first, rest = markdown.split("\n", 1)
+    return first + "\n" + re.sub(r"^# ", "## ", rest, flags=re.MULTILINE)
+
+
 def results() -> str:
     """The page before the tables: what each says."""
     rows = [f"| [{heading}]({name}.md) | {says} |" for name, (heading, says) in RESULTS.items()]
-    rows.append("| [Kernels](../kernels.md) | What the Triton kernels reach on a GPU, beside what else does the same. |")
+    rows.append(
+        "| [Kernels](../kernels.md) | What the Triton kernels reach on a GPU, beside what else does the same. |"
+    )
     return "\n".join(
         [
             "# Results",
             "",
-            "Every figure that this project claims is in a table that a program of `benchmarks/` wrote. Each ends with the",
-            "machine, the versions, the date and the command that repeats it; the JSON beside it has every row.",
+            "Every figure that this project claims is in a table that a program of `benchmarks/` wrote. Each ends with",
+            "the machine, the versions, the date and the command that repeats it; the JSON beside it has every row.",
             "",
             "| table | what it says |",
             "| --- | --- |",
