@@ -38,7 +38,7 @@ INCLUDED = {
 RESULTS = {
     "kv_quality": (
         "What cache methods cost",
-        "How often the answer is right at equal bytes, nats lost a token, and each paper's claim beside what was measured.",
+        "How often the answer is right at equal bytes, nats lost, and each paper's claim beside what was measured.",
     ),
     "weight_quality": (
         "What weight methods cost",
