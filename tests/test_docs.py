@@ -119,6 +119,20 @@ def test_the_catalogue_tells_every_method_and_each_of_its_parameters(site: Path)
                 assert html.escape(repr(parameter.default), quote=False) in section, f"{method.key}: {parameter.name}"
 
 
+@pytest.mark.parametrize(
+    ("module", "heading"),
+    [
+        ("workbench.kv.methods.evict.snapkv", "Eviction"),
+        ("workbench.weights.methods.low_rank.svd", "Low rank"),
+        ("workbench.attention.methods.cca", ""),
+        ("workbench.kv.methods.full", ""),
+        ("vnorm", ""),
+    ],
+)
+def test_a_method_stands_under_the_kind_of_its_folder(module: str, heading: str, docs: dict[str, ModuleType]) -> None:
+    assert docs["catalogue"].kind(type("Made", (), {"__module__": module})) == heading
+
+
 def test_every_table_of_results_is_a_page(docs: dict[str, ModuleType], site: Path) -> None:
     results = {path.stem for path in (ROOT / "benchmarks/results").glob("*.md")}
     assert results == set(docs["site_hook"].RESULTS)
