@@ -118,6 +118,17 @@ class LayerTrace(Brief):
         """The queries before rotary embedding, [h, n, d]. Raises NotApplicable as `rotation` does."""
         return self.rotation.undo(self.queries.float(), torch.arange(self.tokens, device=self.device))
 
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered under `key` for as long as this layer's recording lives."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        found: T = self._cache[key]
+        return found
+
+    @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
+
     @cached_property
     def rotation(self) -> Rotation:
         """How this layer rotates queries and keys: its table at positions, applied and undone.

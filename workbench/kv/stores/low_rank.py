@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -51,19 +50,15 @@ class Ranks(NamedTuple):
     values: int
 
 
-# The spaces of each layer that was read, with and without its queries, for as long as the reading lives.
-_spaces: WeakKeyDictionary[LayerTrace, dict[bool, Spaces]] = WeakKeyDictionary()
-
-
 def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
-    """The spaces of a layer, found on all that was read of the prompt, and remembered.
+    """The spaces of a layer, found on all that was read of the prompt, and remembered with it.
 
     By singular value decomposition of the n vectors of each KV head, without centring. Keys are taken before rotary
     embedding, where they fill fewer directions. queries: find the keys' space on keys and the queries of their group
     together where the model does not rotate; where it does, on keys alone.
     """
-    known = _spaces.setdefault(layer, {})
-    if queries not in known:
+
+    def compute() -> Spaces:
         keys, rotary = layer.keys.float(), rotary_of(layer)
         if rotary is not None:
             keys = rotary.undo(keys, torch.arange(layer.tokens, device=layer.device))
@@ -71,8 +66,9 @@ def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
             keys = torch.cat([keys, layer.queries.float().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)], dim=1)
         basis_keys, energy_keys = _principal(keys)
         basis_values, energy_values = _principal(layer.values.float())
-        known[queries] = Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
-    return known[queries]
+        return Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
+
+    return layer.once(("spaces", queries), compute)
 
 
 def rotary_of(layer: LayerTrace) -> Rotation | None:
@@ -83,17 +79,12 @@ def rotary_of(layer: LayerTrace) -> Rotation | None:
         return None
 
 
-# A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
-_turns: WeakKeyDictionary[Rotation, tuple[int, Turns | None]] = WeakKeyDictionary()
-
-
 def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
-    """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
+    """The rotary embedding of `channels` channels as kernels take it, at all positions below `longest`, rounded up to
+    256; remembered with it. None where they cannot.
+    """
     count = -(-longest // LOW) * LOW
-    known = _turns.get(rotary)
-    if known is None or known[0] != count:
-        known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
-    return known[1]
+    return rotary.latest("turns", (count, channels, device), lambda: Turns.of(rotary, count, channels, device))
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
