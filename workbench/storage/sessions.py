@@ -157,7 +157,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _describe_run(index: int, run: Run, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    measured = "verdict" in run.__dict__  # measuring takes a while, and saving should not
+    measured = run.measured  # measuring takes a while, and saving should not
     tensors[f"runs.{index}.prompt_ids"] = run.prompt_ids
     record = run.to_dict(quality=measured)
     if measured:
