@@ -44,8 +44,8 @@ class SparseRows:
 
     def append(self, x: Tensor) -> None:
         """Prune and add x [k, q, d]."""
-        held = self.numbers.data
-        numbers, bitmap = sparse_rows(x, held.shape[1], held.dtype)
+        stored = self.numbers.data
+        numbers, bitmap = sparse_rows(x, stored.shape[1], stored.dtype)
         self.numbers.append(numbers.view(*x.shape[:2], -1))
         self.bitmap.append(bitmap.view(*x.shape[:2], -1))
 

@@ -158,18 +158,18 @@ class LowRankStore(PositionedStore):
         old = first_of(keep, older_of(lengths, window, group))
         new = keep & ~old
 
-        def held(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
-            found = project(x, basis)
+        def older_rows(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
+            coefficients = project(x, basis)
             if bits is None:
-                return Rows.where(found, old, dtype)
-            counts, rank = old.sum(dim=1), found.shape[-1]
+                return Rows.where(coefficients, old, dtype)
+            counts, rank = old.sum(dim=1), coefficients.shape[-1]
             if per_channel:
-                return PackedRows.of(found[old], counts, bits, group, "channel")
-            return PackedRows.of(found[old], counts, bits, rank, "token")
+                return PackedRows.of(coefficients[old], counts, bits, group, "channel")
+            return PackedRows.of(coefficients[old], counts, bits, rank, "token")
 
         return cls(
             bases,
-            (held(plain, bases[0], True), held(values, bases[1], False)),
+            (older_rows(plain, bases[0], True), older_rows(values, bases[1], False)),
             (Rows.where(keys, new, dtype), Rows.where(values, new, dtype)),
             positions_in(keep, old, new),
             spaces.rotary,
@@ -320,17 +320,18 @@ class LowRankStore(PositionedStore):
             query, self.newer[0].ragged(), self.newer[1].ragged(), scoring, query_positions=asked, positions=newer,
             lse=True,
         )  # fmt: skip
-        assert sums is not None and more is not None
+        assert sums is not None
+        assert more is not None
         return merge_states([(out, sums), (whole, more)])
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")
         newer = [tensor for rows in self.newer for tensor in rows.tensors()]
-        held = {exact: [*self.bases, *newer, *self._position_tensors()]}
+        by_precision = {exact: [*self.bases, *newer, *self._position_tensors()]}
         for part in self.older:
             name = f"{part.bits}-bit" if isinstance(part, PackedRows) else exact
-            held.setdefault(name, []).extend(part.tensors())
-        return held
+            by_precision.setdefault(name, []).extend(part.tensors())
+        return by_precision
 
     def clone(self) -> Self:
         twin = super().clone()
@@ -378,15 +379,14 @@ class LowRankFormat(Format):
         bases = selected.numel() * (keys * shape.key_width + values * shape.value_width) * shape.itemsize
         rows = int(older.sum())
         if self.bits is None:
-            held, parts = rows * (keys + values) * shape.itemsize, 2
+            coefficients, parts = rows * (keys + values) * shape.itemsize, 2
         else:
             codes = -(-keys * self.bits // 8) + -(-values * self.bits // 8)
-            held, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
+            coefficients, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
         indices = parts * index_nbytes(older) + 2 * index_nbytes(newer)
         indices += index_nbytes(older[partial]) + index_nbytes(newer[partial])
-        return (
-            bases + held + int(newer.sum()) * shape.entry_nbytes + int(selected[partial].sum()) * INDEX_BYTES + indices
-        )
+        whole, positions = int(newer.sum()) * shape.entry_nbytes, int(selected[partial].sum()) * INDEX_BYTES
+        return bases + coefficients + whole + positions + indices
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
@@ -413,9 +413,9 @@ def _view(part: Rows | PackedRows, dtype: torch.dtype) -> Tensor:
     """What is held as [k, longest, w]; zeros where a head is shorter, for the room reserved there may hold anything."""
     rows = _rows(part)
     if isinstance(part, Rows):
-        found = part.view().to(dtype)
+        view = part.view().to(dtype)
     else:
-        held = part.dequantised(dtype)
-        found = held[rows.slots()] if held.shape[0] else held.new_zeros(rows.heads, 0, part.channels)
+        whole = part.dequantised(dtype)
+        view = whole[rows.slots()] if whole.shape[0] else whole.new_zeros(rows.heads, 0, part.channels)
     valid = rows.valid()
-    return found if valid is None else found.masked_fill(~valid[..., None], 0.0)
+    return view if valid is None else view.masked_fill(~valid[..., None], 0.0)
