@@ -12,8 +12,7 @@ from torch import Tensor
 
 from workbench.core.nearest import nearest_kept
 from workbench.errors import BadParameter
-from workbench.kv.methods.evict.h2o import AccumulatedAttention
-from workbench.kv.ranking import places
+from workbench.kv.accumulated_attention import AccumulatedAttention, heavy_or_recent
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
 
@@ -43,9 +42,7 @@ class TextPrior(AccumulatedAttention):
         image = self.is_image(layer.tokens).to(layer.device)
         received = super().score(layer).double()  # so that adding the largest blurs nothing
         prior = received.amax(dim=1, keepdim=True)
-        heavy = places(torch.where(image, received, received + prior))  # [k, n], 0 the best
-        recent = torch.arange(layer.tokens - 1, -1, -1, device=heavy.device).expand_as(heavy)
-        return -torch.minimum(heavy / max(1 - self.recent_share, 1e-6), recent / max(self.recent_share, 1e-6))
+        return heavy_or_recent(torch.where(image, received, received + prior), self.recent_share)
 
     def is_image(self, tokens: int) -> Tensor:
         """Which positions of a prompt are image tokens, bool [n]. Raises BadParameter for spans beyond its end."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.codebook import Codebook
 from workbench.kv.stores.format import Shape, index_nbytes
 from workbench.kv.stores.group_union import united

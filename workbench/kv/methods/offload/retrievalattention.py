@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.format import INDEX_BYTES, Shape
 from workbench.kv.stores.graph import Graph
 from workbench.kv.stores.group_union import united

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.format import INDEX_BYTES, Shape
 from workbench.kv.stores.offload import Index, Retriever
 from workbench.registry import Paper, param, register
