@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.budget import Budget
+from workbench.core.memo import Memo
 from workbench.display import Shown
 from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
 from workbench.formatting import mib
@@ -245,16 +246,17 @@ def make_plan(
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
     question: Tensor | None = None,
+    measured: Memo | None = None,
 ) -> Plan:
     """Decide what stays under `methods`, counted in `dtype`; `budget`, if given, is for all of them together.
 
     model: the one that read the trace, for methods that let it read again. question: ids [q] that will be asked, for
-    methods that read for a question.
+    methods that read for a question. measured: what was measured of the model for earlier plans, whatever it read.
 
     Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
     NotRead where a method needs what was not recorded.
     """
-    stages, study = Stages.of(methods), Study(trace, model, progress or Progress())
+    stages, study = Stages.of(methods), Study(trace, model, progress or Progress(), measured=measured)
     if not trace.recorded and stages.read is None:
         raise NotRead(
             f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
