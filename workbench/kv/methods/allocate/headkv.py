@@ -67,7 +67,8 @@ class MeasuredHeads(SnapKV):
         key = (self.reasoning, self.tasks, self.task_tokens, study.trace.prompt.tokenizer is None)
         importance = study.of_model.once(("retrieval heads", *key), lambda: self._measured(study))
         compressible = importance[[layer.index for layer in study.trace.compressible]]  # [l, h]
-        return compressible.unflatten(1, (study.trace.layers[0].kv_heads, -1)).mean(dim=2)
+        by_kv_head: Tensor = compressible.unflatten(1, (study.trace.layers[0].kv_heads, -1)).mean(dim=2)
+        return by_kv_head
 
     def _measured(self, study: Study) -> Tensor:
         """How much every query head of the model retrieves, averaged over the tasks, float32 [layers, h] on the CPU."""
@@ -196,8 +197,8 @@ def _of_ids(vocabulary: int, tokens: int, depth: float, seed: int, *, reasoning:
     cut = int(depth * tokens)
     opening = torch.cat([hay[:cut], cue])
     decides = [decoy_cue, decoy, link, cue] if reasoning else []
-    asked = link if reasoning else cue
-    ids = torch.cat([opening, answer, *decides, hay[cut:], asked, answer[:-1]])
+    question = link if reasoning else cue
+    ids = torch.cat([opening, answer, *decides, hay[cut:], question, answer[:-1]])
     return Task(ids, len(opening), answer)
 
 

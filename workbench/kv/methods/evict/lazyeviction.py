@@ -53,11 +53,11 @@ class LazyEviction(KVMethod):
 
     def scores(self, study: Study) -> Tensor:
         layers = study.trace.compressible
-        found = []
+        scores = []
         for layer in study.progress.track(layers, f"scoring by {self.key}", len(layers)):
             key = ("evidence", self.parameter_key(), layer.index)  # as a plan remembers it for decoding
-            found.append(self._due(study.trace.once(key, partial(self.evidence, layer))))
-        return torch.stack(found)
+            scores.append(self._due(study.trace.once(key, partial(self.evidence, layer))))
+        return torch.stack(scores)
 
     def evidence(self, layer: LayerTrace) -> Tensor:
         memory = torch.zeros(layer.kv_heads, layer.tokens, self.remembers, device=layer.device)
@@ -73,12 +73,12 @@ class LazyEviction(KVMethod):
         return observe(mass, weights.amax(dim=1), self.threshold)
 
     def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
-        held = int((positions >= 0).sum(dim=1).min())
-        lag = min(self.window, held // 4)
+        entries = int((positions >= 0).sum(dim=1).min())
+        lag = min(self.window, entries // 4)
         leaving = max(room, lag)
         oldest_first = positions.argsort(dim=1, stable=True)  # [k, m]
         due = importance(mass).gather(1, oldest_first)
-        due[:, max(positions.shape[1] - min(lag, held - leaving), 0) :] = torch.inf  # the last ones stay
+        due[:, max(positions.shape[1] - min(lag, entries - leaving), 0) :] = torch.inf  # the last ones stay
         due.masked_fill_(positions.gather(1, oldest_first) < 0, torch.inf)
         return oldest_first.gather(1, due.argsort(dim=1, stable=True)[:, :leaving])
 
@@ -100,11 +100,11 @@ def observe(memory: Tensor, weights: Tensor, threshold: float) -> Tensor:
     since, interval = memory.unbind(dim=-1)
     steps = weights.shape[1]
     now = torch.arange(1, steps + 1, device=weights.device, dtype=memory.dtype)[:, None]  # [q, 1]
-    seen = weights > 0
+    visible = weights > 0
     unborn = (since == 0) & (interval == 0)  # [k, m]; also what came into being with the step before, which is the same
-    birth = torch.where(seen.any(dim=1), seen.to(torch.uint8).argmax(dim=1), steps)
+    birth = torch.where(visible.any(dim=1), visible.to(torch.uint8).argmax(dim=1), steps)
     start = torch.where(unborn, birth.to(memory.dtype), -since)  # when each last recurred, or the step before its first
-    recurs = seen & (weights >= threshold)
+    recurs = visible & (weights >= threshold)
     last = torch.where(recurs, now, start[:, None]).cummax(dim=1).values  # [k, q, m]
     before = torch.cat([start[:, None], last[:, :-1]], dim=1)
     longest = torch.where(recurs, now - before, 0).amax(dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import field_validator
@@ -25,7 +25,7 @@ class TextPrior(AccumulatedAttention):
 
     @field_validator("image_spans", mode="before")
     @classmethod
-    def _written_one_way(cls, given: Any) -> Any:
+    def _written_one_way(cls, given: object) -> str:
         """Pairs of numbers become text; text is written one way, so that equal spans are equal."""
         if not isinstance(given, str):
             if not isinstance(given, Sequence) or not all(isinstance(span, Sequence) for span in given):
@@ -94,24 +94,24 @@ class LookM(TextPrior):
         similarity, home = nearest_kept(layer.keys, kept)
         weight = similarity if self.strategy == "weighted" else torch.ones_like(similarity)
         weight = torch.where(kept, 0.0, weight)  # [k, n]
-        own = torch.ones_like(weight)  # how much of the kept entry there is
+        kept_weight = torch.ones_like(weight)  # how much of the kept entry there is
         taken = torch.zeros_like(weight).scatter_add_(1, home, (~kept).to(weight.dtype))
         if self.strategy == "pivotal":
-            weight, own = weight / 2, 1 + taken / 2
-        merged = [_gathered(x, weight, home, own) / (1 + taken)[..., None] for x in (keys, values)]
+            weight, kept_weight = weight / 2, 1 + taken / 2
+        merged = [_gathered(x, weight, home, kept_weight) / (1 + taken)[..., None] for x in (keys, values)]
         return merged[0], merged[1]
 
 
-def _gathered(x: Tensor, weight: Tensor, home: Tensor, own: Tensor) -> Tensor:
-    """own [k, n] times each row of x [k, n, d], plus weight [k, n] times each row, added to the row `home` [k, n]."""
-    return (own[..., None] * x).scatter_add_(1, home[..., None].expand_as(x), weight[..., None] * x)
+def _gathered(x: Tensor, weight: Tensor, home: Tensor, kept_weight: Tensor) -> Tensor:
+    """kept_weight [k, n] times each row of x [k, n, d], plus weight [k, n] times each row, added to its `home` [k, n]."""
+    return (kept_weight[..., None] * x).scatter_add_(1, home[..., None].expand_as(x), weight[..., None] * x)
 
 
 def _spans(text: str) -> tuple[tuple[int, int], ...]:
     """Read "5-581, 600-1176". Raises ValueError, which becomes BadParameter."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    found = [re.fullmatch(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})", part) for part in parts]
-    spans = tuple((int(match[1]), int(match[2])) for match in found if match)
+    matches = [re.fullmatch(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})", part) for part in parts]
+    spans = tuple((int(match[1]), int(match[2])) for match in matches if match)
     if len(spans) != len(parts):
         raise ValueError("spans of positions look like 5-581, 600-1176")
     if any(first >= end for first, end in spans):

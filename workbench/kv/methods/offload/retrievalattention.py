@@ -154,8 +154,8 @@ class Keys(Retriever):
         keys = self.graph.keys
         count = keys.shape[1]
         if self.guided and self.fetch < count:
-            found = self.graph.search(query, self.fetch, self.beam)
-            return found.keys.clamp_max(count - 1), found.scores
+            nearest = self.graph.search(query, self.fetch, self.beam)
+            return nearest.keys.clamp_max(count - 1), nearest.scores
         scores = query @ keys.transpose(1, 2)
         beyond = torch.arange(count) >= self.lengths[:, None]
         return torch.arange(count).expand_as(scores), scores.masked_fill_(beyond[:, None], -torch.inf)

@@ -9,6 +9,7 @@ import torch
 
 from workbench.errors import BadParameter
 from workbench.kv.base import KVMethod
+from workbench.kv.fitting import first_fitting
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.registry import Paper, param, register
 
@@ -52,11 +53,7 @@ class KIVI(KVMethod):
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if limit is None:
             return PackedFormat(dtype, 2 if self.bits == "auto" else self.bits, self.group, self.residual)
-        form: Format = DenseFormat(dtype)
-        for form in self._formats(dtype):
-            if sum(form.nbytes(shape, torch.full((1, shape.kv_heads), shape.tokens)) for shape in shapes) <= limit:
-                break
-        return form
+        return first_fitting(self._formats(dtype), shapes, limit)
 
     def _formats(self, dtype: torch.dtype) -> Iterator[Format]:
         """What a budget may choose from, best first: more bits before a longer residual."""
