@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from workbench.core.bisection import boundary
 from workbench.core.precision import checked
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
@@ -182,11 +183,8 @@ def allocate(modules: Sequence[Sequence[_Module]], losses: Sequence[float], limi
         pairs = [pair for parts, own in zip(modules, found, strict=True) for pair in zip(parts, own, strict=True)]
         return sum(module.nbytes * width for module, width in pairs)
 
-    low, high = 0.0, 1 / max(min(losses), 1e-12)  # at `high` nothing but the smallest widths stays
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if nbytes(widths(middle)) <= limit else (middle, high)
-    return widths(high)
+    narrowest = 1 / max(min(losses), 1e-12)  # nothing but the smallest widths stays
+    return widths(boundary(lambda factor: nbytes(widths(factor)) <= limit, narrowest, 0.0))
 
 
 def _within(modules: Sequence[_Module], share: float) -> list[int]:
