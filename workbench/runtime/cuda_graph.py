@@ -16,6 +16,7 @@ from workbench.kv.stores import DenseStore, Store
 from workbench.kv.stores.packed import WHOLE, PackedRows, PackedStore
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
+from workbench.runtime.decode import Decoder
 from workbench_kernels import Scoring
 from workbench_kernels import rows as operands
 from workbench_kernels.decode import decode_dense, decode_packed
@@ -24,8 +25,6 @@ from workbench_kernels.step import add_rms_norm, rotate_append, silu_times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from workbench.runtime.decode import Decoder
 
 EVERY = 8  # steps after which the host looks at the tokens
 WORTH = 16  # steps for which capturing pays: it costs about four of those that it saves
@@ -452,7 +451,7 @@ _WAITING = {
 
 def _allowed(store: Store) -> bool:
     """Whether nothing but a row for each head has to be written for a new token."""
-    return (type(store) is DenseStore and store.mass is None) or type(store) is PackedStore
+    return (type(store) is DenseStore and store.state is None) or type(store) is PackedStore
 
 
 def _growing(store: Store) -> tuple[Rows, Rows]:

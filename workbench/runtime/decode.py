@@ -1,8 +1,8 @@
-"""Decoding on stores: what happens at each layer when new tokens come in, and the loop that makes them."""
+"""Decoding on stores: what happens at each layer when new tokens come in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine.attention_hook import device_of, forward
-from workbench.errors import BudgetTooSmall, NotApplicable, OutOfRange
+from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore, SlidingStore, Store, cloned
 from workbench.kv.stores.mixed import MixedStore
@@ -21,7 +21,6 @@ from workbench.kv.stores.store import seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
-from workbench.runtime import cuda_graph
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class Decoder:
         if isinstance(store.holder, SlidingStore):  # the window that the prompt was read with, a method's or its own
             window = store.holder.window
         before = self._enter()
-        watching = self.evicting is not None and isinstance(store, DenseStore) and store.mass is not None
+        watching = self.evicting is not None and isinstance(store, DenseStore) and store.state is not None
         if watching:
             self._make_room(layer, key.shape[1])
         store.append(key, value, positions)
@@ -127,9 +126,9 @@ class Decoder:
                 query, positions, scale=scale, window=window, softcap=softcap, weights=watching
             )
             out = out if own else exact
-        if watching and weights is not None and isinstance(store, DenseStore) and store.mass is not None:
-            assert self.evicting is not None and store.remembered is not None
-            store.remember(self.evicting.watch(store.remembered, weights))
+        if watching and weights is not None and isinstance(store, DenseStore) and store.state is not None:
+            assert self.evicting is not None and store.eviction_state is not None
+            store.replace_state(self.evicting.update_state(store.eviction_state, weights))
         if self.outputs is not None:
             self.outputs[layer].append(out)
         self._leave(before)
@@ -228,24 +227,24 @@ class Decoder:
         """How many tokens may enter together: no more than half of what an evicting cache holds."""
         if self.evicting is None or count <= 1:
             return max(count, 1)
-        held = [int(s.keys.counts.min()) for s in self.stores if isinstance(s, DenseStore) and s.mass is not None]
+        held = [int(s.keys.counts.min()) for s in self.stores if isinstance(s, DenseStore) and s.state is not None]
         return min(count, max(min(held, default=count) // 2, 1))
 
     def _make_room(self, layer: int, count: int) -> None:
         store, capacity = self.stores[layer], self.capacity[layer]
-        assert isinstance(store, DenseStore) and store.remembered is not None and self.evicting is not None
+        assert isinstance(store, DenseStore) and store.eviction_state is not None and self.evicting is not None
         room = store.longest + count - (capacity or 0)
         if room <= 0:
             return
         if room > int(store.keys.counts.min()):
             raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
-        mass, positions = store.remembered, store.slot_positions
+        state, positions = store.eviction_state, store.slot_positions
         valid = store.keys.valid()
         if valid is not None:  # slots beyond a head's length hold nothing and cannot leave
             empty = ~valid
-            mass = mass.masked_fill(empty if mass.ndim == 2 else empty[..., None], torch.inf)
+            state = state.masked_fill(empty if state.ndim == 2 else empty[..., None], torch.inf)
             positions = positions.masked_fill(empty, -1)
-        store.evict(self.evicting.evict(mass, positions, room))
+        store.evict(self.evicting.evict(state, positions, room))
 
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:
@@ -267,43 +266,3 @@ class Decoder:
         if self._live is not None:
             self.workspace = max(self.workspace, self._live.peak - before)
             self._live.reset_peak()
-
-
-def greedy(
-    decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int, eos: Sequence[int], graphs: bool = False
-) -> Iterator[int]:
-    """Read ids [q] and yield the most likely tokens one by one, up to and including one that ends the answer.
-
-    logits [v]: those before ids, for when there is nothing to read first. The last token yielded has not been read.
-    graphs: on a CUDA device, capture a step and replay it, where the stores allow it and the answer is long enough.
-    Reports to the decoder's progress.
-    """
-    progress = decoder.progress or Progress()
-    if ids.numel():
-        progress.update("question", 0, 1)
-        logits = decoder.feed(ids, measure=True)[-1]
-        progress.update("question", 1, 1)
-    for step in range(max_new_tokens):
-        if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
-            raise OutOfRange(
-                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
-                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
-            )
-        token = int(logits.argmax())
-        yield token
-        progress.update("decoding", step + 1, max_new_tokens)
-        if token in eos or step == max_new_tokens - 1:
-            return
-        left = max_new_tokens - step - 1
-        if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
-            try:  # the first token has been read as all are without a graph, and was measured
-                following = cuda_graph.captured(decoder, token, left)
-            except NotApplicable as reason:
-                decoder.notes.append(f"decoded without a CUDA graph: {reason}")
-            else:
-                decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
-                for more, token in enumerate(following.answer(eos), step + 2):
-                    yield token
-                    progress.update("decoding", more, max_new_tokens)
-                return
-        logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]

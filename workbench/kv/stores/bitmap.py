@@ -176,7 +176,7 @@ class BitmapFormat(Format):
         indices = 2 * (2 * index_nbytes(older) + index_nbytes(newer)) + index_nbytes(partial)
         return sides + int(partial.sum()) * INDEX_BYTES + indices
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         return BitmapStore.where(
             layer.keys, layer.values, tiers > 0, self.dtype, pruned=self.pruned, recent=self.recent
         )

@@ -168,7 +168,7 @@ class DeltaFormat(Format):
             + index_nbytes(whole)
         )
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         keep = tiers > 0
 
         def side(x: Tensor, zeros: float | None) -> DeltaRows:

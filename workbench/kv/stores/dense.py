@@ -17,26 +17,26 @@ from workbench_kernels.decode import decode_dense
 class DenseStore(Store):
     """Keys and values at one precision, with a number of positions per KV head that is data.
 
-    A store that holds everything from position 0 needs no positions; any other keeps them as int32 per entry. `mass`,
-    one float32 per entry or a few, is what methods that evict while decoding remember about each entry.
+    A store that holds everything from position 0 needs no positions; any other keeps them as int32 per entry. `state`,
+    one float32 per entry or a few, is by what methods evict while decoding.
     """
 
-    def __init__(self, keys: Rows, values: Rows, positions: Rows | None, mass: Rows | None = None) -> None:
-        self.keys, self.values, self.mass = keys, values, mass
+    def __init__(self, keys: Rows, values: Rows, positions: Rows | None, state: Rows | None = None) -> None:
+        self.keys, self.values, self.state = keys, values, state
         self._positions = positions
 
     @classmethod
     def where(
-        cls, keys: Tensor, values: Tensor, keep: Tensor, dtype: torch.dtype, mass: Tensor | None = None
+        cls, keys: Tensor, values: Tensor, keep: Tensor, dtype: torch.dtype, state: Tensor | None = None
     ) -> DenseStore:
-        """The entries of keys [k, n, d], values [k, n, dv], mass [k, n] or [k, n, w] at which keep [k, n] is True."""
-        complete = bool(keep.all()) and mass is None
+        """The entries of keys [k, n, d], values [k, n, dv], state [k, n] or [k, n, w] at which keep [k, n] is True."""
+        complete = bool(keep.all()) and state is None
         where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
         return cls(
             Rows.where(keys, keep, dtype),
             Rows.where(values, keep, dtype),
             None if complete else Rows.where(where, keep, torch.int32),
-            None if mass is None else Rows.where(mass.view(*mass.shape[:2], -1), keep, torch.float32),
+            None if state is None else Rows.where(state.view(*state.shape[:2], -1), keep, torch.float32),
         )
 
     @classmethod
@@ -57,25 +57,25 @@ class DenseStore(Store):
         return self._positions.view()[..., 0]
 
     @property
-    def remembered(self) -> Tensor | None:
-        """What is remembered of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
-        if self.mass is None:
+    def eviction_state(self) -> Tensor | None:
+        """The eviction state of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
+        if self.state is None:
             return None
-        rows = self.mass.view()
+        rows = self.state.view()
         return rows[..., 0] if rows.shape[-1] == 1 else rows
 
-    def remember(self, evidence: Tensor) -> None:
-        """Replace what is remembered, laid out as `remembered` shows it."""
-        assert self.mass is not None
-        self.mass.write(evidence.view(*evidence.shape[:2], -1))
+    def replace_state(self, state: Tensor) -> None:
+        """Replace the eviction state, laid out as `eviction_state` shows it."""
+        assert self.state is not None
+        self.state.write(state.view(*state.shape[:2], -1))
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.keys.append(keys)
         self.values.append(values)
         if self._positions is not None:
             self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
-        if self.mass is not None:
-            self.mass.append(torch.zeros(*keys.shape[:2], self.mass.data.shape[1], device=keys.device))
+        if self.state is not None:
+            self.state.append(torch.zeros(*keys.shape[:2], self.state.data.shape[1], device=keys.device))
 
     def evict(self, slots: Tensor) -> None:
         """Drop the entries in slots [k, e] of each head; the last entries move into the freed slots."""
@@ -91,13 +91,13 @@ class DenseStore(Store):
         holes = torch.argsort((slots >= first).to(torch.uint8), dim=1, stable=True)  # holes before the end first
         # As many stay at the end as were freed before it; whatever is paired behind them is cut anyway.
         source, target = ends.gather(1, stays), slots.gather(1, holes)
-        for rows in (self.keys, self.values, self._positions, self.mass):
+        for rows in (self.keys, self.values, self._positions, self.state):
             if rows is not None:
                 rows.move(source, target, count)
 
     def room(self, tokens: int) -> list[tuple[Rows, int]]:
         """The rows that grow with each token, and how many more each head needs for `tokens`."""
-        return [(rows, tokens) for rows in (self.keys, self.values, self._positions, self.mass) if rows is not None]
+        return [(rows, tokens) for rows in (self.keys, self.values, self._positions, self.state) if rows is not None]
 
     def reserve(self, tokens: int) -> None:
         for rows, more in self.room(tokens):
@@ -132,14 +132,14 @@ class DenseStore(Store):
         )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        held = [rows for rows in (self.keys, self.values, self._positions, self.mass) if rows is not None]
+        held = [rows for rows in (self.keys, self.values, self._positions, self.state) if rows is not None]
         return {_name(self.keys.data.dtype): [t for rows in held for t in rows.tensors()]}
 
     def clone(self) -> Self:
-        copies = [None if r is None else r.clone() for r in (self.keys, self.values, self._positions, self.mass)]
-        keys, values, positions, mass = copies
+        copies = [None if r is None else r.clone() for r in (self.keys, self.values, self._positions, self.state)]
+        keys, values, positions, state = copies
         assert keys is not None and values is not None
-        return type(self)(keys, values, positions, mass)
+        return type(self)(keys, values, positions, state)
 
 
 class SlidingStore(Store):

@@ -43,7 +43,7 @@ class HostValuesFormat(Format):
         others = left_over(shape, selected)
         return int(others.sum()) * (shape.value_width * shape.itemsize + INDEX_BYTES) + 3 * index_nbytes(others)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         near = DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
         others = tiers == 2
         if not bool(others.any()):

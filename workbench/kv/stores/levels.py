@@ -115,9 +115,9 @@ class LevelStore(TieredStore):
         if self.chunks is None or query.shape[1] > 1:
             _, rows = attend(query, keys, values, scoring, visible=causal[None], weights=True)
             assert rows is not None  # [k, g, q, m]
-            mass = rows[..., near.keys.shape[1] :].sum(dim=(0, 1, 2)).view(self.coarse, self.means).sum(dim=1)
-            mass[:1] = torch.inf
-            self.chunks = tuple(sorted(mass.topk(min(self.whole + 1, self.coarse)).indices.tolist()))
+            received = rows[..., near.keys.shape[1] :].sum(dim=(0, 1, 2)).view(self.coarse, self.means).sum(dim=1)
+            received[:1] = torch.inf
+            self.chunks = tuple(sorted(received.topk(min(self.whole + 1, self.coarse)).indices.tolist()))
         rest = self.chunk - self.marks
         chosen = torch.tensor(self.chunks, dtype=torch.long, device=at.device)
         slots = (chosen[:, None] * rest + torch.arange(rest, device=at.device)).flatten()

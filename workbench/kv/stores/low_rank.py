@@ -401,7 +401,7 @@ class LowRankFormat(Format):
             bases + held + int(newer.sum()) * shape.entry_nbytes + int(selected[partial].sum()) * INDEX_BYTES + indices
         )
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
         return LowRankStore.where(
             layer, tiers > 0, spaces, ranks, self.dtype, window=self.window, bits=self.bits, group=self.group

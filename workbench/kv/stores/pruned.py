@@ -161,7 +161,7 @@ class PrunedFormat(Format):
             + indices
         )
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         count = kept_of(layer.keys_held.shape[-1], self.pruned)
         scores = channel_scores(layer, tiers > 0, self.queries)
         channels = scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values

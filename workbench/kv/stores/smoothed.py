@@ -174,7 +174,7 @@ class SmoothedFormat(Format):
     def _row_nbytes(self, width: int) -> int:
         return -(-width * self.bits // 8) + -(-width // self.group) * _SCALES[self.bits].itemsize
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         keep = tiers > 0
         keys, values = layer.keys.float(), layer.values.float()
         rotation = rotary_of(layer)  # None: no channels are paired

@@ -32,14 +32,18 @@ class H2O(AccumulatedAttention):
     recent_share: float = param(0.5, ge=0, le=1, help="part of the kept positions that are simply the last ones")
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.decode
+
     def score(self, layer: LayerTrace) -> Tensor:
         return heavy_or_recent(super().score(layer), self.recent_share)
 
-    def evidence(self, layer: LayerTrace) -> Tensor:
+    def eviction_state(self, layer: LayerTrace) -> Tensor:
         return layer.received()
 
-    def watch(self, mass: Tensor, weights: Tensor) -> Tensor:
-        return mass + weights.sum(dim=(1, 2))
+    def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
+        return state + weights.sum(dim=(1, 2))
 
-    def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
-        return weakest(mass, positions, room, self.recent_share)
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
+        return weakest(state, positions, room, self.recent_share)
