@@ -103,7 +103,7 @@ class LookM(TextPrior):
 
 
 def _gathered(x: Tensor, weight: Tensor, home: Tensor, kept_weight: Tensor) -> Tensor:
-    """kept_weight [k, n] times each row of x [k, n, d], plus weight [k, n] times each row, added to its `home` [k, n]."""
+    """kept_weight [k, n] times each row of x [k, n, d], plus weight [k, n] times the rows whose `home` [k, n] it is."""
     return (kept_weight[..., None] * x).scatter_add_(1, home[..., None].expand_as(x), weight[..., None] * x)
 
 
