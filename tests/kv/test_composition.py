@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.test_methods import SHORT
+from tests.kv.support import SHORT
 from workbench.budget import Budget
 from workbench.errors import BadRecipe, BudgetTooSmall
 from workbench.kv import Full, Knorm, SnapKV

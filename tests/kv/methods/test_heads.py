@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.kv.support import random_ranking, softmax_rows, traced
 from workbench.core.apportion import apportion
 from workbench.core.memo import Memo
 from workbench.engine import attention_hook
@@ -20,22 +21,11 @@ from workbench.kv.base import Study
 from workbench.kv.methods.allocate import headkv
 from workbench.kv.methods.allocate.headkv import Task, copied, needle_tasks, reasoned
 from workbench.kv.methods.allocate.uncomp import truncated_entropy
-from workbench.kv.ranking import Ranking
-from workbench.models import facts, tiny
+from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
-
-
-def traced(model: PreTrainedModel, tokens: int = 80) -> Trace:
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(5))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
-def random_ranking(layers: int, heads: int, tokens: int) -> Ranking:
-    return Ranking(torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(1)))
 
 
 def eager_attention(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -219,14 +209,6 @@ def test_the_default_model_has_few_heads_that_retrieve(default_session: wb.Sessi
 
 
 # -- ScaleKV, UNComp, HACK
-
-
-def softmax_rows(layer: LayerTrace) -> Tensor:
-    """The whole causal softmax [h, n, n], without any of our attention code."""
-    groups = layer.heads // layer.kv_heads
-    keys = layer.keys.double().repeat_interleave(groups, dim=0)
-    logits = layer.queries.double() @ keys.transpose(1, 2) * layer.scale
-    return logits.masked_fill(torch.ones(layer.tokens, layer.tokens, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
 
 
 def made_trace(queries: list[Tensor], keys: list[Tensor]) -> Trace:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.core.rope import rotate
 from workbench.errors import BudgetTooSmall, PromptTooLong
@@ -20,10 +21,6 @@ from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 SIZES = {"room": 22, "sinks": 2, "window": 12, "block": 4, "representatives": 2, "blocks": 3}
-
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def store_of(layer: LayerTrace) -> BlockStore:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import XL3M
 from workbench.kv.methods.chunked.xl3m import entropy, surest
@@ -18,10 +19,6 @@ from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 
 SHORT = {"segment": 8, "query": 6, "chunk": 8}
-
-
-def ids_of(count: int, seed: int | None = None) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed or count))
 
 
 def planned(found: testing.Reading, question: Tensor | None, **parameters: object) -> Plan:

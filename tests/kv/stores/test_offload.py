@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.errors import BadRecipe
 from workbench.kv import KIVI, AdaKV, SnapKV
@@ -73,7 +74,7 @@ def test_a_method_that_retrieves_keeps_every_promise() -> None:
 @pytest.mark.parametrize("recipe", [[], [SnapKV(window=8)], [SnapKV(window=8), AdaKV(window=8)]])
 def test_finding_everything_is_exact_whatever_lies_where(architecture: str, recipe: list[KVMethod]) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=24)
     run = session.run([*recipe, FetchAll(budget=0.7)], question=ids[:9], max_new_tokens=24)
