@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kv.support import softmax_rows, trace_of
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.lazyeviction import importance, observe
+from workbench.kv.methods.evict.lazyeviction import mri_score, track_recurrence
 from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore
@@ -149,7 +149,7 @@ def test_recurrence_is_tracked_alike_one_by_one_and_together(sizes: tuple[int, .
     memory, done = torch.zeros(2, old, 2), 0
     for size in sizes:
         memory = torch.cat([memory, torch.zeros(2, size, 2)], dim=1)
-        memory = observe(memory, weights[:, done : done + size, : old + done + size], threshold=0.4)
+        memory = track_recurrence(memory, weights[:, done : done + size, : old + done + size], threshold=0.4)
         done += size
     for head in range(2):
         plain = Memory(0.4)
@@ -157,7 +157,7 @@ def test_recurrence_is_tracked_alike_one_by_one_and_together(sizes: tuple[int, .
             plain.step({p: float(weights[head, step, p]) for p in range(old + step + 1)})
         for position in range(old + new):
             assert tuple(memory[head, position].tolist()) == plain.of[position]
-            assert float(importance(memory)[head, position]) == pytest.approx(plain.matters(position), abs=1e-6)
+            assert float(mri_score(memory)[head, position]) == pytest.approx(plain.matters(position), abs=1e-6)
 
 
 @pytest.mark.parametrize("observed", [1, 20, TOKENS])
@@ -179,7 +179,7 @@ def test_the_prompt_is_scored_by_what_its_last_queries_saw_recur(observed: int) 
 def test_a_token_that_recurs_regularly_outlives_one_that_is_overdue() -> None:
     # Since and MRI: just recurred; within its interval; far beyond it; never recurred.
     memory = torch.tensor([[[0.0, 20.0], [10.0, 20.0], [200.0, 20.0], [200.0, 0.0]]])
-    assert importance(memory)[0].tolist() == sorted(importance(memory)[0].tolist(), reverse=True)
+    assert mri_score(memory)[0].tolist() == sorted(mri_score(memory)[0].tolist(), reverse=True)
 
 
 Seen = list[list[tuple[Tensor, Tensor]]]

@@ -71,23 +71,23 @@ class LazyEviction(KVMethod):
 
     def _due(self, memory: Tensor) -> Tensor:
         tokens = memory.shape[1]
-        return keep_last(importance(memory), min(self.window, max(tokens // 4, 1)))
+        return keep_last(mri_score(memory), min(self.window, max(tokens // 4, 1)))
 
     def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
-        return observe(state, weights.amax(dim=1), self.threshold)
+        return track_recurrence(state, weights.amax(dim=1), self.threshold)
 
     def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
         entries = int((positions >= 0).sum(dim=1).min())
         lag = min(self.window, entries // 4)
         leaving = max(room, lag)
         oldest_first = positions.argsort(dim=1, stable=True)  # [k, m]
-        due = importance(state).gather(1, oldest_first)
+        due = mri_score(state).gather(1, oldest_first)
         due[:, max(positions.shape[1] - min(lag, entries - leaving), 0) :] = torch.inf  # the last ones stay
         due.masked_fill_(positions.gather(1, oldest_first) < 0, torch.inf)
         return oldest_first.gather(1, due.argsort(dim=1, stable=True)[:, :leaving])
 
 
-def importance(memory: Tensor) -> Tensor:
+def mri_score(memory: Tensor) -> Tensor:
     """How much a token is due to matter, float32 [k, m], from its steps since and MRI, memory [k, m, 2]."""
     since, interval = memory.unbind(dim=-1)
     overdue = 2 * torch.sigmoid(-1 - since / (interval + 1e-5))
@@ -95,7 +95,7 @@ def importance(memory: Tensor) -> Tensor:
     return overdue + often
 
 
-def observe(memory: Tensor, weights: Tensor, threshold: float) -> Tensor:
+def track_recurrence(memory: Tensor, weights: Tensor, threshold: float) -> Tensor:
     """The memory [k, m, 2] after steps with attention weights [k, q, m]: steps since each token recurred, and its MRI.
 
     A token that a query cannot see yet, and that was never seen before, has not come into being: its steps begin with

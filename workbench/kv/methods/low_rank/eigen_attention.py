@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from workbench.core.bisection import boundary
@@ -24,6 +24,7 @@ from workbench_kernels import Scoring, attend
 
 _THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # at which errors are measured
 _PROBES = 16  # positions at which errors are measured, from the first to the last
+Hidden = Tensor | tuple[Tensor, ...]  # what a decoder layer returns: hidden states, alone or first
 _PUBLISHED = 0.6  # of the uncompressed bytes, the smallest cache in the paper
 
 
@@ -129,27 +130,27 @@ def profiles_of(study: Study) -> dict[int, Profile]:
             profiles[layer.index] = Profile(*_shares(layer), tuple(1 - threshold for threshold in _THRESHOLDS))
         return profiles
     probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
-    given = _ExactOutput(trace, probes)
+    attention = _ExactOutput(trace, probes)
     within = {layer.index for layer in trace.compressible}
     layers = list(decoder_layers(study.model).values())
     repeating = False  # whether a layer is being called again, by this hook itself
 
-    def after(module: Any, args: Any, options: Any, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Hidden) -> None:
         nonlocal repeating
-        if repeating or given.layer not in within:
+        if repeating or attention.layer not in within:
             return
         repeating = True
-        number = given.layer
+        number = attention.layer
         study.progress.update("measuring low ranks", len(profiles), len(within))
         profiles[number] = _profile(
-            trace.layers[number], given, _hidden(output), lambda: _hidden(module(*args, **options))
+            trace.layers[number], attention, _hidden(output), lambda: _hidden(module(*args, **options))
         )
         repeating = False
 
     with engaged(study.model):
         hooks = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
         try:
-            forward(study.model, given, trace.ids[probes], probes)
+            forward(study.model, attention, trace.ids[probes], probes)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -157,18 +158,18 @@ def profiles_of(study: Study) -> dict[int, Profile]:
     return profiles
 
 
-def _profile(layer: LayerTrace, given: _ExactOutput, exact: Tensor, again: Callable[[], Tensor]) -> Profile:
-    """The profile of a layer whose output is `exact` [p, c]; `again` computes it from `given.output`."""
+def _profile(layer: LayerTrace, attention: _ExactOutput, exact: Tensor, again: Callable[[], Tensor]) -> Profile:
+    """The profile of a layer whose output is `exact` [p, c]; `again` computes it from the attention's `output`."""
     spaces, (keys, values) = spaces_of(layer, queries=True), _shares(layer)
     errors: list[float] = []
-    known: dict[Ranks, float] = {}
+    error_at: dict[Ranks, float] = {}
     for threshold in _THRESHOLDS:
         ranks = ranks_at(keys, values, threshold)
-        if ranks not in known:
-            given.output = given.attention(layer, *lowered(layer, spaces, ranks))
-            known[ranks] = float(((again() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).mean())
-        errors.append(max(known[ranks], errors[-1] if errors else 0.0))  # what a lower rank gains is chance
-    given.output = None
+        if ranks not in error_at:
+            attention.output = attention.over(layer, *lowered(layer, spaces, ranks))
+            error_at[ranks] = float(((again() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).mean())
+        errors.append(max(error_at[ranks], errors[-1] if errors else 0.0))  # what a lower rank gains is chance
+    attention.output = None
     return Profile(keys, values, tuple(errors))
 
 
@@ -180,14 +181,14 @@ class _ExactOutput:
         self.output: Tensor | None = None
         self.layer = -1  # the one that attended last
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
         self.layer, output = layer, self.output
         if output is None:
             recorded = self.trace.layers[layer]
-            output = self.attention(recorded, recorded.keys.float(), recorded.values.float())
+            output = self.over(recorded, recorded.keys.float(), recorded.values.float())
         return output.to(query.dtype)
 
-    def attention(self, layer: LayerTrace, keys: Tensor, values: Tensor) -> Tensor:
+    def over(self, layer: LayerTrace, keys: Tensor, values: Tensor) -> Tensor:
         """The output [h, p, dv] over keys [k, n, d] and values [k, n, dv] in place of the layer's own."""
         where = torch.arange(layer.tokens, device=layer.device)
         positions = self.positions.to(layer.device)
@@ -213,9 +214,9 @@ def _within(x: Tensor, basis: Tensor) -> Tensor:
     return x @ (unit.transpose(1, 2) @ unit)
 
 
-def _hidden(output: Any) -> Tensor:
+def _hidden(output: Hidden) -> Tensor:
     """What a decoder layer hands on, float32 [p, c]."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    hidden = output if isinstance(output, Tensor) else output[0]
     return hidden[0].float()
 
 

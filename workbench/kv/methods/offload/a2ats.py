@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -132,7 +133,6 @@ class Coded(Retriever):
         return [self.book.factor]
 
     def clone(self) -> Coded:
-        twin = object.__new__(Coded)
-        twin.__dict__.update(self.__dict__)
+        twin = copy(self)
         twin.codes = self.codes.clone()
         return twin

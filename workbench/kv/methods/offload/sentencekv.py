@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from workbench.kv.stores.format import INDEX_BYTES, Shape
 from workbench.kv.stores.offload import Index, Retriever
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MEAN = torch.bfloat16  # a mean only ranks
 _KERNEL = 7  # of the pooling by which a sentence's tokens are weighed, as published
@@ -66,7 +69,7 @@ class SentenceKV(SinksAndRecent):
         return SentenceIndex(self.fetch, max(int(self.factor * self.fetch), 1), self.longest, ends, weights)
 
 
-def sentence_ends(ids: Tensor, tokenizer: Any, longest: int) -> tuple[int, ...]:
+def sentence_ends(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None, longest: int) -> tuple[int, ...]:
     """Where the sentences of ids [n] end (exclusive), none longer than `longest`."""
     closing: set[int] = set()
     if tokenizer is not None:
@@ -116,14 +119,14 @@ class SentenceIndex(Index):
         counts = others.sum(dim=1)
         place = self.weights[layer.index].masked_fill(~others, -torch.inf)
         place = place.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        known = others & (place < counts.clamp(max=self.known)[:, None])  # [k, n]: what can be found
+        findable = others & (place < counts.clamp(max=self.known)[:, None])  # [k, n]
         ends = torch.tensor(self.ends, device=device)
         owner = torch.searchsorted(ends, torch.arange(keys.shape[1], device=device), right=True)  # [n]
         lengths = torch.zeros(len(keys), len(ends), dtype=torch.long, device=device)
-        lengths.index_add_(1, owner, known.long())
+        lengths.index_add_(1, owner, findable.long())
         sums = torch.zeros(len(keys), len(ends), keys.shape[2], device=device)
-        sums.index_add_(1, owner, keys.float() * known[..., None])
-        members = (~known).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(known.sum(dim=1).max())]
+        sums.index_add_(1, owner, keys.float() * findable[..., None])
+        members = (~findable).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(findable.sum(dim=1).max())]
         slots = (others.cumsum(dim=1) - 1).clamp_min(0).gather(1, members)
         return Sentences(
             (sums / lengths.clamp_min(1)[..., None]).to(_MEAN),
