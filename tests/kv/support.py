@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench import testing
-from workbench.core.rope import Rotation
-from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from workbench.core.rope import Rotation
+    from workbench.kv.plan import Plan
 
 TOKENS = testing.TOKENS
 SHORT: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,11 +26,13 @@ from workbench.kv.base import KVMethod, Study
 from workbench.kv.plan import Plan, rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.packed import PackedStore
-from workbench.kv.stores.store import Store
 from workbench.models import TINY_ARCHITECTURES, facts
 from workbench.registry import _METHODS, find, registered
 from workbench.runtime.decode import Decoder
-from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from workbench.kv.stores.store import Store
+    from workbench.trace import LayerTrace, Trace
 
 ModelOf = Callable[[str], PreTrainedModel]
 KV = [cls.key for cls in registered("kv")]
@@ -114,7 +116,7 @@ def test_plans_and_runs_never_touch_the_recording(session: wb.Session) -> None: 
     for key in KV:
         plan = planned(session, key, 0.3)
         _ = plan.error, plan.survival(), plan.counts
-        budget = {} if key == "full" else {"budget": plan.share if plan.share > 0.3 else 0.3}
+        budget = {} if key == "full" else {"budget": max(0.3, plan.share)}
         try:
             session.run(key, question=[5, 6], max_new_tokens=3, **budget).ask([7], max_new_tokens=2)
         except BudgetTooSmall:

@@ -163,12 +163,6 @@ class ChunkedPrefill(ABC):
         """The widest sliding window of the layers that stay exact; 0 where none slides."""
         return max((layer.window or 0 for layer in self.layers if layer.index in self.exact), default=0)
 
-    def dense_store(self, layer: LayerTrace) -> DenseStore:
-        """The store of a layer that holds every entry as it was read, or those that were kept of them."""
-        store = self.stores[layer.index]
-        assert isinstance(store, DenseStore)
-        return store
-
     def shape(self, layer: LayerTrace) -> Shape:
         """The size of a layer's uncompressed cache."""
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]

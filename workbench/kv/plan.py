@@ -241,8 +241,8 @@ class Plan(Shown):
 
 
 def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budget: Budget | None = None) -> Plan:
-    """Decide what stays of a recorded prompt under `methods`, counted in `dtype`; `budget`, if given, is for all of them
-    together.
+    """Decide what stays of a recorded prompt under `methods`, counted in `dtype`; `budget`, if given, is for all of
+    them together.
 
     Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
     NotRead where a method needs what was not recorded.

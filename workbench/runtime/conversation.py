@@ -208,9 +208,9 @@ class Conversation:
 
 def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:
     """What a run has to say about layers at which its attention method does not decode."""
-    if decoder.attention is None or not decoder.finding:
+    if decoder.attention is None or not decoder.by_store:
         return ()
-    layers = ", ".join(map(str, decoder.finding))
+    layers = ", ".join(map(str, decoder.by_store))
     return (
         f"layers {layers}: {decoder.attention.key} changes only reading here; how the cache is attended to while "
         "decoding is part of the KV method",

@@ -66,7 +66,7 @@ class ChunkedPlan(Plan):
 def study_of(
     trace: Trace, model: PreTrainedModel | None = None, progress: Progress | None = None, measured: Memo | None = None
 ) -> Study:
-    """What methods may look at: the trace, and the model that read it, which also reads on from stores that they make.
+    """What methods may look at: the trace, and the model that read it, which reads on from stores that they make.
 
     measured: what was measured of the model for earlier studies, whatever it read.
     """

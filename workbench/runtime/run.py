@@ -67,8 +67,8 @@ class Run(Shown):
     """One generation under a recipe.
 
     text: the answer. tokens: its ids, with the one that ended it. prompt_ids: everything read before it [n + q].
-    memory: live bytes over time. timing: where the seconds went. state: what changes: its plan and its evaluation, which
-    are made when first asked for, and the cache from which `ask` goes on.
+    memory: live bytes over time. timing: where the seconds went. state: what changes: the plan and the evaluation, made
+    when first asked for, and the cache from which `ask` goes on.
     decode_score_share: score entries computed for the question and the answer, of all that exact attention over
     everything before would compute (the record's `score_share` is the prompt's); None where they were not counted, for
     some store looks for what it needs.

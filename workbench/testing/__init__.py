@@ -28,7 +28,7 @@ from workbench.prompt import Prompt
 from workbench.registry import Method
 from workbench.registry import method as make
 from workbench.runtime.decode import Decoder
-from workbench.runtime.planning import make_plan
+from workbench.runtime.planning import make_plan, study_of
 from workbench.runtime.prefill import read
 from workbench.runtime.run import Run
 from workbench.session import Session
@@ -359,7 +359,7 @@ def allocation_shares_out_what_there_is(method: KVMethod) -> None:
         return
     for architecture, tokens in (("llama", TOKENS), ("mha", 7), ("mqa", 1)):
         found = reading(architecture, tokens)
-        study = Study(found.trace, found.model)
+        study = study_of(found.trace, found.model)
         ranking = rank(study, method).beside(method.importance(study))
         least, before = ranking.layers * ranking.kv_heads, 0
         for entries in sorted({least + (tokens - 1) * least * step // 20 for step in range(21)}):

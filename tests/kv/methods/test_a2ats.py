@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from workbench.kv.stores.codebook import Codebook, k_means, query_factor
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 
 def turning(layer: LayerTrace, at: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,14 +14,16 @@ import workbench as wb
 from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import ALISA, AdaKV, SnapKV
-from workbench.kv.plan import Plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.eight_bit import EightBitOffloadStore, to_bytes, to_numbers
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
+    from workbench.trace import LayerTrace
 
 
 def plan_of(dtype: torch.dtype = torch.float32, tokens: int = 70, **parameters: Any) -> Plan:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import workbench as wb
 from tests.kv.support import tiers_of, trace_of
 from workbench.errors import BudgetTooSmall
 from workbench.examples import needle
@@ -18,6 +19,9 @@ from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 from workbench_kernels import unpack
+
+if TYPE_CHECKING:
+    import workbench as wb
 
 TOKENS = 200
 FORMS = (

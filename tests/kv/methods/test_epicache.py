@@ -32,7 +32,7 @@ from workbench_kernels import Scoring, attend
 
 def conversation(turns: int = 12) -> Tensor:
     """Segments of 8 tokens about three subjects in turn, each with words of its own."""
-    return torch.cat([ids_of(8, 80 * (turn % 3) + turn // 3, 80 * (turn % 3) + 20) for turn in range(turns)])
+    return torch.cat([ids_of(8, low=80 * (turn % 3) + turn // 3, high=80 * (turn % 3) + 20) for turn in range(turns)])
 
 
 # -- k-means
@@ -81,7 +81,7 @@ def reading_of(ids: Tensor, question: Tensor | None) -> Any:
 def test_a_question_finds_the_episode_of_its_subject_and_is_represented_by_its_medoids() -> None:
     ids, method = conversation(), EpiCache(episodes=3, segment=8, medoids=2)
     for subject in range(3):
-        episode = method.matched(reading_of(ids, ids_of(5, 80 * subject + 2, 80 * subject + 20)))
+        episode = method.matched(reading_of(ids, ids_of(5, low=80 * subject + 2, high=80 * subject + 20)))
         assert "of 3: 4 of 12 segments" in episode.note
         # The plain definition: of the subject's segments the two most similar to the mean of their embeddings.
         own = [ids[8 * turn : 8 * turn + 8] for turn in range(subject, 12, 3)]
@@ -102,7 +102,7 @@ def test_another_question_is_answered_from_another_episode_and_the_same_again_fr
     session = wb.Session((tiny("llama"), None))
     session.read(conversation(24), record=False)
     method = EpiCache(budget=0.3, episodes=3, segment=8, block=16)
-    runs = [session.run(method, question=ids_of(5, low, low + 18), max_new_tokens=2) for low in (2, 82, 2)]
+    runs = [session.run(method, question=ids_of(5, low=low, high=low + 18), max_new_tokens=2) for low in (2, 82, 2)]
     kept = [run.plan.tiers for run in runs]
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
     assert runs[0].plan.timeline is runs[2].plan.timeline

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ from workbench.engine.attention_hook import forward
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import ILRe
 from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
-from workbench.kv.plan import Plan
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
 QUICK = SHORT["ilre"]
 

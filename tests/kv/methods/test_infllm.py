@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 SIZES = {"room": 22, "sinks": 2, "window": 12, "block": 4, "representatives": 2, "blocks": 3}
 

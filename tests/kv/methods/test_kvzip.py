@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import workbench as wb
 from tests.kv.support import traced
 from workbench.errors import BadRecipe, Cancelled, NotApplicable
 from workbench.kv import AdaKV, KVzip, PyramidKV, SnapKV
@@ -21,6 +20,9 @@ from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
+
+if TYPE_CHECKING:
+    import workbench as wb
 
 TOKENS = 50
 
@@ -75,7 +77,7 @@ def test_the_instruction_closes_the_turn_and_names_where_to_go_on(byte_tokenizer
     trace = traced(model, prompt)
     got = KVzip(chunk=30, sinks=0).scores(Study(trace, model))
     text = str(byte_tokenizer.decode(trace.ids))
-    pieces = [range(0, 30), range(30, trace.tokens)]
+    pieces = [range(30), range(30, trace.tokens)]
     asked = ["Repeat the previous context:", f"Repeat the previous context starting with: {text[22:30].strip()}"]
     for piece, words in zip(pieces, asked, strict=True):
         instruction = byte_tokenizer(f"\n\n{words}~\n[assistant]")["input_ids"]

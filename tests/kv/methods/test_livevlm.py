@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 QUICK = SHORT["livevlm"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,14 +15,16 @@ from workbench.errors import BadBudget
 from workbench.kv import CSKV, AdaKV, EigenAttention, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.low_rank.eigen_attention import Profile, profiles_of, ranks_at
-from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.kv.stores.low_rank import LowRankFormat, LowRankStore, Ranks, rotary_of, spaces_of
 from workbench.kv.stores.rows import Rows
 from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
+    from workbench.trace import LayerTrace
 
 TOKENS = 90
 FORMATS = {

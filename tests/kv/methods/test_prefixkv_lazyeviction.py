@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from workbench.kv.stores import DenseStore
 from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.trace import Trace
+
+if TYPE_CHECKING:
+    from workbench.trace import Trace
 
 TOKENS = 60
 

@@ -36,7 +36,7 @@ def ends_of(text: str, longest: int = 100) -> tuple[int, ...]:
 
 def index_of(found: testing.Reading, **parameters: object) -> SentenceIndex:
     method = SentenceKV(**{**QUICK, **parameters})
-    return cast(SentenceIndex, method.retrieve(Study(found.trace, found.model), []))
+    return cast("SentenceIndex", method.retrieve(Study(found.trace, found.model), []))
 
 
 def random_others(heads: int, tokens: int, seed: int = 0, equal: bool = False) -> Tensor:

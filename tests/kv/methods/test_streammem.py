@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 
 def turned(x: Tensor, by: int, layer: LayerTrace) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from workbench import testing
 from workbench.kv import AdaKV, SnapKV, TailorKV
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.methods.offload.tailorkv import dense_preference
-from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.channels import ChannelIndex
 from workbench.kv.stores.offload import OffloadStore
@@ -24,6 +23,9 @@ from workbench.kv.stores.tailored import TailoredFormat
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
 
 def plan_of(trace: Trace, **parameters: Any) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import workbench as wb
 from tests.kv.support import random_layer, trace_of
 from workbench.errors import BudgetTooSmall
 from workbench.examples import example
@@ -18,7 +18,10 @@ from workbench.kv import KIVI, AdaKV, SnapKV, TurboMind
 from workbench.kv.stores import DenseStore, PackedStore
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.runtime.planning import make_plan
-from workbench.trace import Trace
+
+if TYPE_CHECKING:
+    import workbench as wb
+    from workbench.trace import Trace
 
 BITS = (16, 8, 4, 2)
 PAIRS = list(product(BITS, BITS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from workbench.kv import VideoXL2
 from workbench.kv.stores.levels import LevelStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 SIZES = {"room": 34, "chunk": 8, "marks": 2, "pool": 4, "before": 1, "whole": 2}
 

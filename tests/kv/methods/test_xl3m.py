@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import XL3M
 from workbench.kv.methods.chunked.xl3m import entropy, surest
-from workbench.kv.plan import Plan
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
 SHORT = {"segment": 8, "query": 6, "chunk": 8}
 

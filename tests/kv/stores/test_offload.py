@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,11 +17,13 @@ from workbench.kv import KIVI, AdaKV, SnapKV
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores import DenseStore
-from workbench.kv.stores.format import Shape
 from workbench.kv.stores.offload import Index, OffloadFormat, OffloadStore, Retriever
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.kv.stores.format import Shape
+    from workbench.trace import LayerTrace
 
 
 class Everything(Retriever):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from benchmarks.model_kinds import COMMON
 from tests.kv.support import ids_of
 from workbench.errors import NotApplicable
 from workbench.kv.stores import SharedStore, cloned
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IDS = ids_of(60, 0)
 KINDS = [f"{span}_attention" for span in ("sliding", "sliding", "full", "sliding", "full")]

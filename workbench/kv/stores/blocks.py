@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Self
 
 import torch
@@ -142,15 +143,6 @@ class BlockStore(TieredStore):
         return self.means.tensors()
 
     def clone(self) -> Self:
-        return type(self)(
-            self.near.clone(),
-            self.far.clone(),
-            self.means.clone(),
-            self.rotation,
-            room=self.room,
-            sinks=self.sinks,
-            window=self.window,
-            block=self.block,
-            representatives=self.representatives,
-            blocks=self.blocks,
-        )
+        twin = copy(self)
+        twin.near, twin.far, twin.means = self.near.clone(), self.far.clone(), self.means.clone()
+        return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Self
 
 import torch
@@ -137,8 +138,7 @@ class LevelStore(TieredStore):
         return [*self.keys.tensors(), *self.values.tensors()]
 
     def clone(self) -> Self:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin = copy(self)
         twin.near, twin.far = self.near.clone(), self.far.clone()
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         return twin

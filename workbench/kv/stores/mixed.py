@@ -24,6 +24,8 @@ class MixedStore(SplitStore):
     whole layer, also where one began with more exact entries than another.
     """
 
+    moves_by_attention = True
+
     def __init__(self, high: DenseStore, low: PackedStore, *, share: float, recent: float, entered: int = 0) -> None:
         """entered: how many tokens have come since the store was built."""
         super().__init__((high, low))

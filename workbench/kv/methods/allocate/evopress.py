@@ -24,11 +24,12 @@ class EvoPressKV(SnapKV):
     """Search for the room of each layer with which the prompt's last tokens are predicted most nearly the same.
 
     EvoPress allocates weights; this is its search (`workbench.core.evolution`), level-switch mutation and elitist
-    (1 + λ) selection, over the cache. The levels of a layer are multiples of a quarter of an equal share; the fitness
-    is the divergence of the model's predictions at the last `window` tokens of the prompt when what came before them is
-    cut to the levels, from those over the whole cache. It is found once for a prompt, at the size `share`; other sizes
-    are divided among the layers in the same proportions. The heads of a layer have one size. Scores are SnapKV's, or
-    those of another scorer in the recipe; the model reads the last tokens again for each candidate.
+    (1 + λ) selection, over the cache. The levels of a layer are multiples of a quarter of an equal share; the
+    fitness is the divergence of the model's predictions at the last `window` tokens of the prompt when what came
+    before them is cut to the levels, from those over the whole cache. It is found once for a prompt, at the size
+    `share`; other sizes are divided among the layers in the same proportions. The heads of a layer have one size.
+    Scores are SnapKV's, or those of another scorer in the recipe; the model reads the last tokens again for each
+    candidate.
     """
 
     key = "evopress-kv"

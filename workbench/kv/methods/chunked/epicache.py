@@ -84,7 +84,7 @@ class EpiCache(KVMethod):
         episode = self.matched(prefill)
         weights = self._layer_weights(prefill)
         for piece in prefill.pieces(min(self.block, max(total // 4, 1))):
-            entries = sum(prefill.dense_store(layer).keys.total for layer in layers)
+            entries = sum(prefill.stores[layer.index].entries for layer in layers)
             room = sum(layer.kv_heads for layer in layers) * (total - len(piece))
             if entries > room:
                 self._condense(prefill, episode.patched, weights, room, equal)
@@ -134,16 +134,15 @@ class EpiCache(KVMethod):
         """Leave `room` entries over all layers and heads."""
         layers = prefill.compressible
         scores = prefill.probe(patched, lambda _, rows: most_attended(rows))
-        stores = [prefill.dense_store(layer) for layer in layers]
-        entries = torch.tensor([store.keys.total for store in stores])
+        entries = torch.tensor([prefill.stores[layer.index].entries for layer in layers])
         heads = torch.tensor([layer.kv_heads for layer in layers])
         each = room // int(heads.sum())
         unit = heads if equal else torch.ones_like(heads)
         floor = torch.minimum(entries, heads * max(each // 4, 1))
         counts = layer_counts(each * len(layers) if equal else room, weights, entries // unit, floor // unit) * unit
-        for layer, store, attended, count in zip(layers, stores, scores, counts.tolist(), strict=True):
-            ranked = with_sinks(attended, store.slot_positions, self.sinks)
-            valid = store.keys.valid()
+        for layer, attended, count in zip(layers, scores, counts.tolist(), strict=True):
+            positions, valid = prefill.stores[layer.index].slots()
+            ranked = with_sinks(attended, positions, self.sinks)
             if valid is not None:
                 ranked = ranked.masked_fill(~valid, -1)
             prefill.keep(layer.index, best(ranked, count, equal=equal))

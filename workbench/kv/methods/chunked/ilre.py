@@ -121,7 +121,7 @@ class ILRe(KVMethod):
                 keys.append(key, key, torch.arange(prefill.position - len(ids), prefill.position))
             queries = [torch.cat([*queries, query], dim=1)[:, -(question.numel() or self.query) :]]
         positions = torch.arange(prefill.position - queries[0].shape[1], prefill.position)
-        return attention_to(queries[0], keys.entries, positions.to(prefill.device), retrieval)
+        return attention_to(queries[0], keys.appended, positions.to(prefill.device), retrieval)
 
 
 def _entry_nbytes(prefill: ChunkedPrefill, layer: LayerTrace) -> int:
@@ -140,7 +140,7 @@ def _pieces(prefill: ChunkedPrefill, question: Tensor, most: int) -> Iterator[tu
 
 def _make_room(prefill: ChunkedPrefill, layer: LayerTrace, sinks: int, window: int) -> None:
     """Leave an early layer its sinks and the window before the next token."""
-    positions = prefill.dense_store(layer).slot_positions.expand(layer.kv_heads, -1)
+    positions = prefill.stores[layer.index].slot_positions.expand(layer.kv_heads, -1)
     prefill.keep(layer.index, (positions < sinks) | (positions >= prefill.position - window))
 
 
@@ -180,9 +180,20 @@ class KeyStore(Store):
         self.keys, self.count = keys, count
 
     @property
-    def entries(self) -> Tensor:
-        """Those that were appended, [k, m, d]."""
+    def appended(self) -> Tensor:
+        """Those that are there, [k, m, d]."""
         return self.keys[:, : self.count]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return torch.arange(self.count, device=self.device)[None], None
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         end = self.count + keys.shape[1]
@@ -190,8 +201,8 @@ class KeyStore(Store):
         self.count = end
 
     def contents(self, dtype: torch.dtype) -> Contents:
-        keys = self.entries.to(dtype)
-        return Contents(keys, keys[..., :0], torch.arange(self.count, device=keys.device)[None], None)
+        keys = self.appended.to(dtype)
+        return Contents(keys, keys[..., :0], *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {str(self.keys.dtype).removeprefix("torch."): [self.keys]}

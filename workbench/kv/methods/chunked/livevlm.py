@@ -62,26 +62,27 @@ class LiveVLM(KVMethod):
 
         for ids in prefill.pieces(piece):
             for layer in prefill.compressible:
-                store = prefill.dense_store(layer)
-                room = total - len(ids)
-                if store.longest <= room:
+                store = prefill.stores[layer.index]
+                room, positions = total - len(ids), store.slot_positions[0]
+                if len(positions) <= room:
                     continue
                 query = queries[layer.index]
-                positions = torch.arange(prefill.position - query.shape[1], prefill.position)
-                _, rows = store.attend(query, positions, scale=layer.scale, softcap=layer.softcap, weights=True)
+                at = torch.arange(prefill.position - query.shape[1], prefill.position)
+                _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
                 assert rows is not None  # [k, g, r, m]
-                slots = self._kept(rows.mean(dim=(0, 1, 2)), store.slot_positions[0], room, recent)
+                slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent)
                 prefill.keep(layer.index, slots.expand(layer.kv_heads, -1))
             prefill.feed(ids, observer=None if whole else observe)
         if whole:
             return prefill.result()
         for layer in prefill.compressible:
-            store = prefill.dense_store(layer)
+            store = prefill.stores[layer.index]
+            positions = store.slot_positions[0]
             prefill.stores[layer.index] = PagedStore(
                 store,
                 layer.rotation,
                 sinks=self.sinks,
-                recent=int(store.slot_positions[0, max(store.longest - recent, self.sinks) - 1]) + 1,
+                recent=int(positions[max(len(positions) - recent, self.sinks) - 1]) + 1,
                 page=self.page,
                 share=self.retrieved,
             )

@@ -56,9 +56,9 @@ class StreamMem(KVMethod):
         query = template_ids(prefill.prompt)
         condensed = 0  # how many tokens had been read when the memory last shrank
         for piece in prefill.pieces(self.chunk if total == prefill.tokens else min(self.chunk, max(total // 4, 1))):
-            longest = max((prefill.dense_store(layer).longest for layer in prefill.compressible), default=0)
+            slots = [prefill.stores[layer.index].slot_positions.shape[1] for layer in prefill.compressible]
             room = total - len(piece)
-            if longest > room:
+            if max(slots, default=0) > room:
                 last = prefill.ids[max(prefill.position - self.proxy, 0) : prefill.position]
                 self._shrink(prefill, last if query is None else query, room, prefill.position - condensed)
                 condensed = prefill.position
@@ -70,7 +70,7 @@ class StreamMem(KVMethod):
         frame = self.frame_of(room, new)
         scores = prefill.probe(query, lambda _, rows: rows.mean(dim=(1, 2)))
         for layer, score in zip(prefill.compressible, scores, strict=True):
-            memory = prefill.dense_store(layer).contents(torch.float32)
+            memory = prefill.stores[layer.index].contents(torch.float32)
             keys, values, positions = memory.keys, memory.values, memory.positions
             kept, standing = chosen(score, room, new, frame)
             if frame:
