@@ -302,18 +302,8 @@ class _Feeder(Decoder):
 
     watch: Watch | None = None
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        out = super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        out = super().attend(layer, query, key, value, scoring)
         if self.watch is not None:
             self.watch(layer, query, key, value)
         return out
@@ -337,21 +327,11 @@ class _Stopping(Decoder):
         assert self.seen is not None
         return self.seen
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         if layer == self.last:
             self.seen = query, key
             raise _Stopped
-        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+        return super().attend(layer, query, key, value, scoring)
 
 
 @dataclass
@@ -362,17 +342,7 @@ class _Look:
     score: Callable[[int, Tensor], Tensor]
     found: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         reading, count = self.reading, key.shape[1]
         reading.progress.check()
         held = reading.stores[layer].contents(query.dtype)
@@ -387,8 +357,8 @@ class _Look:
             query,
             torch.cat([held.keys, key], dim=1),
             torch.cat([held.values, value], dim=1),
-            Scoring(scale, window, softcap),
-            visible=seen_by(own, positions, valid, window),
+            scoring,
+            visible=seen_by(own, positions, valid, scoring.window),
             weights=scored,
         )
         if scored and weights is not None:

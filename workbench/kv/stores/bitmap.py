@@ -125,17 +125,15 @@ class BitmapStore(Store):
             return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
         return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
-        if not fits or window is not None:
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
+        if not fits or scoring.window is not None:
             return None
         return decode_bitmap(
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            Scoring(scale, softcap=softcap),
+            scoring,
             query_positions=asked,
             positions=None if self._positions is None else self._positions.ragged(),
         )[0]

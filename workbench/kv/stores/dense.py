@@ -115,10 +115,8 @@ class DenseStore(Store):
             self.keys.view().to(dtype), self.values.view().to(dtype), self.slot_positions, self.keys.valid()
         )
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.keys.data, query_positions, window)
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.keys.data, query_positions, scoring.window)
         if not fits:
             return None
         positions = None if self._positions is None else self._positions.ragged()
@@ -126,7 +124,7 @@ class DenseStore(Store):
             query,
             self.keys.ragged(),
             self.values.ragged(),
-            Scoring(scale, window, softcap),
+            scoring,
             query_positions=asked,
             positions=positions,
         )[0]

@@ -260,17 +260,15 @@ class PackedStore(Store):
         counts = self._positions.counts.tolist()
         return [row[:count] for row, count in zip(held.sort(dim=-1).values, counts, strict=True)]
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
         if not fits:
             return None
         return decode_packed(
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            Scoring(scale, window, softcap),
+            scoring,
             query_positions=asked,
             positions=None if self._positions is None else self._positions.ragged(),
         )[0]

@@ -70,7 +70,7 @@ class LiveVLM(KVMethod):
                     continue
                 query = queries[layer.index]
                 at = torch.arange(reading.position - query.shape[1], reading.position)
-                _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
+                _, rows = store.attend(query, at, layer.scoring, weights=True)
                 assert rows is not None  # [k, g, r, m]
                 slots = self._kept(rows.mean(dim=(0, 1, 2)), store.slot_positions[0], room, recent)
                 reading.keep(layer.index, slots.expand(layer.kv_heads, -1))
