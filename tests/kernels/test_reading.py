@@ -258,9 +258,9 @@ def test_on_a_gpu_rows_are_streamed_where_only_some_tokens_are_left(monkeypatch:
     at = torch.tensor([*range(10), *range(12, 32)])
     how: dict[str, Any] = {"scale": 0.25, "query_positions": at, "key_positions": at}
     streamed = column_sums(query, key, **how)
-    zoomed = pooled_maps(query, key, scale=0.25, rows=(5, 20), pixels=4)
+    zoomed = pooled_maps(query, key, Scoring(0.25), rows=(5, 20), pixels=4)
     gpu = Everywhere(monkeypatch)
     assert torch.equal(column_sums(query, key, **how), streamed)
-    again = pooled_maps(query, key, scale=0.25, rows=(5, 20), pixels=4)
+    again = pooled_maps(query, key, Scoring(0.25), rows=(5, 20), pixels=4)
     assert all(torch.equal(one.values, other.values) for one, other in zip(again, zoomed, strict=True))
     assert gpu.readings == 0
