@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench.measure import run_poisoned, time_us
 from workbench_kernels import building, unpack
-from workbench_kernels.building import Axis, Kept
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis
 
 HEADS, WIDTH, GROUP = 8, 128, 64
 TOKENS, FEW, CHECKED = 131072, 8192, 2048
@@ -44,18 +45,19 @@ def tensors(tokens: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def on_host(chosen: Kept) -> Kept:
     """The same list in host memory."""
-    return Kept(*(part.cpu() if isinstance(part, Tensor) else part for part in chosen))
+    places, starts, begins, lengths = (part.cpu() for part in chosen[:4])
+    return Kept(places, starts, begins, lengths, chosen.counts, chosen.tokens)
 
 
 def errors() -> Iterator[Row]:
     """How many numbers differ from the reference on a CPU, where float32 division is that of IEEE 754; 0 is wanted."""
     keys, values, keep = tensors(CHECKED, 0.6)
     chosen = building.kept(keep)
-    here = building.kept_reference(keep.cpu())
+    here = building.kept.reference(keep.cpu())
     wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(chosen[:5], here[:5], strict=True))
     yield {"what": "check: kept", "different": wrong}
     found = run_poisoned(partial(building.gather, (keys, values), chosen, torch.float16))
-    wanted = building.gather_reference((keys.cpu(), values.cpu()), here, torch.float16)
+    wanted = building.gather.reference((keys.cpu(), values.cpu()), here, torch.float16)
     yield {"what": "check: gather", "different": _different(found, wanted)}
     balance = (torch.rand(HEADS, WIDTH, device="cuda") + 0.5).half()
     for axis in get_args(Axis):
@@ -63,21 +65,23 @@ def errors() -> Iterator[Row]:
         for bits in (1, *BITS):
             for factors in (None, balance):
                 work = partial(building.quantise_rows, keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
-                stored = run_poisoned(work)
+                codes, scale, zero = run_poisoned(work)
                 cpu = None if factors is None else factors.cpu()
-                wanted = building.quantise_rows_reference(
+                wanted = building.quantise_rows.reference(
                     keys.cpu(), bits, GROUP, axis, chosen=on_host(rows_of), balance=cpu
                 )
-                torch_here = building.quantise_rows_reference(keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
+                torch_here = building.quantise_rows.reference(keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
                 owners = rows_of.entries()[0]
                 read = (bits, GROUP, axis, WIDTH, torch.bfloat16)
-                back = run_poisoned(partial(building.dequantise_rows, *stored, *read, balance=factors, owners=owners))
-                plain = building.dequantise_rows_reference(
-                    *(part.cpu() for part in stored), *read, balance=cpu, owners=owners.cpu()
+                back = run_poisoned(
+                    partial(building.dequantise_rows, codes, scale, zero, *read, balance=factors, owners=owners)
+                )
+                plain = building.dequantise_rows.reference(
+                    codes.cpu(), scale.cpu(), zero.cpu(), *read, balance=cpu, owners=owners.cpu()
                 )
                 yield {
                     "what": f"check: {bits} bits per {axis}" + ("" if factors is None else ", balanced"),
-                    "different": _different(stored, wanted),
+                    "different": _different((codes, scale, zero), wanted),
                     "codes of PyTorch on this GPU that differ": int((torch_here[0].cpu() != wanted[0]).sum()),
                     "different when read back": _different((back,), (plain,)),
                 }
@@ -149,12 +153,15 @@ def times(tokens: int, share: float) -> Iterator[Row]:
         yield {"what": f"{what}, PyTorch", **row, "us": time_us(plain, graph=False, milliseconds=BASELINE_MS)}
         torch.cuda.empty_cache()
 
+    def indexed_then_quantised(bits: int, group: int, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+        return building.quantise_rows.reference(keys[front][None], bits, group, axis)
+
     places = 0 if listed is None else 4 * total
     yield from pair(
         "kept",
         2 * keep.numel() + 4 * chosen.total,
         partial(building.kept, keep),
-        partial(building.kept_reference, keep),
+        partial(building.kept.reference, keep),
         graph=False,
     )
     yield from pair(
@@ -172,26 +179,26 @@ def times(tokens: int, share: float) -> Iterator[Row]:
                 f"quantise, {bits} bits per {axis}",
                 read + packed + places,
                 partial(building.quantise_rows, keys, *how, chosen=listed),
-                lambda how=how: building.quantise_rows_reference(keys[front][None], *how),
+                partial(indexed_then_quantised, *how),
             )
             stored = building.quantise_rows(keys, *how, chosen=listed)
             yield from pair(
                 f"dequantise, {bits} bits per {axis}",
                 read + packed,
                 partial(building.dequantise_rows, *stored, *how, WIDTH, torch.bfloat16),
-                partial(building.dequantise_rows_reference, *stored, *how, WIDTH, torch.bfloat16),
+                partial(building.dequantise_rows.reference, *stored, *how, WIDTH, torch.bfloat16),
             )
     held = total * (2 * COUNT + WIDTH // 8)
     yield from pair(
         "bitmap, 70 % pruned",
         read + held + places,
         partial(building.sparse_rows, keys, COUNT, torch.bfloat16, chosen=listed),
-        lambda: building.sparse_rows_reference(keys[front][None], COUNT, torch.bfloat16),
+        lambda: building.sparse_rows.reference(keys[front][None], COUNT, torch.bfloat16),
     )
     numbers, bitmap = building.sparse_rows(keys, COUNT, torch.bfloat16, chosen=listed)
     yield from pair(
         "expand, 70 % pruned",
         read + held,
         partial(building.expand_rows, numbers, bitmap, WIDTH, torch.bfloat16),
-        partial(building.expand_rows_reference, numbers, bitmap, WIDTH, torch.bfloat16),
+        partial(building.expand_rows.reference, numbers, bitmap, WIDTH, torch.bfloat16),
     )

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from bench.baselines import fastest
-from bench.measure import relative_error, run_poisoned, time_us
+from bench.measure import failures, relative_error, run_poisoned, time_us
 from workbench_kernels.building import sparse_rows
-from workbench_kernels.decode import decode_dense, decode_packed, decode_reference
-from workbench_kernels.decode_bitmap import decode_bitmap, decode_bitmap_reference
+from workbench_kernels.decode import decode_dense, decode_packed
+from workbench_kernels.decode_bitmap import decode_bitmap
+from workbench_kernels.dispatch import WithKernel
 from workbench_kernels.gpu import bitmap
 from workbench_kernels.rows import PackedRows, Ragged, SparseRows
 from workbench_kernels.scoring import Scoring
@@ -79,9 +80,13 @@ def _times(heads: Heads, batch: int, n: int) -> Iterator[Row]:
 
 def _attend(query: Tensor, keys: Held, values: Held, **options: Any) -> Tensor:
     """The newest token's attention, by the kernel for what is held."""
-    kernel: Any = {Ragged: decode_dense, PackedRows: decode_packed, SparseRows: decode_bitmap}[type(keys)]
-    out: Tensor = kernel(query, keys, values, Scoring(query.shape[-1] ** -0.5), **options)[0]
-    return out
+    return _function(keys)(query, keys, values, Scoring(query.shape[-1] ** -0.5), **options)[0]
+
+
+def _function(held: Held) -> WithKernel[..., tuple[Tensor, Tensor | None]]:
+    functions: dict[type, WithKernel[..., tuple[Tensor, Tensor | None]]]
+    functions = {Ragged: decode_dense, PackedRows: decode_packed, SparseRows: decode_bitmap}
+    return functions[type(held)]
 
 
 def _query(heads: Heads, batch: int, queries: int = 1) -> Tensor:
@@ -175,9 +180,7 @@ def _checked(what: str, heads: Heads, queries: int, keys: Held, values: Held) ->
     if queries > 1:
         options["query_positions"] = torch.arange(4099 - queries, 4099, device="cuda")
     got = run_poisoned(partial(_attend, query, keys, values, **options))
-    reference: Callable[..., tuple[Tensor, Tensor]]
-    reference = decode_bitmap_reference if isinstance(keys, SparseRows) else decode_reference
-    wanted, _ = reference(query.double(), keys, values, Scoring(query.shape[-1] ** -0.5), **options)
+    wanted, _ = _function(keys).reference(query.double(), keys, values, Scoring(query.shape[-1] ** -0.5), **options)
     return {"what": what, "heads": list(heads), "queries": queries, "error": relative_error(got, wanted)}
 
 
@@ -193,13 +196,11 @@ def _sweep(n: int) -> Iterator[Row]:
     cases = [_sweep_case(heads, queries) for heads in SWEPT for queries in (1, 5)]
     for config in BITMAP_CONFIGS:
         row = {"what": "sweep, bitmap", "heads": list(LLAMA), "batch": 8, "n": n, "config": str(tuple(config))}
-        try:
+        with failures(row):  # a configuration may need more than there is
             work = partial(bitmap.decode_bitmap, query, *held, Scoring(0.1), config=config)
             row |= {"bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
             row["error"] = max(relative_error(case(config=config)[0], wanted) for case, wanted in cases)
-            yield row
-        except Exception as problem:  # a configuration that needs more than there is
-            yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:200]}
+        yield row
 
 
 def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]:
@@ -210,7 +211,7 @@ def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]
     options: dict[str, Any] = {"scoring": Scoring(heads.width**-0.5)}
     if queries > 1:
         options["query_positions"] = torch.arange(n - queries, n, device="cuda")
-    wanted, _ = decode_bitmap_reference(query.double(), keys, values, **options)
+    wanted, _ = decode_bitmap.reference(query.double(), keys, values, **options)
     return partial(bitmap.decode_bitmap, query, keys, values, **options), wanted
 
 

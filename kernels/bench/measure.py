@@ -164,6 +164,21 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 @contextmanager
+def failures(row: dict[str, Any]) -> Iterator[None]:
+    """Write what fails inside the block down as the row's `failed`, its type and first line, and go on.
+
+    Libraries are not installed, work does not fit into the device: each is one result among others.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        row["failed"] = f"not installed: {problem.name}"
+    except Exception as problem:  # noqa: BLE001  # whatever it is
+        first = next(iter(str(problem).strip().splitlines()), "")
+        row["failed"] = f"{type(problem).__name__}: {first}"[:300]
+
+
+@contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise TimeUp inside the block once `seconds` are over; None: never. For the main thread of a Unix process."""
     import signal

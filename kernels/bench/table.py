@@ -191,8 +191,7 @@ def line_chart(title: str, shown: Mapping[str, Sequence[tuple[float, float]]]) -
         y = top + high - up * (power - least)
         parts.append(f'<path d="M{left} {y:.1f}H{left + wide}" stroke="#dddddd"/>')
         parts.append(_text(left - 6, y + 4, f"{10.0**power:g} µs", anchor="end"))
-    for n in ns:
-        parts.append(_text(left + across * (log2(n) - low), top + high + 18, f"{n:,.0f}", anchor="middle"))
+    parts.extend(_text(left + across * (log2(n) - low), top + high + 18, f"{n:,.0f}", anchor="middle") for n in ns)
     for place, (what, line) in enumerate(shown.items()):
         colour = COLOURS[place % len(COLOURS)]
         dash = f' stroke-dasharray="{2 + 3 * (place // len(COLOURS))} 3"' if place >= len(COLOURS) else ""

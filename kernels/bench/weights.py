@@ -15,13 +15,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
+from math import sqrt
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
+from bench.measure import failures, peak_bytes, relative_error, run_poisoned, time_us
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.layers import CodebookLinear, CompactLinear, IntegerLinear, PackedLinear, SparseLinear, compact
 from workbench.weights.low_rank import LowRankLinear
@@ -83,25 +84,26 @@ def measured(
     several: tuple[int, ...] = TOKENS,
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of tokens. plain: times of nn.Linear, by shape and tokens, which this fills itself."""
-    try:
+    row = case(what, way, outputs, inputs, several)
+    with failures(row):  # it may not be installed, or not be for this device
         held = make(outputs, inputs)
         exact = held.weight().double() if held.weight is not None else None
-    except Exception as error:  # not installed, or not for this device: one result among others
-        yield {**case(what, way, outputs, inputs, several), "failed": _said(error)}
+    if "failed" in row:
+        yield row
         return
     failed: dict[str, list[int]] = {}
     graph = True  # until a capture fails: then for the others neither
     for tokens in several:
         key = (outputs, inputs, tokens)
         x = drawn(tokens, inputs)
-        try:
-            with torch.inference_mode():
-                out = run_poisoned(partial(held.work, x))
-                error = None if exact is None else relative_error(out, x.double() @ exact.T)
-                us, graph = timed(partial(held.work, x), graph)
-                peak = peak_bytes(partial(held.work, x))
-        except Exception as problem:
-            failed.setdefault(_said(problem), []).append(tokens)
+        row = {}
+        with failures(row), torch.inference_mode():
+            out = run_poisoned(partial(held.work, x))
+            error = None if exact is None else relative_error(out, x.double() @ exact.T)
+            us, graph = timed(partial(held.work, x), graph)
+            peak = peak_bytes(partial(held.work, x))
+        if "failed" in row:
+            failed.setdefault(row["failed"], []).append(tokens)
             continue
         if what == DENSE:
             plain[key] = us
@@ -127,17 +129,17 @@ def timed(work: Callable[[], Any], graph: bool = True) -> tuple[float, bool]:
 
 def sweep() -> Iterator[dict[str, Any]]:
     """Tiles of other sizes for one token and 512, and the packed kernel's configurations for one."""
-    usual = compact._TILE
+    usual = compact._TILE  # noqa: SLF001  what is swept is nobody else's business
     try:
         for outputs, inputs in ((14336, 4096), (4096, 14336)):
             for what in (("packed 4 bit, group 64", "tiles"), ("sparse, half, uneven rows", "ours")):
                 held = OURS[what](outputs, inputs)
                 for tile in TILES:
-                    compact._TILE = tile << 20
+                    compact._TILE = tile << 20  # noqa: SLF001  see above
                     for tokens in (1, 512):
                         yield tried(held.work, what[0], f"tiles of {tile} MiB", outputs, inputs, tokens)
     finally:
-        compact._TILE = usual
+        compact._TILE = usual  # noqa: SLF001  see above
     from workbench_kernels.gpu import packed_linear as gpu
 
     for outputs, inputs in ((4096, 4096), (14336, 4096)):
@@ -156,18 +158,10 @@ def tried(
 ) -> dict[str, Any]:
     """A row of a sweep."""
     row = case(f"sweep: {what}", way, outputs, inputs, (tokens,))
-    try:
-        with torch.inference_mode():
-            us, graph = timed(partial(work, drawn(tokens, inputs)))
-    except Exception as error:  # does not fit into the device: one result among others
-        return {**row, "failed": _said(error)}
-    return {**row, "us": us, **({} if graph else {"launched": "one by one"})}
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"not installed: {error.name}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    with failures(row), torch.inference_mode():  # it may not fit into the device
+        row["us"], graph = timed(partial(work, drawn(tokens, inputs)))
+        row |= {} if graph else {"launched": "one by one"}
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
@@ -248,14 +242,18 @@ def int4pack(group: int, outputs: int, inputs: int) -> Held:
     """torch's own 4-bit product (tinygemm), which torchao's tiled layout uses as well: (code - 8) * scale + zero."""
     codes, scale, _ = grid(4, group, outputs, inputs)
     scale, zero = scale.to(KIND), _normal(*scale.shape) / 64
-    held = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    # torch offers its own 4-bit product by no other name.
+    held = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)  # noqa: SLF001  see above
     pairs = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()  # [g, o, 2]
 
     def weight() -> Tensor:
         groups = codes.double().unflatten(1, (-1, group)) - 8
         return torch.addcmul(zero.double()[..., None], groups, scale.double()[..., None]).flatten(1)
 
-    return Held(lambda x: torch._weight_int4pack_mm(x, held, group, pairs), tensor_bytes([held, pairs]), weight)
+    def work(x: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm(x, held, group, pairs)  # noqa: SLF001  see above
+
+    return Held(work, tensor_bytes([held, pairs]), weight)
 
 
 def semi_structured(name: str, outputs: int, inputs: int) -> Held:
@@ -279,7 +277,7 @@ def torchao(config: str, options: dict[str, Any], outputs: int, inputs: int) -> 
     inner = [getattr(layer.weight, part) for part in layer.weight.__tensor_flatten__()[0]]
     nbytes = tensor_bytes(tensor for tensor in inner if isinstance(tensor, Tensor))
     if "Activation" in config:
-        return Held(layer, nbytes, lambda: layer.weight.dequantize())
+        return Held(layer, nbytes, layer.weight.dequantize)
     return Held(layer, nbytes, lambda: layer(torch.eye(inputs, dtype=KIND, device=DEVICE)).T)
 
 
@@ -339,7 +337,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def _normal(*shape: int) -> Tensor:
-    return drawn(*shape) / shape[1] ** 0.5
+    return drawn(*shape) / sqrt(shape[1])
 
 
 @cache

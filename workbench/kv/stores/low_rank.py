@@ -19,8 +19,9 @@ from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
-from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
+from workbench_kernels.decode_lowrank import decode_lowrank
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rotary import LOW, RotaryTable
 from workbench_kernels.softmax import merge_states
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
@@ -83,15 +84,15 @@ def rotary_of(layer: LayerTrace) -> Rotation | None:
 
 
 # A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
-_turns: WeakKeyDictionary[Rotation, tuple[int, Turns | None]] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[Rotation, tuple[int, RotaryTable | None]] = WeakKeyDictionary()
 
 
-def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
+def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> RotaryTable | None:
     """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
     count = -(-longest // LOW) * LOW
     known = _turns.get(rotary)
     if known is None or known[0] != count:
-        known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
+        known = _turns[rotary] = (count, RotaryTable.of(rotary, count, channels, device))
     return known[1]
 
 
@@ -318,7 +319,7 @@ class LowRankStore(Store):
         scoring = Scoring(scale, softcap=softcap)
         out, sums = decode_lowrank(
             turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
-            positions=older, turns=turns, lse=True,
+            positions=older, rotary=turns, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out

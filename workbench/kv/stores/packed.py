@@ -11,8 +11,10 @@ from workbench.core.precision import check_finite
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store, for_kernel
 from workbench_kernels import Scoring
-from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
+from workbench_kernels.building import dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis
 from workbench_kernels.rows import PackedRows as KernelRows
 
 WHOLE = 16  # bits of rows that are never quantised
