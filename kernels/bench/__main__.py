@@ -34,7 +34,7 @@ OURS = {"__main__", "measure", "promises", "table"}
 
 def names() -> list[str]:
     """The modules here that measure something."""
-    return sorted(found.name for found in pkgutil.iter_modules([str(FOLDER)]) if found.name not in OURS)
+    return sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.name not in OURS)
 
 
 def machine(arguments: list[str]) -> dict[str, Any]:

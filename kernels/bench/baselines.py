@@ -135,12 +135,12 @@ COMPILED: dict[str, Prepare] = {"FlexAttention, compiled": _flex}
 
 def fastest(query: Tensor, keys: Tensor, values: Tensor) -> tuple[str, float]:
     """Which way of SDPA takes the least time here, for query [b, h, 1, d] over keys [b, k, n, d], and its µs."""
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     for what, prepare in SCALED_DOT_PRODUCT.items():
         with suppress(RuntimeError):  # not every backend takes every shape
-            found[what] = time_us(prepare(query, keys, values), milliseconds=25)
-    what = min(found, key=lambda each: found[each])
-    return what, found[what]
+            times[what] = time_us(prepare(query, keys, values), milliseconds=25)
+    what = min(times, key=lambda each: times[each])
+    return what, times[what]
 
 
 def _over_full_cache(baselines: dict[str, Prepare], batch: int, n: int) -> Iterator[dict[str, Any]]:

@@ -56,9 +56,9 @@ def errors() -> Iterator[Row]:
     here = building.kept.reference(keep.cpu())
     wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(chosen[:5], here[:5], strict=True))
     yield {"what": "check: kept", "different": wrong}
-    found = run_poisoned(partial(building.gather, (keys, values), chosen, torch.float16))
+    rows = run_poisoned(partial(building.gather, (keys, values), chosen, torch.float16))
     wanted = building.gather.reference((keys.cpu(), values.cpu()), here, torch.float16)
-    yield {"what": "check: gather", "different": _different(found, wanted)}
+    yield {"what": "check: gather", "different": _different(rows, wanted)}
     balance = (torch.rand(HEADS, WIDTH, device="cuda") + 0.5).half()
     for axis in get_args(Axis):
         rows_of = chosen.first(chosen.counts // GROUP * GROUP)
@@ -86,23 +86,23 @@ def errors() -> Iterator[Row]:
                     "different when read back": _different((back,), (plain,)),
                 }
     for dtype in (torch.bfloat16, torch.float32):
-        held, bitmap = run_poisoned(partial(building.sparse_rows, keys.to(dtype), COUNT, dtype, chosen=chosen))
-        back = run_poisoned(partial(building.expand_rows, held, bitmap, WIDTH, dtype))
+        numbers, bitmap = run_poisoned(partial(building.sparse_rows, keys.to(dtype), COUNT, dtype, chosen=chosen))
+        back = run_poisoned(partial(building.expand_rows, numbers, bitmap, WIDTH, dtype))
         exact = keys.to(dtype)[keep]
         bits_set = unpack(bitmap, 1, WIDTH)
         largest = exact.abs().sort(dim=1, descending=True).values[:, :COUNT]
         wrong = int((bits_set.sum(dim=1) != COUNT).sum()) + _different((back,), (exact * bits_set,))
         yield {
             "what": f"check: bitmap, {str(dtype).removeprefix('torch.')}",
-            "different": wrong + _different((held.abs().sort(dim=1, descending=True).values,), (largest,)),
+            "different": wrong + _different((numbers.abs().sort(dim=1, descending=True).values,), (largest,)),
         }
 
 
-def _different(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> int:
+def _different(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> int:
     """How many numbers differ; all of them where shapes do."""
     return sum(
         int((a.cpu() != b.cpu()).sum()) if a.shape == b.shape else max(a.numel(), b.numel())
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(got, wanted, strict=True)
     )
 
 
@@ -188,17 +188,17 @@ def times(tokens: int, share: float) -> Iterator[Row]:
                 partial(building.dequantise_rows, *stored, *how, WIDTH, torch.bfloat16),
                 partial(building.dequantise_rows.reference, *stored, *how, WIDTH, torch.bfloat16),
             )
-    held = total * (2 * COUNT + WIDTH // 8)
+    sparse = total * (2 * COUNT + WIDTH // 8)
     yield from pair(
         "bitmap, 70 % pruned",
-        read + held + places,
+        read + sparse + places,
         partial(building.sparse_rows, keys, COUNT, torch.bfloat16, chosen=listed),
         lambda: building.sparse_rows.reference(keys[front][None], COUNT, torch.bfloat16),
     )
     numbers, bitmap = building.sparse_rows(keys, COUNT, torch.bfloat16, chosen=listed)
     yield from pair(
         "expand, 70 % pruned",
-        read + held,
+        read + sparse,
         partial(building.expand_rows, numbers, bitmap, WIDTH, torch.bfloat16),
         partial(building.expand_rows.reference, numbers, bitmap, WIDTH, torch.bfloat16),
     )

@@ -124,11 +124,11 @@ def poison(*nbytes: int, blocks: int = 4) -> None:
     nbytes: sizes of allocations to come. The allocator serves a request from the free block that fits best, so some
     blocks of each size, and of powers of two for what lies between, are allocated, filled and freed.
     """
-    held = []
+    full = []
     for size in (*nbytes, *(1 << power for power in range(9, 26))):
-        held += [torch.full((max(size, 1),), 255, dtype=torch.uint8, device="cuda") for _ in range(blocks)]
+        full += [torch.full((max(size, 1),), 255, dtype=torch.uint8, device="cuda") for _ in range(blocks)]
     torch.cuda.synchronize()
-    del held
+    del full
 
 
 def run_poisoned(work: Callable[[], Any]) -> Any:

@@ -153,12 +153,12 @@ def lines(rows: Sequence[Row]) -> tuple[str, dict[str, list[tuple[float, float]]
     if not counts:
         return None
     chosen = max(counts, key=lambda each: counts[each])
-    found: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in points:
         if setting(row, (*NAMES, "n")) == chosen:
-            found.setdefault(name_of(row), []).append((float(row["n"]), float(row["us"])))
-    found = {what: sorted(line) for what, line in found.items() if len({n for n, _ in line}) >= 3}
-    return (", ".join(f"{key} {value}" for key, value in chosen), found) if found else None
+            lines.setdefault(name_of(row), []).append((float(row["n"]), float(row["us"])))
+    lines = {what: sorted(line) for what, line in lines.items() if len({n for n, _ in line}) >= 3}
+    return (", ".join(f"{key} {value}" for key, value in chosen), lines) if lines else None
 
 
 def bar_chart(title: str, shown: Sequence[tuple[str, float]]) -> str:
