@@ -4,7 +4,7 @@ Users pay nothing for it: the signatures stand here, and `watched` puts them aro
 
 b batch, h query heads, k KV heads, n tokens read, q new tokens, m slots, d size of a key, dv of a value, v vocabulary,
 l layers, o outputs, i inputs. A letter means the same size throughout one call, `{...}` is computed from its arguments.
-What only steers a function (scale, window, soft cap) goes through `*rest` and `**options`.
+What only steers a function goes through `*rest` and `**options`.
 """
 # No `from __future__ import annotations` here: jaxtyping reads the annotations themselves.
 # ruff: noqa: F722, F821 (a shape is a string in an annotation, but no Python)
@@ -49,6 +49,7 @@ from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.statistics import InputStats
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.pruner import Pruner
+from workbench_kernels import Scoring
 
 Declared = Callable[..., Any]
 
@@ -175,7 +176,7 @@ class OfLayerTrace:
         values_held: Float[Tensor, "k n dv"],
         queries_held: Float[Tensor, "h n d"],
         device: torch.device,
-        scale: float,
+        scoring: Scoring,
         *rest: Any,
         **options: Any,
     ) -> None: ...
@@ -239,13 +240,13 @@ class OfStore:
 
     @in_dtype_of("query")
     def attend(
-        self, query: Float[Tensor, "h q d"], query_positions: Int64[Tensor, "q"], *rest: Any, **options: Any
+        self, query: Float[Tensor, "h q d"], query_positions: Int64[Tensor, "q"], scoring: Scoring, **options: Any
     ) -> tuple[
         Float[Tensor, "h q dv"], Float32[Tensor, "{self.kv_heads} {query.shape[0]//self.kv_heads} q m"] | None
     ]: ...
 
     def by_kernel(
-        self, query: Float[Tensor, "h q d"], query_positions: Int64[Tensor, "q"], *rest: Any, **options: Any
+        self, query: Float[Tensor, "h q d"], query_positions: Int64[Tensor, "q"], scoring: Scoring, **options: Any
     ) -> Float[Tensor, "h q dv"] | None: ...
 
 
@@ -467,17 +468,21 @@ class OfRowBlock:
 
 @in_dtype_of("query")
 def of_causal_attention(
-    query: Float[Tensor, "h n d"], key: Float[Tensor, "k n d"], value: Float[Tensor, "k n dv"], **options: Any
+    query: Float[Tensor, "h n d"],
+    key: Float[Tensor, "k n d"],
+    value: Float[Tensor, "k n dv"],
+    *rest: Any,
+    **options: Any,
 ) -> Float[Tensor, "h n dv"]: ...
 
 
 def of_row_blocks(
-    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], **options: Any
+    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], scoring: Scoring, **options: Any
 ) -> Iterator[RowBlock]: ...
 
 
 def of_attention_rows(
-    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], **options: Any
+    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], scoring: Scoring, **options: Any
 ) -> Iterator[tuple[slice, Tensor]]: ...
 
 
@@ -495,17 +500,17 @@ def of_nearest_kept(
 
 
 def of_column_sums(
-    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], **options: Any
+    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], *rest: Any, **options: Any
 ) -> Float32[Tensor, "h nk"]: ...
 
 
 def of_row_entropy(
-    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], **options: Any
+    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], *rest: Any, **options: Any
 ) -> Float32[Tensor, "h nq"]: ...
 
 
 def of_sink_mass(
-    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], **options: Any
+    queries: Float[Tensor, "h nq d"], keys: Float[Tensor, "k nk d"], *rest: Any, **options: Any
 ) -> Float32[Tensor, "h nq"]: ...
 
 

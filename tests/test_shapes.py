@@ -31,6 +31,7 @@ from workbench.trace import LayerTrace
 from workbench.weights.base import WeightMethod, compressed
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.low_rank import LowRankLinear
+from workbench_kernels import Scoring
 
 NEW = torch.arange(3, 12)
 
@@ -66,7 +67,7 @@ def test_kv_stages_and_stores_give_the_shapes_they_say(key: str, called: set[str
             assert store.entries > 0 and len(store.positions) == store.kv_heads
             store.contents(torch.float32)
             store.tiers(plan.trace.tokens)
-            store.attend(torch.randn(4, 2, 16), torch.tensor([200, 201]), scale=0.25, weights=not store.retrieves)
+            store.attend(torch.randn(4, 2, 16), torch.tensor([200, 201]), Scoring(0.25), weights=not store.retrieves)
         plan.survival(), plan.error, plan.kept(0, 0)
     if "score" in vars(type(method)):  # a class that has `scores` too may not need it
         method.score(found.trace.compressible[-1])
@@ -172,7 +173,7 @@ def test_a_store_that_ignores_the_dtype_asked_for_is_caught() -> None:
     everything = torch.ones(layer.kv_heads, layer.tokens, dtype=torch.bool)
     store = Deaf.where(layer.keys, layer.values, everything, torch.float32)
     with shapes.watched(Store), pytest.raises(shapes.WrongDtype, match=r"Deaf\.contents"):
-        store.attend(layer.queries[:, -2:], torch.arange(68, 70), scale=layer.scale)
+        store.attend(layer.queries[:, -2:], torch.arange(68, 70), layer.scoring)
 
 
 def test_an_operator_that_gives_whole_rows_is_caught() -> None:
