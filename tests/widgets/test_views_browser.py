@@ -9,6 +9,7 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -299,25 +300,23 @@ def test_a_map_saves_itself_as_picture_drawing_and_numbers(served, tmp_path):
     _, watched = served(lambda: Heatmap.panel(values, tokens=['a,"b"', "<&\n"], label="Attention of x"))
     page = watched.page
 
-    def saved(entry: str) -> str:
+    def saved(entry: str) -> Path:
         page.get_by_role("button", name="Save").click()
         with page.expect_download() as waited:
             page.get_by_role("menuitem", name=entry).click()
         assert waited.value.suggested_filename.startswith("attention-of-x.")
-        return str(waited.value.path())
+        return Path(waited.value.path())
 
-    with open(saved("PNG"), "rb") as file:
-        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert saved("PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     drawing = ET.parse(saved("SVG")).getroot()
     texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
     assert {"0.25", ".25", "Attention of x", 'a,"b"'} - set(texts) <= {"0.25"}
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}image"))) == 1
-    with open(saved("CSV"), newline="") as file:
+    with saved("CSV").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][1:] == ['0 a,"b"', "1 <&\n"]
     assert [row[1:] for row in rows[1:]] == [["0.5", ""], ["0.25", "0.125"]]
-    with open(saved("JSON")) as file:
-        found = json.load(file)
+    found = json.loads(saved("JSON").read_text())
     assert found["values"] == [[0.5, None], [0.25, 0.125]]
     assert found["exact"] is True
     assert found["rows"]["edges"] == [0, 1, 2]
