@@ -246,7 +246,7 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
     """From the end of dragging over a part of the map to its exact values on screen: medians of `repeats`."""
     from workbench.measure import pooled_map
     from workbench_widgets import present
-    from workbench_widgets.heatmap import Heatmap
+    from workbench_widgets.views.heatmap import Heatmap
 
     at = layers_of(recording, every=False).start
     query, key = recording["queries"][at, HEAD], recording["keys"][at, HEAD // (HEADS // KV_HEADS)]
@@ -264,9 +264,8 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
         started = perf_counter()
         rows, cols = (window[0], window[1]), (window[2], window[3])
         pooled = pooled_map(query, key, scale=recording["scale"], pixels=PIXELS, rows=rows, cols=cols)
-        fields = Heatmap._values(
-            (), present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD), ()
-        )  # as Heatmap.update does
+        keywords = present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD)
+        fields = Heatmap.field_values((), keywords)  # as Heatmap.update does
         computed = perf_counter()
         packed = {name: base64.b64encode(value).decode() for name, value in fields.items() if isinstance(value, bytes)}
         plain = {name: fields[name] for name in ("extent", "note")}

@@ -18,15 +18,15 @@ from workbench.registry import Method, Parameter, registered
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.controls import Menu, MethodForm, control
-from workbench_widgets.app.lane import Lane
-from workbench_widgets.app.offered import Offered
-from workbench_widgets.app.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
+from workbench_widgets.app.elements.method_form import Menu, MethodForm, control
+from workbench_widgets.app.work.worker import Lane
+from workbench_widgets.app.work.offered_models import Offered
+from workbench_widgets.app.parts.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
 from workbench_widgets.app.serve import _check_port
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import PageState
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.loaded_models import Shelf
+from workbench_widgets.app.state.snippet import snippet
+from workbench_widgets.app.state.page_state import PageState
+from workbench_widgets.app.work.workspace import Workspace
 
 EVERY = [(cls, p) for cls in registered() for p in cls.parameters()]
 
@@ -474,7 +474,7 @@ def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(at
 def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     session = attention.workspace.reading.session
     for start, against in (("SLAB", False), ("SLAB (simplified linear attention) − all keys", True)):
@@ -494,7 +494,7 @@ def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) 
 def test_an_operators_parameters_are_its_controls_and_stay_as_they_were_left(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     assert not attention._parameters.visible
     choose_to_show(attention, "SOFT")
@@ -518,7 +518,7 @@ def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_
     attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, session = attention.workspace, attention.workspace.reading.session
-    monkeypatch.setattr("workbench_widgets.app.workspace._SOON_S", 0)
+    monkeypatch.setattr("workbench_widgets.app.work.workspace._SOON_S", 0)
     real, asked = session.attention, []
 
     def endless(*args: Any, progress: Progress, **kwargs: Any) -> Any:
@@ -541,7 +541,7 @@ def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_
 def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     workspace = attention.workspace
     session = workspace.reading.session
@@ -567,7 +567,7 @@ def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
 def test_an_attention_methods_own_weights_are_shown_and_said_to_be_so(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     workspace = attention.workspace
     sparse = wb.method("block-sparse", budget=0.5)

@@ -19,12 +19,12 @@ from workbench.registry import registered
 
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.offered import Offered
+from workbench_widgets.app.work.offered_models import Offered
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.recipe_form import SLOTS, methods_for
-from workbench_widgets.app.state import TABS, TEXT_LIMIT, PageState
-from workbench_widgets.app.text_field import TextArea, TextField
-from workbench_widgets.app.text_length import TextLength, about_tokens
+from workbench_widgets.app.parts.recipe_form import SLOTS, methods_for
+from workbench_widgets.app.state.page_state import TABS, TEXT_LIMIT, PageState
+from workbench_widgets.app.elements.text_field import TextArea, TextField
+from workbench_widgets.app.state.text_length import TextLength, about_tokens
 from workbench_widgets.control_panel import Controls
 
 PARTS = [name for name in PageState.__dataclass_fields__ if name != "unread"]

@@ -22,13 +22,13 @@ pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
 from workbench_widgets import weight_views
-from workbench_widgets.app.budget_bar import BudgetBar
+from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
-from workbench_widgets.app.recipe_form import RecipeForm
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.workspace import Workspace
-from workbench_widgets.wire import unpack
+from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.work.loaded_models import Shelf
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views.wire import unpack
 
 TEXT = "the needle lies under the stone " * 4
 STACK = wb.weights.BitStack(budget=0.3, rank=2, blocks=4)

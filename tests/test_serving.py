@@ -29,13 +29,13 @@ import panel as pn
 import websocket
 
 from workbench_widgets import serve
-from workbench_widgets.app.asked import asked
-from workbench_widgets.app.hosts import Hosts, is_this_machine
-from workbench_widgets.app.offered import Offered
+from workbench_widgets.app.parts.link_confirmation import asked
+from workbench_widgets.app.server.hosts import Hosts, is_this_machine
+from workbench_widgets.app.work.offered_models import Offered
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.state import TEXT_LIMIT, PageState
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.loaded_models import Shelf
+from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
+from workbench_widgets.app.work.workspace import Workspace
 
 TINY = "workbench-tiny"
 GONE = "text=The server has gone"

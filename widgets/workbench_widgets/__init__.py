@@ -6,29 +6,24 @@ component. Figures with lines and bars are Plotly's: see `workbench_widgets.figu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from workbench_widgets.answer_diff import AnswerDiff
-from workbench_widgets.heatmap import Heatmap
-from workbench_widgets.kept_raster import KeptRaster
-from workbench_widgets.map_grid import MapGrid
-from workbench_widgets.token_text import TokenText
-from workbench_widgets.view import View
+from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, View
 
 if TYPE_CHECKING:
     from workbench_widgets.app import serve
-    from workbench_widgets.attention_view import AttentionView
+    from workbench_widgets.notebook import AttentionView
 
 __all__ = ["AnswerDiff", "AttentionView", "Heatmap", "KeptRaster", "MapGrid", "TokenText", "View", "serve"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "serve":  # the app needs Panel, the views do not
         from workbench_widgets.app import serve
 
         return serve
     if name == "AttentionView":  # needs the whole workbench, the views need nothing
-        from workbench_widgets.attention_view import AttentionView
+        from workbench_widgets.notebook import AttentionView
 
         return AttentionView
     raise AttributeError(f"module 'workbench_widgets' has no attribute {name!r}")

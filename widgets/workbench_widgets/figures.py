@@ -13,9 +13,9 @@ import numpy as np
 
 from workbench.errors import BadParameter, MissingExtra
 from workbench.measure.memory import HOST
-from workbench_widgets.colors import theme
+from workbench_widgets.colours import theme
 from workbench_widgets.plain_text import in_markup
-from workbench_widgets.pool import edges
+from workbench_widgets.views.pooling import edges
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,9 +16,9 @@ from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadClass
 from workbench.measure.memory import Timeline
 from workbench.run import Run
-from workbench_widgets.heatmap import Heatmap
 from workbench_widgets.plain_text import in_markup
-from workbench_widgets.pool import Scale
+from workbench_widgets.views.colour_levels import Scale
+from workbench_widgets.views.heatmap import Heatmap
 
 HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
 

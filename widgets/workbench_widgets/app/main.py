@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 
-from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.page import page
 from workbench_widgets.app.serve import DEFAULT_MODEL
+from workbench_widgets.app.work.offered_models import Offered
 
 more = tuple(filter(None, map(str.strip, os.environ.get("WORKBENCH_MODELS", "").split(","))))
 page(Offered(os.environ.get("WORKBENCH_MODEL", DEFAULT_MODEL), more, anything="*" in more)).servable()

@@ -20,15 +20,8 @@ from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
-from workbench_widgets.app.address import Address, choose_theme
-from workbench_widgets.app.answer import Answer
-from workbench_widgets.app.asked import Asked, asked
-from workbench_widgets.app.budget_bar import BudgetBar
-from workbench_widgets.app.code_dialog import CodeDialog
-from workbench_widgets.app.connection import tell_when_gone
-from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
-from workbench_widgets.app.notice import Notice
-from workbench_widgets.app.offered import Offered
+from workbench_widgets.app.elements.notice import Notice
+from workbench_widgets.app.elements.theme import EXTENSIONS, THEME, restyle
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -39,12 +32,19 @@ from workbench_widgets.app.panels import (
     TokensPanel,
     WeightsPanel,
 )
-from workbench_widgets.app.prompt_form import PromptForm
-from workbench_widgets.app.recipe_form import SLOTS, RecipeForm
-from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import TEXT_LIMIT, PageState
-from workbench_widgets.app.status_line import StatusLine
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.answer import Answer
+from workbench_widgets.app.parts.budget_bar import BudgetBar
+from workbench_widgets.app.parts.code_dialog import CodeDialog
+from workbench_widgets.app.parts.link_confirmation import Asked, asked
+from workbench_widgets.app.parts.prompt_form import PromptForm
+from workbench_widgets.app.parts.recipe_form import SLOTS, RecipeForm
+from workbench_widgets.app.parts.status_line import StatusLine
+from workbench_widgets.app.server.address import Address, choose_theme
+from workbench_widgets.app.server.connection import tell_when_gone
+from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
+from workbench_widgets.app.state.snippet import snippet
+from workbench_widgets.app.work.offered_models import Offered
+from workbench_widgets.app.work.workspace import Workspace
 
 _GLANCE_S = 0.1  # how often a page that was sent looks for its browser
 _ADDRESS_MS = 400  # the address follows this long after the last change

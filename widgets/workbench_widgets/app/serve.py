@@ -47,9 +47,9 @@ def serve(
         from workbench_widgets.app.page import page
     except ImportError as error:
         raise MissingExtra(f"the app needs Panel ({error}): pip install 'inference-workbench[app]'") from error
-    from workbench_widgets.app.hosts import Door, Hosts, is_this_machine
-    from workbench_widgets.app.offered import Offered
-    from workbench_widgets.app.shelf import SHELF
+    from workbench_widgets.app.server.hosts import Door, Hosts, is_this_machine
+    from workbench_widgets.app.work.loaded_models import SHELF
+    from workbench_widgets.app.work.offered_models import Offered
 
     port = _check_port(address, port)
     also = list(hosts)

@@ -16,14 +16,15 @@ from workbench.errors import WorkbenchError
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import find, registered
-from workbench_widgets import Heatmap, MapGrid, TokenText, figures, present
-from workbench_widgets.app.controls import Menu, MethodForm
-from workbench_widgets.app.doing import Doing
-from workbench_widgets.app.look import restyle
+from workbench_widgets import figures, present
+from workbench_widgets.app.elements.method_form import Menu, MethodForm
+from workbench_widgets.app.elements.theme import restyle
 from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
-from workbench_widgets.app.recent import Recent
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.stage_row import Doing
+from workbench_widgets.app.work.lru_cache import Recent
+from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_label, in_markup
+from workbench_widgets.views import Heatmap, MapGrid, TokenText
 
 _PIXELS = 512
 _SMALL = 32  # pixels of a map in the grid

@@ -8,9 +8,10 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench.progress import Progress
-from workbench_widgets import Heatmap, present
+from workbench_widgets import present
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views import Heatmap
 
 
 class HeadErrorPanel(Panel):

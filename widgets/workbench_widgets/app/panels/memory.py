@@ -7,7 +7,7 @@ import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.workspace import Workspace
 
 
 class MemoryPanel(Panel):

@@ -8,10 +8,11 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench.progress import Progress
-from workbench_widgets import Heatmap, figures, present
-from workbench_widgets.app.doing import Doing
+from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.stage_row import Doing
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views import Heatmap
 
 
 class OutliersPanel(Panel):

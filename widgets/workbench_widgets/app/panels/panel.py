@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import panel as pn
 
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.workspace import Workspace
 
 UNFINISHED = "This was not finished. It begins again when another tab, and then this one, is chosen."
 _HINT = "p { margin: 24px 4px; font-size: 14px; opacity: .75; }"

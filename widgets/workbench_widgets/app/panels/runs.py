@@ -11,11 +11,11 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
+from workbench_widgets.app.elements.table import fill, table
+from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.recipe_form import kv_methods, name
-from workbench_widgets.app.table import fill, table
-from workbench_widgets.app.text_field import TextField
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.recipe_form import kv_methods, name
+from workbench_widgets.app.work.workspace import Workspace
 
 _COLUMNS = {  # column -> title, width; the file has all there is
     "run": ("#", 40),

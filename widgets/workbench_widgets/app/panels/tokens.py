@@ -5,9 +5,10 @@ from __future__ import annotations
 import panel as pn
 import panel_material_ui as pmu
 
-from workbench_widgets import KeptRaster, TokenText, present
+from workbench_widgets import present
 from workbench_widgets.app.panels.panel import Panel
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views import KeptRaster, TokenText
 
 
 class TokensPanel(Panel):

@@ -12,7 +12,7 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.session import Session
 from workbench_widgets import weight_views
-from workbench_widgets.app.recent import Recent
+from workbench_widgets.app.work.lru_cache import Recent
 from workbench_widgets.present import Figure
 
 

@@ -14,15 +14,16 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.weights.blocks import blocks
 from workbench.weights.linears import linear_layers
-from workbench_widgets import Heatmap, weight_views
-from workbench_widgets.app.doing import Doing
-from workbench_widgets.app.figures_row import figures_row, show
+from workbench_widgets import weight_views
+from workbench_widgets.app.elements.figures_row import figures_row, show
+from workbench_widgets.app.elements.table import fill, table
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.panels.weight_sections import SECTIONS, Asked, Look, census_of, sensitivity_key
-from workbench_widgets.app.recent import Recent
-from workbench_widgets.app.table import fill, table
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.stage_row import Doing
+from workbench_widgets.app.work.lru_cache import Recent
+from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_label, in_markup
+from workbench_widgets.views import Heatmap
 
 _REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
 _COLUMNS = {  # of the tables -> title, width
