@@ -19,11 +19,11 @@ pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
 from workbench_widgets.app.elements.method_form import Menu, MethodForm, control
-from workbench_widgets.app.work.worker import Lane
-from workbench_widgets.app.work.offered_models import Offered
+from workbench_widgets.app.work.worker import Worker
+from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.parts.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
 from workbench_widgets.app.serve import _check_port
-from workbench_widgets.app.work.loaded_models import Shelf
+from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.state.snippet import snippet
 from workbench_widgets.app.state.page_state import PageState
 from workbench_widgets.app.work.workspace import Workspace
@@ -232,7 +232,7 @@ def test_the_python_of_a_page_runs_the_same_recipe(tiny_llama: Any, byte_tokeniz
 
 
 def test_a_lane_keeps_only_the_latest_of_what_waits() -> None:
-    lane, hold, done = Lane("test", now), threading.Event(), []
+    lane, hold, done = Worker("test", now), threading.Event(), []
 
     def slow(progress: Progress) -> str:
         hold.wait(10)
@@ -247,7 +247,7 @@ def test_a_lane_keeps_only_the_latest_of_what_waits() -> None:
 
 
 def test_an_interrupted_job_is_cancelled_and_forgotten() -> None:
-    lane, began, done = Lane("test", now), threading.Event(), []
+    lane, began, done = Worker("test", now), threading.Event(), []
 
     def endless(progress: Progress) -> str:
         began.set()
@@ -263,7 +263,7 @@ def test_an_interrupted_job_is_cancelled_and_forgotten() -> None:
 
 
 def test_cancelling_tells_so_and_the_lane_goes_on() -> None:
-    lane, began, failed, done = Lane("test", now), threading.Event(), [], []
+    lane, began, failed, done = Worker("test", now), threading.Event(), [], []
 
     def endless(progress: Progress) -> None:
         began.set()
@@ -281,7 +281,7 @@ def test_cancelling_tells_so_and_the_lane_goes_on() -> None:
 
 
 def test_an_unexpected_error_is_told_in_one_line_and_the_lane_goes_on(caplog: Any) -> None:
-    lane, failed, done = Lane("reading", now), [], []
+    lane, failed, done = Worker("reading", now), [], []
     lane.submit(lambda progress: 1 / 0, done.append, failed.append)
     wait_for(lambda: not lane.busy)
     assert isinstance(failed[0], WorkbenchError)
@@ -290,7 +290,7 @@ def test_an_unexpected_error_is_told_in_one_line_and_the_lane_goes_on(caplog: An
 
 
 def test_a_closed_lane_tells_nobody_anything() -> None:
-    lane, hold, done = Lane("test", now), threading.Event(), []
+    lane, hold, done = Worker("test", now), threading.Event(), []
     lane.submit(lambda progress: hold.wait(10), done.append, done.append)
     lane.close()
     hold.set()
@@ -313,7 +313,7 @@ def test_a_model_is_loaded_once_for_all_who_ask(tiny_llama: Any, monkeypatch: py
         return LoadedModel(tiny_llama, None, name, facts(tiny_llama))
 
     monkeypatch.setattr("workbench.models.load", load)
-    shelf, got = Shelf(), []
+    shelf, got = LoadedModels(), []
     threads = [threading.Thread(target=lambda: got.append(shelf.get("a", Progress()))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -325,7 +325,7 @@ def test_a_model_is_loaded_once_for_all_who_ask(tiny_llama: Any, monkeypatch: py
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
-    shelf = Shelf()
+    shelf = LoadedModels()
     for _ in range(2):
         with pytest.raises(ModelNotFound, match="no model"):
             shelf.get("no such model", Progress())
@@ -338,7 +338,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
 def workspace(tiny_llama: Any, byte_tokenizer: Any) -> Any:
     from workbench.models import LoadedModel, facts
 
-    class Ready(Shelf):
+    class Ready(LoadedModels):
         def get(self, name: str, progress: Progress) -> LoadedModel:
             if name == "missing":
                 raise ModelNotFound("no model 'missing'")
@@ -669,7 +669,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 
     doc = Document()
     with set_curdoc(doc):
-        page(Offered("tiny")).server_doc(doc)
+        page(OfferedModels("tiny")).server_doc(doc)
     found = {sheet.url for root in doc.roots for sheet in root.select({"type": ImportedStyleSheet})}
     assert found and not [url for url in found if "://" in url]
 
@@ -677,7 +677,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 def test_a_page_is_built_without_a_model_or_a_warning() -> None:
     from workbench_widgets.app.page import Page
 
-    page = Page(Offered("none-yet"))
+    page = Page(OfferedModels("none-yet"))
     assert page.state == PageState()
     assert "wb.method('snapkv', budget=0.25)" in page.python()
 
@@ -695,7 +695,7 @@ def test_what_is_read_before_the_page_is_drawn_is_shown_when_it_is(monkeypatch: 
     monkeypatch.setattr(lane, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
     doc = Document()
     with set_curdoc(doc):
-        page = Page(Offered("workbench-tiny"))
+        page = Page(OfferedModels("workbench-tiny"))
     page.begin()  # its browser has connected
     try:
         wait_for(lambda: not page.workspace.main.busy)
@@ -736,7 +736,7 @@ def test_recipes_that_make_no_sense_are_errors_of_ours() -> None:
 def test_progress_that_arrives_after_the_outcome_is_not_shown() -> None:
     posted: list[Any] = []
     told: list[str] = []
-    lane = Lane("late", posted.append, None, lambda stage, done, total: told.append(stage))
+    lane = Worker("late", posted.append, None, lambda stage, done, total: told.append(stage))
     finished = threading.Event()
 
     def work(progress: Progress) -> int:

@@ -19,7 +19,7 @@ from workbench.registry import registered
 
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.work.offered_models import Offered
+from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.page import Page
 from workbench_widgets.app.parts.recipe_form import SLOTS, methods_for
 from workbench_widgets.app.state.page_state import TABS, TEXT_LIMIT, PageState
@@ -152,11 +152,11 @@ def test_parts_too_long_for_a_link_are_left_out_of_it_and_named() -> None:
 
 
 def test_the_page_has_as_many_tabs_as_a_link_can_name() -> None:
-    assert len(Page(Offered("none-yet")).panels) == TABS
+    assert len(Page(OfferedModels("none-yet")).panels) == TABS
 
 
 def test_a_head_that_the_model_has_not_is_said_and_the_nearest_shown() -> None:
-    page = Page(Offered("workbench-tiny"))
+    page = Page(OfferedModels("workbench-tiny"))
     page._wanted = (99, 2)  # as a link says it
     page.workspace.read("workbench-tiny", "the needle lies under the stone")
     deadline = time.monotonic() + 60
@@ -172,7 +172,7 @@ def test_a_head_that_the_model_has_not_is_said_and_the_nearest_shown() -> None:
 
 
 def test_no_field_for_text_has_a_limit_that_nobody_chose() -> None:
-    page = Page(Offered("none-yet"))
+    page = Page(OfferedModels("none-yet"))
     page.recipe.slots["weights"].select.value = "evopress"  # has parameters that are text
     roots = [*page.view.main, *page.view.sidebar, *page.view.header]
     found = [widget for root in roots for widget in root.select(lambda one: hasattr(one, "max_length"))]

@@ -26,7 +26,7 @@ from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
 from workbench_widgets.app.parts.recipe_form import RecipeForm
-from workbench_widgets.app.work.loaded_models import Shelf
+from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.views.wire import unpack
 
@@ -51,7 +51,7 @@ def workspace(tiny_llama: Any, byte_tokenizer: Any, tmp_path: Any, monkeypatch: 
     """A text that was read by a tiny model, calibrated on little."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
 
-    class Ready(Shelf):
+    class Ready(LoadedModels):
         def get(self, name: str, progress: Progress) -> LoadedModel:
             return LoadedModel(tiny_llama, byte_tokenizer, "tiny", facts(tiny_llama))
 

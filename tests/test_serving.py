@@ -31,9 +31,9 @@ import websocket
 from workbench_widgets import serve
 from workbench_widgets.app.parts.link_confirmation import asked
 from workbench_widgets.app.server.hosts import Hosts, is_this_machine
-from workbench_widgets.app.work.offered_models import Offered
+from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.work.loaded_models import Shelf
+from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
 from workbench_widgets.app.work.workspace import Workspace
 
@@ -171,7 +171,7 @@ def test_a_socket_with_a_token_of_another_server_gets_no_session(port: int) -> N
 
 
 def test_only_what_is_offered_can_be_loaded_and_a_refusal_tells_nothing_of_the_disk(tmp_path: Any) -> None:
-    offered = Offered("org/default", more=("org/allowed",))
+    offered = OfferedModels("org/default", more=("org/allowed",))
     for name in ("org/default", "org/allowed", TINY):
         offered.check(name)
     refusals = []
@@ -180,15 +180,15 @@ def test_only_what_is_offered_can_be_loaded_and_a_refusal_tells_nothing_of_the_d
             offered.check(name)
         refusals.append(str(refused.value).replace(repr(name), "it"))
     assert refusals[0] == refusals[1] and "\n" not in refusals[0]
-    Offered("org/default", anything=True).check(str(tmp_path))
+    OfferedModels("org/default", anything=True).check(str(tmp_path))
 
 
 def test_a_model_that_is_not_offered_is_refused_before_anything_is_looked_for() -> None:
-    class Untouched(Shelf):
+    class Untouched(LoadedModels):
         def get(self, name: str, progress: Progress) -> Any:
             raise AssertionError(f"{name} was looked for")
 
-    workspace = Workspace(lambda show: show(), Untouched(), Offered(TINY))
+    workspace = Workspace(lambda show: show(), Untouched(), OfferedModels(TINY))
     workspace.read("/etc", "text")
     assert "not offered" in workspace.problem and not workspace.main.busy and not workspace.working
     workspace.close()

@@ -6,6 +6,7 @@ component. Figures with lines and bars are Plotly's: see `workbench_widgets.figu
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, View
@@ -19,11 +20,7 @@ __all__ = ["AnswerDiff", "AttentionView", "Heatmap", "KeptRaster", "MapGrid", "T
 
 def __getattr__(name: str) -> object:
     if name == "serve":  # the app needs Panel, the views do not
-        from workbench_widgets.app import serve
-
-        return serve
+        return import_module("workbench_widgets.app").serve
     if name == "AttentionView":  # needs the whole workbench, the views need nothing
-        from workbench_widgets.notebook import AttentionView
-
-        return AttentionView
+        return import_module("workbench_widgets.notebook").AttentionView
     raise AttributeError(f"module 'workbench_widgets' has no attribute {name!r}")

@@ -29,7 +29,7 @@ from workbench_widgets.views.answer_diff import AnswerDiff
 _STEP_S = 0.1  # between two updates of the progress bar: a browser draws no more
 
 
-class Controls(w.VBox):  # type: ignore[misc]
+class Controls(w.VBox):
     """Try methods on a session's prompt: the views follow every change, "Run" generates and compares.
 
     session: one that has read a prompt (NotRead otherwise). method, budget, question, max_new_tokens: where it starts.
@@ -98,9 +98,9 @@ class Controls(w.VBox):  # type: ignore[misc]
         self.answer = AnswerDiff.jupyter([], [])
         self.figures = w.HTML()
         self.table = w.HTML(runs_html(session.runs))
-        self.budget.observe(lambda change: self.replan(), names="value")
-        self.run_button.on_click(lambda button: self.run())
-        self.cancel_button.on_click(lambda button: self.cancel())
+        self.budget.observe(lambda _: self.replan(), names="value")
+        self.run_button.on_click(lambda _: self.run())
+        self.cancel_button.on_click(lambda _: self.cancel())
         wrap = w.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="4px 8px")
         chosen = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px")
         budget_box = w.VBox(
@@ -146,8 +146,8 @@ class Controls(w.VBox):  # type: ignore[misc]
         self._progress = Progress(self._advance)
         self.run_button.disabled, self.cancel_button.disabled = True, False
         self.bar.layout.visibility = "visible"
-        asked = self.question.value.strip() or None
-        arguments = (recipe, asked, self.length.value, self._progress)
+        question = self.question.value.strip() or None
+        arguments = (recipe, question, self.length.value, self._progress)
         threading.Thread(target=self._run, args=arguments, name="workbench-run", daemon=True).start()
 
     def cancel(self) -> None:

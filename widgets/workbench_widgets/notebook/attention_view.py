@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ipywidgets
 
 from workbench.attention.operators import Operator
@@ -11,7 +9,7 @@ from workbench.errors import BadParameter
 from workbench.measure.attention import PooledMap
 from workbench.recipe import Recipe
 from workbench.registry import find, registered
-from workbench.session import Session
+from workbench.session import Session, Spec
 from workbench_widgets import present
 from workbench_widgets.notebook.method_controls import NONE, MethodControls
 from workbench_widgets.plain_text import in_markup
@@ -22,7 +20,7 @@ from workbench_widgets.views.token_text import TokenText
 _PIXELS = 512
 
 
-class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
+class AttentionView(ipywidgets.VBox):
     """What a session's prompt attends to: `AttentionView(session, layer=8, head=2)`.
 
     recipe: show what is left under it (default: all keys). minus: show the difference to this recipe instead; "full"
@@ -38,9 +36,9 @@ class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
         session: Session,
         layer: int = 0,
         head: int = 0,
-        recipe: Any = None,
+        recipe: Spec | None = None,
         *,
-        minus: Any = None,
+        minus: Spec | None = None,
         operator: Operator | str | None = None,
         heads: bool = True,
     ) -> None:
@@ -56,14 +54,14 @@ class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
             self._minus = None  # is its own affair
         trace = session.trace
         self._tokens = [] if trace is None else present.pieces(session.tokenizer, trace.ids)
-        self._at = (layer, head)
+        self._selected = (layer, head)
         self.scale = ipywidgets.Dropdown(options=["log", "linear", "percentile"], description="Colours")
         self.pooling = ipywidgets.Dropdown(options=["max", "mean", "sum"], description="Cell shows")
         self.operator = MethodControls(
             "Implied by an operator",
             registered("operator"),
             NONE if chosen is None else chosen.key,
-            self._operate,
+            self._operator_changed,
             optional=True,
             values=None if chosen is None else dict(chosen),
         )
@@ -73,17 +71,17 @@ class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
         )
         self.remark = ipywidgets.HTML()
         self.map = Heatmap.jupyter(**self._map())
-        self._say()
+        self._remark_on_operator()
         self.text = TokenText.jupyter(**self._text(), rows=8)
         for choice in (self.scale, self.pooling):
-            choice.observe(lambda change: self._redraw(), names="value")
-        self.against.observe(lambda change: self._operate(), names="value")
-        Heatmap.watch(self.map, "window", lambda window: self._redraw())
-        one = ipywidgets.VBox(
+            choice.observe(lambda _: self._redraw(), names="value")
+        self.against.observe(lambda _: self._operator_changed(), names="value")
+        Heatmap.watch(self.map, "window", lambda _: self._redraw())
+        one_head = ipywidgets.VBox(
             [ipywidgets.HBox([self.scale, self.pooling]), self.remark, self.map, self.text],
             layout=ipywidgets.Layout(flex="1 1 430px", min_width="0"),
         )
-        self.grid = MapGrid.jupyter(**self._all(), selected=self._at) if heads else None
+        self.grid = MapGrid.jupyter(**self._all(), selected=self._selected) if heads else None
         if self.grid is not None:
             MapGrid.watch(self.grid, "selected", self._choose)
         beside = ipywidgets.VBox(
@@ -91,40 +89,40 @@ class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
             layout=ipywidgets.Layout(flex="0 1 370px" if heads else "0 1 220px", min_width="200px"),
         )
         row = ipywidgets.Layout(display="flex", flex_flow="row wrap", grid_gap="12px")
-        super().__init__([ipywidgets.Box([one, beside], layout=row)])
+        super().__init__([ipywidgets.Box([one_head, beside], layout=row)])
 
     def __repr__(self) -> str:
-        layer, head = self._at
-        return f"AttentionView(layer={layer}, head={head}{', ' + self._shown if self._shown else ''})"
+        layer, head = self._selected
+        return f"AttentionView(layer={layer}, head={head}{', ' + self._subject if self._subject else ''})"
 
     @property
     def selected(self) -> tuple[int, int]:
         """The layer and query head in view; assign another pair to show it."""
-        return self._at
+        return self._selected
 
     @selected.setter
     def selected(self, cell: tuple[int, int]) -> None:
-        self._at = (int(cell[0]), int(cell[1]))
+        self._selected = (int(cell[0]), int(cell[1]))
         if self.grid is not None:
-            self.grid.selected = self._at
+            self.grid.selected = self._selected
         self._redraw()
-        self._say()
+        self._remark_on_operator()
         TokenText.update(self.text, **self._text())
 
     @property
-    def _chosen(self) -> Operator | None:
+    def _operator(self) -> Operator | None:
         method = self.operator.method()
         assert method is None or isinstance(method, Operator)
         return method
 
     @property
-    def _shown(self) -> str:
+    def _subject(self) -> str:
         """What the map is of, beside layer and head."""
-        operator = self._chosen
-        return self._of if operator is None else present.implied_by(operator, difference=self.against.value)
+        operator = self._operator
+        return self._heads_subject if operator is None else present.implied_by(operator, difference=self.against.value)
 
     @property
-    def _of(self) -> str:
+    def _heads_subject(self) -> str:
         """What the heads are of."""
         name = "all keys" if self._recipe is None else self._recipe.label
         if self._minus is not None:
@@ -132,55 +130,63 @@ class AttentionView(ipywidgets.VBox):  # type: ignore[misc]
         return "" if self._recipe is None else f"under {name}"
 
     def _choose(self, cell: tuple[int, int] | None) -> None:
-        if cell is not None and cell != self._at:
+        if cell is not None and cell != self._selected:
             self.selected = cell
 
-    def _operate(self) -> None:
+    def _operator_changed(self) -> None:
         self._redraw()
-        self._say()
+        self._remark_on_operator()
 
-    def _say(self) -> None:
+    def _remark_on_operator(self) -> None:
         """How far the operator's output is from the model's own."""
-        operator, (layer, head) = self._chosen, self._at
-        said = ""
+        operator, (layer, head) = self._operator, self._selected
+        line = ""
         if operator is not None:
-            said = present.operator_line(self._session.operator(operator, layer, head, pixels=1), head)
+            line = present.operator_line(self._session.operator(operator, layer, head, pixels=1), head)
         self.against.layout.display = "none" if operator is None else ""
-        self.remark.value = f'<div style="line-height:1.4">{in_markup(said)}</div>' if said else ""
+        self.remark.value = f'<div style="line-height:1.4">{in_markup(line)}</div>' if line else ""
 
     def _redraw(self) -> None:
         Heatmap.update(self.map, **self._map(self.map.window))
 
-    def _map(self, window: tuple[int, int, int, int] | None = None) -> dict[str, Any]:
-        layer, head = self._at
-        spans: dict[str, Any] = {} if window is None else {"rows": tuple(window[:2]), "cols": tuple(window[2:])}
+    def _map(self, window: tuple[int, int, int, int] | None = None) -> dict[str, object]:
+        layer, head = self._selected
+        rows, cols = (None, None) if window is None else (window[:2], window[2:])
+        pooling = self.pooling.value
 
-        def one(recipe: Recipe | None) -> PooledMap:
-            return self._session.attention(layer, head, recipe, pixels=_PIXELS, pooling=self.pooling.value, **spans)
+        def attention(recipe: Recipe | None) -> PooledMap:
+            return self._session.attention(layer, head, recipe, pixels=_PIXELS, pooling=pooling, rows=rows, cols=cols)
 
-        operator = self._chosen
+        operator = self._operator
         if operator is not None:
             difference = bool(self.against.value)
-            view: dict[str, Any] = {"pixels": _PIXELS, "pooling": self.pooling.value, **spans}
-            study = self._session.operator(operator, layer, head, heads=(), **view)
-            found = study.implied.minus(study.exact) if difference else study.implied
+            study = self._session.operator(
+                operator, layer, head, heads=(), pixels=_PIXELS, pooling=pooling, rows=rows, cols=cols
+            )
+            pooled = study.implied.minus(study.exact) if difference else study.implied
         else:
-            difference, found = self._minus is not None, one(self._recipe)
+            difference, pooled = self._minus is not None, attention(self._recipe)
             if self._minus is not None:
-                found = found.minus(one(self._minus))
+                pooled = pooled.minus(attention(self._minus))
         return present.attention_map(
-            found, self._tokens, layer=layer, head=head, scale=self.scale.value, of=self._shown, difference=difference
+            pooled,
+            self._tokens,
+            layer=layer,
+            head=head,
+            scale=self.scale.value,
+            of=self._subject,
+            difference=difference,
         )
 
-    def _text(self) -> dict[str, Any]:
-        layer, head = self._at
+    def _text(self) -> dict[str, object]:
+        layer, head = self._selected
         of = "" if self._recipe is None else f"under {self._recipe.label}"
         received = self._session.received(layer, head, self._recipe)
         return present.received_text(received.numpy(), self._tokens, layer=layer, head=head, of=of)
 
-    def _all(self) -> dict[str, Any]:
+    def _all(self) -> dict[str, object]:
         grid = self._session.attention_grid(self._recipe, pixels=32)
         if self._minus is not None:
             grid = grid.minus(self._session.attention_grid(self._minus, pixels=32))
         heads = self._session.heads(self._recipe)
-        return present.map_grid(grid, heads, of=self._of, difference=self._minus is not None)
+        return present.map_grid(grid, heads, of=self._heads_subject, difference=self._minus is not None)

@@ -47,5 +47,5 @@ class LatestJob:
             assert job is not None
             try:
                 job()
-            except Exception:  # the thread must live on: the next job may well succeed
+            except Exception:  # noqa: BLE001  (the thread must live on: the next job may well succeed)
                 _LOG.exception("a plan for the control panel failed")

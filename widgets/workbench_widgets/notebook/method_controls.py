@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import ipywidgets as w
 
@@ -13,7 +12,7 @@ from workbench_widgets.plain_text import in_markup
 NONE = ""  # the choice "none" of a dropdown
 
 
-class MethodControls(w.VBox):  # type: ignore[misc]
+class MethodControls(w.VBox):
     """A dropdown of methods and, below it, one control for each parameter of the chosen one.
 
     optional: whether "none" can be chosen. values: parameters of the method that is chosen at the beginning.
@@ -27,10 +26,10 @@ class MethodControls(w.VBox):  # type: ignore[misc]
         on_change: Callable[[], None],
         *,
         optional: bool,
-        values: Mapping[str, Any] | None = None,
+        values: Mapping[str, object] | None = None,
     ) -> None:
         self._on_change = on_change
-        self._controls: dict[str, Any] = {}
+        self._controls: dict[str, w.DOMWidget] = {}
         none = [("none", NONE)] if optional else []
         options = none + [(cls.title or cls.key, cls.key) for cls in methods]
         self.choice = w.Dropdown(options=options, value=key, layout=w.Layout(width="100%"))
@@ -50,30 +49,30 @@ class MethodControls(w.VBox):  # type: ignore[misc]
             return None
         return find(self.choice.value)(**{name: control.value for name, control in self._controls.items()})
 
-    def _rebuild(self, change: Any) -> None:
+    def _rebuild(self, change: object) -> None:
         self._fill({})
         self._on_change()
 
-    def _fill(self, values: Mapping[str, Any]) -> None:
+    def _fill(self, values: Mapping[str, object]) -> None:
         for old in self.parameters.children:
             old.close_all()
         cls = None if self.choice.value == NONE else find(self.choice.value)
         self._controls = {} if cls is None else {p.name: control(p) for p in cls.parameters()}
-        for name, made in self._controls.items():
-            made.value = values.get(name, made.value)
-            made.observe(lambda change: self._on_change(), names="value")
+        for name, widget in self._controls.items():
+            widget.value = values.get(name, widget.value)
+            widget.observe(lambda _: self._on_change(), names="value")
         self._claim.value = "" if cls is None else _small(cls.summary())
         described = [] if cls is None else cls.parameters()
-        self.parameters.children = [_Labelled(p, self._controls[p.name]) for p in described]
+        self.parameters.children = [_LabelledControl(p, self._controls[p.name]) for p in described]
 
 
-class _Labelled(w.VBox):  # type: ignore[misc]
+class _LabelledControl(w.VBox):
     """A parameter's control between its name with the unit and its help."""
 
-    def __init__(self, parameter: Parameter, made: w.DOMWidget) -> None:
+    def __init__(self, parameter: Parameter, widget: w.DOMWidget) -> None:
         name = parameter.name.replace("_", " ") + (f" ({parameter.unit})" if parameter.unit else "")
         label = w.HTML(f'<div style="line-height:1.4">{in_markup(name)}</div>')
-        super().__init__([label, made, w.HTML(_small(parameter.help))])
+        super().__init__([label, widget, w.HTML(_small(parameter.help))])
 
     def close_all(self) -> None:
         """Close this and what it holds: a closed box alone would leave them in the kernel."""

@@ -10,7 +10,7 @@ from workbench_widgets.notebook.html_summaries import plan_html
 from workbench_widgets.views import KeptRaster, TokenText
 
 
-class PlanView(ipywidgets.VBox):  # type: ignore[misc]
+class PlanView(ipywidgets.VBox):
     """A plan's bytes, prompt and kept positions; a clicked row of the raster shows how that head keeps the prompt, a
     clicked token is marked in the raster.
     """

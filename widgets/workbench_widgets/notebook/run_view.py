@@ -13,7 +13,7 @@ from workbench_widgets.notebook.html_summaries import run_html
 from workbench_widgets.views import AnswerDiff
 
 
-class RunView(ipywidgets.VBox):  # type: ignore[misc]
+class RunView(ipywidgets.VBox):
     """The full and the compressed answer side by side, and the run's figures; measures the run if need be."""
 
     def __init__(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""The views themselves: each a function of plain data, for notebooks (anywidget), the app (Panel) or a page of its own."""
+"""The views: each a function of plain data, for notebooks (anywidget), the app (Panel) or a page of its own."""
 
 from workbench_widgets.views.answer_diff import AnswerDiff
 from workbench_widgets.views.heatmap import Heatmap

@@ -32,10 +32,14 @@ def jupyter_class(view: Definition) -> type[AnyWidget]:
         tuple: traitlets.Tuple,
     }
     view.require_free_names(anywidget.AnyWidget)
+
+    def describe(widget: object) -> str:
+        return view.describe(widget)
+
     body: dict[str, object] = {
         field.name: kinds[field.kind](default_value=field.default, allow_none=field.optional).tag(sync=True)
         for field in view.fields.values()
     }
-    body |= {"_esm": view.source, "_css": view.style, "__repr__": lambda widget: view.describe(widget)}
+    body |= {"_esm": view.source, "_css": view.style, "__repr__": describe}
     body |= {"__module__": view.module, "__doc__": view.doc}
     return type(f"{view.name}Widget", (anywidget.AnyWidget,), body)

@@ -38,7 +38,7 @@ def panel_class(view: Definition) -> type[AnyWidgetComponent]:
     }
     view.require_free_names(panel.custom.AnyWidgetComponent)
 
-    def describe(component: object, depth: int = 0, max_depth: int = 10) -> str:
+    def describe(component: object, *_depths: int) -> str:  # Panel prints what lies in what
         return view.describe(component)
 
     body: dict[str, object] = {

@@ -54,12 +54,13 @@ class TokenText(View):
         """
         if sum(given is not None for given in (shares, tier_of, values)) > 1:
             raise BadParameter("TokenText: give one of shares (all heads), tier_of (one head) and values")
-        made: dict[str, object] = {"tokens": [str(token) for token in tokens], "groups": int(groups), "knots": b""}
+        texts = [str(token) for token in tokens]
+        fields: dict[str, object] = {"tokens": texts, "groups": int(groups), "knots": b""}
         if values is not None:
             levels = np.asarray(values, dtype=np.float32)
             if levels.size and not levels.min() >= 0:
                 raise BadParameter("TokenText: values must be numbers not below zero")
-            made |= {"tiers": [], "knots": pack(scale_values(levels, scale))}
+            fields |= {"tiers": [], "knots": pack(scale_values(levels, scale))}
         elif tier_of is not None:
             tier = np.asarray(tier_of)
             if tier.size and not (tier.min() >= 0 and tier.max() < len(tiers)):
@@ -67,14 +68,12 @@ class TokenText(View):
                     f"TokenText: tier_of must lie in 0..{len(tiers) - 1}, the places in tiers {list(tiers)}"
                 )
             levels = tier.astype(np.uint8)
-            made["tiers"] = list(tiers)
+            fields["tiers"] = list(tiers)
         else:
             levels = np.zeros(0, np.float32) if shares is None else np.asarray(shares, dtype=np.float32)
             if levels.size and not (levels.min() >= 0 and levels.max() <= 1):
                 raise BadParameter("TokenText: shares must lie in 0..1")
-            made["tiers"] = []
-        if levels.size and levels.shape != (len(made["tokens"]),):
-            raise BadParameter(
-                f"TokenText: {len(made['tokens'])} tokens but values of shape {levels.shape}: give one a token"
-            )
-        return made | {"levels": pack(levels)}
+            fields["tiers"] = []
+        if levels.size and levels.shape != (len(texts),):
+            raise BadParameter(f"TokenText: {len(texts)} tokens but values of shape {levels.shape}: give one a token")
+        return fields | {"levels": pack(levels)}

@@ -81,11 +81,11 @@ class View:
         keyword, `MissingExtra` where Panel is not installed.
         """
         component = panel_class(cls.definition())
-        import panel
+        import panel as pn
 
         values = cls.field_values(args, given, tuple(component.param))
         if values.get("dark") is None:  # a Panel page has its own theme, whatever the browser prefers
-            values["dark"] = panel.config.theme == "dark"
+            values["dark"] = pn.config.theme == "dark"
         return component(**{"sizing_mode": "stretch_width"} | values)
 
     @classmethod

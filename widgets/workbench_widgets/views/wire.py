@@ -29,7 +29,7 @@ def pack(values: ArrayLike) -> bytes:
         array = array.astype(np.uint8)
     if not 1 <= array.ndim <= 3:
         raise BadParameter(f"an array with {array.ndim} dimensions cannot be sent to a view: give one with 1 to 3")
-    if array.dtype == np.bool_ or array.dtype == np.uint8:
+    if array.dtype in (np.bool_, np.uint8):
         code = 0
     elif array.dtype.kind in "iu":
         code = 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
+from param.parameterized import Event
 
 from workbench.budget import Budget
 from workbench.errors import BadBudget
@@ -14,10 +14,17 @@ from workbench_widgets.app.elements.text_field import TextField
 
 
 class BudgetSlider:
-    """`value` is the budget as text; `changed()` is called on every move. label, exactly: of slider and field."""
+    """`value` is the budget as text; `changed()` is called on every move. label, exact_label: of slider and field."""
 
     def __init__(
-        self, label: str, exactly: str, help: str, value: str, changed: Callable[[], None], *, start: int = 25
+        self,
+        label: str,
+        exact_label: str,
+        description: str,
+        value: str,
+        changed: Callable[[], None],
+        *,
+        start: int = 25,
     ) -> None:
         self.value = value
         self._changed = changed
@@ -33,7 +40,7 @@ class BudgetSlider:
             show_value=False,
         )
         self.exact = TextField(
-            label=exactly, value=value, description=help, size="small", width=170, margin=(8, 4, 0, 4)
+            label=exact_label, value=value, description=description, size="small", width=170, margin=(8, 4, 0, 4)
         )
         self.slider.param.watch(self._moved, "value")
         self.exact.param.watch(self._typed, "value")
@@ -46,14 +53,14 @@ class BudgetSlider:
         self._quietly(self.exact, value)
         self._quietly(self.slider, _percent(value) or start or self.slider.value)
 
-    def _moved(self, event: Any) -> None:
+    def _moved(self, event: Event) -> None:
         if self._quiet:
             return
         self.value = f"{event.new}%"
         self._quietly(self.exact, self.value)
         self._changed()
 
-    def _typed(self, event: Any) -> None:
+    def _typed(self, event: Event) -> None:
         if self._quiet:
             return
         self.value = str(event.new).strip()
@@ -62,7 +69,7 @@ class BudgetSlider:
             self._quietly(self.slider, percent)
         self._changed()
 
-    def _quietly(self, widget: Any, value: Any) -> None:
+    def _quietly(self, widget: pmu.IntSlider | TextField, value: int | str) -> None:
         self._quiet = True
         try:
             widget.value = value

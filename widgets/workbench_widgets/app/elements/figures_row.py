@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import panel as pn
 
 from workbench_widgets.plain_text import in_markup
-from workbench_widgets.present import Figure
+from workbench_widgets.present import KeyFigure
 
 _STYLE = """
 :host { width: 100%; }
@@ -21,17 +20,17 @@ div { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue
 """
 
 
-def figures_row(empty: str = "") -> Any:
+def figures_row(empty: str = "") -> pn.pane.HTML:
     """A pane for `show`; says `empty` until there is something."""
     return pn.pane.HTML(_markup([], empty), stylesheets=[_STYLE], sizing_mode="stretch_width", margin=(4, 10))
 
 
-def show(pane: Any, figures: Iterable[Figure], empty: str = "") -> None:
+def show(pane: pn.pane.HTML, figures: Iterable[KeyFigure], empty: str = "") -> None:
     """Show figures in a pane that `figures_row` made."""
     pane.object = _markup(list(figures), empty)
 
 
-def _markup(figures: list[Figure], empty: str) -> str:
+def _markup(figures: list[KeyFigure], empty: str) -> str:
     if not figures:
         return f'<div class="empty">{in_markup(empty)}</div>' if empty else ""
     cells = (

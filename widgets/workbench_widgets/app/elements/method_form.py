@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import panel_material_ui as pmu
+from panel_material_ui.widgets.base import MaterialWidget
 
 from workbench.registry import Method, Parameter
 from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.plain_text import in_label
 
 
-def control(parameter: Parameter, value: Any = None) -> Any:
+def control(parameter: Parameter, value: object = None) -> MaterialWidget:
     """The widget for one parameter, at `value` or its default, with its bounds, unit and help."""
-    shared: dict[str, Any] = {
+    shared: dict[str, object] = {
         "label": in_label(label(parameter)),
         "description": in_label(parameter.help) or None,
         "size": "small",
@@ -27,7 +27,7 @@ def control(parameter: Parameter, value: Any = None) -> Any:
     if parameter.kind == "choice":
         return pmu.Select(options=_options(parameter.choices or ()), value=value, **shared)
     if parameter.kind == "int":
-        bounds: dict[str, Any] = {
+        bounds: dict[str, object] = {
             "start": _int(parameter.low),
             "end": _int(parameter.high),
             "step": int(parameter.step or 1),
@@ -46,10 +46,10 @@ class Menu(pmu.Select):
     where choices come back, the current ones are sent again (nothing is sent if they are the same).
     """
 
-    def _process_property_change(self, props: dict[str, Any]) -> dict[str, Any]:
+    def _process_property_change(self, props: dict[str, object]) -> dict[str, object]:
         if "options" in props:
             self.param.trigger("groups")
-        changed: dict[str, Any] = super()._process_property_change(props)
+        changed: dict[str, object] = super()._process_property_change(props)
         return changed
 
 
@@ -60,29 +60,36 @@ def label(parameter: Parameter) -> str:
     return f"{name} ({parameter.unit})" if parameter.unit else name
 
 
+def method_title(cls: type[Method]) -> str:
+    """A method's title as a choice shows it."""
+    return in_label(cls.title or cls.key)
+
+
 class MethodForm:
     """The controls of one method, and the method they describe."""
 
-    def __init__(self, cls: type[Method], changed: Callable[[], None], values: Mapping[str, Any] | None = None) -> None:
-        given = values or {}
+    def __init__(
+        self, cls: type[Method], changed: Callable[[], None], values: Mapping[str, object] | None = None
+    ) -> None:
+        start = values or {}
         self.cls = cls
-        self.widgets = {p.name: control(p, given.get(p.name)) for p in cls.parameters()}
+        self.widgets = {p.name: control(p, start.get(p.name)) for p in cls.parameters()}
         for widget in self.widgets.values():
-            widget.param.watch(lambda event: changed(), "value")
+            widget.param.watch(lambda _: changed(), "value")
 
     @property
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """What differs from the method's defaults; an emptied field counts as the default."""
         defaults = {p.name: p.default for p in self.cls.parameters()}
-        shown = {name: widget.value for name, widget in self.widgets.items()}
-        return {name: value for name, value in shown.items() if value is not None and value != defaults[name]}
+        current = {name: widget.value for name, widget in self.widgets.items()}
+        return {name: value for name, value in current.items() if value is not None and value != defaults[name]}
 
     def method(self) -> Method:
         """The method as the controls describe it. Raises BadParameter where they contradict each other."""
         return self.cls(**self.values)
 
 
-def _options(choices: tuple[Any, ...]) -> dict[str, Any]:
+def _options(choices: tuple[object, ...]) -> dict[str, object]:
     return {in_label(choice): choice for choice in choices}
 
 

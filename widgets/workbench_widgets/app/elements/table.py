@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import pandas as pd
 import panel as pn
@@ -29,19 +29,22 @@ def table(
     *,
     dark: bool,
     right: Sequence[str] = (),
-    **options: Any,
-) -> Any:
-    """columns: name -> title and width (0: what is left). formats: of numbers, by column; these and those of `right`
+    **options: object,
+) -> pn.widgets.Tabulator:
+    """A table of the frame's rows, in pages.
+
+    columns: name -> title and width (0: what is left). formats: of numbers, by column; these and those of `right`
     stand at the right.
     """
     from bokeh.models.widgets.tables import NumberFormatter
 
-    plain: dict[str, Any] = {"font_style": "normal", "nan_format": "–"}
     return pn.widgets.Tabulator(
         frame,
         titles={name: title for name, (title, _) in columns.items()},
         widths={name: width for name, (_, width) in columns.items() if width},
-        formatters={name: NumberFormatter(format=form, **plain) for name, form in formats.items()},
+        formatters={
+            name: NumberFormatter(format=form, font_style="normal", nan_format="–") for name, form in formats.items()
+        },
         text_align=dict.fromkeys((*formats, *right), "right"),
         show_index=False,
         disabled=True,
@@ -57,13 +60,13 @@ def table(
     )
 
 
-def fill(shown: Any, frame: pd.DataFrame, *, dark: bool) -> None:
+def fill(tabulator: pn.widgets.Tabulator, frame: pd.DataFrame, *, dark: bool) -> None:
     """Other rows in a table that `table` made; nothing is sent where nothing has changed."""
-    if shown.theme != _theme(dark):
-        shown.theme = _theme(dark)
-    if not frame.equals(shown.value):
-        shown.value = frame
+    if tabulator.theme != _theme(dark):
+        tabulator.theme = _theme(dark)
+    if not frame.equals(tabulator.value):
+        tabulator.value = frame
 
 
-def _theme(dark: bool) -> str:
+def _theme(dark: bool) -> Literal["midnight", "simple"]:
     return "midnight" if dark else "simple"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import panel_material_ui as pmu
 import param
 
@@ -13,10 +11,10 @@ _UNLIMITED = 2**31 - 1  # the largest length that browsers know
 class TextField(pmu.TextInput):
     """A line of text."""
 
-    max_length: Any = param.Integer(default=_UNLIMITED)
+    max_length = param.Integer(default=_UNLIMITED)
 
 
 class TextArea(pmu.TextAreaInput):
     """Several lines of text."""
 
-    max_length: Any = param.Integer(default=_UNLIMITED)
+    max_length = param.Integer(default=_UNLIMITED)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from workbench_widgets.colours import DARK, LIGHT
+from workbench_widgets.colours import DARK, LIGHT, Theme
 
 EXTENSIONS = ("plotly", "tabulator")
 
 _SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
 
-def _mode(colours: Any) -> dict[str, Any]:
+def _mode(colours: Theme) -> dict[str, object]:
     return {
         "palette": {
             "primary": {"main": colours.accent},
@@ -42,23 +40,23 @@ def _mode(colours: Any) -> dict[str, Any]:
     }
 
 
-THEME: dict[str, Any] = {"light": _mode(LIGHT), "dark": _mode(DARK)}
-
 # Panel's header paints what lies in it white, for a coloured bar; ours has the colour of the page in both themes.
 _GREY = "#7a8592 !important"
-IN_HEADER: dict[str, Any] = {
-    "color": _GREY,
-    "borderColor": _GREY,
-    "& .MuiLinearProgress-bar": {"backgroundColor": _GREY},
-    "&.MuiLinearProgress-root": {"backgroundColor": "#7a859240 !important"},
-}
 
-_STYLES = {
-    "h2": f"h2 {{ margin: 0; font: 600 15px/1.4 {_SANS}; }}",
-    "div": f"div {{ font: 12px/1.4 {_SANS}; opacity: .75; }}",
-}
+HEADING_STYLE = f"h2 {{ margin: 0; font: 600 15px/1.4 {_SANS}; }}"  # of an HTML pane with a heading
+NOTE_STYLE = f"div {{ font: 12px/1.4 {_SANS}; opacity: .75; }}"  # of an HTML pane with a note
 
 
-def restyle(tag: str) -> str:
-    """The style sheet for a heading ("h2") or a note ("div") in an HTML pane."""
-    return _STYLES[tag]
+def theme_config() -> dict[str, object]:
+    """The light and the dark theme, as Material components take them."""
+    return {"light": _mode(LIGHT), "dark": _mode(DARK)}
+
+
+def in_header() -> dict[str, object]:
+    """The style of a component in the page's header."""
+    return {
+        "color": _GREY,
+        "borderColor": _GREY,
+        "& .MuiLinearProgress-bar": {"backgroundColor": _GREY},
+        "&.MuiLinearProgress-root": {"backgroundColor": "#7a859240 !important"},
+    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import panel as pn
 import panel_material_ui as pmu
 
@@ -15,6 +13,8 @@ from workbench_widgets.views import Heatmap
 
 
 class HeadErrorPanel(Panel):
+    """The error of every head, of the plan or of the last run."""
+
     title = "Head error"
     needs = ("plan", "run", "selected")
 
@@ -26,7 +26,7 @@ class HeadErrorPanel(Panel):
             size="small",
             margin=(8, 4),
         )
-        self.source.param.watch(lambda event: self.stale(), "value")
+        self.source.param.watch(lambda _: self.stale(), "value")
         self.map = Heatmap.panel(brush=False, margin=0, visible=False)
         self._hint = hint("The errors come when a prompt has been read and a recipe planned.")
         Heatmap.watch(self.map, "selected", self._choose)
@@ -52,14 +52,14 @@ class HeadErrorPanel(Panel):
 
         self._hint.object = "<p>The errors are being computed …</p>"  # until they are there
 
-        def work(progress: Progress) -> dict[str, Any]:
+        def work(_progress: Progress) -> dict[str, object]:
             if of_run:
                 assert run is not None
                 return present.head_error(run.verdict.output_error, of="on the answer")
             assert plan is not None
             return present.head_error(plan.error, of="for the prompt's last 64 tokens")
 
-        def show(keywords: dict[str, Any]) -> None:
+        def show(keywords: dict[str, object]) -> None:
             self._quiet = True
             try:
                 Heatmap.update(self.map, **keywords, selected=workspace.selected, dark=workspace.dark)

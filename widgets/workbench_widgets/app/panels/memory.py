@@ -11,6 +11,8 @@ from workbench_widgets.app.work.workspace import Workspace
 
 
 class MemoryPanel(Panel):
+    """The timeline of the last run, or of all of them."""
+
     title = "Memory"
     needs = ("reading", "run", "rows")
 
@@ -29,7 +31,7 @@ class MemoryPanel(Panel):
             **slim,
         )
         for widget in (self.scope, self.weights, self.trace):
-            widget.param.watch(lambda event: self.stale(), "value")
+            widget.param.watch(lambda _: self.stale(), "value")
         self.figure = pn.pane.Plotly(
             None, config={"displaylogo": False}, sizing_mode="stretch_width", height=380, visible=False
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import panel_material_ui as pmu
+from param.parameterized import Event
 
 from workbench.registry import Method
 from workbench.weights.base import WeightMethod
@@ -88,12 +88,12 @@ class BudgetBar:
             self.of_weights.set(kept, round(100 * (method.default_budget or 1)))
         self.of_weights.body.visible = sized
 
-    def _show(self, *events: Any) -> None:
-        plan, reading = self._workspace.plan, self._workspace.reading
-        if plan is not None and reading is not None:
-            show(self.figures, [*present.plan_figures(plan), present.weights_figure(self._workspace.weights)])
+    def _show(self, *events: Event) -> None:
+        plan, reading, weights = self._workspace.plan, self._workspace.reading, self._workspace.weights
+        if plan is not None and reading is not None and weights is not None:
+            show(self.figures, [*present.plan_figures(plan), present.weights_figure(*weights)])
         else:
             show(self.figures, [], _EMPTY if reading is None else _PLANNING)
 
-    def _refuse(self, event: Any) -> None:
+    def _refuse(self, event: Event) -> None:
         self.refusal.say(event.new)

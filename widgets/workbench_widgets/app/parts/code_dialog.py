@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
+from param.parameterized import Event
 
 from workbench_widgets.app.elements.text_field import TextField
-from workbench_widgets.app.elements.theme import IN_HEADER
+from workbench_widgets.app.elements.theme import in_header
 from workbench_widgets.plain_text import in_markup
 
 _STYLE = """
@@ -30,7 +30,7 @@ class CodeDialog:
             icon="code",
             size="small",
             variant="outlined",
-            sx=IN_HEADER,
+            sx=in_header(),
             margin=(0, 8),
             align="center",
             description="This page as five lines of Python",
@@ -61,7 +61,7 @@ class CodeDialog:
         """The tab is gone: Panel's register of what runs in browsers keeps it no longer."""
         self._copying.unwatch()
 
-    def _open(self, event: Any) -> None:
+    def _open(self, event: Event) -> None:
         code = self._code()
         self._plain.value = code
         self.shown.object = f"<pre>{in_markup(code)}</pre>"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import panel as pn
 import panel_material_ui as pmu
+from param.parameterized import Event
 
 from workbench.errors import BadParameter, WorkbenchError
 from workbench.examples import example, examples
 from workbench.progress import Progress
 from workbench_widgets.app.elements.text_field import TextArea, TextField
-from workbench_widgets.app.elements.theme import restyle
+from workbench_widgets.app.elements.theme import HEADING_STYLE, NOTE_STYLE
 from workbench_widgets.app.state.page_state import PageState
 from workbench_widgets.app.state.text_length import TextLength, about_tokens
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_markup
 
-_OWN = ""
+_USER_TEXT = ""
 
 
 class PromptForm:
@@ -30,10 +30,10 @@ class PromptForm:
         self._quiet = False
         self.fresh = not state.question  # the example's own question is to be asked
         key, text = _start(state)
-        wide: dict[str, Any] = {"size": "small", "sizing_mode": "stretch_width", "margin": (8, 4, 4, 4)}
+        wide: dict[str, object] = {"size": "small", "sizing_mode": "stretch_width", "margin": (8, 4, 4, 4)}
         self.choice = pmu.Select(
             label="Text",
-            options={one.title: one.key for one in examples()} | {"A text of your own": _OWN},
+            options={entry.title: entry.key for entry in examples()} | {"A text of your own": _USER_TEXT},
             value=key,
             **wide,
         )
@@ -58,7 +58,7 @@ class PromptForm:
             label="Read", icon="menu_book", variant="outlined", margin=(8, 4), sizing_mode="stretch_width"
         )
         self._count()
-        self._note = pn.pane.HTML("", stylesheets=[restyle("div")], margin=(0, 6), sizing_mode="stretch_width")
+        self._note = pn.pane.HTML("", stylesheets=[NOTE_STYLE], margin=(0, 6), sizing_mode="stretch_width")
         self.choice.param.watch(self._chosen, "value")
         self.area.param.watch(self._edited, "value_input")
         self.area.param.watch(self._edited, "value")
@@ -66,10 +66,10 @@ class PromptForm:
         self.choice.param.watch(self._count, "value")
         self.model_name.param.watch(self._count, "value")
         workspace.param.watch(self._count, "loaded")
-        self.model_name.param.watch(lambda event: read(), "value")
-        self.button.on_click(lambda event: read())
-        workspace.param.watch(self._tell, "reading")
-        title = pn.pane.HTML("<h2>Prompt</h2>", stylesheets=[restyle("h2")], margin=(4, 4, 0, 4))
+        self.model_name.param.watch(lambda _: read(), "value")
+        self.button.on_click(lambda _: read())
+        workspace.param.watch(self._note_reading, "reading")
+        title = pn.pane.HTML("<h2>Prompt</h2>", stylesheets=[HEADING_STYLE], margin=(4, 4, 0, 4))
         self.body = pn.Column(
             title,
             self.choice,
@@ -99,11 +99,11 @@ class PromptForm:
         """The question that belongs to the example; empty for a text of one's own."""
         return example(self.example).question if self.example else ""
 
-    def _chosen(self, event: Any) -> None:
+    def _chosen(self, event: Event) -> None:
         if self._quiet:
             return
         self.fresh = True
-        if event.new == _OWN:
+        if event.new == _USER_TEXT:
             self._fill("")
             return
         self._fill(example(event.new).text)
@@ -116,48 +116,48 @@ class PromptForm:
         finally:
             self._quiet = False
 
-    def _edited(self, event: Any) -> None:
+    def _edited(self, event: Event) -> None:
         """A changed example is a text of one's own."""
         if self._quiet or self.example is None or self.text == example(self.example).text:
             return
         self._quiet = True
         try:
-            self.choice.value = _OWN
+            self.choice.value = _USER_TEXT
         finally:
             self._quiet = False
 
-    def _tell(self, event: Any) -> None:
+    def _note_reading(self, event: Event) -> None:
         reading = event.new
         if reading is None:
             return
         trace, name = reading.trace, in_markup(reading.session.facts.name)
-        said = f"{trace.tokens:,} tokens read in {trace.read_seconds:.1f} s by {name}"
-        self._note.object = f"<div>{said}.</div>"
+        self._note.object = f"<div>{trace.tokens:,} tokens read in {trace.read_seconds:.1f} s by {name}.</div>"
 
-    def _count(self, *events: Any) -> None:
+    def _count(self, *events: Event) -> None:
         """Say below the field how long the text is; the tokens are counted elsewhere, for that may take a while."""
         text, session = self.text, self._workspace.session_of(self.model)
-        if session is None or session.tokenizer is None or not text:
+        tokenizer = None if session is None else session.tokenizer
+        if session is None or tokenizer is None or not text:
             self._workspace.counting.drop()
             self._show_length(TextLength(len(text)))
             return
 
-        def count(progress: Progress) -> TextLength:
-            return TextLength(len(text), about_tokens(text, session.tokenizer), session.facts.max_positions)
+        def count(_progress: Progress) -> TextLength:
+            return TextLength(len(text), about_tokens(text, tokenizer), session.facts.max_positions)
 
-        def uncounted(error: WorkbenchError) -> None:  # a broken character: reading it says which
+        def uncounted(_error: WorkbenchError) -> None:  # a broken character: reading it says which
             self._show_length(TextLength(len(text)))
 
         self._workspace.counting.submit(count, self._show_length, uncounted, interrupt=True)
 
     def _show_length(self, length: TextLength) -> None:
-        self.area.param.update(helper_text=length.line(own=self.example is None), error_state=not length.fits)
+        self.area.param.update(helper_text=length.line(in_link=self.example is None), error_state=not length.fits)
 
 
 def _start(state: PageState) -> tuple[str, str]:
     """The example's key and the text to begin with."""
     if state.text:
-        return _OWN, state.text
+        return _USER_TEXT, state.text
     try:
         return state.example, example(state.example).text if state.example else ""
     except BadParameter:

@@ -3,91 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
 from urllib.parse import quote
 
 import panel as pn
 import panel_material_ui as pmu
+from param.parameterized import Event
 
 from workbench.kv.base import KVMethod
 from workbench.kv.full import Full
 from workbench.recipe import Recipe
-from workbench.registry import Method, registered
-from workbench_widgets.app.elements.method_form import MethodForm
-from workbench_widgets.plain_text import in_label, in_markup
+from workbench.registry import Method
+from workbench_widgets.app.elements.method_form import MethodForm, method_title
+from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, RECIPE_SLOTS, methods_for
+from workbench_widgets.plain_text import in_markup
 
 NONE = ""
-CACHE_SLOTS = ("kv", "allocate", "store", "retrieve")
-
-
-def kv_methods(slot: str) -> list[type[Method]]:
-    """The KV methods for one place: "kv" (which tokens stay), "allocate" (how many each head), "store", "retrieve"."""
-    found: list[type[Method]] = []
-    for cls in registered("kv"):
-        assert issubclass(cls, KVMethod)
-        fits = cls.contributes(slot)
-        if slot == "kv":
-            fits = cls.contributes("score") or not (cls.contributes("store") or cls.contributes("retrieve"))
-        if fits:
-            found.append(cls)
-    return sorted(found, key=lambda cls: cls.key != Full.key)  # the uncompressed cache first
-
-
-def methods_for(slot: str) -> list[type[Method]]:
-    """The methods for one place of a recipe, of the cache or of another family."""
-    return kv_methods(slot) if slot in CACHE_SLOTS else list(registered(slot))
-
-
-SLOTS: dict[str, tuple[str, str, str]] = {  # slot -> label, what none means, help
-    "kv": ("KV cache: which tokens stay", "", "The method that decides which positions each head keeps."),
-    "allocate": (
-        "Share among layers and heads",
-        "The method's own",
-        "A method that divides the budget among layers and heads.",
-    ),
-    "store": ("Stored at", "The model's precision", "A method that packs what is kept into fewer bits."),
-    "retrieve": (
-        "All others in host memory",
-        "Dropped",
-        "A method that moves what is not kept to host memory and fetches what a query needs.",
-    ),
-    "weights": (
-        "Weights",
-        "As they are",
-        "A method that packs the model's weights. The prompt is read again with them.",
-    ),
-    "attention": ("Attention", "Exact", "How the prompt is read. The prompt is read again with it."),
-}
+_CHOICES = MappingProxyType(
+    {  # slot -> label, what none means, help
+        "kv": ("KV cache: which tokens stay", "", "The method that decides which positions each head keeps."),
+        "allocate": (
+            "Share among layers and heads",
+            "The method's own",
+            "A method that divides the budget among layers and heads.",
+        ),
+        "store": ("Stored at", "The model's precision", "A method that packs what is kept into fewer bits."),
+        "retrieve": (
+            "All others in host memory",
+            "Dropped",
+            "A method that moves what is not kept to host memory and fetches what a query needs.",
+        ),
+        "weights": (
+            "Weights",
+            "As they are",
+            "A method that packs the model's weights. The prompt is read again with them.",
+        ),
+        "attention": ("Attention", "Exact", "How the prompt is read. The prompt is read again with it."),
+    }
+)
 
 
 _SELECTING, _READING = "Chosen once the prompt is read", "Chosen while it is read, in bounded memory"
 
 
-class Slot:
+class SlotForm:
     """One place of a recipe: a choice of methods, and the chosen one's controls."""
 
     def __init__(
-        self, slot: str, key: str, values: Mapping[str, Mapping[str, Any]], changed: Callable[[], None]
+        self, slot: str, key: str, values: Mapping[str, Mapping[str, object]], changed: Callable[[], None]
     ) -> None:
-        label, none, help = SLOTS[slot]
+        label, none, description = _CHOICES[slot]
         classes = methods_for(slot)
         self.classes = {cls.key: cls for cls in classes}
         options = {none: NONE} if none else {}
-        options |= {name(cls): cls.key for cls in classes}
-        offered: dict[str, Any] = {"options": options}
-        if slot == "kv":
-            offered = {"groups": _grouped(classes)}
+        options |= {method_title(cls): cls.key for cls in classes}
+        choices = {"groups": _grouped(classes)} if slot == "kv" else {"options": options}
         self.select = pmu.Select(
             label=label,
-            **offered,
+            **choices,
             value=key if key in self.classes else next(iter(options.values())),
-            description=help,
+            description=description,
             size="small",
             sizing_mode="stretch_width",
             margin=(10, 4, 2, 4),
         )
         self.form: MethodForm | None = None
-        self._values = {name: dict(given) for name, given in values.items()}
+        self._values = {key: dict(parameters) for key, parameters in values.items()}
         self._changed = changed
         self._about = pn.pane.HTML(
             "",
@@ -110,11 +91,11 @@ class Slot:
         """The chosen method with its parameters. Raises BadParameter."""
         return None if self.form is None else self.form.method()
 
-    def values(self) -> dict[str, dict[str, Any]]:
+    def values(self) -> dict[str, dict[str, object]]:
         """What differs from the defaults, by method."""
         return {self.key: self.form.values} if self.form is not None and self.form.values else {}
 
-    def _choose(self, event: Any) -> None:
+    def _choose(self, event: Event) -> None:
         if self.form is not None:
             self._values[self.form.cls.key] = self.form.values  # there again when it is chosen again
         self._build()
@@ -125,13 +106,8 @@ class Slot:
         self.form = None if cls is None else MethodForm(cls, self._changed, self._values.get(cls.key))
         self._grid.objects = [] if self.form is None else list(self.form.widgets.values())
         self._grid.visible = bool(self._grid.objects)
-        self._about.object = "" if cls is None else f"<div>{_about(cls)}</div>"
+        self._about.object = "" if cls is None else f"<div>{_description(cls)}</div>"
         self._about.visible = cls is not None
-
-
-def name(cls: type[Method]) -> str:
-    """A method's title as a choice shows it."""
-    return in_label(cls.title or cls.key)
 
 
 def _grouped(classes: list[type[Method]]) -> dict[str, dict[str, str]]:
@@ -139,29 +115,29 @@ def _grouped(classes: list[type[Method]]) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {_SELECTING: {}, _READING: {}}
     for cls in classes:
         reads = issubclass(cls, KVMethod) and cls.contributes("read")
-        groups[_READING if reads else _SELECTING][name(cls)] = cls.key
+        groups[_READING if reads else _SELECTING][method_title(cls)] = cls.key
     return {group: options for group, options in groups.items() if options}
 
 
-def _about(cls: type[Method]) -> str:
+def _description(cls: type[Method]) -> str:
     """What a method does, as markup, with a link to its paper."""
-    said = in_markup(f"{cls.summary()}.")
+    summary = in_markup(f"{cls.summary()}.")
     if cls.paper is None:
-        return said
+        return summary
     authors = in_markup(cls.paper.authors)
     if not cls.paper.arxiv:
-        return f"{said} {authors}"
+        return f"{summary} {authors}"
     link = f"https://arxiv.org/abs/{quote(cls.paper.arxiv)}"
-    return f'{said} <a href="{link}" target="_blank" rel="noopener" style="color: inherit">{authors}</a>'
+    return f'{summary} <a href="{link}" target="_blank" rel="noopener" style="color: inherit">{authors}</a>'
 
 
 class RecipeForm:
     """All places of a recipe. `changed()` is called when the recipe changes in any way but its budget."""
 
     def __init__(
-        self, chosen: Mapping[str, str], values: Mapping[str, Mapping[str, Any]], changed: Callable[[], None]
+        self, chosen: Mapping[str, str], values: Mapping[str, Mapping[str, object]], changed: Callable[[], None]
     ) -> None:
-        self.slots = {slot: Slot(slot, chosen.get(slot, NONE), values, changed) for slot in SLOTS}
+        self.slots = {slot: SlotForm(slot, chosen.get(slot, NONE), values, changed) for slot in RECIPE_SLOTS}
         self.body = pn.Column(*(slot.body for slot in self.slots.values()), sizing_mode="stretch_width", margin=0)
 
     @property
@@ -191,5 +167,5 @@ class RecipeForm:
     def keys(self) -> dict[str, str]:
         return {name: slot.key for name, slot in self.slots.items()}
 
-    def values(self) -> dict[str, dict[str, Any]]:
-        return {key: given for slot in self.slots.values() for key, given in slot.values().items()}
+    def values(self) -> dict[str, dict[str, object]]:
+        return {key: values for slot in self.slots.values() for key, values in slot.values().items()}

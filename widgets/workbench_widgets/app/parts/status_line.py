@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import panel as pn
 import panel_material_ui as pmu
+from param.parameterized import Event
 
 from workbench_widgets.app.elements.notice import Notice
-from workbench_widgets.app.elements.theme import IN_HEADER
+from workbench_widgets.app.elements.theme import in_header
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_markup
 
 
 class StatusLine:
+    """What the main worker does, with a button that cancels it; `problem` stands elsewhere on the page."""
+
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._text = pn.pane.HTML(
@@ -27,7 +28,7 @@ class StatusLine:
         self._bar = pmu.LinearProgress(
             value=0,
             width=160,
-            sx=IN_HEADER,
+            sx=in_header(),
             color="primary",
             variant="determinate",
             align="center",
@@ -36,7 +37,7 @@ class StatusLine:
         )
         self.cancel = pmu.Button(
             label="Cancel",
-            sx=IN_HEADER,
+            sx=in_header(),
             icon="stop",
             size="small",
             variant="outlined",
@@ -44,7 +45,7 @@ class StatusLine:
             align="center",
             visible=False,
         )
-        self.cancel.on_click(lambda event: workspace.cancel())
+        self.cancel.on_click(lambda _: workspace.cancel())
         self.body = pn.Row(
             pn.Spacer(sizing_mode="stretch_width"), self._text, self._bar, self.cancel, sizing_mode="stretch_width"
         )
@@ -52,7 +53,7 @@ class StatusLine:
         workspace.param.watch(self._show, ["stage", "working"])
         workspace.param.watch(self._complain, "problem")
 
-    def _show(self, *events: Any) -> None:
+    def _show(self, *events: Event) -> None:
         stage, share = self._workspace.stage
         percent = "" if share is None else f" · {share:.0%}"
         self._text.object = f"<div>{in_markup(stage)}{percent}</div>" if stage else ""
@@ -61,6 +62,6 @@ class StatusLine:
         self._bar.param.update(variant="determinate" if known else "indeterminate", value=round((share or 0) * 100))
         self.cancel.visible = bool(stage)
 
-    def _complain(self, event: Any) -> None:
+    def _complain(self, event: Event) -> None:
         calm = event.new.startswith("Cancelled")
         self.problem.say(event.new, severity="info" if calm else "error")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import panel as pn
+from bokeh.document import Document
 from panel.io.location import Location
+from param.parameterized import Event
 
 THEMES = ("default", "dark")
 
@@ -16,15 +18,17 @@ class Address(Location):
     Panel's own reads numbers, JSON and Python in every part of it, and fails on some that are none.
     """
 
-    def _update_synced(self, event: Any = None) -> None:
+    def _update_synced(self, event: Event | None = None) -> None:
         """No widget is bound to a part of it."""
 
     @classmethod
-    def take_over(cls, doc: Any) -> None:
+    def take_over(cls, doc: Document) -> None:
         """Stand in for Panel's own in this page, which must not have asked for it yet."""
-        if doc.session_context is not None:
-            path, _, query = doc.session_context.request.uri.partition("?")
-            pn.state._locations[doc] = cls(pathname=path, search=f"?{query}" if query else "")
+        context: Any = doc.session_context  # Bokeh types what all contexts have; those of a server have a request
+        if context is not None:
+            path, _, query = context.request.uri.partition("?")
+            # Panel has no other place where a page's address could be given to it.
+            pn.state._locations[doc] = cls(pathname=path, search=f"?{query}" if query else "")  # noqa: SLF001
 
 
 def choose_theme() -> None:

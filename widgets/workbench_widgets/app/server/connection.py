@@ -7,13 +7,12 @@ state, so reloading brings it back.
 
 from __future__ import annotations
 
-from typing import Any
-
+from bokeh.document import Document
 from bokeh.models import CustomJS
 
 GONE = "The server has gone; what is on the page stays, nothing more can be computed. Reload when it is back."
 
-_SAY = """
+_NOTICE_SCRIPT = """
 if (document.getElementById("wb-gone")) return
 const said = document.createElement("div")
 said.id = "wb-gone"
@@ -27,6 +26,6 @@ document.body.append(said)
 """
 
 
-def tell_when_gone(doc: Any) -> None:
+def tell_when_gone(doc: Document) -> None:
     """Show the notice in the page of this document when its connection is lost."""
-    doc.js_on_event("connection_lost", CustomJS(code=_SAY, args={"text": GONE}))
+    doc.js_on_event("connection_lost", CustomJS(code=_NOTICE_SCRIPT, args={"text": GONE}))

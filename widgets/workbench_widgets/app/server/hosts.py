@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from socket import gethostname
 from typing import Any
 
 from bokeh.server.auth_provider import NullAuth
 from bokeh.server.util import check_allowlist
 from tornado.httputil import split_host_and_port
-from tornado.web import HTTPError
+from tornado.web import HTTPError, RequestHandler
 
 from workbench.errors import BadParameter
 
@@ -42,9 +42,9 @@ class Hosts:
         for host in allowed:
             if not _HOST.fullmatch(host):
                 raise BadParameter(f"host {host[:80]!r} is not a name, or a name and a port, like lab.example:8000")
-        own = [*_LOOPBACK, gethostname() if _everywhere(address) else _bracketed(address)]
-        named = dict.fromkeys(host.lower() for host in [*(f"{name}:{port}" for name in own), *allowed])
-        return cls(tuple(named), port if _everywhere(address) else None)
+        names = [*_LOOPBACK, gethostname() if is_unspecified(address) else _bracketed(address)]
+        named = dict.fromkeys(host.lower() for host in [*(f"{name}:{port}" for name in names), *allowed])
+        return cls(tuple(named), port if is_unspecified(address) else None)
 
     def admits(self, host: str) -> bool:
         """Whether a request with this Host is answered."""
@@ -60,7 +60,7 @@ class Hosts:
         return [host for host in self.named if "[" not in host]
 
 
-class Door(NullAuth):
+class HostCheck(NullAuth):
     """Asks no one who they are, but answers only requests for hosts that are admitted: HTTP and sockets alike."""
 
     def __init__(self, hosts: Hosts) -> None:
@@ -68,8 +68,8 @@ class Door(NullAuth):
         super().__init__()
 
     @property
-    def get_user_async(self) -> Callable[[Any], Awaitable[Any]]:
-        async def visitor(handler: Any) -> Any:
+    def get_user_async(self) -> Callable[[Any], Awaitable[Any]]:  # Bokeh gives a handler, and calls it a request
+        async def visitor(handler: RequestHandler) -> str:
             host = handler.request.headers.get("Host", "")
             if not self._hosts.admits(host):
                 raise HTTPError(
@@ -87,18 +87,19 @@ class Door(NullAuth):
 def is_this_machine(host: str) -> bool:
     """Whether only this machine reaches a host, with or without a port. A name but "localhost" may be anyone's."""
     name = host if _number(host) is not None else split_host_and_port(host)[0]
-    found = _number(name)
-    if found is None:
+    number = _number(name)
+    if number is None:
         return name.lower() == "localhost"
-    return bool((getattr(found, "ipv4_mapped", None) or found).is_loopback)
+    return bool((getattr(number, "ipv4_mapped", None) or number).is_loopback)
 
 
-def _everywhere(address: str) -> bool:
-    found = _number(address)
-    return not address or (found is not None and found.is_unspecified)
+def is_unspecified(address: str) -> bool:
+    """Whether an address stands for all of a machine's."""
+    number = _number(address)
+    return not address or (number is not None and number.is_unspecified)
 
 
-def _number(name: str) -> Any:
+def _number(name: str) -> IPv4Address | IPv6Address | None:
     """The IP address that a host is written as; None for a name."""
     try:
         return ip_address(name.strip("[]").partition("%")[0])

@@ -6,8 +6,8 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
 from reprlib import Repr
+from types import MappingProxyType
 from typing import Annotated, Any, cast, get_type_hints
 from urllib.parse import urlencode
 
@@ -18,17 +18,13 @@ from workbench.budget import Budget
 from workbench.errors import BadBudget, BadParameter
 from workbench.examples import example
 from workbench.registry import Method, registered
-from workbench_widgets.app.parts.recipe_form import methods_for
+from workbench_widgets.app.state.recipe_slots import methods_for
 
 TEXT_LIMIT = 1500  # characters of any part of a page that still fit into a link
 TABS = 7
 _LONGEST = 100_000  # characters of any part of an address; servers take fewer
 _LARGEST = 2**53  # up to here browsers count exactly
-_TOLD = 4  # parts that did not fit that are named
-
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
-_SHORT.maxlevel = _SHORT.maxdict = _SHORT.maxlist = 2
+_NAMED = 4  # parts that did not fit that are named
 
 
 def _model(name: str) -> str:
@@ -85,9 +81,7 @@ class PageState:
     retrieve: Annotated[_Name, _method("retrieve")] = ""
     weights: Annotated[_Name, _method("weights")] = ""
     attention: Annotated[_Name, _method("attention")] = ""
-    values: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # method key -> parameters that differ from defaults
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)  # method key -> parameters unlike their defaults
     budget: Annotated[_Name, AfterValidator(_budget)] = "25%"
     weights_budget: Annotated[_Name, AfterValidator(_budget)] = ""  # empty: the weight method's own
     question: _Long = ""
@@ -112,44 +106,54 @@ class PageState:
         """What of the address did not fit, in one line; empty where all did."""
         if not self.unread:
             return ""
-        more = len(self.unread) - _TOLD
-        told = [*self.unread[:_TOLD], *([f"{more} more"] if more > 0 else [])]
-        return f"Parts of this link do not fit and are left at their defaults: {'; '.join(told)}."
+        more = len(self.unread) - _NAMED
+        named = [*self.unread[:_NAMED], *([f"{more} more"] if more > 0 else [])]
+        return f"Parts of this link do not fit and are left at their defaults: {'; '.join(named)}."
 
     @classmethod
     def read(cls, query: Mapping[str, str | Sequence[bytes]]) -> PageState:
         """From the parameters of an address, as text or as a server has them; what does not fit is left at its default
         and named in `unread`.
         """
-        given: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         unread: list[str] = []
-        for name, schema in _schema().items():
+        for name, schema in _SCHEMA.items():
             if name not in query:
                 continue
-            raw: Any = query[name]
+            raw = query[name]
             try:
                 raw = _text(raw)
                 if name == "values":
-                    given[name], problems = _values(raw)
+                    parts[name], problems = _values(raw)
                     unread += problems
                 else:
-                    given[name] = schema.validate_python(raw)
+                    parts[name] = schema.validate_python(raw)
             except ValueError as error:
-                unread.append(f"{name}={_SHORT.repr(raw)} ({_reason(error)})")
-        return cls(**given, unread=tuple(unread))
+                unread.append(f"{name}={_shortened(raw)} ({_reason(error)})")
+        return cls(**parts, unread=tuple(unread))
 
     def _parts(self) -> dict[str, str]:
         """What differs from a fresh page, as text."""
         fresh = PageState()
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.compare}
-        given = {name: value for name, value in given.items() if value != getattr(fresh, name)}
-        return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in given.items()}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.compare}
+        changed = {name: value for name, value in values.items() if value != getattr(fresh, name)}
+        return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in changed.items()}
 
 
-@cache
-def _schema() -> dict[str, TypeAdapter[Any]]:
+def _schema() -> dict[str, TypeAdapter[object]]:
     hints = get_type_hints(PageState, include_extras=True)
     return {entry.name: TypeAdapter(hints[entry.name]) for entry in fields(PageState) if entry.compare}
+
+
+_SCHEMA = MappingProxyType(_schema())  # what each part of an address takes
+
+
+def _shortened(value: object) -> str:
+    """What an address said, in a few characters."""
+    brief = Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 40
+    brief.maxlevel = brief.maxdict = brief.maxlist = 2
+    return brief.repr(value)
 
 
 def _text(raw: str | Sequence[bytes]) -> str:
@@ -165,48 +169,53 @@ def _text(raw: str | Sequence[bytes]) -> str:
     return raw
 
 
-def _values(raw: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _values(raw: str) -> tuple[dict[str, dict[str, object]], list[str]]:
     """The parameters of methods that fit, and what is wrong with the others. Raises ValueError for what is no JSON."""
     try:
-        found = from_json(raw, allow_inf_nan=False)
+        values = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise ValueError(f"this is no JSON: {str(error).partition(' at line')[0]}") from None
-    if not isinstance(found, dict):
-        raise ValueError('it has to be of the form {"method": {"parameter": value}}')
+    if not isinstance(values, dict):
+        raise ValueError(  # noqa: TRY004  (of a text: every reason why it does not fit is a ValueError)
+            'it has to be of the form {"method": {"parameter": value}}'
+        )
     known = {cls.key: cls for cls in registered()}
-    kept: dict[str, dict[str, Any]] = {}
+    kept: dict[str, dict[str, object]] = {}
     problems = []
-    for key, given in found.items():
+    for key, parameters in values.items():
         if key not in known:
-            problems.append(f"values of {_SHORT.repr(key)} (there is no such method)")
-        elif not isinstance(given, dict):
-            problems.append(f"values of {key}={_SHORT.repr(given)} (it has to name parameters)")
+            problems.append(f"values of {_shortened(key)} (there is no such method)")
+        elif not isinstance(parameters, dict):
+            problems.append(f"values of {key}={_shortened(parameters)} (it has to name parameters)")
         else:
             schema = _parameters(known[key])
-            for name, value in given.items():
+            for name, value in parameters.items():
                 try:
-                    if name not in schema:
-                        raise ValueError("there is no such parameter")
-                    if isinstance(value, int) and abs(value) > _LARGEST:
-                        raise ValueError("the number is too large")
-                    kept.setdefault(key, {})[name] = schema[name].validate_python(value)
+                    kept.setdefault(key, {})[name] = _parameter(schema, name, value)
                 except ValueError as error:
-                    problems.append(f"{_SHORT.repr(name)} of {key}={_SHORT.repr(value)} ({_reason(error)})")
+                    problems.append(f"{_shortened(name)} of {key}={_shortened(value)} ({_reason(error)})")
     return kept, problems
 
 
-@cache
-def _parameters(cls: type[Method]) -> dict[str, TypeAdapter[Any]]:
+def _parameter(schema: Mapping[str, TypeAdapter[object]], name: str, value: object) -> object:
+    if name not in schema:
+        raise ValueError("there is no such parameter")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError("the number is too large")
+    return schema[name].validate_python(value)
+
+
+def _parameters(cls: type[Method]) -> dict[str, TypeAdapter[object]]:
     """What each parameter of a method takes by itself; whether they fit each other is the method's to say."""
     strict = ConfigDict(strict=True, allow_inf_nan=False)
-    found = {entry.name: cls.model_fields[entry.name] for entry in cls.parameters()}
+    entries = {entry.name: cls.model_fields[entry.name] for entry in cls.parameters()}
     return {
         name: TypeAdapter(cast("Any", Annotated[entry.annotation, entry]), config=strict)
-        for name, entry in found.items()
+        for name, entry in entries.items()
     }
 
 
 def _reason(error: ValueError) -> str:
-    said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    said = said.removeprefix("Value error, ").partition(", unable to parse")[0]
-    return said[:1].lower() + said[1:]
+    message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    message = message.removeprefix("Value error, ").partition(", unable to parse")[0]
+    return message[:1].lower() + message[1:]

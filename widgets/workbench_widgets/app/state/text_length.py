@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from workbench.prompt import text_ids
 from workbench_widgets.app.state.page_state import TEXT_LIMIT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WHOLE = 20_000  # characters of which every token is counted
 _PIECES = 5  # of a longer text, evenly spread, as long as this together
 
 
-def about_tokens(text: str, tokenizer: Any) -> int:
+def about_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokens of a text, by themselves; of a long one estimated from pieces of it. Raises BadPrompt."""
     if len(text) <= _WHOLE:
-        return text_ids(text, tokenizer).numel()
+        return len(text_ids(text, tokenizer))
     size = _WHOLE // _PIECES
     starts = [i * (len(text) - size) // (_PIECES - 1) for i in range(_PIECES)]
-    counted = sum(text_ids(text[start : start + size], tokenizer).numel() for start in starts)
+    counted = sum(len(text_ids(text[start : start + size], tokenizer)) for start in starts)
     return _round(counted * len(text) / (size * _PIECES))
 
 
@@ -41,18 +44,18 @@ class TextLength:
         """Whether the model has a position for every token, as far as is known."""
         return self.tokens is None or self.positions is None or self.tokens <= self.positions
 
-    def line(self, *, own: bool) -> str:
-        """What is said below the field. own: whether a link has to hold the text itself."""
+    def line(self, *, in_link: bool) -> str:
+        """What is said below the field. in_link: whether a link has to hold the text itself."""
         if not self.characters:
             return ""
-        said = f"{self.characters:,} characters"
+        line = f"{self.characters:,} characters"
         if self.tokens is not None:
-            said += f", about {self.tokens:,} tokens"
+            line += f", about {self.tokens:,} tokens"
         if self.positions is not None and self.fits:
-            said += f" of {self.positions:,}"
+            line += f" of {self.positions:,}"
         elif self.tokens and self.positions is not None:
             first = _round(self.characters * self.positions / self.tokens)
-            said += f": too long, the model has {self.positions:,} positions. About the first {first:,} characters fit"
-        if own and self.characters > TEXT_LIMIT:
-            said += f". Not in a link to this page, which holds {TEXT_LIMIT:,} characters"
-        return said
+            line += f": too long, the model has {self.positions:,} positions. About the first {first:,} characters fit"
+        if in_link and self.characters > TEXT_LIMIT:
+            line += f". Not in a link to this page, which holds {TEXT_LIMIT:,} characters"
+        return line

@@ -1,9 +1,9 @@
-"""Models of this process: each loaded once, in the background, and shared by all tabs."""
+"""The models of one server: each loaded once, in the background, and shared by all tabs."""
 
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ class _Loading:
     at: tuple[str, int, int] = ("loading the model", 0, 1)
 
 
-class Shelf:
+class LoadedModels:
     """Loaded models by name. The latest stays; an earlier one for as long as some session uses it."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Shelf:
             from workbench.models import load
 
             model = load(name, progress=Progress(report))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (whoever waits has to get it, whatever it is)
             with self._lock:
                 del self._loading[name]  # the next one who asks tries again
             loading.future.set_exception(error)
@@ -77,6 +77,3 @@ class Shelf:
                 self._loaded[name] = self._latest = model
                 del self._loading[name]
             loading.future.set_result(model)
-
-
-SHELF = Shelf()

@@ -11,7 +11,7 @@ _SHOWN = 80  # characters of a name that is refused
 
 
 @dataclass(frozen=True)
-class Offered:
+class OfferedModels:
     """The models of one server.
 
     default: what a page begins with, chosen by whoever started the server, as `more` were. anything: also every other

@@ -1,4 +1,4 @@
-"""Work off the event loop: a lane does one thing at a time and keeps only the latest of what waits."""
+"""Work off the event loop: a worker does one job at a time and keeps only the latest of those that wait."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import TypeVar
 
-from workbench.errors import Cancelled, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.progress import Progress
 
 T = TypeVar("T")
 Post = Callable[[Callable[[], None]], None]
 
 _EVERY_S = 0.1  # progress is shown this often
-_APPLIED_S = 5.0  # how long a lane waits for a page that may be gone
-log = logging.getLogger(__name__)
+_APPLIED_S = 5.0  # how long a worker waits for a page that may be gone
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
-class _Job(Generic[T]):
-    work: Callable[[Progress], T]
-    done: Callable[[T], None]
+class _Job:
+    work: Callable[[Progress], Callable[[], None]]  # returns what shows its result on the page
     failed: Callable[[WorkbenchError], None]
     progress: Progress = field(default_factory=Progress)
     dropped: bool = False  # by a newer job: nobody waits for its outcome
     over: bool = False  # its outcome is on the page: what it reported on the way comes too late
 
 
-class Lane:
+class Worker:
     """One kind of work of one tab.
 
     `post` runs a function in the page's own thread; everything that touches the page goes through it. The next job
@@ -50,8 +50,8 @@ class Lane:
         self._on_busy = on_busy
         self._on_progress = on_progress
         self._lock = threading.Lock()
-        self._current: _Job[Any] | None = None
-        self._next: _Job[Any] | None = None
+        self._current: _Job | None = None
+        self._next: _Job | None = None
         self._closed = False
         self._told = 0.0
 
@@ -67,7 +67,12 @@ class Lane:
 
         It replaces whatever waits; with `interrupt` also what is being done, which is cancelled and forgotten.
         """
-        job = _Job(work, done, failed)
+
+        def work_and_show(progress: Progress) -> Callable[[], None]:
+            result = work(progress)
+            return lambda: done(result)
+
+        job = _Job(work_and_show, failed)
         job.progress = Progress(self._reporter(job))
         with self._lock:
             if self._closed:
@@ -101,19 +106,19 @@ class Lane:
     def drop(self) -> None:
         """As `cancel`, but nobody is told: what was being done is not wanted any more."""
         with self._lock:
-            self._next = None
-            if self._current is not None:
-                self._current.dropped = True
-                self._current.progress.cancel()
+            self._drop_all()
 
     def close(self) -> None:
         """Cancel, and take nothing more: the tab is gone."""
         with self._lock:
             self._closed = True
-            self._next = None
-            if self._current is not None:
-                self._current.dropped = True
-                self._current.progress.cancel()
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        self._next = None
+        if self._current is not None:
+            self._current.dropped = True
+            self._current.progress.cancel()
 
     @property
     def busy(self) -> bool:
@@ -126,54 +131,52 @@ class Lane:
         return current is not None and not current.dropped
 
     def _work(self) -> None:
-        if self._on_busy is not None:
-            self._post(lambda: self._on_busy and self._on_busy(True))
+        on_busy = self._on_busy
+        if on_busy is not None:
+            self._post(lambda: on_busy(True))
         while (job := self._current) is not None:
             outcome = self._outcome(job)
             applied = threading.Event()
-
-            def apply(job: _Job[Any] = job, outcome: Callable[[], None] = outcome, applied: Any = applied) -> None:
-                job.over = True
-                try:
-                    if not job.dropped:
-                        outcome()
-                finally:
-                    applied.set()
-
             if not (self._closed or job.dropped):
-                self._post(apply)
+                self._post(partial(_apply, job, outcome, applied))
                 applied.wait(_APPLIED_S)
             with self._lock:
                 self._current, self._next = self._next, None
-        if self._on_busy is not None and not self._closed:
-            self._post(lambda: self._on_busy and self._on_busy(self.busy))
+        if on_busy is not None and not self._closed:
+            self._post(lambda: on_busy(self.busy))
 
-    def _outcome(self, job: _Job[Any]) -> Callable[[], None]:
+    def _outcome(self, job: _Job) -> Callable[[], None]:
+        """Do a job; what is returned tells the page of its result, or of what went wrong."""
         try:
             job.progress.check()
-            result = job.work(job.progress)
+            show = job.work(job.progress)
+            job.progress.check()
         except WorkbenchError as error:
-            found = error
-        except Exception as error:
-            log.exception("%s failed", self._name)
-            found = WorkbenchError(f"{self._name} failed: {type(error).__name__}: {error}")
-        else:
-            if job.progress.cancelled:
-                found = Cancelled("cancelled")
-            else:
-                return lambda: job.done(result)
-        return lambda: job.failed(found)
+            return partial(job.failed, error)
+        except Exception as error:  # noqa: BLE001  (whatever it was, the page has to be told)
+            _LOG.exception("%s failed", self._name)
+            return partial(job.failed, WorkbenchError(f"{self._name} failed: {type(error).__name__}: {error}"))
+        return show
 
-    def _reporter(self, job: _Job[Any]) -> Callable[[str, int, int], None] | None:
+    def _reporter(self, job: _Job) -> Callable[[str, int, int], None] | None:
         if self._on_progress is None:
             return None
-        show = self._on_progress
-        last: list[Any] = ["", 0.0]  # the stage shown, and when
+        show, shown_stage, shown_at = self._on_progress, "", 0.0
 
         def report(stage: str, done: int, total: int) -> None:
+            nonlocal shown_stage, shown_at
             now = time.monotonic()
-            if stage != last[0] or now - last[1] >= _EVERY_S:
-                last[:] = stage, now
+            if stage != shown_stage or now - shown_at >= _EVERY_S:
+                shown_stage, shown_at = stage, now
                 self._post(lambda: None if job.dropped or job.over else show(stage, done, total))
 
         return report
+
+
+def _apply(job: _Job, outcome: Callable[[], None], applied: threading.Event) -> None:
+    job.over = True
+    try:
+        if not job.dropped:
+            outcome()
+    finally:
+        applied.set()

@@ -1,4 +1,4 @@
-"""One tab's work: its session, what it read, planned and ran, and the lanes that do it."""
+"""One tab's work: its session, what it read, planned and ran, and the workers that do it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pandas as pd
 import param
@@ -23,15 +23,32 @@ from workbench.run import Run
 from workbench.session import Session, row_of
 from workbench.trace import Trace
 from workbench_widgets import present
-from workbench_widgets.app.work.loaded_models import SHELF, Shelf
-from workbench_widgets.app.work.offered_models import Offered
-from workbench_widgets.app.work.worker import Lane, Post
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.worker import Post, Worker
+
+T = TypeVar("T")
 
 _GLANCE_S = 0.1
 _SOON_S = 0.5  # a look that is there by then says nothing of how far it is
 
 
-class Deployed(NamedTuple):
+class Stage(NamedTuple):
+    """What a worker does, and the share done where that is known; without a name while nothing goes on."""
+
+    name: str
+    share: float | None = None
+
+    @classmethod
+    def of(cls, name: str, done: int, total: int) -> Stage:
+        """A step of a method's own progress, as the page shows it."""
+        return cls(name[:1].upper() + name[1:], done / total if total else None)
+
+
+IDLE = Stage("")
+
+
+class WeightBytes(NamedTuple):
     """The model's weights under the methods that were planned last: bytes, and those of its own, at 16 bits."""
 
     methods: tuple[Method, ...]
@@ -40,7 +57,7 @@ class Deployed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadPrompt:
     """A prompt that was read: by which session, and its tokens as text."""
 
     session: Session
@@ -51,45 +68,47 @@ class Reading:
 class Workspace(param.Parameterized):
     """What one tab knows. Parameters change in the page's thread only; views watch them.
 
-    Six lanes: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
+    Six workers: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
     `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at all
     weights, `counting` for the tokens of a text that is being written. A budget move never waits for a run, nor a map
     for a survey.
     """
 
-    reading: Any = param.Parameter(None)
-    plan: Any = param.Parameter(None)
-    run: Any = param.Parameter(None)
-    answer: Any = param.Parameter(())  # tokens of the run that is being generated
-    rows: Any = param.Parameter(pd.DataFrame())  # all runs so far
-    selected: Any = param.Parameter(None)  # (layer, query head) under the glass
-    focused: Any = param.Boolean(False)  # whether tokens show the selected head alone
-    problem: Any = param.String("")  # of the last piece of work
-    refusal: Any = param.String("")  # why the recipe or its budget cannot be had
-    working: Any = param.Boolean(False)
-    stage: Any = param.Parameter(("", None))  # what the main lane does, and the share done
-    model: Any = param.String("")  # the model that is loaded
-    loaded: Any = param.Parameter(("", None))  # a model's name and its session, before it has read anything
-    looking_stage: Any = param.Parameter(("", None))  # the same of a map or a table, once it takes long
-    survey_stage: Any = param.Parameter(("", None))  # what the survey does, and the share done
-    weighing_stage: Any = param.Parameter(("", None))  # what the look at weights does, and the share done
-    weights: Any = param.Parameter(None)  # Deployed
-    dark: Any = param.Boolean(False)
-    recipe: Any = param.Parameter(None)  # the one that was planned last
+    reading: param.Parameter[ReadPrompt | None] = param.Parameter(None)
+    plan: param.Parameter[Plan | None] = param.Parameter(None)
+    run: param.Parameter[Run | None] = param.Parameter(None)
+    answer: param.Parameter[tuple[str, ...]] = param.Parameter(())  # tokens of the run that is being generated
+    rows: param.Parameter[pd.DataFrame] = param.Parameter(pd.DataFrame())  # all runs so far
+    selected: param.Parameter[tuple[int, int] | None] = param.Parameter(None)  # layer, query head
+    focused = param.Boolean(False)  # whether tokens show the selected head alone
+    problem = param.String("")  # of the last piece of work
+    refusal = param.String("")  # why the recipe or its budget cannot be had
+    working = param.Boolean(False)
+    stage: param.Parameter[Stage] = param.Parameter(IDLE)  # what the main worker does
+    model = param.String("")  # the model that is loaded
+    loaded: param.Parameter[tuple[str, Session | None]] = param.Parameter(
+        ("", None)
+    )  # a model, before it read anything
+    looking_stage: param.Parameter[Stage] = param.Parameter(IDLE)  # of a map or a table, once it takes long
+    survey_stage: param.Parameter[Stage] = param.Parameter(IDLE)
+    weighing_stage: param.Parameter[Stage] = param.Parameter(IDLE)
+    weights: param.Parameter[WeightBytes | None] = param.Parameter(None)
+    dark = param.Boolean(False)
+    recipe: param.Parameter[Recipe | None] = param.Parameter(None)  # the one that was planned last
 
-    def __init__(self, post: Post, shelf: Shelf = SHELF, offered: Offered | None = None) -> None:
+    def __init__(self, post: Post, models: LoadedModels, offered: OfferedModels | None = None) -> None:
         super().__init__()
-        self._shelf = shelf
-        self._offered = offered or Offered("", anything=True)
-        self._alone = Lock()  # what changes a session beyond a plan's own memory happens one at a time
-        self.main = Lane("work", post, self._busy, self._progress)
-        self.planning = Lane("planning", post, None, self._planning_progress)
-        self.looking = Lane("looking", post, self._looking_busy, self._looking_progress)
-        self.surveying = Lane("surveying", post, self._survey_busy, self._survey_progress)
-        self.weighing = Lane("weighing", post, self._weighing_busy, self._weighing_progress)
-        self.counting = Lane("counting", post)
+        self._models = models
+        self._offered = offered or OfferedModels("", anything=True)
+        self._session_lock = Lock()  # what changes a session beyond a plan's own memory happens one at a time
+        self.main = Worker("work", post, self._busy, self._progress)
+        self.planning = Worker("planning", post, None, self._planning_progress)
+        self.looking = Worker("looking", post, self._looking_busy, self._looking_progress)
+        self.surveying = Worker("surveying", post, self._survey_busy, self._survey_progress)
+        self.weighing = Worker("weighing", post, self._weighing_busy, self._weighing_progress)
+        self.counting = Worker("counting", post)
         self._looking_since = 0.0
-        self._following = False  # whether the main lane answers because something moved
+        self._following = False  # whether the main worker answers because something moved
 
     def cancel(self) -> None:
         """Stop what is going on; what was there before stays."""
@@ -101,8 +120,8 @@ class Workspace(param.Parameterized):
 
     def close(self) -> None:
         """The tab is gone: stop its work and let go of what it holds."""
-        for lane in (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting):
-            lane.close()
+        for worker in (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting):
+            worker.close()
         with param.parameterized.discard_events(self):  # there is no page to tell
             self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None, weights=None)
             self.loaded = ("", None)
@@ -121,14 +140,14 @@ class Workspace(param.Parameterized):
             return
         before = self.reading.session if self.reading is not None and self.model == model else None
 
-        def work(progress: Progress) -> Reading:
-            session = before or Session(self._shelf.get(model, progress))
+        def work(progress: Progress) -> ReadPrompt:
+            session = before or Session(self._models.get(model, progress))
             self.main.tell(lambda: self._is_loaded(model, session), always=True)
             with self._exclusive(progress):
                 trace = session.read(text, progress=progress)
-            return Reading(session, trace, tuple(present.pieces(session.tokenizer, trace.ids)))
+            return ReadPrompt(session, trace, tuple(present.pieces(session.tokenizer, trace.ids)))
 
-        def finish(reading: Reading) -> None:
+        def finish(reading: ReadPrompt) -> None:
             self.param.update(
                 reading=reading,
                 plan=None,
@@ -168,21 +187,21 @@ class Workspace(param.Parameterized):
         heavy = bool(recipe.family("weights") or recipe.family("attention"))  # may read the prompt once more
         reads = any(isinstance(method, KVMethod) and method.supplies("read") for method in recipe.methods)
 
-        def plan(progress: Progress) -> tuple[Plan, Deployed]:
-            made = session.plan(recipe, progress=progress)
-            return made, Deployed(recipe.family("weights"), *session.weight_nbytes(recipe, progress=progress))
+        def plan(progress: Progress) -> tuple[Plan, WeightBytes]:
+            planned = session.plan(recipe, progress=progress)
+            return planned, WeightBytes(recipe.family("weights"), *session.weight_nbytes(recipe, progress=progress))
 
-        def work(progress: Progress) -> tuple[Plan, Deployed]:
+        def work(progress: Progress) -> tuple[Plan, WeightBytes]:
             if not heavy:
                 return plan(progress)
             with self._exclusive(progress):
                 return plan(progress)
 
-        def finish(made: tuple[Plan, Deployed]) -> None:
+        def finish(outcome: tuple[Plan, WeightBytes]) -> None:
             if self.reading is None or self.reading.trace is not trace:
                 return  # another prompt was read meanwhile
-            quiet = self.stage if self.working else ("", None)
-            self.param.update(plan=made[0], weights=made[1], refusal="", stage=quiet)
+            quiet = self.stage if self.working else IDLE
+            self.param.update(plan=outcome[0], weights=outcome[1], refusal="", stage=quiet)
 
         def failed(error: WorkbenchError) -> None:
             self.refuse("" if isinstance(error, Cancelled) else str(error))
@@ -192,7 +211,7 @@ class Workspace(param.Parameterized):
 
     def refuse(self, message: str) -> None:
         """Say why the recipe cannot be had; what was planned before stays in view."""
-        self.param.update(refusal=message, stage=self.stage if self.working else ("", None))
+        self.param.update(refusal=message, stage=self.stage if self.working else IDLE)
 
     # -- running
 
@@ -226,7 +245,7 @@ class Workspace(param.Parameterized):
         session, last = self.reading.session, self.run
         shown: list[str] = []
 
-        def work(progress: Progress) -> tuple[Run, dict[str, Any]]:
+        def work(progress: Progress) -> tuple[Run, dict[str, object]]:
             with self._exclusive(progress):
                 if follow and last is not None:
                     stream = last.ask_stream(question or "", max_new_tokens=max_new_tokens, progress=progress)
@@ -240,7 +259,7 @@ class Workspace(param.Parameterized):
                 row = row_of(run)
             return run, row | {"question": question}
 
-        def finish(outcome: tuple[Run, dict[str, Any]]) -> None:
+        def finish(outcome: tuple[Run, dict[str, object]]) -> None:
             run, row = outcome
             self.param.update(run=run, answer=(), problem="")
             self._add([row])
@@ -250,7 +269,7 @@ class Workspace(param.Parameterized):
         self.main.submit(work, finish, self._failed, interrupt=interrupt)
 
     def compare(
-        self, recipes: Sequence[Any], budgets: Sequence[Any], question: str | None, max_new_tokens: int
+        self, recipes: Sequence[Recipe], budgets: Sequence[str], question: str | None, max_new_tokens: int
     ) -> None:
         """Run every recipe at every budget; each row is shown when it is there, and cancelling keeps those."""
         if self.reading is None:
@@ -267,46 +286,32 @@ class Workspace(param.Parameterized):
                     frame = session.compare(
                         [recipe], budgets=several, question=question, max_new_tokens=max_new_tokens, progress=quiet
                     )
-                    rows = [row | {"question": question} for row in frame.to_dict("records")]
+                    rows = [{**row, "question": question} for row in _records(frame)]
                     self.main.tell(partial(self._add, rows), always=True)
 
         self.announce("Comparing")
         self.main.submit(work, lambda _: None, self._failed)
 
     def look(
-        self, work: Callable[[Progress], Any], show: Callable[[Any], None], given_up: Callable[[], None] = lambda: None
+        self, work: Callable[[Progress], T], show: Callable[[T], None], given_up: Callable[[], None] = lambda: None
     ) -> None:
         """Compute something to look at; only the latest request counts. `looking_stage` tells how far a long one is.
 
         given_up: called where it failed or a person cancelled it.
         """
+        self.looking.submit(work, show, self._given_up(given_up))
 
-        def failed(error: WorkbenchError) -> None:
-            given_up()
-            if not isinstance(error, Cancelled):
-                self.problem = str(error)
-
-        self.looking.submit(work, show, failed)
-
-    def survey(
-        self, work: Callable[[Progress], Any], show: Callable[[Any], None], given_up: Callable[[], None]
-    ) -> None:
+    def survey(self, work: Callable[[Progress], T], show: Callable[[T], None], given_up: Callable[[], None]) -> None:
         """As `look`, for what takes long: a newer request cancels it, and `survey_stage` tells how far it is.
 
         given_up: called where it failed or a person cancelled it.
         """
-
-        def failed(error: WorkbenchError) -> None:
-            given_up()
-            if not isinstance(error, Cancelled):
-                self.problem = str(error)
-
-        self.surveying.submit(work, show, failed, interrupt=True)
+        self.surveying.submit(work, show, self._given_up(given_up), interrupt=True)
 
     def weigh(
         self,
-        work: Callable[[Progress], Any],
-        show: Callable[[Any], None],
+        work: Callable[[Progress], T],
+        show: Callable[[T], None],
         given_up: Callable[[], None],
         *,
         stage: str = "",
@@ -315,19 +320,13 @@ class Workspace(param.Parameterized):
 
         stage: what is said until the work says it itself.
         """
-
-        def failed(error: WorkbenchError) -> None:
-            given_up()
-            if not isinstance(error, Cancelled):
-                self.problem = str(error)
-
-        self.weighing_stage = (stage, None)
-        self.weighing.submit(work, show, failed, interrupt=True)
+        self.weighing_stage = Stage(stage)
+        self.weighing.submit(work, show, self._given_up(given_up), interrupt=True)
 
     def stop_weighing(self) -> None:
         """What the look at weights computes is not wanted any more."""
         self.weighing.drop()
-        self.weighing_stage = ("", None)
+        self.weighing_stage = IDLE
 
     @property
     def kv_head(self) -> tuple[int, int] | None:
@@ -341,17 +340,27 @@ class Workspace(param.Parameterized):
 
     @contextmanager
     def _exclusive(self, progress: Progress) -> Iterator[None]:
-        while not self._alone.acquire(timeout=_GLANCE_S):
+        while not self._session_lock.acquire(timeout=_GLANCE_S):
             progress.check()
         try:
             yield
         finally:
-            self._alone.release()
+            self._session_lock.release()
 
     def announce(self, what: str) -> None:
-        """Say what the main lane is about to do."""
+        """Say what the main worker is about to do."""
         self.weighing.cancel()
-        self.param.update(problem="", stage=(what, None), working=True)
+        self.param.update(problem="", stage=Stage(what), working=True)
+
+    def _given_up(self, given_up: Callable[[], None]) -> Callable[[WorkbenchError], None]:
+        """What is done where a look at something failed or was cancelled."""
+
+        def failed(error: WorkbenchError) -> None:
+            given_up()
+            if not isinstance(error, Cancelled):
+                self.problem = str(error)
+
+        return failed
 
     def _failed(self, error: WorkbenchError) -> None:
         self.param.update(
@@ -360,10 +369,10 @@ class Workspace(param.Parameterized):
 
     def _busy(self, busy: bool) -> None:
         self._following = self._following and busy
-        self.param.update(working=busy, stage=self.stage if busy else ("", None))
+        self.param.update(working=busy, stage=self.stage if busy else IDLE)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
-        self.stage = (stage[:1].upper() + stage[1:], done / total if total else None)
+        self.stage = Stage.of(stage, done, total)
 
     def _planning_progress(self, stage: str, done: int, total: int) -> None:
         if not self.working:
@@ -371,36 +380,40 @@ class Workspace(param.Parameterized):
 
     def _looking_busy(self, busy: bool) -> None:
         self._looking_since = time.monotonic()
-        self.looking_stage = ("", None)
+        self.looking_stage = IDLE
 
     def _looking_progress(self, stage: str, done: int, total: int) -> None:
         if time.monotonic() - self._looking_since > _SOON_S:
-            self.looking_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
+            self.looking_stage = Stage.of(stage, done, total)
 
     def _survey_busy(self, busy: bool) -> None:
-        self.survey_stage = self.survey_stage if busy else ("", None)
+        self.survey_stage = self.survey_stage if busy else IDLE
 
     def _survey_progress(self, stage: str, done: int, total: int) -> None:
-        self.survey_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
+        self.survey_stage = Stage.of(stage, done, total)
 
     def _weighing_busy(self, busy: bool) -> None:
-        self.weighing_stage = self.weighing_stage if busy else ("", None)
+        self.weighing_stage = self.weighing_stage if busy else IDLE
 
     def _weighing_progress(self, stage: str, done: int, total: int) -> None:
-        self.weighing_stage = (stage[:1].upper() + stage[1:], done / total if total else None)
+        self.weighing_stage = Stage.of(stage, done, total)
 
     def _coming(self, shown: list[str]) -> None:
         self.answer = tuple(shown)
 
-    def _add(self, rows: list[dict[str, Any]]) -> None:
-        frame = pd.DataFrame([*self.rows.to_dict("records"), *rows])
+    def _add(self, rows: list[dict[str, object]]) -> None:
+        frame = pd.DataFrame([*_records(self.rows), *rows])
         frame["run"] = range(1, len(frame) + 1)
         self.rows = frame
 
 
-def _cases(recipes: Sequence[Any], budgets: Sequence[Any]) -> Iterator[tuple[Any, list[Any]]]:
+def _records(frame: pd.DataFrame) -> list[dict[str, object]]:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _cases(recipes: Sequence[Recipe], budgets: Sequence[str]) -> Iterator[tuple[Recipe, list[str]]]:
     """One (recipe, [budget]) for each run; what takes no budget once."""
     for recipe in recipes:
-        takes = any(method.key != "full" for method in Recipe.of(recipe).family("kv"))
-        for budget in budgets if takes else budgets[:1]:
+        takes_budget = any(method.key != "full" for method in recipe.family("kv"))
+        for budget in budgets if takes_budget else budgets[:1]:
             yield recipe, [budget]
