@@ -22,9 +22,9 @@ pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
 from workbench_widgets import weight_views
-from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
+from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.parts.recipe_form import RecipeForm
 from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.workspace import Workspace
@@ -73,7 +73,7 @@ def plan(workspace: Any, *methods: Any, **budget: Any) -> None:
 
 
 def settle(workspace: Any) -> None:
-    wait_for(lambda: not any(lane.busy for lane in (workspace.main, workspace.planning, workspace.weighing)))
+    wait_for(lambda: not any(worker.busy for worker in (workspace.main, workspace.planning, workspace.weighing)))
 
 
 # -- budgets
@@ -317,7 +317,7 @@ def test_what_is_asked_for_says_at_once_that_it_has_begun(weights: Any, monkeypa
     monkeypatch.setattr(weights.workspace.reading.session, "sensitivity", lambda *a, **k: silent.wait(20))
     choose(weights, "sensitivity")
     weights.start.clicks += 1
-    assert weights.doing.body.visible and weights.doing.said.object == "<div>Measuring …</div>"
+    assert weights.doing.body.visible and weights.doing.line.object == "<div>Measuring …</div>"
     weights.doing.cancel.clicks += 1
     silent.set()
     settle(weights.workspace)

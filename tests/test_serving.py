@@ -29,12 +29,12 @@ import panel as pn
 import websocket
 
 from workbench_widgets import serve
-from workbench_widgets.app.parts.link_confirmation import asked
-from workbench_widgets.app.server.hosts import Hosts, is_this_machine
-from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.parts.link_confirmation import awaits_consent
+from workbench_widgets.app.server.hosts import Hosts, is_this_machine
 from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.work.workspace import Workspace
 
 TINY = "workbench-tiny"
@@ -218,8 +218,9 @@ def test_a_server_is_for_this_machine_only_at_loopback_addresses(host: str, here
 
 
 def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
-    assert asked(PageState(), TINY) == asked(PageState(model=TINY, text="short", kv="h2o"), TINY) == []
-    found = asked(PageState(model="a" * 500, weights="gptq", text="x" * (TEXT_LIMIT + 1)), TINY)
+    assert awaits_consent(PageState(), TINY) == []
+    assert awaits_consent(PageState(model=TINY, text="short", kv="h2o"), TINY) == []
+    found = awaits_consent(PageState(model="a" * 500, weights="gptq", text="x" * (TEXT_LIMIT + 1)), TINY)
     assert len(found) == 3 and len(found[0]) < 100 and "GPTQ" in found[1] and "1,501 characters" in found[2]
 
 
@@ -254,7 +255,7 @@ def test_a_link_that_asks_for_more_waits_for_a_person_although_its_browser_is_th
     found = connect(port, html, f"127.0.0.1:{port}")
     assert "ACK" in found.recv()
     time.sleep(0.5)
-    assert page.asked.body.visible and not page.workspace.main.busy and page.workspace.reading is None
+    assert page.confirmation.body.visible and not page.workspace.main.busy and page.workspace.reading is None
     found.close()
 
 

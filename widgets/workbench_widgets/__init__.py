@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, View
 
 if TYPE_CHECKING:
-    from workbench_widgets.app import serve
+    from workbench_widgets.app.serve import serve
     from workbench_widgets.notebook import AttentionView
 
 __all__ = ["AnswerDiff", "AttentionView", "Heatmap", "KeptRaster", "MapGrid", "TokenText", "View", "serve"]

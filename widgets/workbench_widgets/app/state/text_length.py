@@ -18,10 +18,10 @@ _PIECES = 5  # of a longer text, evenly spread, as long as this together
 def about_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokens of a text, by themselves; of a long one estimated from pieces of it. Raises BadPrompt."""
     if len(text) <= _WHOLE:
-        return len(text_ids(text, tokenizer))
+        return int(text_ids(text, tokenizer).shape[0])
     size = _WHOLE // _PIECES
     starts = [i * (len(text) - size) // (_PIECES - 1) for i in range(_PIECES)]
-    counted = sum(len(text_ids(text[start : start + size], tokenizer)) for start in starts)
+    counted = sum(int(text_ids(text[start : start + size], tokenizer).shape[0]) for start in starts)
     return _round(counted * len(text) / (size * _PIECES))
 
 
