@@ -191,14 +191,14 @@ def test_a_short_text_is_counted_and_a_long_one_estimated(tiny_session: wb.Sessi
 
 
 def test_what_is_said_of_a_text_that_fits_and_of_one_that_does_not() -> None:
-    assert TextLength(0).line(own=True) == ""
-    assert TextLength(1200).line(own=True) == "1,200 characters"
-    assert TextLength(1200, 300, 8192).line(own=True) == "1,200 characters, about 300 tokens of 8,192"
+    assert TextLength(0).line(in_link=True) == ""
+    assert TextLength(1200).line(in_link=True) == "1,200 characters"
+    assert TextLength(1200, 300, 8192).line(in_link=True) == "1,200 characters, about 300 tokens of 8,192"
     long = TextLength(70_000, 24_000, 2048)
     assert not long.fits
-    assert "too long, the model has 2,048 positions. About the first 5,900 characters fit" in long.line(own=True)
-    assert f"link to this page, which holds {TEXT_LIMIT:,} characters" in TextLength(TEXT_LIMIT + 1).line(own=True)
-    assert "link" not in TextLength(TEXT_LIMIT + 1).line(own=False)  # an example has a name
+    assert "too long, the model has 2,048 positions. About the first 5,900 characters fit" in long.line(in_link=True)
+    assert f"link to this page, which holds {TEXT_LIMIT:,} characters" in TextLength(TEXT_LIMIT + 1).line(in_link=True)
+    assert "link" not in TextLength(TEXT_LIMIT + 1).line(in_link=False)  # an example has a name
 
 
 def test_a_control_panel_generates_as_many_tokens_as_the_model_has_positions(

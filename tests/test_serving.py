@@ -228,7 +228,7 @@ def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
 
 
 def at_work() -> list[str]:
-    """What lanes and shelves do: their threads."""
+    """What workers and loading models do: their threads."""
     mine = [one for one in threading.enumerate() if one not in OTHERS]
     return [one.name for one in mine if one.name.startswith(("work", "planning", "load "))]
 
