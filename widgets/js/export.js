@@ -164,8 +164,8 @@ class SvgPen {
     const written = Object.entries(attributes).map(
       ([key, value]) => ` ${key}="${typeof value === "number" ? +value.toFixed(2) : value}"`,
     );
-    const made = `<${tag}${written.join("")}>${content}</${tag}>`;
-    this.parts.push(this.#moves ? `<g transform="${this.#moves}">${made}</g>` : made);
+    const element = `<${tag}${written.join("")}>${content}</${tag}>`;
+    this.parts.push(this.#moves ? `<g transform="${this.#moves}">${element}</g>` : element);
   }
   /**
    * @param {number} x

@@ -301,9 +301,9 @@ class Page:
         facts = event.new.session.facts
         layer, head = self._linked_head
         self._linked_head = (0, 0)
-        self.workspace.selected = shown = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
-        if shown != (layer, head):
-            note = f"{facts.name} has no layer {layer}, head {head}: layer {shown[0]}, head {shown[1]} is shown."
+        self.workspace.selected = cell = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        if cell != (layer, head):
+            note = f"{facts.name} has no layer {layer}, head {head}: layer {cell[0]}, head {cell[1]} is shown."
             self.link.say(f"{self.link.object} {note}".strip())
         if self.prompt.question and self.prompt.fresh:
             self.answer.question.value = self.prompt.question

@@ -107,9 +107,9 @@ def _tiles(entries: Sequence[tuple[str, str]], share: float | None = None) -> st
     row = f'<div style="display:flex;flex-wrap:wrap;gap:4px 24px;line-height:1.35">{tiles}</div>'
     if share is None:
         return row
-    told, width = f"{share:.1%} of the uncompressed cache", f"{min(share, 1):.2%}"
+    label, width = f"{share:.1%} of the uncompressed cache", f"{min(share, 1):.2%}"
     bar = (
-        f'<div role="img" aria-label="{told}" title="{told}" '
+        f'<div role="img" aria-label="{label}" title="{label}" '
         'style="height:6px;margin:6px 0;border-radius:3px;background:#80808040">'
         f'<div style="height:6px;border-radius:3px;background:{LIGHT.categories[0]};width:{width}"></div></div>'
     )

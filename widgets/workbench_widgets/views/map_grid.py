@@ -62,10 +62,10 @@ class MapGrid(View):
         if scale != "linear" and not diverging:
             flat = np.where(flat > 0, flat, np.nan)
         names = list(dict.fromkeys(classes or [])) if class_names is None else list(class_names)
-        given = {name: np.asarray(values, dtype=np.float32).ravel() for name, values in (measures or {}).items()}
+        columns = {name: np.asarray(values, dtype=np.float32).ravel() for name, values in (measures or {}).items()}
         for name, size in {
             "classes": len(classes or []),
-            **{name: len(values) for name, values in given.items()},
+            **{name: len(values) for name, values in columns.items()},
         }.items():
             if size != len(flat) and not (name == "classes" and classes is None):
                 raise BadParameter(f"MapGrid: {name} has {size} values for {layers} x {heads} heads")
@@ -80,6 +80,6 @@ class MapGrid(View):
             "places": pack(np.stack(np.divmod(np.arange(len(flat)), max(heads, 1)), axis=1).astype(np.int32)),
             "classes": pack(kinds) if classes is not None else b"",
             "class_names": names,
-            "measures": pack(np.stack(list(given.values()))) if given else b"",
-            "measure_names": list(given),
+            "measures": pack(np.stack(list(columns.values()))) if columns else b"",
+            "measure_names": list(columns),
         }

@@ -10,6 +10,7 @@ from param.parameterized import Event
 
 from workbench.budget import Budget
 from workbench.errors import BadBudget
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.elements.text_field import TextField
 
 
@@ -28,7 +29,7 @@ class BudgetSlider:
     ) -> None:
         self.value = value
         self._changed = changed
-        self._quiet = False
+        self._quiet = Quiet()
         self.slider = pmu.IntSlider(
             label=label,
             start=1,
@@ -70,11 +71,8 @@ class BudgetSlider:
         self._changed()
 
     def _quietly(self, widget: pmu.IntSlider | TextField, value: int | str) -> None:
-        self._quiet = True
-        try:
+        with self._quiet.setting():
             widget.value = value
-        finally:
-            self._quiet = False
 
 
 def _percent(text: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -58,6 +59,11 @@ def table(
         margin=(4, 0, 12, 0),
         **options,
     )
+
+
+def csv_of(frame: pd.DataFrame) -> io.StringIO:
+    """A frame as the file that a download gives."""
+    return io.StringIO(frame.to_csv(index=False))
 
 
 def fill(tabulator: pn.widgets.Tabulator, frame: pd.DataFrame, *, dark: bool) -> None:

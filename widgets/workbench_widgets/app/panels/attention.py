@@ -18,6 +18,7 @@ from workbench.recipe import Recipe
 from workbench.registry import find, registered
 from workbench_widgets import figures, present
 from workbench_widgets.app.elements.method_form import Menu, MethodForm
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.elements.theme import NOTE_STYLE
 from workbench_widgets.app.panels.cached_maps import CachedMaps, grid_key, grid_of
 from workbench_widgets.app.panels.map_subject import MapSubject, cost_of_entry, read_under, remark
@@ -104,7 +105,7 @@ class AttentionPanel(Panel):
         MapGrid.watch(self.grid, "selected", self._choose)
         self.survey.on_click(lambda _: self._survey(self.subject, asked=True))
         workspace.param.watch(self._show_progress, "survey_stage")
-        one = pn.Column(
+        one_head = pn.Column(
             self.map,
             self.line,
             self.text,
@@ -120,7 +121,7 @@ class AttentionPanel(Panel):
             styles={"flex": "0 1 370px", "min-width": "300px"},
             margin=0,
         )
-        self._views = pn.FlexBox(one, all_heads, sizing_mode="stretch_width", gap="12px 24px", margin=0)
+        self._views = pn.FlexBox(one_head, all_heads, sizing_mode="stretch_width", gap="12px 24px", margin=0)
         self.body = pn.Column(
             self._hint,
             self._controls,
@@ -135,7 +136,7 @@ class AttentionPanel(Panel):
         self._cache = LRUCache(_REMEMBERED)
         self._map_key: Hashable = None  # what the map shows or will show
         self._grid_key: Hashable = None  # what the grid shows or will show
-        self._quiet = False
+        self._quiet = Quiet()
         super().__init__(workspace)
 
     # -- what a person does
@@ -175,8 +176,7 @@ class AttentionPanel(Panel):
         if reading is None:
             return
         self._hint.object = "<p>The map is being computed …</p>"  # until it is there
-        self._quiet = True  # controls that follow do not lead
-        try:
+        with self._quiet.setting():  # controls that follow do not lead
             layer, head = workspace.selected or (0, 0)
             facts = reading.session.facts
             self.layer.param.update(end=facts.layers - 1, value=layer)
@@ -189,8 +189,6 @@ class AttentionPanel(Panel):
             self._offer()
             if self.grid.selected != (layer, head):
                 self.grid.selected = (layer, head)
-        finally:
-            self._quiet = False
         try:
             subject = self.subject
         except WorkbenchError as error:
@@ -210,8 +208,8 @@ class AttentionPanel(Panel):
         groups = {_OF_MODEL: {"all keys": "full"}}
         if workspace.plan is not None and workspace.recipe is not None:
             name = in_label(workspace.recipe.label)
-            kept = "attention under" if read_under(workspace.recipe) else "keys kept by"
-            groups[_OF_MODEL][f"{kept} {name}"] = "recipe"
+            verb = "attention under" if read_under(workspace.recipe) else "keys kept by"
+            groups[_OF_MODEL][f"{verb} {name}"] = "recipe"
             groups["Difference"] = {f"{name} − all keys": "difference"}
             groups["Difference"] |= {f"{name} − run of {in_label(label)}": f"run:{label}" for label in self._runs()}
         operators = registered("operator")

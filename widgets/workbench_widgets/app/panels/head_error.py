@@ -7,6 +7,7 @@ import panel_material_ui as pmu
 
 from workbench.progress import Progress
 from workbench_widgets import present
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.views import Heatmap
@@ -31,7 +32,7 @@ class HeadErrorPanel(Panel):
         self._hint = hint("The errors come when a prompt has been read and a recipe planned.")
         Heatmap.watch(self.map, "selected", self._choose)
         self.body = pn.Column(self.source, self._hint, self.map, sizing_mode="stretch_width", margin=(6, 0))
-        self._quiet = False
+        self._quiet = Quiet()
         super().__init__(workspace)
 
     def _choose(self, cell: tuple[int, int] | None) -> None:
@@ -60,11 +61,8 @@ class HeadErrorPanel(Panel):
             return present.head_error(plan.error, of="for the prompt's last 64 tokens")
 
         def show(keywords: dict[str, object]) -> None:
-            self._quiet = True
-            try:
+            with self._quiet.setting():
                 Heatmap.update(self.map, **keywords, selected=workspace.selected, dark=workspace.dark)
-            finally:
-                self._quiet = False
             self.map.visible, self._hint.visible = True, False
 
         workspace.look(work, self.in_view(show))

@@ -12,7 +12,7 @@ import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
 from workbench_widgets.app.elements.method_form import method_title
-from workbench_widgets.app.elements.table import fill, table
+from workbench_widgets.app.elements.table import csv_of, fill, table
 from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.state.recipe_slots import kv_methods
@@ -137,10 +137,7 @@ class RunsPanel(Panel):
         fill(self.table, frame, dark=dark)
 
     def _csv(self) -> io.StringIO:
-        text = io.StringIO()
-        self.workspace.rows.to_csv(text, index=False)
-        text.seek(0)
-        return text
+        return csv_of(self.workspace.rows)
 
 
 def _table(frame: pd.DataFrame, hidden: list[str], dark: bool) -> pn.widgets.Tabulator:

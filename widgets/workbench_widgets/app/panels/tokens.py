@@ -6,6 +6,7 @@ import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets import present
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.panels.panel import Panel
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.views import KeptRaster, TokenText
@@ -18,7 +19,7 @@ class TokensPanel(Panel):
     needs = ("reading", "plan", "selected", "focused")
 
     def __init__(self, workspace: Workspace) -> None:
-        self._quiet = False
+        self._quiet = Quiet()
         self.text = TokenText.panel(rows=12, margin=0)
         self.raster = KeptRaster.panel(margin=0)
         self.all_heads = pmu.Button(
@@ -61,8 +62,7 @@ class TokensPanel(Panel):
         workspace = self.workspace
         head = workspace.kv_head if workspace.focused else None
         self.all_heads.visible = head is not None
-        self._quiet = True
-        try:
+        with self._quiet.setting():
             dark = {"dark": workspace.dark}
             if workspace.reading is None:
                 TokenText.update(self.text, **dark)
@@ -74,5 +74,3 @@ class TokensPanel(Panel):
                 return
             TokenText.update(self.text, **present.token_text(workspace.plan, tokens, head), **dark)
             KeptRaster.update(self.raster, **present.kept_raster(workspace.plan, tokens), selected=head, **dark)
-        finally:
-            self._quiet = False

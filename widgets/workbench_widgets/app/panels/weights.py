@@ -18,7 +18,8 @@ from workbench.weights.blocks import blocks
 from workbench.weights.linears import linear_layers
 from workbench_widgets import weight_views
 from workbench_widgets.app.elements.figures_row import figures_row, show
-from workbench_widgets.app.elements.table import fill, table
+from workbench_widgets.app.elements.quiet import Quiet
+from workbench_widgets.app.elements.table import csv_of, fill, table
 from workbench_widgets.app.panels.panel import Panel, hint
 from workbench_widgets.app.panels.weight_sections import (
     SECTIONS,
@@ -119,7 +120,7 @@ class WeightsPanel(Panel):
         self._frame = pd.DataFrame()
         self._cache = LRUCache(_REMEMBERED)
         self._session: Session | None = None
-        self._quiet = False
+        self._quiet = Quiet()
         self._shown_section = ""  # the section that is shown
         self._measuring = False  # whether what is only measured when somebody asks was asked for
         choices = (self.section, self.measure, self.kind, self.each, self.layer, self.module)
@@ -169,11 +170,8 @@ class WeightsPanel(Panel):
             return
         options = list(self.module.options.values())
         if int(cell[1]) < len(options):
-            self._quiet = True
-            try:
+            with self._quiet.setting():
                 self.layer.value, self.module.value = int(cell[0]), options[int(cell[1])]
-            finally:
-                self._quiet = False
             self.section.value = "spectra"
 
     def _offer(self, session: Session) -> None:
@@ -184,13 +182,10 @@ class WeightsPanel(Panel):
         names = list(blocks(session.model))
         inside = [placed(name, names) for name in linear_layers(session.model)]
         modules = list(dict.fromkeys(module for layer, module in inside if layer is not None))
-        self._quiet = True
-        try:
+        with self._quiet.setting():
             self.layer.param.update(end=max(len(names) - 1, 1), value=min(self.layer.value, len(names) - 1))
-            kept = self.module.value if self.module.value in modules else next(iter(modules), None)
-            self.module.param.update(options={in_label(name): name for name in modules}, value=kept)
-        finally:
-            self._quiet = False
+            module = self.module.value if self.module.value in modules else next(iter(modules), None)
+            self.module.param.update(options={in_label(name): name for name in modules}, value=module)
 
     # -- what is shown
 
@@ -264,16 +259,13 @@ class WeightsPanel(Panel):
         self._hint.visible = bool(content.remark)
         show(self.numbers, content.numbers)
         self.numbers.visible = bool(content.numbers)
-        self._quiet = True
-        try:
+        with self._quiet.setting():
             if offered:
                 options = {weight_views.MEASURES[name]: name for name in offered}
-                kept = self.measure.value if self.measure.value in offered else offered[0]
-                self.measure.param.update(options=options, value=kept)
+                measure = self.measure.value if self.measure.value in offered else offered[0]
+                self.measure.param.update(options=options, value=measure)
             if content.map is not None:
                 Heatmap.update(self.map, **content.map, selected=None, dark=dark)
-        finally:
-            self._quiet = False
         self.map.visible = content.map is not None
         for pane, figure in zip(self.figures, (*content.figures, None, None), strict=False):
             pane.visible = figure is not None
@@ -294,7 +286,4 @@ class WeightsPanel(Panel):
         self._table_at.objects = [self.table]
 
     def _csv(self) -> io.StringIO:
-        text = io.StringIO()
-        self._frame.to_csv(text, index=False)
-        text.seek(0)
-        return text
+        return csv_of(self._frame)

@@ -11,6 +11,7 @@ from param.parameterized import Event
 from workbench.errors import BadParameter, WorkbenchError
 from workbench.examples import example, examples
 from workbench.progress import Progress
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.elements.text_field import TextArea, TextField
 from workbench_widgets.app.elements.theme import HEADING_STYLE, NOTE_STYLE
 from workbench_widgets.app.state.page_state import PageState
@@ -27,7 +28,7 @@ class PromptForm:
     def __init__(self, workspace: Workspace, state: PageState, model: str, read: Callable[[], None]) -> None:
         self._workspace = workspace
         self._read = read
-        self._quiet = False
+        self._quiet = Quiet()
         self.fresh = not state.question  # the example's own question is to be asked
         key, text = _start(state)
         wide: dict[str, object] = {"size": "small", "sizing_mode": "stretch_width", "margin": (8, 4, 4, 4)}
@@ -110,21 +111,15 @@ class PromptForm:
         self._read()
 
     def _fill(self, text: str) -> None:
-        self._quiet = True
-        try:
+        with self._quiet.setting():
             self.area.param.update(value=text, value_input=text)
-        finally:
-            self._quiet = False
 
     def _edited(self, event: Event) -> None:
         """A changed example is a text of one's own."""
         if self._quiet or self.example is None or self.text == example(self.example).text:
             return
-        self._quiet = True
-        try:
+        with self._quiet.setting():
             self.choice.value = _USER_TEXT
-        finally:
-            self._quiet = False
 
     def _note_reading(self, event: Event) -> None:
         reading = event.new

@@ -30,7 +30,7 @@ def snippet(
 
 def _method(method: Method) -> str:
     values = {p.name: getattr(method, p.name) for p in method.parameters()}
-    given = [f"{p.name}={values[p.name]!r}" for p in method.parameters() if values[p.name] != p.default]
+    arguments = [f"{p.name}={values[p.name]!r}" for p in method.parameters() if values[p.name] != p.default]
     if method.budget is not None:
-        given.insert(0, f"budget={method.budget.to_json()!r}")
-    return f"wb.method({', '.join([repr(method.key), *given])})"
+        arguments.insert(0, f"budget={method.budget.to_json()!r}")
+    return f"wb.method({', '.join([repr(method.key), *arguments])})"

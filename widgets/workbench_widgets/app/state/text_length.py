@@ -27,7 +27,7 @@ def about_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _round(number: float) -> int:
     """As precise as an estimate is: two figures."""
-    unit = 10 ** max(0, len(str(int(number))) - 2)
+    unit = int(10 ** max(0, len(str(int(number))) - 2))
     return int(number) // unit * unit
 
 

@@ -86,9 +86,8 @@ class Workspace(param.Parameterized):
     working = param.Boolean(False)
     stage: param.Parameter[Stage] = param.Parameter(IDLE)  # what the main worker does
     model = param.String("")  # the model that is loaded
-    loaded: param.Parameter[tuple[str, Session | None]] = param.Parameter(
-        ("", None)
-    )  # a model, before it read anything
+    # A model and its session, before it has read anything.
+    loaded: param.Parameter[tuple[str, Session | None]] = param.Parameter(("", None))
     looking_stage: param.Parameter[Stage] = param.Parameter(IDLE)  # of a map or a table, once it takes long
     survey_stage: param.Parameter[Stage] = param.Parameter(IDLE)
     weighing_stage: param.Parameter[Stage] = param.Parameter(IDLE)
@@ -243,7 +242,7 @@ class Workspace(param.Parameterized):
             return
         self.stop_following()
         session, last = self.reading.session, self.run
-        shown: list[str] = []
+        pieces: list[str] = []
 
         def work(progress: Progress) -> tuple[Run, dict[str, object]]:
             with self._exclusive(progress):
@@ -252,8 +251,8 @@ class Workspace(param.Parameterized):
                 else:
                     stream = session.stream(recipe, question=question, max_new_tokens=max_new_tokens, progress=progress)
                 for token in stream:
-                    shown.append(token.text)
-                    self.main.tell(lambda: self._coming(shown))
+                    pieces.append(token.text)
+                    self.main.tell(lambda: self._show_answer(pieces))
                 run = stream.run
                 run.measure(progress=progress)
                 row = row_of(run)
@@ -398,8 +397,8 @@ class Workspace(param.Parameterized):
     def _weighing_progress(self, stage: str, done: int, total: int) -> None:
         self.weighing_stage = Stage.of(stage, done, total)
 
-    def _coming(self, shown: list[str]) -> None:
-        self.answer = tuple(shown)
+    def _show_answer(self, pieces: list[str]) -> None:
+        self.answer = tuple(pieces)
 
     def _add(self, rows: list[dict[str, object]]) -> None:
         frame = pd.DataFrame([*_records(self.rows), *rows])
