@@ -39,7 +39,7 @@ from workbench_widgets.app.work.workspace import Workspace
 
 TINY = "workbench-tiny"
 GONE = "text=The server has gone"
-SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 1500}
+SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 4000}
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
