@@ -1,4 +1,4 @@
-"""Every weight and every attention method keeps its family's promises (cache methods: test_kv_methods.py)."""
+"""Every weight and every attention method keeps its family's promises (cache methods: tests/kv/test_methods.py)."""
 
 from __future__ import annotations
 

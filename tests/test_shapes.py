@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests import shapes
 from tests.kv.test_methods import described
+from tests.readings import decoder_of
 from tests.test_promises import SMALL
 from workbench import testing
 from workbench.attention.base import AttentionMethod
@@ -50,7 +51,7 @@ def keys_of(family: str) -> list[str]:
 def went_on(plan: Plan) -> Decoder:
     """A run over what was planned: some tokens together, then one by one."""
     found = testing.reading()
-    decoder = Decoder(found.model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
+    decoder = decoder_of(found.model, plan)
     decoder.feed(NEW[:5], logits=5)
     for token in NEW[5:]:
         decoder.feed(token[None])
