@@ -75,7 +75,7 @@ def device_weight(model: PreTrainedModel) -> Tensor:
     return cast("Tensor", model.get_input_embeddings().weight)
 
 
-class Step:
+class CapturedStep:
     """Greedy decoding, a token a call, on tensors that stay where they are.
 
     Token, position, and the length of each head's rows are on the device and advance there; the stores' own numbers
@@ -266,9 +266,9 @@ class Step:
             self._catch_up(kept)
 
 
-def captured(decoder: Decoder, token: int, steps: int) -> Step:
+def capture(decoder: Decoder, token: int, steps: int) -> CapturedStep:
     """Captured steps that go on from `token`, the last one chosen. Raises NotApplicable with the reason."""
-    step = Step(decoder, token, steps)
+    step = CapturedStep(decoder, token, steps)
     step.prepare()
     return step
 
@@ -379,8 +379,7 @@ class _Fused:
                 passed += [(layer.self_attn.q_norm, "RMSNorm"), (layer.self_attn.k_norm, "RMSNorm")]
         return all(
             type(module) is getattr(home, family + name)
-            and all(getattr(hook, "__module__", None) == _LISTENERS for hook in module._forward_hooks.values())
-            and not module._forward_pre_hooks
+            and _only_listened_to(module)
             and (name != "RMSNorm" or module.weight.dtype == dtype)
             for module, name in passed
         )
@@ -411,6 +410,12 @@ class _Fused:
 
 def _normed(x: Tensor, norm: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
+
+
+def _only_listened_to(module: nn.Module) -> bool:
+    """Whether no hook changes what goes into a module or comes out of it."""
+    after, before = module._forward_hooks, module._forward_pre_hooks  # noqa: SLF001 (torch tells no other way)
+    return not before and all(getattr(hook, "__module__", None) == _LISTENERS for hook in after.values())
 
 
 class _NoWaiting(TorchDispatchMode):

@@ -217,7 +217,7 @@ def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> 
         raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
 
 
-def take_in(
+def read_unrecorded(
     model: PreTrainedModel,
     facts: Facts,
     prompt: Prompt,
