@@ -23,6 +23,7 @@ import torch
 from benchmarks.record import environment, write
 from workbench.core.attention_rows import BLOCK_BYTES
 from workbench.measure import column_sums, head_stats, pooled_map, pooled_maps
+from workbench_kernels import Scoring
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64  # one layer of smollm2-135m
 VOCABULARY = 49152
@@ -39,7 +40,7 @@ def works(tokens: int, device: torch.device, block_bytes: int) -> dict[str, Call
         (2 * torch.randn(heads, tokens, WIDTH, generator=draw)).to(device, dtype) for heads in (HEADS, KV_HEADS)
     )
     ids = torch.randint(VOCABULARY, (tokens,), generator=draw)
-    options: dict[str, Any] = {"scale": WIDTH**-0.5, "block_bytes": block_bytes}
+    options: dict[str, Any] = {"scoring": Scoring(WIDTH**-0.5), "block_bytes": block_bytes}
     return {
         "one head's map, 512 pixels": lambda: pooled_map(queries[0], keys[0], **options, pixels=512),
         "one head's map, zoomed to 512 tokens": lambda: pooled_map(

@@ -37,6 +37,7 @@ import torch
 from benchmarks.attention_pages import HEAD, LAYER, PIXELS, layers_of, load, write_page
 from benchmarks.first_paint import browser, first_paint
 from benchmarks.record import environment, write
+from workbench_kernels import Scoring
 
 LENGTHS = (64, 128, 256, 512, 1024, 4096, 32_768)
 READ = 4096  # tokens that the model reads; shorter prompts are its prefixes
@@ -263,7 +264,7 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
         window = tab.evaluate("model.get('window')")
         started = perf_counter()
         rows, cols = (window[0], window[1]), (window[2], window[3])
-        pooled = pooled_map(query, key, scale=recording["scale"], pixels=PIXELS, rows=rows, cols=cols)
+        pooled = pooled_map(query, key, Scoring(recording["scale"]), pixels=PIXELS, rows=rows, cols=cols)
         fields = Heatmap._values(
             (), present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD), ()
         )  # as Heatmap.update does

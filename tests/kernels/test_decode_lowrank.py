@@ -186,7 +186,7 @@ def test_what_is_no_rotation_by_proportional_angles_has_no_turns() -> None:
 def layer_of(rotation: Rotation | None) -> LayerTrace:
     keys, values, queries = numbers(2, 60, 20), numbers(2, 60, 18, seed=1), numbers(4, 60, 20, seed=2)
     found = rotation and (lambda read: rotation)
-    return LayerTrace(0, keys, values, queries, torch.device("cpu"), SCALE, rotary=found)
+    return LayerTrace(0, keys, values, queries, torch.device("cpu"), Scoring(SCALE), rotary=found)
 
 
 @interpreted
@@ -218,13 +218,13 @@ def test_store_attends_by_kernels_as_without(
         positions = torch.arange(begin, begin + count)
         keys, values, query = (numbers(h, count, w, seed=begin + w, dtype=torch.float16) for h, w in SHAPES)
         store.append(keys, values, positions)
-        wanted, _ = store.attend(query, positions, scale=SCALE, softcap=9.0)
+        wanted, _ = store.attend(query, positions, Scoring(SCALE, softcap=9.0))
         assert calls.pop() is None
         twin.append(keys, values, positions)
         with monkeypatch.context() as patched:
             for module in (stores_lowrank, decode, kernels_lowrank):
                 patched.setattr(module, "on_gpu", lambda *_: True)
-            found, _ = twin.attend(query, positions, scale=SCALE, softcap=9.0)
+            found, _ = twin.attend(query, positions, Scoring(SCALE, softcap=9.0))
             assert calls.pop() is found
         torch.testing.assert_close(found, wanted, atol=3e-3, rtol=3e-3)
         begin += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,15 +222,14 @@ class Plan(Shown):
         for layer in self.trace.layers:
             probes = layer.queries[:, -_PROBES:].float()
             positions = torch.arange(layer.tokens - probes.shape[1], layer.tokens, device=probes.device)
-            options = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
             everything = torch.ones_like(self.tiers[layer.index])
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
             held = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
-            got, _ = held.attend(probes, positions, **cast("dict[str, Any]", options))
+            got, _ = held.attend(probes, positions, layer.scoring)
             got = got.nan_to_num(0.0)
-            want, _ = exact.attend(probes, positions, **cast("dict[str, Any]", options))
+            want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
 

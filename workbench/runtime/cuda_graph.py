@@ -129,22 +129,12 @@ class CapturedStep:
         """Whether the operations between the matrix products are fused."""
         return self._fused is not None
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attention of one new token over everything that its layer holds, itself included."""
-        if window is not None:
+        if scoring.window is not None:
             raise NotApplicable(f"layer {layer} sees a window only")
         self._layers[layer].append(key[:, 0], value[:, 0])
-        return self._layers[layer].attend(query, scale=scale, softcap=softcap)
+        return self._layers[layer].attend(query, scoring)
 
     def __call__(self) -> Tensor:
         """Read the token, choose the next one and put it in its place; returns the logits [v]."""
@@ -329,9 +319,9 @@ class _Layer:
         keys.index_copy_(0, key_ends, key.to(keys.dtype))
         values.index_copy_(0, value_ends, value.to(values.dtype))
 
-    def attend(self, query: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+    def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
         """Attention of query [h, 1, d] over everything held: [h, 1, dv]."""
-        return self._attention(query, Scoring(scale, softcap=softcap))
+        return self._attention(query, scoring)
 
     def settle(self) -> None:
         """Quantise what waits in the tail, in place."""
@@ -401,7 +391,7 @@ class _Fused:
             if hasattr(attention, "q_norm"):
                 query, key = _normed(query, attention.q_norm)[1], _normed(key, attention.k_norm)[1]
             turned = rotate_append(query, key, value, cos, sin, *store.rows)
-            out = store.attend(turned[:, None], scale=attention.scaling).reshape(1, -1)
+            out = store.attend(turned[:, None], Scoring(attention.scaling)).reshape(1, -1)
             hidden, x = _normed(attention.o_proj(out), block.post_attention_layernorm, hidden)
             hidden, x = _normed(mlp.down_proj(silu_times(mlp.gate_proj(x), mlp.up_proj(x))), norm, hidden)
         logits: Tensor = self._model.lm_head(x)[0]

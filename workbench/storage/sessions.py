@@ -29,6 +29,7 @@ from workbench.runtime.evaluate import Evaluation
 from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration.texts import Calibration
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -310,9 +311,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
                 values_held=values.to(home, session.model.dtype),
                 queries_held=queries.to(home, session.model.dtype),
                 device=device,
-                scale=float(fields["scale"]),
-                window=fields["window"],
-                softcap=fields["softcap"],
+                scoring=Scoring(float(fields["scale"]), fields["window"], fields["softcap"]),
                 shared=fields.get("shared"),
                 rotary=partial(rotation_of, session.model, index),
             )

@@ -15,6 +15,7 @@ from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
 from workbench.kv.plan import Plan
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
 SHORT = {"query": 8, "window": 16, "chunk": 8}
 
@@ -84,10 +85,10 @@ def test_recalled_tokens_are_read_by_all_layers_as_if_they_were_the_text() -> No
         def __init__(self) -> None:
             self.keys: list[Tensor] = []
 
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: object) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             self.keys.append(key)
             key, value = (x.repeat_interleave(2, dim=0) for x in (key, value))
-            logits = query @ key.transpose(1, 2) * scale
+            logits = query @ key.transpose(1, 2) * scoring.scale
             hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
             return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
 

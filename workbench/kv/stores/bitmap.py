@@ -136,17 +136,15 @@ class BitmapStore(PositionedStore):
             joined(self.values.bitmap, self.value_tail, self.values.expanded(dtype)),
         )
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
-        if not fits or window is not None:
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
+        if not fits or scoring.window is not None:
             return None
         return decode_bitmap(
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            Scoring(scale, softcap=softcap),
+            scoring,
             query_positions=asked,
             positions=self._ragged_positions,
         )[0]

@@ -13,6 +13,8 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.tiered import TieredStore
+from workbench_kernels import Scoring
+from workbench_kernels.softmax import attention_weights
 
 _TOGETHER = 128  # queries that look up blocks together: bounds what scores take for a long question
 
@@ -87,19 +89,12 @@ class BlockStore(TieredStore):
         self.near.reserve(max(min(tokens, self.room - self.near.longest), 0))
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         parts = zip(query.split(_TOGETHER, dim=1), query_positions.split(_TOGETHER), strict=True)
-        return torch.cat([self._pass(part, at, scale, softcap) for part, at in parts], dim=1), None
+        return torch.cat([self._pass(part, at, scoring) for part, at in parts], dim=1), None
 
-    def _pass(self, query: Tensor, at: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _pass(self, query: Tensor, at: Tensor, scoring: Scoring) -> Tensor:
         near = self.near.contents(torch.float32)
         kv_heads = near.keys.shape[0]
         keys, values, positions = near.keys, near.values, near.positions[0].long()
@@ -114,17 +109,14 @@ class BlockStore(TieredStore):
             values = torch.cat([values, far_values.float()], dim=1)
             positions = torch.cat([positions, far_positions[0]])
         behind = at[:, None] - positions  # [q, m]
-        scores = grouped @ keys[:, None].transpose(2, 3)  # [k, g, q, m]
+        products = grouped @ keys[:, None].transpose(2, 3)  # [k, g, q, m]
         clipped = (behind[-1] >= self.window).nonzero()[:, 0]
         if clipped.numel():
             flat = self.rotation.turned_back(keys[:, clipped], positions[clipped])
-            scores[..., clipped] = torch.where(
-                behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), scores[..., clipped]
+            products[..., clipped] = torch.where(
+                behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), products[..., clipped]
             )
-        scores *= scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        rows = scores.masked_fill_(behind < 0, -torch.inf).softmax(dim=-1)
+        rows = attention_weights(products, scoring, behind >= 0)
         received, count = self.near.eviction_state, near.keys.shape[1]
         assert received is not None
         inside = (behind[:, :count] < self.window).float()

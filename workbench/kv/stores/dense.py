@@ -167,17 +167,15 @@ class DenseStore(PositionedStore):
         self.values.grow(positions.numel())
         self._append_positions(positions)
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.keys.data, query_positions, window)
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.keys.data, query_positions, scoring.window)
         if not fits:
             return None
         return decode_dense(
             query,
             self.keys.ragged(),
             self.values.ragged(),
-            Scoring(scale, window, softcap),
+            scoring,
             query_positions=asked,
             positions=self._ragged_positions,
         )[0]

@@ -88,16 +88,8 @@ class LevelStore(TieredStore):
         self.near.reserve(max(min(tokens, self.room - self.near.longest), 0) if self.reading else tokens)
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        scoring = Scoring(scale, window, softcap)
         near = self.near.contents(query.dtype)
         positions = near.positions[0].long()
         at = query_positions.to(positions.device)

@@ -21,7 +21,7 @@ from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
 from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
 from workbench_kernels.dispatch import on_gpu
-from workbench_kernels.softmax import merge_states
+from workbench_kernels.softmax import attention_weights, merge_states
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 _SCALE_BYTES = 4  # a float16 scale and a float16 zero
@@ -244,22 +244,15 @@ class LowRankStore(PositionedStore):
         return keys, values
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if window is None and not weights:
-            found = self._attend_on_gpu(query, query_positions, scale, softcap)
+        if scoring.window is None and not weights:
+            found = self._attend_on_gpu(query, query_positions, scoring)
             if found is not None:
                 self._settle()
                 return found, None
         positions, valid = self.slots()
-        visible = seen_by(query_positions, positions, valid, window)
+        visible = seen_by(query_positions, positions, valid, scoring.window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
         whole, values = (_view(rows, query.dtype) for rows in self.newer)
         coefficients = _view(self.older[1], query.dtype)  # [k, older, r]
@@ -274,14 +267,11 @@ class LowRankStore(PositionedStore):
             asked = grouped[:, :, part]
             flat = asked.flatten(1, 2)  # [k, g*q, d]
             old = (flat @ key_basis.transpose(1, 2) if in_space else flat) @ old_keys.transpose(1, 2)
-            scores = torch.cat([old, flat @ whole.transpose(1, 2)], dim=-1).float() * scale
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.unflatten(1, asked.shape[1:3])  # [k, g, q, m]
-            if visible is not None:
-                seen = visible[:, part] if visible.shape[1] > 1 else visible
-                scores = scores.masked_fill(~seen[:, None], float("-inf"))
-            probs = scores.softmax(dim=-1)
+            products = torch.cat([old, flat @ whole.transpose(1, 2)], dim=-1).float()  # [k, g * q, m]
+            seen = visible if visible is None or visible.shape[1] == 1 else visible[:, part]
+            probs = attention_weights(
+                products.unflatten(1, asked.shape[1:3]), scoring, None if seen is None else seen[:, None]
+            )  # [k, g, q, m]
             share = probs.flatten(1, 2).to(query.dtype)
             out = share[..., :older] @ coefficients @ value_basis + share[..., older:] @ values
             outs.append(out.view(heads, part.numel(), -1))
@@ -289,9 +279,7 @@ class LowRankStore(PositionedStore):
         self._settle()
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 
-    def _attend_on_gpu(
-        self, query: Tensor, query_positions: Tensor, scale: float, softcap: float | None
-    ) -> Tensor | None:
+    def _attend_on_gpu(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by kernels, without anything leaving its space in memory; None where they cannot."""
         keys, values = self.older
         if not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
@@ -307,7 +295,6 @@ class LowRankStore(PositionedStore):
             if turns is None:
                 return None
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
-        scoring = Scoring(scale, softcap=softcap)
         out, sums = decode_lowrank(
             turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
             positions=older, turns=turns, lse=True,

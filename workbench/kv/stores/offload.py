@@ -158,32 +158,25 @@ class OffloadStore(TieredStore):
         self.near.reserve(min(tokens, max(self.usual + self.recent - self.near.longest, 0)))
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         outs = []
         watched = type(self.retriever).watch is not Retriever.watch
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
-            slots, chosen = self.distinct(*self.retriever.find_at(part, at, scale))
+            slots, chosen = self.distinct(*self.retriever.find_at(part, at, scoring.scale))
             wait = self.far.fetch(slots)
             near = self.near_contents(query.dtype)
-            seen = seen_by(at, near.positions, near.valid, window)
+            seen = seen_by(at, near.positions, near.valid, scoring.window)
             keys, values, positions = wait()
-            if window is not None:
-                chosen = chosen & (positions[:, None] > at[None, :, None] - window)
+            if scoring.window is not None:
+                chosen = chosen & (positions[:, None] > at[None, :, None] - scoring.window)
             shape = (near.keys.shape[0], len(at), near.keys.shape[1])
             seen = torch.ones(shape, dtype=torch.bool, device=query.device) if seen is None else seen.expand(shape)
             out, rows = attend(
                 part,
                 torch.cat([near.keys, self.as_numbers(keys, query.dtype)], dim=1),
                 torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
-                Scoring(scale, window, softcap),
+                scoring,
                 visible=torch.cat([seen, chosen], dim=2),
                 weights=watched,
             )

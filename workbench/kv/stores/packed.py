@@ -328,17 +328,15 @@ class PackedStore(PositionedStore):
             joined(self.values.codes, self.value_tail, self.values.dequantised(dtype)),
         )
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
         if not fits:
             return None
         return decode_packed(
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            Scoring(scale, window, softcap),
+            scoring,
             query_positions=asked,
             positions=self._ragged_positions,
         )[0]

@@ -22,6 +22,7 @@ from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
 from workbench.models import max_positions
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -217,19 +218,9 @@ class _Watching:
     study: Study
     found: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.study.progress.check()
         last = query[:, -len(self.task.answer) :]
-        rows = [block for _, block in attention_rows(last, key, scale=scale, window=window, softcap=softcap)]
+        rows = [block for _, block in attention_rows(last, key, scoring)]
         self.found[layer] = self.score(torch.cat(rows, dim=1), self.task).cpu()
-        return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+        return causal_attention(query, key, value, scoring)

@@ -14,6 +14,7 @@ from workbench.kv.stores import Contents, Store
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
+from workbench_kernels.softmax import attention_weights
 
 if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
@@ -152,10 +153,8 @@ def attention_to(queries: Tensor, keys: Tensor, positions: Tensor, layer: LayerT
     hidden = torch.arange(tokens, device=keys.device) > positions[:, None]  # [q, n]
     total = torch.zeros(tokens, device=keys.device)
     for head in range(kv_heads):
-        logits = grouped[head] @ keys[head].float().T * layer.scale
-        if layer.softcap is not None:
-            logits = (logits / layer.softcap).tanh() * layer.softcap
-        total += logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).sum(dim=(0, 1))
+        products = grouped[head] @ keys[head].float().T
+        total += attention_weights(products, layer.scoring, ~hidden).sum(dim=(0, 1))
     return (total / (queries.shape[0] * queries.shape[1])).cpu()
 
 

@@ -179,7 +179,7 @@ class _Given:
         self.output: Tensor | None = None
         self.layer = -1  # the one that asked last
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.layer, read = layer, self.trace.layers[layer]
         found = self.output if self.output is not None else self.attention(read, read.keys.float(), read.values.float())
         return found.to(query.dtype)
@@ -190,7 +190,7 @@ class _Given:
         asked = self.positions.to(layer.device)
         visible = seen_by(asked, where[None], None, layer.window)
         queries = layer.queries[:, asked].float()
-        return attend(queries, keys, values, Scoring(layer.scale, layer.window, layer.softcap), visible=visible)[0]
+        return attend(queries, keys, values, layer.scoring, visible=visible)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:
