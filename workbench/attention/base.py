@@ -17,7 +17,7 @@ from workbench.registry import Family, Method
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 
@@ -103,7 +103,7 @@ class AttentionMethod(Method):
         counted a second time.
         """
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
 
         The tokens stand at `at.positions` and are held already, each the last that it sees. Tells `at` how many entries

@@ -11,7 +11,7 @@ from workbench.core.precision import appended
 from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Evictable, Pin
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench.kv.stores.store import Dequantised, Store, for_kernel
 from workbench_kernels import Scoring
 from workbench_kernels.building import kept
 from workbench_kernels.decode import decode_dense
@@ -267,8 +267,8 @@ class SlidingStore(Store):
             return self._scattered.long()
         return torch.arange(self.end - self.keys.shape[1], self.end, device=self.keys.device)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        return Contents(self.keys.to(dtype), self.values.to(dtype), self._positions[None], None)
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        return Dequantised(self.keys.to(dtype), self.values.to(dtype), self._positions[None], None)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         tensors = [self.keys, self.values] if self._scattered is None else [self.keys, self.values, self._scattered]

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
@@ -186,7 +186,7 @@ class OffloadStore(TieredStore):
                 self.retriever.watch(rows, torch.cat([there, positions], dim=1))
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
 
-    def near_contents(self, dtype: torch.dtype) -> Contents:
+    def near_contents(self, dtype: torch.dtype) -> Dequantised:
         """What is on the device, as `dtype`."""
         return self.near.contents(dtype)
 

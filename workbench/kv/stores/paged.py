@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.rope import Rotation
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench_kernels import Scoring, attend
 
 
@@ -90,7 +90,7 @@ class PagedStore(Store):
     def slots(self) -> tuple[Tensor, Tensor | None]:
         return self.near.slots()
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         return self.near.contents(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Dequantised, Store
 
 
 class SharedStore(Store):
@@ -31,7 +31,7 @@ class SharedStore(Store):
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         return self._holder.attend(*args, **options)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         return self._holder.contents(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:

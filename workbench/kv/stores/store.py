@@ -21,7 +21,7 @@ _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the fast
 
 
 @dataclass(frozen=True, repr=False)
-class Contents(Brief):
+class Dequantised(Brief):
     """Everything a store holds, dequantised, slot by slot.
 
     keys [k, m, d], values [k, m, dv]; positions int [k or 1, m]; valid bool [k, m] or None: heads with fewer slots are
@@ -60,7 +60,7 @@ class Store(ABC):
         """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
 
     @abstractmethod
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         """Everything held, as `dtype`."""
 
     @abstractmethod
@@ -224,7 +224,7 @@ def joined_slots(
 def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, window: int | None) -> Tensor | None:
     """Which slots each query may see, bool [k or 1, q, m]; None when all see all.
 
-    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Contents.
+    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Dequantised.
     """
     real = None if valid is None else valid[:, None]
     if query_positions.numel() == 1 and window is None:
