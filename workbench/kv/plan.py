@@ -226,8 +226,8 @@ class Plan(Shown):
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
-            held = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
-            got, _ = held.attend(probes, positions, layer.scoring)
+            store = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
+            got, _ = store.attend(probes, positions, layer.scoring)
             got = got.nan_to_num(0.0)
             want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))

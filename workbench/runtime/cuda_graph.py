@@ -121,7 +121,7 @@ class CapturedStep:
         self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
         self._launched = self._settled = 0
         self._fused = _Fused(self.model, self._layers) if fused and _Fused.fits(self.model) else None
-        self._replay: Callable[[], Any] | None = None
+        self._replay: Callable[[], object] | None = None
         self.memory = decoder.memory
 
     @property
@@ -150,7 +150,7 @@ class CapturedStep:
             self._counters.add_(1)
             return logits
 
-    def prepare(self) -> Callable[[], Any]:
+    def prepare(self) -> Callable[[], object]:
         """What makes one step: the replay of a graph on a CUDA device. Nothing has changed when this returns.
 
         Raises NotApplicable if the model waits for the device in the midst of a step.
@@ -195,7 +195,7 @@ class CapturedStep:
         """
         self.prepare()
         kept = 0
-        waiting: tuple[int, int, Any] | None = None
+        waiting: tuple[int, int, torch.cuda.Event | None] | None = None
         try:
             while self._launched < self.steps or waiting is not None:
                 begun = None
@@ -216,7 +216,7 @@ class CapturedStep:
         """Steps after which entries have to be quantised before another one."""
         return self._settled + min(layer.until for layer in self._layers) - self._launched
 
-    def launch(self, steps: int) -> tuple[int, int, Any]:
+    def launch(self, steps: int) -> tuple[int, int, torch.cuda.Event | None]:
         """Begin up to `steps` more, quantising first what is due; returns where their tokens will be found."""
         replay = self.prepare()
         if self.due <= 0:
@@ -233,7 +233,7 @@ class CapturedStep:
             event.record()
         return first, self._launched, event
 
-    def _tokens(self, first: int, last: int, event: Any) -> list[int]:
+    def _tokens(self, first: int, last: int, event: torch.cuda.Event | None) -> list[int]:
         if event is not None:
             event.synchronize()
         return list(self._seen[first:last].tolist())

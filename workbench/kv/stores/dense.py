@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -241,11 +241,13 @@ class SlidingStore(Store):
         self.values = torch.cat([self.values, appended(values, self.values.dtype, "new values")], dim=1)
         self.end = last + 1
 
-    def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        found = super().attend(*args, **options)
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = super().attend(query, query_positions, scoring, weights=weights)
         if not self._for_others and self._cut(self.end - self.window):
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        return found
+        return attended
 
     def _cut(self, begin: int) -> bool:
         """Forget the positions before `begin`; whether there were any."""

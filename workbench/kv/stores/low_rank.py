@@ -247,10 +247,10 @@ class LowRankStore(PositionedStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if scoring.window is None and not weights:
-            found = self._attend_on_gpu(query, query_positions, scoring)
-            if found is not None:
+            out = self._attend_on_gpu(query, query_positions, scoring)
+            if out is not None:
                 self._settle()
-                return found, None
+                return out, None
         positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, scoring.window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)

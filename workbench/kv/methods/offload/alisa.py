@@ -102,6 +102,8 @@ class RecentAttention(Retriever):
     entries each head fetches.
     """
 
+    observes = True
+
     def __init__(self, rows: Tensor, positions: Rows, counts: tuple[int, ...], oldest: int = 0) -> None:
         self.rows, self.positions, self.counts, self.oldest = rows, positions, counts, oldest
 
@@ -117,7 +119,7 @@ class RecentAttention(Retriever):
         size = (-1, query.shape[1], -1)
         return tuple(x.to(query.device)[:, None].expand(size) for x in (best.indices, chosen))  # type: ignore[return-value]
 
-    def watch(self, weights: Tensor, positions: Tensor) -> None:
+    def observe(self, weights: Tensor, positions: Tensor) -> None:
         given, positions = weights.sum(dim=1).cpu(), positions.cpu()  # [k, q, m], [k, m]
         self._make_room(int(positions.max()) + 1)
         new = torch.zeros(given.shape[1], self.rows.shape[1])
