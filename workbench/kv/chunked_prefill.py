@@ -121,6 +121,11 @@ class ChunkedPrefill(ABC):
             yield self.ids[start : start + most]
         self.progress.update(f"reading for {self.label}", self.tokens, self.tokens)
 
+    def feed_prompt(self, most: int) -> None:
+        """Let the model read the whole prompt, at most `most` tokens at a time."""
+        for piece in self.pieces(most):
+            self.feed(piece)
+
     def read_only(self, where: Tensor, most: int, *, closed_up: bool = False) -> None:
         """Forget all that was read, and read only the tokens at `where` int64 [m] ascending, `most` at a time.
 
@@ -152,6 +157,11 @@ class ChunkedPrefill(ABC):
     def compressible(self) -> tuple[LayerTrace, ...]:
         """The layers that may be compressed; the others keep a store of their own, which needs no attention."""
         return tuple(layer for layer in self.layers if layer.index not in self.exact)
+
+    @property
+    def widest_window(self) -> int:
+        """The widest sliding window of the layers that stay exact; 0 where none slides."""
+        return max((layer.window or 0 for layer in self.layers if layer.index in self.exact), default=0)
 
     def shape(self, layer: LayerTrace) -> Shape:
         """The size of a layer's uncompressed cache."""

@@ -19,8 +19,9 @@ from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
-from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
+from workbench_kernels.decode_lowrank import decode_lowrank
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rotary import LOW, RotaryTable
 from workbench_kernels.softmax import attention_weights, merge_states
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
@@ -79,12 +80,12 @@ def rotary_of(layer: LayerTrace) -> Rotation | None:
         return None
 
 
-def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
+def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> RotaryTable | None:
     """The rotary embedding of `channels` channels as kernels take it, at all positions below `longest`, rounded up to
     256; remembered with it. None where they cannot.
     """
     count = -(-longest // LOW) * LOW
-    return rotary.latest("turns", (count, channels, device), lambda: Turns.of(rotary, count, channels, device))
+    return rotary.latest("turns", (count, channels, device), lambda: RotaryTable.of(rotary, count, channels, device))
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +298,7 @@ class LowRankStore(PositionedStore):
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
         out, sums = decode_lowrank(
             turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
-            positions=older, turns=turns, lse=True,
+            positions=older, rotary=turns, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out

@@ -13,10 +13,11 @@ from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import for_kernel
 from workbench_kernels import Scoring
-from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
+from workbench_kernels.building import dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis, Ragged
 from workbench_kernels.rows import PackedRows as KernelRows
-from workbench_kernels.rows import Ragged
 
 WHOLE = 16  # bits of rows that are never quantised
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
-from workbench_kernels.building import Kept, gather, kept
+from workbench_kernels.building import gather, kept
+from workbench_kernels.kept import Kept
 from workbench_kernels.rows import Ragged
 
 
