@@ -89,7 +89,8 @@ class AttentionMethod(Method):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv].
 
-        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
+        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it
+        computed.
         """
         at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return causal_attention(query, key, value, scoring)
