@@ -46,7 +46,7 @@ from workbench.registry import Method, find
 from workbench.runtime.conversation import Conversation
 from workbench.runtime.exactness import verify
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read, seen, take_in
+from workbench.runtime.prefill import read, seen, read_unrecorded
 from workbench.runtime.run import Question, Run, Stream
 from workbench.trace import Trace
 from workbench.weights.base import WeightMethod
@@ -168,7 +168,7 @@ class Session(Shown):
         if not self._trusted:
             verify(self.model, self.facts, progress)
             self._trusted = True
-        reading = read if record else take_in
+        reading = read if record else read_unrecorded
         trace = reading(
             self.model,
             self.facts,
@@ -209,7 +209,7 @@ class Session(Shown):
         key = (tuple(weights), attention)
         if key not in self._traces:
             widths = [(layer.keys_held.shape[-1], layer.values_held.shape[-1]) for layer in self.trace.layers]
-            reading = take_in
+            reading = read_unrecorded
             if self.trace.recorded:
                 reading = partial(read, method=attention, plain=self.model, plain_widths=widths)
             self._traces[key] = reading(

@@ -16,7 +16,7 @@ from workbench.attention.methods.lean import schedule
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadParameter
 from workbench.examples import needle
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench_kernels import Scoring
@@ -106,7 +106,7 @@ def test_both_products_of_attention_are_made_by_addition(window: int | None, sof
 def test_decoding_multiplies_by_addition_too() -> None:
     query, key, value = drawn(20)
     whole = LMul().attend(query, key, value, Scoring(0.4), at=Pass(1, 20))
-    held = Contents(key, value, torch.arange(20)[None], None)
+    held = Dequantised(key, value, torch.arange(20)[None], None)
     seen = (torch.arange(20) <= torch.arange(17, 20)[:, None]).expand(2, 3, 20)
     got = LMul().decode(query[:, 17:], held, seen, Scoring(0.4), at=Pass(1, 0))
     torch.testing.assert_close(got, whole[:, 17:], rtol=1e-4, atol=1e-5)
@@ -163,7 +163,7 @@ def test_all_workers_have_equal_work_and_all_work_is_done_once(
 def test_parts_join_to_exact_attention(workers: int, softcap: float | None, new: int) -> None:
     query, key, value = drawn(150)
     want = causal_attention(query, key, value, Scoring(0.4, softcap=softcap))[:, -new:]
-    held = Contents(key, value, torch.arange(150)[None], None)
+    held = Dequantised(key, value, torch.arange(150)[None], None)
     seen = (torch.arange(150) <= torch.arange(150 - new, 150)[:, None]).expand(2, new, 150)
     got = Lean(workers=workers, tile=16).decode(
         query[:, -new:], held, seen, Scoring(0.4, softcap=softcap), at=Pass(1, 0)
@@ -175,7 +175,7 @@ def test_a_head_whose_first_tiles_are_hidden_loses_nothing() -> None:
     query, key, value = drawn(64)
     seen = torch.zeros(2, 1, 64, dtype=torch.bool)
     seen[0, 0, 40:], seen[1, 0, :3] = True, True
-    held = Contents(key, value, torch.arange(64)[None], None)
+    held = Dequantised(key, value, torch.arange(64)[None], None)
     got = Lean(workers=4, tile=8).decode(query[:, -1:], held, seen, Scoring(0.4), at=Pass(1, 0))
     for h in range(4):
         scores = (key[h // 2] @ query[h, -1] * 0.4).masked_fill(~seen[h // 2, 0], -torch.inf)

@@ -15,7 +15,7 @@ from workbench.attention import CoreContext, DeltaAttention, LMul, StreamingWind
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.attention.store_entries import Seen, slots_of
 from workbench.core.rope import Rotation
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.kv.stores.store import seen_by
 from workbench.models import tiny
 from workbench.registry import registered
@@ -85,7 +85,7 @@ class Steps:
         self.at = Pass(1, prompt)
         method.begin(recorded(tensors, prompt, softcap), self.at)
 
-    def contents(self, stop: int) -> Contents:
+    def contents(self, stop: int) -> Dequantised:
         _, key, value = (x[:, :stop] for x in self.tensors)
         heads, positions, valid = len(key), torch.arange(stop)[None], None
         if self.kept is not None:
@@ -99,7 +99,7 @@ class Steps:
             key, value, positions = key[:, order], value[:, order], positions[:, order]
             valid = None if valid is None else valid[:, order]
         assert positions.shape[0] in (1, heads)
-        return Contents(key, value, positions, valid)
+        return Dequantised(key, value, positions, valid)
 
     def feed(self, count: int) -> Tensor:
         start, self.end = self.end, self.end + count
@@ -288,7 +288,7 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
     assert torch.equal(~hidden, seen.gather(2, slots[:, None].expand(-1, 3, -1)))
     _, key, value = drawn(10)
     rows = drawn(3)[0] * SCALE
-    got = Seen.of(rows, Contents(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
+    got = Seen.of(rows, Dequantised(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
     want, _ = reference(rows, key, value, Scoring(1.0), visible=seen)
     torch.testing.assert_close(got.part().output(), want, rtol=1e-5, atol=1e-5)
 

@@ -18,7 +18,7 @@ from workbench.attention.methods.dopq import Tangent, pieces, tan_levels, tan_ro
 from workbench.attention.rounded_weights import RoundedWeights, least
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadParameter
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.trace import LayerTrace
@@ -231,7 +231,7 @@ def test_decoding_goes_on_at_the_levels_of_the_prompt(method: type[RoundedWeight
     whole = made.attend(query, key, value, Scoring(0.4), at=at)
     made.begin(LayerTrace(0, key, value, query, torch.device("cpu"), Scoring(0.4)), after)
     assert after.left == at.left and after.left_nbytes == 0 and after.computed == [0]
-    held = Contents(key, value, torch.arange(30)[None], None)
+    held = Dequantised(key, value, torch.arange(30)[None], None)
     seen = (torch.arange(30) <= torch.arange(27, 30)[:, None]).expand(2, 3, 30)
     got = made.decode(query[:, 27:], held, seen, Scoring(0.4), at=after)
     torch.testing.assert_close(got, whole[:, 27:], rtol=1e-4, atol=1e-5)

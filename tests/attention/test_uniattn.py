@@ -14,7 +14,7 @@ from workbench.attention.methods.uniattn import _moved, _Step
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import NotApplicable
 from workbench.examples import needle
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.models import tiny
 from workbench_kernels import Scoring
 
@@ -98,10 +98,10 @@ def test_layers_with_other_caches_share_what_both_hold() -> None:
     method, at = UniAttn(budget=0.5, size=2), Pass(2, 0)
     query, key, value = drawn(6, 3)
     everything = torch.ones(2, 1, 6, dtype=torch.bool)
-    held = Contents(key, value, torch.arange(6)[None], None)
+    held = Dequantised(key, value, torch.arange(6)[None], None)
     method.decode(query[:, -1:], held, everything, Scoring(0.4), at=at)
     at.layer = 1
-    less = Contents(key[:, 2:], value[:, 2:], torch.arange(2, 6)[None], None)
+    less = Dequantised(key[:, 2:], value[:, 2:], torch.arange(2, 6)[None], None)
     got = method.decode(query[:, -1:] * 5, less, everything[..., 2:], Scoring(0.4), at=at)
     want = causal_attention(query[:, 2:], key[:, 2:], value[:, 2:], Scoring(0.4))[:, -1:]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from workbench.registry import Family, Method
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 
@@ -89,7 +89,8 @@ class AttentionMethod(Method):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv].
 
-        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
+        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it
+        computed.
         """
         at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return causal_attention(query, key, value, scoring)
@@ -103,7 +104,7 @@ class AttentionMethod(Method):
         counted a second time.
         """
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
 
         The tokens stand at `at.positions` and are held already, each the last that it sees. Tells `at` how many entries

@@ -15,7 +15,7 @@ from workbench.registry import param
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 _PROBES = 16  # queries of a prompt that are looked at when a rounding is chosen ...
@@ -66,7 +66,7 @@ class RoundedWeights(AttentionMethod):
     def begin(self, layer: LayerTrace, at: Pass) -> None:
         at.left[self.key, at.layer] = self._chosen(layer.queries, layer.keys, layer.values, layer.scoring)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         at.count_seen(len(query), visible)
         kv_heads = len(held.keys)
         groups = len(query) // kv_heads

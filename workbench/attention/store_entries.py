@@ -11,7 +11,7 @@ from workbench.core.partial_softmax import Part
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 
 class Seen(NamedTuple):
@@ -26,7 +26,7 @@ class Seen(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, held: Contents, seen: Tensor, scoring: Scoring) -> Seen:
+    def of(cls, rows: Tensor, held: Dequantised, seen: Tensor, scoring: Scoring) -> Seen:
         """Of float32 queries rows [h, r, d], scaled already, where seen bool [k, r, m] allows; each head sees some entry."""
         heads, number = len(held.keys), rows.shape[1]
         slots, hidden = slots_of(seen)

@@ -100,13 +100,14 @@ class Decoder:
         self._at.layer, self._at.positions = layer, positions
         self._causal += query.shape[0] * int((self._positions + 1).sum())
         weights = None
-        own = self._attends(layer)
-        if own:
-            out = self._own_way(layer, query, positions, scoring)
-        if evictable is not None or not own:  # who evicts by attention needs all its weights, whatever else is computed
+        by_method = self._attends(layer)
+        if by_method:
+            out = self._by_method(layer, query, positions, scoring)
+        # Who evicts by attention needs all its weights, whatever else is computed.
+        if evictable is not None or not by_method:
             self._count_exact(store, query.shape[0], positions, scoring.window)
             exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
-            out = out if own else exact
+            out = out if by_method else exact
         if self.evicting is not None and evictable is not None and weights is not None:
             evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))
         if self.outputs is not None:
@@ -114,16 +115,16 @@ class Decoder:
         self._leave(before)
         return out
 
-    def _own_way(self, layer: int, query: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
+    def _by_method(self, layer: int, query: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """The attention method's output over what the layer's store holds."""
         assert self.attention is not None
         store = self.stores[layer]
-        held = store.contents(query.dtype)
-        shape = (held.keys.shape[0], query.shape[1], held.keys.shape[1])
-        seen = seen_by(positions, held.positions, held.valid, scoring.window)
+        dense = store.contents(query.dtype)
+        shape = (dense.keys.shape[0], query.shape[1], dense.keys.shape[1])
+        seen = seen_by(positions, dense.positions, dense.valid, scoring.window)
         everything = torch.ones(1, dtype=torch.bool, device=query.device)
         visible = (everything if seen is None else seen).expand(shape)
-        return self.attention.decode(query, held, visible, scoring, at=self._at)
+        return self.attention.decode(query, dense, visible, scoring, at=self._at)
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""

@@ -45,7 +45,7 @@ class _Recorder:
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerTrace] = {}
-        self.held = 0
+        self.recorded_nbytes = 0
         self.count = len(self.origins)
         self.memory: dict[Any, Any] = {}
         self.places: dict[tuple[int, torch.Size], int] = {}  # of keys in memory: the layer that showed them first
@@ -57,8 +57,8 @@ class _Recorder:
                 f"layer {layer} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
                 "them apart"
             )
-        tokens, own = query.shape[1], scoring.window
-        window = _combined_window(own, self.method, layer, self.count, tokens)
+        tokens, model_window = query.shape[1], scoring.window
+        window = _combined_window(model_window, self.method, layer, self.count, tokens)
         scoring = replace(scoring, window=window)
         self.at.layer = layer
         if self.method is None:
@@ -66,28 +66,28 @@ class _Recorder:
             out = causal_attention(query, key, value, scoring)
         else:
             out = self.method.attend(query, key, value, scoring, at=self.at)
-        before = self.held if self.home == query.device else 0  # of what is live here, the recording so far
+        before = self.recorded_nbytes if self.home == query.device else 0  # of what is live here, the recording so far
         shared = self._shared(layer, key)
-        held = tuple(x.to(self.home) for x in (key, value, query))
+        recorded = tuple(x.to(self.home) for x in (key, value, query))
         if shared is not None:
-            held = (self.layers[shared].keys_held, self.layers[shared].values_held, held[2])
+            recorded = (self.layers[shared].keys_held, self.layers[shared].values_held, recorded[2])
         self.layers[layer] = LayerTrace(
             index=layer,
-            keys_held=held[0],
-            values_held=held[1],
-            queries_held=held[2],
+            keys_held=recorded[0],
+            values_held=recorded[1],
+            queries_held=recorded[2],
             device=query.device,
             scoring=scoring,
             rotary=partial(rotation_of, self.plain, self.origins[layer]),
-            narrowed_from=min(own or tokens, tokens) if window != own else None,
+            narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
         )
-        self.held += sum(x.nbytes for x in held[0 if shared is None else 2 :])
+        self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
         self.timeline.add(
             "read",
             layer,
-            {"weights": self.weights, "trace": self.held, "activations": max(self.live.peak - before, 0)},
+            {"weights": self.weights, "trace": self.recorded_nbytes, "activations": max(self.live.peak - before, 0)},
         )
         self.live.reset_peak()
         return out
@@ -103,11 +103,11 @@ class _Recorder:
 
 
 def _combined_window(
-    own: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
+    model_window: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
 ) -> int | None:
     """The narrower of the model's own window and the method's."""
     other = method.span(layer, layers, tokens) if method is not None else None
-    given = [width for width in (own, other) if width is not None]
+    given = [width for width in (model_window, other) if width is not None]
     return min(given) if given else None
 
 
@@ -207,7 +207,7 @@ def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> 
         raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
 
 
-def take_in(
+def read_unrecorded(
     model: PreTrainedModel,
     facts: Facts,
     prompt: Prompt,

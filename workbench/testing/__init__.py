@@ -21,7 +21,7 @@ from workbench.attention.operators.base import Operator, per_head
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.plan import Plan, rank
-from workbench.kv.stores import SlidingStore, Store
+from workbench.kv.stores import Store
 from workbench.measure.memory import tensor_bytes
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
@@ -447,7 +447,7 @@ def sliding_layers_stay_exact(method: KVMethod) -> None:
             continue
         held = list(range(TOKENS - window, TOKENS))
         store, where = stores[layer], f"layer {layer} slides"
-        _must(isinstance(store, SlidingStore) and layer in plan.exact, f"{where}, but is compressed")
+        _must(store.sliding_window is not None and layer in plan.exact, f"{where}, but is compressed")
         _must(all(row.tolist() == held for row in store.positions), f"{where}, but does not hold its window")
         _must(float(plan.error[layer].max()) < 0.02, f"{where}, but is not exact")
     sliding = reading("mistral")

@@ -20,7 +20,7 @@ from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 _GROUPS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -91,7 +91,7 @@ class CoreContext(AttentionMethod):
     def begin(self, layer: LayerTrace, at: Pass) -> None:
         at.left[self.key, at.layer] = _Cores.none(layer.device, layer)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
         shape = self._shape(at.tokens)
         cores = at.left.get((self.key, at.layer)) or _Cores.none(query.device)
@@ -198,7 +198,7 @@ class _Cores(NamedTuple):
         return self._with(groups, made[0].to(dtype), made[1].to(dtype), sizes)._replace(ready=ready)
 
     def grown(
-        self, near: Seen, held: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
+        self, near: Seen, held: Dequantised, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
     ) -> _Cores:
         """With those of the groups `ends` [r] where a query is the `last` [r] of its group.
 

@@ -17,7 +17,7 @@ from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 _MOST_ZEROS = 0.9  # beyond it a narrower window, or shorter groups, come first
 
@@ -71,7 +71,7 @@ class DeltaAttention(AttentionMethod):
         at.count(computed)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         shape, kv_heads = self._shape(at.tokens), len(held.keys)
         groups = len(query) // kv_heads
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)

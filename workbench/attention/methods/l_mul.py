@@ -12,7 +12,7 @@ from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 _ONE = 0x3F800000  # the bits of 1.0: exponent bias and no mantissa
 _MANTISSA = 23
@@ -61,7 +61,7 @@ class LMul(AttentionMethod):
             out[:, start:stop] = self._attend(rows, keys[:, low:stop], values[:, low:stop], seen, scoring)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         at.count_seen(len(query), visible)
         keys, values = (number_bits(x, self.mantissa) for x in (held.keys, held.values))
         seen = visible.repeat_interleave(query.shape[0] // len(keys), dim=0)  # [h, q, m]

@@ -13,7 +13,7 @@ from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 
 @register
@@ -43,7 +43,7 @@ class Lean(AttentionMethod):
     workers: int = param(8, ge=1, le=4096, help="how many share the work: thread blocks of a GPU")
     tile: int = param(256, ge=1, le=65536, unit="tokens", help="the smallest piece of work")
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         at.count_seen(len(query), visible)
         heads, tokens, _ = held.keys.shape
         rows = query.float() * scoring.scale  # [h, q, d]

@@ -15,7 +15,7 @@ from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 
 @register
@@ -50,7 +50,7 @@ class StreamingWindow(AttentionMethod):
         sinks = min(self.sinks, width - 1)
         return sinks, width - sinks
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         if not self.whole:
             sinks, width = self.widths(at.tokens)
             where = held.positions[:, None]  # [k or 1, 1, m]

@@ -17,7 +17,7 @@ from workbench_kernels import Scoring
 from workbench_kernels.softmax import attention_weights
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 _SHARED = "uniattn"
 
@@ -91,7 +91,7 @@ class UniAttn(AttentionMethod):
         at.left[_SHARED] = kept
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Dequantised, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         anchor = self.anchor(at.layer, at.layers)
         groups = query.shape[0] // len(held.keys)
         seen = visible.repeat_interleave(groups, dim=0)  # [h, q, m]
