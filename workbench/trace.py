@@ -18,6 +18,7 @@ from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
 from workbench.prompt import Prompt
+from workbench_kernels import Scoring
 
 T = TypeVar("T")
 
@@ -27,8 +28,8 @@ class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
     index: which layer. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
-    `device` wherever they are held (a long prompt's recording may rest in host memory). scale: what scores are
-    multiplied with. window: width of a sliding-window layer in tokens, or None. rotary: function that says how the
+    `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
+    products become scores, with the width of a sliding-window layer. rotary: function that says how the
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
@@ -40,13 +41,26 @@ class LayerTrace(Brief):
     values_held: Tensor
     queries_held: Tensor
     device: torch.device
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
+    scoring: Scoring
     rotary: Callable[[int], Rotation] | None = field(default=None, repr=False)
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
     shared: int | None = None
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied with."""
+        return self.scoring.scale
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a query sees, its own included; None: all up to its own."""
+        return self.scoring.window
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of scores; None: unbounded."""
+        return self.scoring.softcap
 
     @property
     def keys(self) -> Tensor:
@@ -90,10 +104,8 @@ class LayerTrace(Brief):
         yield from attention_rows(
             self.queries[:, first:],
             self.keys,
-            scale=self.scale,
+            self.scoring,
             query_positions=torch.arange(first, self.tokens, device=self.device),
-            window=self.window,
-            softcap=self.softcap,
         )
 
     def attention(self, last: int) -> Tensor:
@@ -109,14 +121,23 @@ class LayerTrace(Brief):
 
     @cached_property
     def _received(self) -> Tensor:
-        sums = column_sums(
-            self.queries, self.keys, scale=self.scale, window=self.window, softcap=self.softcap
-        )  # [h, n]
+        sums = column_sums(self.queries, self.keys, self.scoring)  # [h, n]
         return sums.view(self.kv_heads, self.groups, -1).sum(dim=1).to(self.device)
 
     def unrotated_queries(self) -> Tensor:
         """The queries before rotary embedding, [h, n, d]. Raises NotApplicable as `rotation` does."""
         return self.rotation.undo(self.queries.float(), torch.arange(self.tokens, device=self.device))
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered under `key` for as long as this layer's recording lives."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        found: T = self._cache[key]
+        return found
+
+    @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
 
     @cached_property
     def rotation(self) -> Rotation:

@@ -15,6 +15,7 @@ from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +87,7 @@ def random_layer(
     keys, values = (torch.randn(2, tokens, width, generator=generator) for width in (key_width, value_width))
     queries = torch.randn(4, tokens, key_width, generator=generator)
     rotary = None if rotation is None else lambda _: rotation
-    return LayerTrace(seed, keys, values, queries, torch.device("cpu"), key_width**-0.5, rotary=rotary)
+    return LayerTrace(seed, keys, values, queries, torch.device("cpu"), Scoring(key_width**-0.5), rotary=rotary)
 
 
 def random_ranking(layers: int, heads: int, tokens: int, window: int = 0) -> Ranking:

@@ -40,6 +40,7 @@ from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 KEYS = [cls.key for cls in registered("kv")]
@@ -317,9 +318,9 @@ def decoded(key: str, budget: str, steps: int) -> tuple[Trace, Plan, Decoder, li
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in trace.layers]
 
     class Watched(Decoder):
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             seen[layer].append((query.clone(), key.clone()))
-            return super().attend(layer, query, key, value, **options)
+            return super().attend(layer, query, key, value, scoring)
 
     decoder = Watched(model, plan.stores(), TOKENS, plan.stages.evict)
     for step in range(steps):
@@ -429,7 +430,7 @@ def test_kivi_keeps_every_token_and_so_refuses_a_number_of_tokens() -> None:
 def test_head_sizes_that_groups_do_not_divide_are_stored_and_counted(width: int, bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 75, width, generator=generator), torch.randn(2, 75, width + 1, generator=generator)
-    layer = LayerTrace(0, keys, values, keys.repeat(2, 1, 1), torch.device("cpu"), width**-0.5)
+    layer = LayerTrace(0, keys, values, keys.repeat(2, 1, 1), torch.device("cpu"), Scoring(width**-0.5))
     shape = Shape(2, 75, width, width + 1, 2)
     form = PackedFormat(torch.bfloat16, bits, 16, 32)
     for counts in ([75, 75], [75, 40], [3, 60], [0, 75]):
@@ -474,7 +475,7 @@ def test_balancing_protects_attention_from_outlier_channels() -> None:
     keys, queries = base.keys.clone(), base.queries.clone()
     keys[:, :, 3] *= 40
     queries[:, :, 3] /= 40  # the same products
-    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scale)
+    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scoring)
     trace = Trace(Prompt(torch.zeros(120, dtype=torch.long), chat=False), (layer,), torch.zeros(1), 0.0)
     balanced, plain = (
         float(make_plan(trace, [MiKV(low_bits=4, budget=0.6, balance=balance)], torch.float32).error.mean())

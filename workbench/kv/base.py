@@ -261,11 +261,11 @@ class Stages:
     @staticmethod
     def _supplier(stage: str, methods: Sequence[KVMethod]) -> KVMethod | None:
         able = [method for method in methods if method.supplies(stage)]
-        own = [method for method in able if method.contributes(stage)]
-        if len(own) > 1:
-            names = " and ".join(method.key for method in own)
+        contributing = [method for method in able if method.contributes(stage)]
+        if len(contributing) > 1:
+            names = " and ".join(method.key for method in contributing)
             raise BadRecipe(f"{names} each supply the stage {stage!r}: a recipe has one method for each stage")
-        return own[0] if own else able[0] if able else None
+        return contributing[0] if contributing else able[0] if able else None
 
 
 def keep_last(scores: Tensor, count: int) -> Tensor:

@@ -191,10 +191,10 @@ class ChunkedPrefill(ABC):
         """Keep of a layer's plain store only the entries at which slots bool [k, m] is True."""
         if bool(slots.all()):
             return
-        held = self.stores[layer].contents(self.dtype)
-        if held.valid is not None:
-            slots = slots & held.valid
-        self.stores[layer] = DenseStore.of(held.keys, held.values, held.positions, slots, self.dtype)
+        dense = self.stores[layer].contents(self.dtype)
+        if dense.valid is not None:
+            slots = slots & dense.valid
+        self.stores[layer] = DenseStore.of(dense.keys, dense.values, dense.positions, slots, self.dtype)
 
     def result(
         self, *, tiers: Tensor | None = None, form: Format | None = None, notes: tuple[str, ...] = ()
@@ -230,7 +230,7 @@ class ChunkedPrefill(ABC):
         exact = (layer for layer in self.layers if layer.index in self.exact)
         return sum(INDEX_BYTES * min(layer.window or 0, self.tokens) for layer in exact)
 
-    def entries(self, least: int, extra: Callable[[int], int] = lambda each: 0) -> int:
+    def entries(self, least: int, extra: Callable[[int], int] | None = None) -> int:
         """How many entries each head of each layer may hold at any moment: at least `least`, at most all.
 
         extra: further bytes over all layers when each head holds so many, for instance of an index. Raises
@@ -243,7 +243,7 @@ class ChunkedPrefill(ABC):
             if each >= self.tokens:
                 return self.full_nbytes
             counts = torch.tensor([[each] * shape.kv_heads for shape in shapes])
-            return stored_nbytes(form, shapes, counts) + extra(each)
+            return stored_nbytes(form, shapes, counts) + (extra(each) if extra is not None else 0)
 
         least = min(least, self.tokens)
         if self.limit is None or not shapes or nbytes(self.tokens) <= self.room:

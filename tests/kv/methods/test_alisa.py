@@ -73,7 +73,7 @@ def test_every_step_follows_algorithm_1(steps: int) -> None:
         if at + 1 - first_near > k + 32:  # the window has grown by 32: the oldest leave it
             first_near = at + 1 - k
         store.append(new, new, torch.tensor([at]))
-        got, _ = store.attend(query, torch.tensor([at]), scale=layer.scale)
+        got, _ = store.attend(query, torch.tensor([at]), layer.scoring)
 
         sums = {i: sum(row.get(i, 0.0) for row in rows) for i in range(first_near)}
         dynamic = sorted(sums, key=lambda i: -sums[i])[:k]

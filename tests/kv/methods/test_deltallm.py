@@ -18,7 +18,7 @@ from workbench.kv.stores.delta import DeltaFormat, DeltaStore, count_of, deltas,
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
-from workbench_kernels import unpack
+from workbench_kernels import Scoring, unpack
 
 if TYPE_CHECKING:
     import workbench as wb
@@ -42,7 +42,7 @@ def drifting(blocks: int, group: int, width: int, seed: int) -> Tensor:
 def drifting_layer(tokens: int = 60, key_width: int = 20, value_width: int = 18) -> LayerTrace:
     keys, values = drifting(2, tokens, key_width, 0), drifting(2, tokens, value_width, 1)
     queries = torch.randn(4, tokens, key_width, generator=torch.Generator().manual_seed(2))
-    return LayerTrace(0, keys, values, queries, torch.device("cpu"), key_width**-0.5)
+    return LayerTrace(0, keys, values, queries, torch.device("cpu"), Scoring(key_width**-0.5))
 
 
 def by_hand(x: Tensor, threshold: float) -> tuple[Tensor, int]:
@@ -179,7 +179,7 @@ def test_an_answer_is_held_as_the_same_tokens_would_be_in_the_prompt() -> None:
     layer, form = drifting_layer(112), DeltaFormat(torch.bfloat16, 0.6, 0.5, 16, 0)
     everything = torch.ones(2, 112, dtype=torch.uint8)
     want = form.build(layer, everything, None)
-    first = LayerTrace(0, layer.keys[:, :48], layer.values[:, :48], layer.queries[:, :48], layer.device, layer.scale)
+    first = LayerTrace(0, layer.keys[:, :48], layer.values[:, :48], layer.queries[:, :48], layer.device, layer.scoring)
     store = form.build(first, everything[:, :48], None)
     for begin in range(48, 112, 16):
         at = slice(begin, begin + 16)
@@ -192,7 +192,7 @@ def test_scores_are_exact_in_the_window_and_those_of_restored_keys_before_it() -
     layer, form = trace_of(tokens=TOKENS).layers[1], DeltaFormat(torch.float32, 0.6, None, 16, 40)
     store = form.build(layer, torch.ones(2, TOKENS, dtype=torch.uint8), None)
     query = layer.queries[:, -1:]
-    _, weights = store.attend(query, torch.tensor([TOKENS]), scale=layer.scale, weights=True)
+    _, weights = store.attend(query, torch.tensor([TOKENS]), layer.scoring, weights=True)
     assert weights is not None
     old = (TOKENS - 40) // 16 * 16
     for head in range(2):

@@ -163,10 +163,10 @@ def keys_alone(model: Any, ids: Tensor, start: int) -> dict[int, Tensor]:
         def __init__(self) -> None:
             self.keys: dict[int, Tensor] = {}
 
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             self.keys[layer] = key.clone()
             causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-            return attend(query, key, value, Scoring(**options), visible=causal[None])[0]
+            return attend(query, key, value, scoring, visible=causal[None])[0]
 
     alone = Alone()
     forward(model, alone, ids, torch.arange(start, start + len(ids)))

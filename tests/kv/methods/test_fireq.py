@@ -25,6 +25,7 @@ from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 TOKENS = 60
 
@@ -39,7 +40,7 @@ def rotated_layer(key_width: int = 20, value_width: int = 18, rotated: int = 16)
         return angles.cos(), angles.sin()
 
     device, found = torch.device("cpu"), (lambda read: Rotation(rotary)) if rotated else None
-    return LayerTrace(0, keys, values, queries, device, key_width**-0.5, rotary=found)
+    return LayerTrace(0, keys, values, queries, device, Scoring(key_width**-0.5), rotary=found)
 
 
 def fp8(number: float) -> float:
@@ -168,7 +169,7 @@ def test_attention_divides_the_queries_by_the_factors_of_the_keys(counts: list[i
     assert isinstance(store, SmoothedStore)
     held, query, positions = store.contents(torch.float32), numbers(4, 3, 20, seed=4), torch.tensor([15, 18, 70])
     for window, softcap in ((None, None), (30, 4.0)):
-        got, rows = store.attend(query, positions, scale=0.4, window=window, softcap=softcap, weights=True)
+        got, rows = store.attend(query, positions, Scoring(0.4, window, softcap), weights=True)
         assert rows is not None
         for head in range(4):
             kv = head // 2

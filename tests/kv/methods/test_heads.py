@@ -26,6 +26,7 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 
 def eager_attention(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -214,7 +215,7 @@ def test_the_default_model_has_few_heads_that_retrieve(default_session: wb.Sessi
 def made_trace(queries: list[Tensor], keys: list[Tensor]) -> Trace:
     """A trace by hand, one layer for each pair of queries [h, n, d] and keys [k, n, d]."""
     layers = tuple(
-        LayerTrace(i, k, torch.ones_like(k), q, torch.device("cpu"), 1.0)
+        LayerTrace(i, k, torch.ones_like(k), q, torch.device("cpu"), Scoring(1.0))
         for i, (q, k) in enumerate(zip(queries, keys, strict=True))
     )
     return Trace(Prompt(torch.zeros(keys[0].shape[1], dtype=torch.long), chat=False), layers, torch.zeros(1), 0.0)

@@ -17,6 +17,7 @@ from workbench.kv import ILRe
 from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
@@ -85,10 +86,10 @@ def test_recalled_tokens_are_read_by_all_layers_as_if_they_were_the_text() -> No
         def __init__(self) -> None:
             self.keys: list[Tensor] = []
 
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: object) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             self.keys.append(key)
             key, value = (x.repeat_interleave(2, dim=0) for x in (key, value))
-            logits = query @ key.transpose(1, 2) * scale
+            logits = query @ key.transpose(1, 2) * scoring.scale
             hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
             return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
 

@@ -23,7 +23,7 @@ def test_what_comes_out_is_the_softmax_over_all_keys_times_the_largest_few_and_n
     layer, store = trace.layers[1], plan.stores()[1]
     assert isinstance(store, HostValuesStore)
     query = layer.queries[:, -3:]
-    got, _ = store.attend(query, torch.tensor([67, 68, 69]), scale=layer.scale)
+    got, _ = store.attend(query, torch.tensor([67, 68, 69]), layer.scoring)
     for q, at in enumerate((67, 68, 69)):
         for k in range(layer.kv_heads):
             weights = {}

@@ -79,7 +79,7 @@ def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_
     best = sorted(sorted(range(len(pages)), key=lambda i: -relevance[i])[:count])
     seen = sorted([0, 1, *(p for i in best for p in pages[i]), *(p for p in where if p >= 60)])
 
-    got, _ = store.attend(layer.queries[:, 66:69], torch.arange(66, 69), scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, 66:69], torch.arange(66, 69), layer.scoring)
     assert store.pages == tuple(best)
     for p in (66, 67, 68):
         past = [j for j in seen if j <= p]
@@ -92,13 +92,13 @@ def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_
 def test_the_answer_stays_with_the_pages_of_its_question_and_another_question_opens_others() -> None:
     layer = testing.reading().trace.layers[1]
     store = paged(layer)
-    store.attend(layer.queries[:, 61:64], torch.arange(61, 64), scale=layer.scale)
+    store.attend(layer.queries[:, 61:64], torch.arange(61, 64), layer.scoring)
     opened = store.pages
     for step in range(64, 68):
-        store.attend(layer.queries[:, step : step + 1], torch.tensor([step]), scale=layer.scale)
+        store.attend(layer.queries[:, step : step + 1], torch.tensor([step]), layer.scoring)
         assert store.pages == opened
     twin = store.clone()
-    twin.attend(-layer.queries[:, 61:64], torch.arange(61, 64), scale=layer.scale)
+    twin.attend(-layer.queries[:, 61:64], torch.arange(61, 64), layer.scoring)
     assert twin.pages != opened == store.pages
 
 
@@ -106,8 +106,8 @@ def test_all_pages_open_is_plain_attention() -> None:
     layer = testing.reading().trace.layers[1]
     store = paged(layer, share=1.0)
     at = torch.arange(66, 70)
-    got, _ = store.attend(layer.queries[:, 66:], at, scale=layer.scale)
-    want, _ = store.near.attend(layer.queries[:, 66:], at, scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, 66:], at, layer.scoring)
+    want, _ = store.near.attend(layer.queries[:, 66:], at, layer.scoring)
     torch.testing.assert_close(got, want)
 
 

@@ -21,6 +21,7 @@ from workbench.kv.stores.rows import Rows
 from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
@@ -102,7 +103,7 @@ def test_attention_in_the_space_is_that_over_what_the_store_stands_for(
     positions = torch.tensor([57, 59, 64])
     query = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(4))
     for window in (None, 50):
-        got, weights = store.attend(query, positions, scale=0.3, window=window, softcap=softcap, weights=True)
+        got, weights = store.attend(query, positions, Scoring(0.3, window, softcap), weights=True)
         assert weights is not None
         held = store.contents(torch.float32)
         for head in range(4):
@@ -157,7 +158,7 @@ def test_new_tokens_are_projected_when_they_leave_the_window(window: int, counts
     keys, values = (torch.randn(2, 9, width, generator=draw) for width in (20, 18))
     for first, last in ((0, 1), (1, 7), (7, 9)):
         store.append(keys[:, first:last], values[:, first:last], torch.arange(60 + first, 60 + last))
-        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + last - 1]), scale=1.0)
+        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + last - 1]), Scoring(1.0))
     assert [row.tolist() for row in store.positions] == [[*row, *range(60, 69)] for row in before]
     assert [row.tolist() for row in twin.positions] == before
     held = store.contents(torch.float32)
@@ -182,7 +183,7 @@ def test_packed_coefficients_leave_the_window_in_whole_groups() -> None:
     half = 0.5 * store.older[0].scale.data.float().view(2, -1, 20).amax(dim=1) * rows  # type: ignore[union-attr]
     for step in range(10):
         store.append(layer.keys[:, :1], layer.values[:, :1], torch.tensor([60 + step]))
-        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + step]), scale=1.0)
+        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + step]), Scoring(1.0))
         lengths.append(store.newer[0].longest)
     assert lengths == [12, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6]
     held = store.contents(torch.float32)
@@ -204,7 +205,7 @@ def test_room_that_is_reserved_but_empty_never_reaches_the_attention(name: str) 
             real = torch.zeros(len(rows.data), dtype=torch.bool)
             real[rows.slots()[rows.valid()]] = True
             rows.data[~real] = torch.nan
-    out, _ = store.attend(torch.ones(4, 1, 20), torch.tensor([60]), scale=0.3)
+    out, _ = store.attend(torch.ones(4, 1, 20), torch.tensor([60]), Scoring(0.3))
     assert bool(out.isfinite().all())
 
 
@@ -301,7 +302,7 @@ def test_errors_are_those_of_the_layers_output_with_exact_inputs(architecture: s
             values[head] = nearest(layer.values[head], spaces.values[head, : ranks.values])
         outputs = []
         for k, v in ((layer.keys, layer.values), (rotate(keys, cos, sin), values)):
-            attended = causal_attention(layer.queries, k, v, scale=layer.scale, window=None, softcap=None)[:, probes]
+            attended = causal_attention(layer.queries, k, v, layer.scoring)[:, probes]
             with torch.no_grad():
                 hidden = entering[layer.index][0, probes] + module.self_attn.o_proj(attended.transpose(0, 1).flatten(1))
                 outputs.append(hidden + module.mlp(module.post_attention_layernorm(hidden)))

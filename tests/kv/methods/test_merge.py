@@ -132,7 +132,7 @@ def test_a_redundant_copy_of_a_token_merges_and_leaves_no_error() -> None:
     base = trace_of(tokens=TOKENS).layers[1]
     keys, values = base.keys.clone(), base.values.clone()
     keys[:, 20] = keys[:, 10]
-    layer = LayerTrace(1, keys, values, base.queries, base.device, base.scale)
+    layer = LayerTrace(1, keys, values, base.queries, base.device, base.scoring)
     kept = torch.ones(2, TOKENS, dtype=torch.bool)
     kept[:, 20] = False
     scores = torch.ones(2, TOKENS)

@@ -19,6 +19,7 @@ from workbench.kv.stores import DenseStore
 from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.trace import Trace
@@ -195,9 +196,9 @@ def lazy_run(steps: int, asked: LazyEviction) -> tuple[Trace, Decoder, Seen, lis
     seen: Seen = [[] for _ in trace.layers]
 
     class Watched(Decoder):
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             seen[layer].append((query.clone(), key.clone()))
-            return super().attend(layer, query, key, value, **options)  # type: ignore[arg-type]
+            return super().attend(layer, query, key, value, scoring)
 
     decoder = Watched(model, plan.stores(), TOKENS, plan.stages.evict)
     lengths = []

@@ -26,7 +26,7 @@ from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
-from workbench_kernels import dequantise, pack, quantise, unpack
+from workbench_kernels import Scoring, dequantise, pack, quantise, unpack
 from workbench_kernels.building import sparse_rows
 
 TOKENS = 90
@@ -110,7 +110,7 @@ def test_attention_is_that_over_what_the_store_holds(name: str, softcap: float |
     positions = torch.tensor([57, 59, 64])
     query = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(4))
     for window in (None, 50):
-        got, weights = store.attend(query, positions, scale=0.3, window=window, softcap=softcap, weights=True)
+        got, weights = store.attend(query, positions, Scoring(0.3, window, softcap), weights=True)
         assert weights is not None
         held = store.contents(torch.float32)
         for head in range(4):
@@ -199,7 +199,7 @@ def test_think_attends_with_the_best_channels_of_old_keys_and_all_of_recent_ones
         keys[head, : TOKENS - 10, worst] = 0
         assert set(store.channels[head].tolist()) == set(range(16)) - set(worst.tolist())
     query = layer.queries[:, -1]
-    got, _ = store.attend(query[:, None], torch.tensor([TOKENS]), scale=layer.scale)
+    got, _ = store.attend(query[:, None], torch.tensor([TOKENS]), layer.scoring)
     assert torch.allclose(got[:, 0], softmax_attention(layer, keys, layer.values, query), atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_think_keeps_what_queries_ask_for_where_the_largest_keys_are_not_asked_f
     keys, queries = base.keys.clone(), base.queries.clone()
     keys[:, :, 3] *= 20
     queries[:, :, 3] *= 1e-4
-    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scale)
+    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scoring)
     store = PrunedFormat(torch.float32, 0.5, 0, 8).build(layer, torch.ones(2, 60, dtype=torch.uint8), None)
     assert isinstance(store, PrunedStore) and 3 not in store.channels
 
@@ -289,13 +289,13 @@ def test_unstructured_pruning_loses_less_than_pruned_channels() -> None:
     for layer in trace_of(tokens=TOKENS).layers:
         tiers, positions = torch.ones(2, TOKENS, dtype=torch.uint8), torch.arange(TOKENS - 16, TOKENS)
         query = layer.queries[:, -16:]
-        exact = DenseFormat(torch.float32).build(layer, tiers, None).attend(query, positions, scale=layer.scale)[0]
+        exact = DenseFormat(torch.float32).build(layer, tiers, None).attend(query, positions, layer.scoring)[0]
         channels = PrunedFormat(torch.float32, 0.5, 0, 16).build(layer, tiers, None)
         keys = BitmapFormat(torch.float32, 0.5, 0).build(layer, tiers, None).contents(torch.float32).keys
         every = torch.ones(2, TOKENS, dtype=torch.bool)
         sparse_keys = DenseStore.where(keys, layer.values, every, torch.float32)
         structured, unstructured = (
-            float((store.attend(query, positions, scale=layer.scale)[0] - exact).norm())
+            float((store.attend(query, positions, layer.scoring)[0] - exact).norm())
             for store in (channels, sparse_keys)
         )
         assert unstructured < structured
@@ -329,7 +329,9 @@ def test_zipcache_scores_by_the_mean_attention_of_probes_that_see_a_token() -> N
 def test_normalised_scores_do_not_favour_early_tokens() -> None:
     # Section 4.2: where every query attends evenly to all it sees, a sum ranks tokens by age; the mean does not
     # punish the last ones.
-    layer = LayerTrace(0, torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.device("cpu"), 1.0)
+    layer = LayerTrace(
+        0, torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.device("cpu"), Scoring(1.0)
+    )
     score = ZipCache(recent_probes=1.0, random_probes=0.0).score(layer)[0]
     assert float(score[-1]) == pytest.approx(1 / 40) and float(score[0]) == pytest.approx(
         sum(1 / n for n in range(1, 41)) / 40
@@ -561,7 +563,7 @@ def test_kivi_decodes_as_the_published_cache_over_hundreds_of_tokens(prompt: int
     group, residual, steps = 8, 48, 160
     draw = torch.Generator().manual_seed(prompt)
     keys, values, queries = (torch.randn(2, prompt + steps, 16, generator=draw) for _ in range(3))
-    layer = LayerTrace(0, keys[:, :prompt], values[:, :prompt], queries[:, :prompt], torch.device("cpu"), 0.25)
+    layer = LayerTrace(0, keys[:, :prompt], values[:, :prompt], queries[:, :prompt], torch.device("cpu"), Scoring(0.25))
     form = PackedFormat(torch.float32, bits, group, residual)
     store = form.build(layer, torch.ones(2, prompt, dtype=torch.uint8), None)
     assert isinstance(store, PackedStore)
@@ -569,7 +571,7 @@ def test_kivi_decodes_as_the_published_cache_over_hundreds_of_tokens(prompt: int
     for at in range(prompt, prompt + steps):
         now = slice(at, at + 1)
         store.append(keys[:, now], values[:, now], torch.tensor([at]))
-        out, _ = store.attend(queries[:, now], torch.tensor([at]), scale=0.25)
+        out, _ = store.attend(queries[:, now], torch.tensor([at]), Scoring(0.25))
         for head, published in enumerate(heads):
             expected = published.step(keys[head, at], values[head, at], queries[head, at], 0.25)
             assert torch.allclose(out[head, 0], expected, atol=1e-4)
@@ -656,7 +658,7 @@ def test_mikv_demotes_the_least_attended_while_decoding(counts: list[int], recen
         store.append(keys, values, at)
         held = store.contents(torch.float32)
         plain = softmax_rows(held, query, at, 0.3)
-        out, _ = store.attend(query, at, scale=0.3)
+        out, _ = store.attend(query, at, Scoring(0.3))
         position += count
         for head in range(2):
             mass[head] |= dict.fromkeys(at.tolist(), 0.0)
@@ -738,7 +740,7 @@ def test_a_reserved_mixed_cache_moves_nothing_while_it_grows() -> None:
     for step in range(40):
         keys, values = (torch.randn(2, 1, width, generator=draw) for width in (20, 18))
         store.append(keys, values, torch.tensor([60 + step]))
-        store.attend(torch.randn(4, 1, 20, generator=draw), torch.tensor([60 + step]), scale=0.3)
+        store.attend(torch.randn(4, 1, 20, generator=draw), torch.tensor([60 + step]), Scoring(0.3))
     assert store.nbytes == size and [len(row) for row in high_positions(store)] == [50, 50]
 
 
@@ -746,13 +748,13 @@ def test_a_copy_of_a_mixed_cache_goes_its_own_way() -> None:
     _, store = mixed([30, 12])
     new = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1))
     store.append(new[:, :1], new[:, :1, :18], torch.tensor([60]))
-    store.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60]), scale=0.3)
+    store.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60]), Scoring(0.3))
     twin, before = store.clone(), high_positions(store)
     for other in (twin, store):
         assert high_positions(other) == before
         for step in range(1, 9):
             other.append(new[:, step : step + 1], new[:, step : step + 1, :18], torch.tensor([60 + step]))
-            other.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60 + step]), scale=0.3)
+            other.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60 + step]), Scoring(0.3))
     assert high_positions(twin) == high_positions(store) != before
     assert torch.equal(twin.contents(torch.float32).keys, store.contents(torch.float32).keys)
 

@@ -23,6 +23,7 @@ from workbench.kv.stores.tailored import TailoredFormat
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
@@ -61,10 +62,10 @@ def test_the_dense_preference_is_what_the_largest_weights_leave_over(tokens: int
 def test_one_that_looks_at_everything_is_denser_than_one_that_looks_at_one_token() -> None:
     draw = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 200, 16, generator=draw), torch.randn(2, 200, 16, generator=draw)
-    nothing = LayerTrace(0, keys, values, torch.zeros(4, 200, 16), torch.device("cpu"), 0.25)
+    nothing = LayerTrace(0, keys, values, torch.zeros(4, 200, 16), torch.device("cpu"), Scoring(0.25))
     keys = keys.clone()
     keys[:, 5] = 40.0
-    one = LayerTrace(1, keys, values, torch.ones(4, 200, 16), torch.device("cpu"), 0.25)
+    one = LayerTrace(1, keys, values, torch.ones(4, 200, 16), torch.device("cpu"), Scoring(0.25))
     assert dense_preference(nothing, 0.05) == pytest.approx(0.95, abs=5e-3)
     assert dense_preference(one, 0.05) < 1e-3
 
@@ -136,7 +137,7 @@ def test_new_tokens_of_a_quantised_layer_are_exact_until_they_fill_a_group() -> 
     given = torch.randn(2, 40, 16, generator=draw).bfloat16()
     for step in range(40):
         store.append(given[:, step : step + 1], given[:, step : step + 1], torch.tensor([200 + step]))
-        store.attend(layer.queries[:, -1:].bfloat16(), torch.tensor([200 + step]), scale=layer.scale)
+        store.attend(layer.queries[:, -1:].bfloat16(), torch.tensor([200 + step]), layer.scoring)
         held = store.contents(torch.bfloat16)
         for head in range(2):
             at = int((held.positions[head] == 200 + step).nonzero())

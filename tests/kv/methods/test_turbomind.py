@@ -18,6 +18,7 @@ from workbench.kv import KIVI, AdaKV, SnapKV, TurboMind
 from workbench.kv.stores import DenseStore, PackedStore
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     import workbench as wb
@@ -89,7 +90,7 @@ def test_new_tokens_are_rounded_once_they_have_attended(key_bits: int, value_bit
         keys, values, queries = (torch.randn(heads, 1, 16, generator=draw) for heads in (2, 2, 4))
         held = store.contents(torch.float32)
         store.append(keys, values, torch.tensor([at]))
-        out, _ = store.attend(queries, torch.tensor([at]), scale=0.25)
+        out, _ = store.attend(queries, torch.tensor([at]), Scoring(0.25))
         for head in range(4):
             weights = (torch.cat([held.keys[head // 2], keys[head // 2]]) @ queries[head, 0] * 0.25).softmax(0)
             wanted = weights @ torch.cat([held.values[head // 2], values[head // 2]])  # itself exactly

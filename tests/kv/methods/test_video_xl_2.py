@@ -31,7 +31,7 @@ def read(layer: LayerTrace, tokens: int = 64) -> tuple[LevelStore, Tensor]:
         at = torch.arange(start, start + 8)
         store.append(layer.keys[:, at], layer.values[:, at], at)
         assert store.near.longest <= SIZES["room"]
-        outs.append(store.attend(layer.queries[:, at], at, scale=layer.scale)[0])
+        outs.append(store.attend(layer.queries[:, at], at, layer.scoring)[0])
     store.reading = False
     return store, torch.cat(outs, dim=1)
 
@@ -82,7 +82,7 @@ def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_o
     rest = [c for c in range(5) if c not in best]
 
     at = torch.arange(64, 67)
-    got, _ = store.attend(layer.queries[:, at], at, scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, at], at, layer.scoring)
     assert store.chunks == tuple(sorted(best))
     for p in asked:
         for head in range(layer.heads):
@@ -90,7 +90,7 @@ def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_o
             torch.testing.assert_close(got[head, p - 64], want, atol=1e-5, rtol=1e-4)
 
     chosen = store.chunks  # the answer stays with them
-    store.attend(-layer.queries[:, 67:68], torch.tensor([67]), scale=layer.scale)
+    store.attend(-layer.queries[:, 67:68], torch.tensor([67]), layer.scoring)
     assert store.chunks == chosen
 
 
@@ -98,7 +98,7 @@ def test_with_every_chunk_fetched_a_question_attends_to_all_that_was_read() -> N
     layer = testing.reading().trace.layers[1]
     store, _ = read(layer)
     store.whole = 8
-    got, _ = store.attend(layer.queries[:, 64:65], torch.tensor([64]), scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, 64:65], torch.tensor([64]), layer.scoring)
     for head in range(layer.heads):
         k = head // layer.groups
         want = attended(layer, head, layer.queries[head, 64], layer.keys[k, :64], layer.values[k, :64])

@@ -17,6 +17,7 @@ from workbench.kv.methods.chunked.xl3m import entropy, surest
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
@@ -110,7 +111,7 @@ def test_a_sliding_layer_sees_only_its_window_of_a_text_with_gaps() -> None:
         query = torch.randn(4, len(positions), 4, generator=generator)
         held |= {at: (keys[:, i], values[:, i]) for i, at in enumerate(positions)}
         store.append(keys, values, torch.tensor(positions))
-        got, _ = store.attend(query, torch.tensor(positions), scale=0.5, window=window)
+        got, _ = store.attend(query, torch.tensor(positions), Scoring(0.5, window))
         for i, at in enumerate(positions):
             seen = [p for p in held if at - window < p <= at]
             for head in range(4):

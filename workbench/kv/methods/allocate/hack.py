@@ -84,9 +84,7 @@ class HACK(KVMethod):
 
     def _probe(self, layer: LayerTrace) -> tuple[Tensor, Tensor]:
         positions = probe_positions(layer.tokens, self.probes).to(layer.device)
-        blocks = attention_rows(
-            layer.queries[:, positions], layer.keys, scale=layer.scale, query_positions=positions, softcap=layer.softcap
-        )
+        blocks = attention_rows(layer.queries[:, positions], layer.keys, layer.scoring, query_positions=positions)
         rows = torch.cat([block for _, block in blocks], dim=1).unflatten(0, (layer.kv_heads, -1))  # [k, g, probes, n]
         variance = rows.var(dim=2, correction=0).sum(dim=-1).mean(dim=1)
         return variance, rows.sum(dim=(1, 2))

@@ -22,6 +22,7 @@ from workbench.kv.ranking import Ranking
 from workbench.models import max_positions
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -221,19 +222,9 @@ class _ScoredRows:
     progress: Progress
     scores: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.progress.check()
         last = query[:, -len(self.task.answer) :]
-        rows = [block for _, block in attention_rows(last, key, scale=scale, window=window, softcap=softcap)]
+        rows = [block for _, block in attention_rows(last, key, scoring)]
         self.scores[layer] = self.score(torch.cat(rows, dim=1), self.task).cpu()
-        return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+        return causal_attention(query, key, value, scoring)

@@ -238,21 +238,11 @@ class _Twice:
     progress: Progress
     similarity: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.progress.check()
         full, local = key.float().chunk(2, dim=1)
         self.similarity[layer] = cosine_similarity(full, local, dim=-1).mean().cpu()
         visible = self.visible
-        if window is not None:
-            visible = visible & (self.positions > self.positions[:, None] - window)
-        return attend(query, key, value, Scoring(scale, window, softcap), visible=visible[None])[0]
+        if scoring.window is not None:
+            visible = visible & (self.positions > self.positions[:, None] - scoring.window)
+        return attend(query, key, value, scoring, visible=visible[None])[0]

@@ -147,7 +147,7 @@ def _make_room(prefill: ChunkedPrefill, layer: LayerTrace, sinks: int, window: i
 def attention_to(queries: Tensor, keys: Tensor, positions: Tensor, layer: LayerTrace) -> Tensor:
     """The softmax of queries [h, q, d] at positions [q] over keys [k, n, d] from 0 on, their mean: float32 [n]."""
     received = torch.zeros(keys.shape[1], device=keys.device)
-    for block in row_blocks(queries, keys, scale=layer.scale, query_positions=positions, softcap=layer.softcap):
+    for block in row_blocks(queries, keys, layer.scoring, query_positions=positions):
         received[block.keys] += block.probs.sum(dim=(0, 1))
     return (received / (queries.shape[0] * queries.shape[1])).cpu()
 

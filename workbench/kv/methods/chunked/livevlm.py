@@ -68,7 +68,7 @@ class LiveVLM(KVMethod):
                     continue
                 query = queries[layer.index]
                 at = torch.arange(prefill.position - query.shape[1], prefill.position)
-                _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
+                _, rows = store.attend(query, at, layer.scoring, weights=True)
                 assert rows is not None  # [k, g, r, m]
                 slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent)
                 prefill.keep(layer.index, slots.expand(layer.kv_heads, -1))

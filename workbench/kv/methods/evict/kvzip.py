@@ -18,6 +18,7 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 _CUE = 8  # tokens of the piece before, from which the model is asked to go on
 
@@ -121,17 +122,7 @@ class _Repeating:
         self.done, self.pieces = done, pieces
         self.scores: dict[int, Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         layers = len(self.trace.layers)
         self.progress.update("repeating the context", self.done * layers + layer, self.pieces * layers)
         recorded = self.trace.layers[layer]
@@ -141,7 +132,7 @@ class _Repeating:
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         best = torch.zeros(key.shape[0], self.piece.stop - self.piece.start, device=query.device)
         # The window is the one the prompt was read with, the model's or an attention method's.
-        for block in row_blocks(query, keys, scale=scale, window=recorded.window, softcap=softcap):
+        for block in row_blocks(query, keys, recorded.scoring):
             rows = block.probs.unflatten(0, (key.shape[0], -1))  # [k, g, rows, keys]
             mixed = rows.flatten(1, 2).to(values.dtype) @ values[:, block.keys]
             out[:, block.rows] = mixed.view(query.shape[0], -1, values.shape[-1])

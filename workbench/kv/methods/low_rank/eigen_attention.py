@@ -181,7 +181,7 @@ class _ExactOutput:
         self.output: Tensor | None = None
         self.layer = -1  # the one that attended last
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.layer, output = layer, self.output
         if output is None:
             recorded = self.trace.layers[layer]
@@ -194,7 +194,7 @@ class _ExactOutput:
         positions = self.positions.to(layer.device)
         visible = seen_by(positions, where[None], None, layer.window)
         queries = layer.queries[:, positions].float()
-        return attend(queries, keys, values, Scoring(layer.scale, layer.window, layer.softcap), visible=visible)[0]
+        return attend(queries, keys, values, layer.scoring, visible=visible)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:

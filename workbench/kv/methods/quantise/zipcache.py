@@ -28,14 +28,7 @@ class ProbedAttention(KVMethod):
     def score(self, layer: LayerTrace) -> Tensor:
         probes = self.probes(layer.tokens).to(layer.device)
         total = torch.zeros(layer.heads, layer.tokens, device=layer.device)
-        for _, rows in attention_rows(
-            layer.queries[:, probes],
-            layer.keys,
-            scale=layer.scale,
-            query_positions=probes,
-            window=layer.window,
-            softcap=layer.softcap,
-        ):
+        for _, rows in attention_rows(layer.queries[:, probes], layer.keys, layer.scoring, query_positions=probes):
             total += rows.sum(dim=1)
         positions = torch.arange(layer.tokens, device=layer.device)
         observers = (probes[:, None] >= positions).sum(dim=0)  # [n]: by how many each is seen, the last token at least
