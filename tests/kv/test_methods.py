@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kv.support import SHORT, TOKENS, kept_sets, random_ranking, softmax_rows, trace_of
+from tests.kv.support import SHORT, TOKENS, feasible, kept_sets, random_ranking, softmax_rows, trace_of
 from workbench import testing
 from workbench.budget import Budget
 from workbench.core.rope import Rotation
@@ -68,13 +68,7 @@ def plan_of(key: str, budget: Any, trace: Trace, dtype: torch.dtype = torch.bflo
 
 def within(key: str, budget: float, trace: Trace, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """The plan at this budget, or at the smallest one that the refusal names."""
-    try:
-        return plan_of(key, budget, trace, dtype)
-    except BudgetTooSmall as refusal:
-        assert refusal.smallest > budget
-        plan = plan_of(key, refusal.smallest, trace, dtype)
-        assert plan.nbytes <= refusal.smallest * plan.full_nbytes
-        return plan
+    return feasible(lambda share: plan_of(key, share, trace, dtype), budget)
 
 
 # -- every method

@@ -79,8 +79,7 @@ def by_hand(layer: LayerTrace, pieces: list[tuple[int, int]]) -> tuple[Tensor, l
             for head in range(layer.heads):
                 scores = [score(head, p, j, min(p - j, window)) * layer.scale for j in seen]
                 weights = [math.exp(s - max(scores)) for s in scores]
-                for j, weight in zip(seen, weights, strict=True):
-                    weight /= sum(weights)
+                for j, weight in zip(seen, [w / sum(weights) for w in weights], strict=True):
                     out[head, p] += weight * values[head // groups, j]
                     if j in near and p - j < window:
                         mass[head // groups, j] += weight

@@ -64,10 +64,11 @@ def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_o
         """Keys and values of all that is near, the means of the chunks, and the others whole."""
         coarse = [group for c, group in stood if c in chunks]
         others = [j for c, group in stood if c not in chunks for j in group]
-        parts = []
-        for of in (layer.keys[k], layer.values[k]):
-            parts.append(torch.cat([of[near], *(of[group].mean(dim=0, keepdim=True) for group in coarse), of[others]]))
-        return parts[0], parts[1]
+        keys, values = (
+            torch.cat([of[near], *(of[group].mean(dim=0, keepdim=True) for group in coarse), of[others]])
+            for of in (layer.keys[k], layer.values[k])
+        )
+        return keys, values
 
     relevance = torch.zeros(5)
     asked = range(64, 67)
