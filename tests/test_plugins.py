@@ -31,7 +31,12 @@ def python(*arguments: str, site: Path) -> subprocess.CompletedProcess[str]:
     """Run Python with the packages in `site` installed beside ours."""
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, cwd=site, capture_output=True, text=True
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=site,
+        check=False,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -72,7 +77,11 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in files.items():
         (source / name).write_text(text)
     built = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=source, capture_output=True, text=True
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"],
+        cwd=source,
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stderr
     (wheel,) = (source / "dist").glob("*.whl")

@@ -334,7 +334,7 @@ def test_a_copy_goes_its_own_way(session: wb.Session, method: AttentionMethod) -
 @pytest.mark.parametrize(
     "recipe",
     [
-        lambda: [],
+        list,
         lambda: [wb.kv.SnapKV(budget=0.5, window=8)],
         lambda: [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.AdaKV()],
         lambda: [wb.kv.KIVI(bits=4)],

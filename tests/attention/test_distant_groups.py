@@ -27,8 +27,11 @@ def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 
     return query, key.cumsum(1) / (1 + torch.arange(tokens)).sqrt()[:, None], value  # neighbouring keys are alike
 
 
+PLAIN = Scoring(0.4)
+
+
 def attend(
-    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
+    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = PLAIN
 ) -> tuple[Tensor, int]:
     at = Pass(1, tensors[0].shape[1])
     return method.attend(*tensors, scoring, at=at), at.computed[0]

@@ -37,8 +37,11 @@ def on_pairs(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: flo
     return out.float()
 
 
+PLAIN = Scoring(0.4)
+
+
 def attend(
-    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
+    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = PLAIN
 ) -> tuple[Tensor, int]:
     at = Pass(1, tensors[0].shape[1])
     return method.attend(*tensors, scoring, at=at), at.computed[0]

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -211,7 +212,7 @@ def test_a_comparison_fills_the_table_and_its_file(open_tab: Callable[..., Watch
     page.wait_for_selector(".js-plotly-plot")
     with page.expect_download() as waited:
         page.locator("button:has-text('CSV'), a:has-text('CSV')").first.click()
-    with open(waited.value.path(), newline="") as file:
+    with Path(waited.value.path()).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["recipe"].split()[0] for row in rows] == ["full", "snapkv", "streaming-llm", "kivi"]
     assert float(rows[0]["kl"]) < 1e-3
@@ -275,7 +276,7 @@ def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[
     field = page.get_by_label("As a size")
     field.fill("2MiB")
     field.press("Enter")
-    assert changed(lambda: weights.text_content(), before) < before
+    assert changed(weights.text_content, before) < before
     page.get_by_text("full + bitstack 2 MiB").first.wait_for()
     page.wait_for_url(re.compile("weights_budget=2MiB"))
 

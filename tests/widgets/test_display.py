@@ -67,7 +67,7 @@ def test_outside_a_notebook_a_plan_is_text_and_loads_no_widgets():
         "assert list(data) == ['text/plain'], data\n"
         "assert not {'ipywidgets', 'workbench_widgets'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Plan of knorm 0.5 for 40 tokens")
 

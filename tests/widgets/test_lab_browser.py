@@ -24,11 +24,13 @@ pytest.importorskip("jupyterlab")
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 CELLS = (
-    "import torch, workbench as wb\n"
-    "from workbench.models import tiny\n"
-    "s = wb.Session((tiny('llama'), None))\n"
-    "s.read(torch.randint(0, 200, (300,), generator=torch.Generator().manual_seed(0)))\n"
-    "s",
+    (
+        "import torch, workbench as wb\n"
+        "from workbench.models import tiny\n"
+        "s = wb.Session((tiny('llama'), None))\n"
+        "s.read(torch.randint(0, 200, (300,), generator=torch.Generator().manual_seed(0)))\n"
+        "s"
+    ),
     "s.plan('snapkv', budget=0.25)",
     "s.run('streaming-llm', budget=0.2, max_new_tokens=8).show()",
     "from workbench_widgets import AttentionView\nAttentionView(s, 1, 2)",

@@ -326,8 +326,8 @@ def test_the_app_shows_everything_from_outside_as_text(
         assert page.evaluate(FOUND) == [], tab
         if tab == "Runs":
             assert any(name in page.locator(".tabulator-row").first.text_content() for name in PLANTED)
-    for help in page.locator("[data-testid=InfoOutlinedIcon]").all():
-        help.hover()
+    for icon in page.locator("[data-testid=InfoOutlinedIcon]").all():
+        icon.hover()
         page.wait_for_timeout(50)
         assert page.evaluate(FOUND) == []
     page.get_by_label("KV cache: which tokens stay").first.click()  # its menu

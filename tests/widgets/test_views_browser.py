@@ -9,6 +9,8 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -299,74 +301,63 @@ def test_a_map_saves_itself_as_picture_drawing_and_numbers(served, tmp_path):
     _, watched = served(lambda: Heatmap.panel(values, tokens=['a,"b"', "<&\n"], label="Attention of x"))
     page = watched.page
 
-    def saved(entry: str) -> str:
+    def saved(entry: str) -> Path:
         page.get_by_role("button", name="Save").click()
         with page.expect_download() as waited:
             page.get_by_role("menuitem", name=entry).click()
         assert waited.value.suggested_filename.startswith("attention-of-x.")
-        return str(waited.value.path())
+        return Path(waited.value.path())
 
-    with open(saved("PNG"), "rb") as file:
-        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert saved("PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     drawing = ET.parse(saved("SVG")).getroot()
     texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
     assert {"0.25", ".25", "Attention of x", 'a,"b"'} - set(texts) <= {"0.25"}
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}image"))) == 1
-    with open(saved("CSV"), newline="") as file:
+    with saved("CSV").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][1:] == ['0 a,"b"', "1 <&\n"]
     assert [row[1:] for row in rows[1:]] == [["0.5", ""], ["0.25", "0.125"]]
-    with open(saved("JSON")) as file:
-        found = json.load(file)
+    found = json.loads(saved("JSON").read_text())
     assert found["values"] == [[0.5, None], [0.25, 0.125]]
     assert found["exact"] is True
     assert found["rows"]["edges"] == [0, 1, 2]
     assert watched.errors == []
 
 
-FRAMES = """async ([canvas, kind]) => {
+STIRRED = """async ([canvas, kind]) => {
     const box = canvas.getBoundingClientRect();
-    const times = [];
-    for (let i = 0; i < 45; i++) {
+    for (let i = 0; i < 15; i++) {
         const x = box.left + 150 + (i * 7) % 300, y = box.top + 100 + (i * 5) % 200;
         const common = {clientX: x, clientY: y, bubbles: true, pointerId: 1};
-        const wheel = {...common, ctrlKey: true, deltaY: i % 20 < 10 ? -60 : 60, cancelable: true};
+        const wheel = {...common, ctrlKey: true, deltaY: -60, cancelable: true};
         if (kind === 'zoom') canvas.dispatchEvent(new WheelEvent('wheel', wheel));
         else canvas.dispatchEvent(new PointerEvent('pointermove', {...common, buttons: kind === 'hover' ? 0 : 1}));
         await new Promise(requestAnimationFrame);
-        times.push(performance.now());
     }
-    return (times.length - 1) * 1000 / (times.at(-1) - times[0]);
 }"""
 
 
-def test_a_map_of_4096_tokens_is_painted_within_a_second_and_moves_above_20_frames_a_second(served, record_property):
+def test_a_map_of_4096_tokens_is_painted_again_with_other_values_and_moves(served):
+    # How fast: benchmarks/map_frames.py.
     component, watched = served(lambda: Heatmap.panel(tokens=[f" word{i % 997}" for i in range(4096)], brush=True))
     canvas = canvas_of(watched)
     values = np.tril(np.random.default_rng(0).random((512, 512)).astype(np.float32) ** 8 + 1e-6)
-    began = time.perf_counter()
     Heatmap.update(component, values, at=(0, 4096, 0, 4096), scale="log", label="Attention of layer 3, head 1")
     watched.page.locator(".wb-title", has_text="layer 3").wait_for()
-    seconds = time.perf_counter() - began
-    record_property("seconds_to_paint", round(seconds, 3))
-    assert float(watched.page.locator(".wb-view").get_attribute("data-paint-ms")) < 500
-    rates = {}
-    rates["hover"] = canvas.evaluate(f"canvas => ({FRAMES})([canvas, 'hover'])")
-    rates["zoom"] = canvas.evaluate(f"canvas => ({FRAMES})([canvas, 'zoom'])")
+    assert canvas.evaluate(INKED) > 100
     box = canvas.bounding_box()
-    for kind in ("brush", "pan"):
+    seen = [canvas.screenshot()]
+    for kind in ("hover", "zoom", "brush", "pan"):
         if kind == "pan":
             watched.page.keyboard.down("Shift")
-        watched.page.mouse.move(box["x"] + 200, box["y"] + 200)
-        watched.page.mouse.down()
-        rates[kind] = canvas.evaluate(f"canvas => ({FRAMES})([canvas, '{kind}'])")
+        if kind in ("brush", "pan"):
+            watched.page.mouse.move(box["x"] + 200, box["y"] + 200)
+            watched.page.mouse.down()
+        canvas.evaluate(f"canvas => ({STIRRED})([canvas, '{kind}'])")
+        seen.append(canvas.screenshot())
         watched.page.mouse.up()
         watched.page.keyboard.up("Shift")
-    for kind, rate in rates.items():
-        record_property(f"frames_a_second_{kind}", round(rate, 1))
-    print({"seconds": round(seconds, 3)} | {kind: round(rate, 1) for kind, rate in rates.items()})
-    assert seconds < 1
-    assert min(rates.values()) > 20
+    assert all(before != after for before, after in pairwise(seen[1:]))
     assert watched.errors == []
 
 

@@ -63,7 +63,7 @@ class Rotation:
         return self.by(x.float(), cos / size, -sin / size)
 
     def by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., n, d] turned by a table [n, r] of another making, such as a mean over positions."""
+        """x [..., n, d] turned by a table of another making: [n, r], or [1, r] for all, such as a mean over positions."""
         return self.unhalved(rotate(self.halved(x), cos, sin))
 
     def latest(self, what: str, key: object, compute: Callable[[], T]) -> T:
@@ -89,7 +89,7 @@ class Rotation:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first r channels of x [..., n, d] by the table cos, sin [n, r]; halves are paired, as in Llama."""
+    """Rotate the first r channels of x [..., n, d] by cos, sin [n, r] or [1, r]; halves are paired, as in Llama."""
     width = cos.shape[-1]
     turning, still = x[..., :width], x[..., width:]
     first, second = turning.chunk(2, dim=-1)

@@ -125,10 +125,10 @@ def test_reading_at_once_and_token_by_token_agree(architecture: str) -> None:
     whole = survey.full_nbytes + survey.fixed_nbytes
     budget = (0.6 * survey.full_nbytes + survey.fixed_nbytes) / whole + 1e-6
     twin = compressed(model, [TransAct(budget=budget, texts=2)])
-    cache, rows = DynamicCache(config=twin.config), []
+    cache = DynamicCache(config=twin.config)
     with torch.no_grad():
-        for token in IDS[:24]:
-            rows.append(twin(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1])
+        steps = [twin(token[None, None], past_key_values=cache, use_cache=True) for token in IDS[:24]]
+    rows = [step.logits[0, -1] for step in steps]
     assert torch.allclose(torch.stack(rows), logits(twin, IDS[:24]), atol=2e-3)
     assert cache.layers[0].values.shape[-1] == 9 and cache.layers[0].keys.shape[-1] == 16
 
