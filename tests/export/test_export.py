@@ -241,7 +241,7 @@ def test_what_has_no_place_in_the_format_is_named_and_goes_into_our_own(
 
 
 def test_without_the_library_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "find_spec", lambda name: None)
+    monkeypatch.setattr(compressed_tensors, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"inference-workbench\[export\]"):
         session().export(tmp_path / "m", "rtn", format="compressed-tensors", **SYMMETRIC)
     assert session().export(tmp_path / "m", "rtn", **SYMMETRIC).format == "workbench"

@@ -126,7 +126,7 @@ def test_a_save_that_fails_keeps_what_was_there(tmp_path: Path, monkeypatch: pyt
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "save_file", full_disk)
+    monkeypatch.setattr(sessions, "save_file", full_disk)
     with pytest.raises(WorkbenchError, match="No space left"):
         session.save(tmp_path / "s")
     assert reopened(tmp_path / "s").trace is not None

@@ -277,7 +277,7 @@ class LiveBytes(TorchDispatchMode):
                 continue
             if gives == "any":
                 if inputs is None:
-                    inputs = {arguments._cdata for given in _storages_in((args, kwargs))}
+                    inputs = {given._cdata for given in _storages_in((args, kwargs))}
                 if key in inputs:
                     continue
             self._sizes[key] = nbytes
