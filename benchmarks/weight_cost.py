@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import workbench as wb
 from benchmarks.record import environment, write
 from benchmarks.weight_quality import name_of
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
+from workbench.weights.compress import compressed
 
 METHODS = (("gptq", {"bits": 4}), ("awq", {"bits": 4}), ("hqq", {"bits": 4}), ("sparsegpt", {"budget": 0.5625}))
 SHAPE = "llama-3.1-8b"

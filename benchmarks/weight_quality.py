@@ -28,11 +28,14 @@ from benchmarks.record import RESULTS, environment, markdown, where
 from workbench.engine.attention_hook import device_of, exclusive
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
-from workbench.weights.base import Survey, WeightMethod, compressed
-from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.models.decoder import decoder_layers
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.block_runner import Stream
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import PYTHON, SHIPPED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import CompactLinear
+from workbench.weights.survey import Survey
 
 JSON = RESULTS / "weight_quality.json"
 PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more
@@ -171,7 +174,9 @@ class Bench:
         if key in TURNED:
             return {}
         # Of a model that lost blocks, the others have other names.
-        found = {"block": self._blocks(twin)} if blocks(twin).keys() == blocks(self.model).keys() else {}
+        found = (
+            {"block": self._blocks(twin)} if decoder_layers(twin).keys() == decoder_layers(self.model).keys() else {}
+        )
         new = dict(twin.named_modules())
         if any(not same_shape(new.get(name), linear.weight) for name, linear in survey.linears.items()):
             return found
@@ -192,7 +197,7 @@ class Bench:
     def _blocks(self, twin: PreTrainedModel) -> float:
         ids = self.ids[:2]
         with exclusive(self.model):
-            stream, own, found = Stream(self.model, ids), blocks(twin), []
+            stream, own, found = Stream(self.model, ids), decoder_layers(twin), []
             for name, _ in stream:
                 changed = added = 0.0
                 for entered, left in stream.through(name):

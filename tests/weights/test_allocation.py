@@ -18,11 +18,11 @@ from workbench.errors import BadParameter, BadRecipe, BudgetTooSmall, Cancelled,
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.weights import RTN, SVD, EvoPress, compressed
-from workbench.weights.base import Survey
 from workbench.weights.calibration.model_head import Ending
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
 from workbench.weights.reports.spectra import Spectrum, singular_values
+from workbench.weights.survey import Survey
 
 SAMPLED = Calibration("sampled", samples=8, tokens=32)
 LLAMA_LAYER_BYTES = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)

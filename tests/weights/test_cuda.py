@@ -17,7 +17,8 @@ from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.registry import method, registered
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
 from workbench.weights.layers import (
     BitBlock,
     BitBlocksLinear,
@@ -34,7 +35,7 @@ from workbench.weights.layers import (
     VectorLinear,
     compact,
 )
-from workbench.weights.low_rank import LowRankLinear
+from workbench.weights.layers.low_rank import LowRankLinear
 from workbench_kernels.integer import input_codes, input_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -18,11 +18,12 @@ from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
 from workbench.registry import registered
 from workbench.weights import PBLLM, RTN, SVD, DenseShift, Magnitude
-from workbench.weights.base import WeightMethod, compressed
-from workbench.weights.calibration.block_by_block import Stream
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.block_runner import Stream
 from workbench.weights.calibration.model_head import Ending
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import PackedLinear
 from workbench.weights.reports.census import census_of
 from workbench.weights.reports.rounding import rounding_of

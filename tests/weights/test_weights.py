@@ -17,9 +17,11 @@ from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, Cancelled,
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.progress import Progress
-from workbench.weights.base import Survey, compressed, sharing_copy
+from workbench.weights.compress import compressed
 from workbench.weights.layers import PackedLinear, packed_nbytes
 from workbench.weights.methods.quantise.hqq import HQQ
+from workbench.weights.surgery.sharing_copy import sharing_copy
+from workbench.weights.survey import Survey
 from workbench.weights.variants import Variants
 
 IDS = torch.arange(3, 67)

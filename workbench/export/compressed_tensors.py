@@ -15,8 +15,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from workbench.core.precision import checked
 from workbench.errors import MissingExtra
+from workbench.export.module_data import rebuild
 from workbench.weights.layers import PackedLinear
-from workbench.weights.surgery.module_data import rebuild
 
 NAME = "compressed-tensors"
 WEIGHTS = "model.safetensors"

@@ -21,6 +21,7 @@ from workbench import arguments
 from workbench.core.precision import checked
 from workbench.errors import BadParameter, CheckpointRefused, NotApplicable
 from workbench.export import compressed_tensors
+from workbench.export.module_data import describe, rebuild
 from workbench.files import strict_json
 from workbench.files.folders import located, whole
 from workbench.files.paths import place
@@ -32,8 +33,9 @@ from workbench.models.load import device_for, dtype_for, named_dtype
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.base import WeightMethod, weight_methods
-from workbench.weights.surgery.module_data import describe, rebuild, replaced
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import weight_methods
+from workbench.weights.surgery.replaced import replaced
 from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Weight methods: how the model itself is made smaller."""
 
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
 from workbench.weights.methods.any_size.bitstack import BitStack
 from workbench.weights.methods.any_size.double_rounding import DoubleRounding
 from workbench.weights.methods.any_size.evopress import EvoPress

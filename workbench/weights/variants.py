@@ -52,7 +52,7 @@ class Variants:
             return self.model
         with self._alone(progress):
             if key not in self._made:
-                from workbench.weights.base import compressed
+                from workbench.weights.compress import compressed
 
                 self._made = {}  # the last one goes before the next is made: there is never room for two
                 before = {key[:number] for number in range(len(key))}

@@ -21,7 +21,7 @@ from workbench.weights.calibration.texts import Calibration
 from workbench.weights.layers import BitBlock, BitBlocksLinear, PackedLinear, bit_block_nbytes, packed_nbytes
 from workbench.weights.methods.any_size.bitstack import decompose, leading, scales
 from workbench.weights.methods.any_size.double_rounding import coarser, narrower, rounded
-from workbench.weights.solvers.ladder import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Rung, levels, order
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))

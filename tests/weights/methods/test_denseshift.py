@@ -15,7 +15,7 @@ from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.weights import RTN, DenseShift, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SHIPPED, Calibration
 from workbench.weights.layers import ShiftLinear, packed_nbytes

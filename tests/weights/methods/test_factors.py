@@ -14,18 +14,19 @@ from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.weights import FWSVD, SVD, CoSpaDi, Greenformers, MoDeGPT, VQLogits, WeightMethod, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
 from workbench.weights.layers import CodebookLinear, DictionaryLinear, codebook_nbytes, dictionary_nbytes
-from workbench.weights.low_rank import LowRankLinear, row_weighted, truncated, whitened
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.layers.narrow_attention import NarrowAttention
 from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
 from workbench.weights.methods.structured.modegpt import leverage, mixtures, refitted, shares, value_moment
+from workbench.weights.solvers.low_rank import row_weighted, truncated, whitened
 from workbench.weights.solvers.whitening import root
-from workbench.weights.surgery.narrow import NarrowAttention
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
 

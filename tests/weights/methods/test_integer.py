@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from workbench.measure import kernel_share
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import IntegerLinear, packed_nbytes
 from workbench.weights.methods.quantise.crossquant import CrossQuant, channel_factor
 from workbench.weights.methods.quantise.odyssey import Odyssey, clipped

@@ -13,7 +13,9 @@ from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.weights import SVD, FlashSVD, compressed
-from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name, truncated
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.layers.streamed_mlp import StreamedMLP, activation_name
+from workbench.weights.solvers.low_rank import truncated
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
 

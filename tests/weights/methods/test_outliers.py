@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import Survey, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes
 from workbench.weights.methods.quantise.easyquant import EasyQuant, fitted, outliers
 from workbench.weights.methods.quantise.pb_llm import PBLLM, binarised, largest
 from workbench.weights.solvers.quantisation_grid import fit
+from workbench.weights.survey import Survey
 
 DRAW = torch.Generator().manual_seed(0)
 

@@ -13,15 +13,17 @@ from transformers import PreTrainedModel
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import Survey, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.compress import compressed
 from workbench.weights.layers import SparseLinear, sparse_nbytes
 from workbench.weights.methods.prune.magnitude import Magnitude
 from workbench.weights.methods.prune.sparsegpt import SparseGPT, sparsegpt
 from workbench.weights.methods.prune.wanda import Wanda
-from workbench.weights.methods.quantise.gptq import inverse_factor
-from workbench.weights.pruner import Pattern, Pruner, largest, largest_by_row, largest_in_groups
 from workbench.weights.solvers.compensation import removal_cost
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.sparsity import Pattern, largest, largest_by_row, largest_in_groups
+from workbench.weights.survey import Survey
 
 METHODS = (Magnitude, Wanda, SparseGPT)
 DATA = Path(__file__).parents[1] / "data"

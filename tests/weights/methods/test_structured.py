@@ -15,15 +15,18 @@ from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.models.depth import origins
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
+from workbench.weights.layers.core_mlp import CoreMLP, votes
 from workbench.weights.methods.structured import ziplm as ziplm_module
 from workbench.weights.methods.structured.cfsp import CFSP, kept_shares, neuron_scores
 from workbench.weights.methods.structured.comp import COMP, leverage, remaining, tuned
-from workbench.weights.methods.structured.coreinfer import CoreInfer, CoreMLP, votes
+from workbench.weights.methods.structured.coreinfer import CoreInfer
 from workbench.weights.methods.structured.foldgpt import FoldGPT, folding
 from workbench.weights.methods.structured.udfc import UDFC, channels, data_free_scores, gains, overlap, rebuilt
 from workbench.weights.methods.structured.ziplm import ZipLM, removal
-from workbench.weights.structured import refitted, shared_out
+from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.widths import shared_out
 
 IDS = torch.arange(3, 67)
 METHODS: tuple[type[WeightMethod], ...] = (CFSP, COMP, CoreInfer, FoldGPT, UDFC, ZipLM)

@@ -18,8 +18,10 @@ from workbench.measure.quality import output_error
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.weights import HQQ, TransAct, compressed
-from workbench.weights.base import Survey
-from workbench.weights.surgery.narrow import NarrowAttention, narrowed, sampled_texts
+from workbench.weights.calibration.sampled_texts import sampled_texts
+from workbench.weights.layers.narrow_attention import NarrowAttention
+from workbench.weights.surgery.narrow import narrowed
+from workbench.weights.survey import Survey
 
 IDS = torch.arange(3, 67)
 NARROWED = ("llama", "mqa", "mha", "qwen2", "qwen3", "mistral", "mixtral", "qwen3-moe")

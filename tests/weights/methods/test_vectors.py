@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
 from workbench.weights.layers import Parts, VectorLinear, vector_nbytes
-from workbench.weights.methods.quantise.gptq import gptq, inverse_factor
 from workbench.weights.methods.quantise.vptq import VPTQ
 from workbench.weights.solvers.codebook import codebook, nearest
 from workbench.weights.solvers.compensation import compensated
+from workbench.weights.solvers.gptq import gptq
+from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import fit
 
 DRAW = torch.Generator().manual_seed(0)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from workbench.engine.attention_hook import device_of, exclusive
 from workbench.errors import NotApplicable
 from workbench.measure.quality import divergence
-from workbench.weights.base import sharing_copy
-from workbench.weights.calibration.block_by_block import blocks, hidden_of
+from workbench.models.decoder import decoder_layers
+from workbench.weights.calibration.block_runner import hidden_of
+from workbench.weights.surgery.sharing_copy import sharing_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ class Ending:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = sharing_copy(model)
         self._vocabulary = model.config.get_text_config().vocab_size
-        found = blocks(self._model)
+        found = decoder_layers(self._model)
         stands = {name: _Passed(block) for name, block in found.items()}
         self._last = list(stands.values())[-1]
         ids = torch.arange(1, _PROBE + 1, device=device_of(model))[None] % self._vocabulary

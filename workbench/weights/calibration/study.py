@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from workbench.engine.attention_hook import device_of, exclusive
 from workbench.models import cache_dir
+from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
 from workbench.progress import Progress
-from workbench.weights.calibration.block_by_block import Stream, blocks
-from workbench.weights.calibration.statistics import FIRST, Gathering, GradientStats, InputStats
+from workbench.weights.calibration.block_runner import Stream
+from workbench.weights.calibration.fisher import GradientStats
+from workbench.weights.calibration.hessian import FIRST, Gathering, InputStats
 from workbench.weights.calibration.texts import Calibration, key_of
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class WeightStudy:
     @cached_property
     def blocks(self) -> dict[str, nn.Module]:
         """The decoder's layers by name, in order."""
-        return blocks(self.model)
+        return decoder_layers(self.model)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returned when it was first called for this key; for what all budgets of a method share."""

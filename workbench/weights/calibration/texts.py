@@ -15,7 +15,7 @@ from workbench.errors import InputError
 from workbench.files.paths import place, regular
 from workbench.formatting import quoted
 from workbench.models import max_positions
-from workbench.weights.surgery.narrow import sampled_texts
+from workbench.weights.calibration.sampled_texts import sampled_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from workbench import arguments
 from workbench.core.relative_error import ratio, relative_error
 from workbench.measure.memory import tensor_bytes
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.models.linear import linear_of, linear_weight
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.base import weight_methods
-from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.compress import weight_methods
 from workbench.weights.layers import CompactLinear
 from workbench.weights.surgery.linears import weight_of
 from workbench.weights.variants import Variants
@@ -68,7 +67,7 @@ def census_of(
     """
     progress = progress or Progress()
     known = dict(matrices(model))
-    names = list(blocks(model))
+    names = list(decoder_layers(model))
     rows: dict[str, dict[str, Any]] = {}
     changes: dict[str, tuple[Tensor, nn.Module]] = {}
     for full, (module, weight) in progress.track(known.items(), "comparing weights", len(known)):

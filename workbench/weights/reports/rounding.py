@@ -14,13 +14,13 @@ from workbench import arguments
 from workbench.engine.attention_hook import exclusive
 from workbench.errors import NotApplicable
 from workbench.measure.rounding import kernel_share, space_used
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.base import weight_methods
-from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.weights.calibration.block_runner import Stream
+from workbench.weights.compress import weight_methods
+from workbench.weights.layers.rotated import RotatedLinear
 from workbench.weights.surgery.linears import linear_layers
-from workbench.weights.surgery.rotation import TurnedLinear
 from workbench.weights.variants import Variants
 from workbench_kernels.integer import input_step
 
@@ -56,10 +56,10 @@ def rounding_of(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Pr
     for each token (the quantisation kernel, `workbench.measure.kernel_share`); kernel_cross: the same with CrossQuant's
     steps (alpha 0.15) of tokens and of the channels of these texts; space: how much of the space of levels the inputs
     fill (`workbench.measure.space_used`, of their second moments over these texts; 0 where these do not determine all
-    directions). Of a layer that turns its inputs, the turned ones count: it is those that are rounded.
+    directions). Of a layer that rotations its inputs, the rotated ones count: it is those that are rounded.
     """
     progress = progress or Progress()
-    names = list(blocks(model))
+    names = list(decoder_layers(model))
     inside = [name for name in linear_layers(model) if placed(name, names)[0] is not None]
     if not inside:
         raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers")
@@ -89,7 +89,7 @@ def rounding_of(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Pr
 
 
 def _rounded(layer: nn.Module) -> nn.Module:
-    return layer.inner if isinstance(layer, TurnedLinear) else layer
+    return layer.inner if isinstance(layer, RotatedLinear) else layer
 
 
 def _hear(heard: dict[str, list[Tensor]], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -13,13 +13,14 @@ from workbench import arguments
 from workbench.core.relative_error import relative_error
 from workbench.engine.attention_hook import exclusive
 from workbench.errors import NotApplicable
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.base import sharing_copy, weight_methods
-from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.weights.calibration.block_runner import Stream
 from workbench.weights.calibration.model_head import Ending
-from workbench.weights.surgery.module_data import replaced
+from workbench.weights.compress import weight_methods
+from workbench.weights.surgery.replaced import replaced
+from workbench.weights.surgery.sharing_copy import sharing_copy
 from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def sensitivity_of(
     Raises NotApplicable where the copy has other layers than the model.
     """
     progress = progress or Progress()
-    names = list(blocks(model))
-    if list(blocks(twin)) != names:
+    names = list(decoder_layers(model))
+    if list(decoder_layers(twin)) != names:
         raise NotApplicable("layers are compared one by one, but the compressed model has other layers than the model")
     changed = replaced(model, twin)
     inside = {name: [path for path in changed if path.startswith(f"{name}.")] for name in names}

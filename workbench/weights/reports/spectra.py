@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from workbench import arguments
 from workbench.errors import NotApplicable
 from workbench.formatting import Brief
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.base import weight_methods
-from workbench.weights.calibration.block_by_block import blocks
+from workbench.weights.compress import weight_methods
 from workbench.weights.surgery.linears import linear_layers, weight_of
 from workbench.weights.variants import Variants
 
@@ -129,7 +128,7 @@ def spectra_of(
     layer, module: only of that decoder layer, or of the layers of that name inside it. Raises NotApplicable where there
     are none.
     """
-    names = list(blocks(model))
+    names = list(decoder_layers(model))
     linears = {name: placed(name, names) for name in linear_layers(model)}
     if layer is not None:
         layer = arguments.index("layer", layer, len(names), "the model's layers")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from torch import Tensor, nn
 
+from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of, linear_weight
 from workbench.weights.layers import CompactLinear
 
@@ -48,3 +49,15 @@ def _used(module: nn.Module) -> Tensor:
     weight = weight_of(module)
     assert weight is not None  # a linear layer has one
     return weight
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What turns the last hidden states into logits, in a model that has such a module."""
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Which of these layers stand in none of the decoder's layers, where calibration does not look, with the reason."""
+    inside = tuple(f"{name}." for name in decoder_layers(model))
+    return {name: "it stands outside the blocks that are calibrated" for name in names if not name.startswith(inside)}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import checked
-from workbench.weights.surgery.narrow import NarrowAttention, known_attention, narrowed
+from workbench.weights.layers.narrow_attention import NarrowAttention, known_attention
+from workbench.weights.surgery.narrow import narrowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

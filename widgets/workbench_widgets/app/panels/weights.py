@@ -9,10 +9,9 @@ import pandas as pd
 import panel as pn
 import panel_material_ui as pmu
 
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.weights.calibration.block_by_block import blocks
 from workbench.weights.surgery.linears import linear_layers
 from workbench_widgets import Heatmap, weight_views
 from workbench_widgets.app.doing import Doing
@@ -166,7 +165,7 @@ class WeightsPanel(Panel):
         if session is self._session:
             return
         self._session, self._memory = session, Recent(_REMEMBERED)
-        names = list(blocks(session.model))
+        names = list(decoder_layers(session.model))
         inside = [placed(name, names) for name in linear_layers(session.model)]
         modules = list(dict.fromkeys(module for layer, module in inside if layer is not None))
         self._quiet = True

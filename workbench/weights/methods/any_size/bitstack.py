@@ -13,7 +13,7 @@ from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import BitBlock, BitBlocksLinear, bit_block_nbytes
-from workbench.weights.solvers.ladder import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Rung, levels, order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

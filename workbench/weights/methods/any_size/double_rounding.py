@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.solvers.ladder import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Rung, levels, order
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 if TYPE_CHECKING:

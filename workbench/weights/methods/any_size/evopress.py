@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from workbench.core.evolution import evolve, exchanges, filled, switched, uniform
 from workbench.engine.attention_hook import exclusive
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Paper, find, param, register
-from workbench.weights.base import WeightMethod, sharing_copy
-from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.block_runner import Stream
 from workbench.weights.calibration.model_head import Ending
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear
+from workbench.weights.surgery.sharing_copy import sharing_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ class EvoPress(WeightMethod):
         return self.methods()[0].refuses(linear)
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        within = blocks(cast("PreTrainedModel", model))
+        within = decoder_layers(cast("PreTrainedModel", model))
         outside = [name for name in linears if placed(name, within)[0] is None]
         return {
             **self.methods()[0].refused(model, linears),

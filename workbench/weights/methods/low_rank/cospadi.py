@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from workbench.core.precision import checked
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.ranked import Ranked
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import DictionaryLinear, dictionary_nbytes
-from workbench.weights.ranked import Ranked
 from workbench.weights.solvers.whitening import root, solved
 
 _REFINING = 3  # conjugate gradient steps on a choice of atoms that may still change,

@@ -10,7 +10,8 @@ from torch import nn
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.layers.streamed_mlp import StreamedMLP, activation_name
 from workbench.weights.methods.low_rank.svd import SVD
 from workbench.weights.surgery.prunable import Neurons, activation, sites_of
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.low_rank import LowRankLinear, in_precision, truncated
-from workbench.weights.ranked import Ranked
+from workbench.weights.bases.ranked import Ranked
+from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.solvers.low_rank import in_precision, truncated
 
 
 @register

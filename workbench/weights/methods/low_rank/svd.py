@@ -9,11 +9,12 @@ from torch import nn
 
 from workbench.progress import Progress
 from workbench.registry import param, register
-from workbench.weights.calibration.block_by_block import outside
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.ranked import Ranked
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.low_rank import LowRankLinear, truncated, whitened
-from workbench.weights.ranked import Ranked
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.solvers.low_rank import truncated, whitened
+from workbench.weights.surgery.linears import outside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from workbench.core.precision import checked
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.methods.quantise.gptq import inverse_factor
-from workbench.weights.pruner import Pattern, Pruner, groups_of, largest, largest_in_groups
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.solvers.compensation import Replacing, compensated, removal_cost
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.sparsity import Pattern, groups_of, largest, largest_in_groups
 
 
 def sparsegpt(

@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 
 from workbench.core.precision import half
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least
 
 _STEPS = 20  # exponents that are tried, from 0 to below 1

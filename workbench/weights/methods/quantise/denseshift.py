@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import ShiftLinear
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.quantisation_grid import held
 
 _STARTS = tuple(2 ** (-step / 4) for step in range(6))  # of the largest magnitude: scales that are tried first

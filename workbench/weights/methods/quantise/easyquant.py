@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, Parts, outliers_nbytes
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.quantisation_grid import Grid, held
 
 _FIRST_STEP, _LAST_STEP = 0.05, 0.003  # of a range at a time, as a share of it

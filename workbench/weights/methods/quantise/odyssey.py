@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import IntegerLinear, packed_nbytes
-from workbench.weights.methods.quantise.gptq import gptq
+from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least
 
 _BITS: Literal[4] = 4

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from workbench.core.precision import checked
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, DenseLinear, Parts, packed_nbytes
-from workbench.weights.methods.quantise.gptq import gptq
-from workbench.weights.quantiser import Quantiser
+from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least, squares
 
 _SHRINKS = tuple(1 - step / 25 for step in range(15))  # of the range that a group covers, down to 0.44

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes, packed_nbytes
 from workbench.weights.layers.outliers import nearest_eight
-from workbench.weights.methods.quantise.gptq import inverse_factor
 from workbench.weights.solvers.compensation import compensated, removal_cost
+from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import held
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from workbench.core.precision import half
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts, packed_nbytes
-from workbench.weights.methods.quantise.gptq import Rounded, gptq, inverse_factor
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.compensation import removal_cost
+from workbench.weights.solvers.gptq import Rounded, gptq
+from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, held, squares
 
 _SHRINKS = (1.0, 1.03, 1.06, 1.1, *(1 - step / 25 for step in range(1, 13)))  # of a range

@@ -12,11 +12,11 @@ from torch.nn.functional import pad
 from workbench.core.precision import half
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, Parts, VectorLinear, packed_nbytes, vector_nbytes
-from workbench.weights.methods.quantise.gptq import inverse_factor
 from workbench.weights.solvers.codebook import codebook, nearest
 from workbench.weights.solvers.compensation import compensated
+from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, held
 
 _BLOCK = 128  # columns between two updates of everything that follows

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import Survey, WeightMethod
-from workbench.weights.calibration.block_by_block import output_head
+from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CodebookLinear, codebook_nbytes
+from workbench.weights.surgery.linears import output_head
+from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

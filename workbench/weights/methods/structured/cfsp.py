@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.structured import StructuredPruner, shared_out
+from workbench.weights.solvers.widths import shared_out
 from workbench.weights.surgery.prunable import Site
 
 if TYPE_CHECKING:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import NotApplicable
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import Survey
-from workbench.weights.calibration.block_by_block import blocks
+from workbench.weights.bases.structured import block_nbytes, within_blocks
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.methods.structured.foldgpt import block_nbytes, within_blocks
-from workbench.weights.structured import StructuredPruner, damped, shared_out
+from workbench.weights.solvers.least_squares import damped
+from workbench.weights.solvers.widths import shared_out
 from workbench.weights.surgery.depth import shorten
 from workbench.weights.surgery.prunable import Neurons
+from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ class COMP(StructuredPruner):
         limit = self.limit(linears)
         if limit is None:
             return
-        names = list(blocks(twin))
+        names = list(decoder_layers(twin))
         sizes = block_nbytes(self, twin, linears)
         sites = {placed(site.name, names)[0]: site for site in self.sites(twin, tuple(linears))}
         spare = [sites[at].dimension_nbytes * (sites[at].width - 1) if at in sites else 0 for at in range(len(names))]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import Survey
-from workbench.weights.calibration.block_by_block import blocks, outside
+from workbench.weights.bases.structured import Smaller, block_nbytes, within_blocks
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.structured import Smaller, Within
 from workbench.weights.surgery.depth import shorten
+from workbench.weights.surgery.linears import outside
+from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ class FoldGPT(Smaller):
         limit = self.limit(linears)
         if limit is None:
             return
-        names = list(blocks(twin))
+        names = list(decoder_layers(twin))
         importance = (1 - study.similarity(progress)).tolist()
         sizes = block_nbytes(self, twin, linears)
         kinds = [_kind(name, linears) for name in names]
@@ -92,22 +92,6 @@ class FoldGPT(Smaller):
                     lender = linears[names[other] + name.removeprefix(names[index])]
                     twin.set_submodule(name, lent(lender))
         shorten(twin, [index for index, other in enumerate(found) if other is not None])
-
-
-def within_blocks(method: Smaller, model: nn.Module) -> Within:
-    """What a method that removes whole blocks finds: at least the largest of them stays."""
-    found = Survey.of(model, method)
-    sizes = [size for size in block_nbytes(method, model, found.linears) if size]
-    return Within(**vars(found), whole=sum(sizes), least=max(sizes))
-
-
-def block_nbytes(method: Smaller, model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[int]:
-    """What the layers of each block take, of those that a method takes."""
-    names = list(blocks(model))
-    sizes = [0] * len(names)
-    for name, linear in linears.items():
-        sizes[cast("int", placed(name, names)[0])] += method.full_nbytes(linear)
-    return sizes
 
 
 def lent(linear: nn.Linear) -> nn.Linear:

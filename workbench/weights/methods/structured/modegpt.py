@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import checked
+from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.layers.narrow_attention import NarrowAttention, known_attention
 from workbench.weights.solvers.whitening import root
-from workbench.weights.surgery.narrow import NarrowAttention, known_attention, narrowed
+from workbench.weights.surgery.narrow import narrowed
 from workbench.weights.surgery.prunable import Values, sites_of
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def mixtures(outputs: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 def _modules(model: nn.Module) -> dict[str, list[_Module]]:
     """What can be narrower in each block, attention first."""
-    names = blocks(model)
+    names = decoder_layers(model)
     found: dict[str, list[_Module]] = {name: [] for name in names}
     for site in sorted(sites_of(model), key=lambda site: not isinstance(site, Values)):
         block = next((name for name in names if site.name.startswith(f"{name}.")), None)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.sampled_texts import sampled_texts
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.surgery.narrow import sampled_texts
 from workbench.weights.surgery.prunable import Site, Values, sites_of
 
 if TYPE_CHECKING:

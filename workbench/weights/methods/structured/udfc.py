@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import PackedLinear, packed_nbytes
+from workbench.weights.solvers.least_squares import damped
 from workbench.weights.solvers.quantisation_grid import Grid, fit
-from workbench.weights.structured import StructuredPruner, damped, shared_out
+from workbench.weights.solvers.widths import shared_out
 from workbench.weights.surgery.prunable import Site, activation
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.solvers.latency import product_seconds
-from workbench.weights.structured import StructuredPruner, damped, refitted
+from workbench.weights.solvers.least_squares import damped, refitted
 from workbench.weights.surgery.prunable import Neurons, Site, Values
 
 if TYPE_CHECKING:

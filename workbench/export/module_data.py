@@ -13,37 +13,23 @@ from torch import Tensor, nn
 
 from workbench.errors import CheckpointRefused, NotApplicable
 from workbench.registry import registered
+from workbench.weights.surgery.replaced import submodule_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = "torch.nn.modules."  # where torch's own layers live
-
-
-def replaced(model: nn.Module, twin: nn.Module) -> list[str]:
-    """Modules of a compressed copy that stand in another's place, or whose own tensors are not the model's; the
-    outermost ones only.
-    """
-    found: list[str] = []
-    for name, module in twin.named_modules():
-        if any(name.startswith(f"{above}.") for above in found):
-            continue
-        before = _at(model, name)
-        if before is None or type(before) is not type(module) or _own(before) != _own(module):
-            found.append(name)
-    return found
-
-
-def _own(module: nn.Module) -> list[int]:
-    return [id(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
-
-
-def _at(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+_MOVED = {  # classes under the paths that folders written by earlier versions name
+    "workbench.weights.coreinfer:CoreMLP": "workbench.weights.layers.core_mlp:CoreMLP",
+    "workbench.weights.low_rank:LowRankLinear": "workbench.weights.layers.low_rank:LowRankLinear",
+    "workbench.weights.low_rank:StreamedMLP": "workbench.weights.layers.streamed_mlp:StreamedMLP",
+    "workbench.weights.narrow:NarrowAttention": "workbench.weights.layers.narrow_attention:NarrowAttention",
+    "workbench.weights.turning:PlainNorm": "workbench.weights.layers.rotated:PlainNorm",
+    "workbench.weights.turning:TurnedBack": "workbench.weights.layers.rotated:UnrotatedNorm",
+    "workbench.weights.turning:TurnedEmbedding": "workbench.weights.layers.rotated:RotatedEmbedding",
+    "workbench.weights.turning:TurnedLinear": "workbench.weights.layers.rotated:RotatedLinear",
+}
 
 
 # -- writing
@@ -66,7 +52,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _differing(twin: nn.Module, skeleton: nn.Module, name: str = "") -> Iterator[str]:
-    module, plain = twin.get_submodule(name), _at(skeleton, name)
+    module, plain = twin.get_submodule(name), submodule_at(skeleton, name)
     if plain is None or not _alike(module, plain):
         yield name
         return
@@ -87,7 +73,7 @@ def _alike(module: nn.Module, plain: nn.Module) -> bool:
 
 
 def _module(twin: PreTrainedModel, skeleton: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    module, plain = twin.get_submodule(name), _at(skeleton, name)
+    module, plain = twin.get_submodule(name), submodule_at(skeleton, name)
     if plain is not None and not any(_differing(twin, skeleton, name)):
         return {"plain": True}  # the skeleton has it
     cls = type(module)
@@ -142,7 +128,7 @@ def rebuild(skeleton: PreTrainedModel, modules: Mapping[str, Any], tensors: Mapp
     made: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
         path, _, key = name.rpartition(".")
-        module = _at(skeleton, path)
+        module = submodule_at(skeleton, path)
         if module is not None and key in module._parameters:
             if id(tensor) not in made:
                 made[id(tensor)] = nn.Parameter(tensor, requires_grad=False)
@@ -157,7 +143,7 @@ def rebuild(skeleton: PreTrainedModel, modules: Mapping[str, Any], tensors: Mapp
 def _made(skeleton: PreTrainedModel, name: str, described: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     if described.get("plain"):
         return skeleton.get_submodule(name)
-    where, _, which = described["class"].partition(":")
+    where, _, which = _MOVED.get(described["class"], described["class"]).partition(":")
     module = object.__new__(_class(where, which, name, CheckpointRefused))
     nn.Module.__init__(module)
     for key, value in described["attributes"].items():

@@ -123,14 +123,3 @@ class Gathering:
             return InputStats(0, nothing, nothing, nothing, nothing, moment)
         sums = {key: total if key == "absmax" else total / tokens for key, total in self._sums.pop(name).items()}
         return InputStats(tokens, **sums)
-
-
-@dataclass(frozen=True)
-class GradientStats:
-    """The Fisher information of a weight [o, i]: mean squares of its gradients over the texts, summed along its sides.
-
-    rows: for each output [o]; columns: for each input [i]; float32.
-    """
-
-    rows: Tensor
-    columns: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,23 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CLOSE, _LOOSE = 0.02, 0.1  # how far blocks run one by one may be from the model, as a share, in 32 and in 16 bits
-
-
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder's layers by name, in order. Raises NotApplicable where there is no such list of modules."""
-    return decoder_layers(model)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """What turns the last hidden states into logits, in a model that has such a module."""
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
-
-
-def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Which of these layers stand in none of the decoder's layers, where calibration does not look, with the reason."""
-    inside = tuple(f"{name}." for name in blocks(model))
-    return {name: "it stands outside the blocks that are calibrated" for name in names if not name.startswith(inside)}
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -56,7 +39,7 @@ class Stream:
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, batch: int = 4096) -> None:
-        self._blocks = blocks(model)
+        self._blocks = decoder_layers(model)
         self._what = type(model).__name__
         self._size = max(batch // ids.shape[1], 1)
         first = next(iter(self._blocks.values()))
