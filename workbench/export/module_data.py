@@ -25,10 +25,6 @@ _MOVED = {  # classes under the paths that folders written by earlier versions n
     "workbench.weights.low_rank:LowRankLinear": "workbench.weights.layers.low_rank:LowRankLinear",
     "workbench.weights.low_rank:StreamedMLP": "workbench.weights.layers.streamed_mlp:StreamedMLP",
     "workbench.weights.narrow:NarrowAttention": "workbench.weights.layers.narrow_attention:NarrowAttention",
-    "workbench.weights.turning:PlainNorm": "workbench.weights.layers.rotated:PlainNorm",
-    "workbench.weights.turning:TurnedBack": "workbench.weights.layers.rotated:UnrotatedNorm",
-    "workbench.weights.turning:TurnedEmbedding": "workbench.weights.layers.rotated:RotatedEmbedding",
-    "workbench.weights.turning:TurnedLinear": "workbench.weights.layers.rotated:RotatedLinear",
 }
 
 
