@@ -59,8 +59,8 @@ def measure(key: str, settings: dict[str, Any], name: str, device: str, calibrat
         model, study = session.model, WeightStudy(session.model, session.tokenizer, calibration)
     loaded = perf_counter()
     # The statistics of the large shape are not kept: there each layer is compressed as soon as it has been studied.
-    first = name != SHAPE and (method.needs_inputs or method.needs_moment)
-    for _ in study.inputs(moments=True) if first else ():
+    first = name != SHAPE and (method.needs_inputs or method.needs_hessian)
+    for _ in study.inputs(hessians=True) if first else ():
         pass
     calibrated = perf_counter()
     twin = compressed(model, [method], study=lambda *_: study)

@@ -30,7 +30,7 @@ from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models.decoder import decoder_layers
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.block_runner import Stream
+from workbench.weights.calibration.block_runner import BlockRunner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import PYTHON, SHIPPED, Calibration
 from workbench.weights.compress import compressed
@@ -140,7 +140,7 @@ class Bench:
         try:
             method = wb.method(key, **settings)
             assert isinstance(method, WeightMethod)
-            for _ in self.study.inputs(moments=True) if method.needs_inputs or method.needs_moment else ():
+            for _ in self.study.inputs(hessians=True) if method.needs_inputs or method.needs_hessian else ():
                 break  # gathered before the clock starts
             began = time.perf_counter()
             twin = compressed(self.model, [method], study=lambda model, number: self.study)
@@ -182,7 +182,7 @@ class Bench:
             return found
         outputs, fisher = [], []
         gradients = self.study.gradients() if "svd" in key else {}
-        for _, inputs in self.study.inputs(moments=True):
+        for _, inputs in self.study.inputs(hessians=True):
             for name in (name for name in survey.linears if name in inputs):
                 weight = survey.linears[name].weight.detach().float()
                 made = new[name]
@@ -197,11 +197,11 @@ class Bench:
     def _blocks(self, twin: PreTrainedModel) -> float:
         ids = self.ids[:2]
         with exclusive(self.model):
-            stream, own, found = Stream(self.model, ids), decoder_layers(twin), []
-            for name, _ in stream:
+            runner, own, found = BlockRunner(self.model, ids), decoder_layers(twin), []
+            for name, _ in runner:
                 changed = added = 0.0
-                for entered, left in stream.through(name):
-                    changed += float((stream.leaving(name, entered, own[name]) - left).square().sum())
+                for entered, left in runner.run(name):
+                    changed += float((runner.forward(name, entered, own[name]) - left).square().sum())
                     added += float((left - entered).square().sum())
                 found.append(changed / added)
         return mean(found)

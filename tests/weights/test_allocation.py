@@ -18,7 +18,7 @@ from workbench.errors import BadParameter, BadRecipe, BudgetTooSmall, Cancelled,
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.weights import RTN, SVD, EvoPress, compressed
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
 from workbench.weights.reports.spectra import Spectrum, singular_values
@@ -324,7 +324,7 @@ def test_the_end_of_a_model_says_what_the_whole_model_does(architecture: str) ->
         handle = inner.register_forward_hook(lambda module, args, out: found.append(out))
         want = model(ids).logits
         handle.remove()
-    got = Ending(model).logits(found[0] if isinstance(found[0], Tensor) else found[0][0])
+    got = ModelHead(model).logits(found[0] if isinstance(found[0], Tensor) else found[0][0])
     torch.testing.assert_close(got, want)
 
 

@@ -53,7 +53,7 @@ def rotated(model: PreTrainedModel, *, scaling: bool = True) -> PreTrainedModel:
     twin = sharing_copy(model)
     decoder = DecoderRotation(twin)
     signs = decoder.signs(0)
-    for block, seen in WeightStudy(model, calibration=SHORT).inputs(moments=False):
+    for block, seen in WeightStudy(model, calibration=SHORT).inputs(hessians=False):
         for name, rotation in decoder.rotations(block, signs, seen if scaling else None).items():
             made = rotated_linear(model.get_submodule(name), rotation)
             twin.set_submodule(name, RotatedLinear(made) if name.endswith("down_proj") else made)
@@ -140,16 +140,16 @@ def test_moments_of_rotated_inputs_follow_from_the_original_ones(architecture: s
     twin = rotated(model)
     decoder, signs = DecoderRotation(model), DecoderRotation(model).signs(0)
     for (block, seen), (_, there) in zip(
-        WeightStudy(model, calibration=SHORT).inputs(moments=True),
-        WeightStudy(twin, calibration=SHORT).inputs(moments=True),
+        WeightStudy(model, calibration=SHORT).inputs(hessians=True),
+        WeightStudy(twin, calibration=SHORT).inputs(hessians=True),
         strict=True,
     ):
         for name, rotation in decoder.rotations(block, signs, seen).items():
             if name.endswith("down_proj"):
                 continue  # a layer of its own kind, which calibration does not listen to
-            want = there[name].second_moment
+            want = there[name].hessian
             torch.testing.assert_close(
-                rotation.moment(seen[name].second_moment), want, rtol=1e-3, atol=1e-4 * float(want.max())
+                rotation.hessian(seen[name].hessian), want, rtol=1e-3, atol=1e-4 * float(want.max())
             )
 
 
@@ -198,8 +198,8 @@ def test_space_used_is_that_of_the_ellipsoid_in_its_cube() -> None:
 def test_more_of_the_space_is_used_once_outlier_channels_are_rotated() -> None:
     x = torch.randn(400, 48, generator=torch.Generator().manual_seed(0))
     x[:, [4, 20]] *= 20
-    moment, one = x.T @ x / len(x), torch.ones(48, dtype=torch.float64)
-    assert space_used(LayerRotation(one, one, 48).moment(moment)) > 3 * space_used(moment)
+    hessian, one = x.T @ x / len(x), torch.ones(48, dtype=torch.float64)
+    assert space_used(LayerRotation(one, one, 48).hessian(hessian)) > 3 * space_used(hessian)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])

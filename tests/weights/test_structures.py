@@ -19,8 +19,8 @@ from workbench.models.linear import linear_of
 from workbench.registry import registered
 from workbench.weights import PBLLM, RTN, SVD, DenseShift, Magnitude
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.block_runner import Stream
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.calibration.block_runner import BlockRunner
+from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
 from workbench.weights.compress import compressed
@@ -29,7 +29,7 @@ from workbench.weights.reports.census import census_of
 from workbench.weights.reports.rounding import rounding_of
 from workbench.weights.reports.sensitivity import sensitivity_of
 from workbench.weights.reports.spectra import spectra_of
-from workbench.weights.surgery.prunable import Neurons, sites_of
+from workbench.weights.surgery.prunable import PrunableMLP, prunable_modules
 from workbench.weights.variants import Variants
 
 _IDS: dict[str, Any] = {"vocab_size": 64, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
@@ -224,9 +224,11 @@ def test_conv1d_and_subclasses_that_compute_the_same_are_linear_layers() -> None
 
 
 def test_a_gated_mlp_that_also_keeps_only_the_largest_is_none_whose_neurons_can_go() -> None:
-    gated = [site.name for site in sites_of(model("gemma3n")) if isinstance(site, Neurons)]
+    gated = [module.name for module in prunable_modules(model("gemma3n")) if isinstance(module, PrunableMLP)]
     assert gated == []  # one class, and the first of its layers is sparse
-    assert len([site for site in sites_of(tiny("gemma3", layers=2)) if isinstance(site, Neurons)]) == 2
+    assert (
+        len([module for module in prunable_modules(tiny("gemma3", layers=2)) if isinstance(module, PrunableMLP)]) == 2
+    )
 
 
 # --- What comes out is right
@@ -250,11 +252,11 @@ def test_transposed_weights_are_rounded_as_linear_ones_are() -> None:
 def test_blocks_one_after_another_and_the_ending_are_the_model(name: str) -> None:
     plain = model(name)
     ids = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(1))
-    stream = Stream(plain, ids, batch=24)
-    for block, _ in stream:
-        for _ in stream.through(block):
+    runner = BlockRunner(plain, ids, batch=24)
+    for block, _ in runner:
+        for _ in runner.run(block):
             pass
-    torch.testing.assert_close(Ending(plain).logits(stream.hidden), logits(plain, ids), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ModelHead(plain).logits(runner.hidden), logits(plain, ids), rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_that_are_told_about_the_text_are_refused() -> None:
@@ -276,10 +278,10 @@ def test_blocks_that_are_told_about_the_text_are_refused() -> None:
         lambda module, args, kwargs: (args, {"looked_up": core.looked_up, **kwargs}), with_kwargs=True
     )
     core.embed_tokens.register_forward_hook(lambda module, args, out: setattr(core, "looked_up", 5 * out))
-    stream = Stream(plain, torch.arange(24).view(3, 8))
+    runner = BlockRunner(plain, torch.arange(24).view(3, 8))
     with pytest.raises(NotApplicable, match=r"model\.layers\.1 is given more than hidden states"):
-        for name, _ in stream:
-            for _ in stream.through(name):
+        for name, _ in runner:
+            for _ in runner.run(name):
                 pass
 
 

@@ -36,7 +36,7 @@ class WeightMethod(Method):
     family: ClassVar[Family] = "weights"
     measure: ClassVar[str] = "16-bit size"  # what `full_nbytes` counts, in words
     needs_inputs: ClassVar[bool] = False  # `compress` is given what calibration saw of the layer's input ...
-    needs_moment: ClassVar[bool] = False  # ... with its second moment [i, i]
+    needs_hessian: ClassVar[bool] = False  # ... with its second moment [i, i]
     every_size: ClassVar[bool] = False  # made once for all budgets: another one only loads more or less of it
     alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
@@ -53,7 +53,7 @@ class WeightMethod(Method):
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         """Which of these layers must be left alone because of where they stand in the model, by name, and why."""
-        return outside(model, linears) if self.needs_inputs or self.needs_moment else {}
+        return outside(model, linears) if self.needs_inputs or self.needs_hessian else {}
 
     def survey(self, model: nn.Module) -> Survey:
         """What the method finds in a model: by default every linear layer but the output head."""
@@ -107,12 +107,12 @@ class WeightMethod(Method):
     ) -> Iterator[tuple[str, nn.Linear, InputStats | None]]:
         """Each of these layers, with what calibration saw of its input where the method needs that; reports each."""
         stage = f"compressing by {self.key}"
-        if not (self.needs_inputs or self.needs_moment):
+        if not (self.needs_inputs or self.needs_hessian):
             for name, linear in progress.track(linears.items(), stage, len(linears)):
                 yield name, linear, None
             return
         done = 0
-        for _, inputs in study.inputs(moments=self.needs_moment, progress=progress):
+        for _, inputs in study.inputs(hessians=self.needs_hessian, progress=progress):
             for name in (name for name in linears if name in inputs):
                 progress.update(stage, done, len(linears))
                 yield name, linears[name], inputs[name]

@@ -163,7 +163,7 @@ def test_more_bytes_never_lose_more() -> None:
     errors = []
     for budget in (0.15, 0.3, 0.45, 0.6, 0.75, 1.0):
         twin, lost = with_study(model, BitStack(budget=budget), study), 0.0
-        for block, inputs in study.inputs(moments=True):
+        for block, inputs in study.inputs(hessians=True):
             assert block
             for name, stats in inputs.items():
                 weight, made = model.get_submodule(name).weight.detach(), twin.get_submodule(name)
@@ -320,7 +320,7 @@ def test_mixed_widths_lose_less_than_one_width_of_the_same_bytes() -> None:
 
     def lost(twin: PreTrainedModel) -> float:
         total = 0.0
-        for _, inputs in study.inputs(moments=True):
+        for _, inputs in study.inputs(hessians=True):
             for name, stats in inputs.items():
                 weight, layer = model.get_submodule(name).weight.detach(), twin.get_submodule(name)
                 assert isinstance(layer, PackedLinear)

@@ -24,7 +24,7 @@ from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
-from workbench.weights.methods.structured.modegpt import leverage, mixtures, refitted, shares, value_moment
+from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, shares, value_moment
 from workbench.weights.solvers.low_rank import row_weighted, truncated, whitened
 from workbench.weights.solvers.whitening import root
 
@@ -70,7 +70,7 @@ def small_weight(layer: nn.Module) -> Tensor:
 def output_errors(model: PreTrainedModel, twin: PreTrainedModel, study: WeightStudy) -> dict[str, float]:
     """Of each layer the mean square of what changed in its outputs, relative to them."""
     found = {}
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, stats in inputs.items():
             weight = small_weight(model.get_submodule(name))
             change = small_weight(twin.get_submodule(name)) - weight
@@ -308,12 +308,12 @@ def test_what_follows_the_kept_neurons_is_refitted_by_least_squares() -> None:
     x, weight = correlated(400, 10), drawn(6, 10)
     kept = torch.tensor([0, 3, 4, 8])
     moment = x.T @ x / 400
-    found = refitted(weight, moment, kept)
+    found = nystrom(weight, moment, kept)
     want = torch.linalg.lstsq(x[:, kept].double(), (x @ weight.T).double()).solution.T
     torch.testing.assert_close(found, want.float(), rtol=1e-2, atol=1e-2)
     lost = [float((x @ weight.T - x[:, kept] @ small.T).square().sum()) for small in (found, weight[:, kept])]
     assert lost[0] < lost[1]
-    assert torch.equal(refitted(weight, torch.zeros(10, 10), kept), weight[:, kept])  # nothing was seen
+    assert torch.equal(nystrom(weight, torch.zeros(10, 10), kept), weight[:, kept])  # nothing was seen
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -326,7 +326,7 @@ def test_no_other_mixtures_of_values_keep_more_of_the_outputs(rank: int) -> None
     assert error == pytest.approx(float(tail), rel=1e-2)
     moment = v.T @ v / 500
     for some in itertools.combinations(range(6), rank):  # channels as they are, refitted
-        few = refitted(outputs, moment, torch.tensor(some))
+        few = nystrom(outputs, moment, torch.tensor(some))
         assert error <= float((v @ outputs.T - v[:, list(some)] @ few.T).square().sum()) * 1.001
 
 

@@ -173,7 +173,7 @@ def test_the_recipe_loses_less_than_rounding_rows() -> None:
     model = tiny("llama", layers=2)
     study = WeightStudy(model, calibration=Calibration(SAMPLED, samples=8, tokens=64))
     ours = plain = 0.0
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, seen in inputs.items():
             weight = model.get_submodule(name).weight.detach()
             made = Odyssey().compress(model.get_submodule(name), seen).dequantised()

@@ -123,7 +123,7 @@ def test_without_data_it_loses_less_than_rounding_to_nearest() -> None:
         ours = EasyQuant(bits=3, group_size=32).compress(linear).dequantised()
         plain = fit(weight, 3, 32, symmetric=True).nearest(weight)
         assert float((ours - weight).square().sum()) < 0.8 * float((plain - weight).square().sum())
-    assert not EasyQuant.needs_inputs and not EasyQuant.needs_moment
+    assert not EasyQuant.needs_inputs and not EasyQuant.needs_hessian
 
 
 # --- PB-LLM
@@ -165,7 +165,7 @@ def test_of_equal_weights_exactly_as_many_as_asked_for_are_salient() -> None:  #
 
 def _error(model: Any, study: WeightStudy, method: PBLLM) -> float:
     total = 0.0
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, seen in inputs.items():
             linear = model.get_submodule(name)
             change = method.compress(linear, seen).dequantised() - linear.weight.detach()

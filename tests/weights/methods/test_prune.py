@@ -149,7 +149,7 @@ def loops(weight: Tensor, moment: Tensor, damping: float, kept_of: int) -> tuple
 
 
 def test_removing_a_weight_costs_what_is_left_once_those_to_its_right_have_made_up_for_it() -> None:
-    weight, moment = drawn(4, 6), inputs_of(drawn(50, 6, seed=1)).second_moment
+    weight, moment = drawn(4, 6), inputs_of(drawn(50, 6, seed=1)).hessian
     found = removal_cost(weight, inverse_factor(moment, 1e-9).diagonal())
     wide = moment.double()
     for row in range(4):
@@ -161,7 +161,7 @@ def test_removing_a_weight_costs_what_is_left_once_those_to_its_right_have_made_
 
 
 def test_sparsegpt_computes_what_plain_loops_over_the_paper_do() -> None:
-    weight, moment = drawn(5, 16), inputs_of(correlated(40, 16)).second_moment
+    weight, moment = drawn(5, 16), inputs_of(correlated(40, 16)).hessian
     want, kept = loops(weight, moment, 0.01, 2)
     for block in (8, 16, 128):
         got, places = sparsegpt(weight, inverse_factor(moment, 0.01), 40, "2:4", block)
@@ -188,7 +188,7 @@ def test_sparsegpt_errs_less_than_wanda_and_wanda_less_than_magnitude(pattern: s
 
 
 def test_sparsegpt_without_any_calibration_token_is_magnitude() -> None:
-    nothing = InputStats(0, *(torch.zeros(32) for _ in range(4)), moment=torch.zeros(32, 32))
+    nothing = InputStats(0, *(torch.zeros(32) for _ in range(4)), accumulated=torch.zeros(32, 32))
     weight = drawn(8, 32)
     corrected, kept = SparseGPT(block=32).prune(weight, 100, nothing)
     assert torch.equal(kept, largest(weight.abs(), 100))

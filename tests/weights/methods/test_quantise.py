@@ -108,7 +108,7 @@ def by_gptq(weight: Tensor, moment: Tensor, bits: int, group: int, **options: ob
 def test_gptq_is_brain_surgery_column_by_column(monkeypatch: pytest.MonkeyPatch, block: int, group: int) -> None:
     # Trap 4: groups shorter and longer than the block that is updated at once give what the plain loop gives.
     monkeypatch.setattr(gptq_module, "_BLOCK", block)
-    weight, moment = drawn(6, 40), seen(correlated(40)).second_moment
+    weight, moment = drawn(6, 40), seen(correlated(40)).hessian
     want, _ = one_by_one(weight, damped(moment), 3, group)
     got, _ = by_gptq(weight, moment, 3, group)
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
@@ -119,7 +119,7 @@ def test_gptq_in_the_order_of_activations_keeps_grids_of_neighbours(
     monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(gptq_module, "_BLOCK", block)
-    weight, moment = drawn(6, 30), seen(correlated(30)).second_moment
+    weight, moment = drawn(6, 30), seen(correlated(30)).hessian
     order = moment.diagonal().argsort(descending=True).tolist()
     want, _ = one_by_one(weight, damped(moment), 3, 8, order)
     got, _ = by_gptq(weight, moment, 3, 8, act_order=True)
@@ -128,7 +128,7 @@ def test_gptq_in_the_order_of_activations_keeps_grids_of_neighbours(
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_columns_that_stay_exact_take_up_all_that_they_can(act_order: bool) -> None:
-    weight, moment = drawn(5, 24), seen(correlated(24)).second_moment
+    weight, moment = drawn(5, 24), seen(correlated(24)).hessian
     rounded, exact = by_gptq(weight, moment, 2, 8, act_order=act_order, exact=4)
     change = torch.cat([rounded, exact], dim=1) - weight
     slope = change.double() @ damped(moment)  # of tr(Δ H Δᵀ); where it is zero, no other values are better
@@ -145,7 +145,7 @@ def test_inputs_that_tell_nothing_about_each_other_make_gptq_round_to_nearest(mo
 def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> None:  # trap 4
     x = correlated(24)
     x[:, [3, 17]] = 0
-    weight, moment = drawn(5, 24), seen(x).second_moment
+    weight, moment = drawn(5, 24), seen(x).hessian
     got, _ = by_gptq(weight, moment, 4, 24, act_order=True)
     want = fit(weight, 4, 24).nearest(weight)
     assert torch.equal(got[:, [3, 17]], want[:, [3, 17]]) and bool(got[:, [3, 17]].abs().min() > 0)
@@ -153,7 +153,7 @@ def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> No
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
-    moment = seen(correlated(20)).second_moment
+    moment = seen(correlated(20)).hessian
     factor = inverse_factor(moment, 0.01).double()
     assert torch.equal(factor, factor.triu()) and bool((factor.diagonal() > 0).all())
     torch.testing.assert_close(factor.T @ factor @ damped(moment), torch.eye(20).double(), rtol=0, atol=1e-4)
@@ -270,7 +270,7 @@ def test_clipping_makes_no_output_worse() -> None:
 
 def test_errors_of_groups_are_those_of_their_columns_alone() -> None:
     change, x = drawn(3, 21), correlated(21)
-    got = group_errors(change, seen(x).second_moment, 8)
+    got = group_errors(change, seen(x).hessian, 8)
     for row in range(3):
         for number in range(3):
             own = slice(8 * number, 8 * (number + 1))
@@ -359,7 +359,7 @@ def test_one_bit_is_the_mean_and_the_best_distance_from_it() -> None:
 
 
 def test_the_grid_of_a_group_suits_the_columns_that_cannot_be_made_up_for() -> None:
-    weight, moment = drawn(32, 16), seen(correlated(16)).second_moment
+    weight, moment = drawn(32, 16), seen(correlated(16)).hessian
     factor = inverse_factor(moment, 0.01)
     cost = torch.linalg.inv(damped(moment)).diagonal().float()
 
@@ -457,7 +457,7 @@ def test_errors_are_no_larger_than_those_of_llm_compressor(bits: int) -> None:
     assert ours(RTN(bits=bits, group_size=48)) <= theirs[f"rtn{bits}"] * 1.02
     whole = fit(weight, bits, 48)
     done = gptq(
-        weight, inputs.second_moment, lambda _, number: Grid(*(part[:, [number]] for part in whole[:2]), bits, 48), 48
+        weight, inputs.hessian, lambda _, number: Grid(*(part[:, [number]] for part in whole[:2]), bits, 48), 48
     )
     assert error(whole.values(done.codes)) <= theirs[f"gptq{bits}"] * 1.002
     assert ours(GPTQ(bits=bits, group_size=48, act_order=True)) <= theirs[f"gptq{bits}"]

@@ -171,7 +171,7 @@ def test_making_up_for_errors_a_second_book_and_outliers_each_lose_less() -> Non
     study = WeightStudy(model, calibration=Calibration(SAMPLED, samples=8, tokens=64))
     small: dict[str, Any] = {"index_bits": 6, "outliers": 0.0, "rounds": 6}
     totals = dict.fromkeys(("plain", "ours", "residual", "outliers"), 0.0)
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, seen in inputs.items():
             linear = model.get_submodule(name)
             eye = torch.diag(seen.square)  # nothing is shared with other columns: each takes its nearest entry

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from torch import nn
 
-from workbench.models.decoder import decoder_layers, placed
 from workbench.weights.base import WeightMethod
 from workbench.weights.survey import Survey
 
 
-class Smaller(WeightMethod):
+class StructuredMethod(WeightMethod):
     """Base of methods whose layers stay plain, at the precision they were in, and become smaller or fewer.
 
     Budget: the share of the bytes of the layers that are taken, or a size for them. From 1 on all stays as it is.
@@ -33,7 +32,7 @@ class Smaller(WeightMethod):
 
 
 @dataclass(frozen=True)
-class Within(Survey):
+class WithinBudget(Survey):
     """A survey of a method that takes what its budget gives: never more than `whole`, and never less than `least`."""
 
     whole: int
@@ -41,22 +40,6 @@ class Within(Survey):
 
     @property
     def nbytes(self) -> int:
-        assert isinstance(self.method, Smaller)
+        assert isinstance(self.method, StructuredMethod)
         limit = self.method.limit(self.linears)
         return self.whole if limit is None else max(min(limit, self.whole), self.least)
-
-
-def within_blocks(method: Smaller, model: nn.Module) -> Within:
-    """What a method that removes whole blocks finds: at least the largest of them stays."""
-    found = Survey.of(model, method)
-    sizes = [size for size in block_nbytes(method, model, found.linears) if size]
-    return Within(**vars(found), whole=sum(sizes), least=max(sizes))
-
-
-def block_nbytes(method: Smaller, model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[int]:
-    """What the layers of each block take, of those that a method takes."""
-    names = list(decoder_layers(model))
-    sizes = [0] * len(names)
-    for name, linear in linears.items():
-        sizes[cast("int", placed(name, names)[0])] += method.full_nbytes(linear)
-    return sizes

@@ -1,4 +1,4 @@
-"""What methods that make modules narrower inside have in common: which, how large, and how the rest makes up for it."""
+"""What methods that make modules narrower inside have in common: which modules, and what their budget gives them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,54 @@ from typing import ClassVar
 
 from torch import nn
 
-from workbench.weights.bases.structured import Smaller, Within
-from workbench.weights.surgery.prunable import Neurons, Site, sites_of
+from workbench.weights.bases.structured import StructuredMethod, WithinBudget
+from workbench.weights.surgery.prunable import PrunableAttention, PrunableMLP, PrunableModule, prunable_modules
 from workbench.weights.survey import Survey
 
 
-class StructuredPruner(Smaller):
+class StructuredPruner(StructuredMethod):
     """Base of methods that leave out whole dimensions inside modules, with the rows and columns of the weights there.
 
     Each module keeps at least one dimension.
     """
 
-    takes: ClassVar[tuple[type[Site], ...]] = (Neurons,)  # which modules are made narrower
+    narrows: ClassVar[tuple[type[PrunableModule], ...]] = (PrunableMLP,)  # which modules are made narrower
 
-    def sites(self, model: nn.Module, names: Sequence[str] | None = None) -> list[Site]:
+    def prunable_modules(self, model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
         """The modules of a model that the method makes narrower; names: only those whose layers are all among these."""
-        return [site for site in sites_of(model, names) if isinstance(site, self.takes)]
+        return [module for module in prunable_modules(model, names) if isinstance(module, self.narrows)]
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         refused = super().refused(model, linears)
-        left = [name for name in linears if name not in refused]
-        taken = {name for site in self.sites(model, left) for name in site.places}
-        kinds = " and in no ".join(kind.what.removeprefix("a ") for kind in self.takes)
-        return refused | {name: f"it stands in no {kinds}" for name in left if name not in taken}
+        others = [name for name in linears if name not in refused]
+        inside = {name for module in self.prunable_modules(model, others) for name in module.layers}
+        return refused | {name: self.stays_whole(name) for name in others if name not in inside}
 
-    def survey(self, model: nn.Module) -> Survey:
-        found = Survey.of(model, self)
-        sites = self.sites(model, tuple(found.linears))
-        whole = sum(self.site_nbytes(site, site.width) for site in sites)
-        least = sum(self.site_nbytes(site, 1) for site in sites)
-        return Within(**vars(found), whole=whole, least=least)
+    def stays_whole(self, name: str) -> str:
+        """Why the layer of this name is in no module that becomes narrower."""
+        kinds = " and in no ".join(kind.what.removeprefix("a ") for kind in self.narrows)
+        return f"it stands in no {kinds}"
 
-    def site_nbytes(self, site: Site, width: int) -> int:
+    def survey(self, model: nn.Module) -> WithinBudget:
+        survey = Survey.of(model, self)
+        modules = self.prunable_modules(model, tuple(survey.linears))
+        whole = sum(self.module_nbytes(module, module.width) for module in modules)
+        least = sum(self.module_nbytes(module, 1) for module in modules)
+        return WithinBudget(**vars(survey), whole=whole, least=least)
+
+    def module_nbytes(self, module: PrunableModule, width: int) -> int:
         """Bytes of a module's layers once each of its heads has `width` dimensions."""
-        return site.dimension_nbytes * width
+        return module.dimension_nbytes * width
+
+
+class IntraModulePruner(StructuredPruner):
+    """Base of methods that narrow attention's values and MLPs' neurons, and leave queries and keys whole: scores stay
+    exact, and rotary positions keep their meaning.
+    """
+
+    narrows: ClassVar[tuple[type[PrunableModule], ...]] = (PrunableMLP, PrunableAttention)
+
+    def stays_whole(self, name: str) -> str:
+        if name.endswith(("q_proj", "k_proj")):
+            return "queries and keys stay whole"
+        return "it stands in no module whose inside is known"

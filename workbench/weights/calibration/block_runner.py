@@ -29,7 +29,7 @@ class _Stop(Exception):
     """What a block's hook raises once it has what it wanted."""
 
 
-class Stream:
+class BlockRunner:
     """The hidden states of texts on their way through the blocks.
 
     ids: int64 [t, n]. hidden: what enters the block that comes next, [t, n, i], as the model computes it; texts go
@@ -60,7 +60,7 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self._blocks.items()
 
-    def through(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def run(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the block of this name: yields what enters and what leaves it, batch by batch, and moves `hidden` on."""
         done = []
         for part in self.hidden.split(self._size):
@@ -70,7 +70,7 @@ class Stream:
         self.hidden = torch.cat(done)
         self._compare(name)
 
-    def leaving(self, name: str, entering: Tensor, block: nn.Module | None = None) -> Tensor:
+    def forward(self, name: str, entering: Tensor, block: nn.Module | None = None) -> Tensor:
         """What leaves the block of this name when `entering` [t, n, i] enters it; `hidden` stays where it is.
 
         block: what stands in its place, for instance a compressed copy of it.

@@ -22,10 +22,10 @@ _PROBE = 8  # tokens on which it is checked
 _CLOSE = 0.02  # of the largest logit: how far others may be, which in 16 bits depend on what is computed together
 
 
-class Ending:
+class ModelHead:
     """The final norm and output head of a model, and whatever else comes after its blocks, as it computes them.
 
-    Blocks can then be run one by one (`Stream`), and the logits are still the model's own. Raises NotApplicable where
+    Blocks can then be run one by one (`BlockRunner`), and the logits are still the model's own. Raises NotApplicable where
     they are not: where what comes after the blocks takes more than their hidden states.
     """
 
@@ -64,14 +64,14 @@ class Ending:
                 self._last.given = None
         return logits
 
-    def divergence(self, hidden: Tensor, other: Tensor, ending: Ending | None = None) -> float:
+    def divergence(self, hidden: Tensor, other: Tensor, head: ModelHead | None = None) -> float:
         """KL of the next token's distribution, averaged over all tokens, from that after `hidden` [t, n, i] to that
-        after `other`, in nats. ending: what makes logits of `other`, if not this.
+        after `other`, in nats. head: what makes logits of `other`, if not this.
         """
         texts = max(_NUMBERS // (hidden.shape[1] * self._vocabulary), 1)
         found = 0.0
         for left, right in zip(hidden.split(texts), other.split(texts), strict=True):
-            p, q = (end.logits(x).float().log_softmax(dim=-1) for end, x in ((self, left), (ending or self, right)))
+            p, q = (end.logits(x).float().log_softmax(dim=-1) for end, x in ((self, left), (head or self, right)))
             found += float(divergence(p, q).sum())
         return found / (hidden.shape[0] * hidden.shape[1])
 

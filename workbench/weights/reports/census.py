@@ -80,7 +80,7 @@ def census_of(
         if row["form"] != "plain" and linear_of(module) is not None and stands is not None:
             changes[full] = (weight, stands)
     if study is not None and changes:
-        for _, inputs in study.inputs(moments=True, progress=progress):
+        for _, inputs in study.inputs(hessians=True, progress=progress):
             for full in changes.keys() & inputs.keys():
                 rows[full]["output_error"] = _output_error(*changes[full], inputs[full])
     for full, row in rows.items():
@@ -159,7 +159,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
 
 def _output_error(weight: Tensor, stands: nn.Module, inputs: InputStats) -> float:
     found = weight_of(stands)
-    if found is None or found.shape != weight.shape or inputs.moment is None:
+    if found is None or found.shape != weight.shape or inputs.accumulated is None:
         return float("nan")
     plain = weight.detach().float()
     lost = inputs.output_error(found.to(plain.device).float() - plain).sum().clamp_min(0)

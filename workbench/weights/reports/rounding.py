@@ -17,7 +17,7 @@ from workbench.measure.rounding import kernel_share, space_used
 from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.calibration.block_runner import Stream
+from workbench.weights.calibration.block_runner import BlockRunner
 from workbench.weights.compress import weight_methods
 from workbench.weights.layers.rotated import RotatedLinear
 from workbench.weights.surgery.linears import linear_layers
@@ -65,7 +65,7 @@ def rounding_of(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Pr
         raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers")
     rows: list[dict[str, Any]] = []
     with exclusive(model):
-        stream = Stream(model, ids)
+        runner = BlockRunner(model, ids)
         for block in progress.track(names, "measuring rounding", len(names)):
             heard: dict[str, list[Tensor]] = {}
             handles = [
@@ -74,7 +74,7 @@ def rounding_of(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Pr
                 if name.startswith(f"{block}.")
             ]
             try:
-                for _ in stream.through(block):
+                for _ in runner.run(block):
                     progress.check()
             finally:
                 for handle in handles:

@@ -16,8 +16,8 @@ from workbench.errors import NotApplicable
 from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Method
-from workbench.weights.calibration.block_runner import Stream
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.calibration.block_runner import BlockRunner
+from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.compress import weight_methods
 from workbench.weights.surgery.replaced import replaced
 from workbench.weights.surgery.sharing_copy import sharing_copy
@@ -77,46 +77,46 @@ def sensitivity_of(
     outside = [path for path in changed if placed(path, names)[0] is None]
     rows: list[dict[str, Any]] = []
     with exclusive(model), exclusive(twin):
-        stream = Stream(model, ids)
-        begin = stream.hidden
-        ending = Ending(model)
+        runner = BlockRunner(model, ids)
+        begin = runner.hidden
+        head = ModelHead(model)
         want = begin
         for name in names:
             progress.check()
-            want = stream.leaving(name, want)
+            want = runner.forward(name, want)
 
-        def row(layer: int | None, module: str, hidden: Tensor, error: float, other: Ending | None = None) -> None:
-            kl = ending.divergence(want, hidden, other)
+        def row(layer: int | None, module: str, hidden: Tensor, error: float, other: ModelHead | None = None) -> None:
+            kl = head.divergence(want, hidden, other)
             rows.append({"layer": layer, "module": module, "kl": kl, "error": error})
 
         for index, name in enumerate(progress.track(names, "measuring layers", len(names))):
-            entering = stream.hidden
-            for _ in stream.through(name):
+            entering = runner.hidden
+            for _ in runner.run(name):
                 progress.check()
-            left = stream.hidden
+            left = runner.hidden
             for module, block in _parts(model, twin, name, inside[name], each):
-                hidden = stream.leaving(name, entering, block)
+                hidden = runner.forward(name, entering, block)
                 error = relative_error(hidden, left)
                 for later in names[index + 1 :]:
                     progress.check()
-                    hidden = stream.leaving(later, hidden)
+                    hidden = runner.forward(later, hidden)
                 row(index, module, hidden, error)
         for kind in progress.track(kinds if each == "layer" else (), "measuring modules", len(kinds)):
             hidden = begin
             for name in names:
                 progress.check()
                 block = _switched(model.get_submodule(name), twin.get_submodule(name), [kind])
-                hidden = stream.leaving(name, hidden, block)
+                hidden = runner.forward(name, hidden, block)
             row(None, kind, hidden, relative_error(hidden, want))
         if outside:
             other = sharing_copy(twin)
             for name in names:
                 other.set_submodule(name, model.get_submodule(name))
-            entering = Stream(other, ids).hidden
+            entering = BlockRunner(other, ids).hidden
             for name in names:
                 progress.check()
-                entering = stream.leaving(name, entering)
-            row(None, ", ".join(outside), entering, relative_error(entering, want), Ending(other))
+                entering = runner.forward(name, entering)
+            row(None, ", ".join(outside), entering, relative_error(entering, want), ModelHead(other))
     return pd.DataFrame(rows, columns=["layer", "module", "kl", "error"]).astype({"layer": "Int64"})
 
 

@@ -29,7 +29,7 @@ class Rounded(NamedTuple):
 
 def gptq(
     weight: Tensor,
-    moment: Tensor,
+    hessian: Tensor,
     fit: Callable[[Tensor, int], Grid],
     group: int,
     *,
@@ -37,7 +37,7 @@ def gptq(
     act_order: bool = False,
     exact: int = 0,
 ) -> Rounded:
-    """Round weight [o, i] so that its outputs change as little as may be: tr(Δ M Δᵀ) for the inputs' moment M [i, i].
+    """Round weight [o, i] so that its outputs change as little as may be: tr(Δ M Δᵀ) for the inputs' Hessian M [i, i].
 
     Columns are rounded from left to right; what each loses is spread over those still to come by the factor of the
     inverse Hessian (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
@@ -63,11 +63,11 @@ def gptq(
     if act_order:
         for number in range(groups):
             settle(number)
-        order = moment.diagonal()[:columns].argsort(descending=True, stable=True)
+        order = hessian.diagonal()[:columns].argsort(descending=True, stable=True)
         places = order.tolist()
         order = torch.cat([order, torch.arange(columns, weight.shape[1], device=order.device)])
-        left, moment = left[order], moment[order][:, order]
-    factor = inverse_factor(moment, damping)
+        left, hessian = left[order], hessian[order][:, order]
+    factor = inverse_factor(hessian, damping)
     pivots = factor.diagonal().tolist()
     codes = left.new_empty(columns, weight.shape[0])
     for begin, end in _blocks(columns, _BLOCK if act_order else group):

@@ -54,12 +54,12 @@ class LayerRotation:
         own = y[..., self.first :] * self.leaving[self.first :]
         return torch.cat([y[..., : self.first], _rotated(own, self.outer)], dim=-1)
 
-    def moment(self, moment: Tensor) -> Tensor:
-        """The second moment [i, i] of the inputs as they have become, float32."""
+    def hessian(self, hessian: Tensor) -> Tensor:
+        """The Hessian [i, i] of the inputs as they have become, float32."""
         divisor = self.entering
         least = _LEAST * divisor.abs().max()
         divisor = torch.where(divisor.abs() < least, torch.where(divisor < 0, -least, least), divisor)
-        half = _rotated(moment.double() / divisor / divisor[:, None], self.inner)
+        half = _rotated(hessian.double() / divisor / divisor[:, None], self.inner)
         return _rotated(half.T, self.inner).float()
 
     @property

@@ -78,7 +78,7 @@ class BitStack(WeightMethod):
     def _stack(self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress) -> _Stack:
         blocks: dict[str, list[BitBlock]] = {}
         ladders: dict[str, list[Rung]] = {}
-        for _, inputs in study.inputs(moments=False, progress=progress):
+        for _, inputs in study.inputs(hessians=False, progress=progress):
             for name in (name for name in linears if name in inputs):
                 progress.update(f"compressing by {self.key}", len(blocks), len(linears))
                 linear = linears[name]

@@ -37,7 +37,7 @@ class DoubleRounding(WeightMethod):
 
     Without a budget every layer has `bits`. With one, that is the widest, and single layers get fewer (the paper's
     mixed precision): bytes go where they lower the error of a layer's outputs most, relative to the outputs and
-    measured by second moments, in place of the paper's traces of Hessians and integer programs (section 3.3). The paper
+    measured by Hessians, in place of the paper's traces of Hessians and integer programs (section 3.3). The paper
     trains the widths together (with learning rates of their own for the steps); here nothing is trained, which is felt
     at 3 bits and below.
     """
@@ -46,7 +46,7 @@ class DoubleRounding(WeightMethod):
     title = "Double Rounding"
     paper = Paper("Nearly Lossless Adaptive Bit Switching", "Huang et al. 2025", "2502.01199")
     claim = "one stored integer model switches between bit-widths nearly without loss"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
     every_size: ClassVar[bool] = True
 
     bits: Literal[2, 3, 4, 5, 6, 8] = param(8, help="bits of each weight; with a budget, the most of any layer")
@@ -84,7 +84,7 @@ class DoubleRounding(WeightMethod):
     def _master(self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress) -> _Master:
         stored: dict[str, tuple[Tensor, Grid]] = {}
         ladders: dict[str, list[Rung]] = {}
-        for _, inputs in study.inputs(moments=True, progress=progress):
+        for _, inputs in study.inputs(hessians=True, progress=progress):
             for name in (name for name in linears if name in inputs):
                 progress.update(f"rounding by {self.key}", len(stored), len(linears))
                 linear = linears[name]

@@ -16,8 +16,8 @@ from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Paper, find, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.block_runner import Stream
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.calibration.block_runner import BlockRunner
+from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear
 from workbench.weights.surgery.sharing_copy import sharing_copy
@@ -242,14 +242,14 @@ class _Trial:
         self._copy = sharing_copy(model)
         self._levels = torch.full((len(names),), -1)
         with exclusive(model):
-            self._stream = Stream(model, ids)
-            self._entering = self._stream.hidden
-            for name, _ in progress.track(self._stream, "reading the texts", len(list(self._stream))):
-                for _ in self._stream.through(name):
+            self._runner = BlockRunner(model, ids)
+            self._entering = self._runner.hidden
+            for name, _ in progress.track(self._runner, "reading the texts", len(list(self._runner))):
+                for _ in self._runner.run(name):
                     progress.check()
-            self._want = self._stream.hidden
-        self._ending = Ending(model)
-        self._blocks = [name for name, _ in self._stream]
+            self._want = self._runner.hidden
+        self._ending = ModelHead(model)
+        self._blocks = [name for name, _ in self._runner]
 
     @property
     def texts(self) -> int:
@@ -271,7 +271,7 @@ class _Trial:
         at = torch.tensor(texts, device=self._entering.device)
         entering = [self._entering[at]]
         for name in self._blocks[:-1]:
-            entering.append(self._stream.leaving(name, entering[-1], self._copy.get_submodule(name)))
+            entering.append(self._runner.forward(name, entering[-1], self._copy.get_submodule(name)))
         found = torch.full((len(self._names), 2), torch.inf, dtype=torch.float64)
         for index, name in enumerate(progress.track(self._names, "measuring each layer", len(self._names))):
             first = placed(name, self._blocks)[0] or 0
@@ -290,7 +290,7 @@ class _Trial:
     def _from(self, first: int, hidden: Tensor, texts: Tensor) -> float:
         for name in self._blocks[first:]:
             self._progress.check()
-            hidden = self._stream.leaving(name, hidden, self._copy.get_submodule(name))
+            hidden = self._runner.forward(name, hidden, self._copy.get_submodule(name))
         return self._ending.divergence(self._want[texts], hidden)
 
 

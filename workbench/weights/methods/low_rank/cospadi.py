@@ -45,7 +45,7 @@ class CoSpaDi(Ranked):
     )
     claim = "better than SVD-LLM at 20-50 % compression"
     default_budget = 0.8
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     ratio: float = param(2.0, ge=1.0, le=16.0, help="how many atoms there are for each coefficient of a row")
     rounds: int = param(20, ge=1, le=200, help="how often atoms and coefficients are fitted in turn")
@@ -62,7 +62,7 @@ class CoSpaDi(Ranked):
         if not kept:
             return linear
         assert inputs is not None
-        base = root(inputs.second_moment)
+        base = root(inputs.hessian)
         found = learn(linear.weight.detach().float() @ base, self.atoms(kept), kept, self.rounds)
         atoms = solved(found.atoms, base)
         size = atoms.abs().amax(dim=1).clamp_min(1e-30)

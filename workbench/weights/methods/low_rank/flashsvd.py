@@ -13,7 +13,7 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.low_rank import LowRankLinear
 from workbench.weights.layers.streamed_mlp import StreamedMLP, activation_name
 from workbench.weights.methods.low_rank.svd import SVD
-from workbench.weights.surgery.prunable import Neurons, activation, sites_of
+from workbench.weights.surgery.prunable import PrunableMLP, activation, prunable_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,11 +41,11 @@ class FlashSVD(SVD):
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        gated = [site for site in sites_of(twin, tuple(linears)) if isinstance(site, Neurons)]
+        gated = [module for module in prunable_modules(twin, tuple(linears)) if isinstance(module, PrunableMLP)]
         super().apply(twin, linears, study, progress)
-        for site in gated:
-            act = activation(twin.get_submodule(site.name))
-            parts = [twin.get_submodule(name) for name in site.places]
+        for module in gated:
+            act = activation(twin.get_submodule(module.name))
+            parts = [twin.get_submodule(name) for name in module.layers]
             thin = [part for part in parts if isinstance(part, LowRankLinear)]
             if len(thin) == 3 and activation_name(act):
-                twin.set_submodule(site.name, StreamedMLP(thin[0], thin[1], thin[2], act, self.tile))
+                twin.set_submodule(module.name, StreamedMLP(thin[0], thin[1], thin[2], act, self.tile))

@@ -48,14 +48,14 @@ class SVD(Ranked):
             return linear
         if inputs is None:
             return LowRankLinear(*truncated(linear.weight, rank), linear.bias)
-        return LowRankLinear(*whitened(linear.weight, rank, inputs.second_moment), linear.bias)
+        return LowRankLinear(*whitened(linear.weight, rank, inputs.hessian), linear.bias)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
         if self.metric == "weights" or self.share >= 1:
             return super().apply(twin, linears, study, progress)
-        for _, inputs in study.inputs(moments=True, progress=progress):
+        for _, inputs in study.inputs(hessians=True, progress=progress):
             for done, name in enumerate(linears):
                 if name in inputs:
                     progress.update(f"compressing by {self.key}", done, len(linears))

@@ -67,15 +67,15 @@ class SparseGPT(Pruner):
         "2301.00774",
     )
     claim = "at least half of the weights pruned in one shot with minimal loss"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     block: int = param(128, ge=8, le=1024, multiple_of=8, unit="columns", help="how many are chosen together")
     damping: float = param(
-        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' moment, as a share of its mean"
+        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' Hessian, as a share of its mean"
     )
 
     def prune(self, weight: Tensor, count: int, inputs: InputStats | None) -> tuple[Tensor, Tensor]:
         assert inputs is not None
-        factor = inverse_factor(inputs.second_moment, self.damping)
+        factor = inverse_factor(inputs.hessian, self.damping)
         corrected, kept = sparsegpt(weight, factor, count, self.pattern, self.block)
         return checked(corrected, weight.dtype, "its weights"), kept

@@ -16,8 +16,8 @@ from workbench.weights.solvers.quantisation_grid import Grid
 class GPTQ(Quantiser):
     """Round the columns of a weight in turn, and let those still to come make up for what each loses.
 
-    Each layer is solved by itself on the second moment of its inputs; see `gptq` for the order of columns and `rtn` for
-    the grid. The moments are those of the uncompressed model, gathered once for every setting, where the paper takes
+    Each layer is solved by itself on the Hessian of its inputs; see `gptq` for the order of columns and `rtn` for
+    the grid. The Hessians are those of the uncompressed model, gathered once for every setting, where the paper takes
     them anew behind the blocks that it has compressed already.
     """
 
@@ -29,7 +29,7 @@ class GPTQ(Quantiser):
         "2210.17323",
     )
     claim = "175 billion parameters at 3 or 4 bits in four GPU hours, with negligible loss"
-    needs_moment = True
+    needs_hessian = True
 
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
     act_order: bool = param(False, help="round the columns with the largest inputs first, on grids fixed beforehand")
@@ -39,7 +39,7 @@ class GPTQ(Quantiser):
         weight, group = linear.weight.detach(), self.group(linear)
         done = gptq(
             weight,
-            inputs.second_moment,
+            inputs.hessian,
             lambda part, _: self.grid(part),
             group,
             damping=self.damping,

@@ -38,7 +38,7 @@ class OSTQuant(Quantiser):
     scales behind the norms and the KL-Top loss are not here.
 
     At both ends the rotation is done as the model runs, so that the tables of the embedding and of a tied head stay
-    the original's own; the neurons' too. Weights are then rounded to nearest or by GPTQ on the second moments of the
+    the original's own; the neurons' too. Weights are then rounded to nearest or by GPTQ on the Hessians of the
     rotated inputs, which follow from those of the original; activations too, with `input_bits` below 16, token by
     token. The random signs, one byte a channel, and biases that are rotated are counted.
     """
@@ -80,7 +80,7 @@ class OSTQuant(Quantiser):
         decoder = DecoderRotation(twin)
         signs = decoder.signs(self.seed)
         stage, done = f"compressing by {self.key}", 0
-        for block, inputs in study.inputs(moments=self.rounding == "gptq", progress=progress):
+        for block, inputs in study.inputs(hessians=self.rounding == "gptq", progress=progress):
             rotations = decoder.rotations(block, signs, inputs if self.scaling else None)
             for name in (name for name in linears if name in rotations):
                 progress.update(stage, done, len(linears))
@@ -96,8 +96,8 @@ class OSTQuant(Quantiser):
         rotated = rotated_linear(linear, rotation)
         weight, group = rotated.weight.detach().float(), self.group(linear)
         if self.rounding == "gptq":
-            moment = rotation.moment(inputs.second_moment)
-            found = gptq(weight, moment, lambda part, number: self.grid(part), group, damping=self.damping)
+            hessian = rotation.hessian(inputs.hessian)
+            found = gptq(weight, hessian, lambda part, number: self.grid(part), group, damping=self.damping)
             codes, grid = found.codes, Grid(found.scale, found.zero, self.bits, group)
         else:
             grid = self.grid(weight)

@@ -41,7 +41,7 @@ class PBLLM(WeightMethod):
     title = "PB-LLM"
     paper = Paper("PB-LLM: Partially Binarized Large Language Models", "Shang et al. 2023", "2310.00034")
     claim = "binarised but for a salient few, 2.7 bits a weight at one in ten, and trainable back to use"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     salient: float = param(0.2, ge=0, le=0.5, help="share of the weights that are held at 8 bits")
     metric: Literal["hessian", "magnitude"] = param("hessian", help="what makes a weight salient")
@@ -60,7 +60,7 @@ class PBLLM(WeightMethod):
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         assert inputs is not None
         weight = linear.weight.detach().float()
-        factor = inverse_factor(inputs.second_moment, self.damping)
+        factor = inverse_factor(inputs.hessian, self.damping)
         saliency = weight.abs() if self.metric == "magnitude" else removal_cost(weight, factor.diagonal())
         chosen = largest(saliency, self._count(linear))
         made = binarised(weight, chosen, factor, self.group_size)

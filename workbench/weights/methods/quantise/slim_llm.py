@@ -69,7 +69,7 @@ class SliMLLM(Quantiser):
     error the columns after it cannot make up for: summed, that is what GPTQ changes in the layer's outputs. (The paper
     compares outputs of rounded layers by their Kullback-Leibler divergence, for which it has to keep outputs.) Groups
     of equal bits are one part of the layer, and say which columns they have. A shorter last group keeps the usual bits.
-    At 2 bits the less salient groups have one: a mean, and a distance from it. Moments are those of the uncompressed
+    At 2 bits the less salient groups have one: a mean, and a distance from it. Hessians are those of the uncompressed
     model.
     """
 
@@ -81,7 +81,7 @@ class SliMLLM(Quantiser):
         "2405.14917",
     )
     claim = "LLaMA-7B at 2 bits: perplexity 48 % lower than other methods without gradients"
-    needs_moment = True
+    needs_hessian = True
     symmetric: ClassVar[bool] = False  # type: ignore[misc]  # no choice here
 
     bits: Literal[2, 3, 4] = param(3, help="bits of each weight on average")  # type: ignore[assignment]
@@ -95,12 +95,12 @@ class SliMLLM(Quantiser):
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> CompactLinear:
         assert inputs is not None
-        weight, moment, group = linear.weight.detach().float(), inputs.second_moment, self.group(linear)
-        factor = inverse_factor(moment, self.damping)
+        weight, hessian, group = linear.weight.detach().float(), inputs.hessian, self.group(linear)
+        factor = inverse_factor(hessian, self.damping)
         bits = self.bits + self._exchanged(weight, factor, group)  # [g], the last group's too
         done = gptq(
             weight,
-            moment,
+            hessian,
             lambda part, number: salient_grid(
                 part, factor[:, number * group : (number + 1) * group], int(bits[number])
             ),

@@ -47,7 +47,7 @@ class VPTQ(WeightMethod):
         "2409.17066",
     )
     claim = "two bits a weight, near 16-bit quality on large models"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     vector_length: int = param(4, ge=2, le=16, unit="weights", help="how many share one index")
     index_bits: Literal[4, 6, 8, 10, 12] = param(8, help="bits of an index: the codebook has 2 to that power entries")
@@ -77,12 +77,12 @@ class VPTQ(WeightMethod):
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         assert inputs is not None
-        weight, moment = linear.weight.detach().float(), inputs.second_moment
-        costs = _diagonal(moment)
+        weight, hessian = linear.weight.detach().float(), inputs.hessian
+        costs = _diagonal(hessian)
         bits, entries = self._books(linear)
         taken = (costs * weight.square().sum(dim=0)).argsort(descending=True, stable=True)
         taken = taken[: self._outliers(weight.shape[1])].sort().values
-        factor = inverse_factor(moment, self.damping)
+        factor = inverse_factor(hessian, self.damping)
         made = vectors(weight, costs, factor, taken, self.vector_length, entries, rounds=self.rounds, seed=self.seed)
         own = VectorLinear(made.indices, made.books, made.scale, bits, None if taken.numel() else linear.bias)
         if not taken.numel():
@@ -167,9 +167,9 @@ def vectors(
 _NONE = Grid(torch.empty(0, 0), torch.empty(0, 0), _OUTLIER_BITS, 1)
 
 
-def _diagonal(moment: Tensor) -> Tensor:
+def _diagonal(hessian: Tensor) -> Tensor:
     """What each column costs [i]: the diagonal, and a little for columns that were never seen."""
-    costs = moment.diagonal().float()
+    costs = hessian.diagonal().float()
     return costs + 1e-4 * costs.mean() if float(costs.sum()) > 0 else torch.ones_like(costs)
 
 

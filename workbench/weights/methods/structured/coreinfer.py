@@ -10,7 +10,7 @@ from torch import nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.bases.structured import Within
+from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.core_mlp import CoreMLP
@@ -52,16 +52,16 @@ class CoreInfer(StructuredPruner):
 
     def survey(self, model: nn.Module) -> Survey:
         found = super().survey(model)
-        assert isinstance(found, Within)
+        assert isinstance(found, WithinBudget)
         return replace(found, least=found.whole)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        sites = self.sites(twin, tuple(linears))
-        for number, site in enumerate(progress.track(sites, f"compressing by {self.key}", len(sites))):
-            original = twin.get_submodule(site.name)
-            twin.set_submodule(site.name, CoreMLP(original, number, self.token_share, self.share))
+        modules = self.prunable_modules(twin, tuple(linears))
+        for number, module in enumerate(progress.track(modules, f"compressing by {self.key}", len(modules))):
+            original = twin.get_submodule(module.name)
+            twin.set_submodule(module.name, CoreMLP(original, number, self.token_share, self.share))
 
     def note(self, model: nn.Module) -> str:
         return f"{super().note(model)}; a decoding step uses {self.share:.0%} of the MLPs' neurons, stored are all"

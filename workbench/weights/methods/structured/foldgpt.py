@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.bases.structured import Smaller, block_nbytes, within_blocks
+from workbench.weights.bases.block_pruner import BlockPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.surgery.depth import shorten
-from workbench.weights.surgery.linears import outside
-from workbench.weights.survey import Survey
+from workbench.weights.surgery.narrow import linear_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +46,7 @@ def folding(
 
 
 @register
-class FoldGPT(Smaller):
+class FoldGPT(BlockPruner):
     """Remove the blocks that change little, and let groups of others share one block's weights.
 
     A block's importance is one minus the mean cosine between what enters and leaves it over calibration. The paper
@@ -68,12 +67,6 @@ class FoldGPT(Smaller):
     folded: float = param(0.5, ge=0, le=1, help="of the blocks without weights of their own, how many use another's")
     group: int = param(3, ge=2, le=32, unit="blocks", help="how many share the same weights at most")
 
-    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        return outside(model, linears)
-
-    def survey(self, model: nn.Module) -> Survey:
-        return within_blocks(self, model)
-
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
@@ -82,7 +75,7 @@ class FoldGPT(Smaller):
             return
         names = list(decoder_layers(twin))
         importance = (1 - study.similarity(progress)).tolist()
-        sizes = block_nbytes(self, twin, linears)
+        sizes = self.block_nbytes(twin, linears)
         kinds = [_kind(name, linears) for name in names]
         found = folding(importance, sizes, kinds, limit, self.folded, self.group)
         steps = progress.track(list(enumerate(found)), f"compressing by {self.key}", len(found))
@@ -90,15 +83,8 @@ class FoldGPT(Smaller):
             if other is not None and other != index:
                 for name in [name for name in linears if name.startswith(f"{names[index]}.")]:
                     lender = linears[names[other] + name.removeprefix(names[index])]
-                    twin.set_submodule(name, lent(lender))
+                    twin.set_submodule(name, linear_like(lender, lender.weight, lender.bias))
         shorten(twin, [index for index, other in enumerate(found) if other is not None])
-
-
-def lent(linear: nn.Linear) -> nn.Linear:
-    """Another layer with the same weight and bias: not copies of them."""
-    made: Any = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    made.weight, made.bias = linear.weight, linear.bias
-    return cast("nn.Linear", made.train(linear.training))
 
 
 def _kind(block: str, linears: Mapping[str, nn.Linear]) -> object:

@@ -17,7 +17,7 @@ from workbench.weights.layers import PackedLinear, packed_nbytes
 from workbench.weights.solvers.least_squares import damped
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 from workbench.weights.solvers.widths import shared_out
-from workbench.weights.surgery.prunable import Site, activation
+from workbench.weights.surgery.prunable import PrunableModule, activation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ class Channels(NamedTuple):
 
 
 def channels(gate: Tensor, up: Tensor, squares: Tensor, act: Callable[[Tensor], Tensor]) -> Channels:
-    """Neurons under inputs that are normal, independent, and have the mean squares `squares` [hidden]."""
+    """PrunableMLP under inputs that are normal, independent, and have the mean squares `squares` [hidden]."""
     gate, up = gate.float(), up.float()
     spread = (gate.square() @ squares).sqrt().clamp_min(1e-12)  # [i]
     points = torch.tensor(_POINTS, dtype=gate.dtype, device=gate.device)
@@ -116,33 +116,35 @@ class UDFC(StructuredPruner):
     def full_nbytes(self, linear: nn.Linear) -> int:
         return 2 * linear.weight.numel()
 
-    def site_nbytes(self, site: Site, width: int) -> int:
-        hidden = site.dimension_nbytes // site.element_size // len(site.places)
+    def module_nbytes(self, module: PrunableModule, width: int) -> int:
+        hidden = module.dimension_nbytes // module.element_size // len(module.layers)
         sides = ((width, hidden), (width, hidden), (hidden, width))
         return sum(packed_nbytes(*side, self.bits, min(self.group_size, side[1]), zero_bytes=0) for side in sides)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        sites = self.sites(twin, tuple(linears))
-        widths = [site.width for site in sites]
+        modules = self.prunable_modules(twin, tuple(linears))
+        widths = [module.width for module in modules]
         counts, limit = widths, self.limit(linears)
         if limit is not None:
-            even = [1.0] * len(sites)
-            counts = shared_out(even, widths, lambda index, width: self.site_nbytes(sites[index], width), limit)
-        for site, count in progress.track(zip(sites, counts, strict=True), f"compressing by {self.key}", len(sites)):
-            with self.naming(site.name):
-                self._rebuild(twin, site, count)
+            even = [1.0] * len(modules)
+            counts = shared_out(even, widths, lambda index, width: self.module_nbytes(modules[index], width), limit)
+        for module, count in progress.track(
+            zip(modules, counts, strict=True), f"compressing by {self.key}", len(modules)
+        ):
+            with self.naming(module.name):
+                self._rebuild(twin, module, count)
 
-    def _rebuild(self, twin: PreTrainedModel, site: Site, count: int) -> None:
-        act = activation(twin.get_submodule(site.name))
-        assert act is not None  # a site of gated neurons has one
-        layers: list[Any] = [twin.get_submodule(name) for name in site.places]  # gate, up, down
+    def _rebuild(self, twin: PreTrainedModel, module: PrunableModule, count: int) -> None:
+        act = activation(twin.get_submodule(module.name))
+        assert act is not None  # a module of gated neurons has one
+        layers: list[Any] = [twin.get_submodule(name) for name in module.layers]  # gate, up, down
         weights = [layer.weight.detach() for layer in layers]
-        squares = gains(twin, site.name, weights[0].shape[1]).square()
+        squares = gains(twin, module.name, weights[0].shape[1]).square()
         whole = channels(weights[0], weights[1], squares, act)
         kept = data_free_scores(*weights).topk(count).indices.sort().values
-        site.prune(twin, kept[None])
+        module.prune(twin, kept[None])
         first, grids = [], []
         for weight in weights[:2]:
             grid = self._grid(weight[kept])
@@ -153,7 +155,7 @@ class UDFC(StructuredPruner):
         last = rebuilt(weights[2], kept, cross, gram, self.damping).float()
         grids.append(self._grid(last))
         codes = [*first, grids[2].codes(last)]
-        for name, code, grid in zip(site.places, codes, grids, strict=True):
+        for name, code, grid in zip(module.layers, codes, grids, strict=True):
             bias: Any = twin.get_submodule(name).bias
             twin.set_submodule(name, PackedLinear(code, grid.scale, None, self.bits, bias, group=grid.group))
 
