@@ -1,7 +1,8 @@
-"""How nbval compares outputs here: words must agree exactly, numbers within a small tolerance.
+"""How nbval compares outputs here: words and counts must agree exactly, measured figures within a share of themselves.
 
-Sums come out a little differently on other processors and other builds of torch, and a rounded figure may then fall on
-the other side. Plotly figures are pictures of numbers that stand in the text beside them: they are not compared.
+A whole number is a count. One with a decimal point, an exponent or a percent sign was measured: sums come out a little
+differently on other processors and other builds of torch, and a rounded figure may then end in another digit. Plotly
+figures are pictures of numbers that stand in the text beside them: they are not compared.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 
 _NUMBER = re.compile(r"(?<![\w.])([-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)(%?)")
-_RELATIVE, _ABSOLUTE, _POINTS = 0.03, 0.02, 2  # two points of a percentage
+_RELATIVE = 0.03
+_COUNT = re.compile(r"[-+]?[\d,]+")
 _PICTURES = ("application/vnd.plotly.v1+json",)
 
 
 class Tolerant(str):
-    """A text that equals another one whose words are the same and whose numbers are close; runs of blanks are alike."""
+    """A text that equals another one whose words and counts are the same and whose other numbers are close."""
 
     __slots__ = ()
 
@@ -27,8 +29,7 @@ class Tolerant(str):
         if not isinstance(other, str):
             return NotImplemented
         return _words(self) == _words(other) and all(
-            math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=near)
-            for (a, near), (b, _) in zip(_numbers(self), _numbers(other), strict=True)
+            _close(*pair) for pair in zip(_NUMBER.findall(self), _NUMBER.findall(other), strict=True)
         )
 
     def __ne__(self, other: object) -> bool:
@@ -41,9 +42,21 @@ def _words(text: str) -> list[str]:
     return _NUMBER.sub("#", text).replace("-", " ").split()  # rules of tables are as wide as their numbers
 
 
-def _numbers(text: str) -> list[tuple[float, float]]:
-    """Each number, and how far from it another may be."""
-    return [(float(n.replace(",", "")), _POINTS if percent else _ABSOLUTE) for n, percent in _NUMBER.findall(text)]
+def _close(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two numbers, each with its percent sign or "", stand for the same figure."""
+    if one[1] != other[1]:
+        return False
+    a, b = (float(number.replace(",", "")) for number, _ in (one, other))
+    if not one[1] and _COUNT.fullmatch(one[0]) and _COUNT.fullmatch(other[0]):
+        return a == b
+    last_digit = max(_last_digit(one[0]), _last_digit(other[0]))
+    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=1.01 * last_digit)
+
+
+def _last_digit(number: str) -> float:
+    """What one in the last digit of a printed number stands for."""
+    mantissa, _, exponent = number.partition("e")
+    return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -22,6 +22,7 @@ from workbench_kernels.decode import decode_dense, decode_packed, decode_referen
 from workbench_kernels.decode_bitmap import decode_bitmap, decode_bitmap_reference
 from workbench_kernels.gpu import bitmap
 from workbench_kernels.rows import PackedRows, Ragged, SparseRows
+from workbench_kernels.scoring import Scoring
 
 
 class Heads(NamedTuple):
@@ -79,7 +80,7 @@ def _times(heads: Heads, batch: int, n: int) -> Iterator[Row]:
 def _attend(query: Tensor, keys: Held, values: Held, **options: Any) -> Tensor:
     """The newest token's attention, by the kernel for what is held."""
     kernel: Any = {Ragged: decode_dense, PackedRows: decode_packed, SparseRows: decode_bitmap}[type(keys)]
-    out: Tensor = kernel(query, keys, values, scale=query.shape[-1] ** -0.5, **options)[0]
+    out: Tensor = kernel(query, keys, values, Scoring(query.shape[-1] ** -0.5), **options)[0]
     return out
 
 
@@ -176,7 +177,7 @@ def _checked(what: str, heads: Heads, queries: int, keys: Held, values: Held) ->
     got = run_poisoned(partial(_attend, query, keys, values, **options))
     reference: Callable[..., tuple[Tensor, Tensor]]
     reference = decode_bitmap_reference if isinstance(keys, SparseRows) else decode_reference
-    wanted, _ = reference(query.double(), keys, values, scale=query.shape[-1] ** -0.5, **options)
+    wanted, _ = reference(query.double(), keys, values, Scoring(query.shape[-1] ** -0.5), **options)
     return {"what": what, "heads": list(heads), "queries": queries, "error": relative_error(got, wanted)}
 
 
@@ -193,7 +194,7 @@ def _sweep(n: int) -> Iterator[Row]:
     for config in BITMAP_CONFIGS:
         row = {"what": "sweep, bitmap", "heads": list(LLAMA), "batch": 8, "n": n, "config": str(tuple(config))}
         try:
-            work = partial(bitmap.decode_bitmap, query, *held, scale=0.1, config=config)
+            work = partial(bitmap.decode_bitmap, query, *held, Scoring(0.1), config=config)
             row |= {"bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
             row["error"] = max(relative_error(case(config=config)[0], wanted) for case, wanted in cases)
             yield row
@@ -206,7 +207,7 @@ def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]
     n = 1043
     keys, values = (_sparse(x, n) for x in _dense(heads, 1, n))
     query = _query(heads, 1, queries)
-    options: dict[str, Any] = {"scale": heads.width**-0.5}
+    options: dict[str, Any] = {"scoring": Scoring(heads.width**-0.5)}
     if queries > 1:
         options["query_positions"] = torch.arange(n - queries, n, device="cuda")
     wanted, _ = decode_bitmap_reference(query.double(), keys, values, **options)

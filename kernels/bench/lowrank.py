@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
 from workbench_kernels.gpu import lowrank as gpu
 from workbench_kernels.lowrank import SCRATCH, attend_factors_reference, mlp_factors_reference
+from workbench_kernels.scoring import Scoring
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, NEURONS = 4096, 32, 8, 128, 14336
 LENGTHS, SHARES = (2048, 8192), (0.5, 0.08)
@@ -93,9 +94,7 @@ def attention_works(x: Tensor, layers: list[Factors], chosen: Chosen) -> dict[st
     def ours(scratch: int, config: Any) -> Tensor:
         thin = [linear(x, layer.down) for layer in layers]
         bases = [layer.bases(heads) for layer, heads in zip(layers, (HEADS, KV_HEADS, KV_HEADS), strict=True)]
-        return gpu.attend_factors(
-            *thin, *bases, cos, sin, None, None, None, WIDTH**-0.5, True, None, None, scratch, config
-        )  # fmt: skip
+        return gpu.attend_factors(*thin, *bases, Scoring(WIDTH**-0.5), cos=cos, sin=sin, scratch=scratch, config=config)
 
     def whole(project: list[Callable[[Tensor], Tensor]]) -> Tensor:
         query, key, value = (wide(x).view(len(x), -1, WIDTH).transpose(0, 1) for wide in project)
@@ -165,11 +164,13 @@ def attention_errors() -> Iterator[dict[str, Any]]:
             (_normal(k * width, r) / r**0.5).to(dtype).view(k, width, r).transpose(1, 2)
             for k, r in zip(heads, ranks, strict=True)
         ]
-        given = (*thin, *bases, *rotary(CHECKED, width), None, None, None)
-        exact = (x if x is None else x.double() for x in given)
-        truth = attend_factors_reference(*exact, width**-0.5, True, None, None)  # type: ignore[arg-type]
+        cos, sin = rotary(CHECKED, width)
+        scoring = Scoring(width**-0.5)
+        exact = [x.double() for x in (*thin, *bases)]
+        truth = attend_factors_reference(*exact, scoring, cos=cos.double(), sin=sin.double())
         for way, scratch in WAYS.items():
-            out = run_poisoned(partial(gpu.attend_factors, *given, width**-0.5, True, None, None, scratch))
+            work = partial(gpu.attend_factors, *thin, *bases, scoring, cos=cos, sin=sin, scratch=scratch)
+            out = run_poisoned(work)
             yield checked("attention", way, dtype, f"n {CHECKED}, d {width}, ranks {ranks}", relative_error(out, truth))
 
 

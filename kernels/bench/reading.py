@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
 from workbench_kernels.gpu.reading import CONFIGS, Config, read_attention
 from workbench_kernels.reading import Reading, read_attention_reference
+from workbench_kernels.scoring import Scoring
 
 HEADS, KV_HEADS, WIDTH, PIXELS = 32, 8, 128, 512
-SCALE = WIDTH**-0.5
+SCORING = Scoring(WIDTH**-0.5)
 LENGTHS = (8 << 10, 32 << 10, 128 << 10)
 CHECKED = (2048, 2011)  # tokens; the second has no even cells
 SWEPT = 128 << 10
@@ -61,20 +63,24 @@ def errors(n: int) -> Iterator[dict[str, Any]]:
     query, key = tensors(n)
     cases: dict[str, dict[str, Any]] = {
         "all": {"most": True, "entropy": True},
-        "window and softcap": {"most": True, "entropy": True, "window": 300, "softcap": 20.0},
+        "window and softcap": {"most": True, "entropy": True},
         "last rows": {"most": True, "rows": (n - 32, n)},
         "map of maxima": {"pooling": "max"},
         "map of means": {"pooling": "mean"},
         "small map of sums": {"pooling": "sum", "pixels": 5},
-        "map of a window": {"pooling": "max", "pixels": 8, "window": 300},
+        "map of a window": {"pooling": "max", "pixels": 8},
+    }
+    scorings = {
+        "window and softcap": replace(SCORING, window=300, softcap=20.0),
+        "map of a window": replace(SCORING, window=300),
     }
     for name, how in cases.items():
-        exact = read_attention_reference(query.double(), key.double(), scale=SCALE, **how)
+        scoring = scorings.get(name, SCORING)
+        exact = read_attention_reference(query.double(), key.double(), scoring, **how)
         for given in (False, True):
             lse = exact.lse.float() if given else None
 
-            def work(how: dict[str, Any] = how, lse: Tensor | None = lse) -> Reading:
-                return read_attention(query, key, scale=SCALE, lse=lse, **how)
+            work = partial(read_attention, query, key, scoring, lse=lse, **how)
 
             try:
                 found = run_poisoned(work)
@@ -90,14 +96,14 @@ def errors(n: int) -> Iterator[dict[str, Any]]:
 def sweep(n: int) -> Iterator[dict[str, Any]]:
     """Column sums and a map of maxima by each configuration, as far as the time reaches."""
     query, key = tensors(n)
-    lse = read_attention(query, key, scale=SCALE, sums=False).lse
+    lse = read_attention(query, key, SCORING, sums=False).lse
     began = perf_counter()
     for number, config in enumerate(CONFIGS):
         if perf_counter() - began > SWEEP_SECONDS:
             return
 
         def work(config: Config = config) -> Reading:
-            return read_attention(query, key, scale=SCALE, lse=lse, pooling="max", pixels=PIXELS, config=config)
+            return read_attention(query, key, SCORING, lse=lse, pooling="max", pixels=PIXELS, config=config)
 
         row = {"what": "sweep", "n": n, "number": number, **asdict(config)}
         try:
@@ -120,17 +126,17 @@ def times(n: int, config: Config | None) -> Iterator[dict[str, Any]]:
             row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
         yield row
     torch.cuda.empty_cache()
-    lse = read_attention(query, key, scale=SCALE, sums=False).lse
+    lse = read_attention(query, key, SCORING, sums=False).lse
     works: dict[str, tuple[Callable[[], Reading], int]] = {
-        "log-sum-exp": (lambda: read_attention(query, key, scale=SCALE, sums=False), 1),
-        "log-sum-exp + entropy": (lambda: read_attention(query, key, scale=SCALE, sums=False, entropy=True), 1),
-        "column sums + entropy": (lambda: read_attention(query, key, scale=SCALE, lse=lse, entropy=True), 2),
+        "log-sum-exp": (lambda: read_attention(query, key, SCORING, sums=False), 1),
+        "log-sum-exp + entropy": (lambda: read_attention(query, key, SCORING, sums=False, entropy=True), 1),
+        "column sums + entropy": (lambda: read_attention(query, key, SCORING, lse=lse, entropy=True), 2),
     }
     for name, how in WANTED.items():
         chosen = None if "most" in how else config
 
         def work(how: dict[str, Any] = how, chosen: Config | None = chosen) -> Reading:
-            return read_attention(query, key, scale=SCALE, lse=lse, pixels=PIXELS, config=chosen, **how)
+            return read_attention(query, key, SCORING, lse=lse, pixels=PIXELS, config=chosen, **how)
 
         works[name] = work, 1
     for name, (each, passes) in works.items():
@@ -152,7 +158,7 @@ def attention(query: Tensor, key: Tensor, backend: SDPBackend) -> Callable[[], T
 
     def work() -> Tensor:
         with sdpa_kernel(backend):
-            return sdpa(q, k, v, is_causal=True, scale=SCALE)
+            return sdpa(q, k, v, is_causal=True, scale=SCORING.scale)
 
     return work
 

@@ -5,5 +5,6 @@ them.
 from workbench_kernels.attend import attend
 from workbench_kernels.packing import dequantise, pack, quantise, unpack
 from workbench_kernels.reading import Reading, read_attention
+from workbench_kernels.scoring import Scoring
 
-__all__ = ["Reading", "attend", "dequantise", "pack", "quantise", "read_attention", "unpack"]
+__all__ = ["Reading", "Scoring", "attend", "dequantise", "pack", "quantise", "read_attention", "unpack"]

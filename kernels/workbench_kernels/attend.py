@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_weights
+
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
@@ -12,16 +15,16 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     visible: Tensor | None = None,
-    softcap: float | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention with grouped queries.
 
     query [h, q, d], keys [k, m, d], values [k, m, dv] with h = g * k, all of one dtype. visible: bool, broadcastable to
-    [k, q, m], True where a query may look; None: everywhere. Every query must see at least one key.
+    [k, q, m], True where a query may look; None: everywhere. Every query must see at least one key. Slots have no
+    positions here, so of `scoring` the window is not looked at: `visible` says what is seen.
     Returns the output [h, q, dv] and, if `weights`, the softmax rows [k, g, q, m] (float32), else None.
     """
     heads, count, width = query.shape
@@ -33,13 +36,10 @@ def attend(
     for first in range(0, count, block):
         part = grouped[:, :, first : first + block]
         seen = None if visible is None else visible[:, first : first + block]
-        scores = torch.matmul(part.flatten(1, 2), keys.transpose(1, 2)).float().mul_(scale)  # [k, g*q, m]
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.view(kv_heads, groups, -1, slots)
-        if seen is not None:
-            scores = scores.masked_fill_(~seen[:, None], float("-inf"))
-        probs = torch.softmax(scores, dim=-1)
+        products = torch.matmul(part.flatten(1, 2), keys.transpose(1, 2)).float()  # [k, g*q, m]
+        probs = attention_weights(
+            products.view(kv_heads, groups, -1, slots), scoring, None if seen is None else seen[:, None]
+        )
         out = torch.matmul(probs.flatten(1, 2).to(values.dtype), values)  # [k, g*q, dv]
         outs.append(out.view(heads, part.shape[2], values.shape[-1]))
         if weights:

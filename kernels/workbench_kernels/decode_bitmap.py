@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.building import expand_rows_reference
-from workbench_kernels.decode import softmax_over
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.rows import Ragged, SparseRows
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_state
 
 
 def decode_bitmap(
     query: Tensor,
     keys: SparseRows,
     values: SparseRows,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     lse: bool = False,
@@ -28,29 +28,25 @@ def decode_bitmap(
     queries see entries at positions up to their own; positions [t, 1] int32 of a head's sparse and then whole rows, if
     not their number in their head. Without query_positions every query sees everything.
     Returns the output [h, q, dv], in the query's dtype, and with `lse` the log of each query's sum of exponentiated
-    scores, float32 [h, q] (see `decode_dense`). The kernel reads 16-bit numbers; others go through the reference.
+    scores, float32 [h, q] (see `decode_dense`). The kernel reads 16-bit numbers and knows no window;
+    what else there is goes through the reference.
     """
     tensors = (x.data for side in (keys, values) for x in (side.numbers, side.tail))
     alike = all(x.dtype == query.dtype for x in tensors) and query.dtype in (torch.float16, torch.bfloat16)
-    if on_gpu(query, keys.numbers.data) and alike and keys.numbers.data.shape[1] and values.numbers.data.shape[1]:
+    several = keys.numbers.data.shape[1] and values.numbers.data.shape[1]
+    if on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None:
         from workbench_kernels.gpu.bitmap import decode_bitmap as kernel
 
-        return kernel(
-            query, keys, values, scale=scale, softcap=softcap, query_positions=query_positions, positions=positions,
-            lse=lse,
-        )  # fmt: skip
-    return decode_bitmap_reference(
-        query, keys, values, scale=scale, softcap=softcap, query_positions=query_positions, positions=positions
-    )
+        return kernel(query, keys, values, scoring, query_positions=query_positions, positions=positions, lse=lse)
+    return decode_bitmap_reference(query, keys, values, scoring, query_positions=query_positions, positions=positions)
 
 
 def decode_bitmap_reference(
     query: Tensor,
     keys: SparseRows,
     values: SparseRows,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -62,8 +58,8 @@ def decode_bitmap_reference(
         if positions is not None:
             at = (positions.starts.long()[:, None] + number).clamp_max(max(positions.data.shape[0] - 1, 0))
             number = positions.data[at, 0]
-        seen = seen & (number[:, None] <= query_positions.to(query.device)[None, :, None])
-    return softmax_over(query, key, value, seen, scale=scale, softcap=softcap)
+        seen = seen & scoring.visible(query_positions.to(query.device), number)
+    return attention_state(query, key, value, seen, scoring)
 
 
 def _expanded(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:

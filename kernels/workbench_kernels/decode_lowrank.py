@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workbench_kernels.decode import decode_dense, softmax_over
+from workbench_kernels.decode import decode_dense
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.rows import Ragged
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_state
 
 LOW = 256  # positions that the fine table counts
 
@@ -87,9 +89,8 @@ def decode_lowrank(
     values: Ragged,
     key_basis: Tensor,
     value_basis: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     turns: Turns | None = None,
@@ -113,21 +114,22 @@ def decode_lowrank(
         heads, count, width = query.shape
         asked = query.reshape(key_basis.shape[0], -1, width) @ key_basis.to(query.dtype).transpose(1, 2)
         out, sums = decode_dense(
-            asked.reshape(heads, count, -1), keys, values, scale=scale, softcap=softcap,
-            query_positions=query_positions, positions=positions, lse=lse,
-        )  # fmt: skip
-        return _left(out, value_basis), sums
-    if on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2:
-        from workbench_kernels.gpu.lowrank_decode import decode_rotated
-
-        out, sums = decode_rotated(
-            query, keys, values, key_basis, turns, scale=scale, softcap=softcap, query_positions=query_positions,
+            asked.reshape(heads, count, -1), keys, values, scoring, query_positions=query_positions,
             positions=positions, lse=lse,
         )  # fmt: skip
         return _left(out, value_basis), sums
+    alike = query.dtype == keys.data.dtype and query.dtype.itemsize == 2
+    if on_gpu(query, keys.data) and alike and scoring.window is None:  # the kernel knows no window
+        from workbench_kernels.gpu.lowrank_decode import decode_rotated
+
+        out, sums = decode_rotated(
+            query, keys, values, key_basis, turns, scoring, query_positions=query_positions, positions=positions,
+            lse=lse,
+        )  # fmt: skip
+        return _left(out, value_basis), sums
     return decode_lowrank_reference(
-        query, keys, values, key_basis, value_basis, scale=scale, softcap=softcap, query_positions=query_positions,
-        positions=positions, turns=turns,
+        query, keys, values, key_basis, value_basis, scoring, query_positions=query_positions, positions=positions,
+        turns=turns,
     )  # fmt: skip
 
 
@@ -137,9 +139,8 @@ def decode_lowrank_reference(
     values: Ragged,
     key_basis: Tensor,
     value_basis: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     turns: Turns | None = None,
@@ -160,9 +161,9 @@ def decode_lowrank_reference(
         query = query if order is None else query[..., order]
     seen = real[:, None]
     if query_positions is not None:
-        seen = seen & (places[:, None] <= query_positions.to(query.device)[None, :, None])
+        seen = seen & scoring.visible(query_positions.to(query.device), places)
     value = torch.where(real[..., None], values.padded()[0].to(kind), 0)
-    out, sums = softmax_over(query, key, value, seen, scale=scale, softcap=softcap)
+    out, sums = attention_state(query, key, value, seen, scoring)
     return _left(out, value_basis), sums
 
 

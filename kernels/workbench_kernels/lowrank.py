@@ -8,7 +8,6 @@ transposed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_weights
 
 SCRATCH = 32 << 20  # bytes
 
@@ -34,16 +35,14 @@ def attend_factors(
     query_basis: Tensor,
     key_basis: Tensor,
     value_basis: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     query_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     value_bias: Tensor | None = None,
     causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     scratch: int = SCRATCH,
     tile: int = 128,
 ) -> Tensor:
@@ -51,21 +50,26 @@ def attend_factors(
 
     queries [n, rq], keys [n, rk], values [n, rv]: coefficients, of one dtype, shared by all heads. query_basis
     [h, rq, d], key_basis and value_basis [k, rk or rv, d] with h = g * k; biases [h or k, d]. cos, sin [n, d]: rotary
-    factors of queries and keys, in halves as Llama's; None: not rotated. window: how many keys a query sees, itself
-    included, if causal. softcap: scores become softcap * tanh(score / softcap).
+    factors of queries and keys, in halves as Llama's; None: not rotated. A window only if causal.
 
     On a GPU, queries are expanded within the kernel, keys and values likewise, again for every tile of queries, if
     `scratch` bytes (default 32 MiB) do not hold those of one KV head; else those of as many KV heads as fit are
     expanded once. scratch=0: nothing beyond inputs and output is ever held. On a CPU, one KV head and `tile` queries at
     a time. Raises ValueError if shapes do not fit together.
     """
-    _check_attention(queries, keys, values, query_basis, key_basis, value_basis, cos, sin, causal, window)
-    given = (queries, keys, values, query_basis, key_basis, value_basis, cos, sin, query_bias, key_bias, value_bias)
-    if on_gpu(*given):
+    _check_attention(queries, keys, values, query_basis, key_basis, value_basis, cos, sin, causal, scoring.window)
+    given = (queries, keys, values, query_basis, key_basis, value_basis)
+    if on_gpu(*given, cos, sin, query_bias, key_bias, value_bias):
         from workbench_kernels.gpu import lowrank
 
-        return lowrank.attend_factors(*given, scale, causal, window, softcap, scratch)
-    return attend_factors_reference(*given, scale, causal, window, softcap, tile)
+        return lowrank.attend_factors(
+            *given, scoring, cos=cos, sin=sin, query_bias=query_bias, key_bias=key_bias, value_bias=value_bias,
+            causal=causal, scratch=scratch,
+        )  # fmt: skip
+    return attend_factors_reference(
+        *given, scoring, cos=cos, sin=sin, query_bias=query_bias, key_bias=key_bias, value_bias=value_bias,
+        causal=causal, tile=tile,
+    )  # fmt: skip
 
 
 def attend_factors_reference(
@@ -75,15 +79,14 @@ def attend_factors_reference(
     query_basis: Tensor,
     key_basis: Tensor,
     value_basis: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    value_bias: Tensor | None,
-    scale: float,
+    scoring: Scoring,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
     causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     tile: int = 128,
 ) -> Tensor:
     """See `attend_factors`; computed in float32, or float64 where given that."""
@@ -96,22 +99,17 @@ def attend_factors_reference(
         for first in range(0, count, tile):
             stop = min(first + tile, count)
             last = stop if causal else count
-            start = max(0, first - window + 1) if window else 0
+            start = max(0, first - scoring.window + 1) if scoring.window else 0
             here = slice(first, stop)
-            where = torch.arange(first, stop, device=queries.device)[:, None]
-            place = torch.arange(start, last, device=queries.device)
+            visible = None
+            if causal:
+                place = torch.arange(start, last, device=queries.device)
+                visible = scoring.visible(torch.arange(first, stop, device=queries.device), place)
             for j in range(i * groups, (i + 1) * groups):
                 query = _expanded(queries[here], query_basis[j], _of(query_bias, j))
                 query = _rotated(query, *(None if x is None else x[here] for x in (cos, sin)))
-                scores = query @ key[start:last].T * scale
-                if softcap is not None:
-                    scores = torch.tanh(scores / softcap) * softcap
-                if causal:
-                    seen = place <= where
-                    if window:
-                        seen &= place > where - window
-                    scores = scores.masked_fill_(~seen, -math.inf)
-                out[here, j] = (scores.softmax(dim=-1) @ value[start:last]).to(out.dtype)
+                weights = attention_weights(query @ key[start:last].T, scoring, visible)
+                out[here, j] = (weights @ value[start:last]).to(out.dtype)
     return out.flatten(1)
 
 

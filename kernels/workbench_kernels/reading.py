@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.scoring import Scoring
 
 Pooling = Literal["max", "mean", "sum"]
 
@@ -33,11 +34,9 @@ class Reading(NamedTuple):
 def read_attention(
     query: Tensor,
     key: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     lse: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     rows: tuple[int, int] | None = None,
     sums: bool = True,
     most: bool = False,
@@ -48,7 +47,7 @@ def read_attention(
     """Column sums, column maxima, row entropies and pooled maps of all heads' causal attention, in one pass over Q K^T.
 
     query [h, n, d] and key [k, m, d] after the rotary embedding, h a multiple of k, n <= m: the queries are those of
-    the last n keys. scale, window (a row sees that many keys, its own included), softcap: as the layer attends.
+    the last n keys. scoring: as the layer attends; a row sees `window` keys, its own included.
     lse: each row's log-sum-exp [h, n] float32, which flash attention leaves; found here if it is not given, which
     takes a pass of its own. So does the entropy, on a GPU, where lse was given; where not, both are one pass.
     rows: of which rows `sums` and `most` are, half-open (default: all; not together with a map).
@@ -67,10 +66,8 @@ def read_attention(
     return compute(
         query,
         key,
-        scale=scale,
+        scoring,
         lse=lse,
-        window=window,
-        softcap=softcap,
         rows=rows,
         sums=sums,
         most=most,
@@ -83,11 +80,9 @@ def read_attention(
 def read_attention_reference(
     query: Tensor,
     key: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     lse: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     rows: tuple[int, int] | None = None,
     sums: bool = True,
     most: bool = False,
@@ -96,7 +91,7 @@ def read_attention_reference(
     pixels: int = 512,
 ) -> Reading:
     """The same in plain PyTorch, in float32, float64 inputs in float64: blocks of rows, O(block * m) memory."""
-    first, last = check_reading(query, key, lse, window, softcap, rows, pooling, pixels)
+    first, last = check_reading(query, key, scoring, lse, rows, pooling, pixels)
     (h, n, _), m = query.shape, key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     device = query.device
@@ -111,7 +106,7 @@ def read_attention_reference(
         row_cell = torch.bucketize(torch.arange(n, device=device), tops, right=True) - 1
         col_cell = torch.bucketize(torch.arange(m, device=device), lefts, right=True) - 1
         how = "amax" if pooling == "max" else "sum"
-    for block, scores in _score_blocks(query, key, scale, window, softcap, wide):
+    for block, scores in _score_blocks(query, key, scoring, wide):
         if lse is None:
             found[:, block] = scores.logsumexp(-1)
         logs = scores - found[:, block, None]
@@ -133,9 +128,7 @@ def read_attention_reference(
     return Reading(found, received, largest, spread, cells)
 
 
-def _score_blocks(
-    query: Tensor, key: Tensor, scale: float, window: int | None, softcap: float | None, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
+def _score_blocks(query: Tensor, key: Tensor, scoring: Scoring, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Scores [h, r, m] of consecutive blocks of rows, minus infinity where a row does not look."""
     (h, n, _), (k, m, _) = query.shape, key.shape
     keys = key.to(dtype).transpose(1, 2)
@@ -144,12 +137,9 @@ def _score_blocks(
     for start in range(0, n, step):
         block = slice(start, min(n, start + step))
         part = query[:, block].to(dtype).reshape(k, -1, query.shape[2])
-        scores = torch.matmul(part, keys).mul_(scale)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        behind = torch.arange(m - n + block.start, m - n + block.stop, device=query.device)[:, None] - cols
-        hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
-        yield block, scores.view(h, -1, m).masked_fill_(hidden, -torch.inf)
+        products = torch.matmul(part, keys).view(h, -1, m)
+        rows = torch.arange(m - n + block.start, m - n + block.stop, device=query.device)
+        yield block, scoring.scores(products, scoring.visible(rows, cols))
 
 
 def cell_edges(size: int, pixels: int, device: torch.device) -> Tensor:
@@ -161,9 +151,8 @@ def cell_edges(size: int, pixels: int, device: torch.device) -> Tensor:
 def check_reading(
     query: Tensor,
     key: Tensor,
+    scoring: Scoring,
     lse: Tensor | None,
-    window: int | None,
-    softcap: float | None,
     rows: tuple[int, int] | None,
     pooling: Pooling | None,
     pixels: int,
@@ -181,10 +170,10 @@ def check_reading(
         raise ValueError(f"{n} queries for {m} keys: they must be those of the last keys, and at least one")
     if lse is not None and (lse.shape != (h, n) or not lse.is_floating_point()):
         raise ValueError(f"lse must be [{h}, {n}] floating-point, not {list(lse.shape)} ({lse.dtype})")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: give at least 1, or None for no window")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}: give a positive number, or None for none")
+    if scoring.window is not None and scoring.window < 1:
+        raise ValueError(f"window is {scoring.window}: give at least 1, or None for no window")
+    if scoring.softcap is not None and not scoring.softcap > 0:
+        raise ValueError(f"softcap is {scoring.softcap}: give a positive number, or None for none")
     if rows is not None and not 0 <= rows[0] < rows[1] <= n:
         raise ValueError(f"rows is {rows}: give a range that is not empty, within 0 and {n}")
     if pooling is not None and pooling not in get_args(Pooling):

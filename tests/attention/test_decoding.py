@@ -21,6 +21,7 @@ from workbench.models import tiny
 from workbench.registry import registered
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 from workbench_kernels import attend as reference
 
 SCALE = 0.4
@@ -232,7 +233,7 @@ def test_windows_go_by_true_positions_where_heads_hold_different_entries(shuffle
     for p in range(60, 90):
         at = torch.arange(90)
         seen = kept & (at <= p) & ((at < 4) | (at > p - 16))
-        want, _ = reference(query[:, p : p + 1], key, value, scale=SCALE, visible=seen[:, None])
+        want, _ = reference(query[:, p : p + 1], key, value, Scoring(SCALE), visible=seen[:, None])
         torch.testing.assert_close(got[:, p - 60 : p - 59], want, rtol=1e-5, atol=1e-5)
 
 
@@ -290,7 +291,7 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
     _, key, value = drawn(10)
     rows = drawn(3)[0] * SCALE
     got = Seen.of(rows, Contents(key, value, torch.arange(10)[None], None), seen, softcap=None)
-    want, _ = reference(rows, key, value, scale=1.0, visible=seen)
+    want, _ = reference(rows, key, value, Scoring(1.0), visible=seen)
     torch.testing.assert_close(got.part().output(), want, rtol=1e-5, atol=1e-5)
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tests.kernels.support import interpreted
 from workbench_kernels.building import expand_rows_reference, sparse_rows_reference
-from workbench_kernels.decode import softmax_over
 from workbench_kernels.decode_bitmap import decode_bitmap_reference
 from workbench_kernels.rows import Ragged, SparseRows
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_state
 
 
 def ragged(data: Tensor, lengths: list[int]) -> Ragged:
@@ -56,18 +57,18 @@ def test_kernel_and_reference_attend_over_what_the_rows_stand_for(case: tuple, c
         asked = torch.tensor([2 * max(every) - 9 * (queries - i) for i in range(queries)])
         placed = torch.cat([2 * torch.arange(count, dtype=torch.int32) for count in every])
         positions = ragged(placed[:, None], every)
-    options = {"scale": width**-0.5, "softcap": softcap, "query_positions": asked, "positions": positions}
+    scoring, options = Scoring(width**-0.5, softcap=softcap), {"query_positions": asked, "positions": positions}
     wanted = []
     for head, (k, v) in enumerate(zip(key, value, strict=True)):
         seen = torch.ones(1, queries, len(k), dtype=torch.bool)
         if asked is not None:
             seen = (2 * torch.arange(len(k)) <= asked[:, None])[None]
         part = query[head * group : (head + 1) * group].double()
-        wanted.append(softmax_over(part, k[None], v[None], seen, scale=width**-0.5, softcap=softcap))
+        wanted.append(attention_state(part, k[None], v[None], seen, scoring))
     out, sums = (torch.cat(both) for both in zip(*wanted, strict=True))
     for found in (
-        decode_bitmap_reference(query, keys, values, **options),
-        decode_bitmap(query, keys, values, lse=True, config=Config(*config), **options),
+        decode_bitmap_reference(query, keys, values, scoring, **options),
+        decode_bitmap(query, keys, values, scoring, lse=True, config=Config(*config), **options),
     ):
         torch.testing.assert_close(found[0].double(), out, atol=3e-3, rtol=3e-3)
         torch.testing.assert_close(found[1].double(), sums, atol=3e-3, rtol=1e-3)

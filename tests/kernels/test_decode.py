@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.support import interpreted
-from workbench_kernels.decode import decode_dense, decode_packed, join_parts, softmax_over
+from workbench_kernels.decode import decode_dense, decode_packed
 from workbench_kernels.packing import pack, quantise
 from workbench_kernels.rows import PackedRows, Ragged
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_state, merge_states
 
 pytestmark = interpreted
 KIND = torch.float16  # the interpreter has no bfloat16 products
@@ -46,7 +48,8 @@ def wanted_of(query, keys, values, query_positions=None, window=None, softcap=No
         seen = seen & (places <= query_positions[:, None])
         if window is not None:
             seen = seen & (places > query_positions[:, None] - window)
-    return softmax_over(query.double(), rows, others, seen, scale=scale or query.shape[-1] ** -0.5, softcap=softcap)
+    scoring = Scoring(scale or query.shape[-1] ** -0.5, softcap=softcap)
+    return attention_state(query.double(), rows, others, seen, scoring)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,8 @@ def test_dense_and_ragged_equal_float64(lengths, groups, queries, width, value_w
 
     keys, values = random_rows(lengths, width), random_rows(lengths, value_width, seed=1)
     query = torch.randn(len(lengths) * groups, queries, width, generator=torch.Generator().manual_seed(2)).to(KIND)
-    out, lse = kernel(query, keys, values, scale=width**-0.5, softcap=softcap, lse=True, config=Config(2, 16, 2, 1))
+    scoring = Scoring(width**-0.5, softcap=softcap)
+    out, lse = kernel(query, keys, values, scoring, lse=True, config=Config(2, 16, 2, 1))
     wanted, sums = wanted_of(query, keys, values, softcap=softcap)
     assert error(out, wanted) < 1e-3
     torch.testing.assert_close(lse.double(), sums, atol=1e-4, rtol=0)
@@ -81,15 +85,15 @@ def test_queries_see_positions_up_to_their_own(window):
     keys, values = random_rows([100, 100], 32), random_rows([100, 100], 32, seed=1)
     query = torch.randn(8, 3, 32, generator=torch.Generator().manual_seed(2)).to(KIND)
     where = torch.tensor([97, 98, 99])
-    options = {"scale": 0.2, "query_positions": where, "window": window}
-    out, _ = kernel(query, keys, values, **options, config=Config(2, 16, 2, 1))
+    scoring, config = Scoring(0.2, window), Config(2, 16, 2, 1)
+    out, _ = kernel(query, keys, values, scoring, query_positions=where, config=config)
     wanted, _ = wanted_of(query, keys, values, where, window, scale=0.2)
     assert error(out, wanted) < 1e-3
     # The same rows with positions of their own: every second position.
     placed = rows_of([2 * torch.arange(100, dtype=torch.int32)[:, None]] * 2)
     out, _ = kernel(
-        query, keys, values, scale=0.2, query_positions=2 * where, positions=placed, config=Config(2, 16, 2, 1),
-        window=None if window is None else 2 * window,
+        query, keys, values, Scoring(0.2, None if window is None else 2 * window), query_positions=2 * where,
+        positions=placed, config=Config(2, 16, 2, 1),
     )  # fmt: skip
     assert error(out, wanted) < 1e-3
 
@@ -146,12 +150,12 @@ def test_packed_equals_float64_of_what_it_stands_for(case, blocks):
     values = packed_rows(rows[1], value_front, bits, group, "token")
     query = torch.randn(len(lengths) * groups, queries, width, generator=made).to(KIND)
     config = Config(2, 32, blocks, 2, 1)
-    out, lse = kernel(query, keys, values, scale=width**-0.5, lse=True, config=config)
+    out, lse = kernel(query, keys, values, Scoring(width**-0.5), lse=True, config=config)
     wanted, sums = wanted_of(query, keys, values)
     assert error(out, wanted) < 2e-3
     torch.testing.assert_close(lse.double(), sums, atol=1e-2, rtol=0)
     where = torch.arange(max(lengths) - queries, max(lengths))
-    capped, _ = kernel(query, keys, values, scale=0.2, softcap=20.0, query_positions=where, config=config)
+    capped, _ = kernel(query, keys, values, Scoring(0.2, softcap=20.0), query_positions=where, config=config)
     assert error(capped, wanted_of(query, keys, values, where, softcap=20.0, scale=0.2)[0]) < 2e-3
 
 
@@ -169,7 +173,7 @@ def test_keys_and_values_have_precisions_of_their_own(pair):
         for x, bits in zip(rows, pair, strict=True)
     )
     query = torch.randn(6, 1, width, generator=made).to(KIND)
-    out, _ = kernel(query, keys, values, scale=0.2, config=Config(2, 32, 1, 2, 1))
+    out, _ = kernel(query, keys, values, Scoring(0.2), config=Config(2, 32, 1, 2, 1))
     assert error(out, wanted_of(query, keys, values, scale=0.2)[0]) < 2e-3
 
 
@@ -185,7 +189,7 @@ def test_any_lengths_give_every_head_its_own_attention(lengths, groups, seed):
 
     keys, values = random_rows(lengths, 16, seed), random_rows(lengths, 16, seed + 1)
     query = torch.randn(len(lengths) * groups, 1, 16, generator=torch.Generator().manual_seed(seed)).to(KIND)
-    out, lse = kernel(query, keys, values, scale=0.3, lse=True, config=Config(2, 16, 1, 1))
+    out, lse = kernel(query, keys, values, Scoring(0.3), lse=True, config=Config(2, 16, 1, 1))
     wanted, sums = wanted_of(query, keys, values, scale=0.3)
     torch.testing.assert_close(out.double(), wanted, atol=4e-3, rtol=0)
     assert torch.equal(lse.isinf(), sums.isinf())  # a head without entries gives zeros, and minus infinity
@@ -194,20 +198,20 @@ def test_any_lengths_give_every_head_its_own_attention(lengths, groups, seed):
 def test_parts_join_to_the_whole():
     keys, values = random_rows([90, 90], 32), random_rows([90, 90], 32, seed=1)
     query = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(2))
-    whole, _ = decode_dense(query, keys, values, scale=0.2)
+    whole, _ = decode_dense(query, keys, values, Scoring(0.2))
     front = [x._replace(lengths=torch.tensor([30, 0], dtype=torch.int32)) for x in (keys, values)]
     behind = [
         x._replace(starts=x.starts + front[0].lengths, lengths=x.lengths - front[0].lengths) for x in (keys, values)
     ]
-    parts = [decode_dense(query, *held, scale=0.2, lse=True) for held in (front, behind)]
-    torch.testing.assert_close(join_parts(parts), whole, atol=1e-5, rtol=1e-5)
+    parts = [decode_dense(query, *held, Scoring(0.2), lse=True) for held in (front, behind)]
+    torch.testing.assert_close(merge_states(parts), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_is_what_tensors_in_host_memory_get():
     keys, values = random_rows([30, 12], 16), random_rows([30, 12], 16, seed=1)
     query = torch.randn(4, 1, 16, generator=torch.Generator().manual_seed(2)).to(KIND)
-    out, _ = decode_dense(query, keys, values, scale=0.25)
+    out, _ = decode_dense(query, keys, values, Scoring(0.25))
     assert error(out, wanted_of(query, keys, values, scale=0.25)[0]) < 1e-3
     rows = [[torch.randn(40, 16).to(KIND)] * 2] * 2
     held = packed_rows(rows[0], [32, 32], 4, 16, "channel"), packed_rows(rows[1], [32, 32], 4, 16, "token")
-    assert error(decode_packed(query, *held, scale=0.25)[0], wanted_of(query, *held, scale=0.25)[0]) < 1e-3
+    assert error(decode_packed(query, *held, Scoring(0.25))[0], wanted_of(query, *held, scale=0.25)[0]) < 1e-3

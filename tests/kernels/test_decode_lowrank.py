@@ -17,6 +17,7 @@ from workbench_kernels import decode
 from workbench_kernels import decode_lowrank as kernels_lowrank
 from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank, decode_lowrank_reference
 from workbench_kernels.rows import Ragged
+from workbench_kernels.scoring import Scoring
 
 SCALE = 0.2
 PAIRS = (*range(8, 20, 2), *range(9, 20, 2), *range(8))  # the last 12 of 20 channels, neighbours paired
@@ -97,7 +98,8 @@ def case(
         numbers(k, rv, d, seed=7, dtype=dtype),
     )
     asked = torch.arange(q) + largest - q - 20 if masked else None
-    how = {"scale": SCALE, "softcap": softcap, "query_positions": asked, "positions": positions, "turns": turns}
+    scoring = Scoring(SCALE, softcap=softcap)
+    how = {"scoring": scoring, "query_positions": asked, "positions": positions, "turns": turns}
     return tensors, how
 
 
@@ -118,8 +120,8 @@ def test_reference_is_attention_over_the_rotated_keys(given: dict[str, Any]) -> 
         key = rotate(keys.data[start : start + length] @ key_basis[kv], cos.double(), sin.double())
         value = values.data[start : start + length] @ value_basis[kv]
         score = query[head] @ key.T * SCALE
-        if how["softcap"]:
-            score = how["softcap"] * torch.tanh(score / how["softcap"])
+        if cap := how["scoring"].softcap:
+            score = cap * torch.tanh(score / cap)
         if how["query_positions"] is not None:
             score = score.masked_fill(places > how["query_positions"][:, None], -torch.inf)
         # The table is float32, so its angles are.
@@ -134,7 +136,7 @@ def test_kernel_does_as_the_reference(given: dict[str, Any]) -> None:
 
     (query, keys, values, key_basis, _), how = case(**given)
     config = Config(4, given.get("tile", 64), 2, 1)
-    found, sums = decode_rotated(query, keys, values, key_basis, how.pop("turns"), lse=True, config=config, **how)
+    found, sums = decode_rotated(query, keys, values, key_basis, lse=True, config=config, **how)
     (query, keys, values, key_basis, _), how = case(**given)
     heads, rank = len(key_basis), values.data.shape[1]
     same = torch.eye(rank, dtype=torch.float64).expand(heads, rank, rank)

@@ -18,6 +18,7 @@ from workbench_kernels.lowrank import (
     mlp_factors,
     mlp_factors_reference,
 )
+from workbench_kernels.scoring import Scoring
 
 # On a GPU the matrix units take float32 as tf32.
 TOLERANCE = {torch.float32: 4e-3 if torch.cuda.is_available() else 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -50,9 +51,10 @@ class Attention:
         angles = torch.arange(COUNT)[:, None] * 100.0 ** -(torch.arange(width // 2) / (width // 2))
         self.cos, self.sin = torch.cat([angles, angles], 1).cos(), torch.cat([angles, angles], 1).sin()
 
-    def inputs(self, rotary: bool, biased: bool) -> tuple[Any, ...]:
-        turns = (self.cos, self.sin) if rotary else (None, None)
-        return (*self.coefficients, *self.bases, *turns, *(self.biases if biased else (None, None, None)))
+    def options(self, rotary: bool, biased: bool) -> dict[str, Tensor]:
+        names = ("query_bias", "key_bias", "value_bias")
+        biases = dict(zip(names, self.biases, strict=True)) if biased else {}
+        return ({"cos": self.cos, "sin": self.sin} if rotary else {}) | biases
 
     def truth(
         self, rotary: bool, biased: bool, scale: float, causal: bool, window: int | None, cap: float | None
@@ -96,11 +98,9 @@ CASES = [
 def test_the_reference_is_attention_over_whole_rows(case: tuple[Any, ...], tile: int) -> None:
     heads, groups, width, ranks, dtype, rotary, biased, causal, window, cap = case
     layer = Attention(heads, groups, width, ranks, dtype)
-    names = ("query_bias", "key_bias", "value_bias")
     found = attend_factors(
-        *layer.coefficients, *layer.bases, scale=width**-0.5, cos=layer.cos if rotary else None,
-        sin=layer.sin if rotary else None, causal=causal, window=window, softcap=cap, tile=tile,
-        **(dict(zip(names, layer.biases, strict=True)) if biased else {}),
+        *layer.coefficients, *layer.bases, Scoring(width**-0.5, window, cap), **layer.options(rotary, biased),
+        causal=causal, tile=tile,
     )  # fmt: skip
     assert found.dtype == dtype
     assert error(found, layer.truth(rotary, biased, width**-0.5, causal, window, cap)) < TOLERANCE[dtype]
@@ -116,7 +116,10 @@ def test_the_kernel_is_attention_over_whole_rows(case: tuple[Any, ...], scratch:
     heads, groups, width, ranks, dtype, rotary, biased, causal, window, cap = case
     layer = Attention(heads, groups, width, ranks, dtype)
     config = lowrank.AttentionConfig(16, 16, 16, 4, 2)
-    found = lowrank.attend_factors(*layer.inputs(rotary, biased), width**-0.5, causal, window, cap, scratch, config)
+    found = lowrank.attend_factors(
+        *layer.coefficients, *layer.bases, Scoring(width**-0.5, window, cap), **layer.options(rotary, biased),
+        causal=causal, scratch=scratch, config=config,
+    )  # fmt: skip
     assert found.dtype == dtype
     assert error(found, layer.truth(rotary, biased, width**-0.5, causal, window, cap)) < TOLERANCE[dtype]
 
@@ -193,7 +196,7 @@ def test_the_references_never_hold_what_is_wide() -> None:
     assert live.peak < 1024 * 4096 * 4 / 8
     basis = wide.view(8, 64, 64).transpose(0, 1)
     with torch.no_grad(), LiveBytes() as live:
-        attend_factors_reference(*(thin,) * 3, *(basis,) * 3, *(None,) * 5, 1.0, tile=64)
+        attend_factors_reference(*(thin,) * 3, *(basis,) * 3, Scoring(1.0), tile=64)
     output, queries_keys_and_values = 1024 * 64 * 64 * 4, 3 * 1024 * 64 * 64 * 4
     assert live.peak - output < queries_keys_and_values / 8
 
@@ -203,15 +206,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     queries, keys, values = layer.coefficients
     given = (queries, keys, values, *layer.bases)
     with pytest.raises(ValueError, match="keys: coefficients"):
-        attend_factors(queries, keys[:, :3], values, *layer.bases, scale=1.0)
+        attend_factors(queries, keys[:, :3], values, *layer.bases, Scoring(1.0))
     with pytest.raises(ValueError, match="one dtype"):
-        attend_factors(queries.half(), keys, values, *layer.bases, scale=1.0)
+        attend_factors(queries.half(), keys, values, *layer.bases, Scoring(1.0))
     with pytest.raises(ValueError, match="rotary"):
-        attend_factors(*given, scale=1.0, cos=layer.cos)
+        attend_factors(*given, Scoring(1.0), cos=layer.cos)
     with pytest.raises(ValueError, match="no groups"):
-        attend_factors(queries, keys, values, layer.bases[0][:3], *layer.bases[1:], scale=1.0)
+        attend_factors(queries, keys, values, layer.bases[0][:3], *layer.bases[1:], Scoring(1.0))
     with pytest.raises(ValueError, match="window"):
-        attend_factors(*given, scale=1.0, window=3, causal=False)
+        attend_factors(*given, Scoring(1.0, window=3), causal=False)
     with pytest.raises(ValueError, match="'swish'"):
         mlp_factors(module.gate, module.up, module.gate_basis, module.up_basis, module.down, act="swish")
     with pytest.raises(ValueError, match="neither"):

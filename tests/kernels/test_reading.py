@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.kernels.support import interpreted
 from workbench.measure.attention import column_sums, pooled_maps, row_entropy
 from workbench_kernels.reading import Reading, read_attention, read_attention_reference
+from workbench_kernels.scoring import Scoring
 
 
 def layer(
@@ -22,16 +23,16 @@ def layer(
     return query.to(dtype), torch.randn(k, m or n, d, generator=generator).to(dtype)
 
 
-def whole(query: Tensor, key: Tensor, scale: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+def whole(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
     """The scores of all rows and keys in float64, [h, n, m]."""
     (h, n, _), (k, m, _) = query.shape, key.shape
-    scores = query.double() @ key.double().repeat_interleave(h // k, dim=0).transpose(1, 2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = query.double() @ key.double().repeat_interleave(h // k, dim=0).transpose(1, 2) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     for i in range(n):
         for j in range(m):
             behind = m - n + i - j
-            if behind < 0 or (window is not None and behind >= window):
+            if behind < 0 or (scoring.window is not None and behind >= scoring.window):
                 scores[:, i, j] = -math.inf
     return scores
 
@@ -39,14 +40,12 @@ def whole(query: Tensor, key: Tensor, scale: float, window: int | None = None, s
 def expected(
     query: Tensor,
     key: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    scoring: Scoring,
     rows: tuple[int, int] | None = None,
     pooling: str | None = None,
     pixels: int = 512,
 ) -> Reading:
-    scores = whole(query, key, scale, window, softcap)
+    scores = whole(query, key, scoring)
     probs = scores.softmax(-1)
     counted = probs if rows is None else probs[:, rows[0] : rows[1]]
     cells = None
@@ -101,9 +100,10 @@ CASES: list[dict[str, Any]] = [
 def split(case: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
     """Queries and keys, what the attention is like, and what else is to be read of it."""
     shape = {name: case[name] for name in ("h", "k", "n", "m", "d", "dtype") if name in case}
-    how = {name: case[name] for name in ("window", "softcap", "rows", "pooling", "pixels") if name in case}
+    how = {name: case[name] for name in ("rows", "pooling", "pixels") if name in case}
     query, key = layer(**shape)
-    return query, key, {"scale": query.shape[2] ** -0.5, **how}, {"most": case.get("most", False)}
+    scoring = Scoring(query.shape[2] ** -0.5, case.get("window"), case.get("softcap"))
+    return query, key, {"scoring": scoring, **how}, {"most": case.get("most", False)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -115,15 +115,15 @@ def test_the_reference_reads_what_the_whole_matrix_holds(case: dict[str, Any]) -
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(4, 2, 50)
-    wanted = expected(query, key, 0.25, rows=(3, 30))
+    wanted = expected(query, key, Scoring(0.25), rows=(3, 30))
     monkeypatch.setattr("workbench_kernels.reading._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
-    found = read_attention_reference(query, key, scale=0.25, rows=(3, 30), most=True, entropy=True)
+    found = read_attention_reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
     assert_same(found, wanted)
 
 
 def test_it_agrees_with_what_the_workbench_measures() -> None:
     query, key = layer(4, 2, 70)
-    found = read_attention(query, key, scale=0.25, window=30, entropy=True, pooling="mean", pixels=9)
+    found = read_attention(query, key, Scoring(0.25, window=30), entropy=True, pooling="mean", pixels=9)
     how: dict[str, Any] = {"scale": 0.25, "window": 30}
     torch.testing.assert_close(found.sums, column_sums(query, key, **how))
     torch.testing.assert_close(found.entropy, row_entropy(query, key, **how), atol=1e-5, rtol=1e-5)
@@ -148,13 +148,14 @@ def test_it_agrees_with_what_the_workbench_measures() -> None:
 def test_what_does_not_fit_is_refused(wrong: dict[str, Any], said: str) -> None:
     query, key = layer()
     with pytest.raises(ValueError, match=said):
-        read_attention(query, key, scale=0.25, **wrong)
+        scoring = Scoring(0.25, wrong.pop("window", None), wrong.pop("softcap", None))
+        read_attention(query, key, scoring, **wrong)
 
 
 def test_more_queries_than_keys_are_refused() -> None:
     query, key = layer(n=20)
     with pytest.raises(ValueError, match="20 queries for 19 keys"):
-        read_attention(query, key[:, :19], scale=0.25)
+        read_attention(query, key[:, :19], Scoring(0.25))
 
 
 # -- the kernels, interpreted
@@ -182,8 +183,8 @@ def test_the_kernels_take_half_precision_and_widths_that_are_no_power_of_two(dty
 
     query, key = layer(3, 1, 45, d=d, dtype=dtype)
     scale = d**-0.5
-    found = on_gpu(query, key, scale=scale, most=True, entropy=True, pooling="max", pixels=5)
-    assert_same(found, expected(query, key, scale, pooling="max", pixels=5))
+    found = on_gpu(query, key, Scoring(scale), most=True, entropy=True, pooling="max", pixels=5)
+    assert_same(found, expected(query, key, Scoring(scale), pooling="max", pixels=5))
 
 
 @interpreted
@@ -194,8 +195,8 @@ def test_polynomials_are_as_good_as_exponentials_and_tiles_fold(share: int) -> N
 
     query, key = layer(2, 1, 130)
     config = Config(64, 32, 4, 1, polynomial=share)  # tall enough for rows to be folded within a thread
-    found = on_gpu(query, key, scale=0.25, most=True, pooling="sum", pixels=2, config=config)
-    assert_same(found, expected(query, key, 0.25, pooling="sum", pixels=2))
+    found = on_gpu(query, key, Scoring(0.25), most=True, pooling="sum", pixels=2, config=config)
+    assert_same(found, expected(query, key, Scoring(0.25), pooling="sum", pixels=2))
 
 
 @interpreted
@@ -203,9 +204,9 @@ def test_queries_and_keys_may_lie_in_any_order_in_memory() -> None:
     from workbench_kernels.gpu.reading import read_attention as on_gpu
 
     query, key = layer(2, 1, 40)
-    wanted = expected(query, key, 0.25)
+    wanted = expected(query, key, Scoring(0.25))
     turned = query.transpose(0, 1).contiguous().transpose(0, 1), key.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_same(on_gpu(*turned, scale=0.25), wanted)
+    assert_same(on_gpu(*turned, Scoring(0.25)), wanted)
 
 
 @interpreted
@@ -217,8 +218,8 @@ def test_cells_of_several_programs_are_joined_a_few_heads_at_a_time(
 
     monkeypatch.setattr(gpu, "_PART_BYTES", 1)  # one KV head's
     query, key = layer(6, 3, 90)
-    found = gpu.read_attention(query, key, scale=0.25, pooling=pooling, pixels=2)
-    assert_same(found, expected(query, key, 0.25, pooling=pooling, pixels=2))
+    found = gpu.read_attention(query, key, Scoring(0.25), pooling=pooling, pixels=2)
+    assert_same(found, expected(query, key, Scoring(0.25), pooling=pooling, pixels=2))
 
 
 # -- where the workbench uses it

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-
 from torch import Tensor
 
 from workbench.attention.base import Pass, visible_entries
 from workbench.budget import Budget
+from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
 
 
@@ -18,7 +17,7 @@ def allowed_entries(budget: Budget, tokens: int) -> int:
 
 def widest_window(tokens: int, entries: int) -> int:
     """The widest window in which a head computes no more than `entries`; 0 if there is none."""
-    return bisect_right(range(1, tokens + 1), entries, key=lambda width: visible_entries(tokens, width))
+    return largest(lambda width: visible_entries(tokens, width) <= entries, 0, tokens + 1)
 
 
 def windowed_attention(

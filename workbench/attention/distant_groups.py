@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,12 +35,3 @@ def split(tokens: int, group: int, window: int, sinks: int = 0) -> Split:
     # number by rest + 1.
     coarse = group * groups * (groups - 1) // 2 + (rest + 1) * groups
     return Split(coarse, visible_entries(tokens) - group * coarse, groups)
-
-
-def widest(tokens: int, cost: Callable[[int], float], allowed: float) -> int:
-    """The widest window of at most `tokens` whose cost is allowed; 0 if none is. The cost grows with the window."""
-    low, high = 0, tokens
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= allowed else (low, middle - 1)
-    return low

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.budget import Budget
+from workbench.core.bisection import largest
 from workbench.display import Shown
 from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
 from workbench.formatting import mib
@@ -485,8 +486,9 @@ def _fit(
     else:
         target = room if own is None else (own.nbytes(full) or 0) - fixed
         if target is not None:
-            entries = _largest(measured(counted), least, most, target)
-            _check(measured(counted)(entries), target, full, fixed, label)
+            nbytes = measured(counted)
+            entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)
+            _check(nbytes(entries), target, full, fixed, label)
     if room is not None and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
@@ -499,20 +501,6 @@ def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
     """A plan that keeps everything needs nothing to evict by."""
     complete = bool((counts == shapes[0].tokens).all())
     return DenseFormat(form.dtype) if complete and isinstance(form, DenseFormat) else form
-
-
-def _largest(nbytes: Callable[[int], int], least: int, most: int, target: int) -> int:
-    """The largest number of entries in [least, most] whose bytes are within the target (least if none is)."""
-    if nbytes(most) <= target:
-        return most
-    low, high = least, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        if nbytes(middle) <= target:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def _selecting_budget(methods: Sequence[KVMethod], stages: Stages) -> Budget | None:

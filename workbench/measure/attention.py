@@ -29,6 +29,7 @@ from workbench.core.attention_rows import (
 from workbench.errors import InputError
 from workbench.formatting import Brief
 from workbench.progress import Progress
+from workbench_kernels import Scoring
 from workbench_kernels.dispatch import on_gpu
 from workbench_kernels.reading import Reading, read_attention
 
@@ -449,8 +450,7 @@ def _read(
     at, held = token_positions(nq, nk, query_positions, key_positions)
     if len(held) > 1 or not torch.equal(held[0], torch.arange(nk)) or not torch.equal(at, held[0, nk - nq :]):
         return None
-    how = {"scale": scale, "window": window, "softcap": softcap, **wanted}
-    return read_attention(queries.detach(), keys.detach(), **how)
+    return read_attention(queries.detach(), keys.detach(), Scoring(scale, window, softcap), **wanted)
 
 
 def queries_per_key(

@@ -12,10 +12,6 @@ from collections.abc import Iterator
 # These loggers announce optional binaries that do not fit this machine, at import: nothing the user can act on.
 _CHATTY = ("torchao", "torch.utils._pytree")
 
-_lock = threading.Lock()
-_active = 0
-_undo = contextlib.ExitStack()
-
 
 @contextlib.contextmanager
 def quiet(stderr: bool = False) -> Iterator[None]:
@@ -24,19 +20,32 @@ def quiet(stderr: bool = False) -> Iterator[None]:
     The settings belong to the process, so they are counted: with several loads at once the first silences and the last
     restores. `stderr=True` also swallows what is written to `sys.stderr`, for bars that have no switch.
     """
-    global _active
-    with _lock:
-        if _active == 0:
-            _undo.enter_context(_silenced())
-        _active += 1
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
+    with _PROCESS.silenced(), contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
+        yield
+
+
+class _Process:
+    """How many blocks want silence, and what the last of them to end has to undo."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._undo = threading.Lock(), 0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        with self._lock:
+            if self._blocks == 0:
+                self._undo.enter_context(_silenced())
+            self._blocks += 1
+        try:
             yield
-    finally:
-        with _lock:
-            _active -= 1
-            if _active == 0:
-                _undo.close()
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if self._blocks == 0:
+                    self._undo.close()
+
+
+_PROCESS = _Process()  # as the settings are the process's, so is the count
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.core.bisection import largest
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BudgetTooSmall, NotApplicable, PromptTooLong
 from workbench.kv.base import KVMethod, Study
@@ -27,7 +28,7 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace, Trace
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,11 +149,7 @@ class Reading:
             return self.tokens
         if nbytes(least) > self.room:
             self.refuse(nbytes(least))
-        low, high = least, self.tokens
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if nbytes(middle) <= self.room else (low, middle)
-        return low
+        return largest(lambda each: nbytes(each) <= self.room, least, self.tokens)
 
     @property
     def room(self) -> int:
@@ -390,9 +387,8 @@ class _Look:
             query,
             torch.cat([held.keys, key], dim=1),
             torch.cat([held.values, value], dim=1),
-            scale=scale,
+            Scoring(scale, window, softcap),
             visible=seen_by(own, positions, valid, window),
-            softcap=softcap,
             weights=scored,
         )
         if scored and weights is not None:

@@ -16,6 +16,7 @@ from workbench.kv.stores import DenseStore, Store
 from workbench.kv.stores.packed import WHOLE, PackedRows, PackedStore
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
+from workbench_kernels import Scoring
 from workbench_kernels import rows as operands
 from workbench_kernels.decode import decode_dense, decode_packed
 from workbench_kernels.rows import Ragged
@@ -340,9 +341,10 @@ class _Layer:
 
     def attend(self, query: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
         """Attention of query [h, 1, d] over everything held: [h, 1, dv]."""
+        scoring = Scoring(scale, softcap=softcap)
         if self._packed is not None:
-            return decode_packed(query, *self._packed, scale=scale, softcap=softcap)[0]
-        return decode_dense(query, *self._dense, scale=scale, softcap=softcap)[0]
+            return decode_packed(query, *self._packed, scoring)[0]
+        return decode_dense(query, *self._dense, scoring)[0]
 
     def settle(self) -> None:
         """Quantise what waits in the tail, in place."""

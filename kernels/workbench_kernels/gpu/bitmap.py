@@ -50,6 +50,7 @@ from workbench_kernels.gpu.split import (
     tiles_of,
 )
 from workbench_kernels.rows import Ragged, SparseRows
+from workbench_kernels.scoring import Scoring
 
 
 @triton.jit
@@ -638,9 +639,8 @@ def decode_bitmap(
     query: Tensor,
     keys: SparseRows,
     values: SparseRows,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     lse: bool = False,
@@ -678,7 +678,7 @@ def decode_bitmap(
         keys.tail.data, keys.tail.starts, keys.tail.lengths,
         values.numbers.data, values.bitmap.data, values.numbers.starts, values.bitmap.starts,
         values.tail.data, values.tail.starts,
-        _order(query.device), *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, query.shape[1], programs,
+        _order(query.device), *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), C=keys.numbers.data.shape[1], VC=values.numbers.data.shape[1],
         B=nbytes, BP=key_unit[1], VB=value_nbytes, VBP=value_unit[1], U=key_unit[0], VU=value_unit[0],
@@ -686,8 +686,9 @@ def decode_bitmap(
         KEYS=window_code(key_unit[0], True), KEYS_OUT=constraints(key_unit[0] // 2, 12),
         VALUES=window_code(value_unit[0]), VALUES_OUT=constraints(16, 64 // value_unit[0]),
         RESTS=rests, MASKED=query_positions is not None, PLACED=positions is not None,
-        SOFTCAP=softcap is not None, WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data),
-        INTERPRET=interpreted(), num_warps=warps, **limit,
+        SOFTCAP=scoring.softcap is not None,
+        WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data), INTERPRET=interpreted(),
+        num_warps=warps, **limit,
     )  # fmt: skip
     return join(slots, lengths, query, value_width, tile=tile, programs=programs, lse=lse, rests=rests)
 

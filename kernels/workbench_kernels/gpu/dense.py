@@ -25,6 +25,7 @@ from workbench_kernels.gpu.split import (
     tiles_of,
 )
 from workbench_kernels.rows import Ragged
+from workbench_kernels.scoring import Scoring
 
 
 class Config(NamedTuple):
@@ -121,10 +122,8 @@ def decode_dense(
     query: Tensor,
     keys: Ragged,
     values: Ragged,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     lse: bool = False,
@@ -141,9 +140,11 @@ def decode_dense(
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, keys.starts, values.starts, keys.lengths,
         None if positions is None else positions.data, None if positions is None else positions.starts, query_positions,
-        *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, window or 0, query.shape[1], programs,
+        *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, query.shape[1],
+        programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), G=warps, N=tokens, STAGES=stages, MASKED=query_positions is not None,
-        PLACED=positions is not None, WINDOW=window is not None, SOFTCAP=softcap is not None, num_warps=warps,
+        PLACED=positions is not None, WINDOW=scoring.window is not None, SOFTCAP=scoring.softcap is not None,
+        num_warps=warps,
     )  # fmt: skip
     return join(slots, keys.lengths, query, value_width, tile=tile, programs=programs, lse=lse)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench_kernels.scoring import Scoring
+
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where two of them may be subtracted
 
@@ -343,15 +345,14 @@ def attend_factors(
     query_basis: Tensor,
     key_basis: Tensor,
     value_basis: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    value_bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
+    scoring: Scoring,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    causal: bool = True,
     scratch: int,
     config: AttentionConfig | None = None,
 ) -> Tensor:
@@ -388,9 +389,9 @@ def attend_factors(
             queries, held[0] if at_once else keys, held[1] if at_once else values, query_basis, key_basis, value_basis,
             query_bias, key_bias, value_bias, cos, sin, out, count, first, queries.stride(0), keys.stride(0),
             values.stride(0), *query_basis.stride(), *key_basis.stride(), *value_basis.stride(), *turns, out.stride(0),
-            scale * LOG2E, (softcap or 0.0) * LOG2E, window or 0, GROUPS=heads // kv_heads, RQ=queries.shape[1],
-            M=tile.queries, QUERY_BIAS=query_bias is not None, CAUSAL=causal, WINDOW=window is not None,
-            SOFTCAP=softcap is not None, HELD=at_once > 0, **sizes,
+            scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, GROUPS=heads // kv_heads,
+            RQ=queries.shape[1], M=tile.queries, QUERY_BIAS=query_bias is not None, CAUSAL=causal,
+            WINDOW=scoring.window is not None, SOFTCAP=scoring.softcap is not None, HELD=at_once > 0, **sizes,
         )  # fmt: skip
     return out
 

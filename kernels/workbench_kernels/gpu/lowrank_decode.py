@@ -26,6 +26,7 @@ from workbench_kernels.gpu.split import (
     tiles_of,
 )
 from workbench_kernels.rows import Ragged
+from workbench_kernels.scoring import Scoring
 
 
 class Config(NamedTuple):
@@ -177,9 +178,8 @@ def decode_rotated(
     values: Ragged,
     key_basis: Tensor,
     turns: Turns,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     lse: bool = False,
@@ -198,10 +198,11 @@ def decode_rotated(
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, key_basis.to(query.dtype).contiguous(), turns.low, turns.high,
         turns.frequencies, keys.starts, values.starts, keys.lengths, None if positions is None else positions.data,
-        None if positions is None else positions.starts, query_positions, *slots, scale * LOG2E,
-        (softcap or 0.0) * LOG2E, query.shape[1], programs, K=heads, KP=power(heads), ROWS=rows, R=block, RK=rank,
-        RKP=max(power(rank), 16), RV=value_rank, RVP=max(power(value_rank), 16), HALF=half,
+        None if positions is None else positions.starts, query_positions, *slots, scoring.scale * LOG2E,
+        (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, K=heads, KP=power(heads), ROWS=rows, R=block,
+        RK=rank, RKP=max(power(rank), 16), RV=value_rank, RVP=max(power(value_rank), 16), HALF=half,
         HALFP=max(power(half), 16), TILE=tile, COARSE=LOW, STAGES=stages, MASKED=query_positions is not None,
-        PLACED=positions is not None, SOFTCAP=softcap is not None, EXACT=interpreted(), num_warps=warps,
+        PLACED=positions is not None, SOFTCAP=scoring.softcap is not None, EXACT=interpreted(),
+        num_warps=warps,
     )  # fmt: skip
     return join(slots, keys.lengths, query, value_rank, tile=tile, programs=programs, lse=lse)

@@ -32,6 +32,7 @@ from workbench_kernels.gpu.split import (
     tiles_of,
 )
 from workbench_kernels.rows import PackedRows, Ragged
+from workbench_kernels.scoring import Scoring
 
 # Scaled numbers are kept where float16 is precise: queries, at most 1, and softmax weights are multiplied by these.
 _QUERY_BITS = 6
@@ -485,10 +486,8 @@ def decode_packed(
     query: Tensor,
     keys: PackedRows,
     values: PackedRows,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
     lse: bool = False,
@@ -507,7 +506,7 @@ def decode_packed(
         and value_words is not None
         and values.axis == "token"
         and (per_row or keys.group % tokens == 0)
-        and window is None
+        and scoring.window is None
         and keys.codes.longest > 0  # a side that is not quantised leaves nothing to the fast way
         and values.codes.longest > 0
         and _aligned(keys)
@@ -530,15 +529,16 @@ def decode_packed(
         keys.tail.data, keys.tail.starts, keys.tail.lengths, keys.scale.data if keys.balance is None else keys.balance,
         values.codes.data, values.codes.starts, values.codes.lengths, values.scale.data, values.zero.data,
         values.scale.starts, values.tail.data, values.tail.starts,
-        *slots, scale * LOG2E, (softcap or 0.0) * LOG2E, window or 0, query.shape[1], programs,
+        *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, query.shape[1],
+        programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), G=warps, SUB=subs, N=tokens, KB=keys.codes.data.shape[1],
         VB=values.codes.data.shape[1],
         KW=key_words, KWP=max(power(key_words), 16), VW=value_words, VWP=max(power(value_words), 16),
         BITS=keys.bits, VBITS=values.bits, GROUP=keys.group, VGROUP=values.group, CHANNEL=not per_row,
         VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, RESTS=rests, STAGES=stages,
-        MASKED=query_positions is not None, PLACED=positions is not None, WINDOW=window is not None,
-        SOFTCAP=softcap is not None, INTERPRET=interpreted(), num_warps=warps,
+        MASKED=query_positions is not None, PLACED=positions is not None, WINDOW=scoring.window is not None,
+        SOFTCAP=scoring.softcap is not None, INTERPRET=interpreted(), num_warps=warps,
         maxnreg=registers,
     )  # fmt: skip
     return join(

@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workbench_kernels.reading import Pooling, Reading, cell_edges, check_reading
+from workbench_kernels.scoring import Scoring
 
 _LOG2E = 1.4426950408889634
 _PART_BYTES = 16 << 20  # parts of cells, where several programs share one, are made for so many heads at a time
@@ -438,11 +439,9 @@ def _interpreted() -> bool:
 def read_attention(
     query: Tensor,
     key: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     lse: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     rows: tuple[int, int] | None = None,
     sums: bool = True,
     most: bool = False,
@@ -452,7 +451,8 @@ def read_attention(
     config: Config | None = None,
 ) -> Reading:
     """As `workbench_kernels.reading.read_attention`; config: how the work is cut, chosen by default."""
-    first, last = check_reading(query, key, lse, window, softcap, rows, pooling, pixels)
+    first, last = check_reading(query, key, scoring, lse, rows, pooling, pixels)
+    scale, window, softcap = scoring.scale, scoring.window, scoring.softcap
     query, key = _aligned(query), _aligned(key)
     (h, n, d), (k, m, _) = query.shape, key.shape
     group = h // k

@@ -26,7 +26,7 @@ from workbench.kv.plan import make_plan
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.prefill import read
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 
 def ids_of(count: int, low: int = 0, high: int = 256) -> Tensor:
@@ -173,9 +173,7 @@ def keys_alone(model: Any, ids: Tensor, start: int) -> dict[int, Tensor]:
         def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             self.keys[layer] = key.clone()
             causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-            return attend(query, key, value, scale=options["scale"], visible=causal[None], softcap=options["softcap"])[
-                0
-            ]
+            return attend(query, key, value, Scoring(**options), visible=causal[None])[0]
 
     alone = Alone()
     forward(model, alone, ids, torch.arange(start, start + len(ids)))

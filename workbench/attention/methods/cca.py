@@ -11,8 +11,9 @@ from torch import Tensor
 
 from workbench.attention.allowance import allowed_entries, windowed_attention
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split, widest
+from workbench.attention.distant_groups import groups_behind, split
 from workbench.attention.store_entries import Seen
+from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import ROWS, Part
 from workbench.registry import Paper, param, register
@@ -148,13 +149,13 @@ class CoreContext(AttentionMethod):
         wanted = next((g for g in _GROUPS if g * _CORES * self.budget.amount >= 1), _GROUPS[-1])
         groups = (fixed,) if fixed else sorted(_GROUPS, key=lambda g: abs(math.log(g / wanted)))
         for group in groups:
-            width = widest(tokens, partial(self._cost, tokens, group), allowed)
+            width = largest(partial(self._fits, tokens, group, allowed), 0, tokens + 1)
             if width:
                 return self._with(tokens, group, width)
         return min((self._with(tokens, group, 1) for group in groups), key=lambda shape: shape.entries)
 
-    def _cost(self, tokens: int, group: int, window: int) -> int:
-        return self._with(tokens, group, window).entries
+    def _fits(self, tokens: int, group: int, allowed: int, window: int) -> bool:
+        return self._with(tokens, group, window).entries <= allowed
 
     def _with(self, tokens: int, group: int, window: int) -> _Shape:
         found = split(tokens, group, window, self.sinks)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import Literal
 
 from workbench.attention.base import AttentionMethod, visible_entries
+from workbench.core.bisection import largest
 from workbench.registry import Paper, param, register
 
 
@@ -57,7 +57,7 @@ class MASFormer(AttentionMethod):
         assert self.budget is not None
         full, everything = self._full(layers), visible_entries(tokens)
         allowed = (self.budget.amount * layers - full) * everything / (layers - full)  # entries in each of the others
-        widest = bisect_right(range(1, tokens + 1), allowed, key=lambda width: visible_entries(tokens, width))
+        widest = largest(lambda width: visible_entries(tokens, width) <= allowed, 0, tokens + 1)
         if widest < 1:
             raise self.too_small((full * everything + (layers - full) * tokens) / (layers * everything))
         return widest

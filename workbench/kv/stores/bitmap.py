@@ -13,6 +13,7 @@ from workbench.kv.stores.pruned import kept_of
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store, for_kernel
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 from workbench_kernels.building import Kept, expand_rows, kept, sparse_rows
 from workbench_kernels.decode_bitmap import decode_bitmap
 from workbench_kernels.rows import SparseRows as KernelRows
@@ -134,8 +135,7 @@ class BitmapStore(Store):
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            scale=scale,
-            softcap=softcap,
+            Scoring(scale, softcap=softcap),
             query_positions=asked,
             positions=None if self._positions is None else self._positions.ragged(),
         )[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench.core.precision import appended
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
 
 
@@ -125,9 +126,7 @@ class DenseStore(Store):
             query,
             self.keys.ragged(),
             self.values.ragged(),
-            scale=scale,
-            softcap=softcap,
-            window=window,
+            Scoring(scale, window, softcap),
             query_positions=asked,
             positions=positions,
         )[0]

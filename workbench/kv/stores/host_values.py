@@ -15,7 +15,7 @@ from workbench.kv.stores.offload import QUERIES_AT_ONCE, OffloadStore, Retriever
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, joined_valid, seen_by
 from workbench.trace import LayerTrace
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ class HostValuesStore(OffloadStore):
                 part,
                 keys,
                 keys[..., :0],  # the values are not all here
-                scale=scale,
+                Scoring(scale, window, softcap),
                 visible=seen_by(at, positions, valid, window),
-                softcap=softcap,
                 weights=True,
             )
             assert rows is not None  # [k, g, q, m]

@@ -11,7 +11,7 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.tiered import TieredStore
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 
 class LevelStore(TieredStore):
@@ -96,6 +96,7 @@ class LevelStore(TieredStore):
         softcap: float | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        scoring = Scoring(scale, window, softcap)
         near = self.near.contents(query.dtype)
         positions = near.positions[0].long()
         at = query_positions.to(positions.device)
@@ -103,7 +104,7 @@ class LevelStore(TieredStore):
         if self.reading:
             oldest = at[:, None] // self.chunk - self.before
             seen = (positions % self.chunk < self.marks) | (positions // self.chunk >= oldest)
-            return attend(query, near.keys, near.values, visible=(causal & seen)[None], scale=scale, softcap=softcap)
+            return attend(query, near.keys, near.values, scoring, visible=(causal & seen)[None])
         heads = near.keys.shape[0]
         keys = torch.cat([near.keys, self.keys.view().to(query.dtype)], dim=1)
         values = torch.cat([near.values, self.values.view().to(query.dtype)], dim=1)
@@ -112,7 +113,7 @@ class LevelStore(TieredStore):
         stands = (first[:, None] + offsets + self.pool - 1).clamp_max(first[:, None] + self.chunk - self.marks - 1)
         causal = torch.cat([causal, stands.flatten() <= at[:, None]], dim=1)
         if self.chunks is None or query.shape[1] > 1:
-            _, rows = attend(query, keys, values, visible=causal[None], weights=True, scale=scale, softcap=softcap)
+            _, rows = attend(query, keys, values, scoring, visible=causal[None], weights=True)
             assert rows is not None  # [k, g, q, m]
             mass = rows[..., near.keys.shape[1] :].sum(dim=(0, 1, 2)).view(self.coarse, self.means).sum(dim=1)
             mass[:1] = torch.inf
@@ -128,9 +129,8 @@ class LevelStore(TieredStore):
             query,
             torch.cat([keys, far_keys.to(query.dtype)], dim=1),
             torch.cat([values, far_values.to(query.dtype)], dim=1),
+            scoring,
             visible=visible[None],
-            scale=scale,
-            softcap=softcap,
         )
 
     def index(self) -> list[Tensor]:

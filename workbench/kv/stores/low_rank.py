@@ -17,9 +17,11 @@ from workbench.kv.stores.packed import PackedRows, first_of
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace
-from workbench_kernels.decode import decode_dense, join_parts
+from workbench_kernels import Scoring
+from workbench_kernels.decode import decode_dense
 from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.softmax import merge_states
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 _SCALE_BYTES = 4  # a float16 scale and a float16 zero
@@ -313,20 +315,21 @@ class LowRankStore(Store):
             if turns is None:
                 return None
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
+        scoring = Scoring(scale, softcap=softcap)
         out, sums = decode_lowrank(
-            turned, keys.ragged(), values.ragged(), key_basis, value_basis, scale=scale, softcap=softcap,
-            query_positions=asked, positions=older, turns=turns, lse=True,
+            turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
+            positions=older, turns=turns, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out
         if newer is None and asked is not None:
             asked = asked - keys.longest  # where each row's position is its number
         whole, more = decode_dense(
-            query, self.newer[0].ragged(), self.newer[1].ragged(), scale=scale, softcap=softcap, query_positions=asked,
-            positions=newer, lse=True,
+            query, self.newer[0].ragged(), self.newer[1].ragged(), scoring, query_positions=asked, positions=newer,
+            lse=True,
         )  # fmt: skip
         assert sums is not None and more is not None
-        return join_parts([(out, sums), (whole, more)])
+        return merge_states([(out, sums), (whole, more)])
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")

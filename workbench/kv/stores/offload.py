@@ -15,7 +15,7 @@ from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.trace import LayerTrace
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 QUERIES_AT_ONCE = 16  # queries that fetch together: bounds what is copied for a long question
 
@@ -183,9 +183,8 @@ class OffloadStore(TieredStore):
                 part,
                 torch.cat([near.keys, self.as_numbers(keys, query.dtype)], dim=1),
                 torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
-                scale=scale,
+                Scoring(scale, window, softcap),
                 visible=torch.cat([seen, chosen], dim=2),
-                softcap=softcap,
                 weights=watched,
             )
             outs.append(out)

@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench.core.precision import check_finite
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench_kernels import Scoring
 from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.rows import PackedRows as KernelRows
@@ -269,9 +270,7 @@ class PackedStore(Store):
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            scale=scale,
-            softcap=softcap,
-            window=window,
+            Scoring(scale, window, softcap),
             query_positions=asked,
             positions=None if self._positions is None else self._positions.ragged(),
         )[0]

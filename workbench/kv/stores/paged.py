@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.core.rope import Rotation
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.store import Contents, Store, seen_by
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 
 class PagedStore(Store):
@@ -66,7 +66,8 @@ class PagedStore(Store):
         open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
         causal = seen_by(query_positions, positions[None], None, window)
         visible = open_[None, None] if causal is None else causal & open_
-        return attend(query, held.keys, held.values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+        scoring = Scoring(scale, window, softcap)
+        return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
 
     def find(self, queries: Tensor, keys: Tensor, positions: Tensor, numbers: Tensor, scale: float) -> tuple[int, ...]:
         """The pages for queries [h, q, d] without rotary embedding; numbers [e]: the page of each long-term slot.

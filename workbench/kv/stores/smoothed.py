@@ -13,7 +13,7 @@ from workbench.kv.stores.low_rank import rotary_of
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench.trace import LayerTrace
-from workbench_kernels import attend, pack, unpack
+from workbench_kernels import Scoring, attend, pack, unpack
 
 _REACH = 8.0  # the largest magnitude after smoothing: scales of 4 bits are then near 1, where FP8 is finest
 _SCALES = {4: torch.float8_e4m3fn, 8: torch.bfloat16}
@@ -133,7 +133,8 @@ class SmoothedStore(Store):
         asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
         keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
         visible = seen_by(query_positions, self._slot_positions, self.keys.codes.valid(), window)
-        out, rows = attend(asked, keys, values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+        scoring = Scoring(scale, window, softcap)
+        out, rows = attend(asked, keys, values, scoring, visible=visible, weights=weights)
         per_head = self.value_factors.float().repeat_interleave(groups, dim=0)[:, None]  # [h, 1, 1]
         return (out.float() / per_head).to(query.dtype), rows
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.formatting import Brief
 from workbench.measure.memory import HOST, tensor_bytes
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
 
 _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
@@ -134,7 +134,8 @@ class Store(ABC):
                 return found, None
         held = self.contents(query.dtype)
         visible = seen_by(query_positions, held.positions, held.valid, window)
-        return attend(query, held.keys, held.values, scale=scale, visible=visible, softcap=softcap, weights=weights)
+        scoring = Scoring(scale, window, softcap)
+        return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
 
     def by_kernel(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from workbench.core.bisection import largest
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.weights.base import WeightMethod
 
@@ -36,11 +37,8 @@ class Ranked(WeightMethod):
         """The rank of what stands in for this layer; 0: it stays as it is."""
         if self.share >= 1:
             return 0
-        limit, low, high = self.share * self.full_nbytes(linear), 0, linear.weight.numel()
-        while high - low > 1:  # low fits, high does not
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.rank_nbytes(linear, middle) <= limit else (low, middle)
-        return low
+        limit = self.share * self.full_nbytes(linear)
+        return largest(lambda rank: self.rank_nbytes(linear, rank) <= limit, 0, linear.weight.numel())
 
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
         if self.share >= 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from workbench.core.bisection import boundary
+
 
 def shared_out(
     shares: Sequence[float], widths: Sequence[int], nbytes: Callable[[int, int], int], limit: int
@@ -22,14 +24,12 @@ def shared_out(
     def total(counts: Sequence[int]) -> int:
         return sum(nbytes(index, count) for index, count in enumerate(counts))
 
-    low, high = 0.0, 1 / max(min(shares), 1e-6)
-    if total(at(high)) <= limit:
-        return at(high)
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if total(at(middle)) <= limit else (low, middle)
-    counts = at(low)
-    rest = [low * share * width - count for share, width, count in zip(shares, widths, counts, strict=True)]
+    everything = 1 / max(min(shares), 1e-6)
+    if total(at(everything)) <= limit:
+        return at(everything)
+    scale = boundary(lambda scale: total(at(scale)) <= limit, 0.0, everything, steps=50)
+    counts = at(scale)
+    rest = [scale * share * width - count for share, width, count in zip(shares, widths, counts, strict=True)]
     room = limit - total(counts)
     for index in sorted(range(len(counts)), key=lambda index: -rest[index]):
         more = nbytes(index, counts[index] + 1) - nbytes(index, counts[index])

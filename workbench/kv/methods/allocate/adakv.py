@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.core.bisection import largest_each
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
 from workbench.registry import Paper, param, register
@@ -42,10 +43,6 @@ class AdaKV(SnapKV):
             return torch.searchsorted(ranking.in_layer, limits)[..., 0].clamp_min(certain)
 
         # What is certain counts against the total: the larger it is, the fewer of the layer's best are taken.
-        low = torch.zeros(ranking.layers, dtype=torch.int64, device=ranking.in_layer.device)
-        high = torch.full_like(low, heads * ranking.tokens + 1)
-        for _ in range(int(heads * ranking.tokens).bit_length() + 1):
-            middle = (low + high) // 2
-            fits = counts(middle).sum(dim=1) <= total
-            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return counts(low)
+        none = torch.zeros(ranking.layers, dtype=torch.int64, device=ranking.in_layer.device)
+        beyond = heads * ranking.tokens + 1
+        return counts(largest_each(lambda taken: counts(taken).sum(dim=1) <= total, none, beyond))

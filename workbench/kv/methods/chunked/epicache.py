@@ -19,7 +19,7 @@ from workbench.kv.stores.format import INDEX_BYTES
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.registry import Paper, param, register
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -258,7 +258,7 @@ class _Twice:
         visible = self.visible
         if window is not None:
             visible = visible & (self.positions > self.positions[:, None] - window)
-        return attend(query, key, value, scale=scale, visible=visible[None], softcap=softcap)[0]
+        return attend(query, key, value, Scoring(scale, window, softcap), visible=visible[None])[0]
 
 
 def _store(reading: Reading, layer: int) -> DenseStore:

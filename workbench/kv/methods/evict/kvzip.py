@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.attention_rows import row_blocks
+from workbench.core.bisection import largest
 from workbench.engine.attention_hook import forward
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Study, keep_first
@@ -42,14 +43,7 @@ class GlobalHeads(KVMethod):
             return torch.searchsorted(ranking.in_all, limits)[..., 0].clamp_min(1)
 
         # What every head keeps at least counts too: where it was not among the best, fewer of them are taken.
-        low, high = 0, ranking.scores.numel() + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            if int(counts(middle).sum()) <= entries:
-                low = middle
-            else:
-                high = middle
-        return counts(low)
+        return counts(largest(lambda taken: int(counts(taken).sum()) <= entries, 0, ranking.scores.numel() + 1))
 
 
 @register

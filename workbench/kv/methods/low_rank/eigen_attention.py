@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from workbench.core.bisection import boundary
 from workbench.engine.attention_hook import engaged, forward
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
@@ -19,7 +20,7 @@ from workbench.kv.stores.store import seen_by
 from workbench.models.decoder import decoder_layers
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace, Trace
-from workbench_kernels import attend
+from workbench_kernels import Scoring, attend
 
 _THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # at which errors are measured
 _PROBES = 16  # positions at which errors are measured, from the first to the last
@@ -101,17 +102,10 @@ class EigenAttention(KVMethod):
             form = LowRankFormat(dtype, {layer: p.ranks(error) for layer, p in profiles.items()}, queries=True)
             return form, stored_nbytes(form, shapes, everything)
 
-        low, high = self.error, max(max(profile.errors) for profile in profiles.values())
-        form, nbytes = at(low)
+        form, nbytes = at(self.error)
         if nbytes > room:
-            form, nbytes = at(max(high, low))
-            while nbytes <= room and high - low > 1e-5:
-                middle = (low + high) / 2
-                found = at(middle)
-                if found[1] <= room:
-                    high, (form, nbytes) = middle, found
-                else:
-                    low = middle
+            worst = max(self.error, *(max(profile.errors) for profile in profiles.values()))
+            form, nbytes = at(boundary(lambda error: at(error)[1] <= room, worst, self.error, tolerance=1e-5))
         # On a short prompt the bases may take more than they save.
         return DenseFormat(dtype) if full <= nbytes else form
 
@@ -196,7 +190,7 @@ class _Given:
         asked = self.positions.to(layer.device)
         visible = seen_by(asked, where[None], None, layer.window)
         queries = layer.queries[:, asked].float()
-        return attend(queries, keys, values, scale=layer.scale, softcap=layer.softcap, visible=visible)[0]
+        return attend(queries, keys, values, Scoring(layer.scale, layer.window, layer.softcap), visible=visible)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from workbench.core.bisection import boundary
 from workbench.core.precision import checked
 from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
@@ -127,7 +128,7 @@ def shares(importance: Tensor, temperature: float) -> Tensor:
 def allocate(modules: Sequence[Sequence[PrunableModule]], losses: Sequence[float], limit: int) -> list[list[int]]:
     """How wide the modules of each block become, within `limit` bytes together.
 
-    Blocks lose in proportion to `losses` as far as they can: at least one width of each module stays. WithinBudget a block,
+    Blocks lose in proportion to `losses` as far as they can: at least one width of each module stays. Within a block,
     heads lose that share, and neurons what the bytes ask for besides.
     """
 
@@ -138,11 +139,8 @@ def allocate(modules: Sequence[Sequence[PrunableModule]], losses: Sequence[float
         pairs = [pair for parts, own in zip(modules, found, strict=True) for pair in zip(parts, own, strict=True)]
         return sum(module.dimension_nbytes * width for module, width in pairs)
 
-    low, high = 0.0, 1 / max(min(losses), 1e-12)  # at `high` nothing but the smallest widths stays
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if nbytes(widths(middle)) <= limit else (middle, high)
-    return widths(high)
+    narrowest = 1 / max(min(losses), 1e-12)  # nothing but the smallest widths stays
+    return widths(boundary(lambda factor: nbytes(widths(factor)) <= limit, narrowest, 0.0))
 
 
 def _within(modules: Sequence[PrunableModule], share: float) -> list[int]:

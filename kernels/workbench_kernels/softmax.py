@@ -1,0 +1,55 @@
+"""The softmax of attention: whole, over a part of the keys, and of parts merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workbench_kernels.scoring import Scoring
+
+
+def attention_weights(products: Tensor, scoring: Scoring, visible: Tensor | None = None) -> Tensor:
+    """The softmax over all keys of products q k [..., m], float32 or wider, which are overwritten.
+
+    visible: bool, broadcastable to [..., m]; None: everything is seen. Every query must see a key.
+    """
+    return torch.softmax(scoring.scores(products, visible), dim=-1)
+
+
+def partial_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax over some of the keys: weights [..., m] that add up to 1, and the log-sum-exp [...] of their scores.
+
+    Where all scores are minus infinity, weights are zeros and the log-sum-exp is minus infinity.
+    """
+    lse = scores.logsumexp(dim=-1)
+    return torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None]), lse
+
+
+def attention_state(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Attention of query [h, q, d] over keys [k, m, d], values [k, m, dv] where visible [k, 1 or q, m]; h = g * k.
+
+    Of `scoring` the window is not looked at: `visible` says what is seen. Computed in float32, or float64 if the query
+    is. Returns the output [h, q, dv] in the query's dtype and its log-sum-exp [h, q], with which states over other keys
+    are merged (`merge_states`); a query that sees nothing gets zeros and minus infinity.
+    """
+    heads, count, width = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.to(dtype).reshape(keys.shape[0], -1, count, width)
+    products = torch.einsum("kgqd,kmd->kgqm", grouped, keys.to(dtype))
+    weights, lse = partial_softmax(scoring.scores(products, visible[:, None]))
+    out = torch.einsum("kgqm,kmd->kgqd", weights, values.to(dtype))
+    return out.reshape(heads, count, -1).to(query.dtype), lse.reshape(heads, count)
+
+
+def merge_states(states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention [h, q, dv] over all keys, of its states over disjoint sets of them: outputs and log-sum-exps [h, q]."""
+    first, _ = states[0]
+    if len(states) == 1:
+        return first
+    shares = torch.softmax(torch.stack([lse for _, lse in states]), dim=0).to(first.dtype)
+    parts = (out * share[..., None] for (out, _), share in zip(states, shares, strict=True))
+    return sum(parts, torch.zeros_like(first))
