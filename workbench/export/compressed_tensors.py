@@ -105,8 +105,8 @@ def _scheme(layers: dict[str, PackedLinear], twin: PreTrainedModel) -> dict[str,
     config = QuantizationConfig(
         config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=plain
     )
-    found: dict[str, Any] = config.to_dict()
-    return found
+    scheme: dict[str, Any] = config.to_dict()
+    return scheme
 
 
 def read(folder: Path, skeleton: Callable[[Any, torch.dtype, str | None], PreTrainedModel]) -> PreTrainedModel:

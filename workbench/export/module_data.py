@@ -2,6 +2,8 @@
 code but their own class's.
 """
 
+# ruff: noqa: SLF001  only there do modules say which children, parameters and buffers they have that are None
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -61,8 +63,8 @@ def _alike(module: nn.Module, plain: nn.Module) -> bool:
     """Whether filling the plain module's tensors makes it this one, but for their children."""
 
     def shapes(of: nn.Module) -> dict[str, Any]:
-        held = {**of._parameters, **of._buffers}
-        return {name: None if tensor is None else tuple(tensor.shape) for name, tensor in held.items()}
+        tensors = {**of._parameters, **of._buffers}
+        return {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
 
     children = [{name for name, child in of._modules.items() if child is not None} for of in (module, plain)]
     return type(module) is type(plain) and shapes(module) == shapes(plain) and children[0] == children[1]
@@ -172,7 +174,7 @@ def _class(where: str, which: str, name: str, refusal: type[Exception]) -> type[
     """A module's class, if it is torch's own or comes with the workbench or a package that brings weight methods."""
     homes = {cls.__module__.partition(".")[0] for cls in registered("weights")}
     if where.startswith(_PLAIN) or where.partition(".")[0] in homes:
-        found = getattr(import_module(where), which, None)
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found
+        cls = getattr(import_module(where), which, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            return cls
     raise refusal(f"{name} is a {where}.{which}, which is no layer of a weight method that is installed here")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from workbench.errors import BadRecipe
 from workbench.progress import Progress
@@ -51,3 +53,16 @@ def weight_methods(methods: Sequence[Method]) -> list[WeightMethod]:
     if others:
         raise BadRecipe(f"{', '.join(others)}: only weight methods change the model's weights; leave the others out")
     return [method for method in methods if isinstance(method, WeightMethod)]
+
+
+def compressed_once(
+    study: WeightStudy, method: WeightMethod, linears: Mapping[str, nn.Linear], progress: Progress
+) -> dict[str, nn.Module]:
+    """What a method makes of these layers, by name; kept in the study, for as long as that lives."""
+
+    def make() -> dict[str, nn.Module]:
+        copy = sharing_copy(study.model)
+        method.apply(copy, linears, study, progress)
+        return {name: copy.get_submodule(name) for name in linears}
+
+    return study.once(("compressed", method.parameter_key(), method.effective_budget), make)

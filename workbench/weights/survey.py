@@ -41,9 +41,9 @@ class Survey:
         owners: dict[int, str] = {}  # of each weight matrix: the first module that has it
         counts: dict[int, int] = {}
         for name, module in model.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
+            for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2:
-                    owners.setdefault(id(parameter), name or own)
+                    owners.setdefault(id(parameter), name or key)
                     counts[id(parameter)] = counts.get(id(parameter), 0) + 1
         head = output_head(model)
         inside = tuple(f"{name}." for name in decoder_layers(model)) if hasattr(model, "config") else ("",)
@@ -51,11 +51,11 @@ class Survey:
         left: dict[str, str] = {}
         fixed: dict[str, int] = {}
         for name, module in model.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
+            for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim < 2:
                     continue
                 owner, linear = owners[id(parameter)], linear_of(module)
-                path = name if linear is not None or isinstance(module, nn.Embedding) else f"{name}.{own}"
+                path = name if linear is not None or isinstance(module, nn.Embedding) else f"{name}.{key}"
                 if isinstance(module, nn.Embedding):
                     left[path] = "an embedding is looked up, not multiplied"
                 elif owner != name and linear is not None:
@@ -157,9 +157,9 @@ def _measured(method: WeightMethod, linears: Mapping[str, nn.Linear], numbers: i
 
 def _read_elsewhere(model: nn.Module, name: str) -> str | None:
     """Why nothing can stand in the place of a linear layer: its owner multiplies the weight itself."""
-    path, _, own = name.rpartition(".")
+    path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
-    return f"{type(owner).__name__} multiplies its weight itself" if own in multiplied_weights(owner) else None
+    return f"{type(owner).__name__} multiplies its weight itself" if key in multiplied_weights(owner) else None
 
 
 def grouped(reasons: Mapping[str, str]) -> str:
@@ -172,5 +172,5 @@ def grouped(reasons: Mapping[str, str]) -> str:
 
 
 def _settings(method: Method) -> str:
-    found = ", ".join(f"{parameter.name}={getattr(method, parameter.name)}" for parameter in method.parameters())
-    return f" with {found}" if found else ""
+    settings = ", ".join(f"{parameter.name}={getattr(method, parameter.name)}" for parameter in method.parameters())
+    return f" with {settings}" if settings else ""

@@ -21,7 +21,7 @@ from workbench.weights.calibration.texts import Calibration
 from workbench.weights.layers import BitBlock, BitBlocksLinear, PackedLinear, bit_block_nbytes, packed_nbytes
 from workbench.weights.methods.any_size.bitstack import decompose, leading, scales
 from workbench.weights.methods.any_size.double_rounding import coarser, narrower, rounded
-from workbench.weights.solvers.greedy_allocation import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
@@ -50,33 +50,33 @@ def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy)
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(0, 200))
 @settings(max_examples=60, deadline=None)
 def test_no_other_choice_of_as_many_equal_steps_loses_less(gains: list[list[int]], room: int) -> None:
-    ladders = {}
+    sizes = {}
     for name, own in enumerate(gains):
         left = [sum(own) - sum(sorted(own, reverse=True)[:level]) for level in range(len(own) + 1)]
-        ladders[str(name)] = [Rung(10 * (level + 1), float(error)) for level, error in enumerate(left)]
-    limit = 10 * len(ladders) + room
-    found = levels(ladders, order(ladders), limit)
+        sizes[str(name)] = [Size(10 * (level + 1), float(error)) for level, error in enumerate(left)]
+    limit = 10 * len(sizes) + room
+    found = sizes_within(sizes, growth_order(sizes), limit)
 
     def lost(chosen: dict[str, int]) -> float:
-        return sum(ladders[name][level].error for name, level in chosen.items())
+        return sum(sizes[name][level].error for name, level in chosen.items())
 
     def size(chosen: dict[str, int]) -> int:
-        return sum(ladders[name][level].nbytes for name, level in chosen.items())
+        return sum(sizes[name][level].nbytes for name, level in chosen.items())
 
-    choices = itertools.product(*(range(len(rungs)) for rungs in ladders.values()))
-    every = (dict(zip(ladders, chosen, strict=True)) for chosen in choices)
+    choices = itertools.product(*(range(len(rungs)) for rungs in sizes.values()))
+    every = (dict(zip(sizes, chosen, strict=True)) for chosen in choices)
     assert size(found) <= limit
     assert lost(found) == min(lost(chosen) for chosen in every if size(chosen) <= limit)
 
 
 def test_a_smaller_limit_takes_a_beginning_of_the_same_order() -> None:
-    ladders = {"a": [Rung(4, 1.0), Rung(8, 0.2), Rung(16, 0.1)], "b": [Rung(10, 0.9), Rung(20, 0.3)]}
-    climbing = order(ladders)
-    assert climbing == ["a", "b", "a"]
-    sizes = {limit: levels(ladders, climbing, limit) for limit in range(14, 40)}
+    sizes = {"a": [Size(4, 1.0), Size(8, 0.2), Size(16, 0.1)], "b": [Size(10, 0.9), Size(20, 0.3)]}
+    order = growth_order(sizes)
+    assert order == ["a", "b", "a"]
+    within = {limit: sizes_within(sizes, order, limit) for limit in range(14, 40)}
     for limit in range(15, 40):
-        assert all(sizes[limit - 1][name] <= sizes[limit][name] for name in ladders)
-    assert sizes[39] == {"a": 2, "b": 1} and sizes[17] == {"a": 0, "b": 0}
+        assert all(within[limit - 1][name] <= within[limit][name] for name in sizes)
+    assert within[39] == {"a": 2, "b": 1} and within[17] == {"a": 0, "b": 0}
 
 
 # --- BitStack
@@ -220,7 +220,7 @@ def test_a_code_goes_to_the_nearest_of_the_levels_that_are_left(bits: int) -> No
         for code in range(256):
             nearest = min(range(2**bits), key=lambda level: (abs(code - 100 - levels[level]), -level))  # a half goes up
             assert int(found[0, code]) == nearest
-        far = (grid.values(found) - fine.values(codes)).abs().max()
+        far = (grid.dequantised(found) - fine.dequantised(codes)).abs().max()
         step = 2 ** (8 - bits)
         assert float(far) == ((step - 1) / 2 if not symmetric else max(step - 1, 0))  # symmetric: the top is cut off
 

@@ -100,7 +100,7 @@ def damped(moment: Tensor, share: float = 0.01) -> Tensor:
 
 def by_gptq(weight: Tensor, moment: Tensor, bits: int, group: int, **options: object) -> tuple[Tensor, Tensor]:
     done = gptq(weight, moment, lambda part, _: fit(part, bits, part.shape[1]), group, **options)  # type: ignore[arg-type]
-    return Grid(done.scale, done.zero, bits, group).values(done.codes), done.exact
+    return Grid(done.scale, done.zero, bits, group).dequantised(done.codes), done.exact
 
 
 @pytest.mark.parametrize("block", [4, 8, 128])
@@ -459,7 +459,7 @@ def test_errors_are_no_larger_than_those_of_llm_compressor(bits: int) -> None:
     done = gptq(
         weight, inputs.hessian, lambda _, number: Grid(*(part[:, [number]] for part in whole[:2]), bits, 48), 48
     )
-    assert error(whole.values(done.codes)) <= theirs[f"gptq{bits}"] * 1.002
+    assert error(whole.dequantised(done.codes)) <= theirs[f"gptq{bits}"] * 1.002
     assert ours(GPTQ(bits=bits, group_size=48, act_order=True)) <= theirs[f"gptq{bits}"]
     assert ours(AWQ(bits=bits, group_size=48, clip=False)) <= theirs[f"awq{bits}"] * 1.01
     assert ours(AWQ(bits=bits, group_size=48)) <= min(theirs[f"awq{bits}"], theirs[f"awq{bits}_duo"])

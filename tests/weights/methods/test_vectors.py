@@ -65,7 +65,7 @@ def test_later_columns_take_what_is_best_given_those_that_are_fixed(block: int) 
 def test_on_a_grid_it_is_gptq() -> None:
     weight, x = drawn(6, 40), correlated(200, 40)
     moment, grid = x.T @ x / 200, fit(weight, 3, 40, symmetric=True)
-    want = grid.values(gptq(weight, moment, lambda part, number: grid, 40).codes)
+    want = grid.dequantised(gptq(weight, moment, lambda part, number: grid, 40).codes)
     got = compensated(
         weight, inverse_factor(moment, 0.01), lambda first, part: lambda c, n: grid.nearest(c[:, None])[:, 0], 16
     )

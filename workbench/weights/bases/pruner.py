@@ -39,11 +39,11 @@ class Pruner(WeightMethod):
         return None
 
     def survey(self, model: nn.Module) -> Survey:
-        found = Survey.of(model, self)
-        budget = found.method.budget
+        survey = Survey.of(model, self)
+        budget = survey.method.budget
         if budget is None or budget.kind != "bytes":
-            return found
-        return replace(found, method=self.with_budget(min(budget.amount / found.full_nbytes, 1.0)))
+            return survey
+        return replace(survey, method=self.with_budget(min(budget.amount / survey.full_nbytes, 1.0)))
 
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
         budget = self.effective_budget

@@ -21,8 +21,8 @@ _CLOSE, _LOOSE = 0.02, 0.1  # how far blocks run one by one may be from the mode
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in what leaves a block: the first of several things, or all there is."""
-    found: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return found
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
 
 
 class _Stop(Exception):
@@ -81,14 +81,14 @@ class BlockRunner:
     def _run(self, name: str, entering: Tensor, block: nn.Module) -> Tensor:
         given = self._given[name]
         with torch.no_grad():
-            found = block(entering, *given.args, **given.kwargs)
-        return hidden_of(found)
+            output = block(entering, *given.args, **given.kwargs)
+        return hidden_of(output)
 
     def _compare(self, name: str) -> None:
         """Raise where what left this block is not what leaves it in the model."""
         loose = _LOOSE if self.hidden.dtype.itemsize < 4 else _CLOSE
-        for want, found in zip(self._wanted[name].float(), self.hidden[self._compared, -1].float(), strict=True):
-            if float((found - want).norm()) > loose * float(want.norm()):
+        for want, left in zip(self._wanted[name].float(), self.hidden[self._compared, -1].float(), strict=True):
+            if float((left - want).norm()) > loose * float(want.norm()):
                 raise NotApplicable(
                     f"{self._what}'s layers cannot be run one after another: {name} is given more than hidden states, "
                     "or gives more, so that it computes something else than in the model"
@@ -105,11 +105,11 @@ class _Given(NamedTuple):
 
 def _given(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) -> dict[str, _Given]:
     """What the model gives to each block for texts [t, n] beside the hidden states: rotary embeddings, masks."""
-    found: dict[str, _Given] = {}
+    given: dict[str, _Given] = {}
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        found[name] = _Given(args[1:], others, hidden_of(output)[:, -1].clone())
+        given[name] = _Given(args[1:], others, hidden_of(output)[:, -1].clone())
 
     handles = [block.register_forward_hook(partial(keep, name), with_kwargs=True) for name, block in blocks.items()]
     try:
@@ -118,7 +118,7 @@ def _given(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) ->
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return given
 
 
 def _by_text(one: _Given, several: _Given) -> bool:
@@ -130,10 +130,10 @@ def _by_text(one: _Given, several: _Given) -> bool:
 
 def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
     """What enters the first block [t, n, i]."""
-    found: list[Tensor] = []
+    entering: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering.append(args[0] if args else kwargs["hidden_states"])
         raise _Stop
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
@@ -144,4 +144,4 @@ def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return entering[0]

@@ -34,7 +34,7 @@ def fisher_information(
     """Of each of a model's linear layers, by name: one pass back through the model for each of texts int64 [t, n]."""
     sums = {name: (torch.zeros(x.out_features), torch.zeros(x.in_features)) for name, x in linears.items()}
 
-    def observe(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def observe(name: str, _module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         x = args[0].detach().flatten(0, -2)
 
         def add(gradient: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The end of a model: what it makes of the hidden states that leave its last block."""
+"""What a model makes of the hidden states that leave its last block: its final norm and output head."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _CLOSE = 0.02  # of the largest logit: how far others may be, which in 16 bits d
 class ModelHead:
     """The final norm and output head of a model, and whatever else comes after its blocks, as it computes them.
 
-    Blocks can then be run one by one (`BlockRunner`), and the logits are still the model's own. Raises NotApplicable where
-    they are not: where what comes after the blocks takes more than their hidden states.
+    Blocks can then be run one by one (`BlockRunner`), and the logits are still the model's own. Raises NotApplicable
+    where they are not: where what comes after the blocks takes more than their hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = sharing_copy(model)
         self._vocabulary = model.config.get_text_config().vocab_size
-        found = decoder_layers(self._model)
-        stands = {name: _Passed(block) for name, block in found.items()}
+        blocks = decoder_layers(self._model)
+        stands = {name: _PassThrough(block) for name, block in blocks.items()}
         self._last = list(stands.values())[-1]
         ids = torch.arange(1, _PROBE + 1, device=device_of(model))[None] % self._vocabulary
-        handles = [block.register_forward_hook(stands[name].learn) for name, block in found.items()]
+        handles = [block.register_forward_hook(stands[name].learn) for name, block in blocks.items()]
         with exclusive(self._model), torch.no_grad():
             want = self._model(input_ids=ids, use_cache=False).logits.float()
         for handle in handles:
@@ -69,14 +69,14 @@ class ModelHead:
         after `other`, in nats. head: what makes logits of `other`, if not this.
         """
         texts = max(_NUMBERS // (hidden.shape[1] * self._vocabulary), 1)
-        found = 0.0
+        total = 0.0
         for left, right in zip(hidden.split(texts), other.split(texts), strict=True):
             p, q = (end.logits(x).float().log_softmax(dim=-1) for end, x in ((self, left), (head or self, right)))
-            found += float(divergence(p, q).sum())
-        return found / (hidden.shape[0] * hidden.shape[1])
+            total += float(divergence(p, q).sum())
+        return total / (hidden.shape[0] * hidden.shape[1])
 
 
-class _Passed(nn.Module):
+class _PassThrough(nn.Module):
     """A block that computes nothing: what enters it leaves it, or what is `given`, in the form in which the block's own
     output leaves.
     """
@@ -100,5 +100,5 @@ class _Passed(nn.Module):
         self.learnt = hidden_of(output)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
-        found = hidden_states if self.given is None else self.given
-        return found if self._beside is None else (found, *[None] * self._beside)
+        out = hidden_states if self.given is None else self.given
+        return out if self._beside is None else (out, *[None] * self._beside)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,7 +100,7 @@ class StatisticsWriter:
         self._folder: Path | None = None
         self._written = 0
 
-    def __enter__(self) -> StatisticsWriter:
+    def __enter__(self) -> Self:
         self._folder = self._cache.begin(self._name)
         return self
 

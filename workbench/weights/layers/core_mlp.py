@@ -55,14 +55,14 @@ class CoreMLP(nn.Module):
             return linear(inside, down, self.down_proj.bias)
         inside = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         if memory is not None and x.shape[-2] > 1:
-            found = votes(inside.flatten(0, -2), self.token_share)
-            memory[votes_key] = memory[votes_key] + found if votes_key in memory else found
+            counts = votes(inside.flatten(0, -2), self.token_share)
+            memory[votes_key] = memory[votes_key] + counts if votes_key in memory else counts
             memory.pop(core_key, None)
         return cast("Tensor", self.down_proj(inside))
 
-    def _core(self, found: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    def _core(self, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """The rows and columns of the neurons with the most votes, and their biases."""
-        kept = found.topk(self.count).indices.sort().values
+        kept = counts.topk(self.count).indices.sort().values
         biases = (layer.bias for layer in (self.gate_proj, self.up_proj))
         gate, up, down = (_weight(layer, dtype) for layer in (self.gate_proj, self.up_proj, self.down_proj))
         return (

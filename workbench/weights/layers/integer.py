@@ -74,10 +74,10 @@ class IntegerLinear(PackedLinear):
 
     def _signed(self) -> tuple[Tensor, int]:
         """The weights' whole numbers as int8 [o, i], and how many times too large they are."""
-        held: Tensor = self.plane0  # type: ignore[assignment]
+        plane: Tensor = self.plane0  # type: ignore[assignment]
         if self.bits == 8:
-            return (held ^ 128).view(torch.int8), 1
-        return nibbles(held)[:, : self.in_features], 16
+            return (plane ^ 128).view(torch.int8), 1
+        return nibbles(plane)[:, : self.in_features], 16
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "input_bits": self.input_bits}

@@ -68,7 +68,8 @@ class NarrowAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = code.ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, code.eager_attention_forward
+            self.config._attn_implementation,  # noqa: SLF001  as its own class asks for it
+            code.eager_attention_forward,
         )
         out, weights = attend(
             self,

@@ -97,9 +97,9 @@ class PackedLinear(CompactLinear):
 
     def _read_as_it_lies(self, x: Tensor) -> bool:
         """Whether a GPU's kernel multiplies x [n, i] with the packed codes: no weight is made float then."""
-        own = self.plain and len(_PLANES[self.bits]) == 1
+        single = self.plain and len(_PLANES[self.bits]) == 1
         plane: Any = self.plane0
-        return own and not learning(x) and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)
+        return single and not learning(x) and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "code_bits": self.bits, "group": self.group}

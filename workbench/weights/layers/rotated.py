@@ -22,8 +22,8 @@ class RotatedEmbedding(nn.Embedding):
         self.register_buffer("signs", signs)
 
     def forward(self, input: Tensor) -> Tensor:
-        found = super().forward(input)
-        return rotate(found * self.signs.to(found.dtype))
+        vectors = super().forward(input)
+        return rotate(vectors * self.signs.to(vectors.dtype))
 
 
 class UnrotatedNorm(nn.Module):
@@ -62,8 +62,10 @@ class RotatedLinear(CompactLinear):
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         inner = self.inner
-        own = inner.rows(first, last, dtype) if isinstance(inner, CompactLinear) else inner.weight[first:last].to(dtype)
-        return unrotate(own)
+        weight = (
+            inner.rows(first, last, dtype) if isinstance(inner, CompactLinear) else inner.weight[first:last].to(dtype)
+        )
+        return unrotate(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(rotate(x))

@@ -57,5 +57,5 @@ def activation_name(act_fn: Any) -> str | None:
     if not callable(act_fn) or (isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters())):
         return None
     x = torch.linspace(-6, 6, 97)
-    found = act_fn(x)
-    return next((name for name, act in ACTIVATIONS.items() if torch.allclose(found, act(x), rtol=0, atol=1e-6)), None)
+    out = act_fn(x)
+    return next((name for name, act in ACTIVATIONS.items() if torch.allclose(out, act(x), rtol=0, atol=1e-6)), None)

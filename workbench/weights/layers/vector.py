@@ -47,13 +47,13 @@ class VectorLinear(CompactLinear):
 
     def indices(self, number: int, first: int, last: int) -> Tensor:
         """The indices into one book of some rows of vectors, int32 [last - first, i]."""
-        found, below = None, 0
+        index, below = None, 0
         for plane, width in enumerate(_PLANES[self.bits[number]]):
             part = unpack(getattr(self, f"plane{number}_{plane}")[first:last], width, self.in_features).int()
-            found = part if found is None else found | part << below
+            index = part if index is None else index | part << below
             below += width
-        assert found is not None
-        return found
+        assert index is not None
+        return index
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         begin, end = first // self.length, -(-last // self.length)

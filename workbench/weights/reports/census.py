@@ -72,7 +72,7 @@ def census_of(
     changes: dict[str, tuple[Tensor, nn.Module]] = {}
     for full, (module, weight) in progress.track(known.items(), "comparing weights", len(known)):
         layer, short = placed(full, names)
-        row = {"layer": layer, "module": short, "name": full, **_of(twin, full, module, weight)}
+        row = {"layer": layer, "module": short, "name": full, **_of(twin, full, weight)}
         row["share"] = row["bytes"] / (2 * weight.numel())
         row["reason"] = _reason(reasons or {}, full) if row["form"] == "plain" else ""
         rows[full] = row
@@ -99,8 +99,8 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
-        own = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.ndim >= 2}
-        for key, weight in own.items():
+        weights = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.ndim >= 2}
+        for key, weight in weights.items():
             if id(weight) not in seen:
                 seen.add(id(weight))
                 shown = linear_weight(module) if key == "weight" else None
@@ -111,17 +111,17 @@ def _reason(reasons: Mapping[str, str], full: str) -> str:
     return reasons.get(full, reasons.get(f"{full}.weight", ""))
 
 
-def _of(twin: nn.Module, full: str, module: nn.Module, weight: Tensor) -> dict[str, Any]:
+def _of(twin: nn.Module, full: str, weight: Tensor) -> dict[str, Any]:
     """What the twin has in the place of one matrix."""
     stands = _at(twin, full)
     if stands is None:
         return {"form": "gone", "bits": 0.0, "bytes": 0}
-    found = weight_of(stands, full)
-    if found is not None and _same(found, weight):
+    used = weight_of(stands, full)
+    if used is not None and _same(used, weight):
         return {"form": "plain", "bits": 16.0, "bytes": 2 * weight.numel(), "weight_error": 0.0}
     made = _described(stands)
-    if found is not None and found.shape == weight.shape:
-        made["weight_error"] = relative_error(found, weight)
+    if used is not None and used.shape == weight.shape:
+        made["weight_error"] = relative_error(used, weight)
     return made
 
 
@@ -129,27 +129,27 @@ def _at(twin: nn.Module, full: str) -> nn.Module | None:
     """The module of this name, or the one that holds the parameter of this name."""
     for name in (full, full.rpartition(".")[0]):
         try:
-            found = twin.get_submodule(name)
+            stands = twin.get_submodule(name)
         except AttributeError:
             continue
-        if name == full or weight_of(found, full) is not None:
-            return found
+        if name == full or weight_of(stands, full) is not None:
+            return stands
     return None
 
 
-def _same(found: Tensor, weight: Tensor) -> bool:
+def _same(used: Tensor, weight: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same place."""
-    return found is weight or (
-        found.data_ptr() == weight.data_ptr()
-        and (found.shape, found.stride(), found.dtype) == (weight.shape, weight.stride(), weight.dtype)
+    return used is weight or (
+        used.data_ptr() == weight.data_ptr()
+        and (used.shape, used.stride(), used.dtype) == (weight.shape, weight.stride(), weight.dtype)
     )
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
     said = dict(module.describe()) if isinstance(module, CompactLinear) else {}
-    held = tensor_bytes(module.buffers())
+    buffers = tensor_bytes(module.buffers())
     parameters = sum(2 * weight.numel() for weight in module.parameters() if weight.ndim >= 2)
-    nbytes = module.nbytes if isinstance(module, CompactLinear) else held + parameters
+    nbytes = module.nbytes if isinstance(module, CompactLinear) else buffers + parameters
     row = {"form": type(module).__name__, "bytes": nbytes}
     for key in ("bits", "rank", "density"):
         if key in said:
@@ -158,11 +158,11 @@ def _described(module: nn.Module) -> dict[str, Any]:
 
 
 def _output_error(weight: Tensor, stands: nn.Module, inputs: InputStats) -> float:
-    found = weight_of(stands)
-    if found is None or found.shape != weight.shape or inputs.accumulated is None:
+    used = weight_of(stands)
+    if used is None or used.shape != weight.shape or inputs.accumulated is None:
         return float("nan")
     plain = weight.detach().float()
-    lost = inputs.output_error(found.to(plain.device).float() - plain).sum().clamp_min(0)
+    lost = inputs.output_error(used.to(plain.device).float() - plain).sum().clamp_min(0)
     return math.sqrt(ratio(float(lost), float(inputs.output_error(plain).sum())))
 
 
@@ -171,12 +171,12 @@ def _besides(model: nn.Module, twin: nn.Module, known: Mapping[str, Any]) -> Ite
     and tables in its buffers, is no weight of the twin's.
     """
     inside: tuple[str, ...] = ()
-    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    known_tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for name, module in twin.named_modules():
         if name in known or name.startswith(inside or ("\0",)):
             inside = (*inside, f"{name}.") if isinstance(module, CompactLinear) else inside
             continue
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if isinstance(module, CompactLinear) or any(x.ndim >= 2 and id(x) not in held for x in own):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, CompactLinear) or any(x.ndim >= 2 and id(x) not in known_tensors for x in tensors):
             inside = (*inside, f"{name}.")
             yield name, module

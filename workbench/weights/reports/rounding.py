@@ -92,7 +92,7 @@ def _rounded(layer: nn.Module) -> nn.Module:
     return layer.inner if isinstance(layer, RotatedLinear) else layer
 
 
-def _hear(heard: dict[str, list[Tensor]], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _hear(heard: dict[str, list[Tensor]], name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     heard.setdefault(name, []).append(inputs[0])
 
 

@@ -58,8 +58,8 @@ class Spectrum(Brief):
         arguments.number("energy", energy, 0, 1)
         if not self.largest:
             return 0
-        held = self.values.double().square().cumsum(0)
-        return min(int((held < energy * held[-1]).sum()) + 1, self.values.numel())
+        energies = self.values.double().square().cumsum(0)
+        return min(int((energies < energy * energies[-1]).sum()) + 1, self.values.numel())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,7 +98,8 @@ def singular_values(weight: Tensor) -> Tensor:
     """
     wide = weight.detach().double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    return values
 
 
 def spectra(
@@ -144,12 +145,12 @@ def spectra_of(
     if not chosen:
         only = "" if layer is None and module is None else f" at layer={layer!r}, module={module!r}"
         raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers{only}")
-    found = []
+    rows = []
     track = (progress or Progress()).track(chosen.items(), "singular values", len(chosen))
     for name, (where, short, linear) in track:
         weight = weight_of(linear)
         assert weight is not None
         values = singular_values(weight).cpu()
         largest = float(values[0])
-        found.append(Spectrum(name, where, short, largest, (values / (largest or 1.0)).float()))
-    return Spectra(tuple(found))
+        rows.append(Spectrum(name, where, short, largest, (values / (largest or 1.0)).float()))
+    return Spectra(tuple(rows))

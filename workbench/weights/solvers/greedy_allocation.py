@@ -1,4 +1,6 @@
-"""Layers that can each be larger or smaller: in which order they grow, when bytes are to be spent where they help."""
+"""Greedy allocation: in which order layers that can each be larger or smaller grow, when bytes are to be spent where
+they help.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +9,51 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-class Rung(NamedTuple):
+class Size(NamedTuple):
     """One size of a layer: its bytes, and the share of its outputs' mean square that is lost at this size."""
 
     nbytes: int
     error: float
 
 
-Ladders = Mapping[str, Sequence[Rung]]  # of each layer its sizes, from the smallest
+Sizes = Mapping[str, Sequence[Size]]  # of each layer, from the smallest
 
 
-def order(ladders: Ladders) -> list[str]:
-    """The layers in the order in which they go up, once for each step: next is whichever gains most error per byte.
+def growth_order(sizes: Sizes) -> list[str]:
+    """The layers in the order in which they grow, once for each step: next is whichever gains most error per byte.
 
-    The order knows no budget. Where each ladder's gains per byte fall from step to step, no other way to spend as many
+    The order knows no budget. Where each layer's gains per byte fall from step to step, no other way to spend as many
     bytes leaves a smaller sum of errors. Of equal gains, the earlier layer's comes first.
     """
-    places = {name: place for place, name in enumerate(ladders)}
+    places = {name: place for place, name in enumerate(sizes)}
 
-    def step(name: str, level: int) -> list[tuple[float, int, str, int]]:
-        rungs = ladders[name]
-        if level + 1 >= len(rungs):
+    def step(name: str, index: int) -> list[tuple[float, int, str, int]]:
+        if index + 1 >= len(sizes[name]):
             return []
-        now, then = rungs[level : level + 2]
-        return [(-(now.error - then.error) / (then.nbytes - now.nbytes), places[name], name, level)]
+        now, then = sizes[name][index : index + 2]
+        return [(-(now.error - then.error) / (then.nbytes - now.nbytes), places[name], name, index)]
 
-    waiting = [found for name in ladders for found in step(name, 0)]
+    waiting = [gain for name in sizes for gain in step(name, 0)]
     heapq.heapify(waiting)
-    climbed = []
+    order = []
     while waiting:
-        _, _, name, level = heapq.heappop(waiting)
-        climbed.append(name)
-        for found in step(name, level + 1):
-            heapq.heappush(waiting, found)
-    return climbed
+        _, _, name, index = heapq.heappop(waiting)
+        order.append(name)
+        for gain in step(name, index + 1):
+            heapq.heappush(waiting, gain)
+    return order
 
 
-def levels(ladders: Ladders, climbing: Sequence[str], limit: int) -> dict[str, int]:
-    """Each layer's size (its place on the ladder) after the longest beginning of `climbing` that takes at most `limit`
-    bytes; all are at 0 where not even one step fits.
+def sizes_within(sizes: Sizes, order: Sequence[str], limit: int) -> dict[str, int]:
+    """The place of each layer's size after the longest beginning of `order` that takes at most `limit` bytes; all are
+    at 0 where not even one step fits.
     """
-    found = dict.fromkeys(ladders, 0)
-    total = sum(rungs[0].nbytes for rungs in ladders.values())
-    for name in climbing:
-        rungs, level = ladders[name], found[name]
-        total += rungs[level + 1].nbytes - rungs[level].nbytes
+    places = dict.fromkeys(sizes, 0)
+    total = sum(layer[0].nbytes for layer in sizes.values())
+    for name in order:
+        layer, place = sizes[name], places[name]
+        total += layer[place + 1].nbytes - layer[place].nbytes
         if total > limit:
             break
-        found[name] += 1
-    return found
+        places[name] += 1
+    return places

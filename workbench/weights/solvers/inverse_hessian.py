@@ -35,4 +35,5 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         share = min(10 * share, 1.0)
     root = lower.flip(0, 1)
     one = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    return torch.linalg.solve_triangular(root, one, upper=True).float()
+    inverse: Tensor = torch.linalg.solve_triangular(root, one, upper=True).float()
+    return inverse

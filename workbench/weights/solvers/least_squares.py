@@ -12,7 +12,8 @@ def refitted(weight: Tensor, hessian: Tensor, kept: Tensor, damping: float) -> T
     hessian: the mean of x xᵀ [i, i], to whose diagonal `damping` of its mean is added.
     """
     whole = damped(hessian, damping)
-    return torch.linalg.solve(whole[kept][:, kept], (weight.double() @ whole[:, kept]).T).T
+    refit: Tensor = torch.linalg.solve(whole[kept][:, kept], (weight.double() @ whole[:, kept]).T).T
+    return refit
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

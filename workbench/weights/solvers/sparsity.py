@@ -27,11 +27,11 @@ def largest_by_row(scores: Tensor, count: int) -> Tensor:
     """The `count` largest of scores [o, i], as many in each row, and one more where that one is largest."""
     outputs, inputs = scores.shape
     each, over = divmod(count, outputs)
-    found = scores.topk(min(each + 1, inputs), dim=1)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, found.indices[:, :each], True)
+    top = scores.topk(min(each + 1, inputs), dim=1)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices[:, :each], True)
     if over:
-        rows = found.values[:, each].topk(over).indices
-        kept[rows, found.indices[rows, each]] = True
+        rows = top.values[:, each].topk(over).indices
+        kept[rows, top.indices[rows, each]] = True
     return kept
 
 

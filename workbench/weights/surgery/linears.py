@@ -14,16 +14,16 @@ from workbench.weights.layers import CompactLinear
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer by name, in order, as `linear_of` takes it; of a compressed one made of several the whole."""
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside or ("\0",)):
             continue
         linear = module if isinstance(module, CompactLinear) else linear_of(module)
         if linear is not None:
-            found[name] = linear
+            layers[name] = linear
             inside = (*inside, f"{name}.")
-    return found
+    return layers
 
 
 def weight_of(module: nn.Module, full: str = "weight") -> Tensor | None:
@@ -34,9 +34,9 @@ def weight_of(module: nn.Module, full: str = "weight") -> Tensor | None:
     if linear is not None:
         return linear
     for key in (full.rpartition(".")[2], "weight"):
-        found = getattr(module, key, None)
-        if isinstance(found, Tensor):
-            return found
+        weight = getattr(module, key, None)
+        if isinstance(weight, Tensor):
+            return weight
     return None
 
 

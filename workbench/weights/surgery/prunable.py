@@ -130,18 +130,18 @@ class PrunableAttention(PrunableModule):
 
 def prunable_modules(model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
     """The modules that can be narrower inside, in order. names: only those whose layers are all among these."""
-    found: list[PrunableModule] = []
+    modules: list[PrunableModule] = []
     known: dict[type[nn.Module], bool] = {}  # of one class one is tried
     for name, module in model.named_modules():
         projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
         if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
-            found.append(PrunableAttention(name, module))
+            modules.append(PrunableAttention(name, module))
         elif projections == _GATED:
             if type(module) not in known:
                 known[type(module)] = _gated(module)
             if known[type(module)]:
-                found.append(PrunableMLP(name, module))
-    return [module for module in found if names is None or set(module.layers) <= set(names)]
+                modules.append(PrunableMLP(name, module))
+    return [module for module in modules if names is None or set(module.layers) <= set(names)]
 
 
 def activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -157,9 +157,9 @@ def _gated(mlp: nn.Module) -> bool:
     weight = source.gate_proj.weight
     x = torch.linspace(-2, 2, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(1, 2, -1)
     with torch.no_grad():
-        found = mlp(x)
+        out = mlp(x)
         want = source.down_proj(act(source.gate_proj(x)) * source.up_proj(x))
-    return isinstance(found, Tensor) and bool((found - want).abs().max() <= _CLOSE * want.abs().max())
+    return isinstance(out, Tensor) and bool((out - want).abs().max() <= _CLOSE * want.abs().max())
 
 
 def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, int]:

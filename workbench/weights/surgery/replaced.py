@@ -9,14 +9,14 @@ def replaced(model: nn.Module, twin: nn.Module) -> list[str]:
     """Modules of a compressed copy that stand in another's place, or whose own tensors are not the model's; the
     outermost ones only.
     """
-    found: list[str] = []
+    names: list[str] = []
     for name, module in twin.named_modules():
-        if any(name.startswith(f"{above}.") for above in found):
+        if any(name.startswith(f"{above}.") for above in names):
             continue
         before = submodule_at(model, name)
         if before is None or type(before) is not type(module) or _tensor_ids(before) != _tensor_ids(module):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _tensor_ids(module: nn.Module) -> list[int]:

@@ -51,8 +51,8 @@ class LayerRotation:
 
     def out(self, y: Tensor) -> Tensor:
         """Outputs [..., o] as they become."""
-        own = y[..., self.first :] * self.leaving[self.first :]
-        return torch.cat([y[..., : self.first], _rotated(own, self.outer)], dim=-1)
+        behind = y[..., self.first :] * self.leaving[self.first :]
+        return torch.cat([y[..., : self.first], _rotated(behind, self.outer)], dim=-1)
 
     def hessian(self, hessian: Tensor) -> Tensor:
         """The Hessian [i, i] of the inputs as they have become, float32."""
@@ -150,11 +150,12 @@ class DecoderRotation:
 
     def rotate_ends(self, twin: PreTrainedModel, signs: Tensor) -> None:
         """Rotate what enters the first block of a copy and undo it behind the last; weights of norms go, for they are
-        in what `rotations` makes. The tables of the embedding and the head stay the original's own."""
-        own: Any = twin.get_submodule(self.name)
-        signs = signs.to(own.embed_tokens.weight.device)
-        own.embed_tokens = RotatedEmbedding(own.embed_tokens, signs)
-        own.norm = UnrotatedNorm(own.norm, signs)
+        in what `rotations` makes. The tables of the embedding and the head stay the original's own.
+        """
+        core: Any = twin.get_submodule(self.name)
+        signs = signs.to(core.embed_tokens.weight.device)
+        core.embed_tokens = RotatedEmbedding(core.embed_tokens, signs)
+        core.norm = UnrotatedNorm(core.norm, signs)
         for name in self.blocks:
             block: Any = twin.get_submodule(name)
             for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -192,9 +193,9 @@ def _projections(place: str, module: nn.Module) -> tuple[str, ...]:
 
 def _unknown(block: nn.Module) -> str | None:
     """Why a block is of no known form; None: it is."""
-    held = {name for name, child in block.named_children() if any(True for _ in child.parameters())}
-    if held != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        return f"holds {', '.join(sorted(held))}"
+    children = {name for name, child in block.named_children() if any(True for _ in child.parameters())}
+    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return f"holds {', '.join(sorted(children))}"
     if not _known_norm(block.input_layernorm) or not _known_norm(block.post_attention_layernorm):
         return f"normalises by {type(block.input_layernorm).__name__}"
     for place in ("self_attn", "mlp"):

@@ -63,12 +63,15 @@ class CoSpaDi(Ranked):
             return linear
         assert inputs is not None
         base = root(inputs.hessian)
-        found = learn(linear.weight.detach().float() @ base, self.atoms(kept), kept, self.rounds)
-        atoms = solved(found.atoms, base)
+        dictionary = learn(linear.weight.detach().float() @ base, self.atoms(kept), kept, self.rounds)
+        atoms = solved(dictionary.atoms, base)
         size = atoms.abs().amax(dim=1).clamp_min(1e-30)
-        coefficients = (found.codes * size)[found.chosen].view(-1, kept)
+        coefficients = (dictionary.codes * size)[dictionary.chosen].view(-1, kept)
         return DictionaryLinear(
-            checked(atoms / size[:, None], linear.weight.dtype, "its atoms"), found.chosen, coefficients, linear.bias
+            checked(atoms / size[:, None], linear.weight.dtype, "its atoms"),
+            dictionary.chosen,
+            coefficients,
+            linear.bias,
         )
 
 
@@ -85,7 +88,7 @@ def learn(rows: Tensor, atoms: int, kept: int, rounds: int) -> Dictionary:
     basis = _begin(rows, atoms)
     codes, chosen = pursue(rows, basis, None, kept)
     for _ in range(rounds):
-        basis, codes = _fit_atoms(rows, codes, basis)
+        basis, codes = _fit_atoms(rows, codes)
         codes, chosen = pursue(rows, basis, (codes, chosen), kept)
     gram, pull = basis @ basis.T, rows @ basis.T
     return Dictionary(basis, refine(codes, chosen, gram, pull, _FINAL), chosen)
@@ -101,7 +104,7 @@ def _begin(rows: Tensor, atoms: int) -> Tensor:
     return _unit(basis)[0]
 
 
-def _fit_atoms(rows: Tensor, codes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_atoms(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """The atoms of unit length that serve these codes best, and the codes for them (Engan et al. 1999).
 
     An atom that no row uses becomes what is left of the row that is served worst.
@@ -135,8 +138,8 @@ def pursue(rows: Tensor, basis: Tensor, before: tuple[Tensor, Tensor] | None, ke
     codes, chosen = before
     codes = refine(codes, chosen, gram, pull, _REFINING)
     slope = pull - codes @ gram
-    own = slope * chosen if bool((slope * chosen).abs().sum() > 1e-3 * slope.abs().sum()) else slope
-    length = own.square().sum(dim=1) / ((own @ gram) * own).sum(dim=1).clamp_min(1e-30)
+    way = slope * chosen if bool((slope * chosen).abs().sum() > 1e-3 * slope.abs().sum()) else slope
+    length = way.square().sum(dim=1) / ((way @ gram) * way).sum(dim=1).clamp_min(1e-30)
     moved = codes + length[:, None] * slope
     other = _largest(moved, kept)
     tried = refine(moved * other, other, gram, pull, _REFINING)

@@ -9,10 +9,10 @@ from torch import nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.truncated_svd import TruncatedSVD
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.low_rank import LowRankLinear
 from workbench.weights.layers.streamed_mlp import StreamedMLP, activation_name
-from workbench.weights.methods.low_rank.svd import SVD
 from workbench.weights.surgery.prunable import PrunableMLP, activation, prunable_modules
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @register
-class FlashSVD(SVD):
+class FlashSVD(TruncatedSVD):
     """Compute with low-rank weights tile by tile, so that their wide activations never exist as a whole.
 
     Weights as by truncated SVD; a gated feed-forward module then computes `tile` tokens by `tile` neurons at a time

@@ -73,4 +73,5 @@ def semi_nonnegative(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor
 def _least_squares(whole: Tensor, down: Tensor) -> Tensor:
     """The up [o, r] for which up @ down is closest to whole [o, i]."""
     wide = down.double()
-    return (whole.double() @ wide.T @ torch.linalg.pinv(wide @ wide.T, hermitian=True)).float()
+    up: Tensor = (whole.double() @ wide.T @ torch.linalg.pinv(wide @ wide.T, hermitian=True)).float()
+    return up

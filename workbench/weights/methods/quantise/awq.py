@@ -46,15 +46,17 @@ def group_errors(change: Tensor, hessian: Tensor, group: int) -> Tensor:
 
     hessian: of the inputs [i, i], of which only the groups' own blocks are looked at.
     """
-    own = pad(change, (0, -change.shape[1] % group)).unflatten(1, (-1, group)).transpose(0, 1)  # [g, o, c]
-    return ((own @ _own_blocks(hessian, group)) * own).sum(dim=-1).T
+    groups = pad(change, (0, -change.shape[1] % group)).unflatten(1, (-1, group)).transpose(0, 1)  # [g, o, c]
+    errors: Tensor = ((groups @ _own_blocks(hessian, group)) * groups).sum(dim=-1).T
+    return errors
 
 
 def _own_blocks(hessian: Tensor, group: int) -> Tensor:
     """The blocks of a Hessian [i, i] that belong to one group each [g, c, c]; zeros beyond the last column."""
     more = -len(hessian) % group
     whole = pad(hessian, (0, more, 0, more)).unflatten(0, (-1, group)).unflatten(2, (-1, group))  # [g, c, g, c]
-    return whole.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    own: Tensor = whole.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return own
 
 
 @register

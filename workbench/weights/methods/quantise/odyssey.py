@@ -47,7 +47,7 @@ class Odyssey(WeightMethod):
         assert inputs is not None
         weight = linear.weight.detach().float()
         grid = clipped(weight, inputs.square, self.clips)
-        done = gptq(weight, inputs.hessian, lambda part, number: grid, weight.shape[1], damping=self.damping)
+        done = gptq(weight, inputs.hessian, lambda *_: grid, weight.shape[1], damping=self.damping)
         return IntegerLinear(done.codes, done.scale, None, _BITS, linear.bias, input_bits=self.input_bits)
 
 

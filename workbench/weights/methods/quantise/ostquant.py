@@ -97,8 +97,8 @@ class OSTQuant(Quantiser):
         weight, group = rotated.weight.detach().float(), self.group(linear)
         if self.rounding == "gptq":
             hessian = rotation.hessian(inputs.hessian)
-            found = gptq(weight, hessian, lambda part, number: self.grid(part), group, damping=self.damping)
-            codes, grid = found.codes, Grid(found.scale, found.zero, self.bits, group)
+            done = gptq(weight, hessian, lambda part, _: self.grid(part), group, damping=self.damping)
+            codes, grid = done.codes, Grid(done.scale, done.zero, self.bits, group)
         else:
             grid = self.grid(weight)
             codes = grid.codes(weight)

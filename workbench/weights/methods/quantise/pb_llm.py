@@ -15,7 +15,7 @@ from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outlie
 from workbench.weights.layers.outliers import nearest_eight
 from workbench.weights.solvers.compensation import compensated, removal_cost
 from workbench.weights.solvers.inverse_hessian import inverse_factor
-from workbench.weights.solvers.quantisation_grid import held
+from workbench.weights.solvers.quantisation_grid import stored_scale
 
 
 @register
@@ -97,13 +97,13 @@ def binarised(weight: Tensor, chosen: Tensor, factor: Tensor, group: int) -> Bin
     is due.
     """
     group = min(group, weight.shape[1])
-    step = held((weight.abs() * chosen).amax(dim=1) / 127)
+    step = stored_scale((weight.abs() * chosen).amax(dim=1) / 127)
     alpha = weight.new_zeros(weight.shape[0], -(-weight.shape[1] // group))
     beyond = torch.zeros_like(weight)
     codes = torch.empty_like(weight, dtype=torch.uint8)
 
     def prepare(first: int, part: Tensor) -> Callable[[Tensor, int], Tensor]:
-        size = held(2 * _mean_size(part, ~chosen[:, first : first + group])) / 2
+        size = stored_scale(2 * _mean_size(part, ~chosen[:, first : first + group])) / 2
         alpha[:, first // group] = size
 
         def replace(column: Tensor, index: int) -> Tensor:
@@ -120,6 +120,6 @@ def binarised(weight: Tensor, chosen: Tensor, factor: Tensor, group: int) -> Bin
 
 
 def _mean_size(part: Tensor, others: Tensor) -> Tensor:
-    """The mean magnitude of part [o, c] over `others`; over all of it where there are none. [o]"""
+    """The mean magnitude [o] of part [o, c] over `others`; over all of it where there are none."""
     others = others | ~others.any(dim=1, keepdim=True)
     return (part.abs() * others).sum(dim=1) / others.sum(dim=1)

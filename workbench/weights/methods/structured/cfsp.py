@@ -100,9 +100,9 @@ class CFSP(StructuredPruner):
         study: WeightStudy,
         progress: Progress,
     ) -> dict[str, Tensor]:
-        found = {}
+        scores = {}
         for _, inputs in study.inputs(hessians=False, progress=progress):
             for module in (module for module in modules if module.out in inputs):
                 gate, up, down = (linears[name].weight.detach() for name in module.layers)
-                found[module.name] = neuron_scores(gate, up, down, inputs[module.out].square)
-        return found
+                scores[module.name] = neuron_scores(gate, up, down, inputs[module.out].square)
+        return scores

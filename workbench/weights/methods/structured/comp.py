@@ -35,7 +35,8 @@ def leverage(down: Tensor, squares: Tensor) -> Tensor:
     gram = scaled @ scaled.T
     mean = gram.diagonal().mean().clamp_min(1e-30)
     solved = torch.linalg.solve(gram + mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), scaled)
-    return (scaled * solved).sum(dim=0)
+    values: Tensor = (scaled * solved).sum(dim=0)
+    return values
 
 
 def tuned(down: Tensor, hessian: Tensor, kept: Tensor, damping: float) -> Tensor:
@@ -45,9 +46,10 @@ def tuned(down: Tensor, hessian: Tensor, kept: Tensor, damping: float) -> Tensor
     hessian: the mean of x xᵀ [i, i].
     """
     products = (down.double().T @ down.double()) * hessian.double()
-    own = products[kept][:, kept]
-    missing = products[kept].sum(dim=1) - own.sum(dim=1)
-    return 1 + torch.linalg.solve(damped(own, damping), missing)
+    gram = products[kept][:, kept]
+    missing = products[kept].sum(dim=1) - gram.sum(dim=1)
+    mask: Tensor = 1 + torch.linalg.solve(damped(gram, damping), missing)
+    return mask
 
 
 def remaining(order: Sequence[int], sizes: Sequence[int], spare: Sequence[int], limit: int, coarse: float) -> list[int]:
@@ -117,8 +119,8 @@ class COMP(BlockPruner):
         narrow = [modules[index] for index in staying if index in modules]
         room = limit - sum(sizes[index] for index in staying) + sum(x.dimension_nbytes * x.width for x in narrow)
         each, widths = [module.dimension_nbytes for module in narrow], [module.width for module in narrow]
-        found = shared_out([1.0] * len(narrow), widths, lambda index, width: each[index] * width, room)
-        counts = {module.out: count for module, count in zip(narrow, found, strict=True)}
+        kept_widths = shared_out([1.0] * len(narrow), widths, lambda index, width: each[index] * width, room)
+        counts = {module.out: count for module, count in zip(narrow, kept_widths, strict=True)}
         done = 0
         for _, inputs in study.inputs(hessians=True, progress=progress):
             for module in (module for module in narrow if module.out in inputs):

@@ -14,7 +14,6 @@ from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.core_mlp import CoreMLP
-from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,10 +49,9 @@ class CoreInfer(StructuredPruner):
     share: float = param(0.4, gt=0, le=1, help="of an MLP's neurons, how many a decoding step uses")
     token_share: float = param(0.4, gt=0, le=1, help="of an MLP's neurons, how many each token votes for")
 
-    def survey(self, model: nn.Module) -> Survey:
-        found = super().survey(model)
-        assert isinstance(found, WithinBudget)
-        return replace(found, least=found.whole)
+    def survey(self, model: nn.Module) -> WithinBudget:
+        survey = super().survey(model)
+        return replace(survey, least=survey.whole)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

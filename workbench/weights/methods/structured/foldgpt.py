@@ -29,20 +29,20 @@ def folding(
     kind, and lends them to fewer than `group` - 1 others; the rest are removed. sizes: bytes of each block.
     """
     order = sorted(range(len(sizes)), key=lambda index: importance[index])
-    own, nbytes = set(order), sum(sizes)
+    whole, nbytes = set(order), sum(sizes)
     for index in order[:-1]:
         if nbytes <= limit:
             break
-        own.remove(index)
+        whole.remove(index)
         nbytes -= sizes[index]
-    without = [index for index in order if index not in own]
+    without = [index for index in order if index not in whole]
     folding = set(without[round((1 - folded) * len(without)) :])
-    found: list[int | None] = [index if index in own else None for index in range(len(sizes))]
+    users: list[int | None] = [index if index in whole else None for index in range(len(sizes))]
     for index in sorted(folding):
-        earlier = max((other for other in own if other < index and kinds[other] == kinds[index]), default=None)
-        if earlier is not None and found.count(earlier) < group:
-            found[index] = earlier
-    return found
+        earlier = max((other for other in whole if other < index and kinds[other] == kinds[index]), default=None)
+        if earlier is not None and users.count(earlier) < group:
+            users[index] = earlier
+    return users
 
 
 @register
@@ -77,14 +77,14 @@ class FoldGPT(BlockPruner):
         importance = (1 - study.similarity(progress)).tolist()
         sizes = self.block_nbytes(twin, linears)
         kinds = [_kind(name, linears) for name in names]
-        found = folding(importance, sizes, kinds, limit, self.folded, self.group)
-        steps = progress.track(list(enumerate(found)), f"compressing by {self.key}", len(found))
+        users = folding(importance, sizes, kinds, limit, self.folded, self.group)
+        steps = progress.track(list(enumerate(users)), f"compressing by {self.key}", len(users))
         for index, other in steps:
             if other is not None and other != index:
                 for name in [name for name in linears if name.startswith(f"{names[index]}.")]:
                     lender = linears[names[other] + name.removeprefix(names[index])]
                     twin.set_submodule(name, linear_like(lender, lender.weight, lender.bias))
-        shorten(twin, [index for index, other in enumerate(found) if other is not None])
+        shorten(twin, [index for index, other in enumerate(users) if other is not None])
 
 
 def _kind(block: str, linears: Mapping[str, nn.Linear]) -> object:

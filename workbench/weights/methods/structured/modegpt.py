@@ -135,8 +135,10 @@ def allocate(modules: Sequence[Sequence[PrunableModule]], losses: Sequence[float
     def widths(factor: float) -> list[list[int]]:
         return [_within(parts, 1 - min(factor * loss, 1.0)) for parts, loss in zip(modules, losses, strict=True)]
 
-    def nbytes(found: Sequence[Sequence[int]]) -> int:
-        pairs = [pair for parts, own in zip(modules, found, strict=True) for pair in zip(parts, own, strict=True)]
+    def nbytes(widths: Sequence[Sequence[int]]) -> int:
+        pairs = [
+            pair for parts, counts in zip(modules, widths, strict=True) for pair in zip(parts, counts, strict=True)
+        ]
         return sum(module.dimension_nbytes * width for module, width in pairs)
 
     narrowest = 1 / max(min(losses), 1e-12)  # nothing but the smallest widths stays
@@ -146,12 +148,12 @@ def allocate(modules: Sequence[Sequence[PrunableModule]], losses: Sequence[float
 def _within(modules: Sequence[PrunableModule], share: float) -> list[int]:
     """The widths of a block's modules at this share of its bytes; the last module takes what is left of them."""
     room = share * sum(module.width * module.dimension_nbytes for module in modules)
-    found = []
+    widths = []
     for number, module in enumerate(modules, 1):
         part = share * module.width if number < len(modules) else room / module.dimension_nbytes
-        found.append(min(max(int(part + 1e-9), 1), module.width))
-        room -= found[-1] * module.dimension_nbytes
-    return found
+        widths.append(min(max(int(part + 1e-9), 1), module.width))
+        room -= widths[-1] * module.dimension_nbytes
+    return widths
 
 
 def leverage(moment: Tensor, ridge: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -109,24 +109,22 @@ def _within(width: int, share: float) -> int:
 def activations(model: PreTrainedModel, modules: list[PrunableModule], ids: Tensor) -> list[Tensor]:
     """Root mean square of each module's transitional activations over texts ids [t, n], float32 [heads, width] each."""
     sums: dict[str, Tensor] = {}
-    with _listening(model, [module.out for module in modules], sums), torch.inference_mode():
+    with _observing(model, [module.out for module in modules], sums), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
     return [module.by_head(sums[module.out] / ids.numel()).sqrt() for module in modules]
 
 
 @contextmanager
-def _listening(model: PreTrainedModel, names: list[str], sums: dict[str, Tensor]) -> Iterator[None]:
+def _observing(model: PreTrainedModel, names: list[str], sums: dict[str, Tensor]) -> Iterator[None]:
     """Until the block ends, add the squares of what enters these layers, over all tokens, to `sums`."""
 
-    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def add(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         squares = inputs[0].float().square().flatten(0, -2).sum(dim=0)
         sums[name] = sums[name] + squares if name in sums else squares
 
-    hooks: list[Callable[[], None]] = []
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in names]
     try:
-        for name in names:
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(partial(add, name)).remove)
         yield
     finally:
-        for remove in hooks:
-            remove()
+        for handle in handles:
+            handle.remove()

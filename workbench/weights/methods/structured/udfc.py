@@ -57,8 +57,8 @@ def overlap(one: Channels, other: Channels, squares: Tensor) -> Tensor:
     """
     gg, uu = (one.gate * squares) @ other.gate.T, (one.up * squares) @ other.up.T
     gu, ug = (one.gate * squares) @ other.up.T, (one.up * squares) @ other.gate.T
-    own = [(x.gate * squares * x.up).sum(dim=1) for x in (one, other)]
-    fourth = own[0][:, None] * own[1] + gg * uu + gu * ug
+    products = [(x.gate * squares * x.up).sum(dim=1) for x in (one, other)]
+    fourth = products[0][:, None] * products[1] + gg * uu + gu * ug
     return one.level[:, None] * other.level * uu + one.slope[:, None] * other.slope * fourth
 
 
@@ -66,7 +66,8 @@ def data_free_scores(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """How much each neuron may matter, float32 [i]: the largest entry of its row of gate and of up, times the norm of
     its column of down. A few channels carry most of what language models pass on, so that peaks tell more than norms.
     """
-    return gate.float().abs().amax(dim=1) * up.float().abs().amax(dim=1) * down.float().norm(dim=0)
+    scores: Tensor = gate.float().abs().amax(dim=1) * up.float().abs().amax(dim=1) * down.float().norm(dim=0)
+    return scores
 
 
 def rebuilt(down: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
@@ -77,7 +78,8 @@ def rebuilt(down: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: fl
     """
     old = down.double()[:, kept]
     missing = down.double() @ cross.double() - old @ gram.double()
-    return old + torch.linalg.solve(damped(gram, damping), missing.T).T
+    fitted: Tensor = old + torch.linalg.solve(damped(gram, damping), missing.T).T
+    return fitted
 
 
 @register
@@ -150,7 +152,7 @@ class UDFC(StructuredPruner):
             grid = self._grid(weight[kept])
             first.append(grid.codes(weight[kept]))
             grids.append(grid)
-        damaged = channels(grids[0].values(first[0]), grids[1].values(first[1]), squares, act)
+        damaged = channels(grids[0].dequantised(first[0]), grids[1].dequantised(first[1]), squares, act)
         cross, gram = overlap(whole, damaged, squares), overlap(damaged, damaged, squares)
         last = rebuilt(weights[2], kept, cross, gram, self.damping).float()
         grids.append(self._grid(last))
@@ -175,4 +177,5 @@ def gains(model: nn.Module, mlp: str, hidden: int) -> Tensor:
     )  # mean square 1, and mean 0 for norms that centre
     signs[1::2] = -1
     with torch.no_grad():
-        return norm(signs).float().abs()
+        sizes: Tensor = norm(signs).float().abs()
+        return sizes

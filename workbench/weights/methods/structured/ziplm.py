@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -87,9 +88,10 @@ def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     if columns.shape[2] == 1:
         flat = columns[..., 0]
         return weight.square().sum(dim=0)[flat] / inverse.diagonal()[flat]
-    own = inverse[columns[..., :, None], columns[..., None, :]]  # [heads, width, c, c]
+    pivots = inverse[columns[..., :, None], columns[..., None, :]]  # [heads, width, c, c]
     part = weight.T[columns]  # [heads, width, c, o]
-    return (torch.linalg.solve(own, part) * part).sum(dim=(-1, -2))
+    costs: Tensor = (torch.linalg.solve(pivots, part) * part).sum(dim=(-1, -2))
+    return costs
 
 
 @register
@@ -97,10 +99,10 @@ class ZipLM(StructuredPruner):
     """Leave out MLP neurons and channels of attention's values where least is lost for the time that is saved.
 
     Each module's structures go in the order of structured second-order pruning, the rest making up for them (Kurtic et
-    al. 2023); how long a module takes at each of some widths is measured on this machine, once a process, for `tokens`
-    tokens at once. From the whole model on, the module whose next step loses least for each second it saves takes it,
-    until the bytes are within the budget and, where `speedup` is given, the measured products of all pruned modules
-    are that much faster together.
+    al. 2023); how long a module takes at each of some widths is measured on this machine, once for each study, for
+    `tokens` tokens at once. From the whole model on, the module whose next step loses least for each second it saves
+    takes it, until the bytes are within the budget and, where `speedup` is given, the measured products of all pruned
+    modules are that much faster together.
 
     The paper prunes whole heads; here every layer's cache needs as many KV heads as the others, so that each head gets
     narrower values instead. It searches widths by SPDY with trials on the whole model; here the error of each module's
@@ -131,7 +133,7 @@ class ZipLM(StructuredPruner):
         modules = self.prunable_modules(twin, tuple(linears))
         key = ("ziplm", self.damping)
         removals = study.once(key, lambda: self._removals(modules, linears, study, progress))
-        counts = self._searched(twin, modules, removals, limit)
+        counts = self._searched(twin, modules, removals, limit, study)
         done = 0
         for _, inputs in study.inputs(hessians=True, progress=progress):
             for module in (module for module in modules if module.out in inputs):
@@ -152,10 +154,10 @@ class ZipLM(StructuredPruner):
         study: WeightStudy,
         progress: Progress,
     ) -> dict[str, Removal]:
-        found: dict[str, Removal] = {}
+        removals: dict[str, Removal] = {}
         for _, inputs in study.inputs(hessians=True, progress=progress):
             for module in (module for module in modules if module.out in inputs):
-                progress.update("finding what costs least", len(found), len(modules))
+                progress.update("finding what costs least", len(removals), len(modules))
                 each = torch.arange(module.width).expand(module.heads, -1)
                 structures = (
                     module.columns(each).view(module.heads, -1, module.width).transpose(1, 2)
@@ -163,8 +165,8 @@ class ZipLM(StructuredPruner):
                 hessian = inputs[module.out].hessian
                 together = max(module.width // _ROUNDS, 1)
                 weight = linears[module.out].weight.detach()
-                found[module.name] = removal(weight, hessian, structures.to(hessian.device), self.damping, together)
-        return found
+                removals[module.name] = removal(weight, hessian, structures.to(hessian.device), self.damping, together)
+        return removals
 
     def _searched(
         self,
@@ -172,10 +174,11 @@ class ZipLM(StructuredPruner):
         modules: Sequence[PrunableModule],
         removals: Mapping[str, Removal],
         limit: int | None,
+        study: WeightStudy,
     ) -> dict[str, int]:
         """How many dimensions each module keeps."""
         levels = [_levels(module.width, self.steps) for module in modules]  # widest first
-        seconds = [self._seconds(twin, module, widths) for module, widths in zip(modules, levels, strict=True)]
+        seconds = [self._seconds(twin, module, widths, study) for module, widths in zip(modules, levels, strict=True)]
         errors = [removals[module.name].errors for module in modules]
         at = [0] * len(modules)
         nbytes = sum(self.module_nbytes(module, module.width) for module in modules)
@@ -203,18 +206,21 @@ class ZipLM(StructuredPruner):
             )
         return {module.name: levels[index][at[index]] for index, module in enumerate(modules)}
 
-    def _seconds(self, twin: PreTrainedModel, module: PrunableModule, widths: Sequence[int]) -> list[float]:
+    def _seconds(
+        self, twin: PreTrainedModel, module: PrunableModule, widths: Sequence[int], study: WeightStudy
+    ) -> list[float]:
         """How long a module's layers take at these widths, never longer when narrower."""
-        found: list[float] = []
+        seconds: list[float] = []
         for width in widths:
             total = 0.0
             for name, (axis, heads) in module.layers.items():
                 weight: Any = twin.get_submodule(name).weight
-                shape = [weight.shape[0], weight.shape[1]]
-                shape[axis] = heads * width
-                total += product_seconds(*shape, self.tokens, weight.device, weight.dtype)
-            found.append(min(total, found[-1]) if found else total)
-        return found
+                narrow = heads * width
+                shape = (narrow, weight.shape[1]) if axis == 0 else (weight.shape[0], narrow)
+                product = (*shape, self.tokens, weight.device, weight.dtype)
+                total += study.once(("product seconds", *product), partial(product_seconds, *product))
+            seconds.append(min(total, seconds[-1]) if seconds else total)
+        return seconds
 
 
 def _levels(width: int, steps: int) -> list[int]:
