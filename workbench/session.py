@@ -33,7 +33,7 @@ from workbench.inspection.captured import Captured, as_read, capture, changes_re
 from workbench.inspection.implied import Implied
 from workbench.kv.base import KVMethod
 from workbench.kv.methods.full import Full
-from workbench.kv.plan import Plan, StreamedPlan, make_plan, uncompressed_nbytes
+from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.attention import PooledMap, Pooling, Span, check_pooling
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadStats
@@ -43,10 +43,11 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
 from workbench.recipe import Recipe
 from workbench.registry import Method, find
-from workbench.runtime.conversation import Conversation, Question
+from workbench.runtime.conversation import Conversation
 from workbench.runtime.exactness import verify
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read, seen, take_in
-from workbench.runtime.run import Run, Stream
+from workbench.runtime.run import Question, Run, Stream
 from workbench.trace import Trace
 from workbench.weights.base import WeightMethod
 from workbench.weights.variants import Variants
@@ -416,7 +417,7 @@ class Session(Shown):
         plan = self._plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
         # The reading that a method made while planning is on its timeline, not part of planning.
-        plan_s = max(plan_s - plan.read_seconds, 0.0) if isinstance(plan, StreamedPlan) else plan_s
+        plan_s = max(plan_s - plan.read_seconds, 0.0) if plan.chunked else plan_s
         return self._conversation(spec, plan).begin(question, max_new_tokens, progress, plan_s)
 
     def _conversation(self, recipe: Recipe, plan: Plan) -> Conversation:

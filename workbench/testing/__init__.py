@@ -20,7 +20,7 @@ from workbench.attention.base import AttentionMethod
 from workbench.attention.operators.base import Operator, per_head
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod, Study
-from workbench.kv.plan import Plan, make_plan, rank
+from workbench.kv.plan import Plan, rank
 from workbench.kv.stores import SlidingStore, Store
 from workbench.measure.memory import tensor_bytes
 from workbench.models import facts, tiny
@@ -28,6 +28,7 @@ from workbench.prompt import Prompt
 from workbench.registry import Method
 from workbench.registry import method as make
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan, study_of
 from workbench.runtime.prefill import read
 from workbench.runtime.run import Run
 from workbench.session import Session
@@ -360,7 +361,7 @@ def allocation_shares_out_what_there_is(method: KVMethod) -> None:
         return
     for architecture, tokens in (("llama", TOKENS), ("mha", 7), ("mqa", 1)):
         found = reading(architecture, tokens)
-        study = Study(found.trace, found.model)
+        study = study_of(found.trace, found.model)
         ranking = rank(study, method).beside(method.importance(study))
         least, before = ranking.layers * ranking.kv_heads, 0
         for entries in sorted({least + (tokens - 1) * least * step // 20 for step in range(21)}):
@@ -373,7 +374,9 @@ def allocation_shares_out_what_there_is(method: KVMethod) -> None:
             _must(total <= entries, f"{asked}: {total} are given out")
             _must(total >= before, f"{asked}: {total} are given out, fewer than of less")
             unlike = bool((counts != counts[:, :1]).any())
-            _must(method.uneven or not unlike, "heads of a layer get different lengths: set uneven = True")
+            _must(
+                method.head_adaptive or not unlike, "heads of a layer get different lengths: set head_adaptive = True"
+            )
             before = total
         _must(before == least * tokens, f"{before} are given out where there is room for all {least * tokens}")
 
