@@ -94,12 +94,12 @@ def test_other_architectures_come_back_too(architecture: str, tmp_path: Path) ->
 
 def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     made = session(tied())
-    for format in ("workbench", "compressed-tensors"):
-        made.export(tmp_path / format, "rtn", format=format, **SYMMETRIC)
-        again = wb.Session(tmp_path / format).model
+    for kind in ("workbench", "compressed-tensors"):
+        made.export(tmp_path / kind, "rtn", format=kind, **SYMMETRIC)
+        again = wb.Session(tmp_path / kind).model
         assert again.lm_head.weight is again.model.embed_tokens.weight
         assert torch.equal(logits(again), logits(compressed(made, "rtn", **SYMMETRIC)))
-        with safe_open(next((tmp_path / format).glob("*.safetensors")), framework="pt") as held:
+        with safe_open(next((tmp_path / kind).glob("*.safetensors")), framework="pt") as held:
             assert sum(name in ("lm_head.weight", "model.embed_tokens.weight") for name in held.keys()) == 1  # noqa: SIM118
 
 

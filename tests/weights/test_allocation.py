@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import logits
 from workbench.core.evolution import Step, evolve, exchanges, filled, steps, switched, total, uniform
 from workbench.errors import BadParameter, BadRecipe, BudgetTooSmall, Cancelled, NotApplicable
 from workbench.models import tiny
@@ -32,11 +33,6 @@ def session(architecture: str = "llama", **options: object) -> wb.Session:
     made = wb.Session((tiny(architecture, **options), None))  # type: ignore[arg-type]
     made.calibrate("sampled", samples=4, tokens=24)
     return made
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def kl(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tests.weights.support import drawn
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -105,10 +106,6 @@ def test_other_architectures_are_compressed_on_the_gpu_too(architecture: str) ->
 
 
 # --- Layers
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def whole(high: int, *shape: int) -> Tensor:

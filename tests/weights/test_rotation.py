@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, logits
 from workbench.core.hadamard import matrix, order, rotate, unrotate, whole
 from workbench.errors import NotApplicable
 from workbench.measure import space_used
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
 from workbench.weights.compress import compressed
@@ -27,14 +29,8 @@ from workbench.weights.surgery.rotation import DecoderRotation, LayerRotation, b
 from workbench.weights.surgery.sharing_copy import sharing_copy
 from workbench.weights.survey import Survey
 
-IDS = torch.arange(3, 67)
 SHORT = Calibration(SAMPLED, samples=8, tokens=32)
 ROTATABLE = ("llama", "mqa", "mha", "qwen2", "qwen3", "mistral", "phi3")
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
 
 
 def shaken(architecture: str, layers: int = 2) -> PreTrainedModel:
@@ -48,13 +44,17 @@ def shaken(architecture: str, layers: int = 2) -> PreTrainedModel:
     return model
 
 
+def squares_of(seen: dict[str, InputStats]) -> dict[str, Tensor]:
+    return {name: stats.square for name, stats in seen.items()}
+
+
 def rotated(model: PreTrainedModel, *, scaling: bool = True) -> PreTrainedModel:
     """A copy with every weight rotated and scaled, and none rounded."""
     twin = sharing_copy(model)
     decoder = DecoderRotation(twin)
     signs = decoder.signs(0)
     for block, seen in WeightStudy(model, calibration=SHORT).inputs(hessians=False):
-        for name, rotation in decoder.rotations(block, signs, seen if scaling else None).items():
+        for name, rotation in decoder.rotations(block, signs, squares_of(seen) if scaling else None).items():
             made = rotated_linear(model.get_submodule(name), rotation)
             twin.set_submodule(name, RotatedLinear(made) if name.endswith("down_proj") else made)
     decoder.rotate_ends(twin, signs)
@@ -135,7 +135,7 @@ def test_what_is_compressed_already_cannot_be_rotated() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
-def test_moments_of_rotated_inputs_follow_from_the_original_ones(architecture: str) -> None:
+def test_hessians_of_rotated_inputs_follow_from_the_original_ones(architecture: str) -> None:
     model = shaken(architecture)
     twin = rotated(model)
     decoder, signs = DecoderRotation(model), DecoderRotation(model).signs(0)
@@ -144,7 +144,7 @@ def test_moments_of_rotated_inputs_follow_from_the_original_ones(architecture: s
         WeightStudy(twin, calibration=SHORT).inputs(hessians=True),
         strict=True,
     ):
-        for name, rotation in decoder.rotations(block, signs, seen).items():
+        for name, rotation in decoder.rotations(block, signs, squares_of(seen)).items():
             if name.endswith("down_proj"):
                 continue  # a layer of its own kind, which calibration does not listen to
             want = there[name].hessian

@@ -8,41 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import RANDOM_IDS, drawn, logits, studied, with_study
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights import RTN, BitStack, DoubleRounding, WeightMethod, compressed
-from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.calibration.texts import Calibration
+from workbench.weights import RTN, BitStack, DoubleRounding, compressed
 from workbench.weights.layers import BitBlock, BitBlocksLinear, PackedLinear, bit_block_nbytes, packed_nbytes
 from workbench.weights.methods.any_size.bitstack import decompose, leading, scales
 from workbench.weights.methods.any_size.double_rounding import coarser, narrower, rounded
 from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
-
-IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
-
-
-def studied(model: PreTrainedModel) -> WeightStudy:
-    return WeightStudy(model, calibration=Calibration("sampled", samples=4, tokens=32))
-
-
-def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy) -> PreTrainedModel:
-    return compressed(model, [method], study=lambda _, number: study)
-
 
 # --- The order
 
@@ -142,7 +121,7 @@ def test_inputs_that_were_never_seen_still_count() -> None:
 
 def test_a_smaller_stack_lies_inside_every_larger_one_and_nothing_is_cut_again() -> None:
     model = tiny("llama")
-    study, loaded, before = studied(model), [], -1.0
+    study, loaded, before = studied(model, tokens=32), [], -1.0
     for budget in (0.9, 0.2, 0.35, 0.5):
         twin = with_study(model, BitStack(budget=budget), study)
         loaded.append((budget, {name: m for name, m in twin.named_modules() if isinstance(m, BitBlocksLinear)}))
@@ -159,7 +138,7 @@ def test_a_smaller_stack_lies_inside_every_larger_one_and_nothing_is_cut_again()
 
 def test_more_bytes_never_lose_more() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     errors = []
     for budget in (0.15, 0.3, 0.45, 0.6, 0.75, 1.0):
         twin, lost = with_study(model, BitStack(budget=budget), study), 0.0
@@ -172,12 +151,12 @@ def test_more_bytes_never_lose_more() -> None:
                 lost += float(change.square().sum() / scale.square().sum())
         errors.append(lost)
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == 0 and torch.equal(logits(twin), logits(model))
+    assert errors[-1] == 0 and torch.equal(logits(twin, RANDOM_IDS), logits(model, RANDOM_IDS))
 
 
 def test_any_number_of_bytes_is_met_to_within_a_block() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     for size in ("60KiB", "75KiB", "90KiB"):
         method = BitStack(budget=size)
         twin = with_study(model, method, study)
@@ -242,7 +221,7 @@ def test_weights_come_out_as_close_as_by_rounding_to_nearest_at_once(bits: int) 
 
 def test_every_width_is_made_of_the_eight_bit_codes_alone() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     wide = with_study(model, DoubleRounding(), study)
     for parameter in model.parameters():
         parameter.data = torch.full_like(parameter.data, float("nan"))  # whoever looks at the weights again sees these
@@ -262,7 +241,7 @@ def test_every_width_is_made_of_the_eight_bit_codes_alone() -> None:
 def test_eight_bits_are_those_of_rounding_to_nearest() -> None:
     model = tiny("llama")
     ours, rtn = compressed(model, [DoubleRounding()]), compressed(model, [RTN(bits=8)])
-    assert torch.equal(logits(ours), logits(rtn))
+    assert torch.equal(logits(ours, RANDOM_IDS), logits(rtn, RANDOM_IDS))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
@@ -294,7 +273,7 @@ def test_bytes_are_those_of_the_width_that_is_loaded(bits: int, symmetric: bool)
 
 def test_a_budget_narrows_layers_one_by_one_and_never_beyond_the_widest() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     chosen = []
     for budget in (0.2, 0.25, 0.3, 0.4, 0.55):
         twin = with_study(model, DoubleRounding(budget=budget, bits=6), study)
@@ -313,7 +292,7 @@ def test_mixed_widths_lose_less_than_one_width_of_the_same_bytes() -> None:
             weight = linear.weight.detach().clone()
             weight[:, 0] *= 30  # outliers: three bits are far too few here
             linear.weight = nn.Parameter(weight)
-    study = studied(model)
+    study = studied(model, tokens=32)
     uniform = DoubleRounding(bits=3)
     share = uniform.survey(model).nbytes / uniform.survey(model).full_nbytes
     twins = [with_study(model, method, study) for method in (uniform, DoubleRounding(budget=share))]
@@ -333,13 +312,13 @@ def test_mixed_widths_lose_less_than_one_width_of_the_same_bytes() -> None:
 
 def test_a_session_cuts_and_rounds_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     session = wb.Session((tiny("llama"), None))
-    session.read(IDS)
+    session.read(RANDOM_IDS)
     session.calibrate("sampled", samples=4, tokens=32)
     for one, other in ((DoubleRounding(bits=8), DoubleRounding(bits=3)), (BitStack(budget=0.6), BitStack(budget=0.2))):
-        large = session.run(one, question=IDS[:3], max_new_tokens=2)
+        large = session.run(one, question=RANDOM_IDS[:3], max_new_tokens=2)
         with monkeypatch.context() as patch:
             for method in (DoubleRounding, BitStack):
                 for name in ("_master", "_stack"):
                     patch.setattr(method, name, None, raising=False)  # whoever makes it again fails
-            small = session.run(other, question=IDS[:3], max_new_tokens=2)
+            small = session.run(other, question=RANDOM_IDS[:3], max_new_tokens=2)
         assert small.memory.peaks["weights"] < large.memory.peaks["weights"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, drawn, logits
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -28,17 +29,7 @@ from workbench.weights.methods.structured.ziplm import ZipLM, removal
 from workbench.weights.solvers.least_squares import refitted
 from workbench.weights.solvers.widths import shared_out
 
-IDS = torch.arange(3, 67)
 METHODS: tuple[type[WeightMethod], ...] = (CFSP, COMP, CoreInfer, FoldGPT, UDFC, ZipLM)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
 
 
 @pytest.fixture(autouse=True)
@@ -378,7 +369,7 @@ def test_a_step_computes_what_the_core_neurons_alone_give(tiny_llama: PreTrained
     from workbench.engine import attention_hook
 
     mlp: Any = tiny_llama.get_submodule("model.layers.0.mlp")
-    core, handler = CoreMLP(mlp, 0, 0.4, 0.25), Remembering()
+    core, handler = CoreMLP(mlp, mlp.act_fn, 0, 0.4, 0.25), Remembering()
     token = attention_hook._passing.set(attention_hook._Passing(handler, None, plain=True))  # type: ignore[arg-type]
     try:
         read, x = drawn(1, 9, 64), drawn(1, 1, 64, seed=1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, logits
 from workbench.errors import BadBudget, BudgetTooSmall, Cancelled, InputError, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.measure.quality import output_error
@@ -22,13 +23,7 @@ from workbench.weights.calibration.sampled_texts import sampled_texts
 from workbench.weights.layers.narrow_attention import NarrowAttention
 from workbench.weights.surgery.narrow import narrowed
 
-IDS = torch.arange(3, 67)
 NARROWED = ("llama", "mqa", "mha", "qwen2", "qwen3", "mistral", "mixtral", "qwen3-moe")
-
-
-def logits(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        return model(ids[None]).logits[0]
 
 
 def live_bytes(twin: nn.Module, names: list[str]) -> int:
@@ -126,10 +121,9 @@ def test_reading_at_once_and_token_by_token_agree(architecture: str) -> None:
     whole = survey.full_nbytes + survey.fixed_nbytes
     budget = (0.6 * survey.full_nbytes + survey.fixed_nbytes) / whole + 1e-6
     twin = compressed(model, [TransAct(budget=budget, texts=2)])
-    cache, rows = DynamicCache(config=twin.config), []
+    cache = DynamicCache(config=twin.config)
     with torch.no_grad():
-        for token in IDS[:24]:
-            rows.append(twin(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1])
+        rows = [twin(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1] for token in IDS[:24]]
     assert torch.allclose(torch.stack(rows), logits(twin, IDS[:24]), atol=2e-3)
     assert cache.layers[0].values.shape[-1] == 9 and cache.layers[0].keys.shape[-1] == 16
 

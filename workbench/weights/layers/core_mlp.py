@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn.functional import linear
 
 from workbench.engine.attention_hook import passing
 from workbench.weights.layers import CompactLinear
-from workbench.weights.surgery.prunable import activation
 
 
 def votes(activations: Tensor, share: float) -> Tensor:
@@ -36,10 +36,12 @@ class CoreMLP(nn.Module):
     rows and columns of its core neurons once a token has been decoded. Passes that remember nothing use all neurons.
     """
 
-    def __init__(self, original: Any, number: int, token_share: float, share: float) -> None:
+    def __init__(
+        self, original: Any, act_fn: Callable[[Tensor], Tensor], number: int, token_share: float, share: float
+    ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = original.gate_proj, original.up_proj, original.down_proj
-        self.act_fn: Any = activation(original)
+        self.act_fn = act_fn
         self.number = number
         self.token_share, self.count = token_share, max(int(share * original.down_proj.in_features), 1)
         self.train(original.training)

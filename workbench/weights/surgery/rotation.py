@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from workbench.core.hadamard import rotate
 from workbench.errors import NotApplicable
 from workbench.models.decoder import decoder_layers
-from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers.rotated import PlainNorm, RotatedEmbedding, UnrotatedNorm
 
 if TYPE_CHECKING:
@@ -108,10 +107,11 @@ class DecoderRotation:
         draw = torch.Generator().manual_seed(seed)
         return (2 * torch.randint(0, 2, (self.width,), generator=draw) - 1).to(torch.int8)
 
-    def rotations(self, block: str, signs: Tensor, seen: Mapping[str, InputStats] | None) -> dict[str, LayerRotation]:
+    def rotations(self, block: str, signs: Tensor, squares: Mapping[str, Tensor] | None) -> dict[str, LayerRotation]:
         """What becomes of each linear layer of a block, by its full name.
 
-        seen: what enters the layers, to scale channels of values and neurons by; None: they are not scaled.
+        squares: mean squares [i] of what enters the layers, to scale channels of values and neurons by; None: they are
+        not scaled.
         """
         module: Any = self.blocks[block]
         device = module.self_attn.o_proj.weight.device
@@ -120,11 +120,11 @@ class DecoderRotation:
         groups = (self.kv_heads, self.heads // self.kv_heads, d)  # how the inputs of o_proj divide
         values = torch.ones(self.kv_heads * d, dtype=torch.float64, device=device)
         neurons = torch.ones(mlp.down_proj.in_features, dtype=torch.float64, device=device)
-        if seen is not None:
+        if squares is not None:
             o_proj, down_proj = f"{block}.self_attn.o_proj", f"{block}.mlp.down_proj"
-            squares, weights = seen[o_proj].square, attention.o_proj.weight.detach().float().square().sum(dim=0)
-            values = balance(*(part.view(groups).sum(dim=1).flatten() for part in (squares, weights)))
-            neurons = balance(seen[down_proj].square, mlp.down_proj.weight.detach().float().square().sum(dim=0))
+            weights = attention.o_proj.weight.detach().float().square().sum(dim=0)
+            values = balance(*(part.view(groups).sum(dim=1).flatten() for part in (squares[o_proj], weights)))
+            neurons = balance(squares[down_proj], mlp.down_proj.weight.detach().float().square().sum(dim=0))
         entering = module.input_layernorm.weight.detach().double() * signs
         made: dict[str, LayerRotation] = {}
         for name in _projections("self_attn", attention)[:-1]:

@@ -81,7 +81,8 @@ class OSTQuant(Quantiser):
         signs = decoder.signs(self.seed)
         stage, done = f"compressing by {self.key}", 0
         for block, inputs in study.inputs(hessians=self.rounding == "gptq", progress=progress):
-            rotations = decoder.rotations(block, signs, inputs if self.scaling else None)
+            squares = {name: stats.square for name, stats in inputs.items()} if self.scaling else None
+            rotations = decoder.rotations(block, signs, squares)
             for name in (name for name in linears if name in rotations):
                 progress.update(stage, done, len(linears))
                 with self.naming(name):

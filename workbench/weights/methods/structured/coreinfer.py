@@ -14,6 +14,7 @@ from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.core_mlp import CoreMLP
+from workbench.weights.surgery.prunable import activation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +60,9 @@ class CoreInfer(StructuredPruner):
         modules = self.prunable_modules(twin, tuple(linears))
         for number, module in enumerate(progress.track(modules, f"compressing by {self.key}", len(modules))):
             original = twin.get_submodule(module.name)
-            twin.set_submodule(module.name, CoreMLP(original, number, self.token_share, self.share))
+            act = activation(original)
+            assert act is not None  # a gated MLP has one
+            twin.set_submodule(module.name, CoreMLP(original, act, number, self.token_share, self.share))
 
     def note(self, model: nn.Module) -> str:
         return f"{super().note(model)}; a decoding step uses {self.share:.0%} of the MLPs' neurons, stored are all"
