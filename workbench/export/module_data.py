@@ -62,7 +62,7 @@ def _differing(twin: nn.Module, skeleton: nn.Module, name: str = "") -> Iterator
 def _alike(module: nn.Module, plain: nn.Module) -> bool:
     """Whether filling the plain module's tensors makes it this one, but for their children."""
 
-    def shapes(of: nn.Module) -> dict[str, Any]:
+    def shapes(of: nn.Module) -> dict[str, tuple[int, ...] | None]:
         tensors = {**of._parameters, **of._buffers}
         return {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
 

@@ -20,10 +20,10 @@ from workbench.weights import AWQ, GPTQ, OWQ, RTN, AbsMax, SliMLLM, compressed
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
-from workbench.weights.methods.quantise import gptq as gptq_module
 from workbench.weights.methods.quantise.awq import awq_columns, group_errors
 from workbench.weights.methods.quantise.owq import weak_columns
 from workbench.weights.methods.quantise.slim_llm import binary, bits_exchanged, salient_grid
+from workbench.weights.solvers import gptq as gptq_module
 from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, squares

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 _CLOSE, _LOOSE = 0.02, 0.1  # how far blocks run one by one may be from the model, as a share, in 32 and in 16 bits
 
 
-def hidden_of(output: Any) -> Tensor:
+def hidden_of(output: object) -> Tensor:
     """The hidden states in what leaves a block: the first of several things, or all there is."""
-    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(hidden, Tensor)
     return hidden
 
 
@@ -98,8 +99,8 @@ class BlockRunner:
 class _Given(NamedTuple):
     """What one block was given beside the hidden states, and what left it for the last token of each text [t, i]."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     left: Tensor
 
 
@@ -107,7 +108,9 @@ def _given(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) ->
     """What the model gives to each block for texts [t, n] beside the hidden states: rotary embeddings, masks."""
     given: dict[str, _Given] = {}
 
-    def keep(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(
+        name: str, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
         others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         given[name] = _Given(args[1:], others, hidden_of(output)[:, -1].clone())
 
@@ -132,7 +135,7 @@ def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
     """What enters the first block [t, n, i]."""
     entering: list[Tensor] = []
 
-    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         entering.append(args[0] if args else kwargs["hidden_states"])
         raise _Stop
 

@@ -94,11 +94,11 @@ class _PassThrough(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
 
-    def learn(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def learn(self, block: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Remember what left the block, and in which form."""
         self._beside = len(output) - 1 if isinstance(output, tuple | list) else None
         self.learnt = hidden_of(output)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor | None, ...]:
         out = hidden_states if self.given is None else self.given
         return out if self._beside is None else (out, *[None] * self._beside)

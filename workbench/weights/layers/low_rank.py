@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from workbench.core.precision import sixteen
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 
 
 class LowRankLinear(CompactLinear):
@@ -33,5 +31,5 @@ class LowRankLinear(CompactLinear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "rank": self.rank}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 
 
 class Parts(CompactLinear):
@@ -62,6 +61,6 @@ class Parts(CompactLinear):
         assert out is not None
         return out if self.bias is None else out.add_(self.bias)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         kinds = [type(part).__name__.removesuffix("Linear").lower() for part in self.parts]
         return {**super().describe(), "parts": " + ".join(kinds)}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from workbench.core.hadamard import rotate, unrotate
-from workbench.weights.layers import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 
 
 class RotatedEmbedding(nn.Embedding):
@@ -71,5 +69,5 @@ class RotatedLinear(CompactLinear):
         out: Tensor = self.inner(rotate(x))
         return out
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return self.inner.describe() if isinstance(self.inner, CompactLinear) else super().describe()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -22,7 +20,7 @@ class StreamedMLP(nn.Module):
     """
 
     def __init__(
-        self, gate_proj: LowRankLinear, up_proj: LowRankLinear, down_proj: LowRankLinear, act_fn: Any, tile: int
+        self, gate_proj: LowRankLinear, up_proj: LowRankLinear, down_proj: LowRankLinear, act_fn: object, tile: int
     ) -> None:
         super().__init__()
         name = activation_name(act_fn)
@@ -52,7 +50,7 @@ class StreamedMLP(nn.Module):
         return linear(mixed, down.up.to(x.dtype), down.bias)
 
 
-def activation_name(act_fn: Any) -> str | None:
+def activation_name(act_fn: object) -> str | None:
     """Which of the activations that can be computed tile by tile gives the same numbers; None: none of them."""
     if not callable(act_fn) or (isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters())):
         return None

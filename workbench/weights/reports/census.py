@@ -166,7 +166,7 @@ def _output_error(weight: Tensor, stands: nn.Module, inputs: InputStats) -> floa
     return math.sqrt(ratio(float(lost), float(inputs.output_error(plain).sum())))
 
 
-def _besides(model: nn.Module, twin: nn.Module, known: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+def _besides(model: nn.Module, twin: nn.Module, known: Mapping[str, object]) -> Iterator[tuple[str, nn.Module]]:
     """Modules of the twin that hold matrices where the model has none of that name; what the model holds itself, masks
     and tables in its buffers, is no weight of the twin's.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -63,7 +63,7 @@ def rounding_of(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Pr
     inside = [name for name in linear_layers(model) if placed(name, names)[0] is not None]
     if not inside:
         raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers")
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     with exclusive(model):
         runner = BlockRunner(model, ids)
         for block in progress.track(names, "measuring rounding", len(names)):

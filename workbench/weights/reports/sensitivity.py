@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import pandas as pd
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def sensitivity_of(
     inside = {name: [path for path in changed if path.startswith(f"{name}.")] for name in names}
     kinds = list(dict.fromkeys(placed(path, names)[1] for paths in inside.values() for path in paths))
     outside = [path for path in changed if placed(path, names)[0] is None]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     with exclusive(model), exclusive(twin):
         runner = BlockRunner(model, ids)
         begin = runner.hidden

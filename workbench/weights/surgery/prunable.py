@@ -82,7 +82,8 @@ class PrunableMLP(PrunableModule):
 
     def prune(self, model: PreTrainedModel, kept: Tensor, out: Tensor | None = None) -> None:
         for name, (axis, _) in self.layers.items():
-            linear: Any = model.get_submodule(name)
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             model.set_submodule(name, narrowed(linear, kept[0], axis))
         if out is not None:
             _replace_weight(model.get_submodule(self.out), out)
@@ -164,10 +165,12 @@ def _gated(mlp: nn.Module) -> bool:
 
 def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, int]:
     """Bytes of one of `width` dimensions of a module's layers, and of one weight."""
-    weights: list[Any] = [module.get_submodule(name.rpartition(".")[2]).weight for name in places]
-    size: int = weights[0].element_size()
+    layers = [module.get_submodule(name.rpartition(".")[2]) for name in places]
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    size = weights[0].element_size()
     return sum(weight.numel() for weight in weights) * size // width, size
 
 
-def _replace_weight(linear: Any, weight: Tensor) -> None:
+def _replace_weight(linear: nn.Module, weight: Tensor) -> None:
+    assert isinstance(linear, nn.Linear)
     linear.weight = nn.Parameter(checked(weight, linear.weight.dtype, "its weights").contiguous(), False)

@@ -210,5 +210,5 @@ def _unknown(block: nn.Module) -> str | None:
     return None
 
 
-def _known_norm(module: Any) -> bool:
+def _known_norm(module: object) -> bool:
     return type(module).__name__ in _NORMS

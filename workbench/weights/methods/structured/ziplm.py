@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +214,9 @@ class ZipLM(StructuredPruner):
         for width in widths:
             total = 0.0
             for name, (axis, heads) in module.layers.items():
-                weight: Any = twin.get_submodule(name).weight
+                layer = twin.get_submodule(name)
+                assert isinstance(layer, nn.Linear)
+                weight = layer.weight
                 narrow = heads * width
                 shape = (narrow, weight.shape[1]) if axis == 0 else (weight.shape[0], narrow)
                 product = (*shape, self.tokens, weight.device, weight.dtype)
