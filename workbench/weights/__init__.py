@@ -1,6 +1,6 @@
 """Weight methods: how the model itself is made smaller.
 
-A method never touches the model: `base.compressed` makes a twin that shares every tensor and puts small layers in the
+A method never touches the model: `compress.compressed` makes a twin that shares every tensor and puts small layers in the
 place of plain ones. `variants` keeps the last twin, and what was learnt about the model. A budget is a share of the
 16-bit bytes of the decoder's matrices that a method is for; what it cannot take there (fused experts) counts at full
 size. Quantisers are as small as their bits and groups make them, and a budget is only held against that; pruning and

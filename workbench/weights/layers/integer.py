@@ -9,7 +9,8 @@ from workbench.core.precision import half
 from workbench.weights.layers.compact import Description
 from workbench.weights.layers.packed import PackedLinear
 from workbench_kernels.integer import input_codes, input_step, integer_linear
-from workbench_kernels.packed_linear import FEW, packed_linear
+from workbench_kernels.limits import FEW
+from workbench_kernels.packed_linear import packed_linear
 from workbench_kernels.weight import nibbles
 
 
