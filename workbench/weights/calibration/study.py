@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from workbench.core.memo import Memo
 from workbench.engine.attention_hook import device_of, exclusive
 from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
@@ -50,7 +51,8 @@ class WeightStudy:
         self.calibration = calibration or Calibration()
         self._tokenizer = tokenizer
         self._cache = StatisticsCache(persistent=persistent)
-        self._made: dict[Hashable, object] = {}
+        self._memo = Memo()
+        self._similarity: Tensor | None = None  # of the last pass
 
     def __repr__(self) -> str:
         return f"<WeightStudy of {len(self.blocks)} layers over {self.calibration}>"
@@ -72,9 +74,7 @@ class WeightStudy:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned when it was first called for this key; for what all budgets of a method share."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast("T", self._made[key])
+        return self._memo.once(key, make)
 
     def block_runner(self) -> BlockRunner:
         """The texts before the first block, to be run through block after block."""
@@ -128,9 +128,8 @@ class WeightStudy:
                 stats = observer.stats(linears)
                 writer.write(stats)
                 yield name, stats
-            similarity = torch.tensor(similarities)
-            self._made["measured similarity"] = similarity
-            writer.finish(similarity)
+            self._similarity = torch.tensor(similarities)
+            writer.finish(self._similarity)
 
     def similarity(self, progress: Progress | None = None) -> Tensor:
         """For each block the mean cosine between what enters and leaves it, float32 [l]: near 1, it does little."""
@@ -143,7 +142,8 @@ class WeightStudy:
                     return stored
             for _ in self.inputs(hessians=False, progress=progress):
                 pass
-            return cast("Tensor", self._made.pop("measured similarity"))
+            assert self._similarity is not None
+            return self._similarity
 
         return self.once("similarity of blocks", measure)
 
