@@ -33,8 +33,10 @@ from workbench.runtime.prefill import read
 from workbench.runtime.run import Run
 from workbench.session import Session
 from workbench.trace import Trace
-from workbench.weights.base import SHORT, Survey, WeightMethod, compressed
+from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.compress import SHORT, compressed
+from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
