@@ -65,7 +65,7 @@ def map_grid(recording: Recording, every: bool) -> tuple[float, Callable[[], str
     from workbench.measure import pooled_maps
     from workbench.measure.grid import GridOfMaps
     from workbench_widgets import present
-    from workbench_widgets.map_grid import MapGrid
+    from workbench_widgets.views.map_grid import MapGrid
 
     at = layers_of(recording, every)
     began = perf_counter()

@@ -247,7 +247,7 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
     """From the end of dragging over a part of the map to its exact values on screen: medians of `repeats`."""
     from workbench.measure import pooled_map
     from workbench_widgets import present
-    from workbench_widgets.heatmap import Heatmap
+    from workbench_widgets.views.heatmap import Heatmap
 
     at = layers_of(recording, every=False).start
     query, key = recording["queries"][at, HEAD], recording["keys"][at, HEAD // (HEADS // KV_HEADS)]
@@ -265,8 +265,8 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
         started = perf_counter()
         rows, cols = (window[0], window[1]), (window[2], window[3])
         pooled = pooled_map(query, key, Scoring(recording["scale"]), pixels=PIXELS, rows=rows, cols=cols)
-        heat = present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD)
-        fields = Heatmap._values((), heat, ())  # noqa: SLF001  what Heatmap.update does, without a page
+        keywords = present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD)
+        fields = Heatmap.field_values((), keywords)  # as Heatmap.update does
         computed = perf_counter()
         packed = {name: base64.b64encode(value).decode() for name, value in fields.items() if isinstance(value, bytes)}
         plain = {name: fields[name] for name in ("extent", "note")}
