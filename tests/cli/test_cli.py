@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.waiting import until
 from workbench.cli import main
 from workbench.models import tiny
 
@@ -480,8 +480,7 @@ def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Pa
         stderr=subprocess.PIPE,
         preexec_fn=_heeding_control_c,  # noqa: PLW1509 (no thread runs here that a child could inherit a lock of)
     )
-    while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    until(lambda: process.poll() is not None or (out.exists() and out.read_text().count("\n") > 3), 240)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.count(b"\n") == 1 and b"is kept in" in err

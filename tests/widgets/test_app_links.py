@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workbench as wb
+from tests.waiting import until
 from tests.widgets.browser import watched_page
 from workbench.examples import examples
 from workbench.registry import registered
@@ -160,10 +160,7 @@ def test_a_head_that_the_model_has_not_is_said_and_the_nearest_shown() -> None:
     page = Page(OfferedModels("workbench-tiny"), LoadedModels())
     page._linked_head = (99, 2)  # as a link says it
     page.workspace.read("workbench-tiny", "the needle lies under the stone")
-    deadline = time.monotonic() + 60
-    while not page.link.visible:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: page.link.visible)
     assert page.workspace.selected == (7, 2)
     assert "has no layer 99, head 2: layer 7, head 2 is shown" in page.link.object
     page.workspace.close()

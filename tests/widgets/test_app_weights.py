@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import workbench as wb
+from tests.waiting import until
 from workbench.errors import BadBudget
 from workbench.models import LoadedModel, facts
 from workbench.progress import Progress
@@ -39,13 +40,6 @@ def now(show: Callable[[], None]) -> None:
     show()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def workspace(tiny_llama: Any, byte_tokenizer: Any, tmp_path: Any, monkeypatch: Any) -> Any:
     """A text that was read by a tiny model, calibrated on little."""
@@ -57,7 +51,7 @@ def workspace(tiny_llama: Any, byte_tokenizer: Any, tmp_path: Any, monkeypatch: 
 
     made = Workspace(now, Ready())
     made.read("tiny", TEXT)
-    wait_for(lambda: made.reading is not None)
+    until(lambda: made.reading is not None)
     made.reading.session.calibrate("sampled", samples=4, tokens=32)
     yield made
     made.close()
@@ -69,11 +63,11 @@ def plan(workspace: Any, *methods: Any, **budget: Any) -> None:
     before = workspace.plan
     workspace.recipe = recipe
     workspace.make_plan(recipe, interrupt=True)
-    wait_for(lambda: workspace.plan is not before and not workspace.planning.busy)
+    until(lambda: workspace.plan is not before and not workspace.planning.busy)
 
 
 def settle(workspace: Any) -> None:
-    wait_for(lambda: not any(worker.busy for worker in (workspace.main, workspace.planning, workspace.weighing)))
+    until(lambda: not any(worker.busy for worker in (workspace.main, workspace.planning, workspace.weighing)))
 
 
 # -- budgets
@@ -168,7 +162,7 @@ def test_following_gives_way_to_what_a_person_asked_for(workspace: Any) -> None:
 def test_what_follows_is_dropped_silently_when_something_moves_again(workspace: Any) -> None:
     plan(workspace, "full")
     workspace.follow(Recipe.of("full"), "a?", 400)
-    wait_for(lambda: bool(workspace.answer))
+    until(lambda: bool(workspace.answer))
     workspace.stop_following()
     settle(workspace)
     assert workspace.rows.empty and workspace.answer == () and workspace.problem == ""
@@ -285,7 +279,7 @@ def test_a_look_at_weights_can_be_cancelled_and_a_run_does_not_wait_for_it(weigh
         began.clear()
         weights.start.clicks += 1
         assert began.wait(20)
-        wait_for(lambda: weights.doing.body.visible and weights.doing.bar.value == 25)
+        until(lambda: weights.doing.body.visible and weights.doing.bar.value == 25)
         if stop is None:
             workspace.generate(Recipe.of("full"), "a?", 2)
         else:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.waiting import until
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
 from workbench.registry import registered
@@ -45,13 +45,6 @@ def controls(session: wb.Session) -> Any:
     made = Controls(session, max_new_tokens=4)
     yield made
     made.close()
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def kept_share(view: PlanView) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from html import unescape
 from html.parser import HTMLParser
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.waiting import until
 from tests.widgets.browser import Watched, watched_page
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod
@@ -226,10 +226,7 @@ def test_notebooks_show_models_prompts_tokens_answers_methods_and_errors_as_text
     made = [RunView(run), PlanView(run.plan), controls, AttentionView(session, heads=False)]
     made.append(MethodControls(EVERY, registered("kv"), planted_method.key, lambda: None, optional=True))
     controls.run()
-    deadline = time.monotonic() + 60
-    while controls.run_button.disabled:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not controls.run_button.disabled)
     controls.first._controls["word"].value = "fail"
     assert controls._planner is not None and controls._planner.wait()
     shown = [*made, ipywidgets.HTML(session_html(session))]

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.widgets.browser import watched_page
+from tests.waiting import until
+from tests.widgets.browser import answers, free_port, watched_page
 from workbench.errors import BadParameter, ModelNotOffered
 from workbench.progress import Progress
 
@@ -42,24 +43,6 @@ GONE = "text=The server has gone"
 SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 4000}
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 OTHERS: weakref.WeakSet[Any] = weakref.WeakSet()  # pages and threads that tests of other modules left in this process
 
 
@@ -70,7 +53,7 @@ def port() -> Iterator[int]:
     OTHERS.update([*(one for one in gc.get_objects() if type(one) is Page), *threading.enumerate()])
     found = free_port()
     server = serve(port=found, model=TINY, threaded=True, hosts=["proxy.example"], **SOON)
-    wait_for(lambda: answers(found))
+    until(lambda: answers(found))
     yield found
     server.stop()
 
@@ -234,14 +217,14 @@ def at_work() -> list[str]:
 
 
 def test_a_request_alone_computes_nothing_and_a_browser_that_connects_sets_reading_going(port: int) -> None:
-    wait_for(lambda: gone() and not at_work())  # the default model is loaded
+    until(lambda: gone() and not at_work())  # the default model is loaded
     host = f"127.0.0.1:{port}"
     html = get(port).text
     page = only_page()
     time.sleep(0.3)  # it looks for its browser meanwhile
     assert not at_work() and not page.workspace.main.busy
     found = connect(port, html, host)
-    wait_for(lambda: page.workspace.main.busy)
+    until(lambda: page.workspace.main.busy)
     found.close()
 
 
@@ -249,7 +232,7 @@ def test_a_request_alone_computes_nothing_and_a_browser_that_connects_sets_readi
     "query", ["?model=/etc", "?model=nobody/nothing", f"?text={'x' * (TEXT_LIMIT + 1)}", "?weights=gptq"]
 )
 def test_a_link_that_asks_for_more_waits_for_a_person_although_its_browser_is_there(port: int, query: str) -> None:
-    wait_for(lambda: gone() and not at_work())
+    until(lambda: gone() and not at_work())
     html = get(port, query).text
     page = only_page()
     found = connect(port, html, f"127.0.0.1:{port}")
@@ -265,7 +248,7 @@ def test_a_link_that_asks_for_more_waits_for_a_person_although_its_browser_is_th
 def test_visits_leave_nothing_behind_and_collect_nothing_in_the_event_loop(port: int) -> None:
     from bokeh.document import Document
 
-    wait_for(gone)
+    until(gone)
     kinds = (Page, Workspace, Document, pn.viewable.Viewable)
 
     def live() -> dict[str, int]:
@@ -277,7 +260,7 @@ def test_visits_leave_nothing_behind_and_collect_nothing_in_the_event_loop(port:
         html = get(port).text
         if number % 4 == 0:
             connect(port, html, f"127.0.0.1:{port}").close()
-    wait_for(gone)
+    until(gone)
     after = live()
     assert {name: after[name] - before[name] for name in after} == dict.fromkeys(after, 0)
     with pytest.raises(KeyError):  # nobody has asked for one
@@ -296,7 +279,7 @@ def subject() -> Iterator[tuple[Any, int]]:
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: answers(port), 120)
+        until(lambda: answers(port), 120)
         yield process, port
     finally:
         process.kill()
