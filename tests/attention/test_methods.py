@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from workbench.attention import MASFormer, MemoryEfficient
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.methods import memory_efficient as module
 from workbench.attention.methods.memory_efficient import chunked_attention
 from workbench.core.causal_attention import causal_attention
@@ -78,7 +78,7 @@ def test_chunks_equal_exact_attention_for_every_grouping(heads: int, kv_heads: i
     query, key, value = drawn(200, heads, kv_heads)
     want = causal_attention(query, key, value, Scoring(0.35, window))
     got = MemoryEfficient(query_chunk=32, key_chunk=48).attend(
-        query, key, value, Scoring(0.35, window), at=Pass(1, 200)
+        query, key, value, Scoring(0.35, window), PassContext(1, 200)
     )
     assert (got - want).abs().max() < 1e-5
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import workbench as wb
 from workbench.attention import BlockSparse, StreamingWindow
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.methods.block_sparse import _blocks, _widest_probe, chosen_lines, vertical_slash_attention
 from workbench.core.causal_attention import causal_attention
-from workbench.core.partial_softmax import Part
+from workbench.core.partial_softmax import PartialSoftmax
 from workbench.examples import needle
 from workbench.measure.memory import LiveBytes
 from workbench_kernels import Scoring
@@ -40,8 +40,8 @@ def on_pairs(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: flo
 def attend(
     method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
 ) -> tuple[Tensor, int]:
-    at = Pass(1, tensors[0].shape[1])
-    return method.attend(*tensors, scoring, at=at), at.computed[0]
+    context = PassContext(1, tensors[0].shape[1])
+    return method.attend(*tensors, scoring, context), context.computed[0]
 
 
 # --- Parts of a softmax
@@ -54,12 +54,13 @@ def test_parts_join_to_the_whole_in_any_order(cuts: tuple[int, ...]) -> None:
     want = causal_attention(query, key, value, Scoring(1.0))
     edges = [0, *cuts, 17]
     parts = [
-        Part.of(query, key[:, a:b], value[:, a:b], Scoring(1.0), hidden=hidden[:, a:b]) for a, b in pairwise(edges)
+        PartialSoftmax.over(query, key[:, a:b], value[:, a:b], Scoring(1.0), hidden=hidden[:, a:b])
+        for a, b in pairwise(edges)
     ]
     for order in (parts, parts[::-1]):
         joined = order[0]
         for part in order[1:]:
-            joined = joined.joined(part)
+            joined = joined.merged(part)
         torch.testing.assert_close(joined.output(), want, rtol=1e-5, atol=1e-5)
 
 

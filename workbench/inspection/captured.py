@@ -13,8 +13,6 @@ from torch import Tensor
 
 from workbench import arguments
 from workbench.attention.base import AttentionMethod
-from workbench.attention.methods.memory_efficient import MemoryEfficient
-from workbench.attention.methods.uniattn import UniAttn
 from workbench.inspection.implied import Implied
 from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat
@@ -114,19 +112,14 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
 
 def changes_reading(method: AttentionMethod | None) -> bool:
     """Whether an attention method changes what the queries of a prompt see, and not only decoding."""
-    if method is None:
-        return False
-    kind = type(method)
-    return kind.attend is not AttentionMethod.attend or kind.span is not AttentionMethod.span
+    return method is not None and method.changes_prefill
 
 
 def has_to_run(method: AttentionMethod | None) -> bool:
     """Whether the weights that a method makes are found only by running it, which takes much longer than to look at
     exact attention; else they are a softmax over recorded queries and keys.
     """
-    if method is None or isinstance(method, UniAttn | MemoryEfficient):
-        return False
-    return type(method).attend is not AttentionMethod.attend
+    return method is not None and not method.softmax_weights
 
 
 def as_read(
@@ -134,17 +127,16 @@ def as_read(
 ) -> Captured | Implied:
     """One layer as an attention method computed it while the prompt was read; head: only that query head.
 
-    layers: all that were recorded under the method. UniAttn's layers that reuse weights show those of the layer that
-    they take them from, its queries and keys in the narrower of both windows: dropping weights and scaling the others
-    up is the softmax over those.
+    layers: all that were recorded under the method. A layer that reuses the weights of another (UniAttn) shows those,
+    its queries and keys in the narrower of both windows: dropping weights and scaling the others up is the softmax
+    over what is left.
     """
-    own = layers[layer]
-    if isinstance(method, UniAttn):
-        source = layers[method.anchor(layer, len(layers))]
-        widths = [width for width in (own.window, source.window) if width is not None]
-        found = capture(source, head=head)
-        return replace(found, scoring=replace(found.scoring, window=min(widths, default=None)))
-    return Implied(method, own, len(layers), head) if has_to_run(method) else capture(own, head=head)
+    if has_to_run(method):
+        return Implied(method, layers[layer], len(layers), head)
+    source = layers[method.source_layer(layer, len(layers))]
+    widths = [width for width in (layers[layer].window, source.window) if width is not None]
+    captured = capture(source, head=head)
+    return replace(captured, scoring=replace(captured.scoring, window=min(widths, default=None)))
 
 
 def _only_selects(plan: Plan) -> bool:

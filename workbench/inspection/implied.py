@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.attention.base import AttentionMethod, Pass
+from workbench.attention.base import AttentionMethod, PassContext
 from workbench.core.attention_rows import BLOCK_BYTES, RowBlock
 from workbench.measure.attention import PooledMap, Pooling, Span, cell_edges, check_pooling, pool_blocks
 from workbench.measure.heads import HeadStats, HeadSums
@@ -47,11 +47,11 @@ class Implied:
         return self.layer.tokens
 
     @cached_property
-    def left(self) -> dict[Any, Any]:
+    def state(self) -> dict[Any, Any]:
         """What the method chose for the layer as it was recorded, all heads and the true values."""
-        at = Pass(self.layers, self.tokens, self.layer.index)
-        self.method.begin(self.layer, at)
-        return at.left
+        context = PassContext(self.layers, self.tokens, self.layer.index)
+        self.method.begin(self.layer, context)
+        return context.state
 
     def maps(
         self,
@@ -130,8 +130,8 @@ class _Part:
             positions = torch.arange(int(inside[0]), int(inside[-1]))
             ones = torch.zeros(1, tokens, stop - start, device=layer.device)
             ones[0, positions, torch.bucketize(positions, inside, right=True) - 1] = 1
-            at = Pass(self.of.layers, tokens, layer.index, left=dict(self.of.left))
-            out = method.attend(query, key, ones, layer.scoring, at=at)
+            context = PassContext(self.of.layers, tokens, layer.index, state=dict(self.of.state))
+            out = method.attend(query, key, ones, layer.scoring, context)
             yield RowBlock(slice(0, tokens), slice(start, stop), out[self.own].float())
 
     def pooled(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.core.attention_rows import head_parts, row_blocks, token_positions, visible_keys
+from workbench.core.attention_rows import head_groups, row_blocks, token_positions, visible_keys
 from workbench.errors import BadParameter, InputError
 from workbench.formatting import Brief
 from workbench.progress import Progress
@@ -162,7 +162,7 @@ def head_stats(
         raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
     visible_keys(nq, nk, at, held, scoring.window, kv_heads=k)  # complains about positions that do not fit
     found, received = [], []
-    for part in head_parts(queries, keys, held, progress):
+    for part in head_groups(queries, keys, held, progress):
         here = held if part.key_positions is None else part.key_positions.view(-1, nk)
         passed = HeadSums(
             len(part.queries),

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.allowance import allowed_entries, windowed_attention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split
-from workbench.attention.store_entries import Seen
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.entry_budget import allowed_entries, windowed_attention
+from workbench.attention.token_groups import groups_behind, split
+from workbench.attention.visible_scores import VisibleScores
 from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
-from workbench.core.partial_softmax import ROWS, Part
+from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
@@ -70,11 +70,11 @@ class CoreContext(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         shape = self._shape(query.shape[1])
         if scoring.window is not None:
-            return windowed_attention(query, key, value, scoring, at=at, entries=shape.entries)
-        at.count(query.shape[0] * shape.entries)
+            return windowed_attention(query, key, value, scoring, context, shape.entries)
+        context.count(query.shape[0] * shape.entries)
         if shape.whole:
             return causal_attention(query, key, value, scoring)
         return core_attention(
@@ -88,21 +88,21 @@ class CoreContext(AttentionMethod):
             bias=math.log(shape.group) if self.weight == "group" else 0.0,
         )
 
-    def begin(self, layer: LayerTrace, at: Pass) -> None:
-        at.left[self.key, at.layer] = _Cores.none(layer.device, layer)
+    def begin(self, layer: LayerTrace, context: PassContext) -> None:
+        context.state[self.key, context.layer] = _Cores.none(layer.device, layer)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
-        shape = self._shape(at.tokens)
-        cores = at.left.get((self.key, at.layer)) or _Cores.none(query.device)
-        positions = at.positions.to(query.device)
+        shape = self._shape(context.tokens)
+        cores = context.state.get((self.key, context.layer)) or _Cores.none(query.device)
+        positions = context.positions.to(query.device)
         for start in range(0, query.shape[1], ROWS):
             stop = min(start + ROWS, query.shape[1])
             rows = query[:, start:stop].float() * scoring.scale
             seen, at_row = visible[:, start:stop], positions[start:stop]
             if self.whole:
-                at.count_seen(len(query), seen)
-                out[:, start:stop] = Seen.of(rows, held, seen, scoring).part().output()
+                context.count_seen(len(query), seen)
+                out[:, start:stop] = VisibleScores.of(rows, held, seen, scoring).softmax().output()
                 continue
             old = groups_behind(at_row, shape.group, shape.window, self.sinks)
             cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
@@ -112,17 +112,17 @@ class CoreContext(AttentionMethod):
             number = torch.div(held.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
             coarse = (held.positions >= self.sinks) & torch.isin(number, known)
             seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-            near = Seen.of(rows, held, seen, scoring)
+            near = VisibleScores.of(rows, held, seen, scoring)
             cores = cores.grown(near, held, number, ends, last, query.dtype)
-            at.count_seen(len(query), seen)
-            part = near.part()
+            context.count_seen(len(query), seen)
+            part = near.softmax()
             hidden = cores.groups >= old[:, None]  # [r, m]
             if not bool(hidden.all()):
                 bias = cores.sizes.log() if self.weight == "group" else torch.zeros_like(cores.sizes)
-                part = part.joined(cores.part(rows, hidden, bias, scoring))
-                at.count(len(query) * int((~hidden).sum()))
+                part = part.merged(cores.softmax(rows, hidden, bias, scoring))
+                context.count(len(query) * int((~hidden).sum()))
             out[:, start:stop] = part.output()
-        at.left[self.key, at.layer] = cores
+        context.state[self.key, context.layer] = cores
         return out
 
     def _shape(self, tokens: int) -> _Shape:
@@ -198,7 +198,7 @@ class _Cores(NamedTuple):
         return self._with(groups, made[0].to(dtype), made[1].to(dtype), sizes)._replace(ready=ready)
 
     def grown(
-        self, near: Seen, held: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
+        self, near: VisibleScores, held: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
     ) -> _Cores:
         """With those of the groups `ends` [r] where a query is the `last` [r] of its group.
 
@@ -229,14 +229,14 @@ class _Cores(NamedTuple):
             sizes=torch.cat([self.sizes, sizes], dim=1)[:, order],
         )
 
-    def part(self, rows: Tensor, hidden: Tensor, bias: Tensor, scoring: Scoring) -> Part:
+    def softmax(self, rows: Tensor, hidden: Tensor, bias: Tensor, scoring: Scoring) -> PartialSoftmax:
         """What scaled rows [h, r, d] get from those not hidden [r, m]; bias [h, m] is added to their scores."""
         most = int((~hidden).any(dim=0).sum())  # those seen come first, for they ascend
         keys, values = self.keys[:, :most], self.values[:, :most]
         scores = torch.bmm(rows, keys.float().transpose(1, 2))  # [h, r, m]
         scores = scoring.cap(scores)
         scores += bias[:, None, :most]
-        return Part.weighing(scores.masked_fill_(hidden[:, :most], -torch.inf), values)
+        return PartialSoftmax.of_scores(scores.masked_fill_(hidden[:, :most], -torch.inf), values)
 
 
 def core_attention(
@@ -267,14 +267,14 @@ def core_attention(
         low, most = int(fresh[0]), int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < fresh[:, None])
-        part = Part.of(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
+        part = PartialSoftmax.over(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
         if most:
             hidden = torch.arange(most, device=device) >= old[:, None]
             keys, values = (x[:, :most] for x in cores)
-            part = part.joined(Part.of(rows, keys, values, scoring, hidden=hidden, bias=bias))
+            part = part.merged(PartialSoftmax.over(rows, keys, values, scoring, hidden=hidden, bias=bias))
         if most and sinks:
             hidden = (old == 0)[:, None]  # seen as neighbours
-            part = part.joined(Part.of(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
+            part = part.merged(PartialSoftmax.over(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
         out[:, start:stop] = part.output()
     return out
 

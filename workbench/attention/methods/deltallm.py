@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.allowance import allowed_entries, windowed_attention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split
-from workbench.core.partial_softmax import ROWS, Part
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.entry_budget import allowed_entries, windowed_attention
+from workbench.attention.token_groups import groups_behind, split
+from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench.kv.stores.delta import deltas, restored
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
@@ -63,16 +63,16 @@ class DeltaAttention(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         shape, tokens = self._shape(query.shape[1]), query.shape[1]
         if scoring.window is not None or shape.zeros <= 0 or shape.window >= tokens:
-            return windowed_attention(query, key, value, scoring, at=at, entries=shape.entries)
+            return windowed_attention(query, key, value, scoring, context, shape.entries)
         out, computed = delta_attention(query, key, value, shape, scoring)
-        at.count(computed)
+        context.count(computed)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        shape, kv_heads = self._shape(at.tokens), len(held.keys)
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+        shape, kv_heads = self._shape(context.tokens), len(held.keys)
         groups = len(query) // kv_heads
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
         exact = self.whole or shape.zeros <= 0
@@ -82,18 +82,18 @@ class DeltaAttention(AttentionMethod):
             slots = slots[where[slots].argsort()]  # what is seen, by position
             keys, values, where = held.keys[head, slots].float(), held.values[head, slots], where[slots]
             seen = visible[head][:, slots]  # [q, c]
-            left = at.left.get((self.key, at.layer, head), ())
+            remembered = context.state.get((self.key, context.layer, head), ())
             for start in range(0, query.shape[1], ROWS):
                 some = seen[start : start + ROWS]
                 place = (some * torch.arange(some.shape[1], device=some.device)).amax(dim=1)  # each query's own
                 old = torch.zeros_like(place) if exact else groups_behind(place, shape.group, shape.window)
-                left = _brought_up(left, keys, where, int(old.amax()), shape)
+                remembered = _updated(remembered, keys, where, int(old.amax()), shape)
                 rows = query[own, start : start + ROWS].float() * scoring.scale
-                part, computed = _over(rows, keys, values, some, old, left, shape.group, scoring)
-                at.count(computed)
+                part, computed = _over(rows, keys, values, some, old, remembered, shape.group, scoring)
+                context.count(computed)
                 out[own, start : start + ROWS] = part.output()
-            if left:
-                at.left[self.key, at.layer, head] = left
+            if remembered:
+                context.state[self.key, context.layer, head] = remembered
         return out
 
     def _shape(self, tokens: int) -> _Shape:
@@ -162,13 +162,13 @@ def delta_attention(query: Tensor, key: Tensor, value: Tensor, shape: _Shape, sc
         low, most = int(old[0]) * shape.group, int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < old[:, None] * shape.group)
-        part = Part.of(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
+        part = PartialSoftmax.over(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
         if most:
             by_group = rows.reshape(len(changes), -1, width)  # [k, g * r, d]
             scores = torch.stack([_sums(x, held, most) for x, held in zip(by_group, changes, strict=True)])
             scores = scoring.cap(scores.view(heads, len(at_row), -1))
             scores.masked_fill_(torch.arange(scores.shape[-1], device=device) >= old[:, None] * shape.group, -torch.inf)
-            part = part.joined(Part.weighing(scores, value[:, : most * shape.group]))
+            part = part.merged(PartialSoftmax.of_scores(scores, value[:, : most * shape.group]))
             products += groups * sum(int(c.products[old].sum()) for c in changes)
         out[:, start:stop] = part.output()
     exact = heads * split(tokens, shape.group, shape.window).exact
@@ -217,7 +217,7 @@ def _sums(rows: Tensor, changes: _Changes, number: int) -> Tensor:
     return steps.cumsum(dim=1).flatten(0, 1).T.contiguous()
 
 
-class _Left(NamedTuple):
+class _RememberedChanges(NamedTuple):
     """The differences of some groups that follow one another, held from one new token to the next.
 
     places int32 [nnz] (token * d + channel), ascending; much float32 [nnz]; products as in _Changes. positions int
@@ -231,7 +231,7 @@ class _Left(NamedTuple):
     sums: Tensor
 
     @classmethod
-    def of(cls, blocks: Tensor, positions: Tensor, shape: _Shape) -> _Left:
+    def of(cls, blocks: Tensor, positions: Tensor, shape: _Shape) -> _RememberedChanges:
         """Of groups [m, g, d] of float32 keys at positions [m * g]."""
         found = _changes_in(blocks, shape)
         places = (found.where[0] * blocks.shape[2] + found.where[1]).to(torch.int32)
@@ -249,23 +249,23 @@ class _Left(NamedTuple):
         return _Changes(where, self.much, self.products, group)
 
 
-def _brought_up(
-    left: tuple[_Left, ...], keys: Tensor, positions: Tensor, number: int, shape: _Shape
-) -> tuple[_Left, ...]:
-    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those are `left`
-    that have been made before; what has changed since is made anew.
+def _updated(
+    remembered: tuple[_RememberedChanges, ...], keys: Tensor, positions: Tensor, number: int, shape: _Shape
+) -> tuple[_RememberedChanges, ...]:
+    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those in `remembered`
+    have been made before; what has changed since is made anew.
     """
     group = shape.group
     blocks, positions = keys[: number * group].view(number, group, keys.shape[1]), positions[: number * group]
-    kept: list[_Left] = []
+    kept: list[_RememberedChanges] = []
     done = 0
-    for some in left:
+    for some in remembered:
         if not some.still(blocks[done:], positions[done * group :]):
             break
         kept.append(some)
         done += len(some.sums)
     if done < number:
-        kept.append(_Left.of(blocks[done:], positions[done * group :], shape))
+        kept.append(_RememberedChanges.of(blocks[done:], positions[done * group :], shape))
     return tuple(kept)
 
 
@@ -275,25 +275,25 @@ def _over(
     values: Tensor,
     seen: Tensor,
     old: Tensor,
-    left: tuple[_Left, ...],
+    remembered: tuple[_RememberedChanges, ...],
     group: int,
     scoring: Scoring,
-) -> tuple[Part, int]:
+) -> tuple[PartialSoftmax, int]:
     """What scaled rows [g, r, d] get from one KV head's float32 keys [c, d] and values [c, dv] by position, where seen
     [r, c], the first old [r] groups by their differences; and how many entries that takes.
     """
     heads, number, width = rows.shape
     low, most = int(old.amin()) * group, int(old.amax()) * group
     fine = seen[:, low:] & (torch.arange(low, len(keys), device=keys.device) >= old[:, None] * group)
-    part = Part.of(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine)
+    part = PartialSoftmax.over(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine)
     computed = heads * int(fine.sum())
     if not most:
         return part, computed
-    changes = [some.changes(group) for some in left]
+    changes = [some.changes(group) for some in remembered]
     scores = torch.cat([_sums(rows.flatten(0, 1), some, len(some.products) - 1) for some in changes], dim=1)
     scores = scoring.cap(scores.view(heads, number, -1)[..., :most])
     coarse = seen[:, :most] & (torch.arange(most, device=keys.device) < old[:, None] * group)
-    part = part.joined(Part.weighing(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
+    part = part.merged(PartialSoftmax.of_scores(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
     each = torch.cat([some.products.diff() for some in changes])
     products = torch.nn.functional.pad(each.cumsum(0), (1, 0))
     return part, computed + -(-heads * int(products[old].sum()) // width)

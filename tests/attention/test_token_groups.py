@@ -10,9 +10,9 @@ from torch import Tensor
 
 import workbench as wb
 from workbench.attention import CoreContext, DeltaAttention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.methods.deltallm import _Shape, delta_attention
+from workbench.attention.token_groups import groups_behind, split
 from workbench.core.causal_attention import causal_attention
 from workbench.examples import needle
 from workbench.kv.stores.delta import deltas
@@ -30,8 +30,8 @@ def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 
 def attend(
     method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
 ) -> tuple[Tensor, int]:
-    at = Pass(1, tensors[0].shape[1])
-    return method.attend(*tensors, scoring, at=at), at.computed[0]
+    context = PassContext(1, tensors[0].shape[1])
+    return method.attend(*tensors, scoring, context), context.computed[0]
 
 
 def capped(score: float, cap: float | None) -> float:
