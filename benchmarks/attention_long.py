@@ -76,8 +76,9 @@ def measure(tokens: int, device: torch.device, block_bytes: int) -> dict[str, An
 def _resident_peak() -> int:
     """The most that this process ever held in memory, of which the libraries are some 300 MB."""
     memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
+    peak: int | None = getattr(memory, "peak_wset", None)  # Windows
+    if peak is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -41,7 +41,8 @@ def exact_attention(recording: Recording, every: bool) -> Tensor:
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = queries @ keys.mT * recording["scale"]
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
+    weights: Tensor = scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
+    return weights
 
 
 def heatmap(recording: Recording) -> tuple[float, Callable[[], str]]:

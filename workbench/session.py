@@ -195,8 +195,9 @@ class Session(Shown):
     def _plan(self, recipe: Recipe, trace: Trace, progress: Progress | None, question: Tensor | None = None) -> Plan:
         methods = _kv(recipe)
         _check_together(_attention(recipe), methods)
-        model = self._variants.get(recipe.family("weights"))
-        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question)
+        weights = recipe.family("weights")
+        model, measured = self._variants.get(weights), self._variants.measured(weights)
+        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question, measured)
 
     def _trace(self, recipe: Recipe, progress: Progress | None = None) -> Trace:
         """The reading of the prompt under the recipe's weights and attention."""

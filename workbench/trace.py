@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from threading import RLock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from workbench.core.attention_rows import attention_rows
+from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
 from workbench.errors import NoRotation
 from workbench.formatting import Brief, mib
@@ -128,6 +128,17 @@ class LayerTrace(Brief):
         """The queries before rotary embedding, [h, n, d]. Raises NotApplicable as `rotation` does."""
         return self.rotation.undo(self.queries.float(), torch.arange(self.tokens, device=self.device))
 
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered under `key` for as long as this layer's recording lives."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        found: T = self._cache[key]
+        return found
+
+    @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
+
     @cached_property
     def rotation(self) -> Rotation:
         """How this layer rotates queries and keys: its table at positions, applied and undone.
@@ -148,7 +159,7 @@ class Trace:
     took. exact: layers that KV methods must leave alone, with the reason (sliding windows and the like). timeline: live
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
     heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
-    memory: what modules of a compressed model remembered of the prompt.
+    memory: what modules of a compressed model remembered of the prompt. memo: what was computed of it since (`once`).
     """
 
     prompt: Prompt
@@ -160,9 +171,7 @@ class Trace:
     computed: tuple[int, ...] = field(default=(), repr=False)
     gone: tuple[LayerTrace, ...] = field(default=(), repr=False)
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _lock: Any = field(default_factory=RLock, repr=False)
-    _locks: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: Memo = field(default_factory=Memo, repr=False)
 
     @property
     def ids(self) -> Tensor:
@@ -205,14 +214,9 @@ class Trace:
         heads = sum(layer.heads for layer in self.layers)
         return sum(self.computed) / (heads * self.tokens * (self.tokens + 1) // 2)
 
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for as long as the trace lives.
 
         Who asks for the same waits; who asks for something else does not.
         """
-        with self._lock:
-            own = self._locks.setdefault(key, RLock())
-        with own:
-            if key not in self._cache:
-                self._cache[key] = compute()
-            return self._cache[key]
+        return self.memo.once(key, compute)

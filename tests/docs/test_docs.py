@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from tests.widgets.browser import watched_page
 
 import workbench
+from tests.widgets.browser import watched_page
 from workbench.examples import needle
 from workbench.registry import FAMILIES, registered
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels.support import interpreted
 from workbench.measure.attention import column_sums, pooled_maps, row_entropy
-from workbench_kernels.reading import Reading, read_attention, read_attention_reference
+from workbench_kernels import Reading, read_attention
 from workbench_kernels.scoring import Scoring
 
 
@@ -117,7 +117,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(4, 2, 50)
     wanted = expected(query, key, Scoring(0.25), rows=(3, 30))
     monkeypatch.setattr("workbench_kernels.reading._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
-    found = read_attention_reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
+    found = read_attention.reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
     assert_same(found, wanted)
 
 
@@ -235,7 +235,7 @@ class Everywhere:
 
     def read(self, query: Tensor, key: Tensor, scoring: Scoring, **how: Any) -> Reading:
         self.readings += 1
-        return read_attention_reference(query, key, scoring, **how)
+        return read_attention.reference(query, key, scoring, **how)
 
 
 def test_on_a_gpu_whole_prompts_are_read_by_the_kernel_with_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:

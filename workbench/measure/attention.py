@@ -29,9 +29,8 @@ from workbench.core.attention_rows import (
 from workbench.errors import InputError
 from workbench.formatting import Brief
 from workbench.progress import Progress
-from workbench_kernels import Scoring
+from workbench_kernels import Reading, Scoring, read_attention
 from workbench_kernels.dispatch import on_gpu
-from workbench_kernels.reading import Reading, read_attention
 
 Pooling = Literal["max", "mean", "sum"]
 Span = tuple[int, int]

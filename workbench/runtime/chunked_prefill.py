@@ -144,18 +144,18 @@ class _Probe:
         prefill.progress.check()
         held = prefill.stores[layer].contents(query.dtype)
         kv_heads, slots = held.keys.shape[:2]
-        own = torch.arange(prefill.position, prefill.position + count, device=query.device)
+        probing = torch.arange(prefill.position, prefill.position + count, device=query.device)
         valid = None
         if held.valid is not None:
             valid = torch.cat([held.valid, held.valid.new_ones(kv_heads, count)], dim=1)
-        positions = torch.cat([held.positions.expand(kv_heads, -1), own.expand(kv_heads, -1)], dim=1)
+        positions = torch.cat([held.positions.expand(kv_heads, -1), probing.expand(kv_heads, -1)], dim=1)
         scored = layer not in prefill.exact
         out, weights = attend(
             query,
             torch.cat([held.keys, key], dim=1),
             torch.cat([held.values, value], dim=1),
             scoring,
-            visible=seen_by(own, positions, valid, scoring.window),
+            visible=seen_by(probing, positions, valid, scoring.window),
             weights=scored,
         )
         if scored and weights is not None:

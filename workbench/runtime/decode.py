@@ -160,8 +160,8 @@ class Decoder:
     @property
     def memory_nbytes(self) -> int:
         """Bytes of the tensors that modules of the model remember of this run."""
-        held = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
-        return tensor_bytes(tensor for values in held for tensor in values if tensor is not None)
+        remembered = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
+        return tensor_bytes(tensor for values in remembered for tensor in values if tensor is not None)
 
     def advance(self, count: int) -> None:
         """Take up `count` tokens read one after another, each seeing all before, whose rows captured steps wrote."""

@@ -211,8 +211,8 @@ def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> 
         )
     heads = sorted({(layer.heads, layer.kv_heads) for layer in recorded.values()})
     if len(heads) > 1:
-        found = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
-        raise NotApplicable(f"the layers of {name} differ in their number of heads ({found}), which is not supported")
+        counts = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
+        raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
 
 
 def take_in(

@@ -141,8 +141,8 @@ def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
     tensors.update({"ids": trace.ids, "logits": trace.logits})
     for layer in trace.layers:
-        held = {"keys": layer.keys_held, "values": layer.values_held, "queries": layer.queries_held}
-        tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in held.items()})
+        recorded = {"keys": layer.keys_held, "values": layer.values_held, "queries": layer.queries_held}
+        tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in recorded.items()})
     return {
         "chat": trace.prompt.chat,
         **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
@@ -158,7 +158,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _describe_run(index: int, run: Run, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    measured = "verdict" in run.__dict__  # measuring takes a while, and saving should not
+    measured = run.measured  # measuring takes a while, and saving should not
     tensors[f"runs.{index}.prompt_ids"] = run.prompt_ids
     record = run.to_dict(quality=measured)
     if measured:
@@ -204,19 +204,19 @@ def _broken(folder: Path, reason: str) -> NoReturn:
 
 def _read_description(folder: Path) -> dict[str, Any]:
     try:
-        found = read(folder / DESCRIPTION, _LARGEST)
+        description = read(folder / DESCRIPTION, _LARGEST)
     except UnicodeDecodeError:
         _broken(folder, f"{DESCRIPTION} is not text")
     except NotAnObject:
-        found = {}
+        description = {}
     except ValueError as error:
         _broken(folder, f"{DESCRIPTION} is not JSON: {error}")
     except OSError as error:
         reason = (error.strerror or error) if _exists(folder) else "no such folder"
         raise InputError(f"{folder} is not a saved session ({DESCRIPTION}: {reason})") from None
-    if found.get("format") != FORMAT:
+    if description.get("format") != FORMAT:
         raise InputError(f"{folder} is not a saved session: {DESCRIPTION} was written by something else")
-    version = found.get("version")
+    version = description.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         _broken(folder, f"{DESCRIPTION} has no version")
     if version > VERSION:
@@ -224,7 +224,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{folder} was saved by a newer workbench (format {version}, this one reads up to {VERSION}); upgrade "
             "inference-workbench to open it"
         )
-    return found
+    return description
 
 
 def _exists(folder: Path) -> bool:
@@ -271,12 +271,12 @@ def _session(cls: type[S], saved: dict[str, Any], options: dict[str, Any]) -> S:
 
 def _check_model(folder: Path, saved: dict[str, Any], samples: Tensor, model: PreTrainedModel) -> None:
     """A trace means nothing to another model: the same shape, and the same weights up to rounding."""
-    found = facts(model)
+    known = facts(model)
     for name in _SHAPE:
-        if getattr(found, name) != saved[name]:
+        if getattr(known, name) != saved[name]:
             raise InputError(
                 f"{folder} was made with {saved['name']} ({name} {saved[name]}), but the model given has {name} "
-                f"{getattr(found, name)}; load it with the same model"
+                f"{getattr(known, name)}; load it with the same model"
             )
     here = _samples(model)
     if here.shape != samples.shape or not torch.allclose(here, samples, rtol=0.02, atol=1e-4):

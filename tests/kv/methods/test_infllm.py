@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.core.rope import rotate
 from workbench.errors import BudgetTooSmall, PromptTooLong
@@ -17,13 +19,11 @@ from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 SIZES = {"room": 22, "sinks": 2, "window": 12, "block": 4, "representatives": 2, "blocks": 3}
-
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def store_of(layer: LayerTrace) -> BlockStore:

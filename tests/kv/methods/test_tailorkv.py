@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import AdaKV, SnapKV, TailorKV
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.methods.offload.tailorkv import dense_preference
-from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.channels import ChannelIndex
 from workbench.kv.stores.offload import OffloadStore
@@ -24,6 +24,9 @@ from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
 
 def plan_of(trace: Trace, **parameters: Any) -> Plan:
@@ -116,7 +119,7 @@ def test_a_query_fetches_the_largest_products_in_its_dominant_channels(uneven: b
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "gemma3"])
 def test_where_no_layer_is_dense_and_everything_is_fetched_nothing_is_lost(architecture: str) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=45)
     run = session.run(TailorKV(budget=0.7, threshold=1.0, fetch=500), question=ids[:9], max_new_tokens=45)

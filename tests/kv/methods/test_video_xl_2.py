@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.errors import BadParameter
 from workbench.kv import VideoXL2
 from workbench.kv.stores.levels import LevelStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 SIZES = {"room": 34, "chunk": 8, "marks": 2, "pool": 4, "before": 1, "whole": 2}
-
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def read(layer: LayerTrace, tokens: int = 64) -> tuple[LevelStore, Tensor]:

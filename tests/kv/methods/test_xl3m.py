@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import XL3M
 from workbench.kv.methods.chunked.xl3m import entropy, surest
-from workbench.kv.plan import Plan
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 from workbench_kernels import Scoring
 
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
+
 SHORT = {"segment": 8, "query": 6, "chunk": 8}
-
-
-def ids_of(count: int, seed: int | None = None) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed or count))
 
 
 def planned(found: testing.Reading, question: Tensor | None, **parameters: object) -> Plan:

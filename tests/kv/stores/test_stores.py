@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kv.support import numbers
 from workbench.kv.stores import DenseStore, PackedStore, SlidingStore, SplitStore, Store
 from workbench.kv.stores.rows import Rows
 from workbench_kernels import Scoring, dequantise, pack, quantise, unpack
@@ -16,10 +17,6 @@ settings.register_profile("stores", deadline=None, max_examples=40)
 settings.load_profile("stores")
 
 D = 16
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some_of(heads: int, tokens: int, seed: int, *, uniform: bool) -> Tensor:

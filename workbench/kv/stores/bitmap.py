@@ -15,8 +15,9 @@ from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Store, for_kernel
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
-from workbench_kernels.building import Kept, expand_rows, kept, sparse_rows
+from workbench_kernels.building import expand_rows, kept, sparse_rows
 from workbench_kernels.decode_bitmap import decode_bitmap
+from workbench_kernels.kept import Kept
 from workbench_kernels.rows import SparseRows as KernelRows
 
 
@@ -44,8 +45,8 @@ class SparseRows:
 
     def append(self, x: Tensor) -> None:
         """Prune and add x [k, q, d]."""
-        held = self.numbers.data
-        numbers, bitmap = sparse_rows(x, held.shape[1], held.dtype)
+        stored = self.numbers.data
+        numbers, bitmap = sparse_rows(x, stored.shape[1], stored.dtype)
         self.numbers.append(numbers.view(*x.shape[:2], -1))
         self.bitmap.append(bitmap.view(*x.shape[:2], -1))
 

@@ -73,12 +73,12 @@ class BlockStore(TieredStore):
 
     def _move_out(self, count: int) -> None:
         """Move the oldest `count` blocks behind the sinks to host memory."""
-        held, received = self.near.contents(self.means.data.dtype), self.near.eviction_state
+        near, received = self.near.contents(self.means.data.dtype), self.near.eviction_state
         assert received is not None
-        positions = held.positions[0].long()
+        positions = near.positions[0].long()
         slots = positions.argsort()[self.sinks : self.sinks + count * self.block]  # [e], oldest first
-        keys, where, heads = held.keys[:, slots], positions[slots], held.keys.shape[0]
-        self.far.append(keys, held.values[:, slots], where.expand(heads, -1))
+        keys, where, heads = near.keys[:, slots], positions[slots], near.keys.shape[0]
+        self.far.append(keys, near.values[:, slots], where.expand(heads, -1))
         flat = self.rotation.turned_back(keys, where).unflatten(1, (count, self.block))  # [k, c, block, d]
         most = received[:, slots].unflatten(1, (count, self.block)).topk(self.representatives, dim=2).indices
         means = flat.gather(2, most[..., None].expand(*most.shape, flat.shape[-1])).mean(dim=2)
@@ -125,10 +125,10 @@ class BlockStore(TieredStore):
 
     def find(self, distant: Tensor) -> Tensor:
         """The slots in host memory of the blocks for queries [k, g, q, d] at position `window`, int64 [e]."""
-        held = self.means.longest
+        count = self.means.longest
         query = distant.mean(dim=2).sum(dim=1)  # [k, d]
         relevance = torch.einsum("kd,kbd->b", query, self.means.view().float())
-        best = relevance.topk(min(self.blocks, held)).indices.sort().values
+        best = relevance.topk(min(self.blocks, count)).indices.sort().values
         return (best[:, None] * self.block + torch.arange(self.block, device=best.device)).flatten()
 
     def index(self) -> list[Tensor]:

@@ -127,9 +127,9 @@ class HostValuesStore(OffloadStore):
         return joined_slots(parts, self.kv_heads, self.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        held = self.near.tensors()
-        name = next(iter(held))
-        return {name: [*held[name], *self.retriever.tensors()]}
+        tensors = self.near.tensors()
+        name = next(iter(tensors))
+        return {name: [*tensors[name], *self.retriever.tensors()]}
 
     def clone(self) -> Self:
         parts = self.near.clone(), self.far.clone(), self.retriever.clone()

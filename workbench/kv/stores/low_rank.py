@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,8 +19,9 @@ from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
-from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
+from workbench_kernels.decode_lowrank import decode_lowrank
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rotary import LOW, RotaryTable
 from workbench_kernels.softmax import attention_weights, merge_states
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
@@ -51,19 +51,15 @@ class Ranks(NamedTuple):
     values: int
 
 
-# The spaces of each layer that was read, with and without its queries, for as long as the reading lives.
-_spaces: WeakKeyDictionary[LayerTrace, dict[bool, Spaces]] = WeakKeyDictionary()
-
-
 def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
-    """The spaces of a layer, found on all that was read of the prompt, and remembered.
+    """The spaces of a layer, found on all that was read of the prompt, and remembered with it.
 
     By singular value decomposition of the n vectors of each KV head, without centring. Keys are taken before rotary
     embedding, where they fill fewer directions. queries: find the keys' space on keys and the queries of their group
     together where the model does not rotate; where it does, on keys alone.
     """
-    known = _spaces.setdefault(layer, {})
-    if queries not in known:
+
+    def compute() -> Spaces:
         keys, rotary = layer.keys.float(), rotary_of(layer)
         if rotary is not None:
             keys = rotary.undo(keys, torch.arange(layer.tokens, device=layer.device))
@@ -71,8 +67,9 @@ def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
             keys = torch.cat([keys, layer.queries.float().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)], dim=1)
         basis_keys, energy_keys = _principal(keys)
         basis_values, energy_values = _principal(layer.values.float())
-        known[queries] = Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
-    return known[queries]
+        return Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
+
+    return layer.once(("spaces", queries), compute)
 
 
 def rotary_of(layer: LayerTrace) -> Rotation | None:
@@ -83,17 +80,12 @@ def rotary_of(layer: LayerTrace) -> Rotation | None:
         return None
 
 
-# A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
-_turns: WeakKeyDictionary[Rotation, tuple[int, Turns | None]] = WeakKeyDictionary()
-
-
-def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
-    """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
+def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> RotaryTable | None:
+    """The rotary embedding of `channels` channels as kernels take it, at all positions below `longest`, rounded up to
+    256; remembered with it. None where they cannot.
+    """
     count = -(-longest // LOW) * LOW
-    known = _turns.get(rotary)
-    if known is None or known[0] != count:
-        known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
-    return known[1]
+    return rotary.latest("turns", (count, channels, device), lambda: RotaryTable.of(rotary, count, channels, device))
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,18 +159,18 @@ class LowRankStore(PositionedStore):
         old = first_of(keep, older_of(lengths, window, group))
         new = keep & ~old
 
-        def held(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
-            found = project(x, basis)
+        def older_rows(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
+            coefficients = project(x, basis)
             if bits is None:
-                return Rows.where(found, old, dtype)
-            counts, rank = old.sum(dim=1), found.shape[-1]
+                return Rows.where(coefficients, old, dtype)
+            counts, rank = old.sum(dim=1), coefficients.shape[-1]
             if per_channel:
-                return PackedRows.of(found[old], counts, bits, group, "channel")
-            return PackedRows.of(found[old], counts, bits, rank, "token")
+                return PackedRows.of(coefficients[old], counts, bits, group, "channel")
+            return PackedRows.of(coefficients[old], counts, bits, rank, "token")
 
         return cls(
             bases,
-            (held(plain, bases[0], True), held(values, bases[1], False)),
+            (older_rows(plain, bases[0], True), older_rows(values, bases[1], False)),
             (Rows.where(keys, new, dtype), Rows.where(values, new, dtype)),
             positions_in(keep, old, new),
             spaces.rotary,
@@ -306,7 +298,7 @@ class LowRankStore(PositionedStore):
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
         out, sums = decode_lowrank(
             turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
-            positions=older, turns=turns, lse=True,
+            positions=older, rotary=turns, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out
@@ -316,17 +308,18 @@ class LowRankStore(PositionedStore):
             query, self.newer[0].ragged(), self.newer[1].ragged(), scoring, query_positions=asked, positions=newer,
             lse=True,
         )  # fmt: skip
-        assert sums is not None and more is not None
+        assert sums is not None
+        assert more is not None
         return merge_states([(out, sums), (whole, more)])
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")
         newer = [tensor for rows in self.newer for tensor in rows.tensors()]
-        held = {exact: [*self.bases, *newer, *self._position_tensors()]}
+        by_precision = {exact: [*self.bases, *newer, *self._position_tensors()]}
         for part in self.older:
             name = f"{part.bits}-bit" if isinstance(part, PackedRows) else exact
-            held.setdefault(name, []).extend(part.tensors())
-        return held
+            by_precision.setdefault(name, []).extend(part.tensors())
+        return by_precision
 
     def clone(self) -> Self:
         twin = super().clone()
@@ -374,15 +367,14 @@ class LowRankFormat(Format):
         bases = selected.numel() * (keys * shape.key_width + values * shape.value_width) * shape.itemsize
         rows = int(older.sum())
         if self.bits is None:
-            held, parts = rows * (keys + values) * shape.itemsize, 2
+            coefficients, parts = rows * (keys + values) * shape.itemsize, 2
         else:
             codes = -(-keys * self.bits // 8) + -(-values * self.bits // 8)
-            held, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
+            coefficients, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
         indices = parts * index_nbytes(older) + 2 * index_nbytes(newer)
         indices += index_nbytes(older[partial]) + index_nbytes(newer[partial])
-        return (
-            bases + held + int(newer.sum()) * shape.entry_nbytes + int(selected[partial].sum()) * INDEX_BYTES + indices
-        )
+        whole, positions = int(newer.sum()) * shape.entry_nbytes, int(selected[partial].sum()) * INDEX_BYTES
+        return bases + coefficients + whole + positions + indices
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
@@ -409,9 +401,9 @@ def _view(part: Rows | PackedRows, dtype: torch.dtype) -> Tensor:
     """What is held as [k, longest, w]; zeros where a head is shorter, for the room reserved there may hold anything."""
     rows = _rows(part)
     if isinstance(part, Rows):
-        found = part.view().to(dtype)
+        view = part.view().to(dtype)
     else:
-        held = part.dequantised(dtype)
-        found = held[rows.slots()] if held.shape[0] else held.new_zeros(rows.heads, 0, part.channels)
+        whole = part.dequantised(dtype)
+        view = whole[rows.slots()] if whole.shape[0] else whole.new_zeros(rows.heads, 0, part.channels)
     valid = rows.valid()
-    return found if valid is None else found.masked_fill(~valid[..., None], 0.0)
+    return view if valid is None else view.masked_fill(~valid[..., None], 0.0)

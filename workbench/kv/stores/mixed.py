@@ -90,8 +90,8 @@ def weakest(received: Tensor, positions: Tensor, count: int, recent: float) -> T
     received float32 [k, m], inf in slots that hold nothing, and positions int [k, m], -1 there. Fewer are set aside
     where that many would not be left.
     """
-    held = (positions >= 0).sum(dim=1)  # [k]
-    safe = torch.minimum((recent * held + 1e-6).long(), held - count)
+    counts = (positions >= 0).sum(dim=1)  # [k]
+    safe = torch.minimum((recent * counts + 1e-6).long(), counts - count)
     oldest = positions.sort(dim=1, descending=True).values.gather(1, (safe - 1).clamp_min(0)[:, None])
     aside = (positions >= oldest) & (positions >= 0) & (safe > 0)[:, None]
     return received.masked_fill(aside, torch.finfo(torch.float32).max).topk(count, dim=1, largest=False).indices

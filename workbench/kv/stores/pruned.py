@@ -165,7 +165,8 @@ def channel_scores(layer: LayerTrace, keep: Tensor, queries: int) -> Tensor:
     asked = layer.queries[:, -queries:].float().square().sum(dim=1)  # [h, d]
     asked = asked.unflatten(0, (-1, layer.groups)).sum(dim=1)  # [k, d]
     keys = layer.keys.float().square().mul_(keep[..., None]).sum(dim=1)
-    return (asked * keys).sqrt()
+    scores: Tensor = (asked * keys).sqrt()
+    return scores
 
 
 def kept_of(width: int, pruned: float) -> int:

@@ -239,8 +239,8 @@ def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, wi
 
 def kv_categories(stores: Iterable[Store]) -> dict[str, int]:
     """Live bytes of all layers as a timeline's categories: "kv bfloat16", "kv 4-bit", "host kv bfloat16"."""
-    found: Counter[str] = Counter()
+    nbytes_of: Counter[str] = Counter()
     for store in stores:
-        found.update({f"kv {name}": nbytes for name, nbytes in store.nbytes_by_precision.items()})
-        found.update({f"{HOST}kv {name}": nbytes for name, nbytes in store.host_nbytes_by_precision.items()})
-    return dict(found)
+        nbytes_of.update({f"kv {name}": nbytes for name, nbytes in store.nbytes_by_precision.items()})
+        nbytes_of.update({f"{HOST}kv {name}": nbytes for name, nbytes in store.host_nbytes_by_precision.items()})
+    return dict(nbytes_of)
