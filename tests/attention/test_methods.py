@@ -105,9 +105,11 @@ def test_working_memory_does_not_grow_with_the_length() -> None:
 
 def test_chunks_that_no_query_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    plain = module._scores
+    plain = module.scaled_scores
     monkeypatch.setattr(
-        module, "_scores", lambda rows, keys, cap: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, cap)
+        module,
+        "scaled_scores",
+        lambda rows, keys, cap: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, cap),
     )
     query, key, value = drawn(64)
     chunked_attention(query, key, value, Scoring(0.3), query_chunk=8, key_chunk=8)
