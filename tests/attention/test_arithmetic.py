@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import workbench as wb
+from tests.attention.support import sharp
 from workbench.attention import Lean, LMul
 from workbench.attention.base import PassContext, visible_entries
 from workbench.attention.methods.l_mul import dots, l_mul, number_bits, offset_bits
@@ -22,13 +22,6 @@ from workbench.models import tiny
 from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query * 2, key, value
 
 
 # --- L-Mul
@@ -88,7 +81,7 @@ def test_sums_are_the_same_however_they_are_cut(limit: int, monkeypatch: pytest.
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_both_products_of_attention_are_made_by_addition(window: int | None, softcap: float | None) -> None:
-    query, key, value = drawn(41)
+    query, key, value = sharp(41)
     context = PassContext(1, 41)
     got = LMul(mantissa=4).attend(query, key, value, Scoring(0.4, window, softcap), context)
     want = torch.zeros_like(got)
@@ -104,7 +97,7 @@ def test_both_products_of_attention_are_made_by_addition(window: int | None, sof
 
 
 def test_decoding_multiplies_by_addition_too() -> None:
-    query, key, value = drawn(20)
+    query, key, value = sharp(20)
     whole = LMul().attend(query, key, value, Scoring(0.4), PassContext(1, 20))
     held = Contents(key, value, torch.arange(20)[None], None)
     seen = (torch.arange(20) <= torch.arange(17, 20)[:, None]).expand(2, 3, 20)
@@ -113,7 +106,7 @@ def test_decoding_multiplies_by_addition_too() -> None:
 
 
 def test_emulation_takes_bounded_memory() -> None:
-    query, key, value = drawn(2048, heads=2, kv_heads=1)
+    query, key, value = sharp(2048, heads=2, kv_heads=1)
     with LiveBytes() as live:
         LMul().attend(query, key, value, Scoring(0.4), PassContext(1, 2048))
     assert live.peak < 2 * 2048 * 2048 * 4 / 4  # a quarter of the scores, of which each is a sum of eight products
@@ -161,7 +154,7 @@ def test_all_workers_have_equal_work_and_all_work_is_done_once(
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("new", [1, 3])
 def test_parts_join_to_exact_attention(workers: int, softcap: float | None, new: int) -> None:
-    query, key, value = drawn(150)
+    query, key, value = sharp(150)
     want = causal_attention(query, key, value, Scoring(0.4, softcap=softcap))[:, -new:]
     held = Contents(key, value, torch.arange(150)[None], None)
     seen = (torch.arange(150) <= torch.arange(150 - new, 150)[:, None]).expand(2, new, 150)
@@ -172,7 +165,7 @@ def test_parts_join_to_exact_attention(workers: int, softcap: float | None, new:
 
 
 def test_a_head_whose_first_tiles_are_hidden_loses_nothing() -> None:
-    query, key, value = drawn(64)
+    query, key, value = sharp(64)
     seen = torch.zeros(2, 1, 64, dtype=torch.bool)
     seen[0, 0, 40:], seen[1, 0, :3] = True, True
     held = Contents(key, value, torch.arange(64)[None], None)

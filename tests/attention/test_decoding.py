@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.attention.support import alike
 from workbench.attention import CoreContext, DeltaAttention, LMul, StreamingWindow
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.visible_scores import VisibleScores, visible_slots
@@ -39,13 +40,6 @@ SPARSE: list[AttentionMethod] = [
 
 def ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query, key.cumsum(1) / (1 + torch.arange(tokens)).sqrt()[:, None], value  # neighbouring keys are alike
 
 
 def recorded(tensors: tuple[Tensor, Tensor, Tensor], tokens: int, softcap: float | None = None) -> LayerTrace:
@@ -121,7 +115,7 @@ class Steps:
 def test_a_new_token_sees_what_it_would_have_if_read_with_the_prompt(
     method: AttentionMethod, prompt: int, softcap: float | None
 ) -> None:
-    tensors = drawn(90)
+    tensors = alike(90)
     steps = Steps(method, tensors, prompt, softcap=softcap)
     got = torch.cat([steps.feed(1) for _ in range(90 - prompt)], dim=1)
     torch.testing.assert_close(got, read(method, tensors, softcap)[:, prompt:], rtol=1e-5, atol=1e-5)
@@ -133,7 +127,7 @@ def test_a_new_token_sees_what_it_would_have_if_read_with_the_prompt(
 def test_however_tokens_are_fed_and_slots_are_ordered(
     method: AttentionMethod, shuffled: bool, feeds: tuple[int, ...]
 ) -> None:
-    tensors = drawn(90)
+    tensors = alike(90)
     steps = Steps(method, tensors, 40, shuffled=shuffled)
     got = torch.cat([steps.feed(count) for count in feeds], dim=1)
     torch.testing.assert_close(got, read(method, tensors)[:, 40:], rtol=1e-5, atol=1e-5)
@@ -141,14 +135,14 @@ def test_however_tokens_are_fed_and_slots_are_ordered(
 
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_long_questions_are_taken_in_stretches(method: AttentionMethod) -> None:
-    tensors = drawn(400)
+    tensors = alike(400)
     got = Steps(method, tensors, 40).feed(360)
     torch.testing.assert_close(got, read(method, tensors)[:, 40:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [StreamingWindow(budget=0.3), CoreContext(budget=0.3), DeltaAttention(budget=0.3)])
 def test_a_budget_fixes_for_all_that_follows_what_it_left_of_the_prompt(method: AttentionMethod) -> None:
-    tensors = drawn(120)
+    tensors = alike(120)
     shape = method._shape(60) if not isinstance(method, StreamingWindow) else None
     if isinstance(method, StreamingWindow):
         fixed: AttentionMethod = StreamingWindow(sinks=method.widths(60)[0], window=method.widths(60)[1])
@@ -167,7 +161,7 @@ def test_a_budget_fixes_for_all_that_follows_what_it_left_of_the_prompt(method: 
 
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_only_what_is_not_computed_counts_as_saved(method: AttentionMethod) -> None:
-    tensors = drawn(90)
+    tensors = alike(90)
     steps = Steps(method, tensors, 40)
     for step in range(50):
         before = steps.context.computed[0]
@@ -178,21 +172,21 @@ def test_only_what_is_not_computed_counts_as_saved(method: AttentionMethod) -> N
 
 @pytest.mark.parametrize(("sinks", "window"), [(4, 16), (0, 1), (50, 60)])
 def test_a_streaming_window_counts_sinks_and_window(sinks: int, window: int) -> None:
-    steps = Steps(StreamingWindow(sinks=sinks, window=window), drawn(90), 40)
+    steps = Steps(StreamingWindow(sinks=sinks, window=window), alike(90), 40)
     steps.feed(20)
     steps.feed(1)
     assert steps.context.computed[0] == 4 * sum(min(sinks + window, p + 1) for p in range(40, 61))
 
 
 def test_core_tokens_count_one_each_and_their_making_no_score() -> None:
-    steps = Steps(CoreContext(group=4, window=9, sinks=3), drawn(90), 40)
+    steps = Steps(CoreContext(group=4, window=9, sinks=3), alike(90), 40)
     steps.feed(50)
     old = [max(p + 1 - 9 - 3, 0) // 4 for p in range(40, 90)]
     assert steps.context.computed[0] == 4 * sum(o + p + 1 - 4 * o for o, p in zip(old, range(40, 90), strict=True))
 
 
 def test_differences_are_made_once() -> None:
-    steps = Steps(DeltaAttention(group=16, window=8), drawn(90), 40)
+    steps = Steps(DeltaAttention(group=16, window=8), alike(90), 40)
     steps.feed(1)
     first = steps.context.state["deltallm-attention", 0, 0]
     for _ in range(8):
@@ -209,7 +203,7 @@ def test_differences_are_made_once() -> None:
 
 
 def test_differences_of_what_the_cache_no_longer_holds_are_made_anew() -> None:
-    method, tensors = DeltaAttention(group=16, window=8), drawn(90)
+    method, tensors = DeltaAttention(group=16, window=8), alike(90)
     steps = Steps(method, tensors, 60)
     steps.feed(1)
     query, key, value = tensors
@@ -223,7 +217,7 @@ def test_differences_of_what_the_cache_no_longer_holds_are_made_anew() -> None:
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_windows_go_by_true_positions_where_heads_hold_different_entries(shuffled: bool) -> None:
-    method, tensors = StreamingWindow(sinks=4, window=16), drawn(90)
+    method, tensors = StreamingWindow(sinks=4, window=16), alike(90)
     kept = torch.rand(2, 90, generator=torch.Generator().manual_seed(1)) < torch.tensor([[0.3], [0.6]])
     kept[:, 60:] = True
     got = Steps(method, tensors, 60, kept=kept, shuffled=shuffled).feed(30)
@@ -237,7 +231,7 @@ def test_windows_go_by_true_positions_where_heads_hold_different_entries(shuffle
 
 def test_a_core_token_is_made_of_what_is_held_of_its_group() -> None:
     group, window = 4, 6
-    method, tensors = CoreContext(group=group, window=window, sinks=0), drawn(60)
+    method, tensors = CoreContext(group=group, window=window, sinks=0), alike(60)
     query, key, value = (x.double() for x in tensors)
     kept = torch.rand(2, 60, generator=torch.Generator().manual_seed(2)) < 0.5
     kept[:, ::group], kept[:, group - 1 :: group], kept[1, 8:11] = True, True, False
@@ -266,7 +260,7 @@ def test_a_core_token_is_made_of_what_is_held_of_its_group() -> None:
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_groups_of_differences_count_what_a_head_holds(shuffled: bool) -> None:
-    method, tensors = DeltaAttention(group=16, window=8), drawn(90)
+    method, tensors = DeltaAttention(group=16, window=8), alike(90)
     kept = torch.rand(2, 90, generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.5], [0.9]])
     kept[:, 60:] = True
     got = Steps(method, tensors, 60, kept=kept, shuffled=shuffled).feed(30)
@@ -286,8 +280,8 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
     assert hidden is not None and slots.shape == (2, 4) and slots[1].tolist() == [4, 5, 6, 7]
     assert slots[0, :2].tolist() == [2, 7]
     assert torch.equal(~hidden, seen.gather(2, slots[:, None].expand(-1, 3, -1)))
-    _, key, value = drawn(10)
-    rows = drawn(3)[0] * SCALE
+    _, key, value = alike(10)
+    rows = alike(3)[0] * SCALE
     got = VisibleScores.of(rows, Contents(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
     want, _ = reference(rows, key, value, Scoring(1.0), visible=seen)
     torch.testing.assert_close(got.softmax().output(), want, rtol=1e-5, atol=1e-5)
@@ -334,7 +328,7 @@ def test_a_copy_goes_its_own_way(session: wb.Session, method: AttentionMethod) -
 @pytest.mark.parametrize(
     "recipe",
     [
-        lambda: [],
+        list,
         lambda: [wb.kv.SnapKV(budget=0.5, window=8)],
         lambda: [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.AdaKV()],
         lambda: [wb.kv.KIVI(bits=4)],

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import workbench as wb
+from tests.attention.support import sharp
 from workbench.attention import AdaLog, DopQ
 from workbench.attention.base import PassContext, visible_entries
 from workbench.attention.methods.adalog import exponents, log_levels, log_rounded
@@ -26,13 +27,6 @@ from workbench_kernels import Scoring
 
 METHODS = (AdaLog, DopQ)
 BITS = (3, 4, 6, 8)
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query * 2, key, value
 
 
 def weights_of(seed: int, rows: int = 6, columns: int = 40) -> Tensor:
@@ -198,7 +192,7 @@ def test_what_is_chosen_follows_the_weights(method: type[QuantisedSoftmax]) -> N
 def test_attention_mixes_values_with_rounded_weights(
     method: type[QuantisedSoftmax], window: int | None, softcap: float | None
 ) -> None:
-    query, key, value = drawn(41)
+    query, key, value = sharp(41)
     made, context = method(bits=4), PassContext(1, 41)
     got = made.attend(query, key, value, Scoring(0.4, window, softcap), context)
     (chosen,) = context.state.values()
@@ -216,7 +210,7 @@ def test_attention_mixes_values_with_rounded_weights(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_are_the_nearer_the_more_bits(method: type[QuantisedSoftmax]) -> None:
-    query, key, value = drawn(120)
+    query, key, value = sharp(120)
     exact = causal_attention(query, key, value, Scoring(0.4))
     errors = []
     for bits in BITS:
@@ -228,7 +222,7 @@ def test_outputs_are_the_nearer_the_more_bits(method: type[QuantisedSoftmax]) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_decoding_goes_on_at_the_levels_of_the_prompt(method: type[QuantisedSoftmax]) -> None:
-    query, key, value = drawn(30)
+    query, key, value = sharp(30)
     made, context, after = method(), PassContext(1, 30), PassContext(1, 30)
     whole = made.attend(query, key, value, Scoring(0.4), context)
     made.begin(LayerTrace(0, key, value, query, torch.device("cpu"), Scoring(0.4)), after)
@@ -245,17 +239,17 @@ def test_decoding_goes_on_at_the_levels_of_the_prompt(method: type[QuantisedSoft
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_prompt_of_a_token_or_two_is_exact(method: type[QuantisedSoftmax]) -> None:
-    query, key, value = drawn(1)
+    query, key, value = sharp(1)
     out = method().attend(query, key, value, Scoring(0.4), PassContext(1, 1))
     torch.testing.assert_close(out, value.repeat_interleave(2, dim=0))
-    query, key, value = drawn(2)
+    query, key, value = sharp(2)
     out = method(bits=8).attend(query, key, value, Scoring(0.4), PassContext(1, 2))
     torch.testing.assert_close(out, causal_attention(query, key, value, Scoring(0.4)), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_a_long_prompt_never_exist_as_a_whole(method: type[QuantisedSoftmax]) -> None:
-    query, key, value = drawn(2048, heads=2, kv_heads=1)
+    query, key, value = sharp(2048, heads=2, kv_heads=1)
     with LiveBytes() as live:
         method().attend(query, key, value, Scoring(0.4), PassContext(1, 2048))
     assert live.peak < 2 * 2048 * 2048 * 4 / 2

@@ -29,7 +29,7 @@ class PassContext:
     entries that were really computed at each layer, summed over the query heads. state: what a layer leaves for later
     ones, and while decoding for later tokens. positions: where the new tokens [q] stand while decoding, ascending.
 
-    While decoding one PassContext goes on from the first token after the prompt to the last. A copy of the run shares what
+    While decoding one context goes on from the first token after the prompt to the last. A copy of the run shares what
     `state` holds: replace it, never write into it. Its tensors are counted as memory that attention takes.
     """
 
@@ -95,26 +95,30 @@ class AttentionMethod(Method):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv].
 
-        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
+        scoring: with what the model's own sliding window or `span` leaves visible. Tells the context how many
+        entries it computed.
         """
         context.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return causal_attention(query, key, value, scoring)
 
     def begin(self, layer: LayerTrace, context: PassContext) -> None:
-        """Leave in `at` what decoding needs of the prompt besides what the store will hold, and what reading chose by
-        looking at the whole of it; nothing by default.
+        """Leave in `context.state` what decoding needs of the prompt besides what the store will hold, and what reading
+        chose by looking at the whole of it; nothing by default.
 
         Asked before the first token after the prompt, of methods that say `decodes`, and before maps of a recording.
         What reading has computed may be computed again from its recording, as stores are filled from it, and is not
         counted a second time.
         """
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
 
-        The tokens stand at `context.positions` and are held already, each the last that it sees. Tells `at` how many entries
-        it computed. Only asked of methods that say `decodes`, and not for layers with a sliding window: these attend to
-        it exactly. A budget is met by reading; what that leaves visible, fixed by the length of the prompt, holds here.
+        The tokens stand at `context.positions` and are held already, each the last that it sees. Tells the context
+        how many entries it computed. Only asked of methods that say `decodes`, not for layers with a sliding window:
+        these attend to it exactly. A budget is met by reading; what that leaves visible, fixed by the length of the
+        prompt, holds here.
         """
         raise NotImplementedError
 

@@ -67,12 +67,14 @@ class QuantisedSoftmax(AttentionMethod):
     def begin(self, layer: LayerTrace, context: PassContext) -> None:
         context.state[self.key, context.layer] = self._chosen(layer.queries, layer.keys, layer.values, layer.scoring)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         context.count_seen(len(query), visible)
-        scores = scaled_scores(query.float() * scoring.scale, held.keys, scoring)  # [h, q, m]
-        unseen = ~visible.repeat_interleave(len(query) // len(held.keys), dim=0)
+        scores = scaled_scores(query.float() * scoring.scale, contents.keys, scoring)  # [h, q, m]
+        unseen = ~visible.repeat_interleave(len(query) // len(contents.keys), dim=0)
         weights = scores.masked_fill_(unseen, -torch.inf).softmax(dim=-1)
-        values, place = held.values.float(), (self.key, context.layer)
+        values, place = contents.values.float(), (self.key, context.layer)
         if place not in context.state:  # no prompt was recorded: the first tokens after it stand for it
             context.state[place] = self.choose([weights], [values])
         return weighted_sum(self.rounded(weights, context.state[place]), values).to(query.dtype)
@@ -106,7 +108,9 @@ def least(families: Sequence[Sequence[Any]], cost: Callable[[Any], float]) -> An
     """
     step = 1 << max((max(map(len, families)) // 8).bit_length() - 1, 0)
     costs: dict[tuple[int, int], float] = {}
-    wanted = {(family, place) for family, found in enumerate(families) for place in range(0, len(found), step)}
+    wanted = {
+        (family, place) for family, candidates in enumerate(families) for place in range(0, len(candidates), step)
+    }
     while True:
         for family, place in sorted(wanted - costs.keys()):
             costs[family, place] = cost(families[family][place])

@@ -26,11 +26,12 @@ class VisibleScores(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, held: Contents, seen: Tensor, scoring: Scoring) -> VisibleScores:
+    def of(cls, rows: Tensor, contents: Contents, seen: Tensor, scoring: Scoring) -> VisibleScores:
         """Of float32 queries rows [h, r, d], scaled already, where seen bool [k, r, m] allows; each
-        head sees some entry."""
+        head sees some entry.
+        """
         slots, hidden = visible_slots(seen)
-        keys, values = (_at(x, slots) for x in (held.keys, held.values))
+        keys, values = (_at(x, slots) for x in (contents.keys, contents.values))
         scores = scaled_scores(rows, keys, scoring)
         if hidden is not None:
             scores.unflatten(0, (len(keys), -1)).masked_fill_(hidden[:, None], -torch.inf)

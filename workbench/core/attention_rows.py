@@ -201,10 +201,10 @@ def token_positions(
         raise InputError("KV heads hold different positions: give query_positions, which tokens the queries belong to")
     else:
         at = held[0, nk - nq :]
-    for name, found, n in (("query_positions", at, nq), ("key_positions", held, nk)):
-        if found.shape[-1] != n:
-            raise InputError(f"{name} has {found.shape[-1]} entries for {n} tokens")
-        if (found.diff(dim=-1) < 0).any():
+    for name, positions, n in (("query_positions", at, nq), ("key_positions", held, nk)):
+        if positions.shape[-1] != n:
+            raise InputError(f"{name} has {positions.shape[-1]} entries for {n} tokens")
+        if (positions.diff(dim=-1) < 0).any():
             raise InputError(f"{name} must ascend: sort the tokens by position first")
     return at, held
 

@@ -87,9 +87,9 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
     difference of two maps shows the method; in layers that stay exact; and for plans of methods that read the prompt by
     themselves, whose own keys belong to other queries than those recorded.
     """
-    own = slice(None) if head is None else slice(head, head + 1)
+    query_heads = slice(None) if head is None else slice(head, head + 1)
     kv = slice(None) if head is None else slice(head // layer.groups, head // layer.groups + 1)
-    queries = layer.queries_held[own].to(layer.device)
+    queries = layer.queries_held[query_heads].to(layer.device)
     if plan is None or layer.index in plan.exact:
         keys, positions = layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens)[None]
     elif _only_selects(plan):
@@ -98,13 +98,13 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
             layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens, device=there.device)[None], there
         )
     else:
-        held = plan.store(layer).contents(torch.float32)
-        heads = held.keys.shape[0]
-        valid = torch.ones(heads, held.keys.shape[1], dtype=torch.bool, device=held.keys.device)
+        contents = plan.store(layer).contents(torch.float32)
+        kv_heads, slots = contents.keys.shape[:2]
+        every = torch.ones(kv_heads, slots, dtype=torch.bool, device=contents.keys.device)
         keys, positions = _in_order(
-            held.keys[kv],
-            held.positions.expand(heads, -1)[kv],
-            (valid if held.valid is None else held.valid)[kv],
+            contents.keys[kv],
+            contents.positions.expand(kv_heads, -1)[kv],
+            (every if contents.valid is None else contents.valid)[kv],
             end=layer.tokens,
         )
     return Captured(queries, keys, positions, layer.scoring)

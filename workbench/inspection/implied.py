@@ -34,7 +34,8 @@ class Implied:
     values that are one in all of a cell's positions give the whole cell, in the time of one reading.
 
     layers: how many the model has. A method that takes over what an earlier layer left has nothing to take here and
-    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1 in most.
+    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1
+    in most.
     """
 
     method: AttentionMethod
@@ -91,12 +92,12 @@ class Implied:
     ) -> tuple[list[PooledMap], HeadStats]:
         """`maps` of the largest weights and what `judge` says, in one pass over the weights."""
         check_pooling(pixels, "max")
-        edges, maps, found = torch.arange(self.tokens + 1), [], []
+        edges, maps, stats = torch.arange(self.tokens + 1), [], []
         for part in self._parts(progress):
             sums = part.sums(ids)
             maps += part.pooled(edges, _judged(part.columns(edges), sums), pixels=pixels, pooling="max")
-            found.append(sums.stats())
-        return maps, HeadStats.join(found, torch.cat)
+            stats.append(sums.stats())
+        return maps, HeadStats.join(stats, torch.cat)
 
     def _parts(self, progress: Progress | None) -> Iterator[_Part]:
         """The wanted query heads by KV head; each part reports as one of several equal ones."""

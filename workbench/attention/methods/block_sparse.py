@@ -208,30 +208,30 @@ class _Blocks(NamedTuple):
 
 def _blocks(tokens: int, allowed: int, largest: int) -> _Blocks:
     """The largest blocks of which a query sees several, and as many as allowed; of size 1 if nothing else fits."""
-    size, found = largest, None
+    size, smallest_plan = largest, None
     while size >= 1:
         plan = _most_blocks(tokens, allowed, size)
         if plan is not None and plan.top >= min(_FEWEST, -(-tokens // size)):
             return plan
-        found, size = found or plan, size // 2
-    return found or _Blocks(1, 1, tokens)
+        smallest_plan, size = smallest_plan or plan, size // 2
+    return smallest_plan or _Blocks(1, 1, tokens)
 
 
 def _most_blocks(tokens: int, allowed: int, size: int) -> _Blocks | None:
     whole, rest = divmod(tokens, size)
     number = whole + bool(rest)
-    own = whole * visible_entries(size) + visible_entries(rest)
-    if own > allowed:
+    diagonal = whole * visible_entries(size) + visible_entries(rest)
+    if diagonal > allowed:
         return None
     guesses = number * (number - 1) // 2
     last = rest or size
-    best = _Blocks(size, 1, own)
+    best = _Blocks(size, 1, diagonal)
     others = 0
     for top in range(2, number + 1):  # one block more for every block of queries that has so many before it
         others += (number - top) * size * size + last * size
-        if own + guesses + others > allowed:
+        if diagonal + guesses + others > allowed:
             break
-        best = _Blocks(size, top, own + guesses + others)
+        best = _Blocks(size, top, diagonal + guesses + others)
     return best
 
 

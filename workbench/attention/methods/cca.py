@@ -91,8 +91,10 @@ class CoreContext(AttentionMethod):
     def begin(self, layer: LayerTrace, context: PassContext) -> None:
         context.state[self.key, context.layer] = _Cores.none(layer.device, layer)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
-        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
         shape = self._shape(context.tokens)
         cores = context.state.get((self.key, context.layer)) or _Cores.none(query.device)
         positions = context.positions.to(query.device)
@@ -102,18 +104,18 @@ class CoreContext(AttentionMethod):
             seen, at_row = visible[:, start:stop], positions[start:stop]
             if self.whole:
                 context.count_seen(len(query), seen)
-                out[:, start:stop] = VisibleScores.of(rows, held, seen, scoring).softmax().output()
+                out[:, start:stop] = VisibleScores.of(rows, contents, seen, scoring).softmax().output()
                 continue
             old = groups_behind(at_row, shape.group, shape.window, self.sinks)
             cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
             ends = (at_row + 1 - self.sinks) // shape.group - 1  # the group that each query is the last of
             last = ((at_row + 1 - self.sinks) % shape.group == 0) & (ends >= 0)
             known = torch.cat([cores.groups, ends[last]])
-            number = torch.div(held.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
-            coarse = (held.positions >= self.sinks) & torch.isin(number, known)
+            number = torch.div(contents.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
+            coarse = (contents.positions >= self.sinks) & torch.isin(number, known)
             seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-            near = VisibleScores.of(rows, held, seen, scoring)
-            cores = cores.grown(near, held, number, ends, last, query.dtype)
+            near = VisibleScores.of(rows, contents, seen, scoring)
+            cores = cores.grown(near, contents, number, ends, last, query.dtype)
             context.count_seen(len(query), seen)
             part = near.softmax()
             hidden = cores.groups >= old[:, None]  # [r, m]
@@ -145,8 +147,8 @@ class CoreContext(AttentionMethod):
         return self._with(tokens, group, window).entries <= allowed
 
     def _with(self, tokens: int, group: int, window: int) -> _Shape:
-        found = split(tokens, group, window, self.sinks)
-        return _Shape(group, window, not found.groups, found.coarse + found.exact + found.groups * group)
+        pairs = split(tokens, group, window, self.sinks)
+        return _Shape(group, window, not pairs.groups, pairs.coarse + pairs.exact + pairs.groups * group)
 
 
 class _Shape(NamedTuple):
@@ -198,7 +200,7 @@ class _Cores(NamedTuple):
         return self._with(groups, made[0].to(dtype), made[1].to(dtype), sizes)._replace(ready=ready)
 
     def grown(
-        self, near: VisibleScores, held: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
+        self, near: VisibleScores, contents: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
     ) -> _Cores:
         """With those of the groups `ends` [r] where a query is the `last` [r] of its group.
 
@@ -209,11 +211,11 @@ class _Cores(NamedTuple):
         inside = number.expand(kv_heads, -1).gather(1, near.slots)  # [k, c]
         for row in last.nonzero()[:, 0].tolist():
             scores = near.scores[:, row].view(kv_heads, -1, near.slots.shape[1])  # [k, g, c]
-            own = (inside == ends[row])[:, None] & (scores > -torch.inf)
-            weights = scores.masked_fill(~own, -torch.inf).softmax(dim=-1)
-            keys = held.keys.gather(1, near.slots[..., None].expand(-1, -1, held.keys.shape[-1]))
+            members = (inside == ends[row])[:, None] & (scores > -torch.inf)
+            weights = scores.masked_fill(~members, -torch.inf).softmax(dim=-1)
+            keys = contents.keys.gather(1, near.slots[..., None].expand(-1, -1, contents.keys.shape[-1]))
             made = ((weights @ x.float()).flatten(0, 1)[:, None].to(dtype) for x in (keys, near.values))
-            sizes = own.sum(dim=-1).float().reshape(heads, 1)
+            sizes = members.sum(dim=-1).float().reshape(heads, 1)
             cores = cores._with(ends[row : row + 1], next(made), next(made), sizes)
         return cores
 

@@ -71,27 +71,30 @@ class DeltaAttention(AttentionMethod):
         context.count(computed)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
-        shape, kv_heads = self._shape(context.tokens), len(held.keys)
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        shape, kv_heads = self._shape(context.tokens), len(contents.keys)
         groups = len(query) // kv_heads
-        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+        out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
         exact = self.whole or shape.zeros <= 0
-        for head, where in enumerate(held.positions.expand(kv_heads, -1)):
-            own = slice(head * groups, (head + 1) * groups)
+        for head, positions in enumerate(contents.positions.expand(kv_heads, -1)):
+            heads = slice(head * groups, (head + 1) * groups)
             slots = visible[head].any(dim=0).nonzero()[:, 0]
-            slots = slots[where[slots].argsort()]  # what is seen, by position
-            keys, values, where = held.keys[head, slots].float(), held.values[head, slots], where[slots]
+            slots = slots[positions[slots].argsort()]  # what is seen, by position
+            keys, values, where = contents.keys[head, slots].float(), contents.values[head, slots], positions[slots]
             seen = visible[head][:, slots]  # [q, c]
             remembered = context.state.get((self.key, context.layer, head), ())
             for start in range(0, query.shape[1], ROWS):
-                some = seen[start : start + ROWS]
-                place = (some * torch.arange(some.shape[1], device=some.device)).amax(dim=1)  # each query's own
-                old = torch.zeros_like(place) if exact else groups_behind(place, shape.group, shape.window)
+                visible_rows = seen[start : start + ROWS]
+                numbers = torch.arange(seen.shape[1], device=seen.device)
+                last_seen = (visible_rows * numbers).amax(dim=1)  # each query's own
+                old = torch.zeros_like(last_seen) if exact else groups_behind(last_seen, shape.group, shape.window)
                 remembered = _updated(remembered, keys, where, int(old.amax()), shape)
-                rows = query[own, start : start + ROWS].float() * scoring.scale
-                part, computed = _over(rows, keys, values, some, old, remembered, shape.group, scoring)
+                rows = query[heads, start : start + ROWS].float() * scoring.scale
+                part, computed = _over(rows, keys, values, visible_rows, old, remembered, shape.group, scoring)
                 context.count(computed)
-                out[own, start : start + ROWS] = part.output()
+                out[heads, start : start + ROWS] = part.output()
             if remembered:
                 context.state[self.key, context.layer, head] = remembered
         return out
@@ -129,17 +132,17 @@ class _Shape(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int, group: int, window: int, zeros: float) -> _Shape:
-        found = split(tokens, group, window)
+        pairs = split(tokens, group, window)
         each = 1 + (group - 1) * (1 - zeros)
-        return cls(group, window, zeros, found.exact + math.ceil(found.coarse * each - 1e-6))
+        return cls(group, window, zeros, pairs.exact + math.ceil(pairs.coarse * each - 1e-6))
 
 
 def _fewest_zeros(tokens: int, group: int, window: int, allowed: int) -> float:
     """The smallest share of zeros with which no more entries are computed than allowed; above 1 if none is enough."""
-    found = split(tokens, group, window)
-    if not found.coarse:
-        return 0.0 if found.exact <= allowed else 2.0
-    each = (allowed - found.exact) / found.coarse  # entries for a query and a group
+    pairs = split(tokens, group, window)
+    if not pairs.coarse:
+        return 0.0 if pairs.exact <= allowed else 2.0
+    each = (allowed - pairs.exact) / pairs.coarse  # entries for a query and a group
     return max(0.0, 1 - (each - 1) / (group - 1))
 
 
@@ -208,12 +211,12 @@ def _changes_in(blocks: Tensor, shape: _Shape) -> _Changes:
 
 def _sums(rows: Tensor, changes: _Changes, number: int) -> Tensor:
     """Scores [r, number * group] of scaled rows [r, d] over the first groups: only what changed is multiplied."""
-    held = int(changes.products[number])
+    count = int(changes.products[number])
     size = (number * changes.group, rows.shape[1])
     moves = torch.sparse_coo_tensor(
-        changes.where[:, :held], changes.much[:held], size, is_coalesced=True, check_invariants=False
+        changes.where[:, :count], changes.much[:count], size, is_coalesced=True, check_invariants=False
     )
-    steps = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
+    steps: Tensor = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
     return steps.cumsum(dim=1).flatten(0, 1).T.contiguous()
 
 
@@ -233,9 +236,9 @@ class _RememberedChanges(NamedTuple):
     @classmethod
     def of(cls, blocks: Tensor, positions: Tensor, shape: _Shape) -> _RememberedChanges:
         """Of groups [m, g, d] of float32 keys at positions [m * g]."""
-        found = _changes_in(blocks, shape)
-        places = (found.where[0] * blocks.shape[2] + found.where[1]).to(torch.int32)
-        return cls(places, found.much, found.products, positions.clone(), blocks.sum(dim=1))
+        changes = _changes_in(blocks, shape)
+        places = (changes.where[0] * blocks.shape[2] + changes.where[1]).to(torch.int32)
+        return cls(places, changes.much, changes.products, positions.clone(), blocks.sum(dim=1))
 
     def still(self, blocks: Tensor, positions: Tensor) -> bool:
         """Whether groups that begin where these do are the same."""
@@ -252,8 +255,8 @@ class _RememberedChanges(NamedTuple):
 def _updated(
     remembered: tuple[_RememberedChanges, ...], keys: Tensor, positions: Tensor, number: int, shape: _Shape
 ) -> tuple[_RememberedChanges, ...]:
-    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those in `remembered`
-    have been made before; what has changed since is made anew.
+    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those in
+    `remembered` have been made before; what has changed since is made anew.
     """
     group = shape.group
     blocks, positions = keys[: number * group].view(number, group, keys.shape[1]), positions[: number * group]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -61,9 +61,11 @@ class LMul(AttentionMethod):
             out[:, start:stop] = self._attend(rows, keys[:, low:stop], values[:, low:stop], seen, scoring)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         context.count_seen(len(query), visible)
-        keys, values = (number_bits(x, self.mantissa) for x in (held.keys, held.values))
+        keys, values = (number_bits(x, self.mantissa) for x in (contents.keys, contents.values))
         seen = visible.repeat_interleave(query.shape[0] // len(keys), dim=0)  # [h, q, m]
         return self._attend(query.float() * scoring.scale, keys, values, seen, scoring).to(query.dtype)
 
@@ -75,7 +77,7 @@ class LMul(AttentionMethod):
         weights = scoring.cap(scores).masked_fill_(~seen, -torch.inf).softmax(dim=-1)
         bits = number_bits(weights, self.mantissa).unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * r, c]
         mixed = dots(bits, values.transpose(1, 2).contiguous(), self.mantissa)
-        return mixed.unflatten(1, (groups, -1)).flatten(0, 1)
+        return cast("Tensor", mixed.unflatten(1, (groups, -1))).flatten(0, 1)
 
 
 def offset_bits(mantissa: int) -> int:

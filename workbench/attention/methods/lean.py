@@ -45,9 +45,11 @@ class Lean(AttentionMethod):
     workers: int = param(8, ge=1, le=4096, help="how many share the work: thread blocks of a GPU")
     tile: int = param(256, ge=1, le=65536, unit="tokens", help="the smallest piece of work")
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         context.count_seen(len(query), visible)
-        heads, tokens, _ = held.keys.shape
+        heads, tokens, _ = contents.keys.shape
         rows = query.float() * scoring.scale  # [h, q, d]
         groups = len(query) // heads
         done: list[PartialSoftmax | None] = [None] * heads
@@ -55,8 +57,8 @@ class Lean(AttentionMethod):
             for head, start, stop in run:
                 part = PartialSoftmax.over(
                     rows[head * groups : (head + 1) * groups],
-                    held.keys[head, None, start:stop],
-                    held.values[head, None, start:stop],
+                    contents.keys[head, None, start:stop],
+                    contents.values[head, None, start:stop],
                     scoring,
                     hidden=~visible[head, :, start:stop],
                 )

@@ -50,16 +50,18 @@ class StreamingWindow(AttentionMethod):
         sinks = min(self.sinks, width - 1)
         return sinks, width - sinks
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         if not self.whole:
             sinks, width = self.widths(context.tokens)
-            where = held.positions[:, None]  # [k or 1, 1, m]
+            where = contents.positions[:, None]  # [k or 1, 1, m]
             visible = visible & ((where < sinks) | (where > context.positions.to(where.device)[:, None] - width))
         context.count_seen(len(query), visible)
-        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+        out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
         for start in range(0, query.shape[1], ROWS):
             rows = query[:, start : start + ROWS].float() * scoring.scale
-            near = VisibleScores.of(rows, held, visible[:, start : start + ROWS], scoring)
+            near = VisibleScores.of(rows, contents, visible[:, start : start + ROWS], scoring)
             out[:, start : start + ROWS] = near.softmax().output()
         return out
 

@@ -93,21 +93,23 @@ class UniAttn(AttentionMethod):
         context.state[_SHARED] = kept
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Contents, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         anchor = self.source_layer(context.layer, context.layers)
-        groups = query.shape[0] // len(held.keys)
+        groups = query.shape[0] // len(contents.keys)
         seen = visible.repeat_interleave(groups, dim=0)  # [h, q, m]
         shared = context.state.get(_SHARED)
         if anchor != context.layer and shared is not None and shared.layer == anchor:
-            weights = _moved(shared, held.positions).masked_fill(~seen, 0)
+            weights = _moved(shared, contents.positions).masked_fill(~seen, 0)
             weights /= weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         else:  # also where the layer that it would follow has a sliding window and did not leave its weights
             context.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
-            scores = torch.bmm(rows, held.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
+            scores = torch.bmm(rows, contents.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
             weights = attention_weights(scores, scoring, seen)
-            context.state[_SHARED] = _Step(context.layer, weights, held.positions)
-        return weighted_sum(weights.to(held.values.dtype), held.values).to(query.dtype)
+            context.state[_SHARED] = _Step(context.layer, weights, contents.positions)
+        return weighted_sum(weights.to(contents.values.dtype), contents.values).to(query.dtype)
 
     def _reusing(self, layers: int) -> int:
         """How many layers reuse weights; all but one at most."""
