@@ -37,7 +37,7 @@ from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import Contents, Store
+from workbench.kv.stores import Dequantised, Store
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.offload import Index, Retriever
@@ -217,7 +217,7 @@ class OfStore:
     def slots(self) -> tuple[Positions, Valid]: ...
 
     @in_dtype_of("dtype")
-    def contents(self, dtype: torch.dtype) -> Contents: ...
+    def contents(self, dtype: torch.dtype) -> Dequantised: ...
 
     def tensors(self) -> dict[str, list[Tensor]]: ...
 
@@ -250,7 +250,7 @@ class OfStore:
     ) -> Float[Tensor, "h q dv"] | None: ...
 
 
-class OfContents:
+class OfDequantised:
     def __init__(
         self,
         keys: Float[Tensor, "k m d"] | UInt8[Tensor, "k m d"],
@@ -276,7 +276,7 @@ class OfEvictable:
 
 class OfTieredStore:
     @in_dtype_of("dtype")
-    def near_contents(self, dtype: torch.dtype) -> Contents: ...
+    def near_contents(self, dtype: torch.dtype) -> Dequantised: ...
 
     def index(self) -> list[Tensor]: ...
 
@@ -347,7 +347,7 @@ class OfAttentionMethod:
     def decode(
         self,
         query: Float[Tensor, "h q d"],
-        held: Contents,
+        held: Dequantised,
         visible: Bool[Tensor, "{len(held.keys)} q {held.keys.shape[1]}"],
         *rest: Any,
         **options: Any,
@@ -528,7 +528,7 @@ OF_CLASSES: dict[type, type] = {
     Store: OfStore,
     DenseStore: OfEvictable,
     TieredStore: OfTieredStore,
-    Contents: OfContents,
+    Dequantised: OfDequantised,
     Format: OfFormat,
     Index: OfIndex,
     Retriever: OfRetriever,
@@ -629,7 +629,7 @@ def _name(function: Declared) -> str:
 def _same_dtype(name: str, result: Any, asked: Tensor | torch.dtype) -> None:
     """Raise WrongDtype unless a result, the first of several, or the keys and values of contents are of this dtype."""
     dtype = asked.dtype if isinstance(asked, Tensor) else asked
-    if isinstance(result, Contents):
+    if isinstance(result, Dequantised):
         found = (result.keys, result.values)
     else:
         found = (result[0],) if isinstance(result, tuple) else (result,)

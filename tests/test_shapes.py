@@ -21,7 +21,7 @@ from workbench.kv import H2O, AdaKV, Knorm
 from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import Contents, DenseStore, Store
+from workbench.kv.stores import Dequantised, DenseStore, Store
 from workbench.models import facts
 from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
@@ -166,7 +166,7 @@ def test_a_kv_method_that_gives_another_shape_or_dtype_is_caught(cls: type[KVMet
 
 def test_a_store_that_ignores_the_dtype_asked_for_is_caught() -> None:
     class Deaf(DenseStore):
-        def contents(self, dtype: torch.dtype) -> Contents:
+        def contents(self, dtype: torch.dtype) -> Dequantised:
             return super().contents(torch.float64)
 
     layer = testing.reading().trace.layers[0]

@@ -94,7 +94,7 @@ def _watching(layers: Any, take: Any) -> Iterator[None]:
     """Call take(index, hidden) with the input of each layer, until the block ends."""
 
     def hook(index: int) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             take(index, args[0] if args else kwargs["hidden_states"])
 
         return see

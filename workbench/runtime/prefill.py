@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
@@ -39,7 +39,7 @@ class _Recorder:
     timeline: Timeline
     weights: int
     live: LiveBytes | CudaBytes
-    at: Pass
+    context: PassContext
     plain_widths: Sequence[tuple[int, int]] | None
     origins: Sequence[int]
 
@@ -60,12 +60,12 @@ class _Recorder:
         tokens, model_window = query.shape[1], scoring.window
         window = _combined_window(model_window, self.method, layer, self.count, tokens)
         scoring = replace(scoring, window=window)
-        self.at.layer = layer
+        self.context.layer = layer
         if self.method is None:
-            self.at.count(query.shape[0] * visible_entries(tokens, window))
+            self.context.count(query.shape[0] * visible_entries(tokens, window))
             out = causal_attention(query, key, value, scoring)
         else:
-            out = self.method.attend(query, key, value, scoring, at=self.at)
+            out = self.method.attend(query, key, value, scoring, self.context)
         before = self.recorded_nbytes if self.home == query.device else 0  # of what is live here, the recording so far
         shared = self._shared(layer, key)
         recorded = tuple(x.to(self.home) for x in (key, value, query))
@@ -145,7 +145,7 @@ def read(
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
     with watch("read"), live_bytes(device) as live:
-        at = Pass(count, tokens)
+        context = PassContext(count, tokens)
         recorder = _Recorder(
             plain or model,
             facts,
@@ -155,7 +155,7 @@ def read(
             timeline,
             weight_nbytes,
             live,
-            at,
+            context,
             plain_widths,
             origin if plain is not None else range(count),
         )
@@ -176,7 +176,15 @@ def read(
     }
     gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
     return Trace(
-        prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone, recorder.memory
+        prompt,
+        layers,
+        logits.cpu(),
+        watch.seconds["read"],
+        exact,
+        timeline,
+        tuple(context.computed),
+        gone,
+        recorder.memory,
     )
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 import workbench as wb
 from tests.kv.support import ids_of
 from workbench import testing
-from workbench.core.rope import rotate
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import InfLLM
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels.rotary import rotate
 
 if TYPE_CHECKING:
     from workbench.trace import LayerTrace
