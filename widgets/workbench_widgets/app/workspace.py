@@ -401,6 +401,5 @@ class Workspace(param.Parameterized):
 def _cases(recipes: Sequence[Any], budgets: Sequence[Any]) -> Iterator[tuple[Any, list[Any]]]:
     """One (recipe, [budget]) for each run; what takes no budget once."""
     for recipe in recipes:
-        takes = any(method.key != "full" for method in Recipe.of(recipe).family("kv"))
-        for budget in budgets if takes else budgets[:1]:
+        for budget in budgets if Recipe.of(recipe).takes_budget() else budgets[:1]:
             yield recipe, [budget]
