@@ -263,13 +263,13 @@ class Session(Shown):
         reason; explained in `workbench.weights.reports.census`. outputs: also the error of each layer's outputs over the
         calibration texts, whose second moments are gathered once for that.
         """
-        from workbench.weights.reports.census import census
+        from workbench.weights.reports.census import census_of
 
         methods = _weights(Recipe.of(recipe, **parameters))
         arguments.flag("outputs", outputs)
         twin = self._variants.get(methods, progress)
         reasons = {name: why for method in methods for name, why in method.left_alone(self.model).items()}
-        return census(self.model, twin, self._variants.study() if outputs else None, reasons, progress)
+        return census_of(self.model, twin, self._variants.study() if outputs else None, reasons, progress)
 
     def sensitivity(
         self,
@@ -287,7 +287,7 @@ class Session(Shown):
         Columns: layer, module, kl, error; explained in `workbench.weights.reports.sensitivity`. texts, tokens: how much of the
         calibration texts is read for it. Raises NotApplicable for methods whose layers only make sense together.
         """
-        from workbench.weights.reports.sensitivity import sensitivity
+        from workbench.weights.reports.sensitivity import sensitivity_of
 
         methods = _weights(Recipe.of(recipe, **parameters))
         for method in methods:
@@ -295,7 +295,7 @@ class Session(Shown):
                 raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
         arguments.choice("each", each, ("layer", "module"))
         ids = self._some_ids(texts, tokens)
-        return sensitivity(self.model, self._variants.get(methods, progress), ids, each, progress)
+        return sensitivity_of(self.model, self._variants.get(methods, progress), ids, each, progress)
 
     def export(
         self,
@@ -313,12 +313,12 @@ class Session(Shown):
         it, else the workbench's own (safetensors and JSON). dtype: in which what is not compressed is written (default:
         as it is held). Raises NotApplicable, MissingExtra, and InputError for a folder that holds something else.
         """
-        from workbench.export.model import Format, export
+        from workbench.export.model import Format, export_twin
 
         methods, folder = _weights(Recipe.of(recipe, **parameters)), arguments.path("path", path)
         arguments.choice("format", format, get_args(Format))
         twin = self._variants.get(methods, progress)
-        return export(self.model, twin, methods, self.facts, self.tokenizer, folder, format, dtype)
+        return export_twin(self.model, twin, methods, self.facts, self.tokenizer, folder, format, dtype)
 
     def spectra(
         self,
@@ -334,10 +334,10 @@ class Session(Shown):
         recipe: of the weights as its weight methods made them (default: of the model's own). layer, module: only of
         one decoder layer, or of the modules of one name.
         """
-        from workbench.weights.reports.spectra import spectra
+        from workbench.weights.reports.spectra import spectra_of
 
         methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
-        return spectra(self._variants.get(methods, progress), progress, layer=layer, module=module)
+        return spectra_of(self._variants.get(methods, progress), layer=layer, module=module, progress=progress)
 
     def rounding(
         self,
@@ -354,11 +354,11 @@ class Session(Shown):
         Columns: layer, module, kernel, kernel_cross, space; explained in `workbench.weights.reports.rounding`. recipe: under
         its weight methods (default: in the model as it is). texts, tokens: how much of the calibration texts is read.
         """
-        from workbench.weights.reports.rounding import rounding
+        from workbench.weights.reports.rounding import rounding_of
 
         methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
         bits, ids = arguments.whole("bits", bits, 2, 16), self._some_ids(texts, tokens)
-        return rounding(self._variants.get(methods, progress), ids, bits, progress)
+        return rounding_of(self._variants.get(methods, progress), ids, bits, progress)
 
     def _some_ids(self, texts: int, tokens: int) -> Tensor:
         """The beginning of the calibration texts, at most `tokens` of each of `texts`: int64 [t, n]."""
@@ -783,8 +783,7 @@ def row_of(run: Run) -> dict[str, Any]:
 
 def _used(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
     """The weights of a compressed model's linear layers by name, as they are used."""
-    from workbench.weights.reports.census import weight_of
-    from workbench.weights.surgery.linears import linear_layers
+    from workbench.weights.surgery.linears import linear_layers, weight_of
 
     return {name: partial(weight_of, module) for name, module in linear_layers(model).items()}  # type: ignore[misc]
 

@@ -24,10 +24,10 @@ from workbench.weights.calibration.model_head import Ending
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
 from workbench.weights.layers import PackedLinear
-from workbench.weights.reports.census import census
-from workbench.weights.reports.rounding import rounding
-from workbench.weights.reports.sensitivity import sensitivity
-from workbench.weights.reports.spectra import spectra
+from workbench.weights.reports.census import census_of
+from workbench.weights.reports.rounding import rounding_of
+from workbench.weights.reports.sensitivity import sensitivity_of
+from workbench.weights.reports.spectra import spectra_of
 from workbench.weights.surgery.prunable import Neurons, sites_of
 from workbench.weights.variants import Variants
 
@@ -162,17 +162,17 @@ def test_every_report_has_rows_or_says_in_one_line_why_not(name: str) -> None:
     packed = [path for path, module in twin.named_modules() if isinstance(module, PackedLinear)]
     inside = [path for path in packed if path.startswith(tuple(f"{layer}." for layer in decoder_layers(plain)))]
     reports: dict[str, Callable[[], Any]] = {
-        "census": lambda: census(plain, twin, variants.study()),
-        "sensitivity": lambda: sensitivity(plain, twin, _TOKENS),
-        "rounding": lambda: rounding(twin, _TOKENS),
+        "census": lambda: census_of(plain, twin, variants.study()),
+        "sensitivity": lambda: sensitivity_of(plain, twin, _TOKENS),
+        "rounding": lambda: rounding_of(twin, _TOKENS),
     }
     for key, report in reports.items():
         try:
             assert len(report()) > 0, key
         except NotApplicable as refusal:
             assert name == "gemma3n" and one_line(refusal), key
-    assert len(spectra(plain)) == len(spectra(twin)) == len(inside)
-    rows = census(plain, twin)
+    assert len(spectra_of(plain)) == len(spectra_of(twin)) == len(inside)
+    rows = census_of(plain, twin)
     assert sorted(rows.loc[rows["form"] == "PackedLinear", "name"]) == sorted(packed)
     matrices = {id(parameter) for parameter in plain.parameters() if parameter.ndim >= 2}
     assert len(rows) == len(matrices)  # tied ones come once; no mask, no table of positions that is a buffer
@@ -240,7 +240,7 @@ def test_transposed_weights_are_rounded_as_linear_ones_are() -> None:
         alike[0].weight = nn.Parameter(weight.T.clone())  # type: ignore[union-attr]
         want = RTN(group_size=8).compress(alike[0])  # type: ignore[arg-type]
         assert torch.equal(twin.get_submodule(name).dequantised(), want.dequantised())  # type: ignore[operator]
-    errors = census(plain, twin, WeightStudy(plain, calibration=_TEXTS))
+    errors = census_of(plain, twin, WeightStudy(plain, calibration=_TEXTS))
     within = errors[errors["form"] == "PackedLinear"]
     assert within[["weight_error", "output_error"]].max().max() < 0.2
 
@@ -287,7 +287,7 @@ def test_blocks_that_are_told_about_the_text_are_refused() -> None:
 
 def share_left(plain: Any, twin: Any) -> float:
     """What is left of the 16-bit bytes of the matrices in the decoder's layers."""
-    rows = census(plain, twin)
+    rows = census_of(plain, twin)
     rows = rows[rows["layer"].notna()]
     return float(rows["bytes"].sum() / (rows["bytes"] / rows["share"]).sum())
 
@@ -331,10 +331,10 @@ def test_errors_of_a_matrix_of_zeros_are_missing() -> None:
     plain.get_submodule(name).weight.data.zero_()  # type: ignore[union-attr,operator]
     for method in (DenseShift(), PBLLM(), RTN(), SVD()):
         variants = Variants(plain, None, _TEXTS)
-        rows = census(plain, variants.get((method,)), variants.study()).set_index("name")
+        rows = census_of(plain, variants.get((method,)), variants.study()).set_index("name")
         assert rows.loc[[name], ["weight_error", "output_error"]].isna().all().all()
         assert (rows[["weight_error", "output_error"]].fillna(0) < 10).all().all()
-    found = next(spectrum for spectrum in spectra(plain) if spectrum.name == name)
+    found = next(spectrum for spectrum in spectra_of(plain) if spectrum.name == name)
     assert found.effective_rank != found.effective_rank and found.rank_for(0.9) == 0
-    frame = spectra(plain).to_frame()
+    frame = spectra_of(plain).to_frame()
     assert frame["effective_rank"].isna().sum() == frame["stable_rank"].isna().sum() == 1

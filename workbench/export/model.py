@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import transformers
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from workbench import arguments
 from workbench.core.precision import checked
 from workbench.errors import BadParameter, CheckpointRefused, NotApplicable
 from workbench.export import compressed_tensors
@@ -30,12 +31,13 @@ from workbench.models.generation import writable
 from workbench.models.load import device_for, dtype_for, named_dtype
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
+from workbench.registry import Method
+from workbench.weights.base import WeightMethod, weight_methods
 from workbench.weights.surgery.module_data import describe, rebuild, replaced
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from workbench.weights.base import WeightMethod
 
 Format = Literal["auto", "workbench", "compressed-tensors"]
 
@@ -78,6 +80,26 @@ class Exported:
 
 
 def export(
+    variants: Variants,
+    methods: Sequence[Method],
+    path: str | Path,
+    *,
+    known: Facts,
+    format: Format = "auto",
+    dtype: str | torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the model, compressed by weight methods, into a folder; see `export_twin`. known: the facts of the model.
+
+    Raises BadRecipe for methods of another family, BadParameter, and what compressing and writing raise.
+    """
+    chosen, folder = weight_methods(methods), arguments.path("path", path)
+    arguments.choice("format", format, get_args(Format))
+    twin = variants.get(chosen, progress)
+    return export_twin(variants.model, twin, chosen, known, variants.tokenizer, folder, format, dtype)
+
+
+def export_twin(
     model: PreTrainedModel,
     twin: PreTrainedModel,
     methods: Sequence[WeightMethod],
@@ -97,8 +119,6 @@ def export(
     that holds something else or cannot be written to.
     """
     folder = located(folder)
-    if format not in ("auto", "workbench", compressed_tensors.NAME):
-        raise BadParameter(f"format {format!r} is not one of auto, workbench, {compressed_tensors.NAME}")
     precision = None if dtype is None else named_dtype(str(dtype).removeprefix("torch."))
     if dtype is not None and precision not in (torch.float32, torch.bfloat16, torch.float16):
         raise BadParameter(f"dtype {dtype!r} is not one of float32, bfloat16, float16")

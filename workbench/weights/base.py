@@ -309,6 +309,14 @@ def compressed(
     return twin if methods else sharing_copy(model)
 
 
+def weight_methods(methods: Sequence[Method]) -> list[WeightMethod]:
+    """The same methods, all of which change weights. Raises BadRecipe, naming them, where there are others."""
+    others = [method.key for method in methods if not isinstance(method, WeightMethod)]
+    if others:
+        raise BadRecipe(f"{', '.join(others)}: only weight methods change the model's weights; leave the others out")
+    return [method for method in methods if isinstance(method, WeightMethod)]
+
+
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the tree of modules that shares all parameters and buffers with the model."""
     with exclusive(model):  # not while a run has another attention implementation set

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor, nn
 
+from workbench import arguments
 from workbench.core.relative_error import ratio, relative_error
 from workbench.measure.memory import tensor_bytes
 from workbench.models.decoder import placed
 from workbench.models.linear import linear_of, linear_weight
 from workbench.progress import Progress
+from workbench.registry import Method
+from workbench.weights.base import weight_methods
 from workbench.weights.calibration.block_by_block import blocks
 from workbench.weights.calibration.statistics import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear
+from workbench.weights.surgery.linears import weight_of
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +34,21 @@ _COLUMNS = (
 
 
 def census(
+    variants: Variants, methods: Sequence[Method], *, outputs: bool = True, progress: Progress | None = None
+) -> pd.DataFrame:
+    """What weight methods made of each weight: one row a matrix, also of those left as they are; see `census_of`.
+
+    outputs: also the error of each layer's outputs over the calibration texts, whose Hessians are accumulated once for
+    that. Raises BadRecipe for methods of another family, BadParameter, and what compressing raises.
+    """
+    chosen = weight_methods(methods)
+    arguments.flag("outputs", outputs)
+    twin = variants.get(chosen, progress)
+    reasons = {name: why for method in chosen for name, why in method.left_alone(variants.model).items()}
+    return census_of(variants.model, twin, variants.study() if outputs else None, reasons, progress)
+
+
+def census_of(
     model: PreTrainedModel,
     twin: PreTrainedModel,
     study: WeightStudy | None = None,
@@ -114,20 +134,6 @@ def _at(twin: nn.Module, full: str) -> nn.Module | None:
         except AttributeError:
             continue
         if name == full or weight_of(found, full) is not None:
-            return found
-    return None
-
-
-def weight_of(module: nn.Module, full: str = "weight") -> Tensor | None:
-    """The whole weight that a module stands for, in float32 where it is held in another form; None: it has none."""
-    if isinstance(module, CompactLinear):
-        return module.dequantised()
-    linear = linear_weight(module)
-    if linear is not None:
-        return linear
-    for key in (full.rpartition(".")[2], "weight"):
-        found = getattr(module, key, None)
-        if isinstance(found, Tensor):
             return found
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from workbench import arguments
 from workbench.engine.attention_hook import exclusive
 from workbench.errors import NotApplicable
 from workbench.measure.rounding import kernel_share, space_used
 from workbench.models.decoder import placed
 from workbench.progress import Progress
+from workbench.registry import Method
+from workbench.weights.base import weight_methods
 from workbench.weights.calibration.block_by_block import Stream, blocks
 from workbench.weights.surgery.linears import linear_layers
 from workbench.weights.surgery.rotation import TurnedLinear
+from workbench.weights.variants import Variants
 from workbench_kernels.integer import input_step
 
 if TYPE_CHECKING:
@@ -25,7 +30,26 @@ if TYPE_CHECKING:
 _ALPHA = 0.15  # CrossQuant's: the weight of the token in the step of an element
 
 
-def rounding(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Progress | None = None) -> pd.DataFrame:
+def rounding(
+    variants: Variants,
+    methods: Sequence[Method] = (),
+    *,
+    bits: int = 8,
+    texts: int = 4,
+    tokens: int = 256,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """How well what enters each linear layer lends itself to rounding, under weight methods; see `rounding_of`.
+
+    texts, tokens: how much of the calibration texts is read, the beginning of each. Raises BadRecipe for methods of
+    another family, BadParameter.
+    """
+    chosen = weight_methods(methods)
+    bits, ids = arguments.whole("bits", bits, 2, 16), variants.ids(texts, tokens)
+    return rounding_of(variants.get(chosen, progress), ids, bits, progress)
+
+
+def rounding_of(model: PreTrainedModel, ids: Tensor, bits: int = 8, progress: Progress | None = None) -> pd.DataFrame:
     """One row for each linear layer of the blocks: what rounding its inputs to `bits` bits would lose to zero.
 
     ids: int64 [t, n], the texts. Columns: layer, module; kernel: the share of the inputs that become zero with one step

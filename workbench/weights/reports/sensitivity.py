@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pandas as pd
 from torch import Tensor, nn
 
+from workbench import arguments
 from workbench.core.relative_error import relative_error
 from workbench.engine.attention_hook import exclusive
 from workbench.errors import NotApplicable
 from workbench.models.decoder import placed
 from workbench.progress import Progress
-from workbench.weights.base import sharing_copy
+from workbench.registry import Method
+from workbench.weights.base import sharing_copy, weight_methods
 from workbench.weights.calibration.block_by_block import Stream, blocks
 from workbench.weights.calibration.model_head import Ending
 from workbench.weights.surgery.module_data import replaced
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +30,29 @@ ALL = "all"
 
 
 def sensitivity(
+    variants: Variants,
+    methods: Sequence[Method],
+    *,
+    each: Each = "layer",
+    texts: int = 4,
+    tokens: int = 256,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """What weight methods do to the model's predictions in one part of the model alone; see `sensitivity_of`.
+
+    texts, tokens: how much of the calibration texts is read, the beginning of each. Raises BadRecipe for methods of
+    another family, BadParameter, and NotApplicable for methods whose layers only make sense together.
+    """
+    chosen = weight_methods(methods)
+    for method in chosen:
+        if not method.alone:
+            raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
+    arguments.choice("each", each, get_args(Each))
+    ids = variants.ids(texts, tokens)
+    return sensitivity_of(variants.model, variants.get(chosen, progress), ids, each, progress)
+
+
+def sensitivity_of(
     model: PreTrainedModel, twin: PreTrainedModel, ids: Tensor, each: Each = "layer", progress: Progress | None = None
 ) -> pd.DataFrame:
     """What each part of a compressed copy `twin` does by itself, all the rest being the model's own.

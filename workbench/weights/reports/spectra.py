@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,11 @@ from workbench.errors import NotApplicable
 from workbench.formatting import Brief
 from workbench.models.decoder import placed
 from workbench.progress import Progress
+from workbench.registry import Method
+from workbench.weights.base import weight_methods
 from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.reports.census import weight_of
-from workbench.weights.surgery.linears import linear_layers
+from workbench.weights.surgery.linears import linear_layers, weight_of
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,11 +103,26 @@ def singular_values(weight: Tensor) -> Tensor:
 
 
 def spectra(
-    model: PreTrainedModel,
-    progress: Progress | None = None,
+    variants: Variants,
+    methods: Sequence[Method] = (),
     *,
     layer: int | None = None,
     module: str | None = None,
+    progress: Progress | None = None,
+) -> Spectra:
+    """The singular values of the weights in the decoder's layers as weight methods made them; without methods, of the
+    model's own. See `spectra_of`. Raises BadRecipe for methods of another family.
+    """
+    twin = variants.get(weight_methods(methods), progress)
+    return spectra_of(twin, layer=layer, module=module, progress=progress)
+
+
+def spectra_of(
+    model: PreTrainedModel,
+    *,
+    layer: int | None = None,
+    module: str | None = None,
+    progress: Progress | None = None,
 ) -> Spectra:
     """The spectra of the weights of all linear layers in the decoder's blocks, compressed ones as they are used.
 

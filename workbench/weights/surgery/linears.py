@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from functools import partial
 
-from workbench.models.linear import linear_of
+from torch import Tensor, nn
+
+from workbench.models.linear import linear_of, linear_weight
 from workbench.weights.layers import CompactLinear
 
 
@@ -20,3 +23,28 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
             found[name] = linear
             inside = (*inside, f"{name}.")
     return found
+
+
+def weight_of(module: nn.Module, full: str = "weight") -> Tensor | None:
+    """The whole weight that a module stands for, in float32 where it is held in another form; None: it has none."""
+    if isinstance(module, CompactLinear):
+        return module.dequantised()
+    linear = linear_weight(module)
+    if linear is not None:
+        return linear
+    for key in (full.rpartition(".")[2], "weight"):
+        found = getattr(module, key, None)
+        if isinstance(found, Tensor):
+            return found
+    return None
+
+
+def used_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """What makes the weight of each linear layer as it is used, by name."""
+    return {name: partial(_used, module) for name, module in linear_layers(model).items()}
+
+
+def _used(module: nn.Module) -> Tensor:
+    weight = weight_of(module)
+    assert weight is not None  # a linear layer has one
+    return weight
