@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from workbench.version import __version__
+
 if TYPE_CHECKING:
     from workbench import attention, kv, weights
     from workbench.progress import Progress
@@ -15,8 +17,7 @@ if TYPE_CHECKING:
     from workbench.registry import method, methods
     from workbench.session import Session
 
-__version__ = "0.1.0"
-__all__ = ["Progress", "Recipe", "Session", "attention", "kv", "method", "methods", "weights"]
+__all__ = ["Progress", "Recipe", "Session", "__version__", "attention", "kv", "method", "methods", "weights"]
 
 _LAZY = {
     "Session": "workbench.session",

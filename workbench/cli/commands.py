@@ -73,7 +73,7 @@ def workbench(
     ] = False,
 ) -> None:
     if version:
-        from workbench import __version__
+        from workbench.version import __version__
 
         print(__version__)
         raise typer.Exit

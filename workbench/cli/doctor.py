@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from workbench import __version__
+from workbench.version import __version__
 from workbench.models import cache_dir, cached, catalogue
 
 _PACKAGES = ("torch", "transformers", "safetensors", "pydantic", "pandas", "plotly", "anywidget", "panel", "bokeh")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -24,11 +24,11 @@ from workbench.trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KINDS = ("keys", "values", "activations", "weights")
+Kind = Literal["keys", "values", "activations", "weights"]
 
 
 def channel_table(
-    kind: str,
+    kind: Kind,
     model: PreTrainedModel,
     trace: Trace | None = None,
     progress: Progress | None = None,
@@ -46,7 +46,7 @@ def channel_table(
     energy adds up to 1 over the channels of a head, layer or module; kurtosis is 3 for a normal distribution and not a
     number for a constant channel. Raises BadParameter for another kind, NotRead where a trace is needed and missing.
     """
-    arguments.choice("kind", kind, KINDS)
+    arguments.choice("kind", kind, get_args(Kind))
     progress = progress or Progress()
     if kind == "weights":
         return _weights(model, plain_weights(model) if weights is None else weights, progress)
@@ -55,7 +55,7 @@ def channel_table(
     return trace.once(("channels", kind), lambda: _of_prompt(kind, model, trace, progress)).copy()
 
 
-def _of_prompt(kind: str, model: PreTrainedModel, trace: Trace, progress: Progress) -> pd.DataFrame:
+def _of_prompt(kind: Kind, model: PreTrainedModel, trace: Trace, progress: Progress) -> pd.DataFrame:
     if kind == "activations":
         return _small(_residual_stream(model, trace, progress).to_frame())
     held = {layer.index: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}

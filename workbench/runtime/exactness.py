@@ -76,7 +76,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """What decides how a model computes, but for the numbers in its weights, as 32 hexadecimal digits."""
     import transformers
 
-    from workbench import __version__
+    from workbench.version import __version__
 
     config = model.config.to_dict()
     names = sorted(set(config) - {"_name_or_path", "transformers_version"})

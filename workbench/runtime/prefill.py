@@ -16,7 +16,7 @@ from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
-from workbench.models import Facts, rotation_of
+from workbench.models import Facts, Rotations
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class _Recorder:
     """Computes exact (or the method's) attention over the prompt and keeps each layer's queries, keys and values."""
 
-    plain: PreTrainedModel
+    rotations: Rotations
     facts: Facts
     method: AttentionMethod | None
     progress: Progress
@@ -88,7 +88,7 @@ class _Recorder:
             scale=scale,
             window=window,
             softcap=softcap,
-            rotary=partial(rotation_of, self.plain, self.origins[layer]),
+            rotary=partial(self.rotations.of, self.origins[layer]),
             narrowed_from=min(own or tokens, tokens) if window != own else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
@@ -131,13 +131,15 @@ def read(
     weight_nbytes: int = 0,
     plain: PreTrainedModel | None = None,
     plain_widths: Sequence[tuple[int, int]] | None = None,
+    rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """Read a prompt and record it.
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
     host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
-    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. Raises
+    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. rotations: those of the plain model,
+    where they are remembered for several readings. Raises
     PromptTooLong, BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt;
     Cancelled between layers.
     """
@@ -157,7 +159,7 @@ def read(
     with watch("read"), live_bytes(device) as live:
         at = Pass(count, tokens)
         recorder = _Recorder(
-            plain or model,
+            rotations or Rotations(plain or model),
             facts,
             method,
             progress,
@@ -224,6 +226,7 @@ def take_in(
     *,
     keep_on: torch.device | None = None,
     weight_nbytes: int = 0,
+    rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """A trace of the prompt's shapes without data: only its first token is read, to learn them.
@@ -237,6 +240,7 @@ def take_in(
         replace(prompt, ids=prompt.ids[:1]),
         keep_on=keep_on,
         weight_nbytes=weight_nbytes,
+        rotations=rotations,
         progress=progress,
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
