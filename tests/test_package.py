@@ -65,6 +65,7 @@ def test_the_wheel_declares_its_command_and_python_range(wheel: Path) -> None:
         (entry_points,) = [archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt")]
         (metadata,) = [archive.read(n).decode() for n in archive.namelist() if n.endswith("METADATA")]
     assert "workbench = workbench.cli:main" in entry_points
+    assert "[workbench.commands]\napp = workbench_widgets" in entry_points
     assert "Name: inference-workbench" in metadata
     assert "Requires-Python: <3.14,>=3.11" in metadata
 
