@@ -125,9 +125,7 @@ def run(
     with terminal.working() as bar:
         session = model.session(bar, cache)
         session.read(text, chat=prompt.chat, progress=bar.progress)
-        tokens = session.stream(
-            recipe, question=question, max_new_tokens=cache.max_new_tokens, progress=bar.progress
-        )
+        tokens = session.stream(recipe, question=question, max_new_tokens=cache.max_new_tokens, progress=bar.progress)
         for token in tokens:
             if live:
                 bar.stop()

@@ -42,9 +42,9 @@ class PromptOptions:
     """What is read, and what is asked after it."""
 
     text: Annotated[str | None, typer.Option("--text", help="the text to read ('-': standard input)")] = None
-    text_file: Annotated[
-        str | None, typer.Option("--text-file", help="a file with the text ('-': standard input)")
-    ] = None
+    text_file: Annotated[str | None, typer.Option("--text-file", help="a file with the text ('-': standard input)")] = (
+        None
+    )
     example: Annotated[
         str | None, typer.Option("--example", help="a ready text with a question: needle, code, dialogue")
     ] = None
@@ -93,9 +93,7 @@ class ModelOptions:
 class CacheOptions:
     """How caches are held and answers made."""
 
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="the longest answer, in tokens")
-    ] = 32
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="the longest answer, in tokens")] = 32
     kv_dtype: Annotated[
         str | None, typer.Option("--kv-dtype", help="how caches are stored: float32, bfloat16, float16")
     ] = None

@@ -35,4 +35,6 @@ def remember(trace: Trace, recipe: Recipe, layers: Sequence[HeadStats]) -> None:
 
 def _key(recipe: Recipe) -> tuple[Hashable, ...]:
     """Under what a trace remembers them: of a reading that a method changed there are only one."""
-    return ("head_stats",) if changes_reading(attention_method(recipe)) else ("head_stats", recipe.methods, recipe.budget)
+    return (
+        ("head_stats",) if changes_reading(attention_method(recipe)) else ("head_stats", recipe.methods, recipe.budget)
+    )

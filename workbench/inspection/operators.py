@@ -48,7 +48,5 @@ def operator_study(
 ) -> Study:
     """The errors of some heads and the maps of `head` on one layer; see `Session.operator`."""
     trace = readings.of_prompt()
-    check_window(
-        readings, view.get("pixels", 512), view.get("pooling", "max"), view.get("rows"), view.get("cols")
-    )
+    check_window(readings, view.get("pixels", 512), view.get("pooling", "max"), view.get("rows"), view.get("cols"))
     return study_operator(recorded(trace), operator, layer, head, progress=progress, **view)

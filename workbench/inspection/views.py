@@ -18,9 +18,7 @@ T = TypeVar("T")
 View = Captured | Implied
 
 
-def view_of(
-    readings: Readings, recipe: Recipe, layer: int, head: int | None, progress: Progress | None = None
-) -> View:
+def view_of(readings: Readings, recipe: Recipe, layer: int, head: int | None, progress: Progress | None = None) -> View:
     """Of one layer; head: only of that query head. Raises BadParameter for one that is not there, NotRead."""
     trace = readings.recorded(recipe, progress)
     layer = arguments.index("layer", layer, len(trace.layers), "the model's layers")

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Self, cast, get_args
 
 import pandas as pd
@@ -261,7 +262,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
-        gives = _GIVES.get(func) or _GIVES.setdefault(func, _gives(func))
+        gives = _gives(func)
         if gives == "view":  # half of all operations, and none of them allocates
             return result
         if self._freed:
@@ -310,9 +311,9 @@ class _Watch(weakref.ref):  # type: ignore[type-arg]
 
 
 _Gives = Literal["view", "input", "new", "any"]
-_GIVES: dict[Any, _Gives] = {}  # what was found out about operations so far
 
 
+@cache  # asked of every operation that runs
 def _gives(func: Any) -> _Gives:
     """What an operation returns: views of inputs, inputs that it wrote to, tensors of its own, or any of these."""
     # `torch.tensor([...])` makes its storage unseen and shows it first as this operation's input.

@@ -12,9 +12,29 @@ from collections.abc import Iterator
 # These loggers announce optional binaries that do not fit this machine, at import: nothing the user can act on.
 _CHATTY = ("torchao", "torch.utils._pytree")
 
-_lock = threading.Lock()
-_active = 0
-_undo = contextlib.ExitStack()
+
+class _Silence:
+    """How many want silence now; the first of them silences, the last restores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._wanted == 0:
+                self._undo.enter_context(_silenced())
+            self._wanted += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if self._wanted == 0:
+                self._undo.close()
+
+
+_SILENCE = _Silence()  # the settings belong to the process, and so does the count of those who changed them
 
 
 @contextlib.contextmanager
@@ -24,19 +44,8 @@ def quiet(stderr: bool = False) -> Iterator[None]:
     The settings belong to the process, so they are counted: with several loads at once the first silences and the last
     restores. `stderr=True` also swallows what is written to `sys.stderr`, for bars that have no switch.
     """
-    global _active
-    with _lock:
-        if _active == 0:
-            _undo.enter_context(_silenced())
-        _active += 1
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
-            yield
-    finally:
-        with _lock:
-            _active -= 1
-            if _active == 0:
-                _undo.close()
+    with _SILENCE, contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ class Comparison:
     def of(cls, recipes: Sequence[Spec] | Spec, budgets: Sequence[BudgetLike] | BudgetLike) -> Comparison:
         """Every recipe at every budget, and once where it takes none. Raises BadRecipe, BadBudget, BadParameter."""
         alone = isinstance(recipes, str | Method | Recipe)
-        chosen = [Recipe.of(spec) for spec in ([recipes] if alone else arguments.several("recipes", recipes, "recipes"))]
+        chosen = [
+            Recipe.of(spec) for spec in ([recipes] if alone else arguments.several("recipes", recipes, "recipes"))
+        ]
         if not chosen:
             raise BadRecipe("no recipe is given: name at least one method, for instance 'full'")
         alone = isinstance(budgets, str | Real | Budget)

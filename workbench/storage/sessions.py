@@ -244,9 +244,7 @@ class SavedSession:
             try:
                 runs.append(LoadedRun(record, verdict, prompt_ids, replan))
             except UnknownMethod as error:
-                raise InputError(
-                    f"{self.folder}: run {index + 1} used a method that is not here ({error})"
-                ) from error
+                raise InputError(f"{self.folder}: run {index + 1} used a method that is not here ({error})") from error
         return trace, runs
 
 
