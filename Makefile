@@ -5,21 +5,23 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := smollm2-135m
+APP_ARGS ?=
 
-.PHONY: setup app test kinds lint bench bench-gpu clean browser model notebooks
+.PHONY: setup app test kinds lint docs bench bench-gpu clean browser model notebooks
 
 setup: $(STAMP)  ## a virtual environment with everything in it
 
+# `dev` takes all other extras but `benchmarks` with it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[app,notebooks,weights,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 model: setup  ## the default model in the user's cache
 	$(BIN)/workbench models fetch $(MODEL)
 
 app: model  ## the workbench in the browser
-	$(BIN)/workbench app
+	$(BIN)/workbench app $(APP_ARGS)
 
 # The browser tests drive the system's Chromium; where it cannot be installed they skip and say so.
 browser:
@@ -46,7 +48,10 @@ lint: setup  ## formatting, style, which room may import which, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: model  ## the figures that the README claims
+docs: setup  ## the site, in build/site; needs no network, and a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: model  ## the figures in benchmarks/results
 	$(BIN)/python -m benchmarks
 
 bench-gpu: setup  ## the kernels' figures on this machine's CUDA device, and docs/kernels.md with them

@@ -22,7 +22,7 @@ RESULTS: dict[str, tuple[Callable[[wb.Session, Any], Any], str]] = {
     "layer": (lambda s, run: s.trace.layers[0], "LayerTrace(index=0, keys_held="),
     "plan": (lambda s, run: run.plan, "<Plan of snapkv 0.5 for "),
     "run": (lambda s, run: run, "<Run of snapkv 0.5: "),
-    "verdict": (lambda s, run: run.verdict, "Verdict(figures="),
+    "verdict": (lambda s, run: run.verdict, "Evaluation(figures="),
     "memory": (lambda s, run: run.memory, "<Timeline of "),
     "contents": (lambda s, run: run.plan.stores()[0].contents(torch.float32), "Contents(keys="),
     "map": (lambda s, run: s.attention(layer=1, head=1, pixels=16), "PooledMap(values=float32 [16, 16], "),

@@ -239,7 +239,7 @@ class WritesOnTheTrace(Sound):
 class GivesNothing(Sound):
     """Give some heads nothing."""
 
-    uneven = True
+    head_adaptive = True
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
         counts = super().allocate(ranking, entries)
@@ -301,7 +301,7 @@ BROKEN = {
     WritesOnTheModel: "nothing is left .* the model's attributes changed",
     WritesOnTheTrace: "nothing is left .* the trace changed",
     GivesNothing: "keeps nothing|a head gets 0",
-    HidesThatHeadsDiffer: "heads of a layer get different lengths: set uneven = True",
+    HidesThatHeadsDiffer: "heads of a layer get different lengths: set head_adaptive = True",
     OverdrawsTheBudget: "are given out|smallest",
     NeverExact: "a whole budget is exact",
     MergesWithoutNeed: "where nothing was dropped there is nothing to merge",

@@ -14,6 +14,7 @@ from workbench.models import load
 
 
 def main() -> None:
+    """Learn the vocabulary, train, or evaluate, as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     corpus = commands.add_parser("corpus", help="learn the vocabulary and write the token files")

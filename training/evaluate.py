@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from training.architecture import CONTEXT
 from training.corpus import KINDS, Corpus
@@ -44,7 +44,7 @@ def evaluate(
     }
     things: dict[str, Callable[[str, int], str]] = {
         "needle": lambda text, _: text,
-        "needle_of_untrained_names": lambda text, seed: HELD_OUT_THINGS[seed % len(HELD_OUT_THINGS)],
+        "needle_of_untrained_names": lambda _, seed: HELD_OUT_THINGS[seed % len(HELD_OUT_THINGS)],
     }
     for name, renamed in things.items():
         cells = []
@@ -79,7 +79,7 @@ def perplexity(
     total, count = 0.0, 0
     for window in windows:
         logits = model(window[None].to(model.device)).logits[0, :-1]  # [n - 1, vocabulary]
-        total += F.cross_entropy(logits.float(), window[1:].to(model.device), reduction="sum").item()
+        total += functional.cross_entropy(logits.float(), window[1:].to(model.device), reduction="sum").item()
         count += len(window) - 1
     bits_per_token = total / count / math.log(2)
     return {
@@ -121,8 +121,8 @@ def _exact(model: PreTrainedModel, rows: Iterable[Row], each: bool = False) -> f
     verdicts: list[bool] = []
     for row in rows:
         right, asked = _right(model, row)
-        starts = torch.nonzero(asked & ~F.pad(asked, (1, 0))[:-1])[:, 0].tolist()
-        answers = [right[start:][: int((~F.pad(asked[start:], (0, 1))).nonzero()[0])] for start in starts]
+        starts = torch.nonzero(asked & ~functional.pad(asked, (1, 0))[:-1])[:, 0].tolist()
+        answers = [right[start:][: int((~functional.pad(asked[start:], (0, 1))).nonzero()[0])] for start in starts]
         verdicts += [bool(answer.all()) for answer in answers] if each else [all(bool(a.all()) for a in answers)]
     return round(sum(verdicts) / len(verdicts), 4)
 

@@ -53,7 +53,9 @@ class Sources:
     documents: dict[str, np.ndarray]
 
     def __post_init__(self) -> None:
-        encode = lambda text: tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)  # noqa: E731
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
         object.__setattr__(self, "encode", encode)
         object.__setattr__(self, "remembered", lru_cache(100_000)(encode))  # for sentences that come again and again
         breaks = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from training.architecture import CONTEXT, new_model
 from training.corpus import Corpus
@@ -40,7 +40,7 @@ def weighted_loss(model: PreTrainedModel, ids: Tensor, worth: Tensor, weights: T
     decoder: Any = model.get_decoder()
     hidden = decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logits = model.get_output_embeddings()(hidden)  # [b, n - 1, vocabulary]
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     each = weights[worth[:, 1:].flatten().long()]
     return (losses * each).sum() / each.sum(), losses.detach(), worth[:, 1:].flatten()
 
@@ -85,7 +85,7 @@ def train(
     steps = tokens = 0
     sums = torch.zeros(2, len(WEIGHTS), device=device)
     started = said = saved = 0.0
-    for ids, worth in batches:
+    for batch in batches:
         if not steps:  # the clock runs from the first batch on: processes take their time to start
             started = said = saved = time.monotonic()
         share = (time.monotonic() - started) / (60 * minutes)
@@ -94,14 +94,15 @@ def train(
         batches.stage = stage_at(share)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(peak, steps, share)
-        ids, worth = ids.to(device, torch.long, non_blocking=True), worth.to(device, non_blocking=True)
+        ids = batch[0].to(device, torch.long, non_blocking=True)
+        worth = batch[1].to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, losses, kinds = weighted_loss(model, ids, worth, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        one_hot = F.one_hot(kinds.long(), len(WEIGHTS)).float()
+        one_hot = functional.one_hot(kinds.long(), len(WEIGHTS)).float()
         sums += torch.stack([losses @ one_hot, one_hot.sum(dim=0)])
         steps, tokens = steps + 1, tokens + ids.numel()
         now = time.monotonic()

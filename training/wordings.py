@@ -79,6 +79,7 @@ def number(draw: random.Random) -> str:
 
 
 def word(draw: random.Random) -> str:
+    """One of the words that stand for secrets."""
     return draw.choice(_WORDS)
 
 

@@ -19,6 +19,7 @@ from workbench.errors import MissingExtra
 
 GROUP = "workbench.display"
 NUMBERS = "application/vnd.workbench+json"
+_DRAWN_WITH = ("ipywidgets", "anywidget", "plotly")  # of the extra `notebooks`: without it there is the text
 
 Bundle = dict[str, Any]
 
@@ -66,18 +67,24 @@ def bundles(thing: Shown, *, figures: bool = True) -> list[Bundle]:
 
 
 def controls(session: Any, **options: Any) -> Any:
-    """The control panel for a session. Raises MissingExtra where no package provides one."""
+    """The control panel for a session. Raises MissingExtra where no package provides one, or widgets are missing."""
     panel = provided("controls")
     if panel is None:
-        raise MissingExtra("no package here provides a control panel: pip install 'inference-workbench[notebooks]'")
+        raise MissingExtra(
+            "the control panel needs widgets, which are not installed: pip install 'inference-workbench[notebooks]'"
+        )
     return panel(session, **options)
 
 
 @cache
 def provided(name: str) -> Callable[..., Any] | None:
-    """What an installed package offers under `name`, or None."""
+    """What an installed package offers under `name`, or None; also where what it draws with is not installed."""
     for point in entry_points(group=GROUP, name=name):
-        return point.load()  # type: ignore[no-any-return]
+        try:
+            return point.load()  # type: ignore[no-any-return]
+        except ModuleNotFoundError as error:
+            if error.name not in _DRAWN_WITH:
+                raise
     return None
 
 

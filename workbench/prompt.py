@@ -195,7 +195,7 @@ def _laid_out(
     marks = dict(zip(stand_ins(len(theirs), _source(tokenizer), *said), theirs, strict=True))
     standing = {index: mark for mark, index in marks.items()}
     marked = [{**message, "content": standing.get(index, message["content"])} for index, message in enumerate(messages)]
-    # [text, mark, text, mark, ..., text]
+    # The text between marks and the marks take turns.
     parts = _split(render(tokenizer, marked, generate=generate), list(marks))
     for mark, index in marks.items():
         if (times := parts.count(mark)) != 1:

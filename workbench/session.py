@@ -17,15 +17,15 @@ from workbench.errors import BadParameter, ModelNotFound
 from workbench.formatting import mib
 from workbench.inspection import attention as maps
 from workbench.inspection import heads, operators, outliers
-from workbench.kv.plan import Plan, StreamedPlan, uncompressed_nbytes
+from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
 from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
 from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
-from workbench.runtime.conversation import Conversation, Question
+from workbench.runtime.conversation import Conversation
 from workbench.runtime.readings import Readings, recorded
-from workbench.runtime.run import Run, Stream
+from workbench.runtime.run import Question, Run, Stream
 from workbench.weights.base import WeightMethod
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
 
@@ -374,7 +374,7 @@ class Session(Shown):
         plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
         # The reading that a method made while planning is on its timeline, not part of planning.
-        plan_s = max(plan_s - plan.read_seconds, 0.0) if isinstance(plan, StreamedPlan) else plan_s
+        plan_s = max(plan_s - plan.read_seconds, 0.0) if plan.chunked else plan_s
         return self._conversation(spec, plan).begin(question, max_new_tokens, progress, plan_s)
 
     def _conversation(self, recipe: Recipe, plan: Plan) -> Conversation:

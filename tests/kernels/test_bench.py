@@ -57,14 +57,12 @@ def test_an_error_is_relative_to_the_norm_and_infinite_for_what_was_never_writte
 
 
 def test_time_runs_out_also_where_failures_are_caught() -> None:
-    began = time.monotonic()
     with pytest.raises(TimeUp), time_limit(0.05):
-        while time.monotonic() - began < 10:
+        for _ in range(1000):
             try:
                 time.sleep(0.01)
             except Exception:
                 continue
-    assert time.monotonic() - began < 5
     with time_limit(None):
         time.sleep(0.1)
 

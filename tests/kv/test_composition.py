@@ -16,9 +16,10 @@ from workbench.budget import Budget
 from workbench.errors import BadRecipe, BudgetTooSmall
 from workbench.kv import Full, Knorm, SnapKV
 from workbench.kv.base import STAGES, KVMethod, Study
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.registry import registered
+from workbench.runtime.planning import make_plan
 from workbench.testing import Reading, check_plan, fresh_reading
 from workbench.trace import LayerTrace
 
@@ -48,7 +49,7 @@ class FirstServed(KVMethod):
     """Give the first heads all that they can hold, and every other head one."""
 
     key = "first-served"
-    uneven = True
+    head_adaptive = True
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
         heads = ranking.layers * ranking.kv_heads

@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench.kv.base import KVMethod, Study
-from workbench.kv.plan import make_plan, rank
+from workbench.kv.plan import rank
 from workbench.models import cached, facts, load
 from workbench.prompt import Prompt
 from workbench.registry import method
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import Trace
 

@@ -30,7 +30,7 @@ from workbench.kv import (
     StreamingLLM,
 )
 from workbench.kv.base import KVMethod, Study
-from workbench.kv.plan import Plan, make_plan, rank
+from workbench.kv.plan import Plan, rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.format import DenseFormat, PackedFormat, Shape, balancer
@@ -38,6 +38,7 @@ from workbench.models import TINY_ARCHITECTURES, facts, tiny
 from workbench.prompt import Prompt
 from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 
@@ -210,14 +211,14 @@ def test_h2o_sums_what_every_query_gave() -> None:
     layer = trace_of().layers[1]
     rows = softmax_rows(layer)
     expected = torch.stack([sum(rows[2 * head + g, q] for g in range(2) for q in range(TOKENS)) for head in range(2)])
-    assert torch.allclose(H2O().evidence(layer), expected.float(), atol=1e-4)
+    assert torch.allclose(H2O().eviction_state(layer), expected.float(), atol=1e-4)
 
 
 def test_h2o_keeps_the_recent_and_the_heavy() -> None:
     trace = trace_of()
     plan, each = plan_of("h2o", "20 tokens", trace), 20
     for layer in trace.layers:
-        received = H2O().evidence(layer)
+        received = H2O().eviction_state(layer)
         for head in range(2):
             kept = set(plan.kept(layer.index, head).tolist())
             assert set(range(TOKENS - each // 2, TOKENS)) <= kept
@@ -447,11 +448,11 @@ def test_eviction_while_decoding_follows_the_plain_rule(key: str) -> None:
     trace, plan, decoder, seen = decoded(key, f"{room} tokens", steps=24)
     for layer in trace.layers:
         store, expected = decoder.stores[layer.index], simulated(key, plan, layer, seen[layer.index], room)
-        assert isinstance(store, DenseStore) and store.mass is not None
+        assert isinstance(store, DenseStore) and store.state is not None
         assert [row.tolist() for row in store.positions] == [sorted(row) for row in expected]
         if key == "streaming-llm":  # remembers nothing
             continue
-        for head, (slots, mass) in enumerate(zip(store.slot_positions, store.mass.view()[..., 0], strict=True)):
+        for head, (slots, mass) in enumerate(zip(store.slot_positions, store.state.view()[..., 0], strict=True)):
             remembered = torch.tensor([expected[head][int(p)] for p in slots])
             assert torch.allclose(mass, remembered, rtol=1e-3, atol=1e-5)
 
@@ -461,7 +462,7 @@ def test_a_cache_that_evicts_while_decoding_never_outgrows_its_plan(key: str) ->
     _, plan, decoder, _ = decoded(key, "20 tokens", steps=12)
     assert sum(store.nbytes for store in decoder.stores) == plan.nbytes
     grown = plan_of(key, "20 tokens", trace_of(), decode=False)
-    assert not grown.evicts and all(isinstance(store, DenseStore) and store.mass is None for store in grown.stores())
+    assert not grown.evicts and all(isinstance(store, DenseStore) and store.state is None for store in grown.stores())
 
 
 # -- KIVI and MiKV

@@ -11,11 +11,11 @@ from workbench import testing
 from workbench.errors import BadRecipe, BudgetTooSmall, Cancelled, NotRead, PromptTooLong
 from workbench.kv import SnapKV
 from workbench.kv.base import KVMethod
-from workbench.kv.plan import make_plan
+from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 from workbench.kv.stores import DenseStore
 from workbench.models import tiny
 from workbench.progress import Progress
-from workbench.runtime.chunked_prefill import Held, Reading
+from workbench.runtime.planning import make_plan
 
 
 class Newest(KVMethod):
@@ -26,19 +26,19 @@ class Newest(KVMethod):
     claim = "none"
     default_budget = 0.5
 
-    def read(self, reading: Reading) -> Held:
-        total = reading.entries(4)
-        for piece in reading.pieces(min(8, max(total // 2, 1))):
-            for layer in reading.compressible:
-                store = reading.stores[layer.index]
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        total = prefill.entries(4)
+        for piece in prefill.pieces(min(8, max(total // 2, 1))):
+            for layer in prefill.compressible:
+                store = prefill.stores[layer.index]
                 assert isinstance(store, DenseStore)
                 excess = store.longest + len(piece) - total
                 if excess > 0:
                     slots = torch.ones(layer.kv_heads, store.longest, dtype=torch.bool)
                     slots[:, 2 : 2 + excess] = False
-                    reading.keep(layer.index, slots)
-            reading.feed(piece)
-        return reading.held()
+                    prefill.keep(layer.index, slots)
+            prefill.feed(piece)
+        return prefill.result()
 
 
 def ids_of(count: int) -> Tensor:
@@ -136,13 +136,13 @@ def test_looking_leaves_the_caches_as_they_are_and_gives_true_attention() -> Non
     class Looking(Newest):
         key = "looking"
 
-        def read(self, reading: Reading) -> Held:
-            held = super().read(reading)
-            before = [store.nbytes for store in reading.stores]
-            rows = reading.look(ids_of(3), lambda layer, weights: weights)
-            assert [store.nbytes for store in reading.stores] == before and reading.position == reading.tokens
-            for layer, weights in zip(reading.compressible, rows, strict=True):
-                seen = reading.stores[layer.index].contents(torch.float32).keys.shape[1]
+        def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+            held = super().read(prefill)
+            before = [store.nbytes for store in prefill.stores]
+            rows = prefill.probe(ids_of(3), lambda layer, weights: weights)
+            assert [store.nbytes for store in prefill.stores] == before and prefill.position == prefill.tokens
+            for layer, weights in zip(prefill.compressible, rows, strict=True):
+                seen = prefill.stores[layer.index].contents(torch.float32).keys.shape[1]
                 assert weights.shape == (layer.kv_heads, layer.groups, 3, seen)
                 assert bool((weights.sum(dim=-1) < 1).all())  # the rest goes to the tokens themselves
             return held

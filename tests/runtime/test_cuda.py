@@ -13,8 +13,9 @@ from workbench.kv.stores import Store
 from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.registry import registered
 from workbench.runtime.cuda_graph import Step
-from workbench.runtime.decode import Decoder, greedy
-from workbench.runtime.evaluate import forced
+from workbench.runtime.decode import Decoder
+from workbench.runtime.evaluate import teacher_forcing
+from workbench.runtime.greedy import greedy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,7 +36,7 @@ def test_logits_equal_plain_transformers_at_float32(architecture):
     everything = torch.cat([prompt, question, torch.tensor(run.tokens)])[None].to(CUDA)
     with torch.inference_mode():
         want = model(everything).logits[0, 158:-1].float().cpu()
-    got, _ = forced(run.conversation.decoder(), session.trace.logits, question, torch.tensor(run.tokens))
+    got, _ = teacher_forcing(run.conversation.decoder(), session.trace.logits, question, torch.tensor(run.tokens))
     assert (got.cpu() - want).abs().max() < 1e-3  # float32 products on the GPU, in another order
 
 

@@ -15,7 +15,8 @@ from workbench.errors import NotApplicable
 from workbench.kv.stores.packed import WHOLE, PackedStore
 from workbench.models import tiny
 from workbench.runtime.cuda_graph import Step, predicted_nbytes, refusal
-from workbench.runtime.decode import Decoder, greedy
+from workbench.runtime.decode import Decoder
+from workbench.runtime.greedy import greedy
 
 ModelOf = Callable[[str], PreTrainedModel]
 RECIPES = {

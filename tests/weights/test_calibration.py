@@ -52,7 +52,7 @@ def entering(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "architecture", ["llama", "mqa", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "mixtral", "qwen3-moe"]
 )
-def test_statistics_are_those_of_the_whole_models_pass(architecture: str) -> None:
+def test_statistics_are_those_of_the_whole_models_pass(architecture: str) -> None:  # trap W7
     model = tiny(architecture)
     study = study_of(model)
     seen, names = entering(model, study.ids), []

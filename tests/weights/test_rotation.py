@@ -62,7 +62,7 @@ def turned(model: PreTrainedModel, *, scaling: bool = True) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 64, 192, 576, 896, 960])
-def test_hadamard_matrices_are_what_they_are_called(size: int) -> None:  # trap 2
+def test_hadamard_matrices_are_what_they_are_called(size: int) -> None:  # trap W2
     assert whole(size)
     found = matrix(size)
     torch.testing.assert_close(found.abs(), torch.full_like(found, 1 / math.sqrt(size)))  # nothing but plus and minus
@@ -94,7 +94,7 @@ def test_rotations_keep_lengths_and_are_undone(size: int, seed: int) -> None:
 
 @pytest.mark.parametrize("architecture", ROTATABLE)
 @pytest.mark.parametrize("scaling", [True, False])
-def test_the_transformation_alone_changes_no_logits(architecture: str, scaling: bool) -> None:  # trap 1
+def test_the_transformation_alone_changes_no_logits(architecture: str, scaling: bool) -> None:  # trap W1
     model = shaken(architecture)
     want = logits(model)
     twin = turned(model, scaling=scaling)
@@ -121,7 +121,7 @@ def test_the_original_and_its_tied_table_are_not_touched() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mixtral", "qwen3-moe"])
-def test_models_that_cannot_be_rotated_are_refused_with_the_reason(architecture: str) -> None:  # trap 10
+def test_models_that_cannot_be_rotated_are_refused_with_the_reason(architecture: str) -> None:  # trap W10
     with pytest.raises(NotApplicable, match=r"cannot be rotated in .*model\.layers\.0"):
         compressed(tiny(architecture), [OSTQuant()])
 

@@ -54,7 +54,7 @@ def cancelled_after(steps: int) -> Progress:
 # --- The original
 
 
-def test_the_original_is_bitwise_unchanged_after_a_run() -> None:
+def test_the_original_is_bitwise_unchanged_after_a_run() -> None:  # trap W3
     model = tiny("llama")
     before, said = snapshot(model), logits(model)
     session = wb.Session((model, None))
@@ -237,7 +237,7 @@ def test_every_weight_matrix_is_either_compressed_or_listed(tiny_model: Callable
         assert listed == {name.removesuffix(".weight") for name in matrices}
 
 
-def test_fused_experts_are_named_not_silently_skipped(tiny_model: Callable[[str], PreTrainedModel]) -> None:  # trap 6
+def test_fused_experts_are_named_not_silently_skipped(tiny_model: Callable[[str], PreTrainedModel]) -> None:  # trap W6
     left = HQQ().left_alone(tiny_model("mixtral"))
     assert "fused experts" in left["model.layers.2.mlp.experts.down_proj"]
     assert "fused experts" in HQQ().note(tiny_model("mixtral"))
@@ -258,7 +258,7 @@ def test_a_group_that_does_not_divide_names_the_layers_and_one_that_does(tiny_ll
         compressed(tiny_llama, [HQQ(group_size=48)])
 
 
-def test_a_budget_is_met_or_the_smallest_is_named(tiny_llama: PreTrainedModel) -> None:
+def test_a_budget_is_met_or_the_smallest_is_named(tiny_llama: PreTrainedModel) -> None:  # trap W9
     def never(stage: str, done: int, total: int) -> None:
         raise AssertionError("work was started")
 

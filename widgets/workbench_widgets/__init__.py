@@ -28,7 +28,16 @@ def __getattr__(name: str) -> Any:
 
         return serve
     if name == "AttentionView":  # needs the whole workbench, the views need nothing
-        from workbench_widgets.attention_view import AttentionView
+        try:
+            from workbench_widgets.attention_view import AttentionView
+        except ModuleNotFoundError as error:
+            if error.name != "ipywidgets":
+                raise
+            from workbench.errors import MissingExtra
+
+            raise MissingExtra(
+                "AttentionView needs ipywidgets: pip install 'inference-workbench[notebooks]'"
+            ) from error
 
         return AttentionView
     raise AttributeError(f"module 'workbench_widgets' has no attribute {name!r}")

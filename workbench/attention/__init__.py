@@ -1,4 +1,11 @@
-"""Attention methods: how scores are computed, and how far a layer looks back."""
+"""Attention methods: how scores are computed, and how far a layer looks back.
+
+A method is given each layer's whole (q, k, v) while the prompt is read, what earlier layers left, and a count of the
+score entries that were really computed, which the run reports. A method that says it decodes also attends in its own
+way over what a store holds, by its true positions; what it holds beside the stores is on the timeline as "attention".
+Stores that look for what a query needs, or move entries by what they got, attend themselves. Operators (`operators`)
+are studied on a recording and never run in the model.
+"""
 
 from workbench.attention.base import AttentionMethod
 from workbench.attention.methods.adalog import AdaLog

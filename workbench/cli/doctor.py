@@ -16,9 +16,9 @@ from workbench.models import cache_dir, cached, catalogue
 _PACKAGES = ("torch", "transformers", "safetensors", "pydantic", "pandas", "plotly", "anywidget", "panel", "bokeh")
 # extra -> modules that it brings
 _EXTRAS = {
-    "app": ("panel", "panel_material_ui", "bokeh"),
+    "app": ("panel", "panel_material_ui", "bokeh", "plotly"),
     "gpu": ("triton",),
-    "notebooks": ("jupyterlab", "ipykernel", "nbval"),
+    "notebooks": ("jupyterlab", "ipykernel", "nbval", "anywidget", "ipywidgets", "plotly"),
     "weights": ("hqq",),
     "export": ("compressed_tensors",),
 }

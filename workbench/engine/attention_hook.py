@@ -67,7 +67,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001  (transformers hands it by name; none is applied)
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -119,13 +119,13 @@ def _window(
 
 
 def _mask(
-    batch_size: int = 1,
+    batch_size: int = 1,  # noqa: ARG001  (transformers hands it by name; it is always 1)
     q_length: int = 0,
     kv_length: int = 0,
     mask_function: Any = None,
     local_size: int | None = None,
     device: Any = "cpu",
-    **kwargs: Any,
+    **kwargs: Any,  # noqa: ARG001  (what other versions hand besides)
 ) -> AnnouncedMask:
     """Handlers mask by the true positions of what they hold: of a model's mask they need the rule."""
     passing = _passing.get()
@@ -200,7 +200,7 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     """Let the model call our attention function until the block ends, whatever happens in it."""
     _make_known()
     with exclusive(model):
-        before = model.config._attn_implementation or "eager"
+        before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
         model.set_attn_implementation(NAME)
         try:
             yield
@@ -245,4 +245,4 @@ def forward(
             )
         finally:
             _passing.reset(before)
-        return output.logits[0].float()
+        return cast("Tensor", output.logits[0].float())

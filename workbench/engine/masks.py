@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ from workbench.errors import NotApplicable
 
 _ROWS = 48  # of a long mask so many rows are tried, besides those at a window's edge
 _aten = torch.ops.aten  # what a layer may do to a mask it only hands on: cut, copy, move
-_HANDED_ON = (_aten.slice.Tensor, _aten._to_copy.default, _aten.alias.default, _aten.detach.default)
+_HANDED_ON = (
+    _aten.slice.Tensor,
+    _aten._to_copy.default,  # noqa: SLF001  (the operator's name)
+    _aten.alias.default,
+    _aten.detach.default,
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class AnnouncedMask(Tensor):
     span: Span
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, device: torch.device, span: Span) -> AnnouncedMask:
-        made: AnnouncedMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+    def __new__(cls: type[Self], shape: torch.Size, device: torch.device, span: Span) -> Self:
+        made: Self = Tensor._make_wrapper_subclass(  # noqa: SLF001  (torch documents it)
+            cls, shape, dtype=torch.bool, device=device
+        )
         made.span = span
         return made
 

@@ -64,14 +64,14 @@ def _check(folder: Path, ours: Callable[[Path], bool], what: str) -> None:
 def _put(work: Path, folder: Path) -> None:
     """Move the finished folder to its place; what was there before comes back if that fails."""
     if not folder.exists():
-        os.rename(work, folder)
+        work.rename(folder)
         return
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-    os.rename(folder, aside / folder.name)
+    folder.rename(aside / folder.name)
     try:
-        os.rename(work, folder)
+        work.rename(folder)
     except OSError:
-        os.rename(aside / folder.name, folder)
+        (aside / folder.name).rename(folder)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

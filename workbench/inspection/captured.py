@@ -16,7 +16,7 @@ from workbench.attention.base import AttentionMethod
 from workbench.attention.methods.memory_efficient import MemoryEfficient
 from workbench.attention.methods.uniattn import UniAttn
 from workbench.inspection.implied import Implied
-from workbench.kv.plan import Plan, StreamedPlan
+from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat
 from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, pooled_maps
 from workbench.measure.heads import HeadStats, head_stats
@@ -152,7 +152,7 @@ def as_read(
 def _only_selects(plan: Plan) -> bool:
     """Whether the plan's stores hold recorded keys in the type of the uncompressed cache, and nothing else."""
     dense = isinstance(plan.format, DenseFormat)
-    return isinstance(plan, StreamedPlan) or (dense and (plan.stages.merge is None or plan.keeps_all))
+    return plan.chunked or (dense and (plan.stages.merge is None or plan.keeps_all))
 
 
 def _in_order(keys: Tensor, positions: Tensor, there: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:

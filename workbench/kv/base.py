@@ -5,7 +5,7 @@
     merge      what of the dropped positions goes into kept ones
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
-    watch, evict   what is remembered while decoding, and who leaves when a new token needs room
+    evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
     read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest
 
 A stage that a class defines in its own body is its contribution; an inherited one is borrowed, and yields to another
@@ -14,9 +14,9 @@ method of the recipe that contributes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,25 +31,39 @@ from workbench.trace import LayerTrace, Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+    from workbench.kv.stores import Store
     from workbench.kv.stores.offload import Index
-    from workbench.runtime.chunked_prefill import Held, Reading
 
-# A stage is supplied by the method of its name, or by one of these.
-_METHODS_OF = {"score": {"score", "scores"}, "store": {"store", "layout"}}
-STAGES = ("score", "allocate", "merge", "store", "retrieve", "evict", "read")
+# The stages, and the methods of a class any of which supplies one.
+_METHODS_OF = {
+    "score": ("score", "scores"),
+    "allocate": ("allocate",),
+    "merge": ("merge",),
+    "store": ("store", "layout"),
+    "retrieve": ("retrieve",),
+    "evict": ("evict",),
+    "read": ("read",),
+}
+STAGES = tuple(_METHODS_OF)
+
+TeacherForcing = Callable[["list[Store]", int, Tensor], Tensor]
+"""From stores of what stands before a position, that position and ids [t]: the logits [t, v] that the model gives when
+it reads the ids from there on."""
 
 
 @dataclass(frozen=True)
 class Study:
     """What a method may look at when it decides: the trace, the model that read it (None for a trace made by hand).
 
-    ranking: for `importance`, the order of the recipe's scores.
+    ranking: for `importance`, the order of the recipe's scores. forcing: how the model reads on from given stores.
     """
 
     trace: Trace
     model: PreTrainedModel | None = None
     progress: Progress = field(default_factory=Progress)
     ranking: Ranking | None = None
+    forcing: TeacherForcing | None = None
 
     def reader(self, key: str) -> PreTrainedModel:
         """The model, for a method that has to read again. Raises NotApplicable where there is none."""
@@ -57,15 +71,39 @@ class Study:
             raise NotApplicable(f"{key} lets the model read again, but this trace has no model")
         return self.model
 
+    def forced(self, key: str, stores: list[Store], position: int, ids: Tensor) -> Tensor:
+        """Logits [t, v] at ids [t], read from `position` on over stores of what stands before, for a method that
+        compares candidates. Raises NotApplicable where there is no model.
+        """
+        self.reader(key)
+        if self.forcing is None:
+            raise NotApplicable(f"{key} lets the model read on from candidate stores, but nothing here runs it")
+        return self.forcing(stores, position, ids)
+
 
 class KVMethod(Method):
     """Base of all methods that decide what the KV cache keeps, and how."""
 
     family: ClassVar[Family] = "kv"
-    aligned: ClassVar[bool] = False  # evicts the same positions from all heads of a layer
-    uneven: ClassVar[bool] = False  # gives the heads of a layer different lengths
-    remembers: ClassVar[int] = 1  # float32 numbers kept of each entry to evict by while decoding
-    asks: ClassVar[bool] = False  # reads the prompt for the question: another one needs another reading
+    evicts_layerwise: ClassVar[bool] = False  # evicts the same positions from all heads of a layer
+    head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
+    state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
+    question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    contributed: ClassVar[frozenset[str]] = frozenset()  # the stages that the class's own body defines
+    supplied: ClassVar[frozenset[str]] = frozenset()  # those and the inherited ones
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.supplied = cls._with(lambda name: getattr(cls, name) is not getattr(KVMethod, name))
+        # What the class has and none of its bases, its own body defines.
+        cls.contributed = cls._with(
+            lambda name: all(getattr(cls, name) is not getattr(base, name, None) for base in cls.__bases__)
+        )
+
+    @staticmethod
+    def _with(defines: Callable[[str], bool]) -> frozenset[str]:
+        """The stages for any of whose methods this holds."""
+        return frozenset(stage for stage, names in _METHODS_OF.items() if any(map(defines, names)))
 
     def score(self, layer: LayerTrace) -> Tensor:
         """Importance of each position, float [k, n]; the higher the longer it stays, inf for what must stay."""
@@ -114,39 +152,41 @@ class KVMethod(Method):
         """
         raise NotImplementedError
 
-    def read(self, reading: Reading) -> Held:
-        """Read the prompt so that the caches never outgrow `reading.limit` bytes, and return what is left of it."""
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        """Read the prompt so that the caches never outgrow `prefill.limit` bytes, and return what is left of it."""
         raise NotImplementedError
 
-    def evidence(self, layer: LayerTrace) -> Tensor:
-        """What is remembered of each position when decoding begins; only asked of methods that evict then.
+    def eviction_state(self, layer: LayerTrace) -> Tensor:
+        """What is known of each position when decoding begins; only asked of methods that evict then.
 
-        float32 [k, n], or [k, n, w] for a method that remembers w > 1 numbers; likewise in `watch` and `evict`. Of a
-        new token zeros are remembered before it is watched for the first time.
+        float32 [k, n], or [k, n, w] for a method whose `state_width` w is more than 1; likewise in `update_state` and
+        `evict`. The state of a new token is zero before it is updated for the first time.
         """
         return self.score(layer)
 
-    def watch(self, mass: Tensor, weights: Tensor) -> Tensor:
-        """The evidence [k, m] after a pass with softmax rows weights [k, g, q, m] by slot; `mass` is that before."""
-        return mass
+    def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
+        """The eviction state [k, m] after a pass with softmax rows weights [k, g, q, m] by slot, from that before."""
+        return state
 
-    def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
-        """Which slots leave so that `room` new tokens can enter, [k, room] or more; mass and positions are [k, m] by
-        slot. In slots that hold nothing, mass is inf and the position -1: they cannot leave.
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
+        """Which slots leave so that `room` new tokens can enter, [k, room] or more; state and positions are [k, m] by
+        slot. In slots that hold nothing, the state is inf and the position -1: they cannot leave.
         """
         raise NotImplementedError
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether a method that has the stage `evict` uses it; one with a parameter for that says so here."""
+        return True
 
     @classmethod
     def contributes(cls, stage: str) -> bool:
         """Whether the stage is this class's own."""
-        return not _METHODS_OF.get(stage, {stage}).isdisjoint(cls.__dict__)
+        return stage in cls.contributed
 
     def supplies(self, stage: str) -> bool:
         """Whether this method, with its parameters, has more than the frame's default for the stage."""
-        if stage == "evict" and not getattr(self, "decode", True):
-            return False
-        names = _METHODS_OF.get(stage, {stage})
-        return any(getattr(type(self), name) is not getattr(KVMethod, name) for name in names)
+        return stage in self.supplied and (stage != "evict" or self.evicts_while_decoding)
 
 
 @dataclass(frozen=True)
@@ -196,7 +236,7 @@ class Stages:
                 f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
                 f"use {stages.evict.key} with decode=False"
             )
-        if stages.evict and stages.evict.aligned and stages.allocate and stages.allocate.uneven:
+        if stages.evict and stages.evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
             raise BadRecipe(
                 f"{stages.evict.key} evicts the same positions from all heads of a layer, to which "
                 f"{stages.allocate.key} gives different lengths; use {stages.evict.key} with decode=False"

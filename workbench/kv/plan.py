@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,18 +18,13 @@ from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall,
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import SharedStore, SlidingStore, Store, cloned
+from workbench.kv.stores import SharedStore, SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import output_error
-from workbench.progress import Progress
-from workbench.runtime.chunked_prefill import Streamed, streamed
 from workbench.trace import LayerTrace, Trace
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _PROBES = 64  # queries at the end of the prompt with which a plan's error is measured
 
@@ -76,6 +71,11 @@ class Plan(Shown):
     @property
     def endless(self) -> bool:
         """Whether what follows may stand beyond the model's positions."""
+        return False
+
+    @property
+    def chunked(self) -> bool:
+        """Whether a method read the prompt by itself, in bounded memory, while the plan was made."""
         return False
 
     @property
@@ -155,15 +155,17 @@ class Plan(Shown):
             layer = replace(layer, keys_held=keys, values_held=values)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
-        if layer.index in self.exact or (self.keeps_all and isinstance(self.format, DenseFormat)):
+        if layer.index in self.exact:
             return DenseFormat(self.dtype).build(layer, tiers, None)
-        mass = None
+        if self.keeps_all:
+            return self.format.of_everything().build(layer, tiers, None)
+        state = None
         if self.evicts and self.stages.evict is not None:
             evicting = self.stages.evict
-            mass = self.trace.once(
-                ("evidence", evicting.parameter_key(), layer.index), lambda: evicting.evidence(layer)
+            state = self.trace.once(
+                ("eviction state", evicting.parameter_key(), layer.index), lambda: evicting.eviction_state(layer)
             )
-        return self.format.build(layer, tiers, mass)
+        return self.format.build(layer, tiers, state)
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""
@@ -238,32 +240,18 @@ class Plan(Shown):
         return torch.stack(rows).cpu()
 
 
-def make_plan(
-    trace: Trace,
-    methods: Sequence[KVMethod],
-    dtype: torch.dtype,
-    budget: Budget | None = None,
-    model: PreTrainedModel | None = None,
-    progress: Progress | None = None,
-    question: Tensor | None = None,
-) -> Plan:
-    """Decide what stays under `methods`, counted in `dtype`; `budget`, if given, is for all of them together.
-
-    model: the one that read the trace, for methods that let it read again. question: ids [q] that will be asked, for
-    methods that read for a question.
+def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budget: Budget | None = None) -> Plan:
+    """Decide what stays of a recorded prompt under `methods`, counted in `dtype`; `budget`, if given, is for all of
+    them together.
 
     Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
     NotRead where a method needs what was not recorded.
     """
-    stages, study = Stages.of(methods), Study(trace, model, progress or Progress())
+    stages, trace = Stages.of(methods), study.trace
     if not trace.recorded and stages.read is None:
         raise NotRead(
             f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
-        )
-    if stages.read is not None and any(layer.shared is not None for layer in trace.layers):
-        raise NotApplicable(
-            f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
         )
     layers = trace.compressible
     shapes = [held_shape(layer, dtype) for layer in layers]
@@ -278,7 +266,7 @@ def make_plan(
         if layer.index in trace.exact:
             tiers[layer.index, :, -(layer.window or trace.tokens) :] = 1
     if not layers:
-        limited = _total_budget(methods, stages, budget)
+        limited = total_budget(methods, stages, budget)
         limit = None if limited is None else limited.nbytes(full)
         if limit is not None and fixed > limit:
             smallest = math.ceil(fixed / full * 1e4) / 1e4
@@ -286,11 +274,6 @@ def make_plan(
                 f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
             )
         return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
-
-    if stages.read is not None:
-        return _streamed_plan(
-            study, tuple(methods), stages, dtype, _total_budget(methods, stages, budget), full, question
-        )
 
     form, selected = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
     rest = 2 if form.keeps_rest else 0
@@ -300,80 +283,6 @@ def make_plan(
     nbytes = fixed + stored_nbytes(finished, shapes, counts)
     host = stored_nbytes(finished, shapes, counts, host=True)
     return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host)
-
-
-@dataclass(frozen=True)
-class StreamedPlan(Plan):
-    """A plan that came about while a method read the prompt by itself; its stores are copies of what that left."""
-
-    streamed: Streamed | None = field(default=None, repr=False)
-
-    @property
-    def _left(self) -> Streamed:
-        assert self.streamed is not None
-        return self.streamed
-
-    @property
-    def timeline(self) -> Timeline:
-        return self._left.timeline
-
-    @property
-    def read_seconds(self) -> float:
-        return self._left.seconds
-
-    @property
-    def logits(self) -> Tensor:
-        return self._left.held.logits
-
-    @property
-    def position(self) -> int:
-        return self._left.held.position
-
-    @property
-    def endless(self) -> bool:
-        return all(store.reach is not None for store in self._left.held.stores)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (*super().notes, *self._left.held.notes)
-
-    def store(self, layer: LayerTrace) -> Store:
-        return self._left.held.stores[layer.index].clone()
-
-
-def _streamed_plan(
-    study: Study,
-    methods: tuple[KVMethod, ...],
-    stages: Stages,
-    dtype: torch.dtype,
-    budget: Budget | None,
-    full: int,
-    question: Tensor | None,
-) -> Plan:
-    """The plan of a method that reads by itself."""
-    assert stages.read is not None
-    trace = study.trace
-    limit = None if budget is None else budget.nbytes(full)
-    if budget is not None and budget.kind == "tokens":
-        limit = min(int(budget.amount * full / trace.tokens), full)
-    found = streamed(study, stages.read, dtype, limit, question)
-    held = found.held
-    tiers = held.tiers
-    if tiers is None:
-        tiers = torch.stack([store.tiers(trace.tokens) for store in held.stores])
-    copies = cloned(held.stores)
-    return StreamedPlan(
-        trace,
-        methods,
-        stages,
-        held.format,
-        tiers,
-        dtype,
-        sum(store.nbytes for store in copies),
-        full,
-        sum(store.host_nbytes for store in copies),
-        found,
-    )
 
 
 def uncompressed_nbytes(trace: Trace, dtype: torch.dtype) -> int:
@@ -438,8 +347,8 @@ def _fit(
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
-    dense = DenseFormat(dtype, mass=stages.evict.remembers if stages.evict else 0)
-    limited = _total_budget(methods, stages, budget)
+    dense = DenseFormat(dtype, state=stages.evict.state_width if stages.evict else 0)
+    limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
     everything = torch.ones(layers, kv_heads, tokens, dtype=torch.bool, device=study.trace.layers[0].device)
@@ -499,8 +408,7 @@ def _fit(
 
 def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
     """A plan that keeps everything needs nothing to evict by."""
-    complete = bool((counts == shapes[0].tokens).all())
-    return DenseFormat(form.dtype) if complete and isinstance(form, DenseFormat) else form
+    return form.of_everything() if bool((counts == shapes[0].tokens).all()) else form
 
 
 def _selecting_budget(methods: Sequence[KVMethod], stages: Stages) -> Budget | None:
@@ -513,7 +421,7 @@ def _selecting_budget(methods: Sequence[KVMethod], stages: Stages) -> Budget | N
     return stages.score.effective_budget if stages.score else None
 
 
-def _total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None) -> Budget | None:
+def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None) -> Budget | None:
     """The budget of everything together, if anyone set one."""
     if budget is None and len(methods) == 1:
         return methods[0].effective_budget

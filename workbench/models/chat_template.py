@@ -115,23 +115,23 @@ def _environment(spent: _Spent) -> Environment:
     class Watched(NodeTransformer):
         """Loops run over what is watched, ~ is the filter that joins, and what is put together is measured."""
 
-        def visit_For(self, node: Any) -> Any:
+        def visit_For(self, node: Any) -> Any:  # noqa: N802  (jinja2's name)
             self.generic_visit(node)
             node.iter = nodes.Filter(node.iter, "_watched", [], [], None, None, lineno=node.lineno)
             return node
 
-        def visit_Concat(self, node: Any) -> Any:
+        def visit_Concat(self, node: Any) -> Any:  # noqa: N802  (jinja2's name)
             self.generic_visit(node)
             items = nodes.List(node.nodes, lineno=node.lineno)
             return nodes.Filter(items, "_joined", [], [], None, None, lineno=node.lineno)
 
-        def visit_List(self, node: Any) -> Any:
+        def visit_List(self, node: Any) -> Any:  # noqa: N802  (jinja2's name)
             self.generic_visit(node)
             if getattr(node, "ctx", "load") != "load":  # a tuple that is assigned to
                 return node
             return nodes.Filter(node, "_made", [], [], None, None, lineno=node.lineno)
 
-        visit_Tuple = visit_Dict = visit_List
+        visit_Tuple = visit_Dict = visit_List  # noqa: N815
 
     class Bounded(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -144,7 +144,7 @@ def _environment(spent: _Spent) -> Environment:
             spent.hold(_size_of(operator, left, right), "a value")
             return super().call_binop(context, operator, left, right)
 
-        def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
             spent.tick()
             method = getattr(called, "__wrapped__", called)  # the sandbox wraps str.format
             owner = getattr(method, "__self__", None)
@@ -191,7 +191,7 @@ def _environment(spent: _Spent) -> Environment:
     env.filters |= {"_watched": watched, "_joined": joined, "_made": made}
     env.globals.pop("lipsum", None)
     env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    env.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
     return env
 
 

@@ -173,8 +173,8 @@ def _make(wanted: WheelEntry, target: Path, progress: Progress) -> None:
         }
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if target.exists():  # incomplete or of an older format
-            os.replace(target, work / "old")
-        os.replace(made, target)
+            target.replace(work / "old")
+        made.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -191,7 +191,7 @@ def _download(wanted: WheelEntry, work: Path, progress: Progress) -> Path:
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
     progress.update("download", 0, wanted.wheel_bytes)
     with log.open("wb") as output:
-        pip = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        pip = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603  (no shell)
         try:
             while pip.poll() is None:
                 time.sleep(0.1)

@@ -34,7 +34,9 @@ def from_hub(repo: str, progress: Progress) -> Path:
                 holds = (
                     f"only pickled weights ({pickled[0]}), which can run code" if pickled else "no safetensors weights"
                 )
-                raise CheckpointRefused(f"{repo} on the hub has {holds}; choose a model published as safetensors")
+                raise CheckpointRefused(  # noqa: TRY301  (what the hub lists is known only here)
+                    f"{repo} on the hub has {holds}; choose a model published as safetensors"
+                )
             progress.check()
             folder = snapshot_download(repo, allow_patterns=list(_WANTED), etag_timeout=_PATIENCE)
             for file in listed:
@@ -48,7 +50,7 @@ def from_hub(repo: str, progress: Progress) -> Path:
             raise ModelNotFound(
                 f"the hub has no model {repo}, or it is private: check the name, or log in with `hf auth login`"
             ) from error
-        except Exception as error:  # the client's HTTP library has changed twice, and its errors with it
+        except Exception as error:  # noqa: BLE001  (the client's HTTP library has changed twice, and its errors with it)
             folder = _from_cache(repo, error)
         progress.update("download", 1, 1)
     return Path(folder)

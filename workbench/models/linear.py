@@ -49,12 +49,12 @@ def _same(module: nn.Linear) -> bool:
     with torch.no_grad():
         want = nn.functional.linear(x, weight, module.bias)
         try:
-            found = module(x)
-        except Exception:
+            output = module(x)
+        except Exception:  # noqa: BLE001  (a subclass may want anything, and fail in any way)
             return False
-    if not isinstance(found, Tensor) or found.shape != want.shape:
+    if not isinstance(output, Tensor) or output.shape != want.shape:
         return False
-    return bool((found - want).abs().max() <= _CLOSE * want.abs().max())
+    return bool((output - want).abs().max() <= _CLOSE * want.abs().max())
 
 
 def multiplied_weights(owner: nn.Module) -> frozenset[str]:

@@ -13,30 +13,6 @@ from collections.abc import Iterator
 _CHATTY = ("torchao", "torch.utils._pytree")
 
 
-class _Silence:
-    """How many want silence now; the first of them silences, the last restores."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted = 0
-        self._undo = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._wanted == 0:
-                self._undo.enter_context(_silenced())
-            self._wanted += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._wanted -= 1
-            if self._wanted == 0:
-                self._undo.close()
-
-
-_SILENCE = _Silence()  # the settings belong to the process, and so does the count of those who changed them
-
-
 @contextlib.contextmanager
 def quiet(stderr: bool = False) -> Iterator[None]:
     """Within the block transformers shows no bars and no warnings; afterwards everything is as it was.
@@ -44,8 +20,32 @@ def quiet(stderr: bool = False) -> Iterator[None]:
     The settings belong to the process, so they are counted: with several loads at once the first silences and the last
     restores. `stderr=True` also swallows what is written to `sys.stderr`, for bars that have no switch.
     """
-    with _SILENCE, contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
+    with _PROCESS.silenced(), contextlib.redirect_stderr(io.StringIO()) if stderr else contextlib.nullcontext():
         yield
+
+
+class _Process:
+    """How many blocks want silence, and what the last of them to end has to undo."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._undo = threading.Lock(), 0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        with self._lock:
+            if self._blocks == 0:
+                self._undo.enter_context(_silenced())
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if self._blocks == 0:
+                    self._undo.close()
+
+
+_PROCESS = _Process()  # as the settings are the process's, so is the count
 
 
 @contextlib.contextmanager

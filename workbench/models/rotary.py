@@ -87,10 +87,11 @@ def switch_notes(model: PreTrainedModel, read: int, end: int) -> tuple[str, ...]
     until = switch(model)
     if until is None or not read <= until < end:
         return ()
-    return (
+    note = (
         f"{type(model).__name__} rotates by another table beyond {until} tokens: what was read before keeps the first "
-        "one, where the model's own generation may read it again by the other",
+        "one, where the model's own generation may read it again by the other"
     )
+    return (note,)
 
 
 def _without(where: str) -> NoRotation:

@@ -21,14 +21,13 @@ from workbench.models.rotary import switch_notes
 from workbench.progress import Progress
 from workbench.prompt import check_vocabulary, notes_on, text_ids
 from workbench.recipe import Recipe
-from workbench.runtime.decode import Decoder, greedy
-from workbench.runtime.evaluate import judge, reference
-from workbench.runtime.run import Run, Stream, Token, Verdict
+from workbench.runtime.decode import Decoder
+from workbench.runtime.evaluate import Evaluation, evaluate, reference
+from workbench.runtime.greedy import greedy
+from workbench.runtime.run import Question, Run, RunState, Stream, Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Question = str | Sequence[int] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Conversation:
     """What stays the same from a run's first question to its last.
 
     plan: what the recipe keeps of its reading of the prompt. plain: the plan that keeps everything of the plain model's
-    reading, which the answers are judged against, None where nothing was recorded; plain_model runs it. on_run is
+    reading, which the answers are compared with, None where nothing was recorded; plain_model runs it. on_run is
     called with every finished run. graphs: decode by CUDA graphs where that can be done.
     """
 
@@ -127,7 +126,7 @@ class Conversation:
             prompt_ids=torch.cat([before, ids]),
             memory=timeline,
             timing=Timing(read_s, plan_s, first - began, time.perf_counter() - first, len(tokens)),
-            plan=self.plan,
+            state=RunState(lambda: self.plan, decoder),
             question=question if isinstance(question, str) else None,
             notes=(
                 *self.notes,
@@ -137,7 +136,6 @@ class Conversation:
                 *switch_notes(self.model, self.plan.trace.tokens, decoder.position),
             ),
             conversation=self,
-            decoder=decoder,
             decode_score_share=decoder.score_share,
             max_new_tokens=max_new_tokens,
         )
@@ -160,8 +158,8 @@ class Conversation:
             memory=trace.memory,
         )
 
-    def judged(self, run: Run, progress: Progress, continuation: Question = None) -> Verdict:
-        """The run's verdict: compared with the uncompressed run on its answer, or on a given continuation."""
+    def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:
+        """The run compared with the uncompressed run on its answer, or on a given continuation."""
         plain = self.plain
         if plain is None:
             raise NotRead(
@@ -175,9 +173,9 @@ class Conversation:
         def plain_decoder() -> Decoder:
             return Decoder(self.plain_model, plain.stores(), plain.position)
 
-        found = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
+        against = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
         answer = run.tokens if given is None else None
-        return judge(found, self.decoder(), self.plan.logits, asked, self.facts.heads, progress, answer)
+        return evaluate(against, self.decoder(), self.plan.logits, asked, self.facts.heads, progress, answer)
 
     def _check(self, before: int, ids: Tensor, more: int) -> None:
         check_vocabulary(ids, self.facts.vocab_size, self.facts.name)
@@ -210,9 +208,9 @@ class Conversation:
 
 def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:
     """What a run has to say about layers at which its attention method does not decode."""
-    if decoder.attention is None or not decoder.finding:
+    if decoder.attention is None or not decoder.by_store:
         return ()
-    layers = ", ".join(map(str, decoder.finding))
+    layers = ", ".join(map(str, decoder.by_store))
     return (
         f"layers {layers}: {decoder.attention.key} changes only reading here; how the cache is attended to while "
         "decoding is part of the KV method",

@@ -12,20 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import NotApplicable
-from workbench.kv.stores import DenseStore, Store
-from workbench.kv.stores.packed import WHOLE, PackedRows, PackedStore
+from workbench.kv.stores.capabilities import Capturable
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
+from workbench.runtime.decode import Decoder
 from workbench_kernels import Scoring
-from workbench_kernels import rows as operands
-from workbench_kernels.decode import decode_dense, decode_packed
 from workbench_kernels.rows import Ragged
 from workbench_kernels.step import add_rms_norm, rotate_append, silu_times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from workbench.runtime.decode import Decoder
 
 EVERY = 8  # steps after which the host looks at the tokens
 WORTH = 16  # steps for which capturing pays: it costs about four of those that it saves
@@ -41,18 +37,18 @@ def refusal(decoder: Decoder) -> str | None:
         return f"{decoder.attention.key} attends in its own way while decoding"
     if decoder.outputs is not None:
         return "each layer's outputs are recorded"
-    others = {type(store).__name__ for store in decoder.stores if not _allowed(store)}
+    others = {type(store).__name__ for store in decoder.stores if store.capturable is None}
     return f"{', '.join(sorted(others))} cannot grow on the device alone" if others else None
 
 
 def note(decoder: Decoder) -> str | None:
     """What a run by captured steps has to say: where they differ from the published order of things."""
-    waiting = [store for store in decoder.stores if isinstance(store, PackedStore)]
-    if not waiting:
+    periods = [store.capturable.period for store in decoder.stores if store.capturable is not None]
+    if not any(periods):
         return None
     return (
         "decoded by a CUDA graph, between whose replays entries are quantised: what leaves the exact tail one token at "
-        f"a time otherwise leaves it up to {max(_period(store) for store in waiting)} tokens at a time"
+        f"a time otherwise leaves it up to {max(period or 0 for period in periods)} tokens at a time"
     )
 
 
@@ -66,9 +62,9 @@ def predicted_nbytes(decoder: Decoder, max_new_tokens: int) -> int:
     itemsize = device_weight(model).itemsize
     stores = 0
     for store in decoder.stores:
-        stores += sum(rows.reserved_nbytes(more) for rows, more in _room(store, max_new_tokens))
-        if isinstance(store, PackedStore):
-            stores += sum(x.nbytes for x in (store.keys.balance, store.values.balance) if x is not None)
+        if (capturable := store.capturable) is not None:
+            stores += sum(rows.reserved_nbytes(more) for rows, more in capturable.room_for(max_new_tokens))
+            stores += capturable.fixed_nbytes
     hidden = 16 * itemsize * (config.hidden_size + config.intermediate_size)
     logits = config.vocab_size * (itemsize + 4)
     return tensor_bytes([*model.parameters(), *model.buffers()]) + stores + hidden + logits + _CUBLAS
@@ -101,12 +97,13 @@ class Step:
         self._graph = graph
         device = device_of(decoder.model)
         with torch.inference_mode():
-            for store in decoder.stores:
-                for rows, more in _room(store, steps):
+            stores = [store.capturable for store in decoder.stores if store.capturable is not None]
+            for store in stores:
+                for rows, more in store.room_for(steps):
                     rows.reserve(more)
                     if rows.longest == 0:  # what is masked must be a number too
                         rows.data.zero_()
-            growing = [rows for store in decoder.stores for rows in _growing(store)]
+            growing = [rows for store in stores for rows in store.growing]
             sizes = [rows.heads for rows in growing]
             # One tensor each, so that one operation advances all heads of all layers.
             self._lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -116,7 +113,7 @@ class Step:
             lengths, ends = self._lengths.split(sizes), self._counters[:-2].split(sizes)
             self._layers = [
                 _Layer(store, steps, lengths[2 * i : 2 * i + 2], ends[2 * i : 2 * i + 2])
-                for i, store in enumerate(decoder.stores)
+                for i, store in enumerate(stores)
             ]
             self._token = torch.tensor([token], device=device)
             self._out = torch.zeros(steps, dtype=torch.long, device=device)
@@ -255,7 +252,7 @@ class Step:
         """Let the stores know of all rows up to those of the first `steps` steps."""
         more = steps - self._settled
         if more:
-            self.decoder.take_up(more)
+            self.decoder.advance(more)
         self._settled = steps
 
     def _settle(self) -> None:
@@ -301,30 +298,22 @@ class _Static:
 class _Layer:
     """One layer's store, as a step uses it."""
 
-    def __init__(self, store: Store, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
+    def __init__(self, store: Capturable, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
         """lengths int32 and ends int64, [k] each, of the rows that a new key and value join: where to keep them."""
         self.store = store
-        self.until = steps
         self._grown = [
             _Static(rows, min(rows.longest + steps, bound), *places)
-            for rows, bound, *places in zip(_growing(store), _bounds(store, steps), lengths, ends, strict=True)
+            for rows, bound, *places in zip(store.growing, store.most_rows(steps), lengths, ends, strict=True)
         ]
-        self._parts: list[_Static] = []
+        self._pinned: list[_Static] = []
         keys, values = (static.ragged for static in self._grown)
-        self._dense, self._packed = (keys, values), None
-        if isinstance(store, PackedStore):
-            self._packed = (self._side(store.keys, keys, steps), self._side(store.values, values, steps))
-            self._count_down()
+        self._attention = store.captured_attention(keys, values, steps, self._pin)
+        self._count_down()
 
-    def _side(self, packed: PackedRows, tail: Ragged, steps: int) -> operands.PackedRows:
-        # Everything that enters has been in the tail, so no head gets more than what is there and what comes.
-        more = 0 if packed.bits == WHOLE else tail.longest + steps
-        codes, scale = (_Static(rows, rows.longest + more) for rows in (packed.codes, packed.scale))
-        self._parts += [codes, scale]
-        zero = scale.ragged._replace(data=packed.zero.data)
-        return operands.PackedRows(
-            codes.ragged, scale.ragged, zero, tail, packed.code_bits, packed.group, packed.axis, packed.balance
-        )
+    def _pin(self, rows: Rows, longest: int) -> Ragged:
+        """Other rows of the store at a place that never moves."""
+        self._pinned.append(_Static(rows, longest))
+        return self._pinned[-1].ragged
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -341,24 +330,20 @@ class _Layer:
 
     def attend(self, query: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
         """Attention of query [h, 1, d] over everything held: [h, 1, dv]."""
-        scoring = Scoring(scale, softcap=softcap)
-        if self._packed is not None:
-            return decode_packed(query, *self._packed, scoring)[0]
-        return decode_dense(query, *self._dense, scoring)[0]
+        return self._attention(query, Scoring(scale, softcap=softcap))
 
     def settle(self) -> None:
         """Quantise what waits in the tail, in place."""
-        if isinstance(self.store, PackedStore):
+        if self.store.period is not None:
             self.store.settle()
-            for static in (*self._grown, *self._parts):
+            for static in (*self._grown, *self._pinned):
                 static.refresh()
             self._count_down()
 
     def _count_down(self) -> None:
         """Count the steps until the tail has to be quantised."""
-        assert isinstance(self.store, PackedStore)
-        found = zip(_growing(self.store), _limits(self.store), strict=True)
-        self.until = max(min(limit - int(rows.counts.min()) for rows, limit in found), 1)
+        until = self.store.steps_until_settled
+        self.until = sys.maxsize if until is None else until
 
 
 # transformers leaves hooks behind that only note what passes, once all attentions or hidden states were asked for.
@@ -448,54 +433,3 @@ _WAITING = {
         "repeat_interleave.Tensor", "repeat_interleave.self_Tensor",
     )
 }  # fmt: skip
-
-
-def _allowed(store: Store) -> bool:
-    """Whether nothing but a row for each head has to be written for a new token."""
-    return (type(store) is DenseStore and store.mass is None) or type(store) is PackedStore
-
-
-def _growing(store: Store) -> tuple[Rows, Rows]:
-    """The rows that a new token's key and value join."""
-    if isinstance(store, PackedStore):
-        return store.key_tail, store.value_tail
-    assert isinstance(store, DenseStore)
-    return store.keys, store.values
-
-
-def _period(store: PackedStore) -> int:
-    """How many tokens leave the tail together."""
-    return max(store.residual, store.keys.group, store.values.group)
-
-
-def _limits(store: PackedStore) -> tuple[int, int]:
-    """How long the tails of keys and values of the shortest head become before they are quantised."""
-    block = max(store.residual, store.keys.group) if store.keys.axis == "channel" else store.residual + _period(store)
-    keys, values = (rows.bits == WHOLE for rows in (store.keys, store.values))
-    return sys.maxsize if keys else block, sys.maxsize if values else store.residual + _period(store)
-
-
-def _bounds(store: Store, steps: int) -> list[int]:
-    """How many rows a head that a new token joins will have at most, for keys and for values."""
-    if not isinstance(store, PackedStore):
-        return [rows.longest + steps for rows in _growing(store)]
-    found = []
-    for rows, limit in zip(_growing(store), _limits(store), strict=True):
-        shortest = int(rows.counts.min())
-        found.append(rows.longest - shortest + max(shortest + 1, limit))
-    return found
-
-
-def _room(store: Store, steps: int) -> list[tuple[Rows, int]]:
-    """All rows of a store that grow, and how many more each head needs for `steps` tokens."""
-    if not isinstance(store, DenseStore | PackedStore):
-        return []
-    found = store.room(steps)
-    if isinstance(store, PackedStore):
-        for tail, packed in ((store.key_tail, store.keys), (store.value_tail, store.values)):
-            most = 0 if packed.bits == WHOLE else int(tail.counts.min()) + steps
-            by_channel = packed.axis == "channel"
-            per_scale = packed.group if by_channel else 1
-            most = most // per_scale * per_scale
-            found += [(packed.codes, most), (packed.scale, most // per_scale), (packed.zero, most // per_scale)]
-    return found

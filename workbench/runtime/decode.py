@@ -1,8 +1,8 @@
-"""Decoding on stores: what happens at each layer when new tokens come in, and the loop that makes them."""
+"""Decoding on stores: what happens at each layer when new tokens come in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,24 +11,17 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.engine.attention_hook import device_of, forward
-from workbench.errors import BudgetTooSmall, NotApplicable, OutOfRange
+from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import DenseStore, SlidingStore, Store, cloned
-from workbench.kv.stores.mixed import MixedStore
-from workbench.kv.stores.packed import PackedStore
-from workbench.kv.stores.paged import PagedStore
+from workbench.kv.stores import Store, cloned
+from workbench.kv.stores.capabilities import Evictable
 from workbench.kv.stores.store import seen_by
-from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
-from workbench.runtime import cuda_graph
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_FINDING = (TieredStore, PagedStore)  # stores that look for what a query needs: how many scores they compute is theirs
-_OWN = (*_FINDING, MixedStore)  # with those that move entries by what they got: no attention but their own will do
 
 
 @dataclass
@@ -39,7 +32,7 @@ class Decoder:
     evicting: the method that evicts while decoding, or None; entries beyond the size that its stores begin with make
     others leave. attention: the method that attends in its own way while decoding, or None; it begins from `recorded`,
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
-    asked at every layer whether to stop. finding: layers whose stores attend in their own way, without `attention`.
+    asked at every layer whether to stop. by_store: layers whose stores attend in their own way, without `attention`.
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
     notes: what a run has to say about how it was decoded.
     """
@@ -55,7 +48,7 @@ class Decoder:
     activations: int = 0
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
-    finding: tuple[int, ...] = field(init=False, default=())
+    by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
     _at: Pass = field(init=False, repr=False)
@@ -65,15 +58,13 @@ class Decoder:
         self._at = Pass(len(self.stores), self.position)
         self.memory = dict(self.memory)
         self._causal, self._uncounted = 0, False
-        self._held: list[int | None] = [None] * len(self.stores)
-        self._widths = [0] * len(self.stores)
         if self.attention is not None:
-            self.finding = tuple(i for i, store in enumerate(self.stores) if isinstance(store.holder, _OWN))
+            self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
             for layer in self.recorded:
                 self._at.layer = layer.index
                 if self._attends(layer.index):
                     self.attention.begin(layer, self._at)
-        self.capacity = [store.longest if isinstance(store, DenseStore) else None for store in self.stores]
+        self.capacity = [None if store.evictable is None else store.evictable.longest for store in self.stores]
 
     def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:
         """Let the model read ids [q] as the next tokens; returns the last `logits` rows of logits [logits, v].
@@ -108,12 +99,12 @@ class Decoder:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
-        if isinstance(store.holder, SlidingStore):  # the window that the prompt was read with, a method's or its own
-            window = store.holder.window
+        if store.holder.sliding_window is not None:
+            window = store.holder.sliding_window
         before = self._enter()
-        watching = self.evicting is not None and isinstance(store, DenseStore) and store.mass is not None
-        if watching:
-            self._make_room(layer, key.shape[1])
+        evictable = None if self.evicting is None else store.evictable
+        if evictable is not None:
+            self._make_room(evictable, self.capacity[layer] or 0, key.shape[1])
         store.append(key, value, positions)
         self._at.layer, self._at.positions = layer, positions
         self._causal += query.shape[0] * int((self._positions + 1).sum())
@@ -121,15 +112,14 @@ class Decoder:
         own = self._attends(layer)
         if own:
             out = self._own_way(layer, query, positions, scale, window, softcap)
-        if watching or not own:  # who evicts by attention needs all its weights, whatever else is computed
+        if evictable is not None or not own:  # who evicts by attention needs all its weights, whatever else is computed
             self._count_exact(store, query.shape[0], positions, window)
             exact, weights = store.attend(
-                query, positions, scale=scale, window=window, softcap=softcap, weights=watching
+                query, positions, scale=scale, window=window, softcap=softcap, weights=evictable is not None
             )
             out = out if own else exact
-        if watching and weights is not None and isinstance(store, DenseStore) and store.mass is not None:
-            assert self.evicting is not None and store.remembered is not None
-            store.remember(self.evicting.watch(store.remembered, weights))
+        if self.evicting is not None and evictable is not None and weights is not None:
+            evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))
         if self.outputs is not None:
             self.outputs[layer].append(out)
         self._leave(before)
@@ -150,31 +140,23 @@ class Decoder:
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
-        return self.attention is not None and not isinstance(self.stores[layer].holder, (SlidingStore, *_OWN))
+        holder = self.stores[layer].holder
+        return self.attention is not None and holder.sliding_window is None and not holder.attends_itself
 
     def _count_exact(self, store: Store, heads: int, positions: Tensor, window: int | None) -> None:
         """Count what `heads` query heads see at positions [q] of all that a store holds, these included."""
         store = store.holder
-        if isinstance(store, _FINDING):
+        if store.retrieves:
             self._uncounted = True
             return
-        layer, new = self._at.layer, positions.numel()
         if window is not None:
-            held = store.contents(torch.float32)
-            seen = seen_by(positions, held.positions, held.valid, window)
+            seen = seen_by(positions, *store.slots(), window)
             assert seen is not None
-            self._at.count_seen(heads, seen.expand(len(held.keys), -1, -1))
+            self._at.count_seen(heads, seen.expand(store.kv_heads, -1, -1))
             return
-        if isinstance(store, DenseStore):
-            kv_heads, total = store.keys.heads, store.keys.total
-        else:  # nothing leaves these: what was held at first and what came since
-            before = self._held[layer]
-            rows = store.positions if before is None else []
-            total = sum(len(row) for row in rows) if before is None else before + self._widths[layer] * new
-            self._widths[layer] = kv_heads = len(rows) or self._widths[layer]
-            self._held[layer] = total
         # Of t new tokens the last sees everything, the one before it one entry less.
-        self._at.count(heads // kv_heads * (new * total - kv_heads * (new * (new - 1) // 2)))
+        new, kv_heads = positions.numel(), store.kv_heads
+        self._at.count(heads // kv_heads * (new * store.entries - kv_heads * (new * (new - 1) // 2)))
 
     @property
     def score_share(self) -> float | None:
@@ -194,15 +176,15 @@ class Decoder:
         held = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
         return tensor_bytes(tensor for values in held for tensor in values if tensor is not None)
 
-    def take_up(self, count: int) -> None:
-        """Count `count` tokens read one after another, each seeing all before, whose rows others have written."""
+    def advance(self, count: int) -> None:
+        """Take up `count` tokens read one after another, each seeing all before, whose rows captured steps wrote."""
         heads = self.model.config.get_text_config().num_attention_heads
         positions = torch.arange(self.position, self.position + count)
         for layer, store in enumerate(self.stores):
-            assert isinstance(store, DenseStore | PackedStore)
-            held = store.keys.data if isinstance(store, DenseStore) else store.key_tail.data
+            capturable = store.capturable
+            assert capturable is not None
             self._at.layer, self._at.positions = layer, positions
-            store.take_up(positions.to(held.device))
+            capturable.advance(positions)
             self._causal += heads * int((positions + 1).sum())
             self._count_exact(store, heads, positions, None)
         self.position += count
@@ -212,7 +194,6 @@ class Decoder:
         stores = cloned(self.stores)
         twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
         twin._at = Pass(len(stores), self._at.tokens, left=dict(self._at.left))
-        twin._held, twin._widths = list(self._held), list(self._widths)
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         twin.memory = dict(self.memory)
@@ -228,24 +209,24 @@ class Decoder:
         """How many tokens may enter together: no more than half of what an evicting cache holds."""
         if self.evicting is None or count <= 1:
             return max(count, 1)
-        held = [int(s.keys.counts.min()) for s in self.stores if isinstance(s, DenseStore) and s.mass is not None]
-        return min(count, max(min(held, default=count) // 2, 1))
+        evictable = (store.evictable for store in self.stores)
+        shortest = [int(store.counts.min()) for store in evictable if store is not None]
+        return min(count, max(min(shortest, default=count) // 2, 1))
 
-    def _make_room(self, layer: int, count: int) -> None:
-        store, capacity = self.stores[layer], self.capacity[layer]
-        assert isinstance(store, DenseStore) and store.remembered is not None and self.evicting is not None
-        room = store.longest + count - (capacity or 0)
+    def _make_room(self, store: Evictable, capacity: int, count: int) -> None:
+        """Let entries leave so that `count` more are no more than the capacity of a head."""
+        assert self.evicting is not None
+        room = store.longest + count - capacity
         if room <= 0:
             return
-        if room > int(store.keys.counts.min()):
+        if room > int(store.counts.min()):
             raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
-        mass, positions = store.remembered, store.slot_positions
-        valid = store.keys.valid()
+        state, (positions, valid) = store.eviction_state, store.slots()
         if valid is not None:  # slots beyond a head's length hold nothing and cannot leave
             empty = ~valid
-            mass = mass.masked_fill(empty if mass.ndim == 2 else empty[..., None], torch.inf)
+            state = state.masked_fill(empty if state.ndim == 2 else empty[..., None], torch.inf)
             positions = positions.masked_fill(empty, -1)
-        store.evict(self.evicting.evict(mass, positions, room))
+        store.evict(self.evicting.evict(state, positions, room))
 
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:
@@ -267,43 +248,3 @@ class Decoder:
         if self._live is not None:
             self.workspace = max(self.workspace, self._live.peak - before)
             self._live.reset_peak()
-
-
-def greedy(
-    decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int, eos: Sequence[int], graphs: bool = False
-) -> Iterator[int]:
-    """Read ids [q] and yield the most likely tokens one by one, up to and including one that ends the answer.
-
-    logits [v]: those before ids, for when there is nothing to read first. The last token yielded has not been read.
-    graphs: on a CUDA device, capture a step and replay it, where the stores allow it and the answer is long enough.
-    Reports to the decoder's progress.
-    """
-    progress = decoder.progress or Progress()
-    if ids.numel():
-        progress.update("question", 0, 1)
-        logits = decoder.feed(ids, measure=True)[-1]
-        progress.update("question", 1, 1)
-    for step in range(max_new_tokens):
-        if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
-            raise OutOfRange(
-                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
-                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
-            )
-        token = int(logits.argmax())
-        yield token
-        progress.update("decoding", step + 1, max_new_tokens)
-        if token in eos or step == max_new_tokens - 1:
-            return
-        left = max_new_tokens - step - 1
-        if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
-            try:  # the first token has been read as all are without a graph, and was measured
-                following = cuda_graph.captured(decoder, token, left)
-            except NotApplicable as reason:
-                decoder.notes.append(f"decoded without a CUDA graph: {reason}")
-            else:
-                decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
-                for more, token in enumerate(following.answer(eos), step + 2):
-                    yield token
-                    progress.update("decoding", more, max_new_tokens)
-                return
-        logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]

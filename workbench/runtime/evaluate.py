@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workbench.measure.quality import compare_logits, output_error
+from workbench.formatting import Brief
+from workbench.measure.quality import Quality, compare_logits, output_error
 from workbench.models.depth import origins
 from workbench.progress import Progress
-from workbench.runtime.decode import Decoder, greedy
-from workbench.runtime.run import Verdict
+from workbench.runtime.decode import Decoder
+from workbench.runtime.greedy import greedy
 from workbench.trace import Trace
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Brief):
+    """How a run compares with the uncompressed run: figures over the same continuation, and errors head by head.
+
+    output_error: relative error of each head's attention output on that continuation, float32 [l, h]; unlike a plan's
+    error it includes what earlier layers passed on. Layers that are gone have none (nan). reference: the uncompressed
+    run's tokens.
+    """
+
+    figures: Quality
+    output_error: Tensor
+    reference: tuple[int, ...]
 
 
 class Reference(NamedTuple):
@@ -47,13 +63,13 @@ def reference(
             answering = decoder()
             answering.progress = progress
             tokens = tuple(greedy(answering, ids, trace.logits, max_new_tokens=max_new_tokens, eos=eos))
-        return Reference(tokens, *forced(decoder(), trace.logits, ids, torch.tensor(tokens), progress))
+        return Reference(tokens, *teacher_forcing(decoder(), trace.logits, ids, torch.tensor(tokens), progress))
 
     on = max_new_tokens if given is None else tuple(given.tolist())
     return trace.once(("reference", tuple(ids.tolist()), on), compute)
 
 
-def forced(
+def teacher_forcing(
     decoder: Decoder, logits: Tensor, ids: Tensor, targets: Tensor, progress: Progress | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits [t, v] that predict targets [t] after ids [q], and each layer's attention outputs [h, t', dv] on the way.
@@ -70,25 +86,25 @@ def forced(
     return torch.cat([row.cpu() for row in rows]), outputs
 
 
-def judge(
-    found: Reference,
+def evaluate(
+    against: Reference,
     decoder: Decoder,
     before: Tensor,
     ids: Tensor,
     heads: int,
     progress: Progress,
     answer: Sequence[int] | None = None,
-) -> Verdict:
+) -> Evaluation:
     """Compare a recipe, on a fresh `decoder` after the prompt, whose logits are `before` [v], and ids [q], with
     the reference.
 
     answer: what the run itself answered, if the reference is an answer too.
     """
-    targets = torch.tensor(found.tokens)
-    logits, outputs = forced(decoder, before, ids, targets, progress)
-    figures = compare_logits(found.logits, logits, targets, reference_tokens=found.tokens, tokens=answer)
-    errors = torch.full((len(found.outputs), heads), torch.nan)
+    targets = torch.tensor(against.tokens)
+    logits, outputs = teacher_forcing(decoder, before, ids, targets, progress)
+    figures = compare_logits(against.logits, logits, targets, reference_tokens=against.tokens, tokens=answer)
+    errors = torch.full((len(against.outputs), heads), torch.nan)
     for layer, output in zip(origins(decoder.model), outputs, strict=True):
-        exact = found.outputs[layer]
+        exact = against.outputs[layer]
         errors[layer] = output_error(exact, output).cpu() if exact.numel() else 0.0
-    return Verdict(figures, errors, found.tokens)
+    return Evaluation(figures, errors, against.tokens)

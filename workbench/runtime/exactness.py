@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from workbench.engine.attention_hook import device_of, exclusive, remembering
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
-from workbench.kv.plan import make_plan
 from workbench.models import Facts, cache_dir
 from workbench.models.decoder import decoder_layers
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
+from workbench.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,6 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
 def fingerprint(model: PreTrainedModel) -> str:
     """What decides how a model computes, but for the numbers in its weights, as 32 hexadecimal digits."""
     import transformers
-
-    from workbench.version import __version__
 
     config = model.config.to_dict()
     names = sorted(set(config) - {"_name_or_path", "transformers_version"})

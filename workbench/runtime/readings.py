@@ -13,12 +13,13 @@ from workbench.attention.base import AttentionMethod
 from workbench.errors import BadRecipe, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.methods.full import Full
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.models import Facts, LoadedModel, Rotations
 from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
 from workbench.recipe import Recipe
 from workbench.runtime.exactness import verify
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read, seen, take_in
 from workbench.weights.variants import Variants
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from workbench import arguments
 from workbench.display import Shown
 from workbench.errors import NotRead
-from workbench.formatting import Brief, mib
+from workbench.formatting import mib
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
 from workbench.measure.timing import Timing
 from workbench.progress import Progress
 from workbench.recipe import Recipe
+from workbench.runtime.decode import Decoder
+from workbench.runtime.evaluate import Evaluation
 
-if TYPE_CHECKING:
-    from workbench.runtime.conversation import Conversation, Question
-    from workbench.runtime.decode import Decoder
-
-
+Question = str | Sequence[int] | Tensor | None
 _AGAIN = "run its recipe again with session.run(run.recipe, ...)"
 
 
@@ -36,18 +34,32 @@ class Token(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, repr=False)
-class Verdict(Brief):
-    """How a run compares with the uncompressed run: figures over the same continuation, and errors head by head.
+class Continuation(Protocol):
+    """What a finished run goes on by, and is evaluated by: the conversation that it is part of."""
 
-    output_error: relative error of each head's attention output on that continuation, float32 [l, h]; unlike a plan's
-    error it includes what earlier layers passed on. Layers that are gone have none (nan). reference: the uncompressed
-    run's tokens.
+    def go_on(self, run: Run, question: Question, max_new_tokens: int, progress: Progress) -> Stream:
+        """Another question after `run`, on a copy of its stores."""
+
+    def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:
+        """The run compared with the uncompressed run on its answer, or on a given continuation."""
+
+
+@dataclass(eq=False)
+class RunState:
+    """What of a run changes after it has ended.
+
+    make_plan: gives its plan when that is first asked for. decoder: from where another question goes on, until it is
+    released. evaluation: the comparison with the uncompressed run, once it was measured.
     """
 
-    figures: Quality
-    output_error: Tensor
-    reference: tuple[int, ...]
+    make_plan: Callable[[], Plan]
+    decoder: Decoder | None = None
+    evaluation: Evaluation | None = None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the KV methods kept."""
+        return self.make_plan()
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,8 +67,8 @@ class Run(Shown):
     """One generation under a recipe.
 
     text: the answer. tokens: its ids, with the one that ended it. prompt_ids: everything read before it [n + q].
-    memory: live bytes over time. timing: where the seconds went. plan: what the KV methods kept. quality: against the
-    uncompressed run, measured when first asked for. `ask` goes on from here, on the same compressed cache.
+    memory: live bytes over time. timing: where the seconds went. state: what changes: the plan and the evaluation, made
+    when first asked for, and the cache from which `ask` goes on.
     decode_score_share: score entries computed for the question and the answer, of all that exact attention over
     everything before would compute (the record's `score_share` is the prompt's); None where they were not counted, for
     some store looks for what it needs.
@@ -68,37 +80,46 @@ class Run(Shown):
     prompt_ids: Tensor
     memory: Timeline
     timing: Timing
-    plan: Plan
+    state: RunState = field(repr=False, compare=False)
     question: str | None = None
     notes: tuple[str, ...] = ()
     max_new_tokens: int = 32
-    conversation: Conversation | None = field(default=None, repr=False)
-    decoder: Decoder | None = field(default=None, repr=False)
+    conversation: Continuation | None = field(default=None, repr=False)
     decode_score_share: float | None = None
 
-    @cached_property
-    def verdict(self) -> Verdict:
+    @property
+    def plan(self) -> Plan:
+        """What the KV methods kept."""
+        return self.state.plan
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The model on the stores as the run left them, from where `ask` goes on; None once they were released."""
+        return self.state.decoder
+
+    @property
+    def verdict(self) -> Evaluation:
         """The comparison with the uncompressed run, head by head; measured once."""
-        return self._judged(Progress())
+        return self.measure()
 
     def measure(
         self, continuation: str | Sequence[int] | Tensor | None = None, *, progress: Progress | None = None
-    ) -> Verdict:
+    ) -> Evaluation:
         """The same as `verdict`, with progress; if it is cancelled nothing is remembered.
 
         continuation: a text, or ids, that both read instead of the uncompressed answer; its perplexity is then
-        `figures.perplexity`. Such a verdict is returned only, not remembered.
+        `figures.perplexity`. Such an evaluation is returned only, not remembered.
         """
         if continuation is not None:
-            return self._judged(progress or Progress(), continuation)
-        if not self.measured:
-            self.__dict__["verdict"] = self._judged(progress or Progress())
-        return self.verdict
+            return self._evaluated(progress or Progress(), continuation)
+        if self.state.evaluation is None:
+            self.state.evaluation = self._evaluated(progress or Progress())
+        return self.state.evaluation
 
-    def _judged(self, progress: Progress, continuation: str | Sequence[int] | Tensor | None = None) -> Verdict:
+    def _evaluated(self, progress: Progress, continuation: Question = None) -> Evaluation:
         if self.conversation is None:
             raise NotRead(f"this run was loaded from disk and its quality had not been measured before: {_AGAIN}")
-        return self.conversation.judged(self, progress, continuation)
+        return self.conversation.evaluate(self, progress, continuation)
 
     @property
     def quality(self) -> Quality:
@@ -130,7 +151,7 @@ class Run(Shown):
 
     def release(self) -> None:
         """Free the run's cache. Everything measured stays; only `ask` needs it and will say that it is gone."""
-        object.__setattr__(self, "decoder", None)
+        self.state.decoder = None
 
     def to_dict(self, *, quality: bool = True) -> dict[str, Any]:
         """A JSON-able record of the run; `quality=False` leaves out what has to be measured first."""
@@ -157,7 +178,7 @@ class Run(Shown):
     @property
     def measured(self) -> bool:
         """Whether the comparison with the uncompressed run is there already, so that asking for it takes no time."""
-        return "verdict" in self.__dict__
+        return self.state.evaluation is not None
 
     def summary(self) -> str:
         """The answer, its cache and, once measured, its quality in words."""

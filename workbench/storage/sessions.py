@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -27,8 +27,9 @@ from workbench.measure.timing import Timing
 from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
+from workbench.runtime.evaluate import Evaluation
 from workbench.runtime.readings import Readings
-from workbench.runtime.run import Run, Verdict
+from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration.texts import Calibration
 
@@ -45,6 +46,7 @@ _SHAPE = ("model_type", "layers", "heads", "kv_heads", "head_dim", "hidden_size"
 S = TypeVar("S")
 
 
+@dataclass(frozen=True, repr=False, kw_only=True)
 class LoadedRun(Run):
     """A run read back from disk: what was recorded, without the cache it ran on.
 
@@ -52,45 +54,42 @@ class LoadedRun(Run):
     first asked for. It cannot be asked further questions.
     """
 
-    def __init__(
-        self,
+    record: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
         record: dict[str, Any],
-        verdict: Verdict | None,
+        evaluation: Evaluation | None,
         prompt_ids: Tensor,
         replan: Callable[[Recipe], Plan],
-    ) -> None:
-        super().__init__(
-            recipe=Recipe.from_dict(record["recipe"]),
+    ) -> LoadedRun:
+        """The run of a record, evaluated if it had been; `replan` makes the plan of its recipe again."""
+        recipe = Recipe.from_dict(record["recipe"])
+        return cls(
+            recipe=recipe,
             text=str(record["text"]),
             tokens=tuple(int(token) for token in record["tokens"]),
             prompt_ids=prompt_ids,
             memory=Timeline.from_dict(record["memory"]),
             timing=_timing(record["timing"]),
-            plan=None,  # type: ignore[arg-type]  # made when asked for, below
+            state=RunState(partial(replan, recipe), evaluation=evaluation),
             question=record["question"],
             notes=tuple(str(note) for note in record["notes"]),
+            record=record,
         )
-        del self.__dict__["plan"]
-        self.__dict__.update(_record=record, _replan=replan)
-        if verdict is not None:
-            self.__dict__["verdict"] = verdict
-
-    @cached_property
-    def plan(self) -> Plan:  # type: ignore[override]
-        return self.__dict__["_replan"](self.recipe)
 
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the cache after planning, as recorded."""
-        return int(self.__dict__["_record"]["kv_nbytes"])
+        return int(self.record["kv_nbytes"])
 
     def to_dict(self, *, quality: bool = True) -> dict[str, Any]:
         """The record as it was saved."""
-        record = dict(self.__dict__["_record"])
-        return {**record, "quality": self.quality.to_dict() if quality else None}
+        return {**self.record, "quality": self.quality.to_dict() if quality else None}
 
     def __str__(self) -> str:
-        share = self.__dict__["_record"]["kv_share"]
+        share = self.record["kv_share"]
         return f"{self.recipe.label}: {share:.1%} of the cache, {len(self.tokens)} tokens: {self.text!r}"
 
 
@@ -160,7 +159,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _describe_run(index: int, run: Run, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    measured = "verdict" in run.__dict__  # measuring takes a while, and saving should not
+    measured = run.measured  # measuring takes a while, and saving should not
     tensors[f"runs.{index}.prompt_ids"] = run.prompt_ids
     record = run.to_dict(quality=measured)
     if measured:
@@ -240,9 +239,9 @@ class SavedSession:
         replan = partial(_replan, readings, trace)
         runs: list[Run] = []
         for index, record in enumerate(saved["runs"]):
-            verdict, prompt_ids = _verdict(record, index, self.tensor), self.tensor(f"runs.{index}.prompt_ids")
+            evaluation, prompt_ids = _evaluation(record, index, self.tensor), self.tensor(f"runs.{index}.prompt_ids")
             try:
-                runs.append(LoadedRun(record, verdict, prompt_ids, replan))
+                runs.append(LoadedRun.of(record, evaluation, prompt_ids, replan))
             except UnknownMethod as error:
                 raise InputError(f"{self.folder}: run {index + 1} used a method that is not here ({error})") from error
         return trace, runs
@@ -366,7 +365,7 @@ def _replan(readings: Readings, trace: Trace, recipe: Recipe) -> Plan:
     return readings.plan(recipe, trace)
 
 
-def _verdict(record: dict[str, Any], index: int, tensor: Callable[[str], Tensor]) -> Verdict | None:
+def _evaluation(record: dict[str, Any], index: int, tensor: Callable[[str], Tensor]) -> Evaluation | None:
     figures = record["quality"]
     if figures is None:
         return None
@@ -376,7 +375,7 @@ def _verdict(record: dict[str, Any], index: int, tensor: Callable[[str], Tensor]
         name: math.nan if value is None and name not in optional else value for name, value in numbers.items()
     }
     reference = tuple(int(token) for token in record["reference_tokens"])
-    return Verdict(Quality(**read), tensor(f"runs.{index}.output_error"), reference)
+    return Evaluation(Quality(**read), tensor(f"runs.{index}.output_error"), reference)
 
 
 def _timing(saved: dict[str, Any]) -> Timing:

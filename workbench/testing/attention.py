@@ -10,11 +10,11 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
-from workbench.kv.plan import make_plan
 from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.registry import method as make
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.session import Session
 from workbench.testing.leftovers import fingerprint, nothing_left, recorded_in

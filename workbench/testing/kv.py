@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from workbench.errors import BudgetTooSmall, NotApplicable
-from workbench.kv.base import KVMethod, Study
+from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan, rank
 from workbench.kv.stores import SlidingStore
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import study_of
 from workbench.runtime.run import Run
 from workbench.session import Session
 from workbench.testing.leftovers import nothing_left, recorded_in
@@ -103,7 +104,7 @@ def allocation_shares_out_what_there_is(method: KVMethod, subjects: Subjects) ->
         return
     for architecture, tokens in (("llama", TOKENS), ("mha", 7), ("mqa", 1)):
         reading = subjects.reading(architecture, tokens)
-        study = Study(reading.trace, reading.model)
+        study = study_of(reading.trace, reading.model)
         ranking = rank(study, method).beside(method.importance(study))
         least, before = ranking.layers * ranking.kv_heads, 0
         for entries in sorted({least + (tokens - 1) * least * step // 20 for step in range(21)}):
@@ -116,7 +117,9 @@ def allocation_shares_out_what_there_is(method: KVMethod, subjects: Subjects) ->
             must(total <= entries, f"{asked}: {total} are given out")
             must(total >= before, f"{asked}: {total} are given out, fewer than of less")
             unlike = bool((counts != counts[:, :1]).any())
-            must(method.uneven or not unlike, "heads of a layer get different lengths: set uneven = True")
+            must(
+                method.head_adaptive or not unlike, "heads of a layer get different lengths: set head_adaptive = True"
+            )
             before = total
         must(before == least * tokens, f"{before} are given out where there is room for all {least * tokens}")
 
@@ -128,7 +131,7 @@ def merging_changes_only_what_it_must(method: KVMethod, subjects: Subjects) -> N
     plan = plan_on(reading, method, 0.5)
     if plan.stages.score is None:
         return
-    scores = rank(Study(reading.trace, reading.model), plan.stages.score).scores
+    scores = rank(study_of(reading.trace, reading.model), plan.stages.score).scores
     for layer, ranked in zip(reading.trace.layers, scores, strict=True):
         keys, values = method.merge(layer, torch.ones_like(ranked, dtype=torch.bool), ranked)
         same = torch.equal(keys.float(), layer.keys.float()) and torch.equal(values.float(), layer.values.float())
@@ -166,14 +169,14 @@ def a_bfloat16_model_is_scored_in_float32(method: KVMethod, subjects: Subjects) 
     _check_scores(reading, plan, tuple(plan.tiers.shape))
     scorer = plan.stages.score
     if scorer is not None:
-        dtype = scorer.scores(Study(reading.trace, reading.model)).dtype
+        dtype = scorer.scores(study_of(reading.trace, reading.model)).dtype
         must(dtype == torch.float32, f"a bfloat16 model's scores are {dtype}: many of them tie")
 
 
 def _check_scores(reading: Reading, plan: Plan, shape: tuple[int, ...]) -> None:
     if plan.stages.score is None:
         return
-    scores = rank(Study(reading.trace, reading.model), plan.stages.score).scores
+    scores = rank(study_of(reading.trace, reading.model), plan.stages.score).scores
     must(tuple(scores.shape) == shape, f"scores are [layers, KV heads, tokens] = {shape}, not {tuple(scores.shape)}")
 
 

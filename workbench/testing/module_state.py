@@ -18,7 +18,7 @@ from torch import Tensor
 
 EXCEPTIONS = {
     "workbench.engine.attention_hook._LOCKS": "two sessions on one model object have no other place in common",
-    "workbench.models.quiet._SILENCE": "what is silenced belongs to the process, and several loads may overlap",
+    "workbench.models.quiet._PROCESS": "what is silenced belongs to the process, and several loads may overlap",
     "workbench.registry._METHODS": "the registry: classes put themselves there when their module is imported",
 }
 """What modules hold all the same, by dotted name, and why."""

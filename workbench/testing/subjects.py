@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.testing.problem import MethodProblem, must
 from workbench.trace import Trace

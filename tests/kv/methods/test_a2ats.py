@@ -9,10 +9,10 @@ from torch import Tensor
 import workbench as wb
 from workbench import testing
 from workbench.kv import A2ATS, AdaKV, SnapKV
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.codebook import Codebook, k_means, query_factor
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 import workbench as wb
 from workbench import testing
 from workbench.kv import ALISA, AdaKV, SnapKV
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.eight_bit import EightBitOffloadStore, to_bytes, to_numbers
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 

@@ -14,11 +14,11 @@ import workbench as wb
 from workbench.errors import BudgetTooSmall
 from workbench.examples import needle
 from workbench.kv import AdaKV, DeltaLLM, Mustafar, SnapKV
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.delta import DeltaFormat, DeltaStore, count_of, deltas, restored
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import unpack

@@ -22,9 +22,9 @@ from workbench.kv.methods.chunked.epicache import (
     most_attended,
     with_sinks,
 )
-from workbench.kv.plan import make_plan
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench_kernels import Scoring, attend
 

@@ -12,6 +12,7 @@ from workbench.kv.base import Study
 from workbench.kv.methods.allocate.evopress import EvoPressKV
 from workbench.kv.plan import rank
 from workbench.models import tiny
+from workbench.runtime.planning import study_of
 from workbench.testing import check_method
 
 IDS = torch.randint(0, 256, (96,), generator=torch.Generator().manual_seed(3))
@@ -49,7 +50,7 @@ def test_a_layer_whose_attention_adds_nothing_gets_least_room(session: wb.Sessio
 
 def test_what_is_found_predicts_the_last_tokens_better_than_equal_layers(session: wb.Session) -> None:
     assert session.trace is not None
-    study = Study(session.trace, session.model)
+    study = study_of(session.trace, session.model)
     none = EvoPressKV(**{**QUICK, "generations": 0}).importance(study)
     some = EvoPressKV(**QUICK).importance(study)
     assert none is not None and some is not None

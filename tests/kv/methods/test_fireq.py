@@ -12,7 +12,6 @@ from torch import Tensor
 from workbench.core.rope import Rotation, rotate
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.kv import AdaKV, FireQ, SnapKV
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.kv.stores.smoothed import (
     SmoothedFormat,
@@ -24,6 +23,7 @@ from workbench.kv.stores.smoothed import (
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 

@@ -17,11 +17,11 @@ from workbench.kv import HACK, AdaKV, HeadKV, HeadKVR2, KVzip, ScaleKV, UNComp
 from workbench.kv.base import Study
 from workbench.kv.methods.allocate.headkv import Task, copied, needle_tasks, reasoned
 from workbench.kv.methods.allocate.uncomp import truncated_entropy
-from workbench.kv.plan import make_plan
 from workbench.kv.ranking import Ranking
 from workbench.models import facts, tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 

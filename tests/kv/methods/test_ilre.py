@@ -12,8 +12,9 @@ from workbench.engine.attention_hook import forward
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import ILRe
 from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 
 SHORT = {"query": 8, "window": 16, "chunk": 8}
 

@@ -13,10 +13,10 @@ from workbench import testing
 from workbench.core.rope import rotate
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import InfLLM
-from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 SIZES = {"room": 22, "sinks": 2, "window": 12, "block": 4, "representatives": 2, "blocks": 3}

@@ -10,9 +10,9 @@ import torch
 import workbench as wb
 from workbench import testing
 from workbench.kv import AdaKV, KCache, SnapKV
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.host_values import HostValuesStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 
 
 @pytest.mark.parametrize("fetch", [1, 5])

@@ -14,11 +14,12 @@ import workbench as wb
 from workbench.errors import BadRecipe, Cancelled, NotApplicable
 from workbench.kv import AdaKV, KVzip, PyramidKV, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.plan import make_plan, rank
+from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
 from workbench.models import facts, tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import Trace
 

@@ -13,10 +13,10 @@ import workbench as wb
 from workbench import testing
 from workbench.kv import LiveVLM
 from workbench.kv.methods.chunked.livevlm import bucketed
-from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 SHORT = {"sinks": 2, "window": 4, "recent": 8, "page": 4}

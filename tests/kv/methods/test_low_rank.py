@@ -15,13 +15,14 @@ from workbench.errors import BadBudget
 from workbench.kv import CSKV, AdaKV, EigenAttention, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.low_rank.eigen_attention import Profile, profiles_of, ranks_at
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.kv.stores.low_rank import LowRankFormat, LowRankStore, Ranks, rotary_of, spaces_of
 from workbench.kv.stores.rows import Rows
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 

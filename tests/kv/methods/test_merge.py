@@ -13,11 +13,12 @@ from workbench.core.nearest import nearest_kept
 from workbench.errors import BadParameter
 from workbench.kv import EMS, AdaKV, LookM, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.plan import make_plan, rank
+from workbench.kv.plan import rank
 from workbench.kv.stores import DenseStore
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.registry import from_dict, method
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 

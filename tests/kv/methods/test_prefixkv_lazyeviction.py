@@ -12,12 +12,13 @@ from torch import Tensor
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.evict.lazyeviction import importance, observe
-from workbench.kv.plan import make_plan, rank
+from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 
@@ -181,7 +182,7 @@ def test_recurrence_is_tracked_alike_one_by_one_and_together(sizes: tuple[int, .
 def test_the_prompt_is_scored_by_what_its_last_queries_saw_recur(observed: int) -> None:
     layer, threshold = trace_of().layers[1], 0.02
     asked = LazyEviction(observed=observed, threshold=threshold, window=8)
-    rows, evidence, scores = softmax_rows(layer), asked.evidence(layer), asked.score(layer)
+    rows, evidence, scores = softmax_rows(layer), asked.eviction_state(layer), asked.score(layer)
     assert evidence.shape == (2, TOKENS, 2)
     for head in range(layer.kv_heads):
         plain = Memory(threshold)
@@ -230,7 +231,7 @@ def test_lagged_eviction_follows_the_plain_rule() -> None:
     plan = make_plan(trace, [asked], torch.float32)
     for layer in trace.layers:
         store, rows = decoder.stores[layer.index], softmax_rows(layer)
-        assert isinstance(store, DenseStore) and store.remembered is not None
+        assert isinstance(store, DenseStore) and store.eviction_state is not None
         for head in range(layer.kv_heads):
             plain = Memory(threshold)
             for query in range(TOKENS - 30, TOKENS):
@@ -249,7 +250,7 @@ def test_lagged_eviction_follows_the_plain_rule() -> None:
                 plain.step(dict(zip(held, given.amax(dim=0).tolist(), strict=True)))
             assert store.positions[head].tolist() == sorted(held)
             for position, pair in zip(
-                store.slot_positions[head].tolist(), store.remembered[head].tolist(), strict=True
+                store.slot_positions[head].tolist(), store.eviction_state[head].tolist(), strict=True
             ):
                 assert tuple(pair) == plain.of[position]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 import workbench as wb
 from workbench import testing
 from workbench.kv import AdaKV, RetrievalAttention, SnapKV
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.graph import Graph
 from workbench.kv.stores.group_union import united
 from workbench.kv.stores.offload import OffloadFormat, OffloadStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 
 
 def apart(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,10 +14,10 @@ from workbench import testing
 from workbench.kv import SentenceKV, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.offload.sentencekv import SentenceIndex, Sentences, sentence_ends, votes
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.format import Shape
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 
 SHORT = {"fetch": 8, "longest": 8, "window": 8}
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
 from workbench.kv import KIVI, AdaKV, MiKV, Mustafar, SnapKV, ThinK, VisualKV1Bit, ZipCache
 from workbench.kv.fitting import pruning_steps
-from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore, PackedStore, SplitStore, Store
 from workbench.kv.stores.bitmap import BitmapFormat, BitmapStore, SparseRows
 from workbench.kv.stores.format import DenseFormat, Format, MixedFormat, PackedFormat, Shape, balancer
@@ -26,6 +25,7 @@ from workbench.kv.stores.salient import SalientFormat, channel_factors
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.decode import Decoder
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import dequantise, pack, quantise, unpack
@@ -653,9 +653,9 @@ def test_mixed_precision_is_predicted_with_what_it_remembers(counts: list[int], 
     layer, store = mixed(counts, balance=balance)
     form = MixedFormat(torch.float32, 4, 8, balance)
     assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 4), torch.tensor([counts]))
-    assert store.high.mass is not None and store.high.mass.total == sum(counts)
+    assert store.high.state is not None and store.high.state.total == sum(counts)
     whole = form.build(layer, torch.ones(2, 60, dtype=torch.uint8), None)
-    assert isinstance(whole, DenseStore) and whole.mass is None  # nothing to demote at budget 1
+    assert isinstance(whole, DenseStore) and whole.state is None  # nothing to demote at budget 1
     both = torch.tensor([counts, [60, 60]])
     assert store.nbytes + whole.nbytes == form.nbytes(Shape(2, 60, 20, 18, 4), both)
 
@@ -696,7 +696,7 @@ def test_mikv_demotes_the_least_attended_while_decoding(counts: list[int], recen
         assert [row.tolist() for row in store.positions] == [list(range(position))] * 2
         assert out.isfinite().all()
     for head in range(2):
-        remembered, slots = store.high.remembered, store.high.slot_positions
+        remembered, slots = store.high.eviction_state, store.high.slot_positions
         assert remembered is not None
         for slot in range(len(mass[head])):
             assert float(remembered[head, slot]) == pytest.approx(

@@ -14,10 +14,10 @@ from workbench import testing
 from workbench.errors import BudgetTooSmall
 from workbench.kv import StreamMem
 from workbench.kv.methods.chunked.streammem import chosen, template_ids, with_prototypes
-from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace
 

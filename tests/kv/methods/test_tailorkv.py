@@ -13,7 +13,7 @@ from workbench import testing
 from workbench.kv import AdaKV, SnapKV, TailorKV
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.methods.offload.tailorkv import dense_preference
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.channels import ChannelIndex
 from workbench.kv.stores.offload import OffloadStore
@@ -21,6 +21,7 @@ from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.tailored import TailoredFormat
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
 
 

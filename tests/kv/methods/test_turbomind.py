@@ -14,11 +14,11 @@ import workbench as wb
 from workbench.errors import BudgetTooSmall
 from workbench.examples import example
 from workbench.kv import KIVI, AdaKV, SnapKV, TurboMind
-from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore, PackedStore
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
+from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
 

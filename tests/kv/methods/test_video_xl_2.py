@@ -10,9 +10,9 @@ import workbench as wb
 from workbench import testing
 from workbench.errors import BadParameter
 from workbench.kv import VideoXL2
-from workbench.kv.plan import make_plan
 from workbench.kv.stores.levels import LevelStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 SIZES = {"room": 34, "chunk": 8, "marks": 2, "pool": 4, "before": 1, "whole": 2}

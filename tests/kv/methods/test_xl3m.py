@@ -12,9 +12,10 @@ import workbench as wb
 from workbench import testing
 from workbench.kv import XL3M
 from workbench.kv.methods.chunked.xl3m import entropy, surest
-from workbench.kv.plan import Plan, make_plan
+from workbench.kv.plan import Plan
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 
 SHORT = {"segment": 8, "query": 6, "chunk": 8}
 

@@ -15,11 +15,11 @@ from workbench.errors import BadRecipe
 from workbench.kv import KIVI, AdaKV, SnapKV
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
-from workbench.kv.plan import make_plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.format import Shape
 from workbench.kv.stores.offload import Index, OffloadFormat, OffloadStore, Retriever
 from workbench.models import tiny
+from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 
 

@@ -157,7 +157,7 @@ def test_no_other_size_of_the_signs_is_closer() -> None:
     assert all(bool((error(1.0) <= error(by) + 1e-4).all()) for by in (0.9, 0.97, 1.03, 1.1))
 
 
-def test_of_equal_weights_exactly_as_many_as_asked_for_are_salient() -> None:  # trap 5
+def test_of_equal_weights_exactly_as_many_as_asked_for_are_salient() -> None:  # trap W5
     assert int(largest(torch.ones(6, 10), 7).sum()) == 7
     assert int(largest(torch.ones(6, 10), 0).sum()) == 0
 

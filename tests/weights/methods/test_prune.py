@@ -79,7 +79,7 @@ def test_layers_without_any_weight_or_with_all_of_them_work(kept: Tensor) -> Non
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 11, 12])
-def test_exactly_as_many_stay_as_asked_whatever_ties(count: int) -> None:  # trap 5
+def test_exactly_as_many_stay_as_asked_whatever_ties(count: int) -> None:  # trap W5
     for scores in (torch.ones(3, 4), torch.zeros(3, 4), torch.tensor([[2.0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 3, 0]])):
         for kept in (largest(scores, count), largest_by_row(scores, count)):
             assert int(kept.sum()) == count
@@ -273,7 +273,7 @@ def test_sparsegpt_without_a_pattern_differs_from_llm_compressor_by_what_that_pr
     weight, inputs, theirs = oracle
     corrected, kept = SparseGPT().prune(weight, weight.numel() // 2, inputs)
     their = theirs["sparsegpt unstructured"]
-    missing = kept & (their == 0)  # it drops all up to its threshold: one more in each of the two blocks (trap 5)
+    missing = kept & (their == 0)  # it drops all up to its threshold: one more in each of the two blocks (trap W5)
     assert int(kept.sum()) == weight.numel() // 2 and bool(kept[their != 0].all())
     assert missing[:, :128].sum() == missing[:, 128:].sum() == 1
     assert inputs.output_error(corrected - weight).sum() <= inputs.output_error(their - weight).sum()

@@ -141,7 +141,7 @@ def test_inputs_that_tell_nothing_about_each_other_make_gptq_round_to_nearest(mo
     assert torch.equal(got, fit(weight, 4, 8).nearest(weight))
 
 
-def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> None:  # trap 4
+def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> None:  # trap W4
     x = correlated(24)
     x[:, [3, 17]] = 0
     weight, moment = drawn(5, 24), seen(x).second_moment
@@ -158,13 +158,13 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     torch.testing.assert_close(factor.T @ factor @ damped(moment), torch.eye(20).double(), rtol=0, atol=1e-4)
 
 
-def test_a_moment_without_a_factor_is_damped_more_and_more() -> None:  # trap 4
+def test_a_moment_without_a_factor_is_damped_more_and_more() -> None:  # trap W4
     moment = torch.diag(torch.tensor([1.0] * 19 + [-0.03]))
     factor = inverse_factor(moment, 0.001).double()
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped(moment, 0.1)), rtol=1e-4, atol=1e-6)
 
 
-def test_a_moment_that_nothing_helps_is_an_error_with_the_layer_and_never_plain_rounding() -> None:  # trap 4
+def test_a_moment_that_nothing_helps_is_an_error_with_the_layer_and_never_plain_rounding() -> None:  # trap W4
     with pytest.raises(CalibrationFailed, match="2 inputs has no Cholesky factor"):
         inverse_factor(torch.tensor([[1.0, -9.0], [-9.0, 1.0]]), 0.01)
     with pytest.raises(CalibrationFailed):

@@ -1,4 +1,24 @@
-"""Where a plan's tensors really live."""
+"""Where a layer's keys and values live: stores take tokens, attend, own their positions and count their bytes.
+
+All are built from `Rows`: for each KV head some rows of one width in one contiguous buffer, with room reserved once
+and grown by blocks. While all heads are equally long, lengths are plain numbers and reading is a view; otherwise
+starts and lengths are int32 tensors, as a kernel wants them. Nothing loops over tokens or heads in Python.
+
+`DenseStore` holds rows at one precision, ragged where heads differ, and what an evicting method knows of each entry;
+`SlidingStore` a window; `PackedStore` codes of 2, 4 or 8 bits with a full-precision tail; `FrozenStore` codes that
+never move; `BitmapStore` the largest numbers of every row (Mustafar); `PrunedStore` keys without their least used
+channels (ThinK); `MixedStore` important entries exact and the others at few bits; `SmoothedStore` smoothed integers
+(FireQ); `DeltaStore` differences between neighbours (DeltaLLM); `LowRankStore` coefficients (Eigen Attention, CSKV);
+`SplitStore` several stores over different positions; `SharedStore` nothing, for it attends to another layer's store.
+
+What has a part in host memory is a `TieredStore`: `OffloadStore` with an index that finds what a query needs,
+`HostValuesStore` (KCache), `BlockStore` and `LevelStore` (InfLLM, Video-XL-2). `PagedStore` has pages of which a
+question opens some (LiveVLM). Budgets limit the device; host memory is counted apart, in categories that begin with
+"host ", is pinned where a GPU works, and is copied on a stream of its own.
+
+On a CPU a store dequantises and calls the reference in `workbench_kernels`. On a GPU a kernel of the same signature
+takes its place where the model computes in 16 bits.
+"""
 
 from workbench.kv.stores.dense import DenseStore, SlidingStore
 from workbench.kv.stores.packed import PackedStore

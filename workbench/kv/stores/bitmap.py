@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
+from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.pruned import kept_of
 from workbench.kv.stores.rows import Rows, joined
-from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench.kv.stores.store import Store, for_kernel
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.building import Kept, expand_rows, kept, sparse_rows
@@ -63,7 +64,7 @@ class SparseRows:
         return SparseRows(self.numbers.clone(), self.bitmap.clone(), self.width)
 
 
-class BitmapStore(Store):
+class BitmapStore(PositionedStore):
     """Keys and values as sparse rows, followed by the newest `recent` whole; new tokens enter there and are pruned as
     they leave. A kernel reads the rows in place; where there is none, they are expanded into scratch memory.
     """
@@ -77,9 +78,9 @@ class BitmapStore(Store):
         positions: Rows | None,
         recent: int,
     ) -> None:
+        super().__init__(positions)
         self.keys, self.key_tail = keys, key_tail
         self.values, self.value_tail = values, value_tail
-        self._positions = positions
         self.recent = recent
 
     @classmethod
@@ -106,8 +107,7 @@ class BitmapStore(Store):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.key_tail.append(keys)
         self.value_tail.append(values)
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+        self._append_positions(positions)
         ready = int(self.key_tail.counts.min()) - self.recent
         if ready > 0:
             self.keys.append(self.key_tail.cut_front(ready))
@@ -115,15 +115,26 @@ class BitmapStore(Store):
 
     def reserve(self, tokens: int) -> None:
         sparse_rows = (self.keys.numbers, self.keys.bitmap, self.values.numbers, self.values.bitmap)
-        for rows in (*sparse_rows, *(() if self._positions is None else (self._positions,))):
+        for rows in (*sparse_rows, *self._positions):
             rows.reserve(tokens)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        keys = joined(self.keys.bitmap, self.key_tail, self.keys.expanded(dtype))
-        values = joined(self.values.bitmap, self.value_tail, self.values.expanded(dtype))
-        if self._positions is None:
-            return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
-        return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
+    @property
+    def kv_heads(self) -> int:
+        return self.key_tail.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.key_tail.data.device
+
+    @property
+    def _complete_length(self) -> int:
+        return self.keys.bitmap.longest + self.key_tail.longest
+
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (
+            joined(self.keys.bitmap, self.key_tail, self.keys.expanded(dtype)),
+            joined(self.values.bitmap, self.value_tail, self.values.expanded(dtype)),
+        )
 
     def by_kernel(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -137,19 +148,19 @@ class BitmapStore(Store):
             self.values.ragged(self.value_tail),
             Scoring(scale, softcap=softcap),
             query_positions=asked,
-            positions=None if self._positions is None else self._positions.ragged(),
+            positions=self._ragged_positions,
         )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         dtype = str(self.key_tail.data.dtype).removeprefix("torch.")
-        positions = [] if self._positions is None else self._positions.tensors()
-        tail = [*self.key_tail.tensors(), *self.value_tail.tensors()]
-        return {f"{dtype} with bitmap": [*self.keys.tensors(), *self.values.tensors(), *positions], dtype: tail}
+        sparse = [*self.keys.tensors(), *self.values.tensors(), *self._position_tensors()]
+        return {f"{dtype} with bitmap": sparse, dtype: [*self.key_tail.tensors(), *self.value_tail.tensors()]}
 
     def clone(self) -> Self:
-        positions = None if self._positions is None else self._positions.clone()
-        key_tail, value_tail = self.key_tail.clone(), self.value_tail.clone()
-        return type(self)(self.keys.clone(), key_tail, self.values.clone(), value_tail, positions, self.recent)
+        twin = super().clone()
+        twin.keys, twin.key_tail = self.keys.clone(), self.key_tail.clone()
+        twin.values, twin.value_tail = self.values.clone(), self.value_tail.clone()
+        return twin
 
 
 @dataclass(frozen=True)
@@ -176,7 +187,7 @@ class BitmapFormat(Format):
         indices = 2 * (2 * index_nbytes(older) + index_nbytes(newer)) + index_nbytes(partial)
         return sides + int(partial.sum()) * INDEX_BYTES + indices
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         return BitmapStore.where(
             layer.keys, layer.values, tiers > 0, self.dtype, pruned=self.pruned, recent=self.recent
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Self
 
 import torch
@@ -41,7 +42,7 @@ class BlockStore(TieredStore):
         representatives: int,
         blocks: int,
     ) -> None:
-        """near: with a mass, which is the attention that each entry received from its window. means [k, far blocks, d].
+        """near: its state is the attention that each entry received from its window. means [k, far blocks, d].
 
         rotation: the layer's.
         """
@@ -52,8 +53,8 @@ class BlockStore(TieredStore):
     @classmethod
     def empty(cls, keys: Tensor, values: Tensor, rotation: Rotation, **sizes: int) -> BlockStore:
         """A store without entries, for such keys [k, 0, d] and values [k, 0, dv]."""
-        positions, mass = (keys.new_empty(keys.shape[0], 0, 1, dtype=kind) for kind in (torch.int32, torch.float32))
-        near = DenseStore(Rows.of(keys), Rows.of(values), Rows.of(positions), Rows.of(mass))
+        positions, received = (keys.new_empty(keys.shape[0], 0, 1, dtype=kind) for kind in (torch.int32, torch.float32))
+        near = DenseStore(Rows.of(keys), Rows.of(values), Rows.of(positions), Rows.of(received))
         far = HostRows.where(keys, values, torch.ones(keys.shape[:2], dtype=torch.bool), keys.dtype)
         return cls(near, far, Rows.of(keys.clone()), rotation, **sizes)
 
@@ -70,14 +71,14 @@ class BlockStore(TieredStore):
 
     def _move_out(self, count: int) -> None:
         """Move the oldest `count` blocks behind the sinks to host memory."""
-        held, mass = self.near.contents(self.means.data.dtype), self.near.remembered
-        assert mass is not None
+        held, received = self.near.contents(self.means.data.dtype), self.near.eviction_state
+        assert received is not None
         positions = held.positions[0].long()
         slots = positions.argsort()[self.sinks : self.sinks + count * self.block]  # [e], oldest first
         keys, where, heads = held.keys[:, slots], positions[slots], held.keys.shape[0]
         self.far.append(keys, held.values[:, slots], where.expand(heads, -1))
         flat = self.rotation.turned_back(keys, where).unflatten(1, (count, self.block))  # [k, c, block, d]
-        most = mass[:, slots].unflatten(1, (count, self.block)).topk(self.representatives, dim=2).indices
+        most = received[:, slots].unflatten(1, (count, self.block)).topk(self.representatives, dim=2).indices
         means = flat.gather(2, most[..., None].expand(*most.shape, flat.shape[-1])).mean(dim=2)
         self.means.append(means.to(self.means.data.dtype), block=count)
         self.near.evict(slots.expand(heads, -1))
@@ -124,10 +125,10 @@ class BlockStore(TieredStore):
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         rows = scores.masked_fill_(behind < 0, -torch.inf).softmax(dim=-1)
-        mass, count = self.near.remembered, near.keys.shape[1]
-        assert mass is not None
+        received, count = self.near.eviction_state, near.keys.shape[1]
+        assert received is not None
         inside = (behind[:, :count] < self.window).float()
-        self.near.remember(mass + (rows[..., :count] * inside).sum(dim=(1, 2)))
+        self.near.replace_state(received + (rows[..., :count] * inside).sum(dim=(1, 2)))
         return (rows @ values[:, None]).flatten(0, 1).to(query.dtype)
 
     def find(self, distant: Tensor) -> Tensor:
@@ -142,15 +143,6 @@ class BlockStore(TieredStore):
         return self.means.tensors()
 
     def clone(self) -> Self:
-        return type(self)(
-            self.near.clone(),
-            self.far.clone(),
-            self.means.clone(),
-            self.rotation,
-            room=self.room,
-            sinks=self.sinks,
-            window=self.window,
-            block=self.block,
-            representatives=self.representatives,
-            blocks=self.blocks,
-        )
+        twin = copy(self)
+        twin.near, twin.far, twin.means = self.near.clone(), self.far.clone(), self.means.clone()
+        return twin

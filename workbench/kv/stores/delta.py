@@ -11,8 +11,9 @@ from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import first_of
+from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows, joined
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
 from workbench_kernels import pack, unpack
 
@@ -63,6 +64,11 @@ class DeltaRows:
         for rows, new in zip(self.moves, (numbers, bits), strict=True):
             rows.append(new.view(x.shape[0], ready // self.group, -1), block=4)
 
+    @property
+    def longest(self) -> int:
+        """Rows of the head that has most, where all are equally long."""
+        return self.tail.longest + (0 if self.moves is None else self.moves[0].longest * self.group)
+
     def reserve(self, tokens: int) -> None:
         self.tail.reserve(tokens if self.moves is None else min(tokens, self.group))
         for rows in self.moves or ():
@@ -89,42 +95,50 @@ class DeltaRows:
         return DeltaRows(moves, self.tail.clone(), self.group, self.window)
 
 
-class DeltaStore(Store):
+class DeltaStore(PositionedStore):
     """Keys, and values if asked for, as sequences of deltas. Attention restores them into scratch memory: exact scores
     for the local window, approximate ones before it.
     """
 
     def __init__(self, keys: DeltaRows, values: DeltaRows, positions: Rows | None) -> None:
+        super().__init__(positions)
         self.keys, self.values = keys, values
-        self._positions = positions
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.keys.append(keys)
         self.values.append(values)
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+        self._append_positions(positions)
 
     def reserve(self, tokens: int) -> None:
         self.keys.reserve(tokens)
         self.values.reserve(tokens)
-        if self._positions is not None:
-            self._positions.reserve(tokens)
+        for rows in self._positions:
+            rows.reserve(tokens)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        keys, values = self.keys.view(dtype), self.values.view(dtype)
-        if self._positions is None:
-            return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
-        return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.tail.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.tail.data.device
+
+    @property
+    def _complete_length(self) -> int:
+        return self.keys.longest
+
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.keys.view(dtype), self.values.view(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         dtype = str(self.keys.tail.data.dtype).removeprefix("torch.")
-        positions = [] if self._positions is None else self._positions.tensors()
-        tails = [*self.keys.tail.tensors(), *self.values.tail.tensors()]
-        return {f"{dtype} deltas": [*self.keys.tensors(), *self.values.tensors()], dtype: [*tails, *positions]}
+        whole = [*self.keys.tail.tensors(), *self.values.tail.tensors(), *self._position_tensors()]
+        return {f"{dtype} deltas": [*self.keys.tensors(), *self.values.tensors()], dtype: whole}
 
     def clone(self) -> Self:
-        positions = None if self._positions is None else self._positions.clone()
-        return type(self)(self.keys.clone(), self.values.clone(), positions)
+        twin = super().clone()
+        twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        return twin
 
 
 @dataclass(frozen=True)
@@ -168,15 +182,13 @@ class DeltaFormat(Format):
             + index_nbytes(whole)
         )
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         keep = tiers > 0
 
         def side(x: Tensor, zeros: float | None) -> DeltaRows:
             return DeltaRows.where(x, keep, self.dtype, zeros=zeros, group=self.group, window=self.window)
 
-        where = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape[0], -1)[..., None]
-        positions = None if bool(keep.all()) else Rows.where(where, keep, torch.int32)
-        return DeltaStore(side(layer.keys, self.keys), side(layer.values, self.values), positions)
+        return DeltaStore(side(layer.keys, self.keys), side(layer.values, self.values), positions_where(keep))
 
 
 def older(lengths: Tensor, group: int, window: int) -> Tensor:

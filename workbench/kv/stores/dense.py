@@ -8,35 +8,38 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Evictable, Pin
+from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Contents, Store, for_kernel
 from workbench_kernels import Scoring
+from workbench_kernels.building import kept
 from workbench_kernels.decode import decode_dense
+from workbench_kernels.rows import Ragged
 
 
-class DenseStore(Store):
+class DenseStore(PositionedStore):
     """Keys and values at one precision, with a number of positions per KV head that is data.
 
-    A store that holds everything from position 0 needs no positions; any other keeps them as int32 per entry. `mass`,
-    one float32 per entry or a few, is what methods that evict while decoding remember about each entry.
+    A store that holds everything from position 0 needs no positions; any other keeps them as int32 per entry. `state`,
+    one float32 per entry or a few, is by what methods evict while decoding.
     """
 
-    def __init__(self, keys: Rows, values: Rows, positions: Rows | None, mass: Rows | None = None) -> None:
-        self.keys, self.values, self.mass = keys, values, mass
-        self._positions = positions
+    def __init__(self, keys: Rows, values: Rows, positions: Rows | None, state: Rows | None = None) -> None:
+        super().__init__(positions)
+        self.keys, self.values, self.state = keys, values, state
 
     @classmethod
     def where(
-        cls, keys: Tensor, values: Tensor, keep: Tensor, dtype: torch.dtype, mass: Tensor | None = None
+        cls, keys: Tensor, values: Tensor, keep: Tensor, dtype: torch.dtype, state: Tensor | None = None
     ) -> DenseStore:
-        """The entries of keys [k, n, d], values [k, n, dv], mass [k, n] or [k, n, w] at which keep [k, n] is True."""
-        complete = bool(keep.all()) and mass is None
-        where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
+        """The entries of keys [k, n, d], values [k, n, dv], state [k, n] or [k, n, w] at which keep [k, n] is True."""
+        positions = positions_where(keep) if state is None else Rows.positions(kept(keep))
         return cls(
             Rows.where(keys, keep, dtype),
             Rows.where(values, keep, dtype),
-            None if complete else Rows.where(where, keep, torch.int32),
-            None if mass is None else Rows.where(mass.view(*mass.shape[:2], -1), keep, torch.float32),
+            positions,
+            None if state is None else Rows.where(state.view(*state.shape[:2], -1), keep, torch.float32),
         )
 
     @classmethod
@@ -46,36 +49,58 @@ class DenseStore(Store):
         return cls(Rows.where(keys, keep, dtype), Rows.where(values, keep, dtype), Rows.where(where, keep, torch.int32))
 
     @property
+    def kv_heads(self) -> int:
+        return self.keys.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.data.device
+
+    @property
+    def entries(self) -> int:
+        return self.keys.total
+
+    @property
     def longest(self) -> int:
+        """Entries of the head that has most."""
         return self.keys.longest
 
     @property
-    def slot_positions(self) -> Tensor:
-        """The position in each slot, int [k or 1, m]."""
-        if self._positions is None:
-            return torch.arange(self.keys.longest, device=self.keys.data.device)[None]
-        return self._positions.view()[..., 0]
+    def _complete_length(self) -> int:
+        return self.keys.longest
+
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.keys.view().to(dtype), self.values.view().to(dtype)
+
+    # -- evicting while decoding
 
     @property
-    def remembered(self) -> Tensor | None:
-        """What is remembered of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
-        if self.mass is None:
-            return None
-        rows = self.mass.view()
+    def evictable(self) -> Evictable | None:
+        return self if self.state is not None else None
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each head, int64 [k]."""
+        return self.keys.counts
+
+    @property
+    def eviction_state(self) -> Tensor:
+        """The eviction state of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
+        assert self.state is not None
+        rows = self.state.view()
         return rows[..., 0] if rows.shape[-1] == 1 else rows
 
-    def remember(self, evidence: Tensor) -> None:
-        """Replace what is remembered, laid out as `remembered` shows it."""
-        assert self.mass is not None
-        self.mass.write(evidence.view(*evidence.shape[:2], -1))
+    def replace_state(self, state: Tensor) -> None:
+        """Replace the eviction state, laid out as `eviction_state` shows it."""
+        assert self.state is not None
+        self.state.write(state.view(*state.shape[:2], -1))
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.keys.append(keys)
         self.values.append(values)
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
-        if self.mass is not None:
-            self.mass.append(torch.zeros(*keys.shape[:2], self.mass.data.shape[1], device=keys.device))
+        self._append_positions(positions)
+        if self.state is not None:
+            self.state.append(torch.zeros(*keys.shape[:2], self.state.data.shape[1], device=keys.device))
 
     def evict(self, slots: Tensor) -> None:
         """Drop the entries in slots [k, e] of each head; the last entries move into the freed slots."""
@@ -91,29 +116,56 @@ class DenseStore(Store):
         holes = torch.argsort((slots >= first).to(torch.uint8), dim=1, stable=True)  # holes before the end first
         # As many stay at the end as were freed before it; whatever is paired behind them is cut anyway.
         source, target = ends.gather(1, stays), slots.gather(1, holes)
-        for rows in (self.keys, self.values, self._positions, self.mass):
-            if rows is not None:
-                rows.move(source, target, count)
+        for rows in self._rows:
+            rows.move(source, target, count)
 
-    def room(self, tokens: int) -> list[tuple[Rows, int]]:
-        """The rows that grow with each token, and how many more each head needs for `tokens`."""
-        return [(rows, tokens) for rows in (self.keys, self.values, self._positions, self.mass) if rows is not None]
+    @property
+    def _rows(self) -> list[Rows]:
+        """All rows of an entry."""
+        return [self.keys, self.values, *self._positions, *(() if self.state is None else (self.state,))]
 
     def reserve(self, tokens: int) -> None:
-        for rows, more in self.room(tokens):
-            rows.reserve(more)
+        for rows in self._rows:
+            rows.reserve(tokens)
 
-    def take_up(self, positions: Tensor) -> None:
-        """Count entries at positions int [q] whose keys and values others have written behind those of every head."""
+    # -- captured decode steps
+
+    @property
+    def capturable(self) -> Capturable | None:
+        return self if self.state is None else None
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.keys, self.values
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        return [(rows, steps) for rows in self._rows]
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        return self.keys.longest + steps, self.values.longest + steps
+
+    @property
+    def fixed_nbytes(self) -> int:
+        return 0
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    @property
+    def steps_until_settled(self) -> int | None:
+        return None
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        return lambda query, scoring: decode_dense(query, keys, values, scoring)[0]
+
+    def advance(self, positions: Tensor) -> None:
         self.keys.grow(positions.numel())
         self.values.grow(positions.numel())
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(self.keys.heads, -1)[..., None])
-
-    def contents(self, dtype: torch.dtype) -> Contents:
-        return Contents(
-            self.keys.view().to(dtype), self.values.view().to(dtype), self.slot_positions, self.keys.valid()
-        )
+        self._append_positions(positions)
 
     def by_kernel(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -121,25 +173,23 @@ class DenseStore(Store):
         fits, asked = for_kernel(query, self.keys.data, query_positions, window)
         if not fits:
             return None
-        positions = None if self._positions is None else self._positions.ragged()
         return decode_dense(
             query,
             self.keys.ragged(),
             self.values.ragged(),
             Scoring(scale, window, softcap),
             query_positions=asked,
-            positions=positions,
+            positions=self._ragged_positions,
         )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        held = [rows for rows in (self.keys, self.values, self._positions, self.mass) if rows is not None]
-        return {_name(self.keys.data.dtype): [t for rows in held for t in rows.tensors()]}
+        return {_name(self.keys.data.dtype): [tensor for rows in self._rows for tensor in rows.tensors()]}
 
     def clone(self) -> Self:
-        copies = [None if r is None else r.clone() for r in (self.keys, self.values, self._positions, self.mass)]
-        keys, values, positions, mass = copies
-        assert keys is not None and values is not None
-        return type(self)(keys, values, positions, mass)
+        twin = super().clone()
+        twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        twin.state = None if self.state is None else self.state.clone()
+        return twin
 
 
 class SlidingStore(Store):
@@ -155,7 +205,7 @@ class SlidingStore(Store):
         self._for_others = False
 
     def keep_for_others(self) -> None:
-        """Other layers attend to this store after its own: what has left the window goes when the next token comes."""
+        """What has left the window goes only when the next token comes, for other layers attend after this one."""
         self._for_others = True
 
     @classmethod
@@ -167,6 +217,21 @@ class SlidingStore(Store):
     @property
     def reach(self) -> int:
         return self.window
+
+    @property
+    def sliding_window(self) -> int:
+        return self.window
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return self._positions[None], None
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         begin, last = positions[[0, -1]].tolist()

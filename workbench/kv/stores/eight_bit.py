@@ -50,7 +50,7 @@ class EightBitOffloadFormat(Format):
         entries = int(others.sum()) * (_entry_nbytes(shape) + INDEX_BYTES) + 3 * index_nbytes(others)
         return entries + self.index.host_nbytes(shape, others)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         others = tiers == 2
         if not bool(others.any()):
             return DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)

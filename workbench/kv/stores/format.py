@@ -17,7 +17,7 @@ from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
 from workbench_kernels.building import Axis
 
-INDEX_BYTES = 4  # positions, starts and lengths are int32, mass is float32
+INDEX_BYTES = 4  # positions, starts and lengths are int32, the numbers of an eviction state float32
 _BALANCE_BYTES = 2  # float16
 
 
@@ -69,10 +69,14 @@ class Format(ABC):
         """The same for host memory, which no budget limits."""
         return 0
 
+    def of_everything(self) -> Format:
+        """The format of a plan that keeps everything: this one, without what only evicting needs."""
+        return self
+
     @abstractmethod
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
-        """The store of a layer under tiers [k, n] (0 dropped, else number of the tier); mass [k, n] or [k, n, w] for
-        evicting methods.
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
+        """The store of a layer under tiers [k, n] (0 dropped, else number of the tier); state [k, n] or [k, n, w]: the
+        eviction state, of methods that evict while decoding.
         """
 
 
@@ -87,22 +91,25 @@ def stored_nbytes(form: Format, shapes: Sequence[Shape], counts: Tensor, *, host
 
 @dataclass(frozen=True)
 class DenseFormat(Format):
-    """Every kept entry at `dtype`, and `mass` numbers remembered of it for eviction while decoding."""
+    """Every kept entry at `dtype`, with an eviction state of `state` numbers for methods that evict while decoding."""
 
     dtype: torch.dtype
-    mass: int = 0
+    state: int = 0
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return (str(self.dtype).removeprefix("torch."),)
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        partial = selected[(selected < shape.tokens).any(dim=1)] if not self.mass else selected  # these need positions
-        entries = int(selected.sum()) * shape.entry_nbytes + int(partial.sum()) * INDEX_BYTES * (1 + self.mass)
-        return entries + index_nbytes(partial) * (3 + bool(self.mass))
+        partial = selected[(selected < shape.tokens).any(dim=1)] if not self.state else selected  # these need positions
+        entries = int(selected.sum()) * shape.entry_nbytes + int(partial.sum()) * INDEX_BYTES * (1 + self.state)
+        return entries + index_nbytes(partial) * (3 + bool(self.state))
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
-        return DenseStore.where(layer.keys, layer.values, tiers > 0, self.dtype, mass if self.mass else None)
+    def of_everything(self) -> DenseFormat:
+        return DenseFormat(self.dtype)
+
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
+        return DenseStore.where(layer.keys, layer.values, tiers > 0, self.dtype, state if self.state else None)
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ class PackedFormat(Format):
         indices = index_nbytes(packed) * 3 + index_nbytes(tail)
         return packed_nbytes + int(tail.sum()) * width * itemsize + indices
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         return PackedStore.where(
             layer.keys,
             layer.values,
@@ -194,7 +201,7 @@ class MixedFormat(Format):
         some = selected[mixed]
         factors = _BALANCE_BYTES * shape.kv_heads * shape.key_width * len(some) if self.balance else 0
         low = self._low.nbytes(shape, shape.tokens - some) + self._low_positions(shape, some)
-        high = DenseFormat(self.dtype, mass=1).nbytes(shape, some)
+        high = DenseFormat(self.dtype, state=1).nbytes(shape, some)
         return DenseFormat(self.dtype).nbytes(shape, selected[~mixed]) + high + low + factors
 
     @staticmethod
@@ -203,7 +210,7 @@ class MixedFormat(Format):
         everything = selected[(selected == 0).all(dim=1)]
         return everything.numel() * shape.tokens * INDEX_BYTES
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         selected = tiers == 1
         if not bool((tiers == 2).any()):
             return DenseFormat(self.dtype).build(layer, selected.to(tiers.dtype), None)

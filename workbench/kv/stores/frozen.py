@@ -69,13 +69,28 @@ class FrozenStore(Store):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         raise NotImplementedError("nothing joins a settled part: put it behind a growing one in a SplitStore")
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        slots = self.keys.codes.slots()  # [k, m]
-        keys, values = self.keys.dequantised(dtype)[slots], self.values.dequantised(dtype)[slots]
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.codes.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.codes.data.device
+
+    @property
+    def entries(self) -> int:
+        return self.keys.codes.total
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
         if self.bitmap is None:
-            return Contents(keys, values, torch.arange(self.tokens, device=keys.device)[None], None)
+            return torch.arange(self.tokens, device=self.device)[None], None
         positions = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1]  # [t], head after head like the rows
-        return Contents(keys, values, positions[slots], self.keys.codes.valid())
+        return positions[self.keys.codes.slots()], self.keys.codes.valid()
+
+    def contents(self, dtype: torch.dtype) -> Contents:
+        places = self.keys.codes.slots()  # [k, m]
+        keys, values = self.keys.dequantised(dtype)[places], self.values.dequantised(dtype)[places]
+        return Contents(keys, values, *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         bitmap = [] if self.bitmap is None else [self.bitmap]

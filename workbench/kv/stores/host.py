@@ -41,6 +41,10 @@ class HostRows:
         """Entries of the head that has most."""
         return self.keys.longest
 
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        """The position in each slot, int [k, m] in host memory, and which slots are real, bool [k, m]; None: all."""
+        return self.positions.view()[..., 0], self.keys.valid()
+
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add keys [k, e, d] and values [k, e, dv] at positions [k, e]; keys are left out where none are held here."""
         keys = keys[..., : self.keys.data.shape[1]]

@@ -13,7 +13,7 @@ from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, 
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import QUERIES_AT_ONCE, OffloadStore, Retriever
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, joined_valid, seen_by
+from workbench.kv.stores.store import Contents, Store, joined_slots, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
 
@@ -43,7 +43,7 @@ class HostValuesFormat(Format):
         others = left_over(shape, selected)
         return int(others.sum()) * (shape.value_width * shape.itemsize + INDEX_BYTES) + 3 * index_nbytes(others)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         near = DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
         others = tiers == 2
         if not bool(others.any()):
@@ -96,10 +96,9 @@ class HostValuesStore(OffloadStore):
         weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         near, far = self.near.contents(query.dtype), self.retriever
-        kv_heads, count = near.keys.shape[:2]
+        count = near.keys.shape[1]
         keys = torch.cat([near.keys, far.keys.view().to(query.dtype)], dim=1)  # [k, m, d]
-        positions = torch.cat([near.positions.expand(kv_heads, -1), far.positions.view()[..., 0]], dim=1)
-        valid = self._valid(near)
+        positions, valid = self.slots()
         outs = []
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
             _, rows = attend(
@@ -122,20 +121,17 @@ class HostValuesStore(OffloadStore):
         return torch.cat(outs, dim=1), None
 
     def contents(self, dtype: torch.dtype) -> Contents:
-        near, far = self.near.contents(dtype), self.retriever
-        heads = near.keys.shape[0]
+        near = self.near.contents(dtype)
         return Contents(
-            torch.cat([near.keys, far.keys.view().to(dtype)], dim=1),
+            torch.cat([near.keys, self.retriever.keys.view().to(dtype)], dim=1),
             torch.cat([near.values, self.far.values.view().to(near.values.device, dtype)], dim=1),
-            torch.cat([near.positions.expand(heads, -1), far.positions.view()[..., 0]], dim=1),
-            self._valid(near),
+            *self.slots(),
         )
 
-    def _valid(self, near: Contents) -> Tensor | None:
-        """Which slots are real, near ones first, bool [k, m]; None if all are."""
-        far = self.retriever.keys
-        parts = ((near.valid, near.keys.shape[1]), (far.valid(), far.longest))
-        return joined_valid(parts, far.heads, far.data.device)
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        far = self.retriever
+        parts = [self.near.slots(), (far.positions.view()[..., 0], far.keys.valid())]
+        return joined_slots(parts, self.kv_heads, self.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         held = self.near.tensors()

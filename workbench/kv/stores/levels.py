@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Self
 
 import torch
@@ -115,9 +116,9 @@ class LevelStore(TieredStore):
         if self.chunks is None or query.shape[1] > 1:
             _, rows = attend(query, keys, values, scoring, visible=causal[None], weights=True)
             assert rows is not None  # [k, g, q, m]
-            mass = rows[..., near.keys.shape[1] :].sum(dim=(0, 1, 2)).view(self.coarse, self.means).sum(dim=1)
-            mass[:1] = torch.inf
-            self.chunks = tuple(sorted(mass.topk(min(self.whole + 1, self.coarse)).indices.tolist()))
+            received = rows[..., near.keys.shape[1] :].sum(dim=(0, 1, 2)).view(self.coarse, self.means).sum(dim=1)
+            received[:1] = torch.inf
+            self.chunks = tuple(sorted(received.topk(min(self.whole + 1, self.coarse)).indices.tolist()))
         rest = self.chunk - self.marks
         chosen = torch.tensor(self.chunks, dtype=torch.long, device=at.device)
         slots = (chosen[:, None] * rest + torch.arange(rest, device=at.device)).flatten()
@@ -137,8 +138,7 @@ class LevelStore(TieredStore):
         return [*self.keys.tensors(), *self.values.tensors()]
 
     def clone(self) -> Self:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin = copy(self)
         twin.near, twin.far = self.near.clone(), self.far.clone()
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         return twin

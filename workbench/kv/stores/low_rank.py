@@ -14,8 +14,9 @@ from workbench.core.rope import Rotation
 from workbench.errors import NoRotation
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import PackedRows, first_of
+from workbench.kv.stores.positioned import PositionedStore, positions_in
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
@@ -113,7 +114,7 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
     return x.float() @ (basis / basis.square().sum(dim=-1, keepdim=True)).transpose(1, 2)
 
 
-class LowRankStore(Store):
+class LowRankStore(PositionedStore):
     """An older part held as coefficients, at full precision or packed, and a newer part held whole.
 
     New tokens enter the newer part. Once they have attended, whatever is more than its `window` leaves it, oldest first
@@ -137,7 +138,8 @@ class LowRankStore(Store):
         """bases [k, r, d] of keys and [k, r, dv] of values; older: their coefficients; newer: keys and values;
         positions of both parts, or None if every position from 0 on is held.
         """
-        self.bases, self.older, self.newer, self._positions = bases, older, newer, positions
+        super().__init__(*positions or ())
+        self.bases, self.older, self.newer = bases, older, newer
         self.rotary, self.window, self.group = rotary, window, group
 
     @classmethod
@@ -164,8 +166,6 @@ class LowRankStore(Store):
         lengths = keep.sum(dim=1)
         old = first_of(keep, older_of(lengths, window, group))
         new = keep & ~old
-        complete = bool(keep.all())
-        where = everywhere.expand(keys.shape[0], -1)[..., None]
 
         def held(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
             found = project(x, basis)
@@ -180,7 +180,7 @@ class LowRankStore(Store):
             bases,
             (held(plain, bases[0], True), held(values, bases[1], False)),
             (Rows.where(keys, new, dtype), Rows.where(values, new, dtype)),
-            None if complete else (Rows.where(where, old, torch.int32), Rows.where(where, new, torch.int32)),
+            positions_in(keep, old, new),
             spaces.rotary,
             window,
             group,
@@ -193,15 +193,14 @@ class LowRankStore(Store):
         self._settle()  # where another store attended for this one
         self.newer[0].append(keys)
         self.newer[1].append(values)
-        if self._positions is not None:
-            self._positions[1].append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+        self._append_positions(positions)
 
     def _settle(self) -> None:
         """Project what is more than the window."""
         tokens = int(older_of(self.newer[0].counts.min(), self.window, self.group))
         if not tokens:
             return
-        if self._positions is None:
+        if not self._positions:
             start = _rows(self.older[0]).longest
             where = torch.arange(start, start + tokens, device=self.newer[0].data.device)[None]
         else:
@@ -215,26 +214,28 @@ class LowRankStore(Store):
             keys = self.rotary.undo(keys, where)
         self.older[0].append(project(keys, self.bases[0]))
         self.older[1].append(project(values, self.bases[1]))
-        if self._positions is not None:
+        if self._positions:
             self._positions[0].append(where.to(torch.int32)[..., None])
 
     def reserve(self, tokens: int) -> None:
         if self.window or self.group > 1:
-            for rows in (*self.newer, *(() if self._positions is None else self._positions[1:])):
+            for rows in (*self.newer, *self._positions[1:]):
                 rows.reserve(min(tokens, self.window + self.group))
-        for part in (*self.older, *(() if self._positions is None else self._positions[:1])):
+        for part in (*self.older, *self._positions[:1]):
             if isinstance(part, Rows):
                 part.reserve(tokens)
 
-    def _slots(self) -> tuple[Tensor, Tensor | None]:
-        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m] or None."""
-        older, newer = _rows(self.older[0]), self.newer[0]
-        if self._positions is None:
-            return torch.arange(older.longest + newer.longest, device=newer.data.device)[None], None
-        positions = torch.cat([rows.view()[..., 0] for rows in self._positions], dim=1)
-        if older.uniform and newer.uniform:
-            return positions, None
-        return positions, torch.cat([_real(older), _real(newer)], dim=1)
+    @property
+    def kv_heads(self) -> int:
+        return self.newer[0].heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.newer[0].data.device
+
+    @property
+    def _complete_length(self) -> int:
+        return _rows(self.older[0]).longest + self.newer[0].longest
 
     def _older_keys(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """The older keys [k, m, d] at their positions [k or 1, all slots], out of their space."""
@@ -243,13 +244,13 @@ class LowRankStore(Store):
             keys = self.rotary.apply(keys, positions[:, : keys.shape[1]].long())
         return keys.to(dtype)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        positions, valid = self._slots()
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        positions, _ = self.slots()
         older = self._older_keys(positions, dtype), _view(self.older[1], torch.float32) @ self.bases[1].float()
         keys, values = (
             torch.cat([old.to(dtype), _view(new, dtype)], dim=1) for old, new in zip(older, self.newer, strict=True)
         )
-        return Contents(keys, values, positions, valid)
+        return keys, values
 
     def attend(
         self,
@@ -266,7 +267,7 @@ class LowRankStore(Store):
             if found is not None:
                 self._settle()
                 return found, None
-        positions, valid = self._slots()
+        positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
         whole, values = (_view(rows, query.dtype) for rows in self.newer)
@@ -307,7 +308,7 @@ class LowRankStore(Store):
         if query.dtype != keys.data.dtype or query.dtype.itemsize != 2 or not keys.longest:
             return None
         asked = query_positions.to(query.device) if query_positions.numel() > 1 else None
-        older, newer = (None, None) if self._positions is None else (rows.ragged() for rows in self._positions)
+        older, newer = (rows.ragged() for rows in self._positions) if self._positions else (None, None)
         turns, turned, (key_basis, value_basis) = None, query, self.bases
         if self.rotary is not None:
             longest = keys.longest if older is None else int(query_positions.max()) + 1
@@ -333,24 +334,19 @@ class LowRankStore(Store):
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")
-        positions = [t for rows in self._positions or () for t in rows.tensors()]
-        held = {exact: [*self.bases, *(t for rows in self.newer for t in rows.tensors()), *positions]}
+        newer = [tensor for rows in self.newer for tensor in rows.tensors()]
+        held = {exact: [*self.bases, *newer, *self._position_tensors()]}
         for part in self.older:
             name = f"{part.bits}-bit" if isinstance(part, PackedRows) else exact
             held.setdefault(name, []).extend(part.tensors())
         return held
 
     def clone(self) -> Self:
-        positions = None if self._positions is None else (self._positions[0].clone(), self._positions[1].clone())
-        return type(self)(
-            (self.bases[0].clone(), self.bases[1].clone()),
-            (self.older[0].clone(), self.older[1].clone()),
-            (self.newer[0].clone(), self.newer[1].clone()),
-            positions,
-            self.rotary,
-            self.window,
-            self.group,
-        )
+        twin = super().clone()
+        twin.bases = self.bases[0].clone(), self.bases[1].clone()
+        twin.older = self.older[0].clone(), self.older[1].clone()
+        twin.newer = self.newer[0].clone(), self.newer[1].clone()
+        return twin
 
 
 @dataclass(frozen=True)
@@ -401,7 +397,7 @@ class LowRankFormat(Format):
             bases + held + int(newer.sum()) * shape.entry_nbytes + int(selected[partial].sum()) * INDEX_BYTES + indices
         )
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
         return LowRankStore.where(
             layer, tiers > 0, spaces, ranks, self.dtype, window=self.window, bits=self.bits, group=self.group
@@ -432,10 +428,3 @@ def _view(part: Rows | PackedRows, dtype: torch.dtype) -> Tensor:
         found = held[rows.slots()] if held.shape[0] else held.new_zeros(rows.heads, 0, part.channels)
     valid = rows.valid()
     return found if valid is None else found.masked_fill(~valid[..., None], 0.0)
-
-
-def _real(rows: Rows) -> Tensor:
-    valid = rows.valid()
-    if valid is not None:
-        return valid
-    return torch.ones(rows.heads, rows.longest, dtype=torch.bool, device=rows.data.device)

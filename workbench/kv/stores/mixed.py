@@ -24,6 +24,8 @@ class MixedStore(SplitStore):
     whole layer, also where one began with more exact entries than another.
     """
 
+    moves_by_attention = True
+
     def __init__(self, high: DenseStore, low: PackedStore, *, share: float, recent: float, entered: int = 0) -> None:
         """entered: how many tokens have come since the store was built."""
         super().__init__((high, low))
@@ -61,9 +63,9 @@ class MixedStore(SplitStore):
             outs.append(out)
             if weights:
                 rows.append(probs)
-        before = self.high.remembered
+        before = self.high.eviction_state
         assert before is not None
-        self.high.remember(before + received)
+        self.high.replace_state(before + received)
         self._demote(exact - self._begun - self._allowed(self.entered))
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 
@@ -74,12 +76,12 @@ class MixedStore(SplitStore):
     def _demote(self, count: int) -> None:
         if count <= 0:
             return
-        mass, positions = self.high.remembered, self.high.slot_positions
-        assert mass is not None
+        received, positions = self.high.eviction_state, self.high.slot_positions
+        assert received is not None
         valid = self.high.keys.valid()
         if valid is not None:  # slots beyond a head's length hold nothing
-            mass, positions = mass.masked_fill(~valid, torch.inf), positions.masked_fill(~valid, -1)
-        slots = weakest(mass, positions, count, self.recent)
+            received, positions = received.masked_fill(~valid, torch.inf), positions.masked_fill(~valid, -1)
+        slots = weakest(received, positions, count, self.recent)
         self.low.take(self.high.keys.at(slots), self.high.values.at(slots), positions.gather(1, slots))
         self.high.evict(slots)
 
@@ -88,14 +90,14 @@ class MixedStore(SplitStore):
         return type(self)(high, low, share=self.share, recent=self.recent, entered=self.entered)
 
 
-def weakest(mass: Tensor, positions: Tensor, count: int, recent: float) -> Tensor:
-    """The slots [k, count] with the least mass, the newest `recent` part of each head's entries set aside.
+def weakest(received: Tensor, positions: Tensor, count: int, recent: float) -> Tensor:
+    """The slots [k, count] with the least attention, the newest `recent` part of each head's entries set aside.
 
-    mass float32 [k, m], inf in slots that hold nothing, and positions int [k, m], -1 there. Fewer are set aside where
-    that many would not be left.
+    received float32 [k, m], inf in slots that hold nothing, and positions int [k, m], -1 there. Fewer are set aside
+    where that many would not be left.
     """
     held = (positions >= 0).sum(dim=1)  # [k]
     safe = torch.minimum((recent * held + 1e-6).long(), held - count)
     oldest = positions.sort(dim=1, descending=True).values.gather(1, (safe - 1).clamp_min(0)[:, None])
     aside = (positions >= oldest) & (positions >= 0) & (safe > 0)[:, None]
-    return mass.masked_fill(aside, torch.finfo(torch.float32).max).topk(count, dim=1, largest=False).indices
+    return received.masked_fill(aside, torch.finfo(torch.float32).max).topk(count, dim=1, largest=False).indices

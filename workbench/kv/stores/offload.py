@@ -105,7 +105,7 @@ class OffloadFormat(Format):
         entries = int(others.sum()) * (shape.entry_nbytes + INDEX_BYTES) + 3 * index_nbytes(others)
         return entries + self.index.host_nbytes(shape, others)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         near = DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
         others = tiers == 2
         if not bool(others.any()):

@@ -54,7 +54,7 @@ class OneBitFormat(Format):
         )
         return whole + codes + 6 * index_nbytes(low) + bitmap_nbytes(low, shape.tokens)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         keep = tiers > 0
         count = self.quantised(keep.sum(dim=1))
         low = first_of(keep, self.start + count) & ~first_of(keep, torch.full_like(count, self.start))

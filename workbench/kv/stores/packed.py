@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import check_finite
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Pin
+from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.rows import Rows, joined
-from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench.kv.stores.store import for_kernel
 from workbench_kernels import Scoring
 from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.rows import PackedRows as KernelRows
+from workbench_kernels.rows import Ragged
 
 WHOLE = 16  # bits of rows that are never quantised
 
@@ -114,6 +117,15 @@ class PackedRows:
         packed = self.codes.ragged(), self.scale.ragged(), self.zero.ragged()
         return KernelRows(*packed, tail.ragged(), self.code_bits, self.group, self.axis, self.balance)
 
+    def pinned(self, tail: Ragged, steps: int, pin: Pin) -> KernelRows:
+        """The same for all of so many steps: everything that enters has been in the tail, so no head gets more than
+        what is there and what comes.
+        """
+        more = 0 if self.bits == WHOLE else tail.longest + steps
+        codes, scale = (pin(rows, rows.longest + more) for rows in (self.codes, self.scale))
+        zero = scale._replace(data=self.zero.data)
+        return KernelRows(codes, scale, zero, tail, self.code_bits, self.group, self.axis, self.balance)
+
     def tensors(self) -> list[Tensor]:
         balance = [] if self.balance is None else [self.balance]
         return [*self.codes.tensors(), *self.scale.tensors(), *self.zero.tensors(), *balance]
@@ -131,7 +143,7 @@ def _rows(found: tuple[Tensor, Tensor, Tensor], lengths: Tensor, group: int, axi
     return Rows(codes, len(lengths), lengths), Rows(scale, len(lengths), scales), Rows(zero, len(lengths), scales)
 
 
-class PackedStore(Store):
+class PackedStore(PositionedStore):
     """Keys and values quantised apart, each followed by a tail at full precision that new tokens enter.
 
     Keys grouped along the tokens leave their tail a block of `residual` rows at a time, as soon as it is full, so it
@@ -149,9 +161,9 @@ class PackedStore(Store):
         positions: Rows | None,
         residual: int,
     ) -> None:
+        super().__init__(positions)
         self.keys, self.key_tail = keys, key_tail
         self.values, self.value_tail = values, value_tail
-        self._positions = positions
         self.residual = residual
 
     @classmethod
@@ -191,8 +203,7 @@ class PackedStore(Store):
         self.settle()  # where another store attended for this one
         self.key_tail.append(keys)
         self.value_tail.append(values)
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+        self._append_positions(positions)
 
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         found = super().attend(*args, **options)
@@ -204,10 +215,10 @@ class PackedStore(Store):
 
         Only where everything is grouped along the channels, nothing stays exact and positions are held.
         """
-        assert self.residual == 0 and self.keys.axis == "token" and self._positions is not None
+        assert self.residual == 0 and self.keys.axis == "token" and self._positions
         self.keys.append(keys.float())
         self.values.append(values.float())
-        self._positions.append(positions.to(torch.int32)[..., None])
+        self._append_positions(positions)
 
     def settle(self) -> None:
         """Quantise what has been in the tail for long enough."""
@@ -221,44 +232,99 @@ class PackedStore(Store):
         if int(ready):
             packed.append(tail.cut_front(int(ready)).float())
 
-    def room(self, tokens: int) -> list[tuple[Rows, int]]:
-        """The rows that grow with each token, and how many more each head needs for `tokens`."""
-        return [(rows, tokens) for rows in (self.key_tail, self.value_tail, self._positions) if rows is not None]
-
     def reserve(self, tokens: int) -> None:
-        for rows, more in self.room(tokens):
-            rows.reserve(more)
+        for rows in (self.key_tail, self.value_tail, *self._positions):
+            rows.reserve(tokens)
 
-    def take_up(self, positions: Tensor) -> None:
-        """Count entries at positions int [q] whose keys and values others have written behind every head's tail."""
+    # -- captured decode steps: values, which leave their tail one at a time otherwise, leave it in blocks
+
+    @property
+    def capturable(self) -> Capturable | None:
+        return self
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.key_tail, self.value_tail
+
+    @property
+    def _sides(self) -> tuple[tuple[PackedRows, Rows], tuple[PackedRows, Rows]]:
+        return (self.keys, self.key_tail), (self.values, self.value_tail)
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        room = [(rows, steps) for rows in (self.key_tail, self.value_tail, *self._positions)]
+        for packed, tail in self._sides:
+            most = 0 if packed.bits == WHOLE else int(tail.counts.min()) + steps
+            per_scale = packed.group if packed.axis == "channel" else 1
+            most = most // per_scale * per_scale
+            room += [(packed.codes, most), (packed.scale, most // per_scale), (packed.zero, most // per_scale)]
+        return room
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        keys, values = (
+            tail.longest + (steps if limit is None else max(limit - int(tail.counts.min()), 1))
+            for tail, limit in zip(self.growing, self._limits, strict=True)
+        )
+        return keys, values
+
+    @property
+    def fixed_nbytes(self) -> int:
+        return sum(packed.balance.nbytes for packed, _ in self._sides if packed.balance is not None)
+
+    @property
+    def period(self) -> int:
+        return max(self.residual, self.keys.group, self.values.group)
+
+    @property
+    def _limits(self) -> tuple[int | None, int | None]:
+        """How long the tails of keys and values of the shortest head become before they are quantised; None: never."""
+        later = self.residual + self.period
+        block = max(self.residual, self.keys.group) if self.keys.axis == "channel" else later
+        return None if self.keys.bits == WHOLE else block, None if self.values.bits == WHOLE else later
+
+    @property
+    def steps_until_settled(self) -> int | None:
+        waits = [
+            limit - int(tail.counts.min())
+            for tail, limit in zip(self.growing, self._limits, strict=True)
+            if limit is not None
+        ]
+        return max(min(waits), 1) if waits else None
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        packed_keys, packed_values = (
+            packed.pinned(tail, steps, pin) for packed, tail in ((self.keys, keys), (self.values, values))
+        )
+        return lambda query, scoring: decode_packed(query, packed_keys, packed_values, scoring)[0]
+
+    def advance(self, positions: Tensor) -> None:
         self.key_tail.grow(positions.numel())
         self.value_tail.grow(positions.numel())
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(self.key_tail.heads, -1)[..., None])
+        self._append_positions(positions)
 
     def reserve_taken(self, tokens: int) -> None:
         """Make room for `tokens` more that `take` adds."""
         self.keys.reserve(tokens)
         self.values.reserve(tokens)
-        if self._positions is not None:
-            self._positions.reserve(tokens)
-
-    def contents(self, dtype: torch.dtype) -> Contents:
-        keys = joined(self.keys.codes, self.key_tail, self.keys.dequantised(dtype))
-        values = joined(self.values.codes, self.value_tail, self.values.dequantised(dtype))
-        if self._positions is None:
-            return Contents(keys, values, torch.arange(keys.shape[1], device=keys.device)[None], None)
-        return Contents(keys, values, self._positions.view()[..., 0], self._positions.valid())
+        for rows in self._positions:
+            rows.reserve(tokens)
 
     @property
-    def positions(self) -> list[Tensor]:  # without `contents`, which dequantises everything
-        if self._positions is None:
-            count = self.keys.codes.longest + self.key_tail.longest
-            return [torch.arange(count, device=self.key_tail.data.device)] * self.key_tail.heads
-        rows, real = self._positions.view()[..., 0].long(), self._positions.valid()
-        held = rows if real is None else rows.masked_fill(~real, torch.iinfo(torch.int64).max)
-        counts = self._positions.counts.tolist()
-        return [row[:count] for row, count in zip(held.sort(dim=-1).values, counts, strict=True)]
+    def kv_heads(self) -> int:
+        return self.key_tail.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.key_tail.data.device
+
+    @property
+    def _complete_length(self) -> int:
+        return self.keys.codes.longest + self.key_tail.longest
+
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (
+            joined(self.keys.codes, self.key_tail, self.keys.dequantised(dtype)),
+            joined(self.values.codes, self.value_tail, self.values.dequantised(dtype)),
+        )
 
     def by_kernel(
         self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -272,7 +338,7 @@ class PackedStore(Store):
             self.values.ragged(self.value_tail),
             Scoring(scale, window, softcap),
             query_positions=asked,
-            positions=None if self._positions is None else self._positions.ragged(),
+            positions=self._ragged_positions,
         )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -280,15 +346,15 @@ class PackedStore(Store):
         found: dict[str, list[Tensor]] = {}
         for rows in (self.keys, self.values):
             found.setdefault(exact if rows.bits == WHOLE else f"{rows.bits}-bit", []).extend(rows.tensors())
-        if self._positions is not None:
-            next(iter(found.values())).extend(self._positions.tensors())
+        next(iter(found.values())).extend(self._position_tensors())
         found.setdefault(exact, []).extend([*self.key_tail.tensors(), *self.value_tail.tensors()])
         return found
 
     def clone(self) -> Self:
-        positions = None if self._positions is None else self._positions.clone()
-        key_tail, value_tail = self.key_tail.clone(), self.value_tail.clone()
-        return type(self)(self.keys.clone(), key_tail, self.values.clone(), value_tail, positions, self.residual)
+        twin = super().clone()
+        twin.keys, twin.key_tail = self.keys.clone(), self.key_tail.clone()
+        twin.values, twin.value_tail = self.values.clone(), self.value_tail.clone()
+        return twin
 
 
 def packed_length(lengths: Tensor, residual: int, group: int, axis: Axis, bits: int) -> Tensor:

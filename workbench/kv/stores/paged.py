@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from workbench.core.rope import Rotation
-from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.store import Contents, Store, seen_by
 from workbench_kernels import Scoring, attend
 
@@ -22,9 +21,11 @@ class PagedStore(Store):
     order.
     """
 
+    retrieves = True
+
     def __init__(
         self,
-        near: DenseStore,
+        near: Store,
         rotation: Rotation,
         *,
         sinks: int,
@@ -85,6 +86,17 @@ class PagedStore(Store):
         rows = queries.unflatten(0, (kv_heads, -1)) @ means[:, None].transpose(2, 3) * scale  # [k, g, q, pages]
         relevance = rows.softmax(dim=-1).mean(dim=(0, 1, 2))
         return tuple(sorted(relevance.topk(math.ceil(self.share * count)).indices.tolist()))
+
+    @property
+    def kv_heads(self) -> int:
+        return self.near.kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.near.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return self.near.slots()
 
     def contents(self, dtype: torch.dtype) -> Contents:
         return self.near.contents(dtype)

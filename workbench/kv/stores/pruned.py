@@ -10,15 +10,16 @@ from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import first_of
+from workbench.kv.stores.positioned import PositionedStore, positions_in
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 
 _CHANNEL_BYTES = 2  # int16
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
-class PrunedStore(Store):
+class PrunedStore(PositionedStore):
     """An older part whose keys have only `channels` [k, c], and a newer part, which new tokens enter, with all.
 
     Slots are those of the older part, then those of the newer one. Attention multiplies the queries' kept channels
@@ -35,8 +36,8 @@ class PrunedStore(Store):
         """channels int16 [k, c]; older and newer: keys (of c channels, of d) and values; positions of both parts, or
         None if every position from 0 on is held.
         """
+        super().__init__(*positions or ())
         self.channels, self.older, self.newer = channels, older, newer
-        self._positions = positions
 
     @classmethod
     def where(
@@ -48,42 +49,40 @@ class PrunedStore(Store):
         old = first_of(keep, (keep.sum(dim=1) - recent).clamp_min(0))
         new = keep & ~old
         thin = keys.gather(2, channels.long()[:, None].expand(-1, keys.shape[1], -1))  # [k, n, c]
-        where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
-        complete = bool(keep.all())
         return cls(
             channels.to(torch.int16),
             (Rows.where(thin, old, dtype), Rows.where(values, old, dtype)),
             (Rows.where(keys, new, dtype), Rows.where(values, new, dtype)),
-            None if complete else (Rows.where(where, old, torch.int32), Rows.where(where, new, torch.int32)),
+            positions_in(keep, old, new),
         )
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.newer[0].append(keys)
         self.newer[1].append(values)
-        if self._positions is not None:
-            self._positions[1].append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+        self._append_positions(positions)
 
     def reserve(self, tokens: int) -> None:
-        for rows in (*self.newer, *(() if self._positions is None else self._positions[1:])):
+        for rows in (*self.newer, *self._positions[1:]):
             rows.reserve(tokens)
 
-    def _slots(self) -> tuple[Tensor, Tensor | None]:
-        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m] or None."""
-        older, newer = self.older[0], self.newer[0]
-        if self._positions is None:
-            return torch.arange(older.longest + newer.longest, device=older.data.device)[None], None
-        positions = torch.cat([rows.view()[..., 0] for rows in self._positions], dim=1)
-        if older.uniform and newer.uniform:
-            return positions, None
-        return positions, torch.cat([_real(older), _real(newer)], dim=1)
+    @property
+    def kv_heads(self) -> int:
+        return self.newer[0].heads
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        positions, valid = self._slots()
+    @property
+    def device(self) -> torch.device:
+        return self.channels.device
+
+    @property
+    def _complete_length(self) -> int:
+        return self.older[0].longest + self.newer[0].longest
+
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         thin, whole = self.older[0].view().to(dtype), self.newer[0].view().to(dtype)
         wide = thin.new_zeros(*thin.shape[:2], whole.shape[-1])
         wide.scatter_(2, self.channels.long()[:, None].expand(-1, thin.shape[1], -1), thin)
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(dtype)
-        return Contents(torch.cat([wide, whole], dim=1), values, positions, valid)
+        return torch.cat([wide, whole], dim=1), values
 
     def attend(
         self,
@@ -95,8 +94,7 @@ class PrunedStore(Store):
         softcap: float | None = None,
         weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        positions, valid = self._slots()
-        visible = seen_by(query_positions, positions, valid, window)
+        visible = seen_by(query_positions, *self.slots(), window)
         thin, whole = self.older[0].view().to(query.dtype), self.newer[0].view().to(query.dtype)
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(query.dtype)  # [k, m, dv]
         kv_heads, slots = values.shape[:2]
@@ -121,14 +119,14 @@ class PrunedStore(Store):
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        positions = self._positions or ()
-        held = [t for rows in (*self.older, *self.newer, *positions) for t in rows.tensors()]
-        return {str(self.newer[0].data.dtype).removeprefix("torch."): [*held, self.channels]}
+        tensors = [t for rows in (*self.older, *self.newer, *self._positions) for t in rows.tensors()]
+        return {str(self.newer[0].data.dtype).removeprefix("torch."): [*tensors, self.channels]}
 
     def clone(self) -> Self:
-        older, newer = ((keys.clone(), values.clone()) for keys, values in (self.older, self.newer))
-        positions = None if self._positions is None else (self._positions[0].clone(), self._positions[1].clone())
-        return type(self)(self.channels.clone(), older, newer, positions)
+        twin = super().clone()
+        twin.channels = self.channels.clone()
+        twin.older, twin.newer = ((keys.clone(), values.clone()) for keys, values in (self.older, self.newer))
+        return twin
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ class PrunedFormat(Format):
             + indices
         )
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         count = kept_of(layer.keys_held.shape[-1], self.pruned)
         scores = channel_scores(layer, tiers > 0, self.queries)
         channels = scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
@@ -183,10 +181,3 @@ def channel_scores(layer: LayerTrace, keep: Tensor, queries: int) -> Tensor:
 def kept_of(width: int, pruned: float) -> int:
     """How many of `width` numbers stay when a share of them is pruned, at least one."""
     return max(width - int(width * pruned + 1e-9), 1)
-
-
-def _real(rows: Rows) -> Tensor:
-    valid = rows.valid()
-    if valid is not None:
-        return valid
-    return torch.ones(rows.heads, rows.longest, dtype=torch.bool, device=rows.data.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -77,8 +79,7 @@ class Rows:
         return [t for t in (self.data, self.starts, self.lengths) if t is not None]
 
     def clone(self) -> Rows:
-        twin = object.__new__(Rows)
-        twin.__dict__.update(self.__dict__)
+        twin = copy(self)
         twin.data = self.data.clone()
         if self.starts is not None and self.lengths is not None:
             twin.starts, twin.lengths = self.starts.clone(), self.lengths.clone()

@@ -44,7 +44,7 @@ class SalientFormat(Format):
         values = entries * (-(-shape.value_width * bits // 8) + 2 * _HALF) + heads * _HALF * shape.value_width
         return keys + values + 4 * index_nbytes(counts) + bitmap_nbytes(counts, shape.tokens)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         nothing = torch.zeros_like(tiers, dtype=torch.bool)
         parts: list[Store] = [DenseStore.where(layer.keys, layer.values, nothing, self.dtype)]
         for tier, bits in ((1, self.high), (2, self.low)):

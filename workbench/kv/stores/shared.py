@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
-from workbench.kv.stores.dense import SlidingStore
 from workbench.kv.stores.store import Contents, Store
 
 
@@ -19,8 +19,7 @@ class SharedStore(Store):
 
     def __init__(self, holder: Store) -> None:
         self._holder = holder
-        if isinstance(holder, SlidingStore):
-            holder.keep_for_others()
+        holder.keep_for_others()
 
     @property
     def holder(self) -> Store:
@@ -32,15 +31,26 @@ class SharedStore(Store):
     def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         return self._holder.attend(*args, **options)
 
-    def contents(self, dtype: Any) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Contents:
         return self._holder.contents(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {}
 
     @property
-    def positions(self) -> list[Tensor]:
-        return self._holder.positions
+    def kv_heads(self) -> int:
+        return self._holder.kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self._holder.device
+
+    @property
+    def entries(self) -> int:
+        return self._holder.entries
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return self._holder.slots()
 
     @property
     def reach(self) -> int | None:
@@ -58,6 +68,6 @@ def cloned(stores: Iterable[Store]) -> list[Store]:
     """Independent copies of all layers' stores, which share among each other what the originals shared."""
     copies: dict[int, Store] = {}
     for store in stores:
-        twin = SharedStore(copies[id(store.holder)]) if isinstance(store, SharedStore) else store.clone()
-        copies[id(store)] = twin
+        shared = store.holder is not store
+        copies[id(store)] = SharedStore(copies[id(store.holder)]) if shared else store.clone()
     return list(copies.values())

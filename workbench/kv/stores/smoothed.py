@@ -10,8 +10,9 @@ from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.low_rank import rotary_of
+from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend, pack, unpack
 
@@ -74,7 +75,7 @@ def _spread(scale: Tensor, group: int, channels: int) -> Tensor:
     return scale if scale.shape[1] == 1 else scale.repeat_interleave(group, dim=1)[:, :channels]
 
 
-class SmoothedStore(Store):
+class SmoothedStore(PositionedStore):
     """Keys smoothed channel by channel and values head by head, both as symmetric integers from the moment they enter.
 
     Scores are computed with keys as they are held: the queries are divided by the keys' factors instead, and rounded
@@ -91,32 +92,38 @@ class SmoothedStore(Store):
         fp8_query: bool,
     ) -> None:
         """key_factors [k, d], value_factors [k, 1], float16: what was multiplied before rounding."""
+        super().__init__(positions)
         self.keys, self.values = keys, values
         self.key_factors, self.value_factors = key_factors, value_factors
-        self._positions, self.fp8_query = positions, fp8_query
+        self.fp8_query = fp8_query
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.keys.append(keys.float() * self.key_factors.float()[:, None])
         self.values.append(values.float() * self.value_factors.float()[:, None])
-        if self._positions is not None:
-            self._positions.append(positions.to(torch.int32).expand(keys.shape[0], -1)[..., None])
+        self._append_positions(positions)
 
     def reserve(self, tokens: int) -> None:
         self.keys.reserve(tokens)
         self.values.reserve(tokens)
-        if self._positions is not None:
-            self._positions.reserve(tokens)
-
-    def contents(self, dtype: torch.dtype) -> Contents:
-        keys = self.keys.view(torch.float32) / self.key_factors.float()[:, None]
-        values = self.values.view(torch.float32) / self.value_factors.float()[:, None]
-        return Contents(keys.to(dtype), values.to(dtype), self._slot_positions, self.keys.codes.valid())
+        for rows in self._positions:
+            rows.reserve(tokens)
 
     @property
-    def _slot_positions(self) -> Tensor:
-        if self._positions is None:
-            return torch.arange(self.keys.codes.longest, device=self.key_factors.device)[None]
-        return self._positions.view()[..., 0]
+    def kv_heads(self) -> int:
+        return len(self.key_factors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.key_factors.device
+
+    @property
+    def _complete_length(self) -> int:
+        return self.keys.codes.longest
+
+    def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys = self.keys.view(torch.float32) / self.key_factors.float()[:, None]
+        values = self.values.view(torch.float32) / self.value_factors.float()[:, None]
+        return keys.to(dtype), values.to(dtype)
 
     def attend(
         self,
@@ -132,21 +139,21 @@ class SmoothedStore(Store):
         asked = query.float() / self.key_factors.float().repeat_interleave(groups, dim=0)[:, None]
         asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
         keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
-        visible = seen_by(query_positions, self._slot_positions, self.keys.codes.valid(), window)
+        visible = seen_by(query_positions, *self.slots(), window)
         scoring = Scoring(scale, window, softcap)
         out, rows = attend(asked, keys, values, scoring, visible=visible, weights=weights)
         per_head = self.value_factors.float().repeat_interleave(groups, dim=0)[:, None]  # [h, 1, 1]
         return (out.float() / per_head).to(query.dtype), rows
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        positions = [] if self._positions is None else self._positions.tensors()
-        held = [*self.keys.tensors(), *self.values.tensors(), self.key_factors, self.value_factors, *positions]
-        return {f"{self.keys.bits}-bit": held}
+        rows = [*self.keys.tensors(), *self.values.tensors(), self.key_factors, self.value_factors]
+        return {f"{self.keys.bits}-bit": [*rows, *self._position_tensors()]}
 
     def clone(self) -> Self:
-        factors = self.key_factors.clone(), self.value_factors.clone()
-        positions = None if self._positions is None else self._positions.clone()
-        return type(self)(self.keys.clone(), self.values.clone(), *factors, positions, self.fp8_query)
+        twin = super().clone()
+        twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        twin.key_factors, twin.value_factors = self.key_factors.clone(), self.value_factors.clone()
+        return twin
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ class SmoothedFormat(Format):
     def _row_nbytes(self, width: int) -> int:
         return -(-width * self.bits // 8) + -(-width // self.group) * _SCALES[self.bits].itemsize
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         keep = tiers > 0
         keys, values = layer.keys.float(), layer.values.float()
         rotation = rotary_of(layer)  # None: no channels are paired
@@ -183,14 +190,13 @@ class SmoothedFormat(Format):
         else:
             factors = rotation.unhalved(smoothing(rotation.halved(keys), rotation.width, self.outliers))
         lift = _to_reach(values.abs().amax(dim=(1, 2), keepdim=False)[:, None])
-        where = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)[..., None]
         lengths = keep.sum(dim=1)
         return SmoothedStore(
             SymmetricRows.of((keys * factors.float()[:, None])[keep], lengths, self.bits, self.group),
             SymmetricRows.of((values * lift.float()[:, None])[keep], lengths, self.bits, self.group),
             factors,
             lift,
-            None if bool(keep.all()) else Rows.where(where, keep, torch.int32),
+            positions_where(keep),
             self.fp8_query,
         )
 

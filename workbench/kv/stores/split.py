@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.store import Contents, Store, joined_valid
+from workbench.kv.stores.store import Contents, Store, joined_slots
 
 
 class SplitStore(Store):
@@ -22,15 +22,27 @@ class SplitStore(Store):
     def reserve(self, tokens: int) -> None:
         self.parts[0].reserve(tokens)
 
+    @property
+    def kv_heads(self) -> int:
+        return self.parts[0].kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def entries(self) -> int:
+        return sum(part.entries for part in self.parts)
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return joined_slots([part.slots() for part in self.parts], self.kv_heads, self.device)
+
     def contents(self, dtype: torch.dtype) -> Contents:
-        held = [part.contents(dtype) for part in self.parts]
-        heads = held[0].keys.shape[0]
-        valid = joined_valid([(part.valid, part.keys.shape[1]) for part in held], heads, held[0].keys.device)
+        parts = [part.contents(dtype) for part in self.parts]
         return Contents(
-            torch.cat([part.keys for part in held], dim=1),
-            torch.cat([part.values for part in held], dim=1),
-            torch.cat([part.positions.expand(heads, -1) for part in held], dim=1),
-            valid,
+            torch.cat([part.keys for part in parts], dim=1),
+            torch.cat([part.values for part in parts], dim=1),
+            *joined_slots([(part.positions, part.valid) for part in parts], self.kv_heads, self.device),
         )
 
     def tensors(self) -> dict[str, list[Tensor]]:

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
+from workbench.kv.stores.capabilities import Capturable, Evictable
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -44,6 +45,20 @@ class Store(ABC):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add tokens: keys [k, q, d], values [k, q, dv], positions int [q], larger than any held."""
 
+    @property
+    @abstractmethod
+    def kv_heads(self) -> int:
+        """How many KV heads the layer has."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it attends."""
+
+    @abstractmethod
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
+
     @abstractmethod
     def contents(self, dtype: torch.dtype) -> Contents:
         """Everything held, as `dtype`."""
@@ -59,10 +74,38 @@ class Store(ABC):
     def reserve(self, tokens: int) -> None:  # noqa: B027 (some stores need nothing)
         """Make room for `tokens` more, so that appending them moves nothing."""
 
+    # Declarations of what some stores do that others do not; ask those of the `holder` where a layer may share.
+
+    retrieves: ClassVar[bool] = False  # looks for what a query needs: how many scores it computes is its own affair
+    moves_by_attention: ClassVar[bool] = False  # moves entries by the attention that they got
+
+    @property
+    def attends_itself(self) -> bool:
+        """Whether no attention but the store's own will do."""
+        return self.retrieves or self.moves_by_attention
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window that a sliding layer was read with, its own or a method's; None: all that is held is seen."""
+        return None
+
+    @property
+    def evictable(self) -> Evictable | None:
+        """The store as one from which single entries can leave while decoding; None where it has no state for that."""
+        return None
+
+    @property
+    def capturable(self) -> Capturable | None:
+        """The store as one into which a captured decode step can write; None where others have to do more."""
+        return None
+
     @property
     def holder(self) -> Store:
         """The store that holds what this layer attends to: itself, or that of the layer whose keys it reads."""
         return self
+
+    def keep_for_others(self) -> None:  # noqa: B027 (most hold all that they are asked for anyway)
+        """Know that other layers attend to this store after its own has."""
 
     @property
     def reach(self) -> int | None:
@@ -98,20 +141,30 @@ class Store(ABC):
 
     def tiers(self, tokens: int) -> Tensor:
         """Where the first `tokens` positions lie, uint8 [k, n]: 0 nowhere, 1 on the device, 2 in host memory."""
-        held = self.positions
-        found = torch.zeros(len(held), tokens, dtype=torch.uint8, device=held[0].device)
-        for head, positions in enumerate(held):
-            found[head, positions[positions < tokens]] = 1
-        return found
+        tiers = torch.zeros(self.kv_heads, tokens, dtype=torch.uint8, device=self.device)
+        for row, positions in zip(tiers, self.positions, strict=True):
+            row[positions[positions < tokens]] = 1
+        return tiers
+
+    @property
+    def entries(self) -> int:
+        """How many entries are held, over all KV heads."""
+        positions, valid = self.slots()
+        return self.kv_heads * positions.shape[1] if valid is None else int(valid.sum())
+
+    @property
+    def slot_positions(self) -> Tensor:
+        """The position in each slot, int [k or 1, m]; see `slots` for which are real."""
+        return self.slots()[0]
 
     @property
     def positions(self) -> list[Tensor]:
         """The true positions held by each KV head, ascending, int64 [m] each."""
-        held = self.contents(torch.float32)
-        rows = held.positions.expand(held.keys.shape[0], -1).long()
-        if held.valid is None:
+        slots, valid = self.slots()
+        rows = slots.expand(self.kv_heads, -1).long()
+        if valid is None:
             return list(rows.sort(dim=-1).values)
-        return [row[seen].sort().values for row, seen in zip(rows, held.valid, strict=True)]
+        return [row[real].sort().values for row, real in zip(rows, valid, strict=True)]
 
     def attend(
         self,
@@ -168,6 +221,14 @@ def joined_valid(parts: Sequence[tuple[Tensor | None, int]], heads: int, device:
         for valid, slots in parts
     ]
     return torch.cat(whole, dim=1)
+
+
+def joined_slots(
+    parts: Sequence[tuple[Tensor, Tensor | None]], heads: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Slots (see `Store.slots`) of several stretches that stand one behind the other: int [k, sum of m], and valid."""
+    valid = joined_valid([(valid, positions.shape[1]) for positions, valid in parts], heads, device)
+    return torch.cat([positions.to(device).expand(heads, -1) for positions, _ in parts], dim=1), valid
 
 
 def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, window: int | None) -> Tensor | None:

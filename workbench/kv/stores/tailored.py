@@ -54,9 +54,9 @@ class TailoredFormat(Format):
     def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
         return 0 if shape.layer in self.quantised else self._offloaded.host_nbytes(shape, selected)
 
-    def build(self, layer: LayerTrace, tiers: Tensor, mass: Tensor | None) -> Store:
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         if layer.index not in self.quantised:
-            return self._offloaded.build(layer, tiers, mass)
+            return self._offloaded.build(layer, tiers, state)
         exact = DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
         if not bool((tiers == 2).any()):
             return exact

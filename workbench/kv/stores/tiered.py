@@ -11,12 +11,13 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Contents, Store, joined_valid
+from workbench.kv.stores.store import Contents, Store, joined_slots
 
 
 class TieredStore(Store):
     """Entries on the device (`near`), where new tokens enter, and entries in host memory (`far`), with an index."""
 
+    retrieves = True
     near: DenseStore
     far: HostRows
 
@@ -28,16 +29,23 @@ class TieredStore(Store):
         """What is held of them in host memory besides the entries."""
         return []
 
+    @property
+    def kv_heads(self) -> int:
+        return self.near.kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.near.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return joined_slots([self.near.slots(), self.far.slots()], self.kv_heads, self.device)
+
     def contents(self, dtype: torch.dtype) -> Contents:
-        near = self.near.contents(dtype)
-        heads, device = near.keys.shape[0], near.keys.device
-        parts = ((near.valid, near.keys.shape[1]), (self.far.keys.valid(), self.far.longest))
-        valid = joined_valid(parts, heads, device)
+        near, device = self.near.contents(dtype), self.device
         return Contents(
             torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
             torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
-            torch.cat([near.positions.expand(heads, -1), self.far.positions.view()[..., 0].to(device)], dim=1),
-            valid,
+            *self.slots(),
         )
 
     def tiers(self, tokens: int) -> Tensor:

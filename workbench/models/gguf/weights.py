@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from workbench.errors import CheckpointRefused
+from workbench.models.gguf.architectures import Architecture
 from workbench.models.gguf.header import Header
+from workbench.models.gguf.rope import rotary_tensors
+from workbench.models.gguf.tensors import tensor
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from workbench.models.gguf.architectures import Architecture
 
 
 def read_weights(header: Header, architecture: Architecture, config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -27,44 +26,23 @@ def read_weights(header: Header, architecture: Architecture, config: Any, dtype:
 
     from workbench.models.finite import check_finite
 
-    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001  (there is no public way to the class)
     shapes = _parameters(kind, config)
     _check(header, architecture, shapes)
     weights = {}
     for name, shape in shapes.items():
         parts = [tensor(header, source) for source in architecture.sources(name)]
         joined = parts[0] if len(parts) == 1 else _joined(parts)
-        weights[name] = _turned(joined.reshape(shape), name, architecture, config).to(dtype)
+        weights[name] = _unconverted(joined.reshape(shape), name, architecture, config).to(dtype)
     check_finite(str(header.path), weights.items(), dtype)
     model, report = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
-    wrong = [name for found in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[found]]
+    wrong = [
+        name for kind_of_key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind_of_key]
+    ]
     if wrong:
         raise CheckpointRefused(f"{header.path}: this version of transformers has no place for {wrong[0]}")
-    model.config._name_or_path = str(header.path)
+    model.config._name_or_path = str(header.path)  # noqa: SLF001  (as from_pretrained does)
     return model  # type: ignore[no-any-return]
-
-
-def tensor(header: Header, name: str) -> Tensor:
-    """One tensor of the file, dequantised: float32, in the shape that the file says."""
-    import torch
-    from gguf import GGMLQuantizationType, dequantize
-
-    stored = header.tensors[name]
-    data = np.memmap(header.path, np.uint8, mode="r", offset=stored.start, shape=(stored.nbytes,))
-    kind = GGMLQuantizationType(stored.kind)
-    try:
-        values = _PLAIN[kind.name](data) if kind.name in _PLAIN else dequantize(data, kind)
-    except (NotImplementedError, ValueError) as error:
-        raise CheckpointRefused(f"{header.path}: {name} is stored as {kind.name}, which cannot be read") from error
-    return torch.from_numpy(np.array(values, dtype=np.float32).reshape(stored.shape))
-
-
-# Views of the bytes; `gguf.dequantize` does these only for arrays that have the type already.
-_PLAIN: dict[str, Any] = {
-    "F32": lambda data: data.view(np.float32),
-    "F16": lambda data: data.view(np.float16),
-    "F64": lambda data: data.view(np.float64),
-}
 
 
 def _parameters(kind: Any, config: Any) -> dict[str, tuple[int, ...]]:
@@ -79,8 +57,6 @@ def _parameters(kind: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check(header: Header, architecture: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
-    from workbench.models.gguf.architectures import rotary_tensors
-
     used = rotary_tensors(header)
     for name, shape in shapes.items():
         sources = architecture.sources(name)
@@ -122,7 +98,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=parts[0].ndim - 2)
 
 
-def _turned(weight: Tensor, name: str, architecture: Architecture, config: Any) -> Tensor:
+def _unconverted(weight: Tensor, name: str, architecture: Architecture, config: Any) -> Tensor:
     """What llama.cpp's converter did to a weight, undone."""
     if architecture.norm_offset and name.endswith("norm.weight"):
         return weight - architecture.norm_offset

@@ -1,4 +1,11 @@
-"""Linear layers whose weights really are small, each holding exactly the bytes that it counts."""
+"""Linear layers whose weights really are small, each holding exactly the bytes that it counts.
+
+A layer is buffers that count themselves, `rows` that says what they stand for, and a product that makes them float
+tile by tile. On a GPU a kernel writes such a tile in one pass, and a few tokens are multiplied with packed, sparse and
+integer weights as they lie. These are kernels of our own because those of libraries want layouts of their own: a layer
+would hold its weight twice, or be other bytes on a GPU than those it counts (`kernels/bench/weights.py` measures them
+side by side).
+"""
 
 from workbench.weights.layers.bit_blocks import BitBlock, BitBlocksLinear, bit_block_nbytes
 from workbench.weights.layers.codebook import CodebookLinear, codebook_nbytes

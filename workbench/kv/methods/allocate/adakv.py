@@ -29,7 +29,7 @@ class AdaKV(SnapKV):
     )
     claim = "better quality than an equal split at the same size"
     default_budget = 0.5
-    uneven = True
+    head_adaptive = True
 
     safeguard: float = param(0.2, ge=0, le=1, help="share of an equal split that every head is certain of")
 

@@ -23,12 +23,13 @@ _EVEN = 4  # levels up to an equal share: sizes are searched in steps of a quart
 class EvoPressKV(SnapKV):
     """Search for the room of each layer with which the prompt's last tokens are predicted most nearly the same.
 
-    EvoPress allocates weights; this is its search (`workbench.core.evolution`), level-switch mutation and elitist (1 + λ)
-    selection, over the cache. The levels of a layer are multiples of a quarter of an equal share; the fitness is the
-    divergence of the model's predictions at the last `window` tokens of the prompt when what came before them is cut to
-    the levels, from those over the whole cache. It is found once for a prompt, at the size `share`; other sizes are
-    divided among the layers in the same proportions. The heads of a layer have one size. Scores are SnapKV's, or those
-    of another scorer in the recipe; the model reads the last tokens again for each candidate.
+    EvoPress allocates weights; this is its search (`workbench.core.evolution`), level-switch mutation and elitist
+    (1 + λ) selection, over the cache. The levels of a layer are multiples of a quarter of an equal share; the
+    fitness is the divergence of the model's predictions at the last `window` tokens of the prompt when what came
+    before them is cut to the levels, from those over the whole cache. It is found once for a prompt, at the size
+    `share`; other sizes are divided among the layers in the same proportions. The heads of a layer have one size.
+    Scores are SnapKV's, or those of another scorer in the recipe; the model reads the last tokens again for each
+    candidate.
     """
 
     key = "evopress-kv"
@@ -46,7 +47,8 @@ class EvoPressKV(SnapKV):
 
     def importance(self, study: Study) -> Tensor | None:
         """How much room each compressible layer gets, float64 [l], 1 on average."""
-        trace, model = study.trace, study.reader(self.key)
+        trace = study.trace
+        study.reader(self.key)
         ranking = study.ranking or Ranking(self.scores(study))
         first = trace.tokens - min(self.window, trace.tokens // 2)  # where the tokens begin that are read again
         step = int(self.share * first / _EVEN)
@@ -57,12 +59,9 @@ class EvoPressKV(SnapKV):
         sizes = levels.expand(ranking.layers, -1)
         ids = trace.ids[first:]
 
-        from workbench.runtime.decode import Decoder  # which needs this package's stores
-
         def said(kept: Tensor) -> Tensor:
             """Log-probabilities at the last tokens over what is kept [l, k, n] of those before."""
-            stores = _stores(study, kept)
-            return Decoder(model, stores, first, progress=study.progress).feed(ids, logits=ids.numel()).log_softmax(-1)
+            return study.forced(self.key, _stores(study, kept), first, ids).log_softmax(-1)
 
         whole = said(torch.ones_like(earlier.scores, dtype=torch.bool))
 

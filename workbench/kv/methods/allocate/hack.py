@@ -38,7 +38,7 @@ class HACK(KVMethod):
     )
     claim = "50-70 % less cache at near-lossless quality of visual autoregressive models"
     default_budget = 0.5
-    uneven = True
+    head_adaptive = True
 
     probes: int = param(32, ge=1, le=1024, unit="tokens", help="queries by which heads and positions are judged")
     contextual: float = param(0.5, ge=0, le=1, help="share of the heads that count as contextual")

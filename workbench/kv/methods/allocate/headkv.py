@@ -53,7 +53,7 @@ class Task:
 class MeasuredHeads(SnapKV):
     """What HeadKV and HeadKV-R2 share: the measurement and the division; they differ in task and score."""
 
-    uneven = True
+    head_adaptive = True
     reasoning: ClassVar[bool]
 
     beta: float = param(1.5, ge=1, le=10, help="an equal split, divided by this, goes into the pool that heads share")

@@ -53,7 +53,7 @@ class UNComp(SnapKV):
     )
     claim = "4.74 % of the cache, 6.4x throughput"
     default_budget = 0.5
-    uneven = True
+    head_adaptive = True
 
     window: int = param(8, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that vote")
     rank: int = param(32, ge=1, le=512, help="eigenvalues before the elbow of the spectrum")

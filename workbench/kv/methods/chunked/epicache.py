@@ -14,7 +14,6 @@ from workbench.core.kmeans import kmeans
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.progress import Progress
 from workbench.prompt import Prompt
@@ -24,7 +23,7 @@ from workbench_kernels import Scoring, attend
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 _PROFILED = 512  # first tokens of the prompt on which the layers' sensitivity is measured
 _BLOCKS = 4  # in which they are read for that
@@ -62,8 +61,8 @@ class EpiCache(KVMethod):
     )
     claim = "up to 40 % better than recent evictors under fixed memory; 4-6x compression near full accuracy"
     default_budget = 0.25
-    uneven = True
-    asks = True
+    head_adaptive = True
+    question_aware = True
 
     episodes: int = param(4, ge=1, le=32, help="clusters of the conversation, each with a cache of its own")
     segment: int = param(64, ge=4, le=2048, unit="tokens", help="pieces of the conversation that are clustered")
@@ -75,43 +74,43 @@ class EpiCache(KVMethod):
     )
     sinks: int = param(4, ge=0, le=256, unit="tokens", help="positions at the beginning that always stay")
 
-    def read(self, reading: Reading) -> Held:
-        layers = reading.compressible
-        total, equal = self._room(reading)
-        if total == reading.tokens:
-            for piece in reading.pieces(self.block):
-                reading.feed(piece)
-            return reading.held()
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        layers = prefill.compressible
+        total, equal = self._room(prefill)
+        if total == prefill.tokens:
+            for piece in prefill.pieces(self.block):
+                prefill.feed(piece)
+            return prefill.result()
 
-        episode = self.matched(reading)
-        weights = self._layer_weights(reading)
-        for piece in reading.pieces(min(self.block, max(total // 4, 1))):
-            held = sum(_store(reading, layer.index).keys.total for layer in layers)
+        episode = self.matched(prefill)
+        weights = self._layer_weights(prefill)
+        for piece in prefill.pieces(min(self.block, max(total // 4, 1))):
+            held = sum(prefill.stores[layer.index].entries for layer in layers)
             room = sum(layer.kv_heads for layer in layers) * (total - len(piece))
             if held > room:
-                self._condense(reading, episode.patched, weights, room, equal)
-            reading.feed(piece)
-        return reading.held(notes=(episode.note,))
+                self._condense(prefill, episode.patched, weights, room, equal)
+            prefill.feed(piece)
+        return prefill.result(notes=(episode.note,))
 
-    def _room(self, reading: Reading) -> tuple[int, bool]:
+    def _room(self, prefill: ChunkedPrefill) -> tuple[int, bool]:
         """How many entries each head may hold on average, and whether all heads of a layer hold as many."""
-        total = reading.entries(2)
-        heads = sum(layer.kv_heads for layer in reading.compressible)
-        if self.heads == "equal" or heads == len(reading.compressible) or total == reading.tokens:
+        total = prefill.entries(2)
+        heads = sum(layer.kv_heads for layer in prefill.compressible)
+        if self.heads == "equal" or heads == len(prefill.compressible) or total == prefill.tokens:
             return total, True
         lengths = 3 * 2 * INDEX_BYTES * heads  # where each head begins and ends, in keys, values and positions
         try:
-            return reading.entries(2, lambda each: lengths), False
+            return prefill.entries(2, lambda each: lengths), False
         except BudgetTooSmall:  # there is room for entries only
             return total, True
 
-    def matched(self, reading: Reading) -> Episode:
+    def matched(self, prefill: ChunkedPrefill) -> Episode:
         """The episode of the prompt that its question is about."""
-        model, prompt = reading.model, reading.prompt
+        model, prompt = prefill.model, prefill.prompt
         segments = prompt.ids.split(self.segment)
         embedded = torch.stack([embedding(model, ids) for ids in segments])
         centroids, members = kmeans(embedded, self.episodes)
-        asked = embedding(model, _question(prompt, reading.question, self.segment))
+        asked = embedding(model, _question(prompt, prefill.question, self.segment))
         found = int(cosine_similarity(centroids, asked[None]).argmax())
         own = (members == found).nonzero()[:, 0]
         closeness = cosine_similarity(embedded[own], centroids[found][None])
@@ -122,33 +121,32 @@ class EpiCache(KVMethod):
             f"represented by number {', '.join(str(index + 1) for index in nearest)}",
         )
 
-    def _layer_weights(self, reading: Reading) -> Tensor:
+    def _layer_weights(self, prefill: ChunkedPrefill) -> Tensor:
         """What each compressible layer's room is in proportion to, float64 [l]."""
-        layers = reading.compressible
-        alike = {reading.shape(layer).full_nbytes for layer in layers}
+        layers = prefill.compressible
+        alike = {prefill.shape(layer).full_nbytes for layer in layers}
         if self.alpha == 0 or len(alike) > 1:  # entries of unlike layers do not make room for each other
             return torch.ones(len(layers), dtype=torch.float64)
-        alike_keys = key_similarity(reading.model, reading.ids[:_PROFILED], self.sinks, reading.progress)
+        alike_keys = key_similarity(prefill.model, prefill.ids[:_PROFILED], self.sinks, prefill.progress)
         weights = torch.stack([1 - alike_keys[layer.index] for layer in layers]).double().clamp_min(0)
         return weights**self.alpha
 
-    def _condense(self, reading: Reading, patched: Tensor, weights: Tensor, room: int, equal: bool) -> None:
+    def _condense(self, prefill: ChunkedPrefill, patched: Tensor, weights: Tensor, room: int, equal: bool) -> None:
         """Leave `room` entries over all layers and heads."""
-        layers = reading.compressible
-        scores = reading.look(patched, lambda layer, rows: most_attended(rows))
-        held = torch.tensor([_store(reading, layer.index).keys.total for layer in layers])
+        layers = prefill.compressible
+        scores = prefill.probe(patched, lambda layer, rows: most_attended(rows))
+        held = torch.tensor([prefill.stores[layer.index].entries for layer in layers])
         heads = torch.tensor([layer.kv_heads for layer in layers])
         each = room // int(heads.sum())
         unit = heads if equal else torch.ones_like(heads)
         floor = torch.minimum(held, heads * max(each // 4, 1))
         counts = layer_counts(each * len(layers) if equal else room, weights, held // unit, floor // unit) * unit
         for layer, score, count in zip(layers, scores, counts.tolist(), strict=True):
-            store = _store(reading, layer.index)
-            score = with_sinks(score, store.slot_positions, self.sinks)
-            valid = store.keys.valid()
+            positions, valid = prefill.stores[layer.index].slots()
+            score = with_sinks(score, positions, self.sinks)
             if valid is not None:
                 score = score.masked_fill(~valid, -1)
-            reading.keep(layer.index, best(score, count, equal=equal))
+            prefill.keep(layer.index, best(score, count, equal=equal))
 
 
 class Episode(NamedTuple):
@@ -259,9 +257,3 @@ class _Twice:
         if window is not None:
             visible = visible & (self.positions > self.positions[:, None] - window)
         return attend(query, key, value, Scoring(scale, window, softcap), visible=visible[None])[0]
-
-
-def _store(reading: Reading, layer: int) -> DenseStore:
-    store = reading.stores[layer]
-    assert isinstance(store, DenseStore)
-    return store

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Contents, DenseStore, Store
+from workbench.kv.stores import Contents, Store
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 _LEAST = 4  # entries of an early layer with which a stream still has a sink, a window and a token to read
 
@@ -50,7 +50,7 @@ class ILRe(KVMethod):
     )
     claim = "one million tokens in half a minute, some 180 times faster, at 79.8 on RULER"
     default_budget = 0.5
-    asks = True
+    question_aware = True
 
     layer: float = param(
         0.6, ge=0.0, le=1.0, unit="of the depth", help="where tokens are recalled; depends on the model"
@@ -62,39 +62,41 @@ class ILRe(KVMethod):
     kernels: int = param(3, ge=1, le=6, help="pooling widths among which the room is shared")
     widest: int = param(33, ge=1, le=255, odd=True, unit="tokens", help="the widest of them; the narrowest is 1")
 
-    def read(self, reading: Reading) -> Held:
-        retrieval = self._retrieval_layer(reading)
-        early = [layer for layer in reading.compressible if layer.index < retrieval.index]
-        shape = reading.shape(retrieval)
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        retrieval = self._retrieval_layer(prefill)
+        early = [layer for layer in prefill.compressible if layer.index < retrieval.index]
+        shape = prefill.shape(retrieval)
         keys = shape.tokens * shape.kv_heads * shape.key_width * shape.itemsize
-        stream = sum(_entry_nbytes(reading, layer) for layer in early)
-        entry = sum(_entry_nbytes(reading, layer) for layer in reading.compressible)
-        first = keys + stream * min(_LEAST, reading.tokens)  # what streaming needs at least
+        stream = sum(_entry_nbytes(prefill, layer) for layer in early)
+        entry = sum(_entry_nbytes(prefill, layer) for layer in prefill.compressible)
+        first = keys + stream * min(_LEAST, prefill.tokens)  # what streaming needs at least
 
-        slide = max((layer.window or 0 for layer in reading.layers if layer.index in reading.exact), default=0)
-        total = reading.entries(
-            max(_LEAST, slide + 1), lambda each: max(first - each * entry, reading.scattered_nbytes)
+        slide = max((layer.window or 0 for layer in prefill.layers if layer.index in prefill.exact), default=0)
+        total = prefill.entries(
+            max(_LEAST, slide + 1), lambda each: max(first - each * entry, prefill.scattered_nbytes)
         )
-        if total >= reading.tokens:
-            for piece in reading.pieces(self.chunk):
-                reading.feed(piece)
-            return reading.held()
+        if total >= prefill.tokens:
+            for piece in prefill.pieces(self.chunk):
+                prefill.feed(piece)
+            return prefill.result()
 
-        spare = None if reading.limit is None or not stream else (reading.room - keys) // stream
-        scores = self._scores(reading, retrieval, early, spare)
+        spare = None if prefill.limit is None or not stream else (prefill.room - keys) // stream
+        scores = self._scores(prefill, retrieval, early, spare)
         sinks = min(self.sinks, (total - slide) // 4)
         last = max(slide, min(self.query, total // 2), 1)
         where = recalled(scores, widths(self.kernels, self.widest), total, sinks, last)
-        reading.read_only(where, self.chunk)
-        notes = () if reading.question is not None else ("no question was known: the prompt's end stood for it",)
-        return reading.held(notes=notes)
+        prefill.read_only(where, self.chunk)
+        notes = () if prefill.question is not None else ("no question was known: the prompt's end stood for it",)
+        return prefill.result(notes=notes)
 
-    def _retrieval_layer(self, reading: Reading) -> LayerTrace:
+    def _retrieval_layer(self, prefill: ChunkedPrefill) -> LayerTrace:
         """The first layer at or above the chosen depth that does not slide, never the very first if there are more."""
-        wanted = max(round(self.layer * len(reading.layers)), 1)
-        return next((layer for layer in reading.compressible if layer.index >= wanted), reading.compressible[-1])
+        wanted = max(round(self.layer * len(prefill.layers)), 1)
+        return next((layer for layer in prefill.compressible if layer.index >= wanted), prefill.compressible[-1])
 
-    def _scores(self, reading: Reading, retrieval: LayerTrace, early: list[LayerTrace], spare: int | None) -> Tensor:
+    def _scores(
+        self, prefill: ChunkedPrefill, retrieval: LayerTrace, early: list[LayerTrace], spare: int | None
+    ) -> Tensor:
         """The attention of the question to every token at the retrieval layer, float32 [n].
 
         spare: how many entries a head of an early layer may hold, None where nothing limits them.
@@ -103,46 +105,44 @@ class ILRe(KVMethod):
         sinks = min(self.sinks, room // 4)
         piece = min(self.chunk, max((room - sinks) // 2, 1))
         window = min(self.window, room - sinks - piece)
-        asked = reading.question if reading.question is not None else reading.ids[:0]
-        reading.check_positions(reading.tokens + asked.numel())
+        asked = prefill.question if prefill.question is not None else prefill.ids[:0]
+        prefill.check_positions(prefill.tokens + asked.numel())
 
-        shape = reading.shape(retrieval)
+        shape = prefill.shape(retrieval)
         room_for_keys = (shape.kv_heads, shape.tokens, shape.key_width)
-        keys = KeyStore(torch.empty(room_for_keys, dtype=reading.dtype, device=reading.device))
-        reading.stores[retrieval.index] = keys
+        keys = KeyStore(torch.empty(room_for_keys, dtype=prefill.dtype, device=prefill.device))
+        prefill.stores[retrieval.index] = keys
         queries: list[Tensor] = []
-        for ids, of_prompt in _pieces(reading, asked, piece):
+        for ids, of_prompt in _pieces(prefill, asked, piece):
             for layer in early:
-                _make_room(reading, layer, sinks, window)
-            query, key = reading.feed_below(retrieval.index, ids)
+                _make_room(prefill, layer, sinks, window)
+            query, key = prefill.feed_below(retrieval.index, ids)
             if of_prompt:
-                keys.append(key, key, torch.arange(reading.position - len(ids), reading.position))
+                keys.append(key, key, torch.arange(prefill.position - len(ids), prefill.position))
             wanted = asked.numel() if asked.numel() else self.query
             queries = [torch.cat([*queries, query], dim=1)[:, -wanted:]]
-        positions = torch.arange(reading.position - queries[0].shape[1], reading.position)
-        return attention_to(queries[0], keys.held, positions.to(reading.device), retrieval)
+        positions = torch.arange(prefill.position - queries[0].shape[1], prefill.position)
+        return attention_to(queries[0], keys.held, positions.to(prefill.device), retrieval)
 
 
-def _entry_nbytes(reading: Reading, layer: LayerTrace) -> int:
+def _entry_nbytes(prefill: ChunkedPrefill, layer: LayerTrace) -> int:
     """Bytes of one entry of every head of a layer, with its position."""
-    return layer.kv_heads * (reading.shape(layer).entry_nbytes + INDEX_BYTES)
+    return layer.kv_heads * (prefill.shape(layer).entry_nbytes + INDEX_BYTES)
 
 
-def _pieces(reading: Reading, asked: Tensor, most: int) -> Iterator[tuple[Tensor, bool]]:
+def _pieces(prefill: ChunkedPrefill, asked: Tensor, most: int) -> Iterator[tuple[Tensor, bool]]:
     """The prompt's pieces and then the question's, and whether it is the prompt's."""
-    for piece in reading.pieces(most):
+    for piece in prefill.pieces(most):
         yield piece, True
     if asked.numel():
         for piece in asked.split(most):
             yield piece, False
 
 
-def _make_room(reading: Reading, layer: LayerTrace, sinks: int, window: int) -> None:
+def _make_room(prefill: ChunkedPrefill, layer: LayerTrace, sinks: int, window: int) -> None:
     """Leave an early layer its sinks and the window before the next token."""
-    store = reading.stores[layer.index]
-    assert isinstance(store, DenseStore)
-    positions = store.slot_positions.expand(layer.kv_heads, -1)
-    reading.keep(layer.index, (positions < sinks) | (positions >= reading.position - window))
+    positions = prefill.stores[layer.index].slot_positions.expand(layer.kv_heads, -1)
+    prefill.keep(layer.index, (positions < sinks) | (positions >= prefill.position - window))
 
 
 def attention_to(queries: Tensor, keys: Tensor, positions: Tensor, layer: LayerTrace) -> Tensor:
@@ -190,6 +190,17 @@ class KeyStore(Store):
     def held(self) -> Tensor:
         return self.keys[:, : self.count]
 
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return torch.arange(self.count, device=self.device)[None], None
+
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         end = self.count + keys.shape[1]
         self.keys[:, self.count : end] = keys
@@ -197,7 +208,7 @@ class KeyStore(Store):
 
     def contents(self, dtype: torch.dtype) -> Contents:
         held = self.held.to(dtype)
-        return Contents(held, held[..., :0], torch.arange(self.count, device=held.device)[None], None)
+        return Contents(held, held[..., :0], *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {str(self.keys.dtype).removeprefix("torch."): [self.keys]}

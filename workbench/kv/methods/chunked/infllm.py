@@ -10,7 +10,7 @@ from workbench.kv.stores.tiered import TieredFormat
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 
 @register
@@ -47,35 +47,35 @@ class InfLLM(KVMethod):
     blocks: int = param(16, ge=1, le=256, help="blocks that a pass fetches")
     piece: int = param(128, ge=1, le=128, unit="tokens", help="tokens of the prompt read at once, at most")
 
-    def read(self, reading: Reading) -> Held:
-        layers = reading.compressible
-        means = sum(layer.kv_heads * layer.keys_held.shape[-1] for layer in layers) * reading.dtype.itemsize
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        layers = prefill.compressible
+        means = sum(layer.kv_heads * layer.keys_held.shape[-1] for layer in layers) * prefill.dtype.itemsize
         masses = sum(layer.kv_heads for layer in layers) * 4
 
         def extra(each: int) -> int:
-            return each * masses + -(-(reading.tokens - each) // self.block) * means
+            return each * masses + -(-(prefill.tokens - each) // self.block) * means
 
-        room = reading.entries(self.sinks + self.block + 1, extra)
-        if room >= reading.tokens:
-            for piece in reading.pieces(self.piece):
-                reading.feed(piece)
-            return reading.held()
+        room = prefill.entries(self.sinks + self.block + 1, extra)
+        if room >= prefill.tokens:
+            for piece in prefill.pieces(self.piece):
+                prefill.feed(piece)
+            return prefill.result()
         for layer in layers:
-            like = reading.empty(layer).contents(reading.dtype)
-            reading.stores[layer.index] = BlockStore.empty(
+            like = prefill.empty(layer).contents(prefill.dtype)
+            prefill.stores[layer.index] = BlockStore.empty(
                 like.keys,
                 like.values,
                 layer.rotation,
                 room=room,
                 sinks=self.sinks,
-                window=min(self._window(room), reading.max_positions),
+                window=min(self._window(room), prefill.max_positions),
                 block=self.block,
                 representatives=min(self.representatives, self.block),
                 blocks=self.blocks,
             )
-        for piece in reading.pieces(self._piece(room)):
-            reading.feed(piece)
-        return reading.held(form=TieredFormat(reading.dtype))
+        for piece in prefill.pieces(self._piece(room)):
+            prefill.feed(piece)
+        return prefill.result(form=TieredFormat(prefill.dtype))
 
     def _piece(self, each: int) -> int:
         """Tokens read at once when each head has room for so many."""

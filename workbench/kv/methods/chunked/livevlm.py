@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 
 @register
@@ -51,9 +50,9 @@ class LiveVLM(KVMethod):
     retrieved: float = param(0.4, ge=0.05, le=1.0, help="share of the pages that a question opens")
     piece: int = param(64, ge=1, le=4096, unit="tokens", help="tokens read at once, at most an eighth of what is held")
 
-    def read(self, reading: Reading) -> Held:
-        total = reading.entries(self.sinks + 2)
-        whole = total >= reading.tokens
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        total = prefill.entries(self.sinks + 2)
+        whole = total >= prefill.tokens
         piece = self.piece if whole else min(self.piece, max(total // 8, 1))
         recent = min(self.recent, total // 4, total - self.sinks - piece)
         queries: dict[int, Tensor] = {}  # of each layer's last tokens, [h, r, d]
@@ -61,34 +60,33 @@ class LiveVLM(KVMethod):
         def remember(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
             queries[layer] = query[:, -self.window :]
 
-        for ids in reading.pieces(piece):
-            for layer in reading.compressible:
-                store = reading.stores[layer.index]
-                assert isinstance(store, DenseStore)
-                room = total - len(ids)
-                if store.longest <= room:
+        for ids in prefill.pieces(piece):
+            for layer in prefill.compressible:
+                store = prefill.stores[layer.index]
+                room, positions = total - len(ids), store.slot_positions[0]
+                if len(positions) <= room:
                     continue
                 query = queries[layer.index]
-                at = torch.arange(reading.position - query.shape[1], reading.position)
+                at = torch.arange(prefill.position - query.shape[1], prefill.position)
                 _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
                 assert rows is not None  # [k, g, r, m]
-                slots = self._kept(rows.mean(dim=(0, 1, 2)), store.slot_positions[0], room, recent)
-                reading.keep(layer.index, slots.expand(layer.kv_heads, -1))
-            reading.feed(ids, watch=None if whole else remember)
+                slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent)
+                prefill.keep(layer.index, slots.expand(layer.kv_heads, -1))
+            prefill.feed(ids, observer=None if whole else remember)
         if whole:
-            return reading.held()
-        for layer in reading.compressible:
-            store = reading.stores[layer.index]
-            assert isinstance(store, DenseStore)
-            reading.stores[layer.index] = PagedStore(
+            return prefill.result()
+        for layer in prefill.compressible:
+            store = prefill.stores[layer.index]
+            positions = store.slot_positions[0]
+            prefill.stores[layer.index] = PagedStore(
                 store,
                 layer.rotation,
                 sinks=self.sinks,
-                recent=int(store.slot_positions[0, max(store.longest - recent, self.sinks) - 1]) + 1,
+                recent=int(positions[max(len(positions) - recent, self.sinks) - 1]) + 1,
                 page=self.page,
                 share=self.retrieved,
             )
-        return reading.held()
+        return prefill.result()
 
     def _kept(self, scores: Tensor, positions: Tensor, room: int, recent: int) -> Tensor:
         """Which entries stay, bool [m], when `room` may: sinks, the last `recent`, and the memory's best."""

@@ -16,7 +16,7 @@ from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 
 @register
@@ -51,34 +51,34 @@ class StreamMem(KVMethod):
     merging: bool = param(True, help="keep a prototype of each frame beside its best entries")
     proxy: int = param(8, ge=1, le=256, unit="tokens", help="last tokens that stand for a query without a template")
 
-    def read(self, reading: Reading) -> Held:
-        total = reading.entries(2)
-        query = template_ids(reading.prompt)
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        total = prefill.entries(2)
+        query = template_ids(prefill.prompt)
         seen = 0  # how many tokens had been read when the memory last shrank
-        for piece in reading.pieces(self.chunk if total == reading.tokens else min(self.chunk, max(total // 4, 1))):
-            held = max((_store(reading, layer).longest for layer in reading.compressible), default=0)
+        for piece in prefill.pieces(self.chunk if total == prefill.tokens else min(self.chunk, max(total // 4, 1))):
+            slots = [prefill.stores[layer.index].slot_positions.shape[1] for layer in prefill.compressible]
             room = total - len(piece)
-            if held > room:
-                last = reading.ids[max(reading.position - self.proxy, 0) : reading.position]
-                self._shrink(reading, last if query is None else query, room, reading.position - seen)
-                seen = reading.position
-            reading.feed(piece)
-        return reading.held()
+            if max(slots, default=0) > room:
+                last = prefill.ids[max(prefill.position - self.proxy, 0) : prefill.position]
+                self._shrink(prefill, last if query is None else query, room, prefill.position - seen)
+                seen = prefill.position
+            prefill.feed(piece)
+        return prefill.result()
 
-    def _shrink(self, reading: Reading, query: Tensor, room: int, new: int) -> None:
+    def _shrink(self, prefill: ChunkedPrefill, query: Tensor, room: int, new: int) -> None:
         """Leave `room` entries of each head, of which the last `new` were read since the last time."""
         frame = self.frame_of(room, new)
-        scores = reading.look(query, lambda layer, rows: rows.mean(dim=(1, 2)))
-        for layer, score in zip(reading.compressible, scores, strict=True):
-            held = _store(reading, layer).contents(torch.float32)
+        scores = prefill.probe(query, lambda layer, rows: rows.mean(dim=(1, 2)))
+        for layer, score in zip(prefill.compressible, scores, strict=True):
+            held = prefill.stores[layer.index].contents(torch.float32)
             kept, standing = chosen(score, room, new, frame)
             if frame:
                 keys, values = with_prototypes(
                     layer, held.keys, held.values, score, standing, new, frame, held.positions
                 )
                 held = replace(held, keys=keys, values=values)
-            reading.stores[layer.index] = DenseStore.of(
-                held.keys, held.values, held.positions, kept | standing, reading.dtype
+            prefill.stores[layer.index] = DenseStore.of(
+                held.keys, held.values, held.positions, kept | standing, prefill.dtype
             )
 
     def frame_of(self, room: int, new: int) -> int:
@@ -159,9 +159,3 @@ def with_prototypes(
     keys = torch.cat([keys[:, :old], torch.where(stands, merged, keys[:, old:])], dim=1)
     values = torch.cat([values[:, :old], torch.where(stands, means(values[:, old:]), values[:, old:])], dim=1)
     return keys, values
-
-
-def _store(reading: Reading, layer: LayerTrace) -> DenseStore:
-    store = reading.stores[layer.index]
-    assert isinstance(store, DenseStore)
-    return store

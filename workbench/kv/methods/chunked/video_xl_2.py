@@ -11,7 +11,7 @@ from workbench.kv.stores.tiered import TieredFormat
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 
 @register
@@ -49,29 +49,29 @@ class VideoXL2(KVMethod):
     pool: int = param(4, ge=1, le=256, unit="tokens", help="entries averaged into one of the sparse form, at least")
     whole: int = param(4, ge=1, le=256, help="chunks that a question fetches, besides the first")
 
-    def read(self, reading: Reading) -> Held:
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         if self.marks >= self.chunk:
             raise BadParameter(f"video-xl-2: marks ({self.marks}) must be fewer than a chunk's tokens ({self.chunk})")
-        layers, rest = reading.compressible, self.chunk - self.marks
-        mean = sum(reading.shape(layer).entry_nbytes * layer.kv_heads for layer in layers)
-        least = (reading.tokens - 1) // self.chunk * self.marks + self.chunk  # all but the last chunk coarse
+        layers, rest = prefill.compressible, self.chunk - self.marks
+        mean = sum(prefill.shape(layer).entry_nbytes * layer.kv_heads for layer in layers)
+        least = (prefill.tokens - 1) // self.chunk * self.marks + self.chunk  # all but the last chunk coarse
         pool = min(self.pool, rest)
 
         def means(each: int) -> int:
-            return -(-(reading.tokens - each) // rest) * -(-rest // pool) * mean
+            return -(-(prefill.tokens - each) // rest) * -(-rest // pool) * mean
 
         while True:
             try:
-                room = reading.entries(least, means)
+                room = prefill.entries(least, means)
                 break
             except BudgetTooSmall:
                 if pool == rest:
                     raise
                 pool = min(2 * pool, rest)
-        whole = room >= reading.tokens
+        whole = room >= prefill.tokens
         stores: list[LevelStore] = []
         for layer in () if whole else layers:
-            like = reading.empty(layer).contents(reading.dtype)
+            like = prefill.empty(layer).contents(prefill.dtype)
             store = LevelStore.empty(
                 like.keys,
                 like.values,
@@ -82,10 +82,10 @@ class VideoXL2(KVMethod):
                 before=self.before,
                 whole=self.whole,
             )
-            reading.stores[layer.index] = store
+            prefill.stores[layer.index] = store
             stores.append(store)
-        for piece in reading.pieces(self.chunk):
-            reading.feed(piece)
+        for piece in prefill.pieces(self.chunk):
+            prefill.feed(piece)
         for store in stores:
             store.reading = False
-        return reading.held() if whole else reading.held(form=TieredFormat(reading.dtype))
+        return prefill.result() if whole else prefill.result(form=TieredFormat(prefill.dtype))

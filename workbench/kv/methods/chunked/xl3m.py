@@ -11,7 +11,7 @@ from workbench.kv.base import KVMethod
 from workbench.registry import Paper, param, register
 
 if TYPE_CHECKING:
-    from workbench.runtime.chunked_prefill import Held, Reading
+    from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 _LEAST = 4  # a sink, a token of a segment, and two of the question
 _FREE = 8  # of a text longer than the model's positions, one in so many is left for questions and answers
@@ -43,56 +43,56 @@ class XL3M(KVMethod):
     )
     claim = "a model of 4,096 positions reasons over 20 million tokens"
     default_budget = 0.5
-    asks = True
+    question_aware = True
 
     segment: int = param(256, ge=1, le=8192, unit="tokens", help="pieces of the text that are judged, at most")
     query: int = param(32, ge=1, le=1024, unit="tokens", help="at the prompt's end: stay, and stand for a question")
     sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning, before every segment")
     chunk: int = param(256, ge=1, le=4096, unit="tokens", help="how many are read at once in the end, at most")
 
-    def read(self, reading: Reading) -> Held:
-        tokens, positions = reading.tokens, reading.max_positions
-        slide = max((layer.window or 0 for layer in reading.layers if layer.index in reading.exact), default=0)
-        total = reading.entries(max(_LEAST, slide + 1), lambda each: reading.scattered_nbytes)
+    def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        tokens, positions = prefill.tokens, prefill.max_positions
+        slide = max((layer.window or 0 for layer in prefill.layers if layer.index in prefill.exact), default=0)
+        total = prefill.entries(max(_LEAST, slide + 1), lambda each: prefill.scattered_nbytes)
         too_long = tokens > positions
         if too_long:
             total = min(total, positions - positions // _FREE)
         if total >= tokens:
-            for piece in reading.pieces(self.chunk):
-                reading.feed(piece)
-            return reading.held()
+            for piece in prefill.pieces(self.chunk):
+                prefill.feed(piece)
+            return prefill.result()
 
         sinks = min(self.sinks, (total - slide) // 4)
         last = max(slide, min(self.query, total // 2), 1)
-        asked = reading.ids[-self.query :] if reading.question is None else reading.question
+        asked = prefill.ids[-self.query :] if prefill.question is None else prefill.question
         asked = asked[-max(total // 2, 1) :]
         room = total - sinks - last
         size = max(min(self.segment, total - sinks - asked.numel(), room // 2), 1)
         segments = torch.arange(sinks, tokens - last).split(size)
-        found = [self._entropy(reading, part, asked, sinks) for part in segments]
+        found = [self._entropy(prefill, part, asked, sinks) for part in segments]
         where = torch.cat(
             [torch.arange(sinks), surest(segments, torch.stack(found), room), torch.arange(tokens - last, tokens)]
         )
-        reading.read_only(where, self.chunk, closed_up=too_long)
+        prefill.read_only(where, self.chunk, closed_up=too_long)
 
-        notes = [] if reading.question is not None else ["no question was known: the prompt's end stood for it"]
+        notes = [] if prefill.question is not None else ["no question was known: the prompt's end stood for it"]
         if not too_long:
-            return reading.held(notes=tuple(notes))
+            return prefill.result(notes=tuple(notes))
         notes.append(
             f"the text is longer than the model's {positions:,} positions: the {where.numel():,} tokens kept of it "
             "stand one after another"
         )
-        tiers = torch.zeros(len(reading.layers), reading.layers[0].kv_heads, tokens, dtype=torch.uint8)
-        for layer in reading.layers:
-            kept = torch.arange(tokens - (layer.window or 0), tokens) if layer.index in reading.exact else where
+        tiers = torch.zeros(len(prefill.layers), prefill.layers[0].kv_heads, tokens, dtype=torch.uint8)
+        for layer in prefill.layers:
+            kept = torch.arange(tokens - (layer.window or 0), tokens) if layer.index in prefill.exact else where
             tiers[layer.index, :, kept] = 1
-        return reading.held(tiers=tiers.to(reading.device), notes=tuple(notes))
+        return prefill.result(tiers=tiers.to(prefill.device), notes=tuple(notes))
 
-    def _entropy(self, reading: Reading, segment: Tensor, asked: Tensor, sinks: int) -> Tensor:
+    def _entropy(self, prefill: ChunkedPrefill, segment: Tensor, asked: Tensor, sinks: int) -> Tensor:
         """The entropy of the next token after a segment, at positions [s] of the prompt, and the question ids [q]."""
-        reading.progress.update(f"judging segments for {self.key}", int(segment[0]), reading.tokens)
-        reading.begin_again()
-        return entropy(reading.feed(torch.cat([reading.ids[:sinks], reading.ids[segment], asked])))
+        prefill.progress.update(f"judging segments for {self.key}", int(segment[0]), prefill.tokens)
+        prefill.reset()
+        return entropy(prefill.feed(torch.cat([prefill.ids[:sinks], prefill.ids[segment], asked])))
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -41,16 +41,20 @@ class H2O(AccumulatedAttention):
     recent_share: float = param(0.5, ge=0, le=1, help="part of the kept positions that are simply the last ones")
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.decode
+
     def score(self, layer: LayerTrace) -> Tensor:
         heavy = places(super().score(layer))  # [k, n], 0 the best
         recent = torch.arange(layer.tokens - 1, -1, -1, device=heavy.device).expand_as(heavy)
         return -torch.minimum(heavy / max(1 - self.recent_share, 1e-6), recent / max(self.recent_share, 1e-6))
 
-    def evidence(self, layer: LayerTrace) -> Tensor:
+    def eviction_state(self, layer: LayerTrace) -> Tensor:
         return layer.received()
 
-    def watch(self, mass: Tensor, weights: Tensor) -> Tensor:
-        return mass + weights.sum(dim=(1, 2))
+    def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
+        return state + weights.sum(dim=(1, 2))
 
-    def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
-        return weakest(mass, positions, room, self.recent_share)
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
+        return weakest(state, positions, room, self.recent_share)

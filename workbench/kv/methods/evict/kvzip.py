@@ -28,7 +28,7 @@ class GlobalHeads(KVMethod):
     A base class, so that the threshold yields to an allocator of the recipe.
     """
 
-    uneven = True
+    head_adaptive = True
 
     heads: Literal["global", "equal"] = param(
         "global", help="one threshold over all layers and heads, or the same room for each head"

@@ -41,43 +41,47 @@ class LazyEviction(KVMethod):
     )
     claim = "half of the cache, the same accuracy in mathematical reasoning"
     default_budget = 0.5
-    remembers = 2
+    state_width = 2
 
     window: int = param(32, ge=1, le=1024, unit="tokens", help="steps between evictions, and recent tokens that stay")
     threshold: float = param(1e-4, ge=0, le=1, help="attention from which on a token counts as used again")
     observed: int = param(256, ge=1, le=8192, unit="tokens", help="queries at the end of the prompt that are observed")
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.decode
+
     def score(self, layer: LayerTrace) -> Tensor:
-        return self._due(self.evidence(layer))
+        return self._due(self.eviction_state(layer))
 
     def scores(self, study: Study) -> Tensor:
         layers = study.trace.compressible
         found = []
         for layer in study.progress.track(layers, f"scoring by {self.key}", len(layers)):
-            key = ("evidence", self.parameter_key(), layer.index)  # as a plan remembers it for decoding
-            found.append(self._due(study.trace.once(key, partial(self.evidence, layer))))
+            key = ("eviction state", self.parameter_key(), layer.index)  # as a plan state_width it for decoding
+            found.append(self._due(study.trace.once(key, partial(self.eviction_state, layer))))
         return torch.stack(found)
 
-    def evidence(self, layer: LayerTrace) -> Tensor:
-        memory = torch.zeros(layer.kv_heads, layer.tokens, self.remembers, device=layer.device)
+    def eviction_state(self, layer: LayerTrace) -> Tensor:
+        memory = torch.zeros(layer.kv_heads, layer.tokens, self.state_width, device=layer.device)
         for _, rows in layer.attention_rows(min(self.observed, layer.tokens)):
-            memory = self.watch(memory, rows.view(layer.kv_heads, layer.groups, *rows.shape[1:]))
+            memory = self.update_state(memory, rows.view(layer.kv_heads, layer.groups, *rows.shape[1:]))
         return memory
 
     def _due(self, memory: Tensor) -> Tensor:
         tokens = memory.shape[1]
         return keep_last(importance(memory), min(self.window, max(tokens // 4, 1)))
 
-    def watch(self, mass: Tensor, weights: Tensor) -> Tensor:
-        return observe(mass, weights.amax(dim=1), self.threshold)
+    def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
+        return observe(state, weights.amax(dim=1), self.threshold)
 
-    def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
         held = int((positions >= 0).sum(dim=1).min())
         lag = min(self.window, held // 4)
         leaving = max(room, lag)
         oldest_first = positions.argsort(dim=1, stable=True)  # [k, m]
-        due = importance(mass).gather(1, oldest_first)
+        due = importance(state).gather(1, oldest_first)
         due[:, max(positions.shape[1] - min(lag, held - leaving), 0) :] = torch.inf  # the last ones stay
         due.masked_fill_(positions.gather(1, oldest_first) < 0, torch.inf)
         return oldest_first.gather(1, due.argsort(dim=1, stable=True)[:, :leaving])

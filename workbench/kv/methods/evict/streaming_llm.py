@@ -38,10 +38,14 @@ class StreamingLLM(SinksAndRecent):
 
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.decode
+
     def score(self, layer: LayerTrace) -> Tensor:
         return super().score(layer)  # the whole method: its own, so that it does not yield to another scorer
 
-    def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
         last = torch.iinfo(positions.dtype).max
         order = torch.where(positions >= self.sinks, positions, last - 1 - positions.clamp_min(0))
         return order.masked_fill(positions < 0, last).topk(room, dim=1, largest=False).indices

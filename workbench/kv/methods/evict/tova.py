@@ -23,21 +23,25 @@ class TOVA(KVMethod):
     paper = Paper("Transformers are Multi-State RNNs", "Oren et al. 2024", "2401.06104")
     claim = "an eighth of the cache is nearly on par with all of it"
     default_budget = 0.5
-    aligned = True
+    evicts_layerwise = True
 
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
-    def score(self, layer: LayerTrace) -> Tensor:
-        return keep_last(self.evidence(layer), 1)
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.decode
 
-    def evidence(self, layer: LayerTrace) -> Tensor:
+    def score(self, layer: LayerTrace) -> Tensor:
+        return keep_last(self.eviction_state(layer), 1)
+
+    def eviction_state(self, layer: LayerTrace) -> Tensor:
         return self._newest(layer.attention(last=1))
 
-    def watch(self, mass: Tensor, weights: Tensor) -> Tensor:
+    def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
         return self._newest(weights)
 
-    def evict(self, mass: Tensor, positions: Tensor, room: int) -> Tensor:
-        return mass.topk(room, dim=1, largest=False).indices
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
+        return state.topk(room, dim=1, largest=False).indices
 
     @staticmethod
     def _newest(weights: Tensor) -> Tensor:

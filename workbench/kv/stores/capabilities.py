@@ -1,0 +1,82 @@
+"""What some stores can do besides holding and attending: let entries go, and take part in a captured decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from workbench.kv.stores.rows import Rows
+from workbench_kernels import Scoring
+from workbench_kernels.rows import Ragged
+
+
+class Evictable(Protocol):
+    """A store from which single entries can leave, chosen by an eviction state that it keeps beside them."""
+
+    @property
+    def longest(self) -> int:
+        """Entries of the head that has most."""
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each head, int64 [k]."""
+
+    @property
+    def eviction_state(self) -> Tensor:
+        """The state of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
+
+    def replace_state(self, state: Tensor) -> None:
+        """Replace the eviction state, laid out as `eviction_state` shows it."""
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
+
+    def evict(self, slots: Tensor) -> None:
+        """Drop the entries in slots [k, e] of each head."""
+
+
+Pin = Callable[[Rows, int], Ragged]
+"""From rows, and the most that any head of them will have, to where kernels find them for all steps to come."""
+
+CapturedAttention = Callable[[Tensor, Scoring], Tensor]
+"""From a query [h, 1, d] to its attention [h, 1, dv] over everything held."""
+
+
+class Capturable(Protocol):
+    """A store into which a captured decode step can write: of a new token a row for each head, and nothing else.
+
+    The step writes keys and values on the device; the store follows with `advance` when steps are over.
+    """
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        """The rows that a new token's key and value join."""
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        """All rows that grow, and how many more each head needs for so many tokens."""
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        """How many rows a head of `growing` will have at most while so many tokens come, for keys and for values."""
+
+    @property
+    def fixed_nbytes(self) -> int:
+        """Bytes of what does not grow."""
+
+    @property
+    def period(self) -> int | None:
+        """How many tokens are quantised together; None where none ever is."""
+
+    @property
+    def steps_until_settled(self) -> int | None:
+        """How many tokens may come before entries have to be quantised, at least one; None: any number."""
+
+    def settle(self) -> None:
+        """Quantise what has waited for long enough, in place."""
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        """Attention over everything held, with `growing` at the places keys and values, for so many steps."""
+
+    def advance(self, positions: Tensor) -> None:
+        """Take up tokens at positions int [q] whose keys and values a step has written behind those of every head."""

@@ -1,0 +1,54 @@
+"""Greedy decoding: the loop that makes an answer, by captured steps where that can be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from workbench.engine.attention_hook import device_of
+from workbench.errors import NotApplicable, OutOfRange
+from workbench.progress import Progress
+from workbench.runtime import cuda_graph
+from workbench.runtime.decode import Decoder
+
+
+def greedy(
+    decoder: Decoder, ids: Tensor, logits: Tensor, *, max_new_tokens: int, eos: Sequence[int], graphs: bool = False
+) -> Iterator[int]:
+    """Read ids [q] and yield the most likely tokens one by one, up to and including one that ends the answer.
+
+    logits [v]: those before ids, for when there is nothing to read first. The last token yielded has not been read.
+    graphs: on a CUDA device, capture a step and replay it, where the stores allow it and the answer is long enough.
+    Reports to the decoder's progress.
+    """
+    progress = decoder.progress or Progress()
+    if ids.numel():
+        progress.update("question", 0, 1)
+        logits = decoder.feed(ids, measure=True)[-1]
+        progress.update("question", 1, 1)
+    for step in range(max_new_tokens):
+        if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
+            raise OutOfRange(
+                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
+                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
+            )
+        token = int(logits.argmax())
+        yield token
+        progress.update("decoding", step + 1, max_new_tokens)
+        if token in eos or step == max_new_tokens - 1:
+            return
+        left = max_new_tokens - step - 1
+        if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
+            try:  # the first token has been read as all are without a graph, and was measured
+                following = cuda_graph.captured(decoder, token, left)
+            except NotApplicable as reason:
+                decoder.notes.append(f"decoded without a CUDA graph: {reason}")
+            else:
+                decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
+                for more, token in enumerate(following.answer(eos), step + 2):
+                    yield token
+                    progress.update("decoding", more, max_new_tokens)
+                return
+        logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]

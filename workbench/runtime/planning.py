@@ -1,0 +1,123 @@
+"""Making a plan: from what was recorded, or by a method that reads the prompt by itself in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.budget import Budget
+from workbench.errors import NotApplicable
+from workbench.kv.base import KVMethod, Stages, Study
+from workbench.kv.plan import Plan, plan_of, total_budget, uncompressed_nbytes
+from workbench.kv.stores import Store, cloned
+from workbench.measure.memory import Timeline
+from workbench.progress import Progress
+from workbench.runtime.chunked_prefill import FinishedPrefill, chunked_prefill
+from workbench.runtime.decode import Decoder
+from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class ChunkedPlan(Plan):
+    """A plan that came about while a method read the prompt by itself; its stores are copies of what that left."""
+
+    prefill: FinishedPrefill
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.prefill.timeline
+
+    @property
+    def read_seconds(self) -> float:
+        return self.prefill.seconds
+
+    @property
+    def logits(self) -> Tensor:
+        return self.prefill.result.logits
+
+    @property
+    def position(self) -> int:
+        return self.prefill.result.position
+
+    @property
+    def endless(self) -> bool:
+        return all(store.reach is not None for store in self.prefill.result.stores)
+
+    @property
+    def chunked(self) -> bool:
+        return True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes, *self.prefill.result.notes)
+
+    def store(self, layer: LayerTrace) -> Store:
+        return self.prefill.result.stores[layer.index].clone()
+
+
+def study_of(trace: Trace, model: PreTrainedModel | None = None, progress: Progress | None = None) -> Study:
+    """What methods may look at: the trace, and the model that read it, which reads on from stores that they make."""
+    progress = progress or Progress()
+    if model is None:
+        return Study(trace, progress=progress)
+
+    def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
+        return Decoder(model, stores, position, progress=progress).feed(ids, logits=ids.numel())
+
+    return Study(trace, model, progress, forcing=forcing)
+
+
+def make_plan(
+    trace: Trace,
+    methods: Sequence[KVMethod],
+    dtype: torch.dtype,
+    budget: Budget | None = None,
+    model: PreTrainedModel | None = None,
+    progress: Progress | None = None,
+    question: Tensor | None = None,
+) -> Plan:
+    """Decide what stays under `methods`, counted in `dtype`; `budget`, if given, is for all of them together.
+
+    model: the one that read the trace, for methods that let it read again. question: ids [q] that will be asked, for
+    methods that read for a question.
+
+    Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
+    NotRead where a method needs what was not recorded.
+    """
+    stages, study = Stages.of(methods), study_of(trace, model, progress)
+    if stages.read is not None and any(layer.shared is not None for layer in trace.layers):
+        raise NotApplicable(
+            f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
+        )
+    if stages.read is None or not trace.compressible:
+        return plan_of(study, methods, dtype, budget)
+
+    full, limited = uncompressed_nbytes(trace, dtype), total_budget(methods, stages, budget)
+    limit = None if limited is None else limited.nbytes(full)
+    if limited is not None and limited.kind == "tokens":
+        limit = min(int(limited.amount * full / trace.tokens), full)
+    finished = chunked_prefill(study, stages.read, dtype, limit, question)
+    result = finished.result
+    tiers = result.tiers
+    if tiers is None:
+        tiers = torch.stack([store.tiers(trace.tokens) for store in result.stores])
+    copies = cloned(result.stores)
+    return ChunkedPlan(
+        trace,
+        tuple(methods),
+        stages,
+        result.format,
+        tiers,
+        dtype,
+        nbytes=sum(store.nbytes for store in copies),
+        full_nbytes=full,
+        host_nbytes=sum(store.host_nbytes for store in copies),
+        prefill=finished,
+    )
