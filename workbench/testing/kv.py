@@ -216,8 +216,11 @@ def a_conversation_goes_on_and_repeats_itself(method: KVMethod, subjects: Subjec
     with nothing_left(method, reading.model, recorded_in(_read_by(session))):
         runs = [session.run(method, question=first, max_new_tokens=4) for _ in range(2)]
         must(runs[0].tokens == runs[1].tokens, "the same question gets another answer the second time")
+        before = runs[0].to_dict(quality=False), runs[0].kv_nbytes
         asked = [runs[0].ask(second, max_new_tokens=4) for _ in range(2)]
         must(asked[0].tokens == asked[1].tokens, "the same second question gets another answer the second time")
+        same = (runs[0].to_dict(quality=False), runs[0].kv_nbytes) == before
+        must(same, "a second question changes the run that it is asked of")
         for run, by_now in ((runs[0], TOKENS + 6 + 3), (asked[0], TOKENS + 6 + 4 + 5 + 3)):
             _check_positions(run, by_now)
         again = session.run(method, question=first, max_new_tokens=4)

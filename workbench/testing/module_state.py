@@ -137,4 +137,6 @@ def _parts(key: object) -> Iterator[object]:
 def _lives(part: object) -> bool:
     if isinstance(part, (*_VALUES, *_CONSTANTS)) or type(part) is object:
         return False
-    return isinstance(part, Tensor) or type(part).__hash__ is object.__hash__
+    if isinstance(part, Tensor) or type(part).__hash__ is object.__hash__:
+        return True
+    return any(map(_lives, getattr(part, "__dict__", {}).values()))  # equal by what it holds
