@@ -33,7 +33,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[[str], PreTrainedModel]:
     """A tiny random model by architecture, made once; tests leave it as it is."""
-    return cache(lambda architecture: tiny(architecture))
+    return cache(tiny)
 
 
 @pytest.fixture(scope="session")

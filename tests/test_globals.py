@@ -66,11 +66,9 @@ def changed(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Global):
             yield from node.names
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
-            if isinstance(node.func.value, ast.Name):
-                yield node.func.value.id
+            yield called(node.func.value)
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
-            if isinstance(node.value, ast.Name):
-                yield node.value.id
+            yield called(node.value)
 
 
 def remembering(tree: ast.Module) -> Iterator[str]:

@@ -37,7 +37,12 @@ def python(*arguments: str, site: Path) -> subprocess.CompletedProcess[str]:
     """Run Python with the packages in `site` installed beside ours."""
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, cwd=site, capture_output=True, text=True
+        [sys.executable, *arguments],
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=site,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -78,7 +83,11 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in files.items():
         (source / name).write_text(text)
     built = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=source, capture_output=True, text=True
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"],
+        check=False,
+        cwd=source,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stderr
     (wheel,) = (source / "dist").glob("*.whl")
@@ -375,7 +384,7 @@ def test_what_a_module_remembers_is_a_broken_promise(state: str, use: str, monke
     made = types.ModuleType("forgetful_plugin")
     monkeypatch.setitem(sys.modules, made.__name__, made)
     exec(FORGETFUL.format(state=state, use=use), vars(made))
-    with pytest.raises(MethodProblem, match="nothing is left .* modules remember something between uses: forgetful_p"):
+    with pytest.raises(MethodProblem, match=r"nothing is left .* modules remember something between uses: forgetful_p"):
         check_promise(nothing_is_left_on_the_method_the_model_or_the_trace, made.Chosen)
 
 

@@ -1,4 +1,7 @@
-"""Every weight and every attention method keeps its family's promises (cache methods: tests/kv/test_methods.py, operators: tests/attention/test_operators.py)."""
+"""Every weight and every attention method keeps its family's promises.
+
+Those of cache methods are in tests/kv/test_methods.py, those of operators in tests/attention/test_operators.py.
+"""
 
 from __future__ import annotations
 

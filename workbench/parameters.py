@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import Field, ValidationError
@@ -18,7 +17,7 @@ Kind = Literal["int", "float", "bool", "choice", "text"]
 
 _PARTS = 5  # of what is wrong with a method's parameters that a message tells
 _NAME = 64  # characters of an unknown name that are compared with those that are known
-_KINDS: dict[type | UnionType | None, Kind] = {int: "int", float: "float", bool: "bool"}
+_KINDS: dict[object, Kind] = {int: "int", float: "float", bool: "bool"}
 
 
 @dataclass(frozen=True)

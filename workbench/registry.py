@@ -278,10 +278,7 @@ def _load_plugins() -> None:
     owners: dict[str, EntryPoint] = {}
     for point in entry_points(group=PLUGINS):
         try:
-            cls = point.load()
-            if not (isinstance(cls, type) and issubclass(cls, Method)):
-                raise TypeError(f"{cls!r} is not a subclass of workbench.registry.Method")
-            owners[register(cls).key] = point
+            owners[register(_loaded(point)).key] = point
         except Exception as error:  # a plugin that is broken must not take the others with it
             if isinstance(error, _KeyTaken) and error.key in owners:
                 raise PluginConflict(
@@ -289,6 +286,13 @@ def _load_plugins() -> None:
                     f"{_whose(point)}; uninstall one of them"
                 ) from error
             warnings.warn(f"the plugin {_whose(point)} cannot be used: {error}", stacklevel=2)
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    cls = point.load()
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TypeError(f"{cls!r} is not a subclass of workbench.registry.Method")
+    return cls
 
 
 def _whose(point: EntryPoint) -> str:

@@ -640,7 +640,7 @@ def _loaded(
                 f"{type(network).__name__} has weights without data (on the meta device): load it whole"
             )
         if device is not None or dtype is not None:
-            network = network.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+            network = network.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it untyped
         known = facts(network)
         return LoadedModel(network.eval(), tokenizer, known.name, known)
     raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer or None)")

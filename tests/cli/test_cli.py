@@ -42,6 +42,7 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     """The command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "workbench", *arguments],
+        check=False,
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
@@ -51,7 +52,9 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -343,7 +346,7 @@ def test_control_c_during_work_ends_with_130_and_one_line(model: str) -> None:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=_heeding_control_c,
+        preexec_fn=_heeding_control_c,  # noqa: PLW1509  it only sets a signal's handler
     )
     assert process.stdout is not None
     process.stdout.read(1)  # it is generating
@@ -360,6 +363,7 @@ def test_a_reader_who_leaves_early_is_no_error(arguments: list[str]) -> None:
     with os.fdopen(write, "wb") as closed:
         done = subprocess.run(
             [sys.executable, "-m", "workbench", *arguments],
+            check=False,
             env=ENVIRONMENT,
             cwd=ROOT,
             stdout=closed,
@@ -493,7 +497,7 @@ def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Pa
         env=ENVIRONMENT,
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        preexec_fn=_heeding_control_c,
+        preexec_fn=_heeding_control_c,  # noqa: PLW1509  it only sets a signal's handler
     )
     while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 3):
         time.sleep(0.05)

@@ -53,10 +53,11 @@ app.add_typer(models_app, name="models")
 def workbench(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False,
-    debug: Annotated[
+    debug: Annotated[  # noqa: ARG001  shown here; `main` has taken it out of the arguments already
         bool, typer.Option("--debug", help="show the traceback of what goes wrong; works anywhere")
     ] = False,
 ) -> None:
+    """Show the version, or the help where no command is named."""
     if version:
         from workbench.version import __version__
 
@@ -324,6 +325,7 @@ def list_methods(
 
 @models_app.callback(invoke_without_command=True)
 def models(context: typer.Context) -> None:
+    """Show the help where no command is named."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
@@ -401,9 +403,14 @@ def model_info(
         terminal.document(known)
         return
     for fact, value in known.items():
-        if isinstance(value, tuple) and len(set(value)) == 1:
-            value = f"{value[0]} (all {len(value)} layers)" if len(value) > 1 else value[0]
-        print(f"{fact:20}{value}")
+        print(f"{fact:20}{_by_layer(value) if isinstance(value, tuple) else value}")
+
+
+def _by_layer(values: tuple[Any, ...]) -> object:
+    """A fact of every layer: once where all are alike."""
+    if len(set(values)) != 1:
+        return values
+    return f"{values[0]} (all {len(values)} layers)" if len(values) > 1 else values[0]
 
 
 @app.command()

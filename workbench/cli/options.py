@@ -103,7 +103,11 @@ class CacheOptions:
 def bundled(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameters that are bundles are shown as their fields, each an option, in the same places."""
     parameters = signature(command, eval_str=True).parameters.values()
-    bundles = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
+    bundles: dict[str, type[Any]] = {
+        each.name: each.annotation
+        for each in parameters
+        if isinstance(each.annotation, type) and is_dataclass(each.annotation)
+    }
 
     @wraps(command)
     def run(**values: Any) -> None:

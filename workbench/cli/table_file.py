@@ -92,7 +92,7 @@ def write(frame: pd.DataFrame, path: Path) -> None:
                 Path(part).write_text(dumps(frame.to_dict("records")) + "\n", encoding="utf-8")
             else:
                 _one_type(frame).to_parquet(part, index=False)
-            os.replace(part, path)
+            Path(part).replace(path)
         finally:
             Path(part).unlink(missing_ok=True)
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -58,10 +58,10 @@ def channel_table(
 def _of_prompt(kind: Kind, model: PreTrainedModel, trace: Trace, progress: Progress) -> pd.DataFrame:
     if kind == "activations":
         return _small(_residual_stream(model, trace, progress).to_frame())
-    held = {layer.index: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}
+    recorded = {layer.index: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}
     stats: dict[int, ChannelStats] = {}
-    for index in progress.track(held, f"statistics of {kind}", len(held)):
-        stats.update(layer_stats({index: held[index]}).layers)
+    for index in progress.track(recorded, f"statistics of {kind}", len(recorded)):
+        stats.update(layer_stats({index: recorded[index]}).layers)
     return _small(LayerStats(stats).to_frame())
 
 
@@ -99,11 +99,11 @@ def _residual_stream(model: PreTrainedModel, trace: Trace, progress: Progress) -
 
 
 @contextmanager
-def _watching(layers: Any, take: Any) -> Iterator[None]:
+def _watching(layers: Sequence[nn.Module], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call take(index, hidden) with the input of each layer, until the block ends."""
 
-    def hook(index: int) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def see(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             take(index, args[0] if args else kwargs["hidden_states"])
 
         return see

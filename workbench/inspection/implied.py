@@ -34,7 +34,8 @@ class Implied:
     values that are one in all of a cell's positions give the whole cell, in the time of one reading.
 
     layers: how many the model has. A method that takes over what an earlier layer left has nothing to take here and
-    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1 in most.
+    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1
+    in most.
     """
 
     method: AttentionMethod

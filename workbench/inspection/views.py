@@ -30,7 +30,7 @@ def view_of(readings: Readings, recipe: Recipe, layer: int, head: int | None, pr
 def of_each_layer(
     readings: Readings, recipe: Recipe, work: Callable[[View, Progress], T], stage: str, progress: Progress | None
 ) -> list[T]:
-    """`work` on all heads of each layer. It can be cancelled within a layer, and reports there where that takes long."""
+    """`work` on all heads of each layer; it can be cancelled within one, and reports there where that takes long."""
     trace = readings.recorded(recipe, progress)
     progress = progress or Progress()
     quiet = Progress(lambda *_: progress.check())

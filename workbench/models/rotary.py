@@ -22,7 +22,7 @@ _SHOWN = 32  # positions at which layers show what they do, where the model has 
 
 
 class Rotations:
-    """How the layers of a model turn queries and keys: found by one pass of 32 tokens or fewer when first asked for, and
+    """How a model's layers turn queries and keys: found by a pass of 32 tokens or fewer when first asked for, and
     remembered here, with whoever keeps it.
     """
 

@@ -41,13 +41,13 @@ class Comparison:
     def of(cls, recipes: Sequence[Spec] | Spec, budgets: Sequence[BudgetLike] | BudgetLike) -> Comparison:
         """Every recipe at every budget, and once where it takes none. Raises BadRecipe, BadBudget, BadParameter."""
         alone = isinstance(recipes, str | Method | Recipe)
-        chosen = [
-            Recipe.of(spec) for spec in ([recipes] if alone else arguments.several("recipes", recipes, "recipes"))
-        ]
+        specs: list[Any] = [recipes] if alone else arguments.several("recipes", recipes, "recipes")
+        chosen = [Recipe.of(spec) for spec in specs]
         if not chosen:
             raise BadRecipe("no recipe is given: name at least one method, for instance 'full'")
         alone = isinstance(budgets, str | Real | Budget)
-        sizes = [Budget.parse(x) for x in ([budgets] if alone else arguments.several("budgets", budgets, "budgets"))]
+        values: list[Any] = [budgets] if alone else arguments.several("budgets", budgets, "budgets")
+        sizes = [Budget.parse(value) for value in values]
         if not sizes and any(recipe.takes_budget() for recipe in chosen):
             raise BadBudget("no budget is given: give for instance budgets=[0.5, 0.25]")
         return cls(tuple((recipe, size) for recipe in chosen for size in (sizes if recipe.takes_budget() else [None])))
@@ -65,7 +65,7 @@ class Comparison:
                 row = row_of(finished)
             except Cancelled:
                 raise
-            except Exception as error:  # one recipe that fails must not take the others with it
+            except Exception as error:  # noqa: BLE001  one recipe that fails must not take the others with it
                 reason = " ".join(str(error).split())
                 told = reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
                 row = {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _written(budget), "error": told}

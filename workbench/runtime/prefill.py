@@ -138,10 +138,10 @@ def read(
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
     host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
-    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. rotations: those of the plain model,
-    where they are remembered for several readings. Raises
-    PromptTooLong, BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt;
-    Cancelled between layers.
+    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model.
+    rotations: those of the plain model, where they are remembered for several readings. Raises PromptTooLong,
+    BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between
+    layers.
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:

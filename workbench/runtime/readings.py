@@ -43,8 +43,8 @@ class Readings:
     facts: of the model; once a prompt has been read, with the heads that were recorded. kv_dtype: the precision in
     which caches are stored and the uncompressed one is counted. keep_on: where recordings rest (None: on the model's
     device). trusted: whether the model is read without being compared with itself first (`exactness`). plain: the
-    reading by the model as it is; None before the first. timelines: of every reading and run so far. variants: the model
-    under weight methods. rotations: how its layers turn queries and keys.
+    reading by the model as it is; None before the first. timelines: of every reading and run so far. variants: the
+    model under weight methods. rotations: how its layers turn queries and keys.
     """
 
     def __init__(

@@ -42,14 +42,13 @@ def attention_keeps_to_the_budget(method: AttentionMethod, subjects: Subjects) -
         reading = subjects.reading(architecture)
         layers = len(reading.trace.layers)
         full = layers * TOKENS * (TOKENS + 1) // 2
-        for budget in BUDGETS:
-            asked = method.with_budget(budget)
+        for share in BUDGETS:
+            budget, asked = share, method.with_budget(share)
             try:
                 asked.check(TOKENS, layers)
             except BudgetTooSmall as refusal:
-                must(budget < refusal.smallest <= 1, f"the budget {budget} is refused, and {refusal.smallest} named")
-                budget = refusal.smallest
-                asked = method.with_budget(budget)
+                must(share < refusal.smallest <= 1, f"the budget {share} is refused, and {refusal.smallest} named")
+                budget, asked = refusal.smallest, method.with_budget(refusal.smallest)
                 asked.check(TOKENS, layers)
             foretold = asked.entries(TOKENS, layers)
             must(foretold <= budget * full, f"a budget of {budget} foretells {foretold} of {full} score entries")

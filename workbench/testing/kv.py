@@ -117,9 +117,7 @@ def allocation_shares_out_what_there_is(method: KVMethod, subjects: Subjects) ->
             must(total <= entries, f"{asked}: {total} are given out")
             must(total >= before, f"{asked}: {total} are given out, fewer than of less")
             unlike = bool((counts != counts[:, :1]).any())
-            must(
-                method.head_adaptive or not unlike, "heads of a layer get different lengths: set head_adaptive = True"
-            )
+            must(method.head_adaptive or not unlike, "heads of a layer get different lengths: set head_adaptive = True")
             before = total
         must(before == least * tokens, f"{before} are given out where there is room for all {least * tokens}")
 

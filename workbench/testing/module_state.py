@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from types import FunctionType, ModuleType
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
@@ -97,32 +98,36 @@ def _held_by_class(name: str, cls: type) -> Iterator[tuple[str, object]]:
 
 
 def _content(thing: object, tops: tuple[str, ...], depth: int) -> object:
+    """What a thing holds, so far down; equal to another only where the very same things are held."""
+    inside = partial(_content, tops=tops, depth=depth - 1)
     if isinstance(thing, _VALUES):
         return thing
     if isinstance(thing, _CACHE):
-        return _Alive(tuple(map(_Thing, _arguments(thing))))
-    if isinstance(thing, Tensor):
-        return _Thing(thing), None if thing.is_inference() else thing._version  # noqa: SLF001  its only name
-    if depth == 0:
-        return _Thing(thing)
-    if isinstance(thing, ContextVar):
-        return _content(thing.get(None), tops, depth - 1)
-    if isinstance(thing, WeakSet):
-        return _Alive(tuple(map(_Thing, thing)))
-    if isinstance(thing, Mapping | WeakKeyDictionary | WeakValueDictionary):
-        pairs = tuple((_Thing(key), _content(value, tops, depth - 1)) for key, value in list(thing.items()))
-        return _Alive(pairs) if isinstance(thing, _WEAK) else pairs
-    if isinstance(thing, MutableSequence | Sequence | AbstractSet):
-        return tuple(_content(item, tops, depth - 1) for item in list(thing))
-    if type(thing).__module__.split(".", 1)[0] in tops and hasattr(thing, "__dict__"):
-        return _Thing(thing), _content(vars(thing), tops, depth - 1)
-    return _Thing(thing)
+        content: object = _Alive(tuple(map(_Thing, _arguments(thing))))
+    elif isinstance(thing, Tensor):
+        content = _Thing(thing), None if thing.is_inference() else thing._version  # noqa: SLF001  its only name
+    elif depth == 0:
+        content = _Thing(thing)
+    elif isinstance(thing, ContextVar):
+        content = inside(thing.get(None))
+    elif isinstance(thing, WeakSet):
+        content = _Alive(tuple(map(_Thing, thing)))
+    elif isinstance(thing, Mapping | WeakKeyDictionary | WeakValueDictionary):
+        pairs = tuple((_Thing(key), inside(value)) for key, value in list(thing.items()))
+        content = _Alive(pairs) if isinstance(thing, _WEAK) else pairs
+    elif isinstance(thing, Sequence | AbstractSet | deque):
+        content = tuple(map(inside, list(thing)))
+    elif type(thing).__module__.split(".", 1)[0] in tops and hasattr(thing, "__dict__"):
+        content = _Thing(thing), inside(vars(thing))
+    else:
+        content = _Thing(thing)
+    return content
 
 
 def _arguments(cached: object) -> list[object]:
     """What a cached function was asked with that lives: plain values and constants, equal by what they are, do not."""
-    own = getattr(cached, "__dict__", None)
-    tables = [table for table in gc.get_referents(cached) if isinstance(table, dict) and table is not own]
+    attributes = getattr(cached, "__dict__", None)
+    tables = [table for table in gc.get_referents(cached) if isinstance(table, dict) and table is not attributes]
     return [part for table in tables for key in table for part in _parts(key) if _lives(part)]
 
 

@@ -54,16 +54,15 @@ def _live_nbytes(survey: Survey, model: PreTrainedModel, twin: PreTrainedModel) 
 
 def weights_keep_to_the_budget(method: WeightMethod, subjects: Subjects) -> None:
     model, _ = subjects.studied()
-    for budget in BUDGETS:
-        asked = method.with_budget(budget)
+    for share in BUDGETS:
+        budget, asked = share, method.with_budget(share)
         try:
             twin = _compressed(asked, subjects)
         except BudgetTooSmall as refusal:
-            must(budget < refusal.smallest, f"the budget {budget} is refused, and {refusal.smallest} named")
+            must(share < refusal.smallest, f"the budget {share} is refused, and {refusal.smallest} named")
             if refusal.smallest > 1:
                 continue
-            budget = refusal.smallest
-            asked = method.with_budget(budget)
+            budget, asked = refusal.smallest, method.with_budget(refusal.smallest)
             twin = _compressed(asked, subjects)
         survey = asked.survey(model)
         live = _live_nbytes(survey, model, twin)
