@@ -23,6 +23,7 @@ import torch
 from benchmarks.record import environment, write
 from workbench.core.attention_rows import BLOCK_BYTES
 from workbench.measure import column_sums, head_stats, pooled_map, pooled_maps
+from workbench_kernels import Scoring
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64  # one layer of smollm2-135m
 VOCABULARY = 49152
@@ -39,7 +40,7 @@ def works(tokens: int, device: torch.device, block_bytes: int) -> dict[str, Call
         (2 * torch.randn(heads, tokens, WIDTH, generator=draw)).to(device, dtype) for heads in (HEADS, KV_HEADS)
     )
     ids = torch.randint(VOCABULARY, (tokens,), generator=draw)
-    options: dict[str, Any] = {"scale": WIDTH**-0.5, "block_bytes": block_bytes}
+    options: dict[str, Any] = {"scoring": Scoring(WIDTH**-0.5), "block_bytes": block_bytes}
     return {
         "one head's map, 512 pixels": lambda: pooled_map(queries[0], keys[0], **options, pixels=512),
         "one head's map, zoomed to 512 tokens": lambda: pooled_map(
@@ -75,8 +76,9 @@ def measure(tokens: int, device: torch.device, block_bytes: int) -> dict[str, An
 def _resident_peak() -> int:
     """The most that this process ever held in memory, of which the libraries are some 300 MB."""
     memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
+    peak: int | None = getattr(memory, "peak_wset", None)  # Windows
+    if peak is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench_kernels import Scoring
+
 LAYER, HEAD = 8, 2  # what is shown where a view shows one layer, or one head
 PIXELS, SMALL = 512, 32  # cells along each side of a map, and of each of many small maps
 HEAD_START = '<!doctype html>\n<meta charset="utf-8">\n<title>attention</title>\n<body>\n'
@@ -39,7 +41,8 @@ def exact_attention(recording: Recording, every: bool) -> Tensor:
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = queries @ keys.mT * recording["scale"]
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
+    weights: Tensor = scores.masked_fill_(later, -torch.inf).softmax(dim=-1)
+    return weights
 
 
 def heatmap(recording: Recording) -> tuple[float, Callable[[], str]]:
@@ -51,7 +54,7 @@ def heatmap(recording: Recording) -> tuple[float, Callable[[], str]]:
     group = recording["queries"].shape[1] // recording["keys"].shape[1]
     began = perf_counter()
     pooled = pooled_map(
-        recording["queries"][at, HEAD], recording["keys"][at, HEAD // group], scale=recording["scale"], pixels=PIXELS
+        recording["queries"][at, HEAD], recording["keys"][at, HEAD // group], Scoring(recording["scale"]), pixels=PIXELS
     )
     took = perf_counter() - began
     return took, lambda: present.attention_html(pooled, recording["tokens"], layer=LAYER, head=HEAD)
@@ -62,12 +65,12 @@ def map_grid(recording: Recording, every: bool) -> tuple[float, Callable[[], str
     from workbench.measure import pooled_maps
     from workbench.measure.grid import GridOfMaps
     from workbench_widgets import present
-    from workbench_widgets.map_grid import MapGrid
+    from workbench_widgets.views.map_grid import MapGrid
 
     at = layers_of(recording, every)
     began = perf_counter()
     layers = zip(recording["queries"][at], recording["keys"][at], strict=True)
-    grid = GridOfMaps.of([pooled_maps(q, k, scale=recording["scale"], pixels=SMALL) for q, k in layers])
+    grid = GridOfMaps.of([pooled_maps(q, k, Scoring(recording["scale"]), pixels=SMALL) for q, k in layers])
     took = perf_counter() - began
     return took, lambda: MapGrid.html(**present.map_grid(grid))
 

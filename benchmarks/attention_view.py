@@ -37,6 +37,7 @@ import torch
 from benchmarks.attention_pages import HEAD, LAYER, PIXELS, layers_of, load, write_page
 from benchmarks.first_paint import browser, first_paint
 from benchmarks.record import environment, write
+from workbench_kernels import Scoring
 
 LENGTHS = (64, 128, 256, 512, 1024, 4096, 32_768)
 READ = 4096  # tokens that the model reads; shorter prompts are its prefixes
@@ -70,13 +71,13 @@ class View:
 ONE, ALL = f"one layer, {HEADS} heads", f"{LAYERS} layers, {LAYERS * HEADS} heads"
 VIEWS = (
     View("bertviz head_view", ONE, "bertviz.head_view", "bertviz", 1, lambda n: ("line", HEADS * n * n)),
-    View("CircuitsVis attention_heads", ONE, "circuitsvis", "circuitsvis", 1, lambda n: ("canvas", HEADS + 1)),
-    View("ours: MapGrid", f"{ONE}, 32 x 32 cells", "map_grid.layer", None, 1, lambda n: ("canvas", 1)),
-    View("ours: Heatmap", f"one head, {PIXELS} x {PIXELS} cells", "heatmap", None, 1, lambda n: ("canvas", 1)),
+    View("CircuitsVis attention_heads", ONE, "circuitsvis", "circuitsvis", 1, lambda _: ("canvas", HEADS + 1)),
+    View("ours: MapGrid", f"{ONE}, 32 x 32 cells", "map_grid.layer", None, 1, lambda _: ("canvas", 1)),
+    View("ours: Heatmap", f"one head, {PIXELS} x {PIXELS} cells", "heatmap", None, 1, lambda _: ("canvas", 1)),
     View(
         "bertviz model_view", ALL, "bertviz.model_view", "bertviz", LAYERS, lambda n: ("line", LAYERS * HEADS * n * n)
     ),
-    View("ours: MapGrid", f"{ALL}, 32 x 32 cells", "map_grid.model", None, LAYERS, lambda n: ("canvas", 1), READ),
+    View("ours: MapGrid", f"{ALL}, 32 x 32 cells", "map_grid.model", None, LAYERS, lambda _: ("canvas", 1), READ),
 )
 
 
@@ -123,7 +124,7 @@ def make(view: View, tokens: int, recording: Path, page: Path, peers: Path) -> F
     command = [sys.executable, "-m", "benchmarks.attention_pages", view.maker, str(tokens), str(recording), str(page)]
     command.append(str(peers))
     try:
-        done = subprocess.run(command, timeout=LIMIT_S, capture_output=True, text=True)
+        done = subprocess.run(command, timeout=LIMIT_S, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:
         return {"failed": f"no page in {LIMIT_S:.0f} s"}
     if done.returncode:
@@ -246,7 +247,7 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
     """From the end of dragging over a part of the map to its exact values on screen: medians of `repeats`."""
     from workbench.measure import pooled_map
     from workbench_widgets import present
-    from workbench_widgets.heatmap import Heatmap
+    from workbench_widgets.views.heatmap import Heatmap
 
     at = layers_of(recording, every=False).start
     query, key = recording["queries"][at, HEAD], recording["keys"][at, HEAD // (HEADS // KV_HEADS)]
@@ -263,10 +264,9 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
         window = tab.evaluate("model.get('window')")
         started = perf_counter()
         rows, cols = (window[0], window[1]), (window[2], window[3])
-        pooled = pooled_map(query, key, scale=recording["scale"], pixels=PIXELS, rows=rows, cols=cols)
-        fields = Heatmap._values(
-            (), present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD), ()
-        )  # as Heatmap.update does
+        pooled = pooled_map(query, key, Scoring(recording["scale"]), pixels=PIXELS, rows=rows, cols=cols)
+        keywords = present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD)
+        fields = Heatmap.field_values((), keywords)  # as Heatmap.update does
         computed = perf_counter()
         packed = {name: base64.b64encode(value).decode() for name, value in fields.items() if isinstance(value, bytes)}
         plain = {name: fields[name] for name in ("extent", "note")}
@@ -374,8 +374,10 @@ def interaction(found: Found) -> list[Any]:
         ["on screen once it is computed (page made and painted)", f"{found['page_s'] + found['paint_s']:.2f} s", "1 s"],
         [
             f"zoom to about {r1 - r0} x {c1 - c0} tokens, from letting go to exact values on screen",
-            f"{zoom['all_s']:.2f} s (computing {zoom['compute_s']:.2f} s, sending and painting "
-            f"{zoom['send_and_paint_s']:.2f} s)",
+            (
+                f"{zoom['all_s']:.2f} s (computing {zoom['compute_s']:.2f} s, sending and painting "
+                f"{zoom['send_and_paint_s']:.2f} s)"
+            ),
             "",
         ],
     ]

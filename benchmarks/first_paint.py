@@ -91,7 +91,7 @@ def first_paint(
         try:
             tab.goto(page.as_uri(), wait_until="commit", timeout=0)
             found["paint_s"] = tab.wait_for_function("globalThis.firstPaint", timeout=0).json_value() / 1000
-        except Exception:  # the tab is no more
+        except Exception:  # noqa: BLE001  the tab is no more, for which Playwright has many names
             found["failed"] = f"not painted in {limit:.0f} s" if stopped.is_set() else "the tab crashed"
         finally:
             clock.cancel()

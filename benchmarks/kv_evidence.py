@@ -114,7 +114,8 @@ class Check:
         if gained is None:
             return cls(expected, "", "not measured")
         own, others = rows.mean(recipe, budget, tasks), rows.mean(other, budget, tasks)
-        assert own is not None and others is not None
+        assert own is not None
+        assert others is not None
         numbers = f"{own.value:+.3f} against {others.value:+.3f}: {gained} nats a token better (n = {gained.n})"
         return cls(expected, numbers, _verdict(gained.value, gained.error))
 
@@ -201,8 +202,10 @@ def report(measured: Iterable[Row], notes: dict[str, Any] | None = None) -> str:
         "\n## Needles by length and depth, nats lost\n",
         markdown(_needles(rows)),
         "\n## Directions\n",
-        "Differences are paired over the cases that both have; a difference within its standard error is undecided. "
-        "Tasks are those whose question comes after compression unless others are named.\n",
+        (
+            "Differences are paired over the cases that both have; a difference within its standard error is "
+            "undecided. Tasks are those whose question comes after compression unless others are named.\n"
+        ),
         markdown(_checks(direction_checks(rows))),
         "\n## Claims\n",
         "Each paper's claim, the measurement here that comes closest to it, and why it fails where it does.\n",

@@ -112,7 +112,8 @@ class Bench:
 
     def row(self, name: str, entry: Entry, budget: str) -> Row:
         """One measurement; see the notes of the report for what its figures mean."""
-        assert self.spec is not None and self.session.trace is not None
+        assert self.spec is not None
+        assert self.session.trace is not None
         spec, began = self.spec, time.perf_counter()
         about = {"case": spec.key, "task": spec.task, "length": spec.length, "depth": spec.depth, "recipe": name}
         about |= {"budget": budget, "device": self.device, "tokens": self.session.trace.tokens}
@@ -122,7 +123,7 @@ class Bench:
             return {**about, "gap": str(problem)}
         except Cancelled:
             raise
-        except Exception as problem:  # one method's defect must not take the others with it
+        except Exception as problem:  # noqa: BLE001  one method's defect must not take the others with it
             return {**about, "error": f"{type(problem).__name__}: {problem}"}
         whole = compare_logits(self.full, logits, self.targets[1:])
         last = slice(-self.counted, None)
@@ -144,8 +145,7 @@ class Bench:
         decoder, given = run.decoder, len(self.targets) - self.counted
         assert decoder is not None
         rows = [decoder.feed(self.targets[:given], logits=given).cpu()]
-        for token in self.targets[given:-1]:
-            rows.append(decoder.feed(token[None]).cpu())
+        rows.extend(decoder.feed(token[None]).cpu() for token in self.targets[given:-1])
         return torch.cat(rows), run
 
 

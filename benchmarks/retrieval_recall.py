@@ -18,6 +18,7 @@ from usearch.index import Index as Hnsw
 
 import workbench as wb
 from benchmarks.record import environment, write
+from workbench.budget import Budget
 from workbench.examples import needle
 from workbench.kv import RetrievalAttention
 from workbench.kv.base import Study
@@ -79,10 +80,11 @@ def main() -> None:
     later = read(session, torch.cat([ids, asked])).layers
     trace = read(session, ids)
     methods = {
-        "by the prompt's queries": RetrievalAttention(budget=BUDGET),
-        "by keys": RetrievalAttention(budget=BUDGET, guide="keys", guides=2048),
+        "by the prompt's queries": RetrievalAttention(budget=Budget.parse(BUDGET)),
+        "by keys": RetrievalAttention(budget=Budget.parse(BUDGET), guide="keys", guides=2048),
     }
-    plan, points = session.plan(methods["by the prompt's queries"]), defaultdict(list)
+    plan = session.plan(methods["by the prompt's queries"])
+    points: Points = defaultdict(list)
     for number in LAYERS:
         layer, others = trace.layers[number], plan.tiers[number] == 2
         graphs = {}

@@ -38,7 +38,9 @@ def shaped(device: str) -> PreTrainedModel:
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return LlamaForCausalLM(config).eval()
+            model = LlamaForCausalLM(config)
+            model.eval()
+            return model
         finally:
             torch.set_default_dtype(default)
 

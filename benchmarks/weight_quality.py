@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,14 @@ class Bench:
             for _ in self.study.inputs(moments=True) if method.needs_inputs or method.needs_moment else ():
                 break  # gathered before the clock starts
             began = time.perf_counter()
-            twin = compressed(self.model, [method], study=lambda model, number: self.study)
+            twin = compressed(self.model, [method], study=lambda *_: self.study)
             seconds = time.perf_counter() - began
             survey = method.survey(self.model)
             figures = {"held": held(survey, self.model, twin), "full": survey.full_nbytes, "seconds": round(seconds, 1)}
             return {**about, **figures, **self.text(twin), **self.errors(key, survey, twin)}
         except (BudgetTooSmall, NotApplicable) as problem:
             return {**about, "gap": str(problem)}
-        except Exception as problem:  # one method's defect must not take the others with it
+        except Exception as problem:  # noqa: BLE001  one method's defect must not take the others with it
             return {**about, "error": f"{type(problem).__name__}: {problem}"}
 
     def plain(self) -> Row:
@@ -184,8 +185,7 @@ class Bench:
                 change = made.dequantised() - weight if isinstance(made, CompactLinear) else torch.zeros_like(weight)
                 outputs.append(share(inputs[name].output_error, change, weight))
                 if name in gradients:
-                    rows = gradients[name].rows[:, None]
-                    fisher.append(share(lambda part, rows=rows: rows * part.square(), change, weight))
+                    fisher.append(share(partial(_fisher_error, gradients[name].rows[:, None]), change, weight))
         means = {"output": outputs, "fisher": fisher}  # nothing was gathered of what stands outside the blocks
         return found | {name: mean(values) for name, values in means.items() if values}
 
@@ -214,6 +214,10 @@ def same_shape(made: Any, weight: Tensor) -> bool:
 
 def share(measure: Callable[[Tensor], Tensor], change: Tensor, weight: Tensor) -> float:
     return float(measure(change).sum() / measure(weight).sum().clamp_min(1e-30))
+
+
+def _fisher_error(rows: Tensor, part: Tensor) -> Tensor:
+    return rows * part.square()
 
 
 def mean(values: Sequence[float]) -> float:
@@ -270,10 +274,9 @@ def wanted(names: Sequence[str]) -> list[tuple[str, Settings]]:
 
 def verdict(check: Check, rows: Mapping[str, Row]) -> tuple[str, str]:
     """Whether a check holds, and the two figures."""
-    pair = [rows.get(name, {}).get(check.metric) for name in (check.better, check.worse)]
-    if None in pair:
+    better, worse = (rows.get(name, {}).get(check.metric) for name in (check.better, check.worse))
+    if better is None or worse is None:
         return "not measured", ""
-    better, worse = pair
     return ("holds" if better <= worse else "does not hold"), f"{better:.4g} and {worse:.4g}"
 
 

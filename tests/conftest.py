@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
-from tests.kernels import support  # noqa: F401  before anything imports Triton
 from tests.widgets.browser import chromium, served_app  # noqa: F401  fixtures
 from workbench.models import cached, tiny
 from workbench.testing import Subjects

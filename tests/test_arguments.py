@@ -19,6 +19,7 @@ from workbench.errors import BadBudget, BadParameter, InputError
 from workbench.formatting import quoted
 from workbench.measure import Thresholds, head_stats, massive_activations, pooled_map, sink_mass, sinks
 from workbench.registry import Method, registered
+from workbench_kernels import Scoring
 
 TOKENS = 50
 NO_COUNT = ["a", 0.0, 1.5, math.nan, math.inf, True, -1, [1], (1, 2), {}, b"x", np.float64(1), torch.tensor(0)]
@@ -60,9 +61,9 @@ COUNTS: dict[str, tuple[str, Callable[[wb.Session, Any], Any]]] = {
     "calibrate seed": ("seed", lambda s, x: s.calibrate(seed=x)),
     "seed": ("seed", lambda s, x: wb.Session((s.model, None), seed=x)),
     "kv_heads": ("kv_heads", lambda s, x: s.head_stats().to_frame(x)),
-    "sink_mass": ("first", lambda s, x: sink_mass(*_heads(), scale=1.0, first=x)),
-    "head_stats": ("recent", lambda s, x: head_stats(*_heads(), torch.arange(4), scale=1.0, recent=x)),
-    "window": ("window", lambda s, x: sink_mass(*_heads(), scale=1.0, window=x)),
+    "sink_mass": ("first", lambda s, x: sink_mass(*_heads(), Scoring(1.0), first=x)),
+    "head_stats": ("recent", lambda s, x: head_stats(*_heads(), torch.arange(4), Scoring(1.0), recent=x)),
+    "window": ("window", lambda s, x: sink_mass(*_heads(), Scoring(1.0, x))),
 }
 
 
@@ -91,7 +92,7 @@ def test_what_is_no_whole_number_in_range_is_refused_by_name(which: str, session
         lambda s, **spans: s.attention(0, 0, "block-sparse", **spans),
         lambda s, **spans: s.attention(0, 0, "snapkv", budget=0.5, **spans),
         lambda s, **spans: s.operator("slab", 0, **spans),
-        lambda s, **spans: pooled_map(torch.ones(TOKENS, 8), torch.ones(TOKENS, 8), scale=1.0, **spans),
+        lambda s, **spans: pooled_map(torch.ones(TOKENS, 8), torch.ones(TOKENS, 8), Scoring(1.0), **spans),
     ],
     ids=["exact", "implied", "captured", "operator", "pooled_map"],
 )
@@ -124,8 +125,8 @@ def test_what_is_no_known_name_is_refused(name: str, ask: Callable[..., Any], se
 @pytest.mark.parametrize(
     ("name", "ask"),
     [
-        ("scale", lambda x: sink_mass(*_heads(), scale=x)),
-        ("softcap", lambda x: sink_mass(*_heads(), scale=1.0, softcap="" if x is None else x)),
+        ("scale", lambda x: sink_mass(*_heads(), Scoring(x))),
+        ("softcap", lambda x: sink_mass(*_heads(), Scoring(1.0, softcap="" if x is None else x))),
         ("sink", lambda x: Thresholds(sink=x)),
         ("ratio", lambda x: massive_activations(torch.ones(2, 2), ratio=x)),
         ("threshold", lambda x: sinks(torch.ones(1, 4), threshold=x)),

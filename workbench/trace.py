@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from threading import RLock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from workbench.core.attention_rows import attention_rows
+from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
 from workbench.errors import NoRotation
 from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
 from workbench.prompt import Prompt
+from workbench_kernels import Scoring
 
 T = TypeVar("T")
 
@@ -27,8 +28,8 @@ class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
     index: which layer. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
-    `device` wherever they are held (a long prompt's recording may rest in host memory). scale: what scores are
-    multiplied with. window: width of a sliding-window layer in tokens, or None. rotary: function that says how the
+    `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
+    products become scores, with the width of a sliding-window layer. rotary: function that says how the
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
@@ -40,13 +41,26 @@ class LayerTrace(Brief):
     values_held: Tensor
     queries_held: Tensor
     device: torch.device
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
+    scoring: Scoring
     rotary: Callable[[int], Rotation] | None = field(default=None, repr=False)
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
     shared: int | None = None
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied with."""
+        return self.scoring.scale
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a query sees, its own included; None: all up to its own."""
+        return self.scoring.window
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of scores; None: unbounded."""
+        return self.scoring.softcap
 
     @property
     def keys(self) -> Tensor:
@@ -90,10 +104,8 @@ class LayerTrace(Brief):
         yield from attention_rows(
             self.queries[:, first:],
             self.keys,
-            scale=self.scale,
+            self.scoring,
             query_positions=torch.arange(first, self.tokens, device=self.device),
-            window=self.window,
-            softcap=self.softcap,
         )
 
     def attention(self, last: int) -> Tensor:
@@ -109,14 +121,23 @@ class LayerTrace(Brief):
 
     @cached_property
     def _received(self) -> Tensor:
-        sums = column_sums(
-            self.queries, self.keys, scale=self.scale, window=self.window, softcap=self.softcap
-        )  # [h, n]
+        sums = column_sums(self.queries, self.keys, self.scoring)  # [h, n]
         return sums.view(self.kv_heads, self.groups, -1).sum(dim=1).to(self.device)
 
     def unrotated_queries(self) -> Tensor:
         """The queries before rotary embedding, [h, n, d]. Raises NotApplicable as `rotation` does."""
         return self.rotation.undo(self.queries.float(), torch.arange(self.tokens, device=self.device))
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, remembered under `key` for as long as this layer's recording lives."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        found: T = self._cache[key]
+        return found
+
+    @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
 
     @cached_property
     def rotation(self) -> Rotation:
@@ -138,7 +159,7 @@ class Trace:
     took. exact: layers that KV methods must leave alone, with the reason (sliding windows and the like). timeline: live
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
     heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
-    memory: what modules of a compressed model remembered of the prompt.
+    memory: what modules of a compressed model remembered of the prompt. memo: what was computed of it since (`once`).
     """
 
     prompt: Prompt
@@ -150,9 +171,7 @@ class Trace:
     computed: tuple[int, ...] = field(default=(), repr=False)
     gone: tuple[LayerTrace, ...] = field(default=(), repr=False)
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _lock: Any = field(default_factory=RLock, repr=False)
-    _locks: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: Memo = field(default_factory=Memo, repr=False)
 
     @property
     def ids(self) -> Tensor:
@@ -195,14 +214,9 @@ class Trace:
         heads = sum(layer.heads for layer in self.layers)
         return sum(self.computed) / (heads * self.tokens * (self.tokens + 1) // 2)
 
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for as long as the trace lives.
 
         Who asks for the same waits; who asks for something else does not.
         """
-        with self._lock:
-            own = self._locks.setdefault(key, RLock())
-        with own:
-            if key not in self._cache:
-                self._cache[key] = compute()
-            return self._cache[key]
+        return self.memo.once(key, compute)

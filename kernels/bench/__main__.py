@@ -34,7 +34,7 @@ OURS = {"__main__", "measure", "promises", "table"}
 
 def names() -> list[str]:
     """The modules here that measure something."""
-    return sorted(found.name for found in pkgutil.iter_modules([str(FOLDER)]) if found.name not in OURS)
+    return sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.name not in OURS)
 
 
 def machine(arguments: list[str]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def measure(
                 save(name, rows, where, ceilings, folder=folder, stopped="still running")
     except TimeUp as over:
         stopped = str(over)
-    except Exception as problem:
+    except Exception as problem:  # noqa: BLE001  what was measured before is kept, whatever ends it
         traceback.print_exc()
         stopped = f"{type(problem).__name__}: {problem}"
     save(name, rows, where, ceilings, folder=folder, stopped=stopped)
@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
         torch.cuda.empty_cache()
         try:
             produce = import_module(f"bench.{name}").rows
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001  the other modules go on
             failed[name] = f"{type(problem).__name__}: {problem}"
             continue
         stopped = measure(

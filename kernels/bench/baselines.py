@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
+from bench.measure import failures, peak_bytes, relative_error, run_poisoned, time_us
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 LENGTHS, BATCHES = (8 << 10, 32 << 10, 128 << 10), (1, 8)
@@ -80,7 +81,7 @@ def _flex(query: Tensor, keys: Tensor, values: Tensor) -> Work:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _xformers(query: Tensor, keys: Tensor, values: Tensor) -> Work:
@@ -134,12 +135,12 @@ COMPILED: dict[str, Prepare] = {"FlexAttention, compiled": _flex}
 
 def fastest(query: Tensor, keys: Tensor, values: Tensor) -> tuple[str, float]:
     """Which way of SDPA takes the least time here, for query [b, h, 1, d] over keys [b, k, n, d], and its µs."""
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     for what, prepare in SCALED_DOT_PRODUCT.items():
         with suppress(RuntimeError):  # not every backend takes every shape
-            found[what] = time_us(prepare(query, keys, values), milliseconds=25)
-    what = min(found, key=lambda each: found[each])
-    return what, found[what]
+            times[what] = time_us(prepare(query, keys, values), milliseconds=25)
+    what = min(times, key=lambda each: times[each])
+    return what, times[what]
 
 
 def _over_full_cache(baselines: dict[str, Prepare], batch: int, n: int) -> Iterator[dict[str, Any]]:
@@ -171,7 +172,7 @@ def _measured(
 ) -> dict[str, Any]:
     """One row. how: for `time_us`. A failure becomes the row's `failed`, the first line of what it said."""
     row: dict[str, Any] = {"what": what, "batch": batch, "n": n, "bytes": nbytes}
-    try:
+    with failures(row):
         work = prepare()
         got = run_poisoned(work)
         if exact is not None:
@@ -179,9 +180,6 @@ def _measured(
         del got
         row["peak"] = peak_bytes(work)
         row["us"] = time_us(work, **how)
-    except Exception as problem:
-        lines = str(problem).strip().splitlines() or [""]
-        row["failed"] = f"{type(problem).__name__}: {lines[0]}"[:300]
     gc.collect()
     torch.cuda.empty_cache()
     return row
@@ -260,13 +258,14 @@ def kivi_bytes(batch: int, n: int, bits: int) -> dict[str, int]:
 
 @cache
 def _kivi_kernel(path: str) -> Callable[..., Tensor]:
-    name = os.path.basename(path).split(".")[0]
+    name = Path(path).name.split(".")[0]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"WORKBENCH_KIVI: {path} is no extension module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.gemv_forward_cuda_outer_dim
+    kernel: Callable[..., Tensor] = module.gemv_forward_cuda_outer_dim
+    return kernel
 
 
 def _kivi_work(path: str, bits: int, batch: int, n: int, part: str) -> Work:
@@ -309,8 +308,10 @@ def _dequantised_product(given: Tensor, matrix: tuple[Tensor, Tensor, Tensor], b
     """given [b * h, 1, inputs] times the matrices that codes, scales and zeros stand for, in float64."""
     packed, scales, zeros = matrix
     shifts = torch.arange(0, 32, bits, device=packed.device)[None, None, :, None]
-    codes = (packed[:, :, None] >> shifts & 2**bits - 1).flatten(1, 2).double()  # [b * k, outputs, inputs]
+    mask: int = 2**bits - 1
+    codes = (packed[:, :, None] >> shifts & mask).flatten(1, 2).double()  # [b * k, outputs, inputs]
     exact = codes * scales.double().repeat_interleave(KIVI_GROUP, dim=1)
     exact += zeros.double().repeat_interleave(KIVI_GROUP, dim=1)
     grouped = given.double().view(exact.shape[0], -1, given.shape[-1])  # [b * k, g, inputs]
-    return (grouped @ exact.mT).view(given.shape[0], 1, -1)
+    product: Tensor = grouped @ exact.mT
+    return product.view(given.shape[0], 1, -1)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench.measure import run_poisoned, time_us
 from workbench_kernels import building, unpack
-from workbench_kernels.building import Axis, Kept
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis
 
 HEADS, WIDTH, GROUP = 8, 128, 64
 TOKENS, FEW, CHECKED = 131072, 8192, 2048
@@ -44,61 +45,64 @@ def tensors(tokens: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def on_host(chosen: Kept) -> Kept:
     """The same list in host memory."""
-    return Kept(*(part.cpu() if isinstance(part, Tensor) else part for part in chosen))
+    places, starts, begins, lengths = (part.cpu() for part in chosen[:4])
+    return Kept(places, starts, begins, lengths, chosen.counts, chosen.tokens)
 
 
 def errors() -> Iterator[Row]:
     """How many numbers differ from the reference on a CPU, where float32 division is that of IEEE 754; 0 is wanted."""
     keys, values, keep = tensors(CHECKED, 0.6)
     chosen = building.kept(keep)
-    here = building.kept_reference(keep.cpu())
+    here = building.kept.reference(keep.cpu())
     wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(chosen[:5], here[:5], strict=True))
     yield {"what": "check: kept", "different": wrong}
-    found = run_poisoned(partial(building.gather, (keys, values), chosen, torch.float16))
-    wanted = building.gather_reference((keys.cpu(), values.cpu()), here, torch.float16)
-    yield {"what": "check: gather", "different": _different(found, wanted)}
+    rows = run_poisoned(partial(building.gather, (keys, values), chosen, torch.float16))
+    wanted = building.gather.reference((keys.cpu(), values.cpu()), here, torch.float16)
+    yield {"what": "check: gather", "different": _different(rows, wanted)}
     balance = (torch.rand(HEADS, WIDTH, device="cuda") + 0.5).half()
     for axis in get_args(Axis):
         rows_of = chosen.first(chosen.counts // GROUP * GROUP)
         for bits in (1, *BITS):
             for factors in (None, balance):
                 work = partial(building.quantise_rows, keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
-                stored = run_poisoned(work)
+                codes, scale, zero = run_poisoned(work)
                 cpu = None if factors is None else factors.cpu()
-                wanted = building.quantise_rows_reference(
+                wanted = building.quantise_rows.reference(
                     keys.cpu(), bits, GROUP, axis, chosen=on_host(rows_of), balance=cpu
                 )
-                torch_here = building.quantise_rows_reference(keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
+                torch_here = building.quantise_rows.reference(keys, bits, GROUP, axis, chosen=rows_of, balance=factors)
                 owners = rows_of.entries()[0]
                 read = (bits, GROUP, axis, WIDTH, torch.bfloat16)
-                back = run_poisoned(partial(building.dequantise_rows, *stored, *read, balance=factors, owners=owners))
-                plain = building.dequantise_rows_reference(
-                    *(part.cpu() for part in stored), *read, balance=cpu, owners=owners.cpu()
+                back = run_poisoned(
+                    partial(building.dequantise_rows, codes, scale, zero, *read, balance=factors, owners=owners)
+                )
+                plain = building.dequantise_rows.reference(
+                    codes.cpu(), scale.cpu(), zero.cpu(), *read, balance=cpu, owners=owners.cpu()
                 )
                 yield {
                     "what": f"check: {bits} bits per {axis}" + ("" if factors is None else ", balanced"),
-                    "different": _different(stored, wanted),
+                    "different": _different((codes, scale, zero), wanted),
                     "codes of PyTorch on this GPU that differ": int((torch_here[0].cpu() != wanted[0]).sum()),
                     "different when read back": _different((back,), (plain,)),
                 }
     for dtype in (torch.bfloat16, torch.float32):
-        held, bitmap = run_poisoned(partial(building.sparse_rows, keys.to(dtype), COUNT, dtype, chosen=chosen))
-        back = run_poisoned(partial(building.expand_rows, held, bitmap, WIDTH, dtype))
+        numbers, bitmap = run_poisoned(partial(building.sparse_rows, keys.to(dtype), COUNT, dtype, chosen=chosen))
+        back = run_poisoned(partial(building.expand_rows, numbers, bitmap, WIDTH, dtype))
         exact = keys.to(dtype)[keep]
         bits_set = unpack(bitmap, 1, WIDTH)
         largest = exact.abs().sort(dim=1, descending=True).values[:, :COUNT]
         wrong = int((bits_set.sum(dim=1) != COUNT).sum()) + _different((back,), (exact * bits_set,))
         yield {
             "what": f"check: bitmap, {str(dtype).removeprefix('torch.')}",
-            "different": wrong + _different((held.abs().sort(dim=1, descending=True).values,), (largest,)),
+            "different": wrong + _different((numbers.abs().sort(dim=1, descending=True).values,), (largest,)),
         }
 
 
-def _different(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> int:
+def _different(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> int:
     """How many numbers differ; all of them where shapes do."""
     return sum(
         int((a.cpu() != b.cpu()).sum()) if a.shape == b.shape else max(a.numel(), b.numel())
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(got, wanted, strict=True)
     )
 
 
@@ -149,12 +153,15 @@ def times(tokens: int, share: float) -> Iterator[Row]:
         yield {"what": f"{what}, PyTorch", **row, "us": time_us(plain, graph=False, milliseconds=BASELINE_MS)}
         torch.cuda.empty_cache()
 
+    def indexed_then_quantised(bits: int, group: int, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+        return building.quantise_rows.reference(keys[front][None], bits, group, axis)
+
     places = 0 if listed is None else 4 * total
     yield from pair(
         "kept",
         2 * keep.numel() + 4 * chosen.total,
         partial(building.kept, keep),
-        partial(building.kept_reference, keep),
+        partial(building.kept.reference, keep),
         graph=False,
     )
     yield from pair(
@@ -172,26 +179,26 @@ def times(tokens: int, share: float) -> Iterator[Row]:
                 f"quantise, {bits} bits per {axis}",
                 read + packed + places,
                 partial(building.quantise_rows, keys, *how, chosen=listed),
-                lambda how=how: building.quantise_rows_reference(keys[front][None], *how),
+                partial(indexed_then_quantised, *how),
             )
             stored = building.quantise_rows(keys, *how, chosen=listed)
             yield from pair(
                 f"dequantise, {bits} bits per {axis}",
                 read + packed,
                 partial(building.dequantise_rows, *stored, *how, WIDTH, torch.bfloat16),
-                partial(building.dequantise_rows_reference, *stored, *how, WIDTH, torch.bfloat16),
+                partial(building.dequantise_rows.reference, *stored, *how, WIDTH, torch.bfloat16),
             )
-    held = total * (2 * COUNT + WIDTH // 8)
+    sparse = total * (2 * COUNT + WIDTH // 8)
     yield from pair(
         "bitmap, 70 % pruned",
-        read + held + places,
+        read + sparse + places,
         partial(building.sparse_rows, keys, COUNT, torch.bfloat16, chosen=listed),
-        lambda: building.sparse_rows_reference(keys[front][None], COUNT, torch.bfloat16),
+        lambda: building.sparse_rows.reference(keys[front][None], COUNT, torch.bfloat16),
     )
     numbers, bitmap = building.sparse_rows(keys, COUNT, torch.bfloat16, chosen=listed)
     yield from pair(
         "expand, 70 % pruned",
-        read + held,
+        read + sparse,
         partial(building.expand_rows, numbers, bitmap, WIDTH, torch.bfloat16),
-        partial(building.expand_rows_reference, numbers, bitmap, WIDTH, torch.bfloat16),
+        partial(building.expand_rows.reference, numbers, bitmap, WIDTH, torch.bfloat16),
     )

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from bench.baselines import fastest
-from bench.measure import relative_error, run_poisoned, time_us
+from bench.measure import failures, relative_error, run_poisoned, time_us
 from workbench_kernels.building import sparse_rows
-from workbench_kernels.decode import decode_dense, decode_packed, decode_reference
-from workbench_kernels.decode_bitmap import decode_bitmap, decode_bitmap_reference
+from workbench_kernels.decode import decode_dense, decode_packed
+from workbench_kernels.decode_bitmap import decode_bitmap
+from workbench_kernels.dispatch import WithKernel
 from workbench_kernels.gpu import bitmap
 from workbench_kernels.rows import PackedRows, Ragged, SparseRows
 from workbench_kernels.scoring import Scoring
@@ -40,7 +41,7 @@ KEPT = (0.5, 0.25, 0.1)
 BITS, GROUP, TAIL = (8, 4, 2), 64, 128  # rows or channels that share a scale; newest rows, whole
 PRUNED, RECENT = 0.7, 32  # of sparse rows: the share of numbers dropped; newest rows, whole
 
-Held = Ragged | PackedRows | SparseRows
+Rows = Ragged | PackedRows | SparseRows
 Row = dict[str, Any]
 
 
@@ -61,9 +62,9 @@ def _times(heads: Heads, batch: int, n: int) -> Iterator[Row]:
     keys, values = (x.data.view(batch, heads.kv, n, heads.width) for x in full)
     way, base = fastest(query.view(batch, heads.queries, 1, heads.width), keys, values)
 
-    def timed(what: str, held: tuple[Held, Held], kept: float = 1.0) -> Row:
-        us = time_us(partial(_attend, query, *held), milliseconds=40)
-        return {"what": what, **case, "kept": kept, "bytes": _nbytes(*held), "us": us, "speedup": base / us}
+    def timed(what: str, sides: tuple[Rows, Rows], kept: float = 1.0) -> Row:
+        us = time_us(partial(_attend, query, *sides), milliseconds=40)
+        return {"what": what, **case, "kept": kept, "bytes": _nbytes(*sides), "us": us, "speedup": base / us}
 
     yield {"what": "full cache, fastest SDPA", "way": way, **case, "kept": 1.0, "bytes": _nbytes(*full), "us": base}
     yield timed("dense", full)
@@ -77,11 +78,15 @@ def _times(heads: Heads, batch: int, n: int) -> Iterator[Row]:
         yield timed(f"{bits} bit, group {GROUP}", packed(heads, batch, n, bits))
 
 
-def _attend(query: Tensor, keys: Held, values: Held, **options: Any) -> Tensor:
+def _attend(query: Tensor, keys: Rows, values: Rows, **options: Any) -> Tensor:
     """The newest token's attention, by the kernel for what is held."""
-    kernel: Any = {Ragged: decode_dense, PackedRows: decode_packed, SparseRows: decode_bitmap}[type(keys)]
-    out: Tensor = kernel(query, keys, values, Scoring(query.shape[-1] ** -0.5), **options)[0]
-    return out
+    return _function(keys)(query, keys, values, Scoring(query.shape[-1] ** -0.5), **options)[0]
+
+
+def _function(rows: Rows) -> WithKernel[..., tuple[Tensor, Tensor | None]]:
+    functions: dict[type, WithKernel[..., tuple[Tensor, Tensor | None]]]
+    functions = {Ragged: decode_dense, PackedRows: decode_packed, SparseRows: decode_bitmap}
+    return functions[type(rows)]
 
 
 def _query(heads: Heads, batch: int, queries: int = 1) -> Tensor:
@@ -132,10 +137,10 @@ def packed(heads: Heads, batch: int, n: int, bits: int, group: int = GROUP) -> t
     return side("channel"), side("token")
 
 
-def _nbytes(*held: Held) -> int:
+def _nbytes(*sides: Rows) -> int:
     """What a step has to read: the rows there are, not the room for more."""
     total = 0
-    for each in held:
+    for each in sides:
         parts: tuple[Ragged, ...] = (each,) if isinstance(each, Ragged) else ()
         if isinstance(each, PackedRows):
             parts = each.codes, each.scale, each.zero, each.tail
@@ -169,15 +174,13 @@ def _errors() -> Iterator[Row]:
     yield _checked(f"4 bit, group {GROUP}", LLAMA, 5, *packed(LLAMA, 1, n, 4))
 
 
-def _checked(what: str, heads: Heads, queries: int, keys: Held, values: Held) -> Row:
+def _checked(what: str, heads: Heads, queries: int, keys: Rows, values: Rows) -> Row:
     """One comparison; several queries are the newest tokens, of which each sees those before it."""
     query, options = _query(heads, 1, queries), {}
     if queries > 1:
         options["query_positions"] = torch.arange(4099 - queries, 4099, device="cuda")
     got = run_poisoned(partial(_attend, query, keys, values, **options))
-    reference: Callable[..., tuple[Tensor, Tensor]]
-    reference = decode_bitmap_reference if isinstance(keys, SparseRows) else decode_reference
-    wanted, _ = reference(query.double(), keys, values, Scoring(query.shape[-1] ** -0.5), **options)
+    wanted, _ = _function(keys).reference(query.double(), keys, values, Scoring(query.shape[-1] ** -0.5), **options)
     return {"what": what, "heads": list(heads), "queries": queries, "error": relative_error(got, wanted)}
 
 
@@ -188,18 +191,16 @@ def _sweep(n: int) -> Iterator[Row]:
     """Times of the kernel for sparse rows in each configuration, and its largest error at a few head sizes."""
     query, full = _query(LLAMA, 8), _dense(LLAMA, 8, n)
     yield {"what": "sweep, dense", "n": n, "us": time_us(partial(_attend, query, *full), milliseconds=25)}
-    held = _sparse(full[0], n), _sparse(full[1], n)
+    sparse = _sparse(full[0], n), _sparse(full[1], n)
     del full
     cases = [_sweep_case(heads, queries) for heads in SWEPT for queries in (1, 5)]
     for config in BITMAP_CONFIGS:
         row = {"what": "sweep, bitmap", "heads": list(LLAMA), "batch": 8, "n": n, "config": str(tuple(config))}
-        try:
-            work = partial(bitmap.decode_bitmap, query, *held, Scoring(0.1), config=config)
-            row |= {"bytes": _nbytes(*held), "us": time_us(work, milliseconds=25)}
+        with failures(row):  # a configuration may need more than there is
+            work = partial(bitmap.decode_bitmap, query, *sparse, Scoring(0.1), config=config)
+            row |= {"bytes": _nbytes(*sparse), "us": time_us(work, milliseconds=25)}
             row["error"] = max(relative_error(case(config=config)[0], wanted) for case, wanted in cases)
-            yield row
-        except Exception as problem:  # a configuration that needs more than there is
-            yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:200]}
+        yield row
 
 
 def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]:
@@ -210,7 +211,7 @@ def _sweep_case(heads: Heads, queries: int) -> tuple[Callable[..., Any], Tensor]
     options: dict[str, Any] = {"scoring": Scoring(heads.width**-0.5)}
     if queries > 1:
         options["query_positions"] = torch.arange(n - queries, n, device="cuda")
-    wanted, _ = decode_bitmap_reference(query.double(), keys, values, **options)
+    wanted, _ = decode_bitmap.reference(query.double(), keys, values, **options)
     return partial(bitmap.decode_bitmap, query, keys, values, **options), wanted
 
 

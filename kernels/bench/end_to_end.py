@@ -58,7 +58,7 @@ def eight_billion() -> PreTrainedModel:
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, num_attention_heads=32,
         num_key_value_heads=KV_HEADS, head_dim=WIDTH, vocab_size=128256, max_position_embeddings=TOKENS + 1024,
-        rope_theta=500000.0, tie_word_embeddings=False, dtype=KIND,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False, dtype=KIND,
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(KIND)
@@ -67,7 +67,8 @@ def eight_billion() -> PreTrainedModel:
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def measured(model: PreTrainedModel, tokens: int, kept: float, bits: int | None) -> dict[str, Any]:

@@ -10,19 +10,21 @@ WORKBENCH_SWEEP=1 tries the configurations first, and goes on with the fastest o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
+from bench.measure import failures, peak_bytes, relative_error, run_poisoned, time_us
 from workbench_kernels.gpu import lowrank as gpu
-from workbench_kernels.lowrank import SCRATCH, attend_factors_reference, mlp_factors_reference
+from workbench_kernels.limits import SCRATCH
+from workbench_kernels.lowrank import attend_factors, mlp_factors
 from workbench_kernels.scoring import Scoring
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, NEURONS = 4096, 32, 8, 128, 14336
@@ -35,7 +37,8 @@ Config = gpu.AttentionConfig | gpu.MLPConfig
 Chosen = dict[tuple[str, str], Config]
 
 
-class Factors(NamedTuple):
+@dataclass(frozen=True)
+class Factors:
     """A low-rank layer: down [r, i], up [o, r]."""
 
     down: Tensor
@@ -92,11 +95,13 @@ def attention_works(x: Tensor, layers: list[Factors], chosen: Chosen) -> dict[st
     dense = [_normal(len(layer.up), HIDDEN) / HIDDEN**0.5 for layer in layers]
 
     def ours(scratch: int, config: Any) -> Tensor:
-        thin = [linear(x, layer.down) for layer in layers]
-        bases = [layer.bases(heads) for layer, heads in zip(layers, (HEADS, KV_HEADS, KV_HEADS), strict=True)]
-        return gpu.attend_factors(*thin, *bases, Scoring(WIDTH**-0.5), cos=cos, sin=sin, scratch=scratch, config=config)
+        query, key, value = layers
+        return gpu.attend_factors(
+            linear(x, query.down), linear(x, key.down), linear(x, value.down), query.bases(HEADS), key.bases(KV_HEADS),
+            value.bases(KV_HEADS), Scoring(WIDTH**-0.5), cos=cos, sin=sin, scratch=scratch, config=config,
+        )  # fmt: skip
 
-    def whole(project: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    def whole(project: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         query, key, value = (wide(x).view(len(x), -1, WIDTH).transpose(0, 1) for wide in project)
         query, key = rotated(query, cos, sin), rotated(key, cos, sin)
         out: Tensor = sdpa(query[None], key[None], value[None], is_causal=True, enable_gqa=True)[0]
@@ -104,7 +109,7 @@ def attention_works(x: Tensor, layers: list[Factors], chosen: Chosen) -> dict[st
 
     return {
         **{way: partial(ours, scratch, chosen.get(("attention", way))) for way, scratch in WAYS.items()},
-        "plain": partial(whole, list(layers)),
+        "plain": partial(whole, layers),
         "dense": partial(whole, [partial(linear, weight=weight) for weight in dense]),
     }
 
@@ -116,16 +121,16 @@ def mlp_works(x: Tensor, layers: list[Factors], chosen: Chosen) -> dict[str, Cal
 
     def ours(scratch: int, config: Any) -> Tensor:
         thin = (linear(x, gate.down), linear(x, up.down))
-        mixed = gpu.mlp_factors(*thin, gate.up.T, up.up.T, down.down.T, None, None, "silu", scratch, config)
+        mixed = gpu.mlp_factors(*thin, gate.up.T, up.up.T, down.down.T, act="silu", scratch=scratch, config=config)
         return linear(mixed, down.up)
 
-    def whole(project: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    def whole(project: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         return project[2](silu(project[0](x)) * project[1](x))
 
     kind = {way: mlp_kind(scratch, down.rank) for way, scratch in WAYS.items()}
     return {
         **{way: partial(ours, scratch, chosen.get(("feed-forward", kind[way]))) for way, scratch in WAYS.items()},
-        "plain": partial(whole, list(layers)),
+        "plain": partial(whole, layers),
         "dense": partial(whole, [partial(linear, weight=weight) for weight in weights]),
     }
 
@@ -167,10 +172,11 @@ def attention_errors() -> Iterator[dict[str, Any]]:
         cos, sin = rotary(CHECKED, width)
         scoring = Scoring(width**-0.5)
         exact = [x.double() for x in (*thin, *bases)]
-        truth = attend_factors_reference(*exact, scoring, cos=cos.double(), sin=sin.double())
+        reference: Callable[..., Tensor] = attend_factors.reference
+        kernel: Callable[..., Tensor] = gpu.attend_factors
+        truth = reference(*exact, scoring, cos=cos.double(), sin=sin.double())
         for way, scratch in WAYS.items():
-            work = partial(gpu.attend_factors, *thin, *bases, scoring, cos=cos, sin=sin, scratch=scratch)
-            out = run_poisoned(work)
+            out = run_poisoned(partial(kernel, *thin, *bases, scoring, cos=cos, sin=sin, scratch=scratch))
             yield checked("attention", way, dtype, f"n {CHECKED}, d {width}, ranks {ranks}", relative_error(out, truth))
 
 
@@ -181,9 +187,11 @@ def mlp_errors() -> Iterator[dict[str, Any]]:
         bases = [(_normal(neurons, rank) / rank**0.5).to(dtype).T for rank in ranks[:2]]
         down = (_normal(ranks[2], neurons) / neurons**0.5).to(dtype).T
         given = (gate, up, *bases, down)
-        truth = mlp_factors_reference(*(x.double() for x in given), None, None, "silu", 512)
+        reference: Callable[..., Tensor] = mlp_factors.reference
+        kernel: Callable[..., Tensor] = gpu.mlp_factors
+        truth = reference(*(x.double() for x in given), act="silu", tile=512)
         for way, scratch in WAYS.items():
-            out = run_poisoned(partial(gpu.mlp_factors, *given, None, None, "silu", scratch))
+            out = run_poisoned(partial(kernel, *given, act="silu", scratch=scratch))
             shape = f"n {CHECKED}, f {neurons}, ranks {ranks}"
             yield checked("feed-forward", way, dtype, shape, relative_error(out, truth))
 
@@ -231,14 +239,11 @@ def sweep(chosen: Chosen) -> Iterator[dict[str, Any]]:
             if perf_counter() - began > SWEEP_SECONDS:
                 yield {**row, "failed": "the time was over"}
                 continue
-            try:
-                us = time_us(works({kind: configs[number]})[kind[1]], milliseconds=20)
-            except Exception as error:  # does not fit into the device: one result among others
-                yield {**row, "failed": f"{type(error).__name__}: {error}"[:200]}
-                continue
-            yield {**row, "us": us}
-            if us < best.get(kind, float("inf")):
-                best[kind], chosen[kind] = us, configs[number]
+            with failures(row):  # it may not fit into the device
+                row["us"] = time_us(works({kind: configs[number]})[kind[1]], milliseconds=20)
+            yield row
+            if row.get("us", float("inf")) < best.get(kind, float("inf")):
+                best[kind], chosen[kind] = row["us"], configs[number]
 
 
 def _normal(*shape: int) -> Tensor:

@@ -124,11 +124,11 @@ def poison(*nbytes: int, blocks: int = 4) -> None:
     nbytes: sizes of allocations to come. The allocator serves a request from the free block that fits best, so some
     blocks of each size, and of powers of two for what lies between, are allocated, filled and freed.
     """
-    held = []
+    full = []
     for size in (*nbytes, *(1 << power for power in range(9, 26))):
-        held += [torch.full((max(size, 1),), 255, dtype=torch.uint8, device="cuda") for _ in range(blocks)]
+        full += [torch.full((max(size, 1),), 255, dtype=torch.uint8, device="cuda") for _ in range(blocks)]
     torch.cuda.synchronize()
-    del held
+    del full
 
 
 def run_poisoned(work: Callable[[], Any]) -> Any:
@@ -161,6 +161,21 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def failures(row: dict[str, Any]) -> Iterator[None]:
+    """Write what fails inside the block down as the row's `failed`, its type and first line, and go on.
+
+    Libraries are not installed, work does not fit into the device: each is one result among others.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        row["failed"] = f"not installed: {problem.name}"
+    except Exception as problem:  # noqa: BLE001  # whatever it is
+        first = next(iter(str(problem).strip().splitlines()), "")
+        row["failed"] = f"{type(problem).__name__}: {first}"[:300]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Promise:
     at_most: bool = False
     percent: bool = False
 
-    def held(self, results: Results) -> bool | None:
+    def kept(self, results: Results) -> bool | None:
         """Whether it is kept; None where it was not measured."""
         reached = self.figure(results)
         if reached is None:
@@ -45,14 +45,14 @@ def table(results: Results) -> list[list[str]]:
     """Promise, bound, what was reached, and whether that is enough; with a head."""
     lines = [["must hold", "bound", "reached", "holds"]]
     for promise in PROMISES:
-        reached, held = promise.figure(results), promise.held(results)
+        reached, kept = promise.figure(results), promise.kept(results)
         said = "≤ " if promise.at_most else "≥ "
         lines.append(
             [
                 promise.says,
                 said + promise.shown(promise.bound),
                 "not measured" if reached is None else promise.shown(reached),
-                "" if held is None else "yes" if held else "**no**",
+                "" if kept is None else "yes" if kept else "**no**",
             ]
         )
     return lines
@@ -81,18 +81,18 @@ def _decode(what: str, key: str, **case: Any) -> Callable[[Results], float | Non
 
 def _errors(names: Sequence[str]) -> Callable[[Results], float | None]:
     def worst(results: Results) -> float | None:
-        found = [each for name in names for each in _figures(_rows(results, "decode", name), "error")]
-        return max(found, default=None)
+        errors = [each for name in names for each in _figures(_rows(results, "decode", name), "error")]
+        return max(errors, default=None)
 
     return worst
 
 
 def _whole_cache(results: Results, batch: int, n: int) -> float | None:
     """The least time that anything took over the full cache, in µs."""
-    found = _figures(_rows(results, "decode", "full cache", heads=LLAMA, batch=batch, n=n), "us")
+    times = _figures(_rows(results, "decode", "full cache", heads=LLAMA, batch=batch, n=n), "us")
     for name in WHOLE_CACHE:
-        found += _figures(_rows(results, "baselines", name, batch=batch, n=n), "us")
-    return min(found, default=None)
+        times += _figures(_rows(results, "baselines", name, batch=batch, n=n), "us")
+    return min(times, default=None)
 
 
 def _times_as_fast(what: str, **case: Any) -> Callable[[Results], float | None]:
@@ -116,13 +116,13 @@ def _over_dense(what: str) -> Callable[[Results], float | None]:
 
 def _slowest_of_less(results: Results) -> float | None:
     """The full cache's time over that of half of it or less, where that is the least."""
-    found = []
+    ratios = []
     for row in _rows(results, "decode", heads=LLAMA):
         less = row.get("kept", 1.0) <= 0.5
         base = _whole_cache(results, row["batch"], row["n"]) if less and row.get("us") else None
         if base:
-            found.append(base / float(row["us"]))
-    return min(found, default=None)
+            ratios.append(base / float(row["us"]))
+    return min(ratios, default=None)
 
 
 def _reading(results: Results) -> float | None:
@@ -133,8 +133,8 @@ def _reading(results: Results) -> float | None:
 
 
 def _reading_memory(results: Results) -> float | None:
-    found = _figures(_rows(results, "reading", "column sums + map", n=LONGEST), "peak")
-    return max(found) / 2**20 if found else None
+    peaks = _figures(_rows(results, "reading", "column sums + map", n=LONGEST), "peak")
+    return max(peaks) / 2**20 if peaks else None
 
 
 def _step(what: str, key: str) -> Callable[[Results], float | None]:

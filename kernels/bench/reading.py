@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
+from bench.measure import failures, peak_bytes, relative_error, run_poisoned, time_us
+from workbench_kernels import reading as references
+from workbench_kernels.attention_statistics import Reading
 from workbench_kernels.gpu.reading import CONFIGS, Config, read_attention
-from workbench_kernels.reading import Reading, read_attention_reference
 from workbench_kernels.scoring import Scoring
 
 HEADS, KV_HEADS, WIDTH, PIXELS = 32, 8, 128, 512
@@ -76,19 +77,18 @@ def errors(n: int) -> Iterator[dict[str, Any]]:
     }
     for name, how in cases.items():
         scoring = scorings.get(name, SCORING)
-        exact = read_attention_reference(query.double(), key.double(), scoring, **how)
+        exact = references.read_attention.reference(query.double(), key.double(), scoring, **how)
         for given in (False, True):
             lse = exact.lse.float() if given else None
 
-            work = partial(read_attention, query, key, scoring, lse=lse, **how)
-
-            try:
-                found = run_poisoned(work)
-            except Exception as problem:
-                yield {"what": name, "n": n, "failed": f"{type(problem).__name__}: {problem}"[:300]}
-                continue
-            for field, ours, theirs in zip(Reading._fields, found, exact, strict=True):
-                if ours is not None and not (given and field == "lse"):
+            row: dict[str, Any] = {"what": name, "n": n}
+            reading = (None,) * len(Reading._fields)
+            with failures(row):
+                reading = run_poisoned(partial(read_attention, query, key, scoring, lse=lse, **how))
+            if "failed" in row:
+                yield row
+            for field, ours, theirs in zip(Reading._fields, reading, exact, strict=True):
+                if ours is not None and theirs is not None and not (given and field == "lse"):
                     what = f"{name}: {field}, lse {'given' if given else 'found'}"
                     yield {"what": what, "n": n, "error": relative_error(ours, theirs)}
 
@@ -106,10 +106,9 @@ def sweep(n: int) -> Iterator[dict[str, Any]]:
             return read_attention(query, key, SCORING, lse=lse, pooling="max", pixels=PIXELS, config=config)
 
         row = {"what": "sweep", "n": n, "number": number, **asdict(config)}
-        try:
-            yield {**row, "us": time_us(work, graph=False, milliseconds=40), "flops": flops(n)}
-        except Exception as problem:
-            yield {**row, "failed": f"{type(problem).__name__}: {problem}"[:300]}
+        with failures(row):
+            row |= {"us": time_us(work, graph=False, milliseconds=40), "flops": flops(n)}
+        yield row
 
 
 def times(n: int, config: Config | None) -> Iterator[dict[str, Any]]:
@@ -118,12 +117,10 @@ def times(n: int, config: Config | None) -> Iterator[dict[str, Any]]:
     fastest = None
     for name, backend in BACKENDS.items():
         row: dict[str, Any] = {"what": f"attention itself, {name}", "n": n}
-        try:
+        with failures(row):
             row["us"] = time_us(attention(query, key, backend), graph=False, milliseconds=40)
             row["flops"] = 2 * flops(n)
             fastest = min(row["us"], fastest or row["us"])
-        except Exception as problem:
-            row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
         yield row
     torch.cuda.empty_cache()
     lse = read_attention(query, key, SCORING, sums=False).lse
@@ -141,13 +138,11 @@ def times(n: int, config: Config | None) -> Iterator[dict[str, Any]]:
         works[name] = work, 1
     for name, (each, passes) in works.items():
         row = {"what": name, "n": n}
-        try:
+        with failures(row):
             row["peak"] = peak_bytes(each)
             row["us"] = time_us(each, graph=False, milliseconds=40)
             row["flops"] = passes * flops(n)
             row["speedup"] = None if fastest is None else fastest / row["us"]
-        except Exception as problem:
-            row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
         yield row
 
 

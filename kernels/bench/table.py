@@ -153,12 +153,12 @@ def lines(rows: Sequence[Row]) -> tuple[str, dict[str, list[tuple[float, float]]
     if not counts:
         return None
     chosen = max(counts, key=lambda each: counts[each])
-    found: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in points:
         if setting(row, (*NAMES, "n")) == chosen:
-            found.setdefault(name_of(row), []).append((float(row["n"]), float(row["us"])))
-    found = {what: sorted(line) for what, line in found.items() if len({n for n, _ in line}) >= 3}
-    return (", ".join(f"{key} {value}" for key, value in chosen), found) if found else None
+            lines.setdefault(name_of(row), []).append((float(row["n"]), float(row["us"])))
+    lines = {what: sorted(line) for what, line in lines.items() if len({n for n, _ in line}) >= 3}
+    return (", ".join(f"{key} {value}" for key, value in chosen), lines) if lines else None
 
 
 def bar_chart(title: str, shown: Sequence[tuple[str, float]]) -> str:
@@ -191,8 +191,7 @@ def line_chart(title: str, shown: Mapping[str, Sequence[tuple[float, float]]]) -
         y = top + high - up * (power - least)
         parts.append(f'<path d="M{left} {y:.1f}H{left + wide}" stroke="#dddddd"/>')
         parts.append(_text(left - 6, y + 4, f"{10.0**power:g} µs", anchor="end"))
-    for n in ns:
-        parts.append(_text(left + across * (log2(n) - low), top + high + 18, f"{n:,.0f}", anchor="middle"))
+    parts.extend(_text(left + across * (log2(n) - low), top + high + 18, f"{n:,.0f}", anchor="middle") for n in ns)
     for place, (what, line) in enumerate(shown.items()):
         colour = COLOURS[place % len(COLOURS)]
         dash = f' stroke-dasharray="{2 + 3 * (place // len(COLOURS))} 3"' if place >= len(COLOURS) else ""

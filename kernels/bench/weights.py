@@ -15,13 +15,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
+from math import sqrt
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.measure import peak_bytes, relative_error, run_poisoned, time_us
+from bench.measure import failures, peak_bytes, relative_error, run_poisoned, time_us
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.layers import CodebookLinear, CompactLinear, IntegerLinear, PackedLinear, SparseLinear, compact
 from workbench.weights.low_rank import LowRankLinear
@@ -36,7 +37,7 @@ TILES = (8, 16, 32, 64, 128)  # MiB
 GEMLITE_SECONDS = 15.0
 
 
-class Held(NamedTuple):
+class Candidate(NamedTuple):
     """What multiplies x [n, i], its bytes, and the weight [o, i] that it stands for, in float64; None: not known."""
 
     work: Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ class Held(NamedTuple):
     weight: Callable[[], Tensor] | None = None
 
 
-Make = Callable[[int, int], Held]  # of o, i
+Make = Callable[[int, int], Candidate]  # of o, i
 
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
@@ -83,31 +84,32 @@ def measured(
     several: tuple[int, ...] = TOKENS,
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of tokens. plain: times of nn.Linear, by shape and tokens, which this fills itself."""
-    try:
-        held = make(outputs, inputs)
-        exact = held.weight().double() if held.weight is not None else None
-    except Exception as error:  # not installed, or not for this device: one result among others
-        yield {**case(what, way, outputs, inputs, several), "failed": _said(error)}
+    row = case(what, way, outputs, inputs, several)
+    with failures(row):  # it may not be installed, or not be for this device
+        candidate = make(outputs, inputs)
+        exact = candidate.weight().double() if candidate.weight is not None else None
+    if "failed" in row:
+        yield row
         return
     failed: dict[str, list[int]] = {}
     graph = True  # until a capture fails: then for the others neither
     for tokens in several:
         key = (outputs, inputs, tokens)
         x = drawn(tokens, inputs)
-        try:
-            with torch.inference_mode():
-                out = run_poisoned(partial(held.work, x))
-                error = None if exact is None else relative_error(out, x.double() @ exact.T)
-                us, graph = timed(partial(held.work, x), graph)
-                peak = peak_bytes(partial(held.work, x))
-        except Exception as problem:
-            failed.setdefault(_said(problem), []).append(tokens)
+        row = {}
+        with failures(row), torch.inference_mode():
+            out = run_poisoned(partial(candidate.work, x))
+            error = None if exact is None else relative_error(out, x.double() @ exact.T)
+            us, graph = timed(partial(candidate.work, x), graph)
+            peak = peak_bytes(partial(candidate.work, x))
+        if "failed" in row:
+            failed.setdefault(row["failed"], []).append(tokens)
             continue
         if what == DENSE:
             plain[key] = us
         yield {
             **case(what, way, outputs, inputs, (tokens,)),
-            "us": us, "bytes": held.nbytes + x.nbytes + out.nbytes, "flops": 2 * tokens * outputs * inputs,
+            "us": us, "bytes": candidate.nbytes + x.nbytes + out.nbytes, "flops": 2 * tokens * outputs * inputs,
             "speedup": plain[key] / us if key in plain else None, "peak": peak, "error": error,
             **({} if graph else {"launched": "one by one"}),
         }  # fmt: skip
@@ -127,17 +129,17 @@ def timed(work: Callable[[], Any], graph: bool = True) -> tuple[float, bool]:
 
 def sweep() -> Iterator[dict[str, Any]]:
     """Tiles of other sizes for one token and 512, and the packed kernel's configurations for one."""
-    usual = compact._TILE
+    usual = compact._TILE  # noqa: SLF001  what is swept is nobody else's business
     try:
         for outputs, inputs in ((14336, 4096), (4096, 14336)):
             for what in (("packed 4 bit, group 64", "tiles"), ("sparse, half, uneven rows", "ours")):
-                held = OURS[what](outputs, inputs)
+                candidate = OURS[what](outputs, inputs)
                 for tile in TILES:
-                    compact._TILE = tile << 20
+                    compact._TILE = tile << 20  # noqa: SLF001  see above
                     for tokens in (1, 512):
-                        yield tried(held.work, what[0], f"tiles of {tile} MiB", outputs, inputs, tokens)
+                        yield tried(candidate.work, what[0], f"tiles of {tile} MiB", outputs, inputs, tokens)
     finally:
-        compact._TILE = usual
+        compact._TILE = usual  # noqa: SLF001  see above
     from workbench_kernels.gpu import packed_linear as gpu
 
     for outputs, inputs in ((4096, 4096), (14336, 4096)):
@@ -156,26 +158,18 @@ def tried(
 ) -> dict[str, Any]:
     """A row of a sweep."""
     row = case(f"sweep: {what}", way, outputs, inputs, (tokens,))
-    try:
-        with torch.inference_mode():
-            us, graph = timed(partial(work, drawn(tokens, inputs)))
-    except Exception as error:  # does not fit into the device: one result among others
-        return {**row, "failed": _said(error)}
-    return {**row, "us": us, **({} if graph else {"launched": "one by one"})}
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"not installed: {error.name}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    with failures(row), torch.inference_mode():  # it may not fit into the device
+        row["us"], graph = timed(partial(work, drawn(tokens, inputs)))
+        row |= {} if graph else {"launched": "one by one"}
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
 
 
-def dense(outputs: int, inputs: int) -> Held:
+def dense(outputs: int, inputs: int) -> Candidate:
     layer = whole(outputs, inputs)
-    return Held(layer, layer.weight.nbytes, lambda: layer.weight)
+    return Candidate(layer, layer.weight.nbytes, lambda: layer.weight)
 
 
 def whole(outputs: int, inputs: int) -> nn.Linear:
@@ -185,40 +179,40 @@ def whole(outputs: int, inputs: int) -> nn.Linear:
     return layer
 
 
-def ours(layer: CompactLinear) -> Held:
-    return Held(layer.to(DEVICE), layer.nbytes, lambda: layer.dequantised(torch.float64))
+def ours(layer: CompactLinear) -> Candidate:
+    return Candidate(layer.to(DEVICE), layer.nbytes, lambda: layer.dequantised(torch.float64))
 
 
-def packed(bits: int, group: int, outputs: int, inputs: int) -> Held:
+def packed(bits: int, group: int, outputs: int, inputs: int) -> Candidate:
     codes, scale, zero = grid(bits, group, outputs, inputs)
     return ours(PackedLinear(codes, scale, zero, bits, group=group))
 
 
-def packed_tiles(outputs: int, inputs: int) -> Held:
+def packed_tiles(outputs: int, inputs: int) -> Candidate:
     """The same without the kernel: for one token, too, weights are made float."""
     codes, scale, zero = grid(4, 64, outputs, inputs)
     layer = PackedLinear(codes, scale, zero, 4, group=64)
     return ours(layer)._replace(work=partial(CompactLinear.forward, layer))
 
 
-def integer(bits: int, outputs: int, inputs: int) -> Held:
+def integer(bits: int, outputs: int, inputs: int) -> Candidate:
     """Errors, too, are beside the inputs as they are: what rounding them loses counts."""
     codes, scale, _ = grid(bits, inputs, outputs, inputs)
     return ours(IntegerLinear(codes, scale, None, bits, group=inputs))
 
 
-def sparse(even: bool, outputs: int, inputs: int) -> Held:
+def sparse(even: bool, outputs: int, inputs: int) -> Candidate:
     weight = _normal(outputs, inputs)
     return ours(SparseLinear(weight, two_of_four(weight) if even else weight.abs() > weight.abs().float().median()))
 
 
-def codebook(outputs: int, inputs: int) -> Held:
+def codebook(outputs: int, inputs: int) -> Candidate:
     words = outputs // CODEWORDS
     index = torch.randint(words, (outputs,), generator=_drawing(DEVICE), device=DEVICE)
     return ours(CodebookLinear(_normal(words, inputs), index))
 
 
-def low_rank(outputs: int, inputs: int) -> Held:
+def low_rank(outputs: int, inputs: int) -> Candidate:
     """Half the parameters."""
     rank = outputs * inputs // (outputs + inputs) // 2 // 16 * 16
     return ours(LowRankLinear(_normal(rank, inputs), _normal(outputs, rank)))
@@ -244,33 +238,37 @@ OURS: dict[tuple[str, str], Make] = {
 # ----------------------------------------------------------------------------------------------------------- libraries
 
 
-def int4pack(group: int, outputs: int, inputs: int) -> Held:
+def int4pack(group: int, outputs: int, inputs: int) -> Candidate:
     """torch's own 4-bit product (tinygemm), which torchao's tiled layout uses as well: (code - 8) * scale + zero."""
     codes, scale, _ = grid(4, group, outputs, inputs)
     scale, zero = scale.to(KIND), _normal(*scale.shape) / 64
-    held = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    # torch offers its own 4-bit product by no other name.
+    packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)  # noqa: SLF001  see above
     pairs = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()  # [g, o, 2]
 
     def weight() -> Tensor:
         groups = codes.double().unflatten(1, (-1, group)) - 8
         return torch.addcmul(zero.double()[..., None], groups, scale.double()[..., None]).flatten(1)
 
-    return Held(lambda x: torch._weight_int4pack_mm(x, held, group, pairs), tensor_bytes([held, pairs]), weight)
+    def work(x: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm(x, packed, group, pairs)  # noqa: SLF001  see above
+
+    return Candidate(work, tensor_bytes([packed, pairs]), weight)
 
 
-def semi_structured(name: str, outputs: int, inputs: int) -> Held:
+def semi_structured(name: str, outputs: int, inputs: int) -> Candidate:
     """torch's 2:4 weights, by the library that `name` stands for."""
     from torch.sparse import semi_structured as library
 
     weight = _normal(outputs, inputs)
     weight = weight * two_of_four(weight)
     kind: Any = getattr(library, f"SparseSemiStructuredTensor{name}")
-    held = kind.from_dense(weight)
-    inner = [getattr(held, part) for part in held.__tensor_flatten__()[0]]
-    return Held(lambda x: nn.functional.linear(x, held), tensor_bytes(inner), lambda: weight)
+    pruned = kind.from_dense(weight)
+    inner = [getattr(pruned, part) for part in pruned.__tensor_flatten__()[0]]
+    return Candidate(lambda x: nn.functional.linear(x, pruned), tensor_bytes(inner), lambda: weight)
 
 
-def torchao(config: str, options: dict[str, Any], outputs: int, inputs: int) -> Held:
+def torchao(config: str, options: dict[str, Any], outputs: int, inputs: int) -> Candidate:
     """A plain layer that torchao quantised. What it stands for is read off its product with the identity."""
     from torchao import quantization
 
@@ -279,11 +277,11 @@ def torchao(config: str, options: dict[str, Any], outputs: int, inputs: int) -> 
     inner = [getattr(layer.weight, part) for part in layer.weight.__tensor_flatten__()[0]]
     nbytes = tensor_bytes(tensor for tensor in inner if isinstance(tensor, Tensor))
     if "Activation" in config:
-        return Held(layer, nbytes, lambda: layer.weight.dequantize())
-    return Held(layer, nbytes, lambda: layer(torch.eye(inputs, dtype=KIND, device=DEVICE)).T)
+        return Candidate(layer, nbytes, layer.weight.dequantize)
+    return Candidate(layer, nbytes, lambda: layer(torch.eye(inputs, dtype=KIND, device=DEVICE)).T)
 
 
-def gemlite(bits: int, group: int, outputs: int, inputs: int) -> Held:
+def gemlite(bits: int, group: int, outputs: int, inputs: int) -> Candidate:
     """GemLite's Triton kernels over the same codes, scales and zeros as ours, in its own layout."""
     if find_spec("gemlite") is None:
         raise ModuleNotFoundError("no module named gemlite", name="gemlite")
@@ -296,7 +294,9 @@ def gemlite(bits: int, group: int, outputs: int, inputs: int) -> Held:
     )  # fmt: skip
     layer.pack(codes, scale, zero, None, fma_mode=False)
     weight = PackedLinear(codes, scale, zero, bits, group=group)
-    return Held(layer, tensor_bytes([layer.W_q, layer.scales, layer.zeros]), lambda: weight.dequantised(torch.float64))
+    return Candidate(
+        layer, tensor_bytes([layer.W_q, layer.scales, layer.zeros]), lambda: weight.dequantised(torch.float64)
+    )
 
 
 LIBRARIES: dict[tuple[str, str], Make] = {
@@ -339,7 +339,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def _normal(*shape: int) -> Tensor:
-    return drawn(*shape) / shape[1] ** 0.5
+    return drawn(*shape) / sqrt(shape[1])
 
 
 @cache

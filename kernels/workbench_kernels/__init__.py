@@ -3,8 +3,9 @@ them.
 """
 
 from workbench_kernels.attend import attend
+from workbench_kernels.attention_statistics import Reading
 from workbench_kernels.packing import dequantise, pack, quantise, unpack
-from workbench_kernels.reading import Reading, read_attention
+from workbench_kernels.reading import read_attention
 from workbench_kernels.scoring import Scoring
 
 __all__ = ["Reading", "Scoring", "attend", "dequantise", "pack", "quantise", "read_attention", "unpack"]

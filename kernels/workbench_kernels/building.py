@@ -3,109 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import on_gpu, with_kernel
+from workbench_kernels.kept import Kept
+from workbench_kernels.limits import FLOATS, WIDEST_GROUP, WIDEST_ROW
 from workbench_kernels.packing import dequantise, pack, quantise, unpack
+from workbench_kernels.rows import Axis
 
-Axis = Literal["channel", "token"]
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_COPIED = (*_FLOATS, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_WIDEST_GROUP = 256  # rows that one program takes together
-_WIDEST_ROW = 4096  # channels of a row that one program takes together
+_COPIED = (*FLOATS, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class Kept(NamedTuple):
-    """Which of n tokens each of k heads keeps."""
-
-    places: Tensor
-    """int32 [t], ascending within each head, head after head"""
-    starts: Tensor
-    """int32 [k]: where in `places` each head's begin"""
-    begins: Tensor
-    """int32 [k]: the row that each head's first becomes, when they are laid one head after another"""
-    lengths: Tensor
-    """int32 [k]"""
-    counts: Tensor
-    """int64 [k] in host memory: the lengths again, so that sizes are known without waiting for the device"""
-    tokens: int
-    """n"""
-
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def longest(self) -> int:
-        return int(self.counts.max()) if self.counts.numel() else 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every head keeps every token."""
-        return self.total == self.counts.numel() * self.tokens
-
-    def first(self, counts: Tensor) -> Kept:
-        """Each head's first `counts` [k] (in host memory) of these, or all where it has fewer."""
-        return self._part(torch.zeros_like(self.counts), torch.minimum(counts, self.counts))
-
-    def after(self, counts: Tensor) -> Kept:
-        """These without each head's first `counts` [k] (in host memory)."""
-        skipped = torch.minimum(counts, self.counts)
-        return self._part(skipped, self.counts - skipped)
-
-    def _part(self, skipped: Tensor, counts: Tensor) -> Kept:
-        both = torch.stack([skipped, counts.cumsum(0) - counts, counts]).to(self.places.device, torch.int32)
-        return Kept(self.places, self.starts + both[0], both[1], both[2], counts, self.tokens)
-
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """Head and token of every row, int64 [t] each."""
-        device = self.places.device
-        counts = self.counts.to(device)
-        heads = torch.repeat_interleave(torch.arange(counts.numel(), device=device), counts, output_size=self.total)
-        if self.places.numel() == self.total:
-            return heads, self.places.long()
-        steps = torch.arange(self.total, device=device) - self.begins.long()[heads]
-        return heads, self.places[self.starts.long()[heads] + steps].long()
-
-
-def kept(keep: Tensor) -> Kept:
-    """What keep [k, n] bool marks. On a GPU this waits once, for the k lengths: sizes of results depend on them."""
+def _check_marks(keep: Tensor) -> None:
     if keep.ndim != 2 or keep.dtype != torch.bool:
         raise ValueError(f"keep must be bool [k, n], not {list(keep.shape)} ({keep.dtype})")
-    if on_gpu(keep) and keep.numel():
-        from workbench_kernels.gpu.building import kept as kernel
-
-        return kernel(keep)
-    return kept_reference(keep)
 
 
-def kept_reference(keep: Tensor) -> Kept:
-    """The same in plain PyTorch."""
+def _takes_marks(keep: Tensor) -> bool:
+    return on_gpu(keep) and keep.numel() > 0
+
+
+@with_kernel("gpu.building:kept", when=_takes_marks, check=_check_marks)
+def kept(keep: Tensor) -> Kept:
+    """What keep [k, n] bool marks. On a GPU this waits once, for the k lengths: sizes of results depend on them."""
     lengths = keep.sum(dim=1)
     starts = (lengths.cumsum(0) - lengths).to(torch.int32)
     places = keep.nonzero()[:, 1].to(torch.int32)
     return Kept(places, starts, starts, lengths.to(torch.int32), lengths.cpu(), keep.shape[1])
 
 
+def _takes_copies(xs: Sequence[Tensor], chosen: Kept, dtype: torch.dtype) -> bool:
+    return on_gpu(*xs, chosen.places) and dtype in _COPIED and all(x.dtype in _COPIED for x in xs)
+
+
+@with_kernel("gpu.building:gather", when=_takes_copies)
 def gather(xs: Sequence[Tensor], chosen: Kept, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The chosen rows of each x [k, n, d], as `dtype`, one head after another: [t, d] each. Widths may differ."""
-    if on_gpu(*xs, chosen.places) and dtype in _COPIED and all(x.dtype in _COPIED for x in xs):
-        from workbench_kernels.gpu.building import gather as kernel
-
-        return kernel(xs, chosen, dtype)
-    return gather_reference(xs, chosen, dtype)
-
-
-def gather_reference(xs: Sequence[Tensor], chosen: Kept, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The same in plain PyTorch."""
     index = chosen.entries()
     return tuple(x[index].to(dtype) for x in xs)
 
 
+def _check_groups(x: Tensor, bits: int, group: int, axis: Axis, chosen: Kept | None) -> None:
+    if bits not in (1, 2, 4, 8):
+        raise ValueError(f"bits is {bits}: choose 1, 2, 4 or 8")
+    if axis == "channel":
+        uneven = x.shape[1] % group if chosen is None else int((chosen.counts % group).any())
+        if uneven:
+            raise ValueError(f"groups of {group} rows: each head must have a multiple of {group} rows")
+
+
+def _takes_rows(x: Tensor, group: int, axis: Axis, balance: Tensor | None, clip: float) -> bool:
+    return on_gpu(x, balance) and x.dtype in FLOATS and clip <= 0 and _fits(x.shape[2], group, axis)
+
+
+def _fits(channels: int, group: int, axis: Axis) -> bool:
+    return channels <= WIDEST_ROW and (axis == "token" or group <= WIDEST_GROUP)
+
+
+@with_kernel("gpu.building:quantise_rows", when=_takes_rows, check=_check_groups)
 def quantise_rows(
     x: Tensor,
     bits: int,
@@ -124,31 +81,6 @@ def quantise_rows(
     Returns codes uint8 [t, ceil(d * bits / 8)] as `pack` lays them out, scale and zero float16 [t / group, d]
     (channel) or [t, ceil(d / group)] (token): on any device the same as `quantise` and `pack` on a CPU, to the bit.
     """
-    if bits not in (1, 2, 4, 8):
-        raise ValueError(f"bits is {bits}: choose 1, 2, 4 or 8")
-    if axis == "channel":
-        uneven = x.shape[1] % group if chosen is None else int((chosen.counts % group).any())
-        if uneven:
-            raise ValueError(f"groups of {group} rows: each head must have a multiple of {group} rows")
-    fits = x.shape[2] <= _WIDEST_ROW and (axis == "token" or group <= _WIDEST_GROUP)
-    if on_gpu(x, balance) and x.dtype in _FLOATS and clip <= 0 and fits:
-        from workbench_kernels.gpu.building import quantise_rows as kernel
-
-        return kernel(x, bits, group, axis, chosen=chosen, balance=balance)
-    return quantise_rows_reference(x, bits, group, axis, chosen=chosen, balance=balance, clip=clip)
-
-
-def quantise_rows_reference(
-    x: Tensor,
-    bits: int,
-    group: int,
-    axis: Axis,
-    *,
-    chosen: Kept | None = None,
-    balance: Tensor | None = None,
-    clip: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain PyTorch."""
     heads, tokens, channels = x.shape
     if chosen is None:
         rows = x.reshape(-1, channels).float()
@@ -168,6 +100,14 @@ def quantise_rows_reference(
     return pack(codes.flatten(1)[:, :channels].contiguous(), bits), scale, zero
 
 
+def _takes_codes(
+    codes: Tensor, scale: Tensor, group: int, axis: Axis, channels: int, dtype: torch.dtype, balance: Tensor | None,
+    owners: Tensor | None,
+) -> bool:  # fmt: skip
+    return on_gpu(codes, scale, balance, owners) and dtype in FLOATS and _fits(channels, group, axis)
+
+
+@with_kernel("gpu.building:dequantise_rows", when=_takes_codes)
 def dequantise_rows(
     codes: Tensor,
     scale: Tensor,
@@ -185,30 +125,6 @@ def dequantise_rows(
 
     balance [k, channels] with owners int64 [t], each row's head: undo the factors it was multiplied with.
     """
-    fits = channels <= _WIDEST_ROW and (axis == "token" or group <= _WIDEST_GROUP)
-    if on_gpu(codes, scale, balance, owners) and dtype in _FLOATS and fits:
-        from workbench_kernels.gpu.building import dequantise_rows as kernel
-
-        return kernel(codes, scale, zero, bits, group, axis, channels, dtype, balance=balance, owners=owners)
-    return dequantise_rows_reference(
-        codes, scale, zero, bits, group, axis, channels, dtype, balance=balance, owners=owners
-    )
-
-
-def dequantise_rows_reference(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bits: int,
-    group: int,
-    axis: Axis,
-    channels: int,
-    dtype: torch.dtype,
-    *,
-    balance: Tensor | None = None,
-    owners: Tensor | None = None,
-) -> Tensor:
-    """The same in plain PyTorch."""
     levels = unpack(codes, bits, channels)
     if axis == "channel":
         grouped = levels.unflatten(0, (-1, group)).transpose(1, 2)  # [t / g, d, g]
@@ -222,6 +138,16 @@ def dequantise_rows_reference(
     return x.to(dtype)
 
 
+def _check_count(x: Tensor, count: int) -> None:
+    if not 0 <= count <= x.shape[2]:
+        raise ValueError(f"{count} numbers of rows of {x.shape[2]}: give 0 to {x.shape[2]}")
+
+
+def _takes_numbers(x: Tensor, dtype: torch.dtype) -> bool:
+    return on_gpu(x) and x.dtype in FLOATS and dtype in FLOATS and x.shape[2] <= WIDEST_ROW
+
+
+@with_kernel("gpu.building:sparse_rows", when=_takes_numbers, check=_check_count)
 def sparse_rows(x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | None = None) -> tuple[Tensor, Tensor]:
     """The `count` largest magnitudes of the chosen rows of x [k, n, d], all of them by default, head after head.
 
@@ -230,19 +156,6 @@ def sparse_rows(x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | Non
     bits of a row are set, zeros included; among equal magnitudes the kernel takes the first channels, the reference
     whichever torch.topk finds.
     """
-    if not 0 <= count <= x.shape[2]:
-        raise ValueError(f"{count} numbers of rows of {x.shape[2]}: give 0 to {x.shape[2]}")
-    if on_gpu(x) and x.dtype in _FLOATS and dtype in _FLOATS and x.shape[2] <= _WIDEST_ROW:
-        from workbench_kernels.gpu.building import sparse_rows as kernel
-
-        return kernel(x, count, dtype, chosen=chosen)
-    return sparse_rows_reference(x, count, dtype, chosen=chosen)
-
-
-def sparse_rows_reference(
-    x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch."""
     rows = x.reshape(-1, x.shape[2]) if chosen is None else x[chosen.entries()]
     largest = rows.abs().topk(count, dim=-1, sorted=False).indices
     bits = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(-1, largest, True)
@@ -256,17 +169,13 @@ def _bit_order(width: int, device: torch.device) -> Tensor:
     return order[order < width]
 
 
+def _takes_bitmap(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype) -> bool:
+    return on_gpu(numbers, bitmap) and numbers.dtype in FLOATS and dtype in FLOATS and width <= WIDEST_ROW
+
+
+@with_kernel("gpu.building:expand_rows", when=_takes_bitmap)
 def expand_rows(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """What `sparse_rows` stored, [t, width] as `dtype`, zeros where nothing is held."""
-    if on_gpu(numbers, bitmap) and numbers.dtype in _FLOATS and dtype in _FLOATS and width <= _WIDEST_ROW:
-        from workbench_kernels.gpu.building import expand_rows as kernel
-
-        return kernel(numbers, bitmap, width, dtype)
-    return expand_rows_reference(numbers, bitmap, width, dtype)
-
-
-def expand_rows_reference(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The same in plain PyTorch."""
     order = _bit_order(width, numbers.device)
     bits = unpack(bitmap, 1, width).bool()[:, order]
     # A number's place in its row is how many bits are set before its own.

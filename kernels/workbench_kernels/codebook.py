@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.rows import Ragged
 
 
@@ -14,12 +14,17 @@ def codebook_scores(table: Tensor, codes: Ragged) -> Tensor:
 
     codes [t, 1], any integers: the entry of each token. Where a head is shorter than the longest, m, minus infinity.
     """
-    found, real = codes.padded()
-    each = found[..., 0].long().masked_fill(~real, 0)
+    entries, real = codes.padded()
+    each = entries[..., 0].long().masked_fill(~real, 0)
     scores = table.gather(2, each[:, None].expand(-1, table.shape[1], -1))
     return scores.masked_fill(~real[:, None], -torch.inf)
 
 
+def _takes(table: Tensor, codes: Ragged) -> bool:
+    return on_gpu(table, codes.data) and codes.longest > 0
+
+
+@with_kernel("gpu.codebook:codebook_top", when=_takes)
 def codebook_top(table: Tensor, codes: Ragged, wanted: int, queries: int) -> tuple[Tensor, Tensor]:
     """For each query the tokens that are among the `wanted` best of any query head of a KV head's group.
 
@@ -29,17 +34,8 @@ def codebook_top(table: Tensor, codes: Ragged, wanted: int, queries: int) -> tup
     count, bool alike, true in front; the others are 0. As in A2ATS (He et al. 2025, arXiv:2502.12665).
 
     On a GPU no score of a token is ever written: entries are counted, the limit is found among them, and what is read
-    of a token is its code, three times.
+    of a token is its code, three times. The reference sorts the scores of all tokens.
     """
-    if on_gpu(table, codes.data) and codes.longest:
-        from workbench_kernels.gpu.codebook import codebook_top as kernel
-
-        return kernel(table, codes, wanted, queries)
-    return codebook_top_reference(table, codes, wanted, queries)
-
-
-def codebook_top_reference(table: Tensor, codes: Ragged, wanted: int, queries: int) -> tuple[Tensor, Tensor]:
-    """The same by sorting the scores of all tokens."""
     heads, rows, _ = table.shape
     count, group = min(wanted, codes.longest), rows // queries
     scores = codebook_scores(table, codes)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.rows import PackedRows, Ragged
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state
 
 
+def _takes_dense(query: Tensor, keys: Ragged) -> bool:
+    return on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2
+
+
+@with_kernel("gpu.dense:decode_dense", when=_takes_dense)
 def decode_dense(
     query: Tensor,
     keys: Ragged,
@@ -27,15 +32,17 @@ def decode_dense(
     positions up to their own within `scoring.window`; positions [t, 1] int32 of the rows, if not their number in their
     head. Without query_positions every query sees everything.
     Returns the output [h, q, dv], in the query's dtype, and with `lse` the log of each query's sum of exponentiated
-    scores, float32 [h, q], for `merge_states`; a query that sees nothing gets zeros and minus infinity.
+    scores, float32 [h, q], for `merge_states`; a query that sees nothing gets zeros and minus infinity. The kernel
+    reads 16-bit numbers; others go through the reference.
     """
-    if on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2:
-        from workbench_kernels.gpu.dense import decode_dense as kernel
-
-        return kernel(query, keys, values, scoring, query_positions=query_positions, positions=positions, lse=lse)
-    return decode_reference(query, keys, values, scoring, query_positions=query_positions, positions=positions)
+    return _decode(query, keys, values, scoring, query_positions, positions, lse)
 
 
+def _takes_packed(query: Tensor, keys: PackedRows) -> bool:
+    return on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
+
+
+@with_kernel("gpu.packed:decode_packed", when=_takes_packed)
 def decode_packed(
     query: Tensor,
     keys: PackedRows,
@@ -47,23 +54,18 @@ def decode_packed(
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The same over rows of which the first of each head are bit-packed, keys and values each as many as they like."""
-    if on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2:
-        from workbench_kernels.gpu.packed import decode_packed as kernel
-
-        return kernel(query, keys, values, scoring, query_positions=query_positions, positions=positions, lse=lse)
-    return decode_reference(query, keys, values, scoring, query_positions=query_positions, positions=positions)
+    return _decode(query, keys, values, scoring, query_positions, positions, lse)
 
 
-def decode_reference(
+def _decode(
     query: Tensor,
     keys: Ragged | PackedRows,
     values: Ragged | PackedRows,
     scoring: Scoring,
-    *,
-    query_positions: Tensor | None = None,
-    positions: Ragged | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`decode_dense` and `decode_packed` in plain PyTorch."""
+    query_positions: Tensor | None,
+    positions: Ragged | None,
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     key, real = keys.padded()
     value = values.padded()[0][:, : key.shape[1]]
     key, real = key[:, : value.shape[1]], real[:, : value.shape[1]]  # room, if one has more of it
@@ -71,7 +73,8 @@ def decode_reference(
         places = torch.arange(key.shape[1], device=query.device)[None]
     else:
         places = positions.padded()[0][:, : key.shape[1], 0]
-    seen = real[:, None]
+    visible = real[:, None]
     if query_positions is not None:
-        seen = seen & scoring.visible(query_positions.to(query.device), places)
-    return attention_state(query, key, value, seen, scoring)
+        visible = visible & scoring.visible(query_positions.to(query.device), places)
+    out, sums = attention_state(query, key, value, visible, scoring)
+    return out, sums if lse else None

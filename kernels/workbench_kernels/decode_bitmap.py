@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench_kernels.building import expand_rows_reference
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.building import expand_rows
+from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.rows import Ragged, SparseRows
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state
 
 
+def _takes(query: Tensor, keys: SparseRows, values: SparseRows, scoring: Scoring) -> bool:
+    tensors = (x.data for side in (keys, values) for x in (side.numbers, side.tail))
+    alike = all(x.dtype == query.dtype for x in tensors) and query.dtype in (torch.float16, torch.bfloat16)
+    several = keys.numbers.data.shape[1] > 0 and values.numbers.data.shape[1] > 0
+    return on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None
+
+
+@with_kernel("gpu.bitmap:decode_bitmap", when=_takes)
 def decode_bitmap(
     query: Tensor,
     keys: SparseRows,
@@ -31,35 +39,16 @@ def decode_bitmap(
     scores, float32 [h, q] (see `decode_dense`). The kernel reads 16-bit numbers and knows no window;
     what else there is goes through the reference.
     """
-    tensors = (x.data for side in (keys, values) for x in (side.numbers, side.tail))
-    alike = all(x.dtype == query.dtype for x in tensors) and query.dtype in (torch.float16, torch.bfloat16)
-    several = keys.numbers.data.shape[1] and values.numbers.data.shape[1]
-    if on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None:
-        from workbench_kernels.gpu.bitmap import decode_bitmap as kernel
-
-        return kernel(query, keys, values, scoring, query_positions=query_positions, positions=positions, lse=lse)
-    return decode_bitmap_reference(query, keys, values, scoring, query_positions=query_positions, positions=positions)
-
-
-def decode_bitmap_reference(
-    query: Tensor,
-    keys: SparseRows,
-    values: SparseRows,
-    scoring: Scoring,
-    *,
-    query_positions: Tensor | None = None,
-    positions: Ragged | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch."""
     key, real, number = _expanded(keys)
     value, _, _ = _expanded(values)
-    seen = real[:, None]
+    visible = real[:, None]
     if query_positions is not None:
         if positions is not None:
             at = (positions.starts.long()[:, None] + number).clamp_max(max(positions.data.shape[0] - 1, 0))
             number = positions.data[at, 0]
-        seen = seen & scoring.visible(query_positions.to(query.device), number)
-    return attention_state(query, key, value, seen, scoring)
+        visible = visible & scoring.visible(query_positions.to(query.device), number)
+    out, sums = attention_state(query, key, value, visible, scoring)
+    return out, sums if lse else None
 
 
 def _expanded(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +56,7 @@ def _expanded(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor]:
     width, dtype = rows.tail.data.shape[1], rows.tail.data.dtype
     numbers, sparse = rows.numbers.padded()
     bitmap, _ = rows.bitmap.padded()
-    front = expand_rows_reference(numbers.flatten(0, 1), bitmap.flatten(0, 1), width, dtype)
+    front = expand_rows.reference(numbers.flatten(0, 1), bitmap.flatten(0, 1), width, dtype)
     tail, whole = rows.tail.padded()
     first = torch.arange(sparse.shape[1], device=sparse.device).expand(sparse.shape)
     behind = rows.numbers.lengths.long()[:, None] + torch.arange(whole.shape[1], device=whole.device)

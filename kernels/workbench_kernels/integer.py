@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
-from workbench_kernels.dispatch import learning, on_gpu
+from workbench_kernels.dispatch import learning, on_gpu, with_kernel
+from workbench_kernels.int_mm import int_mm, missing, widened
+from workbench_kernels.limits import LEAST_STEP, WIDEST_ROUNDED
 
 _EXACT = 1024  # columns whose products of 8-bit numbers float32 sums without rounding: 128 * 128 * 1024 = 2 ** 24
-_WIDEST = 2**15  # columns that one program rounds
-TINY = 1e-12  # a token of zeros has some step too
 
 
+def _takes(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
+    fits = x.dtype.itemsize <= 4 and 0 < x.shape[1] <= WIDEST_ROUNDED
+    return on_gpu(x, weight, scale, bias) and fits and not learning(x)
+
+
+@with_kernel("gpu.integer:integer_linear", when=_takes)
 def integer_linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     """x [n, i], each token rounded to `bits` bits in steps of its own, times the transpose of weight int8 [o, i].
 
     Integers are multiplied and summed exactly, then times scale float32 [o], plus bias [o]: [n, o] in the dtype of x.
     """
-    if on_gpu(x, weight, scale, bias) and x.dtype.itemsize <= 4 and not learning(x) and 0 < x.shape[1] <= _WIDEST:
-        from workbench_kernels.gpu.integer import rounded, scaled
-
-        rows, outputs, columns = _missing(x, weight)
-        codes, step = rounded(x, bits, x.shape[0] + rows, x.shape[1] + columns)
-        sums = torch._int_mm(codes, _widened(weight, outputs, columns).T)
-        return scaled(sums, step, scale, bias, weight.shape[0], x.dtype)
-    return integer_linear_reference(x, weight, scale, bits, bias)
-
-
-def integer_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
-    """The same in plain PyTorch."""
     step = input_step(x, bits)
     sums = integer_product(input_codes(x, step, bits).to(torch.int8), weight)
     out = (sums * step * scale).to(x.dtype)
@@ -47,7 +41,8 @@ def input_step(x: Tensor, bits: int, inputs: Tensor | None = None, exponent: flo
         step = step * inputs.float()
     # Times the reciprocal, which is what a GPU makes of a division by a number: so steps are the same to the bit
     # everywhere, and ties, frequent at few bits of 16-bit inputs, fall to the same side.
-    return (step * (1 / (2 ** (bits - 1) - 1))).clamp_min(TINY)
+    most: int = 2 ** (bits - 1) - 1
+    return (step * (1 / most)).clamp_min(LEAST_STEP)
 
 
 def input_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -63,22 +58,12 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     exactly: it is many times faster there than the integer product.
     """
     if x.device.type == "cuda":
-        rows, outputs, columns = _missing(x, weight)
-        sums = torch._int_mm(_widened(x, rows, columns), _widened(weight, outputs, columns).T)
+        rows, outputs, columns = missing(x, weight)
+        sums = int_mm(widened(x, rows, columns), widened(weight, outputs, columns))
         return sums[: x.shape[0], : weight.shape[0]].float()
     total: Tensor | None = None
-    for part, own in zip(x.split(_EXACT, dim=1), weight.split(_EXACT, dim=1), strict=True):
-        sums = linear(part.float(), own.float())
+    for inputs, weights in zip(x.split(_EXACT, dim=1), weight.split(_EXACT, dim=1), strict=True):
+        sums = linear(inputs.float(), weights.float())
         total = sums if total is None else total.add_(sums)
     assert total is not None
     return total
-
-
-def _missing(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
-    """How many rows of x and of the weight, and columns, integer units lack: more than 16 rows, and multiples of 8."""
-    return max(24 - x.shape[0], -x.shape[0] % 8), -weight.shape[0] % 8, -x.shape[1] % 8
-
-
-def _widened(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x with so many more rows and columns of zeros, and itself where it needs none."""
-    return pad(x, (0, columns, 0, rows)) if rows or columns else x.contiguous()

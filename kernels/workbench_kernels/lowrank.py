@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import on_gpu, with_kernel
+from workbench_kernels.limits import SCRATCH
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_weights
-
-SCRATCH = 32 << 20  # bytes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -28,6 +27,49 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _check_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_basis: Tensor,
+    key_basis: Tensor,
+    value_basis: Tensor,
+    scoring: Scoring,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    causal: bool,
+) -> None:
+    count, (heads, _, width), kv_heads = len(queries), query_basis.shape, len(key_basis)
+    for name, x, basis, number in (
+        ("queries", queries, query_basis, heads),
+        ("keys", keys, key_basis, kv_heads),
+        ("values", values, value_basis, kv_heads),
+    ):
+        if x.shape != (count, basis.shape[1]) or basis.shape != (number, basis.shape[1], width):
+            raise ValueError(
+                f"{name}: coefficients {list(x.shape)} and basis {list(basis.shape)} are not "
+                f"[{count}, r] and [{number}, r, {width}]"
+            )
+    if len({x.dtype for x in (queries, keys, values)}) > 1:
+        raise ValueError(f"coefficients of {queries.dtype}, {keys.dtype} and {values.dtype}: give them one dtype")
+    if heads % kv_heads or width % 2:
+        raise ValueError(f"{heads} query heads of width {width} over {kv_heads} KV heads: no groups, or no halves")
+    if (cos is None) != (sin is None) or any(x is not None and x.shape != (count, width) for x in (cos, sin)):
+        raise ValueError(f"rotary factors: give both cos and sin [{count}, {width}], or neither")
+    if scoring.window is not None and (scoring.window < 1 or not causal):
+        raise ValueError(f"a window of {scoring.window}: at least 1, and only if causal")
+
+
+def _takes_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, query_basis: Tensor, key_basis: Tensor, value_basis: Tensor,
+    cos: Tensor | None, sin: Tensor | None, query_bias: Tensor | None, key_bias: Tensor | None,
+    value_bias: Tensor | None,
+) -> bool:  # fmt: skip
+    bases, biases = (query_basis, key_basis, value_basis), (query_bias, key_bias, value_bias)
+    return on_gpu(queries, keys, values, *bases, cos, sin, *biases)
+
+
+@with_kernel("gpu.lowrank:attend_factors", when=_takes_attention, check=_check_attention)
 def attend_factors(
     queries: Tensor,
     keys: Tensor,
@@ -55,41 +97,9 @@ def attend_factors(
     On a GPU, queries are expanded within the kernel, keys and values likewise, again for every tile of queries, if
     `scratch` bytes (default 32 MiB) do not hold those of one KV head; else those of as many KV heads as fit are
     expanded once. scratch=0: nothing beyond inputs and output is ever held. On a CPU, one KV head and `tile` queries at
-    a time. Raises ValueError if shapes do not fit together.
+    a time, in float32, or float64 where given that. Raises ValueError if shapes do not fit together.
     """
-    _check_attention(queries, keys, values, query_basis, key_basis, value_basis, cos, sin, causal, scoring.window)
-    given = (queries, keys, values, query_basis, key_basis, value_basis)
-    if on_gpu(*given, cos, sin, query_bias, key_bias, value_bias):
-        from workbench_kernels.gpu import lowrank
-
-        return lowrank.attend_factors(
-            *given, scoring, cos=cos, sin=sin, query_bias=query_bias, key_bias=key_bias, value_bias=value_bias,
-            causal=causal, scratch=scratch,
-        )  # fmt: skip
-    return attend_factors_reference(
-        *given, scoring, cos=cos, sin=sin, query_bias=query_bias, key_bias=key_bias, value_bias=value_bias,
-        causal=causal, tile=tile,
-    )  # fmt: skip
-
-
-def attend_factors_reference(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_basis: Tensor,
-    key_basis: Tensor,
-    value_basis: Tensor,
-    scoring: Scoring,
-    *,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    query_bias: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    causal: bool = True,
-    tile: int = 128,
-) -> Tensor:
-    """See `attend_factors`; computed in float32, or float64 where given that."""
+    del scratch  # the kernel's
     count, (heads, _, width) = len(queries), query_basis.shape
     groups = heads // len(key_basis)
     out = queries.new_empty(count, heads, width)
@@ -113,6 +123,31 @@ def attend_factors_reference(
     return out.flatten(1)
 
 
+def _check_mlp(
+    gate: Tensor, up: Tensor | None, gate_basis: Tensor, up_basis: Tensor | None, down: Tensor, act: str
+) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"activation {act!r}: one of {', '.join(ACTIVATIONS)}")
+    if (up is None) != (up_basis is None):
+        raise ValueError("give both up and up_basis, or neither")
+    for name, x, basis in (("gate", gate, gate_basis), ("up", up, up_basis)):
+        if x is None or basis is None:
+            continue
+        if x.shape != (len(gate), len(basis)) or basis.shape[1] != len(down) or x.dtype != gate.dtype:
+            raise ValueError(
+                f"{name}: coefficients {list(x.shape)} ({x.dtype}) and basis {list(basis.shape)} are not "
+                f"[{len(gate)}, r] ({gate.dtype}) and [r, {len(down)}]"
+            )
+
+
+def _takes_mlp(
+    gate: Tensor, up: Tensor | None, gate_basis: Tensor, up_basis: Tensor | None, down: Tensor,
+    gate_bias: Tensor | None, up_bias: Tensor | None,
+) -> bool:  # fmt: skip
+    return on_gpu(gate, up, gate_basis, up_basis, down, gate_bias, up_bias)
+
+
+@with_kernel("gpu.lowrank:mlp_factors", when=_takes_mlp, check=_check_mlp)
 def mlp_factors(
     gate: Tensor,
     up: Tensor | None,
@@ -134,29 +169,10 @@ def mlp_factors(
 
     On a GPU, one kernel sums the tiles of f in float32 where that takes no computing twice (r3 up to 256), or where
     scratch=0 asks for it; else the neurons of as many tokens as fit into `scratch` bytes (default 32 MiB) are held. On
-    a CPU, `tile` tokens by `tile` neurons at a time. Raises ValueError if shapes do not fit together.
+    a CPU, `tile` tokens by `tile` neurons at a time; products in the coefficients' dtype, sums in float32 or better.
+    Raises ValueError if shapes do not fit together.
     """
-    _check_mlp(gate, up, gate_basis, up_basis, down, act)
-    given = (gate, up, gate_basis, up_basis, down, gate_bias, up_bias)
-    if on_gpu(*given):
-        from workbench_kernels.gpu import lowrank
-
-        return lowrank.mlp_factors(*given, act, scratch)
-    return mlp_factors_reference(*given, act, tile)
-
-
-def mlp_factors_reference(
-    gate: Tensor,
-    up: Tensor | None,
-    gate_basis: Tensor,
-    up_basis: Tensor | None,
-    down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    act: str,
-    tile: int = 128,
-) -> Tensor:
-    """See `mlp_factors`; products in the coefficients' dtype, summed over tiles in float32 or better."""
+    del scratch  # the kernel's
     dtype = gate.dtype
     out = gate.new_empty(gate.shape[0], down.shape[1])
     for first in range(0, gate.shape[0], tile):
@@ -194,53 +210,3 @@ def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 
 def _of(x: Tensor | None, some: int | slice) -> Tensor | None:
     return None if x is None else x[some]
-
-
-def _check_attention(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_basis: Tensor,
-    key_basis: Tensor,
-    value_basis: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    causal: bool,
-    window: int | None,
-) -> None:
-    count, (heads, _, width), kv_heads = len(queries), query_basis.shape, len(key_basis)
-    for name, x, basis, number in (
-        ("queries", queries, query_basis, heads),
-        ("keys", keys, key_basis, kv_heads),
-        ("values", values, value_basis, kv_heads),
-    ):
-        if x.shape != (count, basis.shape[1]) or basis.shape != (number, basis.shape[1], width):
-            raise ValueError(
-                f"{name}: coefficients {list(x.shape)} and basis {list(basis.shape)} are not "
-                f"[{count}, r] and [{number}, r, {width}]"
-            )
-    if len({x.dtype for x in (queries, keys, values)}) > 1:
-        raise ValueError(f"coefficients of {queries.dtype}, {keys.dtype} and {values.dtype}: give them one dtype")
-    if heads % kv_heads or width % 2:
-        raise ValueError(f"{heads} query heads of width {width} over {kv_heads} KV heads: no groups, or no halves")
-    if (cos is None) != (sin is None) or any(x is not None and x.shape != (count, width) for x in (cos, sin)):
-        raise ValueError(f"rotary factors: give both cos and sin [{count}, {width}], or neither")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window of {window}: at least 1, and only if causal")
-
-
-def _check_mlp(
-    gate: Tensor, up: Tensor | None, gate_basis: Tensor, up_basis: Tensor | None, down: Tensor, act: str
-) -> None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"activation {act!r}: one of {', '.join(ACTIVATIONS)}")
-    if (up is None) != (up_basis is None):
-        raise ValueError("give both up and up_basis, or neither")
-    for name, x, basis in (("gate", gate, gate_basis), ("up", up, up_basis)):
-        if x is None or basis is None:
-            continue
-        if x.shape != (len(gate), len(basis)) or basis.shape[1] != len(down) or x.dtype != gate.dtype:
-            raise ValueError(
-                f"{name}: coefficients {list(x.shape)} ({x.dtype}) and basis {list(basis.shape)} are not "
-                f"[{len(gate)}, r] ({gate.dtype}) and [r, {len(down)}]"
-            )

@@ -6,33 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.dispatch import on_gpu, with_kernel
+from workbench_kernels.limits import FEW, RUN, SOME
 from workbench_kernels.packing import unpack
-
-FEW = 4  # tokens that are multiplied number by number, in float32
-SOME = 16  # tokens of 16 bits, which the matrix units multiply
-RUN = 64  # bytes in a row whose codes share a scale
-
-
-def packed_linear(
-    x: Tensor, plane: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, bits: int, group: int,
-    middle: float,
-) -> Tensor:  # fmt: skip
-    """x [n, i] times the transpose of the weight [o, i] = (code - zero) * scale * columns: [n, o] in the dtype of x.
-
-    plane: uint8 [o, b], codes of 1, 2, 4 or 8 bits as `pack` packs them; scale [o, g], one for `group` neighbouring
-    columns; zero [o, g] of any type; None: `middle` everywhere. columns [i]; None: 1.
-    """
-    given = (x, plane, scale, zero, columns)
-    if on_gpu(*given) and fits(x, plane, bits, group):
-        if x.shape[0] > FEW:
-            from workbench_kernels.gpu.packed_matmul import packed_matmul
-
-            return packed_matmul(*given, bits, group, middle)
-        from workbench_kernels.gpu.packed_linear import packed_linear as kernel
-
-        return kernel(*given, bits, group, middle)
-    return packed_linear_reference(*given, bits, group, middle)
 
 
 def fits(x: Tensor, plane: Tensor, bits: int, group: int) -> bool:
@@ -42,11 +18,30 @@ def fits(x: Tensor, plane: Tensor, bits: int, group: int) -> bool:
     return whole and 1 <= x.shape[0] <= most and plane.shape[1] % RUN == 0 and group % RUN == 0
 
 
-def packed_linear_reference(
+def _takes(
+    x: Tensor, plane: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, bits: int, group: int
+) -> bool:
+    return on_gpu(x, plane, scale, zero, columns) and fits(x, plane, bits, group)
+
+
+def _takes_few(
+    x: Tensor, plane: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, bits: int, group: int
+) -> bool:
+    return x.shape[0] <= FEW and _takes(x, plane, scale, zero, columns, bits, group)
+
+
+@with_kernel("gpu.packed_linear:packed_linear", when=_takes_few)
+@with_kernel("gpu.packed_matmul:packed_matmul", when=_takes)
+def packed_linear(
     x: Tensor, plane: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, bits: int, group: int,
     middle: float,
 ) -> Tensor:  # fmt: skip
-    """`packed_linear` in plain PyTorch: computed in float32, or float64 where given that."""
+    """x [n, i] times the transpose of the weight [o, i] = (code - zero) * scale * columns: [n, o] in the dtype of x.
+
+    plane: uint8 [o, b], codes of 1, 2, 4 or 8 bits as `pack` packs them; scale [o, g], one for `group` neighbouring
+    columns; zero [o, g] of any type; None: `middle` everywhere. columns [i]; None: 1.
+    The reference computes in float32, or float64 where given that.
+    """
     exact = torch.promote_types(x.dtype, torch.float32)
     inputs = x.shape[1]
     owner = torch.arange(inputs, device=x.device) // group

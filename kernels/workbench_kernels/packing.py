@@ -55,7 +55,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     missing = -codes.shape[-1] % per_byte
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    fields = codes.unflatten(-1, (per_byte, -1))
+    fields: Tensor = codes.unflatten(-1, (per_byte, -1))
     packed = fields[..., 0, :].clone()
     for field in range(1, per_byte):
         packed |= fields[..., field, :] << (field * bits)
@@ -73,4 +73,5 @@ def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
         torch.bitwise_right_shift(packed, 4, out=codes[..., last:])
         return codes[..., :channels]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
-    return ((packed[..., None, :] >> shifts) & (2**bits - 1)).flatten(-2)[..., :channels]
+    fields: Tensor = (packed[..., None, :] >> shifts) & (2**bits - 1)
+    return fields.flatten(-2)[..., :channels]

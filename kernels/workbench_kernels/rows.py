@@ -9,6 +9,9 @@ from torch import Tensor
 
 from workbench_kernels.packing import unpack
 
+Axis = Literal["channel", "token"]
+"""along what quantised rows share scales: a channel of several rows, or several channels of a row (a token)"""
+
 
 class Ragged(NamedTuple):
     """Head i owns data[starts[i] : starts[i] + lengths[i]].
@@ -52,7 +55,7 @@ class PackedRows(NamedTuple):
     tail: Ragged
     bits: int
     group: int
-    axis: Literal["channel", "token"]
+    axis: Axis
     balance: Tensor | None = None
 
     @property

@@ -19,6 +19,7 @@ from workbench.examples import needle
 from workbench.kv.stores import Contents
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
+from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(0))
 
@@ -89,7 +90,7 @@ def test_sums_are_the_same_however_they_are_cut(limit: int, monkeypatch: pytest.
 def test_both_products_of_attention_are_made_by_addition(window: int | None, softcap: float | None) -> None:
     query, key, value = drawn(41)
     at = Pass(1, 41)
-    got = LMul(mantissa=4).attend(query, key, value, scale=0.4, window=window, softcap=softcap, at=at)
+    got = LMul(mantissa=4).attend(query, key, value, Scoring(0.4, window, softcap), at=at)
     want = torch.zeros_like(got)
     for h in range(4):
         for i in range(41):
@@ -104,17 +105,17 @@ def test_both_products_of_attention_are_made_by_addition(window: int | None, sof
 
 def test_decoding_multiplies_by_addition_too() -> None:
     query, key, value = drawn(20)
-    whole = LMul().attend(query, key, value, scale=0.4, window=None, softcap=None, at=Pass(1, 20))
+    whole = LMul().attend(query, key, value, Scoring(0.4), at=Pass(1, 20))
     held = Contents(key, value, torch.arange(20)[None], None)
     seen = (torch.arange(20) <= torch.arange(17, 20)[:, None]).expand(2, 3, 20)
-    got = LMul().decode(query[:, 17:], held, seen, scale=0.4, softcap=None, at=Pass(1, 0))
+    got = LMul().decode(query[:, 17:], held, seen, Scoring(0.4), at=Pass(1, 0))
     torch.testing.assert_close(got, whole[:, 17:], rtol=1e-4, atol=1e-5)
 
 
 def test_emulation_takes_bounded_memory() -> None:
     query, key, value = drawn(2048, heads=2, kv_heads=1)
     with LiveBytes() as live:
-        LMul().attend(query, key, value, scale=0.4, window=None, softcap=None, at=Pass(1, 2048))
+        LMul().attend(query, key, value, Scoring(0.4), at=Pass(1, 2048))
     assert live.peak < 2 * 2048 * 2048 * 4 / 4  # a quarter of the scores, of which each is a sum of eight products
 
 
@@ -161,10 +162,12 @@ def test_all_workers_have_equal_work_and_all_work_is_done_once(
 @pytest.mark.parametrize("new", [1, 3])
 def test_parts_join_to_exact_attention(workers: int, softcap: float | None, new: int) -> None:
     query, key, value = drawn(150)
-    want = causal_attention(query, key, value, scale=0.4, softcap=softcap)[:, -new:]
+    want = causal_attention(query, key, value, Scoring(0.4, softcap=softcap))[:, -new:]
     held = Contents(key, value, torch.arange(150)[None], None)
     seen = (torch.arange(150) <= torch.arange(150 - new, 150)[:, None]).expand(2, new, 150)
-    got = Lean(workers=workers, tile=16).decode(query[:, -new:], held, seen, scale=0.4, softcap=softcap, at=Pass(1, 0))
+    got = Lean(workers=workers, tile=16).decode(
+        query[:, -new:], held, seen, Scoring(0.4, softcap=softcap), at=Pass(1, 0)
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -173,7 +176,7 @@ def test_a_head_whose_first_tiles_are_hidden_loses_nothing() -> None:
     seen = torch.zeros(2, 1, 64, dtype=torch.bool)
     seen[0, 0, 40:], seen[1, 0, :3] = True, True
     held = Contents(key, value, torch.arange(64)[None], None)
-    got = Lean(workers=4, tile=8).decode(query[:, -1:], held, seen, scale=0.4, softcap=None, at=Pass(1, 0))
+    got = Lean(workers=4, tile=8).decode(query[:, -1:], held, seen, Scoring(0.4), at=Pass(1, 0))
     for h in range(4):
         scores = (key[h // 2] @ query[h, -1] * 0.4).masked_fill(~seen[h // 2, 0], -torch.inf)
         torch.testing.assert_close(got[h, 0], scores.softmax(0) @ value[h // 2], rtol=1e-5, atol=1e-5)

@@ -56,16 +56,14 @@ def recorded(tensors: tuple[Tensor, Tensor, Tensor], tokens: int, softcap: float
         values_held=value,
         queries_held=query,
         device=query.device,
-        scale=SCALE,
-        window=None,
-        softcap=softcap,
         rotary=lambda read: Rotation(lambda positions: (positions, positions)),
+        scoring=Scoring(SCALE, softcap=softcap),
     )
 
 
 def read(method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], softcap: float | None = None) -> Tensor:
     at = Pass(1, tensors[0].shape[1])
-    return method.attend(*tensors, scale=SCALE, window=None, softcap=softcap, at=at)
+    return method.attend(*tensors, Scoring(SCALE, softcap=softcap), at=at)
 
 
 class Steps:
@@ -111,7 +109,7 @@ class Steps:
         shape = (len(held.keys), count, held.keys.shape[1])
         visible = (torch.ones(1, dtype=torch.bool) if seen is None else seen).expand(shape)
         query = self.tensors[0][:, start : self.end]
-        return self.method.decode(query, held, visible, scale=SCALE, softcap=self.softcap, at=self.at)
+        return self.method.decode(query, held, visible, Scoring(SCALE, softcap=self.softcap), at=self.at)
 
 
 # --- decoding is reading
@@ -290,7 +288,7 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
     assert torch.equal(~hidden, seen.gather(2, slots[:, None].expand(-1, 3, -1)))
     _, key, value = drawn(10)
     rows = drawn(3)[0] * SCALE
-    got = Seen.of(rows, Contents(key, value, torch.arange(10)[None], None), seen, softcap=None)
+    got = Seen.of(rows, Contents(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
     want, _ = reference(rows, key, value, Scoring(1.0), visible=seen)
     torch.testing.assert_close(got.part().output(), want, rtol=1e-5, atol=1e-5)
 

@@ -17,6 +17,7 @@ from workbench.core.causal_attention import causal_attention
 from workbench.examples import needle
 from workbench.kv.stores.delta import deltas
 from workbench.measure.memory import LiveBytes
+from workbench_kernels import Scoring
 
 
 def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,10 +27,11 @@ def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 
     return query, key.cumsum(1) / (1 + torch.arange(tokens)).sqrt()[:, None], value  # neighbouring keys are alike
 
 
-def attend(method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], **options: object) -> tuple[Tensor, int]:
+def attend(
+    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
+) -> tuple[Tensor, int]:
     at = Pass(1, tensors[0].shape[1])
-    settings: dict[str, object] = {"scale": 0.4, "window": None, "softcap": None, **options}
-    return method.attend(*tensors, **settings, at=at), at.computed[0]  # type: ignore[arg-type]
+    return method.attend(*tensors, scoring, at=at), at.computed[0]
 
 
 def capped(score: float, cap: float | None) -> float:
@@ -83,7 +85,7 @@ def test_core_tokens_stand_for_old_groups(
                 mixed.append(v[j])
             want[h, i] = torch.tensor(scores, dtype=torch.float64).softmax(0) @ torch.stack(mixed)
     method = CoreContext(group=group, window=window, sinks=sinks, weight=weight)
-    got, computed = attend(method, tensors, softcap=softcap)
+    got, computed = attend(method, tensors, Scoring(0.4, softcap=softcap))
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-5)
     assert computed == entries + 4 * pooled * group == 4 * method.entries(tokens, 1)
 
@@ -92,7 +94,7 @@ def test_a_group_of_equal_tokens_loses_nothing() -> None:
     query, key, value = drawn(64)
     same = (query, key[:, ::8].repeat_interleave(8, dim=1), value[:, ::8].repeat_interleave(8, dim=1))
     got, _ = attend(CoreContext(group=8, window=4, sinks=0), same)
-    torch.testing.assert_close(got, causal_attention(*same, scale=0.4), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, causal_attention(*same, Scoring(0.4)), rtol=1e-4, atol=1e-5)
     published, _ = attend(CoreContext(group=8, window=4, sinks=0, weight="token"), same)
     assert (published - got).abs().max() > 1e-2  # there a group counts no more than one of its tokens
 
@@ -145,7 +147,7 @@ def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: _Shape, cap: float | 
 def test_only_channels_that_moved_are_multiplied(group: int, window: int, zeros: float, softcap: float | None) -> None:
     tensors = drawn(37)
     shape = _Shape.of(37, group, window, zeros)
-    got, computed = delta_attention(*tensors, shape, scale=0.4, softcap=softcap)
+    got, computed = delta_attention(*tensors, shape, Scoring(0.4, softcap=softcap))
     want, products = by_sums(tensors, shape, softcap)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert computed == -(-products // 8) <= 4 * shape.entries
@@ -162,8 +164,8 @@ def test_a_budget_takes_as_many_zeros_as_it_needs(budget: float) -> None:
 @pytest.mark.parametrize("method", [CoreContext(budget=0.3), DeltaAttention(budget=0.3)], ids=lambda m: m.key)
 def test_a_layer_with_a_narrow_window_of_its_own_stays_exact(method: AttentionMethod) -> None:
     tensors = drawn(300)
-    got, computed = attend(method, tensors, window=12)
-    assert torch.equal(got, causal_attention(*tensors, scale=0.4, window=12))
+    got, computed = attend(method, tensors, Scoring(0.4, 12))
+    assert torch.equal(got, causal_attention(*tensors, Scoring(0.4, 12)))
     assert computed == 4 * visible_entries(300, 12)
 
 
@@ -179,9 +181,9 @@ def test_working_memory_does_not_grow_with_the_square_of_the_length(method: Atte
 def test_the_error_falls_as_the_budget_grows(default_session: wb.Session, key: str) -> None:
     layer = default_session.read(needle(400).text).layers[12]
     tensors = (layer.queries.float(), layer.keys.float(), layer.values.float())
-    want = causal_attention(*tensors, scale=layer.scale)
+    want = causal_attention(*tensors, layer.scoring)
     errors = []
     for budget in (0.2, 0.35, 0.5, 0.8, 1.0):
-        got, _ = attend(wb.method(key, budget=budget), tensors, scale=layer.scale)
+        got, _ = attend(wb.method(key, budget=budget), tensors, layer.scoring)
         errors.append(float((got - want).norm() / want.norm()))
     assert errors == sorted(errors, reverse=True) and errors[0] > 2 * errors[3] and errors[-1] < 1e-5

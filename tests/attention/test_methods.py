@@ -20,6 +20,7 @@ from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.registry import registered
+from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (120,), generator=torch.Generator().manual_seed(0))
 
@@ -66,7 +67,7 @@ def test_chunks_give_what_plain_loops_give(
 ) -> None:
     query, key, value = drawn(17, dv=6)
     got = chunked_attention(
-        query, key, value, scale=0.4, window=window, softcap=softcap, query_chunk=query_chunk, key_chunk=key_chunk
+        query, key, value, Scoring(0.4, window, softcap), query_chunk=query_chunk, key_chunk=key_chunk
     )
     torch.testing.assert_close(got, by_loops(query, key, value, 0.4, window, softcap), rtol=1e-5, atol=1e-5)
 
@@ -75,17 +76,17 @@ def test_chunks_give_what_plain_loops_give(
 @pytest.mark.parametrize("window", [None, 33])
 def test_chunks_equal_exact_attention_for_every_grouping(heads: int, kv_heads: int, window: int | None) -> None:
     query, key, value = drawn(200, heads, kv_heads)
-    want = causal_attention(query, key, value, scale=0.35, window=window)
+    want = causal_attention(query, key, value, Scoring(0.35, window))
     got = MemoryEfficient(query_chunk=32, key_chunk=48).attend(
-        query, key, value, scale=0.35, window=window, softcap=None, at=Pass(1, 200)
+        query, key, value, Scoring(0.35, window), at=Pass(1, 200)
     )
     assert (got - want).abs().max() < 1e-5
 
 
 def test_scores_far_beyond_what_exp_can_hold_stay_exact() -> None:
     query, key, value = drawn(64, sharpness=200.0)
-    want = causal_attention(query, key, value, scale=1.0)
-    got = chunked_attention(query, key, value, scale=1.0, query_chunk=16, key_chunk=8)
+    want = causal_attention(query, key, value, Scoring(1.0))
+    got = chunked_attention(query, key, value, Scoring(1.0), query_chunk=16, key_chunk=8)
     assert got.isfinite().all()
     assert (got - want).abs().max() < 1e-4
 
@@ -94,7 +95,7 @@ def test_working_memory_does_not_grow_with_the_length() -> None:
     def extra(tokens: int) -> int:
         query, key, value = drawn(tokens)
         with LiveBytes() as live:
-            out = chunked_attention(query, key, value, scale=0.3, query_chunk=32, key_chunk=32)
+            out = chunked_attention(query, key, value, Scoring(0.3), query_chunk=32, key_chunk=32)
         return live.peak - out.nbytes
 
     short, long = extra(128), extra(640)
@@ -109,10 +110,10 @@ def test_chunks_that_no_query_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) 
         module, "_scores", lambda rows, keys, cap: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, cap)
     )
     query, key, value = drawn(64)
-    chunked_attention(query, key, value, scale=0.3, query_chunk=8, key_chunk=8)
+    chunked_attention(query, key, value, Scoring(0.3), query_chunk=8, key_chunk=8)
     assert sum(seen) == 8 * 8 * (8 * 9 // 2)  # the lower triangle of chunks
     seen.clear()
-    chunked_attention(query, key, value, scale=0.3, window=8, query_chunk=8, key_chunk=8)
+    chunked_attention(query, key, value, Scoring(0.3, 8), query_chunk=8, key_chunk=8)
     assert sum(seen) <= 64 * (8 + 8)
 
 

@@ -39,6 +39,7 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import from_dict, registered
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 OPERATORS = [cls for cls in registered("operator") if issubclass(cls, Operator)]
 SCALE = 0.3
@@ -338,7 +339,7 @@ def test_shapes_that_do_not_fit_are_refused(cls: type[Operator]) -> None:
 
 def test_a_strong_ridge_makes_local_linear_attention_softmax_attention() -> None:
     q, k, v = drawn(50)
-    close(LocalLinear(ridge=1e8).apply(q, k, v, SCALE), causal_attention(q, k, v, scale=SCALE))
+    close(LocalLinear(ridge=1e8).apply(q, k, v, SCALE), causal_attention(q, k, v, Scoring(SCALE)))
 
 
 def test_a_wide_bandwidth_makes_local_linear_attention_ridge_regression() -> None:
@@ -358,14 +359,14 @@ def test_local_linear_attention_finds_values_that_are_linear_in_the_keys_where_s
     late = slice(16, None)
     close(LocalLinear(ridge=1e-3).apply(q, k, v, SCALE)[:, late], want[:, late], 0.05)
     with pytest.raises(AssertionError):
-        close(causal_attention(q, k, v, scale=SCALE)[:, late], want[:, late], 0.3)
+        close(causal_attention(q, k, v, Scoring(SCALE))[:, late], want[:, late], 0.3)
 
 
 def test_one_agent_for_equal_queries_is_softmax_attention() -> None:
     q, k, v = drawn(50)
     q = q[:, :1].expand(-1, 50, -1)
     got = AgentAttention(segment=7, agents=3, chunk=9).apply(q, k, v, SCALE)
-    close(got, causal_attention(q, k, v, scale=SCALE))
+    close(got, causal_attention(q, k, v, Scoring(SCALE)))
 
 
 @pytest.mark.parametrize("size", [30, 300])
@@ -382,7 +383,7 @@ def test_inline_attention_is_softmax_attention_to_first_order() -> None:
     q, k, v = drawn(50)
     errors = []
     for scale in (0.02, 0.01):
-        want, flat = causal_attention(q, k, v, scale=scale), causal_attention(q, k, v, scale=0)
+        want, flat = causal_attention(q, k, v, Scoring(scale)), causal_attention(q, k, v, Scoring(0))
         left = (InLine().apply(q, k, v, scale) - want).norm()
         assert left < 0.2 * (flat - want).norm()
         errors.append(float(left))
@@ -492,7 +493,7 @@ def test_a_window_no_wider_than_the_pixels_shows_each_weight_and_its_sign(sessio
 def test_a_studys_errors_are_those_of_the_outputs(session: wb.Session, cls: type[Operator]) -> None:
     layer, op = session.trace.layers[2], cls()
     found = study_operator(session.trace, op, 2, 1, pixels=8, heads=(2, 0))
-    want = causal_attention(layer.queries, layer.keys, layer.values, scale=layer.scale)
+    want = causal_attention(layer.queries, layer.keys, layer.values, layer.scoring)
     got = op.apply(layer.queries, layer.keys, layer.values, layer.scale)
     assert (found.layer, found.heads, found.head) == (2, (2, 0), 1)
     for index, head in enumerate(found.heads):
@@ -546,7 +547,7 @@ def test_a_study_reports_its_steps_and_can_be_cancelled(session: wb.Session) -> 
 @every
 def test_a_study_of_a_long_prompt_never_holds_a_whole_map(cls: type[Operator]) -> None:
     q, k, v = drawn(3000, 1, 1, d=16, dv=16)
-    layer = LayerTrace(0, k, v, q, torch.device("cpu"), 0.25)
+    layer = LayerTrace(0, k, v, q, torch.device("cpu"), Scoring(0.25))
     with LiveBytes() as live:
         study(cls(chunk=32), layer, pixels=64)
     assert live.peak < 0.6 * 4 * 3000 * 3000

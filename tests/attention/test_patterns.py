@@ -16,6 +16,7 @@ from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import Part
 from workbench.examples import needle
 from workbench.measure.memory import LiveBytes
+from workbench_kernels import Scoring
 
 
 def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,10 +37,11 @@ def on_pairs(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: flo
     return out.float()
 
 
-def attend(method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], **options: object) -> tuple[Tensor, int]:
+def attend(
+    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
+) -> tuple[Tensor, int]:
     at = Pass(1, tensors[0].shape[1])
-    settings: dict[str, object] = {"scale": 0.4, "window": None, "softcap": None, **options}
-    return method.attend(*tensors, **settings, at=at), at.computed[0]  # type: ignore[arg-type]
+    return method.attend(*tensors, scoring, at=at), at.computed[0]
 
 
 # --- Parts of a softmax
@@ -49,9 +51,11 @@ def attend(method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], **op
 def test_parts_join_to_the_whole_in_any_order(cuts: tuple[int, ...]) -> None:
     query, key, value = drawn(17)
     hidden = torch.ones(17, 17, dtype=torch.bool).triu(1)
-    want = causal_attention(query, key, value, scale=1.0)
+    want = causal_attention(query, key, value, Scoring(1.0))
     edges = [0, *cuts, 17]
-    parts = [Part.of(query, key[:, a:b], value[:, a:b], hidden=hidden[:, a:b]) for a, b in pairwise(edges)]
+    parts = [
+        Part.of(query, key[:, a:b], value[:, a:b], Scoring(1.0), hidden=hidden[:, a:b]) for a, b in pairwise(edges)
+    ]
     for order in (parts, parts[::-1]):
         joined = order[0]
         for part in order[1:]:
@@ -74,7 +78,7 @@ def test_first_and_last_tokens_are_seen_and_nothing_else(
         for j in range(i + 1):
             seen[:, i, j] = j > i - window or j < sinks
     method = StreamingWindow(sinks=sinks, window=window)
-    got, computed = attend(method, tensors, softcap=softcap)
+    got, computed = attend(method, tensors, Scoring(0.4, softcap=softcap))
     torch.testing.assert_close(got, on_pairs(*tensors, seen, 0.4, softcap), rtol=1e-4, atol=1e-5)
     assert computed == int(seen.sum()) == 4 * method.entries(tokens, 1)
 
@@ -89,9 +93,9 @@ def test_sinks_and_window_are_as_wide_as_the_budget_allows(budget: float, tokens
 
 def test_a_layer_with_a_narrow_window_of_its_own_stays_exact() -> None:
     tensors = drawn(200)
-    want = causal_attention(*tensors, scale=0.4, window=12)
+    want = causal_attention(*tensors, Scoring(0.4, 12))
     for method in (StreamingWindow(budget=0.3), BlockSparse(budget=0.3), BlockSparse(budget=0.3, pattern="block")):
-        got, computed = attend(method, tensors, window=12)
+        got, computed = attend(method, tensors, Scoring(0.4, 12))
         assert torch.equal(got, want)
         assert computed == 4 * visible_entries(200, 12)
 
@@ -131,7 +135,7 @@ def test_columns_and_diagonals_that_the_last_queries_weigh_most_are_computed(
             for i in range(where, first):
                 seen[h, i, i - where if kind == 0 else where] = True
         want_computed += spent
-    got, computed = vertical_slash_attention(query, key, value, probe, allowed, scale=0.4, softcap=softcap)
+    got, computed = vertical_slash_attention(query, key, value, probe, allowed, Scoring(0.4, softcap=softcap))
     torch.testing.assert_close(got, on_pairs(query, key, value, seen, 0.4, softcap), rtol=1e-4, atol=1e-5)
     assert computed == want_computed <= 4 * allowed
 
@@ -140,7 +144,7 @@ def test_long_prompts_are_computed_in_stretches_that_meet() -> None:
     tensors = drawn(2100, heads=2, kv_heads=1)
     allowed = int(0.02 * visible_entries(2100))
     probe = _widest_probe(2100, allowed)
-    got, _ = vertical_slash_attention(*tensors, probe, allowed, scale=0.4)
+    got, _ = vertical_slash_attention(*tensors, probe, allowed, Scoring(0.4))
     first = 2100 - probe
     rows = (tensors[0][:, first:] @ tensors[1].transpose(1, 2)) * 0.4
     ahead = torch.arange(2100) > torch.arange(first, 2100)[:, None]
@@ -234,9 +238,9 @@ def test_the_error_falls_as_the_budget_grows(default_session: wb.Session, key: s
     trace = default_session.read(needle(400).text)
     layer = trace.layers[12]
     tensors = (layer.queries.float(), layer.keys.float(), layer.values.float())
-    want = causal_attention(*tensors, scale=layer.scale)
+    want = causal_attention(*tensors, layer.scoring)
     errors = []
     for budget in (0.1, 0.25, 0.5, 0.8, 1.0):
-        got, _ = attend(wb.method(key, budget=budget), tensors, scale=layer.scale)
+        got, _ = attend(wb.method(key, budget=budget), tensors, layer.scoring)
         errors.append(float((got - want).norm() / want.norm()))
     assert errors == sorted(errors, reverse=True) and errors[0] > 2 * errors[3] and errors[-1] < 1e-5

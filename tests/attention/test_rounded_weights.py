@@ -22,6 +22,7 @@ from workbench.kv.stores import Contents
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 METHODS = (AdaLog, DopQ)
 BITS = (3, 4, 6, 8)
@@ -197,7 +198,7 @@ def test_attention_mixes_values_with_rounded_weights(
 ) -> None:
     query, key, value = drawn(41)
     made, at = method(bits=4), Pass(1, 41)
-    got = made.attend(query, key, value, scale=0.4, window=window, softcap=softcap, at=at)
+    got = made.attend(query, key, value, Scoring(0.4, window, softcap), at=at)
     (chosen,) = at.left.values()
     want = torch.zeros_like(got)
     for h in range(4):
@@ -214,10 +215,10 @@ def test_attention_mixes_values_with_rounded_weights(
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_are_the_nearer_the_more_bits(method: type[RoundedWeights]) -> None:
     query, key, value = drawn(120)
-    exact = causal_attention(query, key, value, scale=0.4)
+    exact = causal_attention(query, key, value, Scoring(0.4))
     errors = []
     for bits in BITS:
-        out = method(bits=bits).attend(query, key, value, scale=0.4, window=None, softcap=None, at=Pass(1, 120))
+        out = method(bits=bits).attend(query, key, value, Scoring(0.4), at=Pass(1, 120))
         errors.append(float((out - exact).norm() / exact.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.2 and errors[3] < 0.02
@@ -227,34 +228,34 @@ def test_outputs_are_the_nearer_the_more_bits(method: type[RoundedWeights]) -> N
 def test_decoding_goes_on_at_the_levels_of_the_prompt(method: type[RoundedWeights]) -> None:
     query, key, value = drawn(30)
     made, at, after = method(), Pass(1, 30), Pass(1, 30)
-    whole = made.attend(query, key, value, scale=0.4, window=None, softcap=None, at=at)
-    made.begin(LayerTrace(0, key, value, query, torch.device("cpu"), 0.4), after)
+    whole = made.attend(query, key, value, Scoring(0.4), at=at)
+    made.begin(LayerTrace(0, key, value, query, torch.device("cpu"), Scoring(0.4)), after)
     assert after.left == at.left and after.left_nbytes == 0 and after.computed == [0]
     held = Contents(key, value, torch.arange(30)[None], None)
     seen = (torch.arange(30) <= torch.arange(27, 30)[:, None]).expand(2, 3, 30)
-    got = made.decode(query[:, 27:], held, seen, scale=0.4, softcap=None, at=after)
+    got = made.decode(query[:, 27:], held, seen, Scoring(0.4), at=after)
     torch.testing.assert_close(got, whole[:, 27:], rtol=1e-4, atol=1e-5)
     assert after.left == at.left and after.computed == [4 * (28 + 29 + 30)]
     alone = Pass(1, 0)  # nothing was recorded: what is decoded first is looked at instead
-    assert bool(made.decode(query[:, 27:], held, seen, scale=0.4, softcap=None, at=alone).isfinite().all())
+    assert bool(made.decode(query[:, 27:], held, seen, Scoring(0.4), at=alone).isfinite().all())
     assert list(alone.left) == list(at.left)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_prompt_of_a_token_or_two_is_exact(method: type[RoundedWeights]) -> None:
     query, key, value = drawn(1)
-    out = method().attend(query, key, value, scale=0.4, window=None, softcap=None, at=Pass(1, 1))
+    out = method().attend(query, key, value, Scoring(0.4), at=Pass(1, 1))
     torch.testing.assert_close(out, value.repeat_interleave(2, dim=0))
     query, key, value = drawn(2)
-    out = method(bits=8).attend(query, key, value, scale=0.4, window=None, softcap=None, at=Pass(1, 2))
-    torch.testing.assert_close(out, causal_attention(query, key, value, scale=0.4), rtol=0.03, atol=0.03)
+    out = method(bits=8).attend(query, key, value, Scoring(0.4), at=Pass(1, 2))
+    torch.testing.assert_close(out, causal_attention(query, key, value, Scoring(0.4)), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_a_long_prompt_never_exist_as_a_whole(method: type[RoundedWeights]) -> None:
     query, key, value = drawn(2048, heads=2, kv_heads=1)
     with LiveBytes() as live:
-        method().attend(query, key, value, scale=0.4, window=None, softcap=None, at=Pass(1, 2048))
+        method().attend(query, key, value, Scoring(0.4), at=Pass(1, 2048))
     assert live.peak < 2 * 2048 * 2048 * 4 / 2
 
 

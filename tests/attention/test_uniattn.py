@@ -16,6 +16,7 @@ from workbench.errors import NotApplicable
 from workbench.examples import needle
 from workbench.kv.stores import Contents
 from workbench.models import tiny
+from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(0))
 
@@ -51,13 +52,13 @@ def test_a_layer_mixes_its_values_with_the_weights_of_another(tokens: int, windo
     method, at = UniAttn(budget=0.34, size=3), Pass(3, tokens)
     first = drawn(tokens, 1)
     assert torch.allclose(
-        method.attend(*first, scale=0.4, window=None, softcap=None, at=at),
-        causal_attention(*first, scale=0.4),
+        method.attend(*first, Scoring(0.4), at=at),
+        causal_attention(*first, Scoring(0.4)),
         atol=1e-5,
     )
     at.layer = 1
     other = drawn(tokens, 2)
-    got = method.attend(*other, scale=0.9, window=window, softcap=None, at=at)
+    got = method.attend(*other, Scoring(0.9, window), at=at)
     ahead = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     scores = torch.stack([first[0][h] @ first[1][h // 2].T * 0.4 for h in range(4)])
     weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
@@ -68,7 +69,7 @@ def test_a_layer_mixes_its_values_with_the_weights_of_another(tokens: int, windo
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert at.computed == [4 * visible_entries(tokens), 0, 0]
     at.layer = 2
-    method.attend(*other, scale=0.9, window=window, softcap=None, at=at)
+    method.attend(*other, Scoring(0.9, window), at=at)
     assert not at.left  # the last that needs them lets go of the weights
 
 
@@ -98,11 +99,11 @@ def test_layers_with_other_caches_share_what_both_hold() -> None:
     query, key, value = drawn(6, 3)
     everything = torch.ones(2, 1, 6, dtype=torch.bool)
     held = Contents(key, value, torch.arange(6)[None], None)
-    method.decode(query[:, -1:], held, everything, scale=0.4, softcap=None, at=at)
+    method.decode(query[:, -1:], held, everything, Scoring(0.4), at=at)
     at.layer = 1
     less = Contents(key[:, 2:], value[:, 2:], torch.arange(2, 6)[None], None)
-    got = method.decode(query[:, -1:] * 5, less, everything[..., 2:], scale=0.4, softcap=None, at=at)
-    want = causal_attention(query[:, 2:], key[:, 2:], value[:, 2:], scale=0.4)[:, -1:]
+    got = method.decode(query[:, -1:] * 5, less, everything[..., 2:], Scoring(0.4), at=at)
+    want = causal_attention(query[:, 2:], key[:, 2:], value[:, 2:], Scoring(0.4))[:, -1:]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 

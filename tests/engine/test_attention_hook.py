@@ -17,6 +17,7 @@ from workbench.engine.attention_hook import engaged, forward
 from workbench.errors import Cancelled, WorkbenchError
 from workbench.models import TINY_ARCHITECTURES
 from workbench.progress import Progress
+from workbench_kernels import Scoring
 
 IDS = torch.arange(40) * 7 % 251
 QUESTION = [5, 9, 200, 31]
@@ -47,10 +48,10 @@ class Exact:
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at = fail_at
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         if layer == self.fail_at:
             raise RuntimeError("accident")
-        return causal_attention(query, key, value, **options)
+        return causal_attention(query, key, value, scoring)
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)

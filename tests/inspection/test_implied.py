@@ -23,6 +23,7 @@ from workbench.progress import Progress
 from workbench.registry import registered
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 METHODS = [cls.key for cls in registered("attention")]
 POOLINGS = ("max", "sum", "mean")
@@ -45,8 +46,7 @@ def outputs(method: AttentionMethod, trace: Trace) -> list[Tensor]:
     at, found = Pass(len(trace.layers), trace.tokens), []
     for layer in trace.layers:
         at.layer = layer.index
-        options = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
-        found.append(method.attend(layer.queries, layer.keys, layer.values, at=at, **options))
+        found.append(method.attend(layer.queries, layer.keys, layer.values, layer.scoring, at=at))
     return found
 
 
@@ -60,7 +60,7 @@ def drawn(tokens: int, window: int | None = None) -> LayerTrace:
     """A layer of random numbers, two query heads on one KV head."""
     generator = torch.Generator().manual_seed(tokens)
     query, key, value = (torch.randn(heads, tokens, 8, generator=generator) for heads in (2, 1, 1))
-    return LayerTrace(0, key, value, query, torch.device("cpu"), 8**-0.5, window)
+    return LayerTrace(0, key, value, query, torch.device("cpu"), Scoring(8**-0.5, window))
 
 
 # -- the weights
@@ -130,9 +130,9 @@ def test_values_of_another_size_than_the_keys_take_no_whole_matrix_either() -> N
     query, key = torch.randn(2, 2, 2000, 16)
     value = torch.randn(2, 2000, 40)
     with LiveBytes() as live:
-        got = causal_attention(query, key, value, scale=0.25)
+        got = causal_attention(query, key, value, Scoring(0.25))
     assert live.peak < 0.5 * 4 * 2 * 2000 * 2000
-    parts = [causal_attention(query, key, some, scale=0.25) for some in value.split([16, 16, 8], dim=-1)]
+    parts = [causal_attention(query, key, some, Scoring(0.25)) for some in value.split([16, 16, 8], dim=-1)]
     torch.testing.assert_close(got, torch.cat(parts, dim=-1), rtol=1e-4, atol=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_a_layer_that_reuses_weights_shows_those_it_takes(architecture: str) -> 
     for layer in taking:
         source = trace.layers[method.anchor(layer, layers)]
         taken = matrix(method, trace, layer)
-        own = replace(source, window=trace.layers[layer].window or source.window)
+        own = replace(source, scoring=replace(source.scoring, window=trace.layers[layer].window or source.window))
         rows = torch.cat([probs for _, probs in own.attention_rows()], dim=1)
         torch.testing.assert_close(taken, rows, rtol=1e-4, atol=1e-6)
 

@@ -320,7 +320,7 @@ def test_a_capture_that_failed_is_not_tried_again_nor_are_equal_failures_told_ap
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for what, wanted in (("many", [1, 16, 512]), ("few", [1, "16, 512"])):
         asked.clear()
-        rows = list(weights.measured(what, "ours", lambda *shape: weights.Held(work, 0), 8, 8, {}))
+        rows = list(weights.measured(what, "ours", lambda *shape: weights.Candidate(work, 0), 8, 8, {}))
         assert [row["n"] for row in rows] == wanted and asked[:2] == [True, False] and not any(asked[1:])
         assert all(row["launched"] == "one by one" for row in rows if "us" in row)
     assert rows[-1]["failed"] == "ValueError: one token at most"

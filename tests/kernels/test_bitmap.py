@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import interpreted
-from workbench_kernels.building import expand_rows_reference, sparse_rows_reference
-from workbench_kernels.decode_bitmap import decode_bitmap_reference
+from workbench_kernels.building import expand_rows, sparse_rows
+from workbench_kernels.decode_bitmap import decode_bitmap
 from workbench_kernels.rows import Ragged, SparseRows
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state
@@ -24,8 +24,8 @@ def side(lengths: list[int], tails: list[int], width: int, count: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, sum(lengths), width, generator=generator).half()
     tail = torch.randn(sum(tails), width, generator=generator).half()
-    numbers, bitmap = sparse_rows_reference(x, count, torch.float16)
-    front = expand_rows_reference(numbers, bitmap, width, torch.float16)
+    numbers, bitmap = sparse_rows.reference(x, count, torch.float16)
+    front = expand_rows.reference(numbers, bitmap, width, torch.float16)
     heads = [torch.cat(both) for both in zip(front.split(lengths), tail.split(tails), strict=True)]
     return SparseRows(ragged(numbers, lengths), ragged(bitmap, lengths), ragged(tail, tails)), heads
 
@@ -44,7 +44,8 @@ CASES = [
 @pytest.mark.parametrize("config", [(4, 16, 3), (2, 16, 5)])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_and_reference_attend_over_what_the_rows_stand_for(case: tuple, config: tuple) -> None:
-    from workbench_kernels.gpu.bitmap import Config, decode_bitmap
+    from workbench_kernels.gpu.bitmap import Config
+    from workbench_kernels.gpu.bitmap import decode_bitmap as kernel
 
     lengths, tails, width, count, value_width, value_count, queries, group, softcap, masked = case
     keys, key = side(lengths, tails, width, count, 1)
@@ -67,8 +68,8 @@ def test_kernel_and_reference_attend_over_what_the_rows_stand_for(case: tuple, c
         wanted.append(attention_state(part, k[None], v[None], seen, scoring))
     out, sums = (torch.cat(both) for both in zip(*wanted, strict=True))
     for found in (
-        decode_bitmap_reference(query, keys, values, scoring, **options),
-        decode_bitmap(query, keys, values, scoring, lse=True, config=Config(*config), **options),
+        decode_bitmap.reference(query, keys, values, scoring, lse=True, **options),
+        kernel(query, keys, values, scoring, lse=True, config=Config(*config), **options),
     ):
         torch.testing.assert_close(found[0].double(), out, atol=3e-3, rtol=3e-3)
         torch.testing.assert_close(found[1].double(), sums, atol=3e-3, rtol=1e-3)

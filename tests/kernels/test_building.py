@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.kernels.support import interpreted
 from workbench_kernels import building, quantise, unpack
-from workbench_kernels.building import Axis, Kept
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis
 
 pytestmark = interpreted
 
@@ -33,7 +34,7 @@ def test_what_is_kept_is_listed_head_after_head(tokens: int, share: float) -> No
 
     keep = some(3, tokens, share)
     keep[1] = False  # a head with nothing
-    found, wanted = gpu.kept(keep), building.kept_reference(keep)
+    found, wanted = gpu.kept(keep), building.kept.reference(keep)
     assert same(found[:5], wanted[:5]) and found.tokens == wanted.tokens == tokens
     for head in range(3):
         begin, length = int(found.starts[head]), int(found.lengths[head])
@@ -46,13 +47,13 @@ def test_rows_are_gathered_from_where_they_stand(widths: tuple[int, int], dtype:
     from workbench_kernels.gpu import building as gpu
 
     keep = some(3, 200)
-    whole = building.kept_reference(keep)
+    whole = building.kept.reference(keep)
     xs = [numbers(200, 3, width, seed=width).to(dtype).transpose(0, 1) for width in widths]  # heads side by side
     few = torch.tensor([7, 0, 1000])
     parts = (whole, whole.first(few), whole.after(few))
     for chosen in parts:
         found = gpu.gather(xs, chosen, torch.float32)
-        assert same(found, building.gather_reference(xs, chosen, torch.float32))
+        assert same(found, building.gather.reference(xs, chosen, torch.float32))
     assert same(gpu.gather(xs, whole, torch.float32), tuple(x[keep].float() for x in xs))
     assert parts[1].total + parts[2].total == whole.total
 
@@ -66,7 +67,7 @@ def both_ways(
     """Assert that kernel and reference store the same; what they store."""
     from workbench_kernels.gpu import building as gpu
 
-    wanted = building.quantise_rows_reference(x, bits, group, axis, chosen=chosen, balance=balance)
+    wanted = building.quantise_rows.reference(x, bits, group, axis, chosen=chosen, balance=balance)
     found = gpu.quantise_rows(x, bits, group, axis, chosen=chosen, balance=balance)
     assert same(found, wanted)
     return wanted
@@ -80,7 +81,7 @@ def test_codes_scales_and_zeros_equal_the_reference_to_the_bit(axis: Axis, bits:
 
     x = numbers(2, 3 * group, width, seed=bits, dtype=torch.bfloat16)
     x[:, :, 0] = 1.5  # a channel without a range
-    chosen = building.kept_reference(some(2, 3 * group, 0.6))
+    chosen = building.kept.reference(some(2, 3 * group, 0.6))
     if axis == "channel":
         chosen = chosen.first(chosen.counts // group * group)
     balance = numbers(2, width, seed=3).abs().add(0.5).half()
@@ -91,7 +92,7 @@ def test_codes_scales_and_zeros_equal_the_reference_to_the_bit(axis: Axis, bits:
     for dtype in (torch.float32, torch.float16):  # the interpreter cuts off what bfloat16 would round
         for factors, heads in ((None, None), (balance, owners)):
             found = gpu.dequantise_rows(*stored, bits, group, axis, width, dtype, balance=factors, owners=heads)
-            wanted = building.dequantise_rows_reference(
+            wanted = building.dequantise_rows.reference(
                 *stored, bits, group, axis, width, dtype, balance=factors, owners=heads
             )
             assert same((found,), (wanted,))
@@ -122,7 +123,7 @@ def test_sparse_rows_hold_exactly_the_largest_and_expand_again(dtype: torch.dtyp
     x = numbers(2, 50, width, seed=width).to(dtype)
     x[:, :, ::3] = 0
     x[:, 7] = -1.0  # a row of ties
-    chosen = building.kept_reference(some(2, 50))
+    chosen = building.kept.reference(some(2, 50))
     held, bitmap = gpu.sparse_rows(x, count, dtype, chosen=chosen)
     bits = unpack(bitmap, 1, width)
     rows = x[chosen.entries()]
@@ -135,7 +136,7 @@ def test_sparse_rows_hold_exactly_the_largest_and_expand_again(dtype: torch.dtyp
     assert bool((smallest_held >= largest_lost).all())
     if count:
         expanded = gpu.expand_rows(held, bitmap, width, torch.float32)
-        assert torch.equal(expanded, building.expand_rows_reference(held, bitmap, width, torch.float32))
+        assert torch.equal(expanded, building.expand_rows.reference(held, bitmap, width, torch.float32))
         assert torch.equal(expanded, rows.float() * bits)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import interpreted
-from workbench_kernels.codebook import codebook_scores, codebook_top_reference
+from workbench_kernels.codebook import codebook_scores, codebook_top
 from workbench_kernels.rows import Ragged
 
 CASES: list[dict[str, Any]] = [
@@ -46,7 +46,7 @@ def case(
 @pytest.mark.parametrize("given", CASES, ids=str)
 def test_the_highest_scores_are_found(given: dict[str, Any]) -> None:
     table, codes, wanted, queries = case(**given)
-    slots, counts = codebook_top_reference(table, codes, wanted, queries)
+    slots, counts = codebook_top.reference(table, codes, wanted, queries)
     scores = codebook_scores(table, codes)
     heads, rows, _ = table.shape
     for head in range(heads):
@@ -69,10 +69,10 @@ def test_the_highest_scores_are_found(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("given", CASES, ids=str)
 @pytest.mark.parametrize("block", [128, 1024])
 def test_kernels_find_what_sorting_finds(given: dict[str, Any], block: int) -> None:
-    from workbench_kernels.gpu.codebook import codebook_top
+    from workbench_kernels.gpu.codebook import codebook_top as kernel
 
     table, codes, wanted, queries = case(**given)
-    found = codebook_top(table, codes, wanted, queries, block=block)
-    expected = codebook_top_reference(table, codes, wanted, queries)
+    found = kernel(table, codes, wanted, queries, block=block)
+    expected = codebook_top.reference(table, codes, wanted, queries)
     assert found[0].dtype == torch.int64 and found[1].dtype == torch.bool
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

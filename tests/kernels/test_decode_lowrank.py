@@ -15,9 +15,11 @@ from workbench.kv.stores.low_rank import LowRankStore, Ranks, spaces_of
 from workbench.trace import LayerTrace
 from workbench_kernels import decode
 from workbench_kernels import decode_lowrank as kernels_lowrank
-from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank, decode_lowrank_reference
+from workbench_kernels.decode_lowrank import decode_lowrank, decode_rotated
+from workbench_kernels.rotary import LOW, RotaryTable
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import attention_state
 
 SCALE = 0.2
 PAIRS = (*range(8, 20, 2), *range(9, 20, 2), *range(8))  # the last 12 of 20 channels, neighbours paired
@@ -85,7 +87,7 @@ def case(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     lengths = lengths or [100, 129]
     k, largest = len(lengths), 3000 if placed else max(lengths)
-    turns = Turns.of(rotary_of(turned or d, size), largest, d, torch.device("cpu"))
+    turns = RotaryTable.of(rotary_of(turned or d, size), largest, d, torch.device("cpu"))
     assert turns is not None
     positions = None
     if placed:
@@ -99,14 +101,14 @@ def case(
     )
     asked = torch.arange(q) + largest - q - 20 if masked else None
     scoring = Scoring(SCALE, softcap=softcap)
-    how = {"scoring": scoring, "query_positions": asked, "positions": positions, "turns": turns}
+    how = {"scoring": scoring, "query_positions": asked, "positions": positions, "rotary": turns}
     return tensors, how
 
 
 @pytest.mark.parametrize("given", CASES, ids=str)
 def test_reference_is_attention_over_the_rotated_keys(given: dict[str, Any]) -> None:
     (query, keys, values, key_basis, value_basis), how = case(**given, dtype=torch.float64)
-    out, lse = decode_lowrank_reference(query, keys, values, key_basis, value_basis, **how)
+    out, lse = decode_lowrank(query, keys, values, key_basis, value_basis, lse=True, **how)
     group, d = len(query) // len(key_basis), query.shape[2]
     table = rotary_of(given.get("turned") or d, given.get("size", 1.0))
     for head in range(len(query)):
@@ -132,17 +134,16 @@ def test_reference_is_attention_over_the_rotated_keys(given: dict[str, Any]) -> 
 @interpreted
 @pytest.mark.parametrize("given", CASES, ids=str)
 def test_kernel_does_as_the_reference(given: dict[str, Any]) -> None:
-    from workbench_kernels.gpu.lowrank_decode import Config, decode_rotated
+    from workbench_kernels.gpu.lowrank_decode import Config
+    from workbench_kernels.gpu.lowrank_decode import decode_rotated as kernel
 
     (query, keys, values, key_basis, _), how = case(**given)
     config = Config(4, given.get("tile", 64), 2, 1)
-    found, sums = decode_rotated(query, keys, values, key_basis, lse=True, config=config, **how)
+    found, sums = kernel(query, keys, values, key_basis, lse=True, config=config, **how)
     (query, keys, values, key_basis, _), how = case(**given)
-    heads, rank = len(key_basis), values.data.shape[1]
-    same = torch.eye(rank, dtype=torch.float64).expand(heads, rank, rank)
-    exact, wanted = decode_lowrank_reference(
+    exact, wanted = decode_rotated.reference(
         query.double(), keys._replace(data=keys.data.double()), values._replace(data=values.data.double()),
-        key_basis.double(), same, **how,
+        key_basis.double(), lse=True, **how,
     )  # fmt: skip
     assert found.dtype == query.dtype and sums is not None and sums.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, atol=4e-3, rtol=4e-3)
@@ -153,9 +154,11 @@ def test_queries_are_projected_where_nothing_is_rotated() -> None:
     (query, keys, values, key_basis, value_basis), how = case(g=3, q=2, lengths=[40, 17], masked=True)
     query, key_basis, value_basis = query.double(), key_basis.double(), value_basis.double()
     keys, values = (x._replace(data=x.data.double()) for x in (keys, values))
-    how["turns"] = None
+    how["rotary"] = None
     found, sums = decode_lowrank(query, keys, values, key_basis, value_basis, lse=True, **how)
-    exact, wanted = decode_lowrank_reference(query, keys, values, key_basis, value_basis, **how)
+    (key, real), (value, _) = keys.padded(), values.padded()
+    visible = real[:, None] & how["scoring"].visible(how["query_positions"], torch.arange(key.shape[1]))
+    exact, wanted = attention_state(query, key @ key_basis, value @ value_basis, visible, how["scoring"])
     torch.testing.assert_close(found, exact)
     torch.testing.assert_close(sums, wanted)
 
@@ -163,9 +166,9 @@ def test_queries_are_projected_where_nothing_is_rotated() -> None:
 @pytest.mark.parametrize("longest", [1, LOW, LOW + 1, 5000])
 def test_turns_multiply_to_every_position(longest: int) -> None:
     table = rotary_of(32, 1.5)
-    turns = Turns.of(table, longest, 32, torch.device("cpu"))
+    turns = RotaryTable.of(table, longest, 32, torch.device("cpu"))
     assert turns is not None and turns.order is None and turns.positions >= longest
-    cos, sin = turns.table(torch.arange(longest))
+    cos, sin = turns.at(torch.arange(longest))
     torch.testing.assert_close(cos, table(torch.arange(longest))[0][:, :16], atol=2e-3, rtol=0)
     torch.testing.assert_close(sin, table(torch.arange(longest))[1][:, :16], atol=2e-3, rtol=0)
 
@@ -179,14 +182,14 @@ def test_what_is_no_rotation_by_proportional_angles_has_no_turns() -> None:
         angles = positions.float()[:, None] * torch.tensor([0.3, 0.3, 0.01, 0.01])
         return angles.cos(), angles.sin()
 
-    assert Turns.of(bent, 1000, 4, torch.device("cpu")) is None
-    assert Turns.of(neighbours, 1000, 4, torch.device("cpu")) is None
+    assert RotaryTable.of(bent, 1000, 4, torch.device("cpu")) is None
+    assert RotaryTable.of(neighbours, 1000, 4, torch.device("cpu")) is None
 
 
 def layer_of(rotation: Rotation | None) -> LayerTrace:
     keys, values, queries = numbers(2, 60, 20), numbers(2, 60, 18, seed=1), numbers(4, 60, 20, seed=2)
     found = rotation and (lambda read: rotation)
-    return LayerTrace(0, keys, values, queries, torch.device("cpu"), SCALE, rotary=found)
+    return LayerTrace(0, keys, values, queries, torch.device("cpu"), Scoring(SCALE), rotary=found)
 
 
 @interpreted
@@ -218,13 +221,13 @@ def test_store_attends_by_kernels_as_without(
         positions = torch.arange(begin, begin + count)
         keys, values, query = (numbers(h, count, w, seed=begin + w, dtype=torch.float16) for h, w in SHAPES)
         store.append(keys, values, positions)
-        wanted, _ = store.attend(query, positions, scale=SCALE, softcap=9.0)
+        wanted, _ = store.attend(query, positions, Scoring(SCALE, softcap=9.0))
         assert calls.pop() is None
         twin.append(keys, values, positions)
         with monkeypatch.context() as patched:
             for module in (stores_lowrank, decode, kernels_lowrank):
                 patched.setattr(module, "on_gpu", lambda *_: True)
-            found, _ = twin.attend(query, positions, scale=SCALE, softcap=9.0)
+            found, _ = twin.attend(query, positions, Scoring(SCALE, softcap=9.0))
             assert calls.pop() is found
         torch.testing.assert_close(found, wanted, atol=3e-3, rtol=3e-3)
         begin += count

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.support import interpreted
-from workbench_kernels.integer import input_codes, input_step, integer_linear_reference, integer_product
+from workbench_kernels.integer import input_codes, input_step, integer_linear, integer_product
 
 
 @interpreted
@@ -40,7 +40,7 @@ def test_a_product_of_integers_is_scaled_as_the_reference_scales_it(dtype: torch
     codes, step = rounded(x, 8, 24, 96)
     sums = integer_product(codes, weight).int()
     found = scaled(sums, step, scale, bias, 1100, dtype)
-    wanted = integer_linear_reference(x, weight, scale, 8, bias)
+    wanted = integer_linear.reference(x, weight, scale, 8, bias)
     assert found.dtype == dtype
     close = 1e-6 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(found, wanted, rtol=close, atol=close)

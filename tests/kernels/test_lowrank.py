@@ -14,9 +14,7 @@ from workbench.measure.memory import LiveBytes
 from workbench_kernels.lowrank import (
     ACTIVATIONS,
     attend_factors,
-    attend_factors_reference,
     mlp_factors,
-    mlp_factors_reference,
 )
 from workbench_kernels.scoring import Scoring
 
@@ -183,7 +181,8 @@ def test_the_kernel_is_the_whole_module(case: tuple[Any, ...], scratch: int) -> 
     count, neurons, ranks, dtype, gated, biased, act = case
     module = MLP(count, neurons, ranks, dtype, gated)
     config = lowrank.MLPConfig(16, 32, 64, 16, 4, 2)
-    found = lowrank.mlp_factors(*module.inputs(biased), act, scratch, config)
+    *given, gate_bias, up_bias = module.inputs(biased)
+    found = lowrank.mlp_factors(*given, act=act, gate_bias=gate_bias, up_bias=up_bias, scratch=scratch, config=config)
     assert found.dtype == dtype
     assert error(found, module.truth(biased, act)) < TOLERANCE[dtype]
 
@@ -192,11 +191,11 @@ def test_the_references_never_hold_what_is_wide() -> None:
     draw = torch.Generator().manual_seed(0)
     thin, wide = torch.randn(1024, 8, generator=draw), torch.randn(8, 4096, generator=draw)
     with torch.no_grad(), LiveBytes() as live:
-        mlp_factors_reference(thin, thin, wide, wide, wide.T, None, None, "silu", 128)
+        mlp_factors.reference(thin, thin, wide, wide, wide.T, act="silu", tile=128)
     assert live.peak < 1024 * 4096 * 4 / 8
     basis = wide.view(8, 64, 64).transpose(0, 1)
     with torch.no_grad(), LiveBytes() as live:
-        attend_factors_reference(*(thin,) * 3, *(basis,) * 3, Scoring(1.0), tile=64)
+        attend_factors.reference(*(thin,) * 3, *(basis,) * 3, Scoring(1.0), tile=64)
     output, queries_keys_and_values = 1024 * 64 * 64 * 4, 3 * 1024 * 64 * 64 * 4
     assert live.peak - output < queries_keys_and_values / 8
 

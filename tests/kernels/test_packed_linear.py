@@ -13,7 +13,7 @@ from tests.kernels.support import interpreted
 from workbench.weights.layers import IntegerLinear, PackedLinear, ShiftLinear
 from workbench.weights.layers import packed as layers
 from workbench_kernels import packed_linear as kernels
-from workbench_kernels.packed_linear import fits, packed_linear_reference
+from workbench_kernels.packed_linear import fits
 from workbench_kernels.packing import pack
 
 CASES: list[dict[str, Any]] = [
@@ -67,7 +67,7 @@ def looped(codes: Tensor, given: tuple[Any, ...]) -> Tensor:
 def test_the_reference_multiplies_with_what_the_codes_stand_for(given: dict[str, Any]) -> None:
     codes, arguments = case(**given)
     wanted = looped(codes, arguments)
-    found = packed_linear_reference(*arguments)
+    found = kernels.packed_linear.reference(*arguments)
     assert found.dtype == arguments[0].dtype
     assert float((found.double() - wanted).norm()) < 1e-3 * float(wanted.norm())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels.support import interpreted
 from workbench.measure.attention import column_sums, pooled_maps, row_entropy
-from workbench_kernels.reading import Reading, read_attention, read_attention_reference
+from workbench_kernels import Reading, read_attention
 from workbench_kernels.scoring import Scoring
 
 
@@ -117,14 +117,14 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(4, 2, 50)
     wanted = expected(query, key, Scoring(0.25), rows=(3, 30))
     monkeypatch.setattr("workbench_kernels.reading._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
-    found = read_attention_reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
+    found = read_attention.reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
     assert_same(found, wanted)
 
 
 def test_it_agrees_with_what_the_workbench_measures() -> None:
     query, key = layer(4, 2, 70)
     found = read_attention(query, key, Scoring(0.25, window=30), entropy=True, pooling="mean", pixels=9)
-    how: dict[str, Any] = {"scale": 0.25, "window": 30}
+    how: dict[str, Any] = {"scoring": Scoring(0.25, 30)}
     torch.testing.assert_close(found.sums, column_sums(query, key, **how))
     torch.testing.assert_close(found.entropy, row_entropy(query, key, **how), atol=1e-5, rtol=1e-5)
     maps = pooled_maps(query, key, **how, pooling="mean", pixels=9)
@@ -233,14 +233,14 @@ class Everywhere:
         monkeypatch.setattr("workbench.measure.attention.on_gpu", lambda *_: True)
         monkeypatch.setattr("workbench.measure.attention.read_attention", self.read)
 
-    def read(self, *tensors: Tensor, **how: Any) -> Reading:
+    def read(self, query: Tensor, key: Tensor, scoring: Scoring, **how: Any) -> Reading:
         self.readings += 1
-        return read_attention_reference(*tensors, **how)
+        return read_attention.reference(query, key, scoring, **how)
 
 
 def test_on_a_gpu_whole_prompts_are_read_by_the_kernel_with_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(4, 2, 70)
-    how: dict[str, Any] = {"scale": 0.25, "softcap": 5.0}
+    how: dict[str, Any] = {"scoring": Scoring(0.25, softcap=5.0)}
     streamed = column_sums(query, key, **how), row_entropy(query, key, **how), pooled_maps(query, key, **how, pixels=9)
     gpu = Everywhere(monkeypatch)
     read = column_sums(query, key, **how), row_entropy(query, key, **how), pooled_maps(query, key, **how, pixels=9)
@@ -256,11 +256,11 @@ def test_on_a_gpu_whole_prompts_are_read_by_the_kernel_with_the_same_figures(mon
 def test_on_a_gpu_rows_are_streamed_where_only_some_tokens_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(2, 1, 30)
     at = torch.tensor([*range(10), *range(12, 32)])
-    how: dict[str, Any] = {"scale": 0.25, "query_positions": at, "key_positions": at}
+    how: dict[str, Any] = {"scoring": Scoring(0.25), "query_positions": at, "key_positions": at}
     streamed = column_sums(query, key, **how)
-    zoomed = pooled_maps(query, key, scale=0.25, rows=(5, 20), pixels=4)
+    zoomed = pooled_maps(query, key, Scoring(0.25), rows=(5, 20), pixels=4)
     gpu = Everywhere(monkeypatch)
     assert torch.equal(column_sums(query, key, **how), streamed)
-    again = pooled_maps(query, key, scale=0.25, rows=(5, 20), pixels=4)
+    again = pooled_maps(query, key, Scoring(0.25), rows=(5, 20), pixels=4)
     assert all(torch.equal(one.values, other.values) for one, other in zip(again, zoomed, strict=True))
     assert gpu.readings == 0

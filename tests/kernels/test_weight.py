@@ -13,8 +13,7 @@ from workbench.weights.layers import SparseLinear
 from workbench.weights.layers import sparse as layers
 from workbench_kernels import sparse_linear as kernels
 from workbench_kernels.packing import pack
-from workbench_kernels.sparse_linear import sparse_linear_reference
-from workbench_kernels.weight import nibbles_reference, packed_weight_reference, sparse_weight_reference
+from workbench_kernels.weight import nibbles, packed_weight, sparse_weight
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,19 +80,19 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 @pytest.mark.parametrize("given", PACKED, ids=str)
 def test_the_reference_writes_what_packed_codes_stand_for(given: dict[str, Any]) -> None:
     codes, arguments = packed(**given)
-    assert close(packed_weight_reference(*arguments), looped(codes, arguments))
+    assert close(packed_weight.reference(*arguments), looped(codes, arguments))
 
 
 @interpreted
 @pytest.mark.parametrize("given", PACKED, ids=str)
 def test_the_kernel_writes_what_packed_codes_stand_for(given: dict[str, Any]) -> None:
-    from workbench_kernels.gpu.weight import packed_weight
+    from workbench_kernels.gpu.weight import packed_weight as kernel
 
     codes, arguments = packed(**given)
-    found = packed_weight(*arguments)
+    found = kernel(*arguments)
     assert found.dtype == arguments[-1] and close(found, looped(codes, arguments))
     if arguments[4] is None:  # nothing is rounded twice
-        assert same(found, packed_weight_reference(*arguments))
+        assert same(found, packed_weight.reference(*arguments))
 
 
 SPARSE = [(3, 64, 0.5), (5, 93, 0.3), (2, 8200, 0.6), (9, 24, 0.5), (3, 100, 0.0), (3, 100, 1.0)]
@@ -112,22 +111,22 @@ def sparse(outputs: int, inputs: int, share: float) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("sizes", SPARSE, ids=str)
 def test_held_values_are_put_where_their_bits_stand(sizes: tuple[int, int, float], dtype: torch.dtype) -> None:
-    from workbench_kernels.gpu.weight import sparse_weight
+    from workbench_kernels.gpu.weight import sparse_weight as kernel
 
     weight, held, starts = sparse(*sizes)
     bitmap = pack(held.to(torch.uint8), 1)
     given = (bitmap, weight[held], starts, sizes[1], dtype)
-    assert torch.equal(sparse_weight_reference(*given), weight.to(dtype))
+    assert torch.equal(sparse_weight.reference(*given), weight.to(dtype))
     if held.any():
-        assert same(sparse_weight(*given), weight.to(dtype))
+        assert same(kernel(*given), weight.to(dtype))
         first = 1  # a tile: values and starts of its rows alone
         part = (bitmap[first:], weight[first:][held[first:]], starts[first:], sizes[1], dtype)
-        assert same(sparse_weight(*part), weight[first:].to(dtype))
+        assert same(kernel(*part), weight[first:].to(dtype))
 
 
 @interpreted
 def test_rows_that_hold_equally_many_need_no_starts() -> None:
-    from workbench_kernels.gpu.weight import sparse_weight
+    from workbench_kernels.gpu.weight import sparse_weight as kernel
 
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(7, 200, generator=draw)
@@ -135,8 +134,8 @@ def test_rows_that_hold_equally_many_need_no_starts() -> None:
     held = (scores >= scores.topk(2, dim=-1).values[..., -1:]).flatten(1)  # 2:4
     given = (pack(held.to(torch.uint8), 1), weight[held].bfloat16(), None, 200, torch.float32)
     wanted = weight.bfloat16().float() * held
-    assert torch.equal(sparse_weight_reference(*given), wanted)
-    assert torch.equal(sparse_weight(*given), wanted)
+    assert torch.equal(sparse_weight.reference(*given), wanted)
+    assert torch.equal(kernel(*given), wanted)
 
 
 @interpreted
@@ -148,7 +147,7 @@ def test_a_few_tokens_are_multiplied_with_the_values_that_are_held(sizes: tuple[
     weight, held, starts = sparse(*sizes)
     x = torch.randn(tokens, sizes[1], generator=torch.Generator().manual_seed(tokens))
     given = (x, pack(held.to(torch.uint8), 1), weight[held], starts)
-    for found in (sparse_linear(*given), sparse_linear_reference(*given)):
+    for found in (sparse_linear(*given), kernels.sparse_linear.reference(*given)):
         assert close(found, x.double() @ weight.double().T)
 
 
@@ -169,9 +168,9 @@ def test_layers_on_a_gpu_write_no_sparse_weight_for_one_token(monkeypatch: pytes
 @interpreted
 @pytest.mark.parametrize(("outputs", "inputs"), [(3, 64), (5, 93), (2, 9000)])
 def test_nibbles_stand_in_the_upper_halves_of_bytes(outputs: int, inputs: int) -> None:
-    from workbench_kernels.gpu.weight import nibbles
+    from workbench_kernels.gpu.weight import nibbles as kernel
 
     codes = torch.randint(16, (outputs, inputs), generator=torch.Generator().manual_seed(inputs), dtype=torch.uint8)
     wanted = ((codes.int() - 8) * 16).to(torch.int8)
-    for found in (nibbles(pack(codes, 4)), nibbles_reference(pack(codes, 4))):
+    for found in (kernel(pack(codes, 4)), nibbles.reference(pack(codes, 4))):
         assert found.dtype == torch.int8 and torch.equal(found[:, :inputs], wanted)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.test_methods import SHORT
+from tests.kv.support import SHORT
 from workbench.budget import Budget
 from workbench.errors import BadRecipe, BudgetTooSmall
 from workbench.kv import Full, Knorm, SnapKV
 from workbench.kv.base import STAGES, KVMethod, Study
-from workbench.kv.plan import Plan
-from workbench.kv.ranking import Ranking
 from workbench.registry import registered
 from workbench.runtime.planning import make_plan
 from workbench.testing import Reading, check_plan, fresh_reading
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workbench.kv.plan import Plan
+    from workbench.kv.ranking import Ranking
+    from workbench.trace import LayerTrace
 
 
 class Undecided(KVMethod):

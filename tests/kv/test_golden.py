@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ from workbench.prompt import Prompt
 from workbench.registry import method
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
-from workbench.trace import Trace
+
+if TYPE_CHECKING:
+    from workbench.trace import Trace
 
 TINY = Path(__file__).parent / "data" / "tiny-llama.safetensors"
 DEFAULT = TINY.with_name("smollm2-135m.safetensors")
@@ -75,7 +77,7 @@ def recorded(path: Path, case: str) -> Tensor:
 def described(path: Path, case: str) -> KVMethod:
     """Our method with the case's parameters."""
     parameters = dict(golden(path)[0][case])
-    key = case.split("@")[0]
+    key = case.split("@", maxsplit=1)[0]
     if key == "adakv-snapkv":
         key, parameters["safeguard"] = "adakv", parameters.pop("alpha")
     found = method(key, **parameters)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kv.support import SHORT, TOKENS, kept_sets, random_ranking, softmax_rows, trace_of
 from workbench import testing
 from workbench.budget import Budget
 from workbench.core.rope import Rotation
@@ -34,48 +34,15 @@ from workbench.kv.plan import Plan, rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.format import DenseFormat, PackedFormat, Shape, balancer
-from workbench.models import TINY_ARCHITECTURES, facts, tiny
+from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.prompt import Prompt
 from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
-TOKENS = 70
-# Parameters that suit prompts of a few dozen tokens.
-SHORT: dict[str, dict[str, Any]] = {
-    "evopress-kv": {"window": 8, "generations": 1, "offspring": 2},
-    "snapkv": {"window": 8},
-    "pyramidkv": {"window": 8},
-    "adakv": {"window": 8},
-    "lagkv": {"lag": 16},
-    "kivi": {"group": 8, "residual": 16},
-    "mustafar": {"recent": 8},
-    "deltallm": {"window": 8, "group": 16},
-    "think": {"window": 8, "recent": 8},
-    "vkv-1bit": {"group": 8, "recent": 8},
-    "zipcache": {"budget": 0.5},  # its default is for heads of 64 channels and more
-    "scalekv": {"window": 8, "current": 16},
-    "uncomp": {"rank": 8},
-    "hack": {"probes": 16, "recent": 8},
-    "headkv": {"window": 8, "tasks": 2, "task_tokens": 64},
-    "headkv-r2": {"window": 8, "tasks": 2, "task_tokens": 64},
-    "expected-attention": {"n_future_positions": 32},
-    "ems": {"window": 8},
-    "cskv": {"window": 8},
-    "lazyeviction": {"window": 8},
-    "epicache": {"segment": 8},
-    "streammem": {"frame": 8},
-    "tailorkv": {"budget": 0.5, "threshold": 0.35, "group": 8, "residual": 16, "fetch": 16},
-    "video-xl-2": {"marks": 1, "chunk": 8},
-    "livevlm": {"sinks": 2, "window": 4, "recent": 8, "page": 4},
-    "infllm": {"sinks": 2, "block": 4},
-    "ilre": {"query": 8, "window": 16, "chunk": 8},
-    "xl3m": {"segment": 8, "query": 8},
-    "sentencekv": {"fetch": 8, "longest": 8, "window": 8},
-}
 KEYS = [cls.key for cls in registered("kv")]
 BUDGETED = [key for key in KEYS if key != "full"]
 SELECTING = [key for key in BUDGETED if find(key)().supplies("score")]
@@ -87,17 +54,6 @@ def described(key: str, **parameters: Any) -> KVMethod:
     found = find(key)(**{**SHORT.get(key, {}), **parameters})
     assert isinstance(found, KVMethod)
     return found
-
-
-def fresh_trace(architecture: str = "llama", tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> Trace:
-    model = tiny(architecture).to(dtype)
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    trace = read(model, facts(model), Prompt(ids, chat=False))
-    trace.once("model", lambda: model)  # for methods that let it read again
-    return trace
-
-
-trace_of = cache(fresh_trace)
 
 
 def study_of(trace: Trace) -> Study:
@@ -119,13 +75,6 @@ def within(key: str, budget: float, trace: Trace, dtype: torch.dtype = torch.bfl
         plan = plan_of(key, refusal.smallest, trace, dtype)
         assert plan.nbytes <= refusal.smallest * plan.full_nbytes
         return plan
-
-
-def kept_sets(plan: Plan) -> list[set[int]]:
-    layers, heads = plan.tiers.shape[:2]
-    return [
-        set((plan.tiers[layer, head] == 1).nonzero()[:, 0].tolist()) for layer in range(layers) for head in range(heads)
-    ]
 
 
 # -- every method
@@ -179,16 +128,6 @@ def test_a_number_of_tokens_is_met_to_the_token() -> None:
 
 
 # -- scores against plain loops
-
-
-def softmax_rows(layer: LayerTrace) -> Tensor:
-    """The whole causal softmax, [h, n, n], without any of our attention code."""
-    n, groups = layer.tokens, layer.heads // layer.kv_heads
-    rows = torch.zeros(layer.heads, n, n, dtype=torch.float64)
-    for head in range(layer.heads):
-        logits = layer.queries[head].double() @ layer.keys[head // groups].double().T * layer.scale
-        rows[head] = logits.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
-    return rows
 
 
 def test_snapkv_scores_are_pooled_votes_of_the_window() -> None:
@@ -314,15 +253,6 @@ def test_expected_attention_is_the_mean_of_a_gaussian_of_queries_to_come(archite
 # -- allocation
 
 
-def random_ranking(layers: int, heads: int, tokens: int, window: int = 0) -> Ranking:
-    scores = (
-        torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(1))
-        ** torch.arange(1, heads + 1)[:, None]
-    )
-    scores[..., tokens - window :] = torch.inf
-    return Ranking(scores)
-
-
 @pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0])
 def test_the_pyramid_falls_linearly_and_costs_what_equal_layers_cost(share: float) -> None:
     layers, heads, tokens, window, beta = 9, 2, 400, 20, 20
@@ -392,9 +322,9 @@ def decoded(key: str, budget: str, steps: int) -> tuple[Trace, Plan, Decoder, li
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in trace.layers]
 
     class Watched(Decoder):
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             seen[layer].append((query.clone(), key.clone()))
-            return super().attend(layer, query, key, value, **options)
+            return super().attend(layer, query, key, value, scoring)
 
     decoder = Watched(model, plan.stores(), TOKENS, plan.stages.evict)
     for step in range(steps):
@@ -504,7 +434,7 @@ def test_kivi_keeps_every_token_and_so_refuses_a_number_of_tokens() -> None:
 def test_head_sizes_that_groups_do_not_divide_are_stored_and_counted(width: int, bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 75, width, generator=generator), torch.randn(2, 75, width + 1, generator=generator)
-    layer = LayerTrace(0, keys, values, keys.repeat(2, 1, 1), torch.device("cpu"), width**-0.5)
+    layer = LayerTrace(0, keys, values, keys.repeat(2, 1, 1), torch.device("cpu"), Scoring(width**-0.5))
     shape = Shape(2, 75, width, width + 1, 2)
     form = PackedFormat(torch.bfloat16, bits, 16, 32)
     for counts in ([75, 75], [75, 40], [3, 60], [0, 75]):
@@ -549,7 +479,7 @@ def test_balancing_protects_attention_from_outlier_channels() -> None:
     keys, queries = base.keys.clone(), base.queries.clone()
     keys[:, :, 3] *= 40
     queries[:, :, 3] /= 40  # the same products
-    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scale)
+    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scoring)
     trace = Trace(Prompt(torch.zeros(120, dtype=torch.long), chat=False), (layer,), torch.zeros(1), 0.0)
     balanced, plain = (
         float(make_plan(trace, [MiKV(low_bits=4, budget=0.6, balance=balance)], torch.float32).error.mean())

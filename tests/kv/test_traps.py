@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,26 +19,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.kv.support import ids_of
 from tests.runtime.memory_reach import budgets_of, within_reach
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.plan import Plan, rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.packed import PackedStore
-from workbench.kv.stores.store import Store
 from workbench.models import TINY_ARCHITECTURES, facts
 from workbench.registry import _METHODS, find, registered
 from workbench.runtime.decode import Decoder
-from workbench.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from workbench.kv.stores.store import Store
+    from workbench.trace import LayerTrace, Trace
 
 ModelOf = Callable[[str], PreTrainedModel]
 KV = [cls.key for cls in registered("kv")]
 COMPRESSING = [key for key in KV if key != "full"]
 SCORING = [cls.key for cls in registered("kv") if issubclass(cls, KVMethod) and cls().supplies("score")]
-
-
-def ids(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def fingerprint(trace: Trace) -> str:
@@ -74,7 +73,7 @@ def storages(store: Store, model: PreTrainedModel) -> int:
 @pytest.fixture(scope="module")
 def session(tiny_llama: PreTrainedModel) -> wb.Session:
     made = wb.Session((tiny_llama, None))
-    made.read(ids(200))
+    made.read(ids_of(200, 0))
     return made
 
 
@@ -98,7 +97,7 @@ def test_what_a_plan_saves_is_really_not_there(
     key: str, dtype: str, tiny_llama: PreTrainedModel
 ) -> None:  # traps 1, 22
     session = wb.Session((tiny_llama, None), kv_dtype=dtype)
-    session.read(ids(200))
+    session.read(ids_of(200, 0))
     full = session.facts.layers * 2 * session.facts.kv_heads * session.facts.head_dim * 200 * session.kv_dtype.itemsize
     for budget in budgets_of(key):
         plan = planned(session, key, budget)
@@ -117,7 +116,7 @@ def test_plans_and_runs_never_touch_the_recording(session: wb.Session) -> None: 
     for key in KV:
         plan = planned(session, key, 0.3)
         _ = plan.error, plan.survival(), plan.counts
-        budget = {} if key == "full" else {"budget": plan.share if plan.share > 0.3 else 0.3}
+        budget = {} if key == "full" else {"budget": max(0.3, plan.share)}
         try:
             session.run(key, question=[5, 6], max_new_tokens=3, **budget).ask([7], max_new_tokens=2)
         except BudgetTooSmall:
@@ -129,7 +128,7 @@ def test_plans_and_runs_never_touch_the_recording(session: wb.Session) -> None: 
 def test_the_cache_holds_kv_heads_not_query_heads(architecture: str, tiny_model: ModelOf) -> None:  # trap 3
     model = tiny_model(architecture)
     made = wb.Session((model, None), kv_dtype="float32")
-    made.read(ids(12))
+    made.read(ids_of(12, 0))
     config = model.config
     per_layer = 2 * config.num_key_value_heads * 16 * 12 * 4
     assert made.plan("full").nbytes == config.num_hidden_layers * per_layer
@@ -139,7 +138,7 @@ def test_the_cache_holds_kv_heads_not_query_heads(architecture: str, tiny_model:
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100])
 def test_keys_and_values_of_a_packed_cache_stay_in_step(length: int, tiny_llama: PreTrainedModel) -> None:  # trap 5
     made = wb.Session((tiny_llama, None))
-    made.read(ids(length))
+    made.read(ids_of(length, 0))
     plan = made.plan(wb.kv.KIVI(bits=4, group=16, residual=32))
     decoder = Decoder(tiny_llama, plan.stores(), length)
     store = decoder.stores[0]
@@ -150,7 +149,7 @@ def test_keys_and_values_of_a_packed_cache_stay_in_step(length: int, tiny_llama:
         assert [p.tolist() for p in store.positions] == [list(range(length + step))] * 2
         assert store.key_tail.longest < 32  # a whole block leaves as soon as it is full
         assert store.value_tail.longest == min(length + step, 32)  # the newest always stay
-        decoder.feed(ids(1, step))
+        decoder.feed(ids_of(1, step))
 
 
 def test_keys_with_outlier_channels_are_quantised_by_channel() -> None:  # trap 6
@@ -173,7 +172,7 @@ def test_keys_with_outlier_channels_are_quantised_by_channel() -> None:  # trap 
 @pytest.mark.parametrize("key", ["snapkv", "kivi", "ilre", "tailorkv"])  # that it holds of all is a promise
 def test_sliding_window_layers_stay_exact_and_the_run_says_so(key: str, tiny_model: ModelOf) -> None:  # trap 13
     made = wb.Session((tiny_model("gemma3"), None))
-    made.read(ids(100))
+    made.read(ids_of(100, 0))
     budget = within_reach(key, 0.6)
     try:
         run = made.run(key, budget=budget, max_new_tokens=3)
@@ -190,7 +189,7 @@ def test_sliding_window_layers_stay_exact_and_the_run_says_so(key: str, tiny_mod
 
 def test_a_model_that_slides_everywhere_refuses_a_smaller_budget(tiny_model: ModelOf) -> None:  # trap 13
     made = wb.Session((tiny_model("mistral"), None))
-    made.read(ids(100))
+    made.read(ids_of(100, 0))
     with pytest.raises(BudgetTooSmall) as error:
         made.plan("snapkv", budget=0.5)
     assert error.value.smallest == 1.0
@@ -202,7 +201,7 @@ def test_the_map_of_a_sliding_layer_shows_all_that_its_queries_saw(
     architecture: str, tiny_model: ModelOf
 ) -> None:  # trap 13
     made = wb.Session((tiny_model(architecture), None))
-    made.read(ids(60))
+    made.read(ids_of(60, 0))
     shown = made.attention(0, 0, pixels=60, pooling="sum").values
     assert torch.allclose(shown.sum(dim=-1), torch.ones(60), atol=1e-4)
 
@@ -210,7 +209,7 @@ def test_the_map_of_a_sliding_layer_shows_all_that_its_queries_saw(
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 def test_recorded_attention_is_the_models_own(architecture: str, tiny_model: ModelOf) -> None:  # trap 14
     """Head sizes that the config does not name, and q/k norms, are all in what was recorded."""
-    model, prompt = tiny_model(architecture), ids(40)
+    model, prompt = tiny_model(architecture), ids_of(40, 0)
     assert facts(model).head_dim == 16
     made = wb.Session((model, None))
     trace = made.read(prompt)
@@ -280,7 +279,7 @@ def test_short_prompts_keep_something_everywhere_or_say_what_is_possible(  # tra
     key: str, length: int, tiny_llama: PreTrainedModel
 ) -> None:
     made = wb.Session((tiny_llama, None))
-    made.read(ids(length))
+    made.read(ids_of(length, 0))
     for budget in (0.1, 0.5, 1.0):
         try:
             plan = made.plan(key, budget=budget)
@@ -366,7 +365,7 @@ def test_a_prompt_that_repeats_one_token_is_planned_the_same_way_twice(tiny_llam
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "gemma3"])
 def test_scores_are_one_a_kv_head_and_position(architecture: str, key: str, tiny_model: ModelOf) -> None:  # trap 21
     made = wb.Session((tiny_model(architecture), None))
-    trace = made.read(ids(80))
+    trace = made.read(ids_of(80, 0))
     method = find(key)()
     assert isinstance(method, KVMethod)
     ranking = rank(Study(trace, made.model), method)

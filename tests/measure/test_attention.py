@@ -33,6 +33,7 @@ from workbench.measure import (
 )
 from workbench.progress import Progress
 from workbench.registry import registered
+from workbench_kernels import Scoring
 
 
 def full_attention(
@@ -88,9 +89,7 @@ def test_rows_equal_the_full_softmax(shape, window, softcap, block_bytes, seed):
     queries, keys = some(seed, k * group, k, nq, nk)
     expected = full_attention(queries, keys, 0.3, torch.arange(more, nk), torch.arange(nk), window, softcap)
     seen = 0
-    for rows, probs in attention_rows(
-        queries, keys, scale=0.3, window=window, softcap=softcap, block_bytes=block_bytes
-    ):
+    for rows, probs in attention_rows(queries, keys, Scoring(0.3, window, softcap), block_bytes=block_bytes):
         assert rows.start == seen and probs.shape == (k * group, rows.stop - rows.start, nk)
         assert probs.dtype == torch.float32
         torch.testing.assert_close(probs.double(), expected[:, rows], atol=1e-5, rtol=0)
@@ -107,7 +106,7 @@ def test_rows_follow_true_positions_of_each_kv_head_after_eviction(shape, window
     held = some_positions(seed, k, nk, span=80)
     at = some_positions(seed + 1, nq, span=80)
     expected = full_attention(queries, keys, 0.3, at, held, window)
-    options = dict(scale=0.3, window=window, block_bytes=block_bytes, query_positions=at, key_positions=held)
+    options = dict(scoring=Scoring(0.3, window), block_bytes=block_bytes, query_positions=at, key_positions=held)
     probs = torch.cat([p for _, p in attention_rows(queries, keys, **options)], dim=1)
     torch.testing.assert_close(probs.double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(column_sums(queries, keys, **options).double(), expected.sum(1), atol=1e-4, rtol=0)
@@ -117,15 +116,15 @@ def test_rows_follow_true_positions_of_each_kv_head_after_eviction(shape, window
 
 def test_blocks_stop_at_the_last_visible_key():
     queries, keys = some(0, 2, 1, 64, 64)
-    widths = [block.probs.shape[-1] for block in row_blocks(queries, keys, scale=1.0, block_bytes=2 * 64 * 4 * 8)]
+    widths = [block.probs.shape[-1] for block in row_blocks(queries, keys, Scoring(1.0), block_bytes=2 * 64 * 4 * 8)]
     assert widths == list(range(8, 65, 8))
-    windowed = row_blocks(queries, keys, scale=1.0, block_bytes=2 * 64 * 4 * 8, window=8)
+    windowed = row_blocks(queries, keys, Scoring(1.0, 8), block_bytes=2 * 64 * 4 * 8)
     assert max(block.probs.shape[-1] for block in windowed) == 15
 
 
 def test_rows_stay_valid_after_the_next_block_is_made():
     queries, keys = some(0, 2, 1, 64, 64)
-    kept = list(attention_rows(queries, keys, scale=1.0, block_bytes=4096))
+    kept = list(attention_rows(queries, keys, Scoring(1.0), block_bytes=4096))
     assert len(kept) > 1
     for rows, probs in kept:
         later = full_attention(queries, keys, 1.0, torch.arange(64), torch.arange(64))[:, rows]
@@ -136,7 +135,7 @@ def test_inputs_are_left_as_they_were_and_no_graph_is_kept():
     queries, keys = some(0, 2, 1, 20, 20)
     queries.requires_grad_()
     before = queries.detach().clone(), keys.clone()
-    sums = column_sums(queries, keys, scale=1.0, softcap=5.0)
+    sums = column_sums(queries, keys, Scoring(1.0, softcap=5.0))
     assert not sums.requires_grad
     assert torch.equal(queries, before[0]) and torch.equal(keys, before[1])
 
@@ -144,7 +143,7 @@ def test_inputs_are_left_as_they_were_and_no_graph_is_kept():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_is_computed_in_float32(dtype):
     queries, keys = (x.to(dtype) for x in some(0, 4, 2, 30, 30))
-    sums = column_sums(queries, keys, scale=0.3)
+    sums = column_sums(queries, keys, Scoring(0.3))
     expected = full_attention(queries, keys, 0.3, torch.arange(30), torch.arange(30)).sum(1)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), expected, atol=1e-4, rtol=0)
@@ -152,8 +151,8 @@ def test_any_dtype_is_computed_in_float32(dtype):
 
 def test_strided_inputs_are_read_correctly():
     queries, keys = some(0, 4, 2, 30, 30)
-    strided = column_sums(queries.transpose(0, 1).contiguous().transpose(0, 1), keys.mT.contiguous().mT, scale=0.3)
-    torch.testing.assert_close(strided, column_sums(queries, keys, scale=0.3))
+    strided = column_sums(queries.transpose(0, 1).contiguous().transpose(0, 1), keys.mT.contiguous().mT, Scoring(0.3))
+    torch.testing.assert_close(strided, column_sums(queries, keys, Scoring(0.3)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -162,7 +161,7 @@ def test_sums_and_entropies_equal_those_of_the_full_matrix(shape, window, block_
     k, group, nq, more = shape
     nk = nq + more
     queries, keys = some(seed, k * group, k, nq, nk)
-    options = dict(scale=0.3, window=window, block_bytes=block_bytes)
+    options = dict(scoring=Scoring(0.3, window), block_bytes=block_bytes)
     expected = full_attention(queries, keys, 0.3, torch.arange(more, nk), torch.arange(nk), window)
     sums = column_sums(queries, keys, **options).double()
     torch.testing.assert_close(sums, expected.sum(1), atol=1e-4, rtol=0)
@@ -178,16 +177,16 @@ def test_sums_and_entropies_equal_those_of_the_full_matrix(shape, window, block_
 def test_equal_keys_give_the_largest_entropy_and_one_strong_key_the_smallest():
     queries, keys = torch.ones(1, 16, 4), torch.zeros(1, 16, 4)
     expected = torch.tensor([math.log(i + 1) for i in range(16)])
-    torch.testing.assert_close(row_entropy(queries, keys, scale=1.0)[0], expected)
+    torch.testing.assert_close(row_entropy(queries, keys, Scoring(1.0))[0], expected)
     keys[0, 0] = 100.0
-    assert row_entropy(queries, keys, scale=1.0).abs().max() < 1e-6
-    assert sink_mass(queries, keys, scale=1.0, first=1).item() == pytest.approx(1.0)
+    assert row_entropy(queries, keys, Scoring(1.0)).abs().max() < 1e-6
+    assert sink_mass(queries, keys, Scoring(1.0), first=1).item() == pytest.approx(1.0)
 
 
 def test_sinks_are_found_by_position_not_by_slot():
     queries, keys = some(0, 2, 1, 6, 6)
     held = torch.arange(10, 16)  # the first tokens were evicted
-    mass = sink_mass(queries, keys, scale=1.0, query_positions=held, key_positions=held)
+    mass = sink_mass(queries, keys, Scoring(1.0), query_positions=held, key_positions=held)
     assert torch.equal(mass, torch.zeros(2))
 
 
@@ -212,10 +211,9 @@ def test_pooled_maps_equal_pooling_the_full_matrix(nq, more, pixels, pooling, wi
     pooled = pooled_map(
         queries[0],
         keys[0],
-        scale=0.3,
+        Scoring(0.3, window),
         pixels=pixels,
         pooling=pooling,
-        window=window,
         rows=spans[0],
         cols=spans[1],
         block_bytes=block_bytes,
@@ -243,7 +241,7 @@ def pairs(edges: Tensor) -> list[tuple[int, int]]:
 
 def test_a_map_that_fits_is_the_exact_matrix():
     queries, keys = some(0, 1, 1, 100, 100)
-    pooled = pooled_map(queries[0], keys[0], scale=0.3, pixels=100)
+    pooled = pooled_map(queries[0], keys[0], Scoring(0.3), pixels=100)
     full = full_attention(queries, keys, 0.3, torch.arange(100), torch.arange(100))[0]
     torch.testing.assert_close(pooled.values.double(), full, atol=1e-6, rtol=0)
 
@@ -251,8 +249,8 @@ def test_a_map_that_fits_is_the_exact_matrix():
 def test_maps_of_full_and_evicted_caches_lie_over_each_other():
     queries, keys = some(0, 1, 1, 50, 50)
     kept = torch.tensor([0, 1, 7, 20, 33, 34, 45, 46, 47, 48, 49])
-    full = pooled_map(queries[0], keys[0], scale=0.3)
-    evicted = pooled_map(queries[0], keys[0, kept], scale=0.3, query_positions=torch.arange(50), key_positions=kept)
+    full = pooled_map(queries[0], keys[0], Scoring(0.3))
+    evicted = pooled_map(queries[0], keys[0, kept], Scoring(0.3), query_positions=torch.arange(50), key_positions=kept)
     assert torch.equal(full.col_edges, evicted.col_edges) and torch.equal(full.row_edges, evicted.row_edges)
     gone = torch.ones(50, dtype=torch.bool).index_fill(0, kept, False)
     assert evicted.values[:, gone].abs().max() == 0
@@ -297,10 +295,9 @@ def test_maps_of_all_heads_equal_pooling_each_full_matrix(shape, pooling, pixels
     maps = pooled_maps(
         queries,
         keys,
-        scale=0.3,
+        Scoring(0.3, window),
         pixels=pixels,
         pooling=pooling,
-        window=window,
         query_positions=at,
         key_positions=held,
         cols=cols,
@@ -318,7 +315,7 @@ def test_maps_of_all_heads_equal_pooling_each_full_matrix(shape, pooling, pixels
 def test_long_prompts_go_through_kv_heads_one_by_one_with_the_same_results(own_positions, monkeypatch):
     queries, keys = some(0, 4, 2, 40, 40)
     held = some_positions(0, 2, 30, span=40) if own_positions else some_positions(0, 30, span=40)
-    options = dict(scale=0.3, query_positions=torch.arange(40), key_positions=held)
+    options = dict(scoring=Scoring(0.3), query_positions=torch.arange(40), key_positions=held)
     ids = torch.arange(40) % 7
 
     def everything(progress: Progress | None = None) -> list[Tensor]:
@@ -343,25 +340,25 @@ def test_long_prompts_go_through_kv_heads_one_by_one_with_the_same_results(own_p
 def test_a_difference_is_taken_cell_by_cell_and_only_on_the_same_cells():
     queries, keys = some(0, 1, 1, 40, 40)
     kept = torch.tensor([0, 1, 20, 30, 38, 39])
-    full = pooled_map(queries[0], keys[0], scale=0.3, pixels=8)
+    full = pooled_map(queries[0], keys[0], Scoring(0.3), pixels=8)
     evicted = pooled_map(
-        queries[0], keys[0, kept], scale=0.3, pixels=8, query_positions=torch.arange(40), key_positions=kept
+        queries[0], keys[0, kept], Scoring(0.3), pixels=8, query_positions=torch.arange(40), key_positions=kept
     )
     less = evicted.minus(full)
     torch.testing.assert_close(less.values + full.values, evicted.values)
     assert less.values.min() < 0 < less.values.max()
     assert not full.minus(full).values.any()
     with pytest.raises(InputError, match="8 cells and 0 to 40 in 10 cells"):
-        full.minus(pooled_map(queries[0], keys[0], scale=0.3, pixels=10))
+        full.minus(pooled_map(queries[0], keys[0], Scoring(0.3), pixels=10))
     with pytest.raises(InputError, match="col_edges are 0 to 40"):
-        full.minus(pooled_map(queries[0], keys[0], scale=0.3, pixels=8, cols=(0, 20)))
+        full.minus(pooled_map(queries[0], keys[0], Scoring(0.3), pixels=8, cols=(0, 20)))
     with pytest.raises(InputError, match="pooled by max, the other by sum"):
-        full.minus(pooled_map(queries[0], keys[0], scale=0.3, pixels=8, pooling="sum"))
+        full.minus(pooled_map(queries[0], keys[0], Scoring(0.3), pixels=8, pooling="sum"))
 
 
 def test_maps_as_data_hold_every_cell():
     queries, keys = some(0, 1, 1, 20, 20)
-    pooled = pooled_map(queries[0], keys[0], scale=0.3, pixels=7, cols=(3, 20))
+    pooled = pooled_map(queries[0], keys[0], Scoring(0.3), pixels=7, cols=(3, 20))
     frame = pooled.to_frame()
     assert len(frame) == 49
     for cell in frame.itertuples():
@@ -378,14 +375,14 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     queries, keys = some(0, 1, 1, n, n, d)
     full_matrix = n * n * 4
     with LiveBytes() as live:
-        pooled_map(queries[0], keys[0], scale=0.1, pixels=256)
+        pooled_map(queries[0], keys[0], Scoring(0.1), pixels=256)
     pooled_peak = live.peak
     with LiveBytes() as live:
-        column_sums(queries, keys, scale=0.1)
+        column_sums(queries, keys, Scoring(0.1))
     # Three blocks of at most 8 MiB, the cells, and a few vectors of length n.
     assert max(pooled_peak, live.peak) < 28 * mib < full_matrix / 9
     with LiveBytes() as live:
-        column_sums(queries, keys, scale=0.1, block_bytes=mib)
+        column_sums(queries, keys, Scoring(0.1), block_bytes=mib)
     assert live.peak < 4 * mib
 
 
@@ -399,30 +396,30 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
         ((1, 5, 4), (1, 5, 4), {"key_positions": torch.tensor([0, 2, 1, 3, 4])}, "ascend"),
         ((1, 5, 4), (1, 5, 4), {"key_positions": torch.arange(4)}, "4 entries for 5"),
         ((2, 5, 4), (2, 5, 4), {"key_positions": torch.arange(5).repeat(2, 1)}, "query_positions"),
-        ((1, 5, 4), (1, 5, 4), {"window": 0}, "window"),
-        ((1, 5, 4), (1, 5, 4), {"softcap": 0.0}, "softcap"),
+        ((1, 5, 4), (1, 5, 4), {"scoring": Scoring(1.0, 0)}, "window"),
+        ((1, 5, 4), (1, 5, 4), {"scoring": Scoring(1.0, softcap=0.0)}, "softcap"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(queries, keys, options, message):
     with pytest.raises(InputError, match=message):
-        list(attention_rows(torch.zeros(queries), torch.zeros(keys), scale=1.0, **options))
+        list(attention_rows(torch.zeros(queries), torch.zeros(keys), **{"scoring": Scoring(1.0), **options}))
 
 
 @pytest.mark.parametrize("options", [{"pixels": 0}, {"pooling": "median"}, {"rows": (3, 3)}, {"cols": (5, 2)}])
 def test_maps_refuse_impossible_requests(options):
     with pytest.raises(BadParameter):
-        pooled_map(torch.zeros(5, 4), torch.zeros(5, 4), scale=1.0, **options)
+        pooled_map(torch.zeros(5, 4), torch.zeros(5, 4), Scoring(1.0), **options)
 
 
 def test_long_work_reports_and_can_be_cancelled():
     queries, keys = some(0, 1, 1, 64, 64)
     reports: list[tuple[int, int]] = []
     progress = Progress(lambda stage, done, total: reports.append((done, total)))
-    column_sums(queries, keys, scale=1.0, block_bytes=4096, progress=progress)
+    column_sums(queries, keys, Scoring(1.0), block_bytes=4096, progress=progress)
     assert reports == [(done, 4) for done in range(5)]  # 16 rows of 64 keys make 4096 bytes
     progress.cancel()
     with pytest.raises(Cancelled):
-        column_sums(queries, keys, scale=1.0, progress=progress)
+        column_sums(queries, keys, Scoring(1.0), progress=progress)
 
 
 # --- in a session

@@ -22,6 +22,7 @@ from workbench.measure import HeadStats, LiveBytes, Thresholds, column_sums, hea
 from workbench.measure.heads import contextual, probe_positions
 from workbench.models import tiny
 from workbench.progress import Progress
+from workbench_kernels import Scoring
 
 ModelOf = Callable[[str], PreTrainedModel]
 
@@ -76,7 +77,7 @@ def test_statistics_equal_plain_loops_over_the_full_matrix(shape, window, block_
     k, group, n = shape
     queries, keys = some(seed, k * group, k, n, n)
     ids = torch.randint(0, words, (n,), generator=torch.Generator().manual_seed(seed))
-    options = dict(scale=0.3, window=window, block_bytes=block_bytes)
+    options = dict(scoring=Scoring(0.3, window), block_bytes=block_bytes)
     stats, received = head_stats(queries, keys, ids, sinks=sinks, recent=recent, **options)
     at = torch.arange(n)
     full = full_attention(queries, keys, 0.3, at, at, window)
@@ -101,9 +102,8 @@ def test_statistics_follow_true_positions_after_eviction(shape, window, block_by
         queries,
         keys,
         ids,
-        scale=0.3,
+        Scoring(0.3, window),
         recent=5,
-        window=window,
         block_bytes=block_bytes,
         query_positions=at,
         key_positions=held if own_positions else held[0],
@@ -120,7 +120,7 @@ def test_slots_beyond_the_prompt_count_for_nothing():
     queries, keys = some(0, 2, 1, 20, 12)
     ids = torch.arange(20) % 3
     held = torch.arange(0, 20, 2)
-    options = dict(scale=0.3, query_positions=torch.arange(20))
+    options = dict(scoring=Scoring(0.3), query_positions=torch.arange(20))
     plain, received = head_stats(queries, keys[:, :10], ids, key_positions=held, **options)
     padded = torch.cat([held, torch.tensor([20, 20])])
     found, more = head_stats(queries, keys, ids, key_positions=padded, **options)
@@ -134,7 +134,7 @@ def pointing(to: Callable[[int], int], n: int = 64) -> HeadStats:
     """The statistics of a head whose query i looks at token to(i) alone; tokens repeat after half of the prompt."""
     keys = torch.eye(n)[None]
     queries = 100 * torch.stack([torch.eye(n)[to(i)] for i in range(n)])[None]
-    return head_stats(queries, keys, torch.arange(n) % (n // 2), scale=1.0, recent=8)[0]
+    return head_stats(queries, keys, torch.arange(n) % (n // 2), Scoring(1.0), recent=8)[0]
 
 
 def test_heads_that_do_one_thing_score_one_at_it_and_nothing_else():
@@ -152,13 +152,13 @@ def test_heads_that_do_one_thing_score_one_at_it_and_nothing_else():
 
 
 def test_a_token_does_not_retrieve_itself():
-    stats, _ = head_stats(torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.zeros(6, dtype=torch.long), scale=1.0)
+    stats, _ = head_stats(torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.zeros(6, dtype=torch.long), Scoring(1.0))
     # All tokens are the same: query i sees i - 1 such tokens among i + 1, the first and itself left out.
     assert stats.retrieval.item() == pytest.approx(mean([(i - 1) / (i + 1) for i in range(2, 6)]))
 
 
 def test_text_without_repetition_has_no_retrieval_score():
-    stats, _ = head_stats(torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.arange(6), scale=1.0)
+    stats, _ = head_stats(torch.zeros(1, 6, 4), torch.zeros(1, 6, 4), torch.arange(6), Scoring(1.0))
     assert stats.retrieval.isnan().all() and stats.local.isnan().all() and not stats.entropy.isnan().any()
 
 
@@ -191,22 +191,24 @@ def test_impossible_requests_are_refused():
     queries, keys, ids = torch.zeros(2, 5, 4), torch.zeros(1, 5, 4), torch.arange(5)
     for name in ("sinks", "recent", "probes"):
         with pytest.raises(BadParameter, match=name):
-            head_stats(queries, keys, ids, scale=1.0, **{name: 0})
+            head_stats(queries, keys, ids, Scoring(1.0), **{name: 0})
     with pytest.raises(InputError, match="token ids"):
-        head_stats(queries, keys, ids[:4], scale=1.0)
+        head_stats(queries, keys, ids[:4], Scoring(1.0))
     with pytest.raises(InputError, match="at least one"):
-        head_stats(queries[:, :0], keys, ids, scale=1.0)
+        head_stats(queries[:, :0], keys, ids, Scoring(1.0))
     with pytest.raises(BadParameter, match="sink"):
         Thresholds(sink=1.5)
     with pytest.raises(InputError, match="all layers"):
-        head_stats(queries, keys, ids, scale=1.0)[0].classes()
+        head_stats(queries, keys, ids, Scoring(1.0))[0].classes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_are_computed_in_float32(dtype):
     queries, keys = (x.to(dtype) for x in some(0, 4, 2, 50, 50))
     ids = torch.arange(50) % 7
-    narrow, wide = (head_stats(q, k, ids, scale=0.3)[0] for q, k in ((queries, keys), (queries.float(), keys.float())))
+    narrow, wide = (
+        head_stats(q, k, ids, Scoring(0.3))[0] for q, k in ((queries, keys), (queries.float(), keys.float()))
+    )
     torch.testing.assert_close(narrow.entropy, wide.entropy)
     torch.testing.assert_close(narrow.profile, wide.profile)
 
@@ -216,7 +218,7 @@ def test_memory_stays_that_of_a_few_blocks():
     queries, keys = some(0, 1, 1, n, n, 64)
     ids = torch.arange(n) % 1000
     with LiveBytes() as live:
-        head_stats(queries, keys, ids, scale=0.1)
+        head_stats(queries, keys, ids, Scoring(0.1))
     assert live.peak < 40 * mib < n * n * 4 / 6
 
 

@@ -19,6 +19,7 @@ from workbench.measure import (
     queries_per_key,
     sinks,
 )
+from workbench_kernels import Scoring
 
 
 @settings(deadline=None, max_examples=50)
@@ -115,7 +116,7 @@ def test_sinks_are_the_tokens_that_all_later_ones_look_at():
     queries, keys = torch.randn(4, n, d, generator=generator), torch.randn(2, n, d, generator=generator)
     queries[0] += 2.0
     keys[0, 9] = 1.2  # query head 0 looks at token 9 of KV head 0
-    received = column_sums(queries, keys, scale=d**-0.5)
+    received = column_sums(queries, keys, Scoring(d**-0.5))
     found = sinks(received)
     assert [(s.head, s.token) for s in found] == [(0, 9)]
     assert found.to_frame()["share"].item() == pytest.approx(received[0, 9].item() / (n - 9))
@@ -124,7 +125,7 @@ def test_sinks_are_the_tokens_that_all_later_ones_look_at():
 
 def test_the_last_tokens_are_not_sinks_for_looking_at_themselves():
     n = 64
-    received = column_sums(torch.eye(n)[None] * 50, torch.eye(n)[None], scale=1.0)  # every token sees only itself
+    received = column_sums(torch.eye(n)[None] * 50, torch.eye(n)[None], Scoring(1.0))  # every token sees only itself
     assert received[0, -1].item() == pytest.approx(1.0, abs=1e-3)
     assert len(sinks(received)) == 0
     assert len(sinks(received, min_queries=1)) == 3  # the last three have at most three onlookers
@@ -134,7 +135,7 @@ def test_a_window_makes_shares_of_those_who_can_see():
     n, window = 200, 20
     queries, keys = torch.ones(1, n, 4), torch.zeros(1, n, 4)
     keys[0, 50] = 10.0
-    received = column_sums(queries, keys, scale=1.0, window=window)
+    received = column_sums(queries, keys, Scoring(1.0, window))
     counts = queries_per_key(n, n, window=window)
     assert counts.max() == window
     assert [(s.head, s.token) for s in sinks(received, queries_per_key=counts)] == [(0, 50)]

@@ -22,6 +22,7 @@ from workbench.models.rotary import switch, switch_notes
 from workbench.prompt import Prompt
 from workbench.registry import find
 from workbench.runtime.prefill import read
+from workbench_kernels import Scoring
 
 TOKENS = 40
 IDS = torch.randperm(256, generator=torch.Generator().manual_seed(0))  # none twice: equal keys would tie
@@ -104,9 +105,9 @@ class Recorded:
         self.given, self.outputs = outputs, dict[int, Tensor]()
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.seen[layer] = query, key
-        out = self.given[layer] if self.given else causal_attention(query, key, value, **how)
+        out = self.given[layer] if self.given else causal_attention(query, key, value, scoring)
         self.outputs[layer] = out
         return out
 

@@ -20,6 +20,7 @@ from workbench.errors import ModelNotFound, NotApplicable, PromptTooLong
 from workbench.models import UNLIMITED, facts, tiny
 from workbench.runtime import exactness
 from workbench.runtime.exactness import fingerprint, verify
+from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
 
@@ -246,7 +247,7 @@ def test_attention_to_something_else_than_the_tokens_read_is_refused(tiny_llama:
         layer_idx = 0
 
     class Handler:
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             q, k = torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 7, 16)
             return attention(Beside(), q, k, k, None)[0]  # type: ignore[no-any-return]
 
@@ -261,7 +262,7 @@ def _known() -> bool:
 
 
 class _Echo:
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         return query
 
 

@@ -1,4 +1,4 @@
-"""The app without a browser: controls from descriptions, recipes from controls, links, lanes of work, shared models."""
+"""The app without a browser: controls from descriptions, recipes from controls, links, workers, shared models."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from workbench.registry import Method, Parameter, registered
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.controls import Menu, MethodForm, control
-from workbench_widgets.app.lane import Lane
-from workbench_widgets.app.offered import Offered
-from workbench_widgets.app.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
+from workbench_widgets.app.elements.method_form import Menu, MethodForm, control
+from workbench_widgets.app.parts.recipe_form import RecipeForm
 from workbench_widgets.app.serve import _check_port
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import PageState
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.state.page_state import PageState
+from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, RECIPE_SLOTS, kv_methods
+from workbench_widgets.app.state.snippet import snippet
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.worker import Worker
+from workbench_widgets.app.work.workspace import Workspace
 
 EVERY = [(cls, p) for cls in registered() for p in cls.parameters()]
 
@@ -205,7 +206,7 @@ def test_a_broken_link_opens_the_default_page() -> None:
     assert PageState.read({"values": "{not json", "tokens": "many", "layer": "-1", "other": "x"}) == PageState()
     assert PageState.read({"values": '["list"]'}).values == {}
     form = RecipeForm({"kv": "no-such", "store": "no-such"}, {"snapkv": {"window": 9}}, lambda: None)
-    assert set(form.keys()) == set(SLOTS)
+    assert set(form.keys()) == set(RECIPE_SLOTS)
     assert form.recipe("25%")
 
 
@@ -228,26 +229,26 @@ def test_the_python_of_a_page_runs_the_same_recipe(tiny_llama: Any, byte_tokeniz
     assert len([line for line in code.splitlines() if line]) == 5
 
 
-# -- lanes
+# -- workers
 
 
-def test_a_lane_keeps_only_the_latest_of_what_waits() -> None:
-    lane, hold, done = Lane("test", now), threading.Event(), []
+def test_a_worker_keeps_only_the_latest_of_what_waits() -> None:
+    worker, hold, done = Worker("test", now), threading.Event(), []
 
     def slow(progress: Progress) -> str:
         hold.wait(10)
         return "first"
 
-    lane.submit(slow, done.append, done.append)
+    worker.submit(slow, done.append, done.append)
     for name in ("second", "third", "fourth"):
-        lane.submit(lambda progress, name=name: name, done.append, done.append)
+        worker.submit(lambda progress, name=name: name, done.append, done.append)
     hold.set()
-    wait_for(lambda: not lane.busy)
+    wait_for(lambda: not worker.busy)
     assert done == ["first", "fourth"]
 
 
 def test_an_interrupted_job_is_cancelled_and_forgotten() -> None:
-    lane, began, done = Lane("test", now), threading.Event(), []
+    worker, began, done = Worker("test", now), threading.Event(), []
 
     def endless(progress: Progress) -> str:
         began.set()
@@ -255,15 +256,15 @@ def test_an_interrupted_job_is_cancelled_and_forgotten() -> None:
             progress.check()
             time.sleep(0.005)
 
-    lane.submit(endless, done.append, done.append)
+    worker.submit(endless, done.append, done.append)
     assert began.wait(5)
-    lane.submit(lambda progress: "next", done.append, done.append, interrupt=True)
-    wait_for(lambda: not lane.busy)
+    worker.submit(lambda progress: "next", done.append, done.append, interrupt=True)
+    wait_for(lambda: not worker.busy)
     assert done == ["next"]
 
 
 def test_cancelling_tells_so_and_the_lane_goes_on() -> None:
-    lane, began, failed, done = Lane("test", now), threading.Event(), [], []
+    worker, began, failed, done = Worker("test", now), threading.Event(), [], []
 
     def endless(progress: Progress) -> None:
         began.set()
@@ -271,31 +272,31 @@ def test_cancelling_tells_so_and_the_lane_goes_on() -> None:
             progress.update("spinning", 1, 2)
             time.sleep(0.005)
 
-    lane.submit(endless, done.append, failed.append)
+    worker.submit(endless, done.append, failed.append)
     assert began.wait(5)
-    lane.cancel()
-    wait_for(lambda: not lane.busy)
+    worker.cancel()
+    wait_for(lambda: not worker.busy)
     assert [type(error) for error in failed] == [Cancelled]
-    lane.submit(lambda progress: 1, done.append, failed.append)
+    worker.submit(lambda progress: 1, done.append, failed.append)
     wait_for(lambda: done == [1])
 
 
 def test_an_unexpected_error_is_told_in_one_line_and_the_lane_goes_on(caplog: Any) -> None:
-    lane, failed, done = Lane("reading", now), [], []
-    lane.submit(lambda progress: 1 / 0, done.append, failed.append)
-    wait_for(lambda: not lane.busy)
+    worker, failed, done = Worker("reading", now), [], []
+    worker.submit(lambda progress: 1 / 0, done.append, failed.append)
+    wait_for(lambda: not worker.busy)
     assert isinstance(failed[0], WorkbenchError)
     assert "reading failed: ZeroDivisionError" in str(failed[0])
     assert "division" in caplog.text
 
 
 def test_a_closed_lane_tells_nobody_anything() -> None:
-    lane, hold, done = Lane("test", now), threading.Event(), []
-    lane.submit(lambda progress: hold.wait(10), done.append, done.append)
-    lane.close()
+    worker, hold, done = Worker("test", now), threading.Event(), []
+    worker.submit(lambda progress: hold.wait(10), done.append, done.append)
+    worker.close()
     hold.set()
-    lane.submit(lambda progress: "late", done.append, done.append)
-    wait_for(lambda: not lane.busy)
+    worker.submit(lambda progress: "late", done.append, done.append)
+    wait_for(lambda: not worker.busy)
     assert done == []
 
 
@@ -313,22 +314,22 @@ def test_a_model_is_loaded_once_for_all_who_ask(tiny_llama: Any, monkeypatch: py
         return LoadedModel(tiny_llama, None, name, facts(tiny_llama))
 
     monkeypatch.setattr("workbench.models.load", load)
-    shelf, got = Shelf(), []
-    threads = [threading.Thread(target=lambda: got.append(shelf.get("a", Progress()))) for _ in range(4)]
+    models, got = LoadedModels(), []
+    threads = [threading.Thread(target=lambda: got.append(models.get("a", Progress()))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert loads == ["a"]
     assert len({id(model) for model in got}) == 1
-    assert shelf.get("a", Progress()) is got[0]
+    assert models.get("a", Progress()) is got[0]
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
-    shelf = Shelf()
+    models = LoadedModels()
     for _ in range(2):
         with pytest.raises(ModelNotFound, match="no model"):
-            shelf.get("no such model", Progress())
+            models.get("no such model", Progress())
 
 
 # -- workspaces
@@ -338,7 +339,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
 def workspace(tiny_llama: Any, byte_tokenizer: Any) -> Any:
     from workbench.models import LoadedModel, facts
 
-    class Ready(Shelf):
+    class Ready(LoadedModels):
         def get(self, name: str, progress: Progress) -> LoadedModel:
             if name == "missing":
                 raise ModelNotFound("no model 'missing'")
@@ -419,7 +420,7 @@ def test_the_share_of_scores_has_a_column_once_a_run_has_an_attention_method(wor
 
 
 def test_two_sharing_a_model_never_meet(workspace: Any, tiny_llama: Any) -> None:
-    other = Workspace(now, workspace._shelf)
+    other = Workspace(now, workspace._models)
     workspace.read("tiny", TEXT)
     other.read("tiny", TEXT[::-1])
     wait_for(lambda: workspace.reading is not None and other.reading is not None)
@@ -474,7 +475,7 @@ def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(at
 def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     session = attention.workspace.reading.session
     for start, against in (("SLAB", False), ("SLAB (simplified linear attention) − all keys", True)):
@@ -494,7 +495,7 @@ def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) 
 def test_an_operators_parameters_are_its_controls_and_stay_as_they_were_left(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     assert not attention._parameters.visible
     choose_to_show(attention, "SOFT")
@@ -518,7 +519,7 @@ def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_
     attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, session = attention.workspace, attention.workspace.reading.session
-    monkeypatch.setattr("workbench_widgets.app.workspace._SOON_S", 0)
+    monkeypatch.setattr("workbench_widgets.app.work.workspace._SOON_S", 0)
     real, asked = session.attention, []
 
     def endless(*args: Any, progress: Progress, **kwargs: Any) -> Any:
@@ -541,7 +542,7 @@ def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_
 def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     workspace = attention.workspace
     session = workspace.reading.session
@@ -567,7 +568,7 @@ def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
 def test_an_attention_methods_own_weights_are_shown_and_said_to_be_so(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     workspace = attention.workspace
     sparse = wb.method("block-sparse", budget=0.5)
@@ -669,7 +670,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 
     doc = Document()
     with set_curdoc(doc):
-        page(Offered("tiny")).server_doc(doc)
+        page(OfferedModels("tiny"), LoadedModels()).server_doc(doc)
     found = {sheet.url for root in doc.roots for sheet in root.select({"type": ImportedStyleSheet})}
     assert found and not [url for url in found if "://" in url]
 
@@ -677,7 +678,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 def test_a_page_is_built_without_a_model_or_a_warning() -> None:
     from workbench_widgets.app.page import Page
 
-    page = Page(Offered("none-yet"))
+    page = Page(OfferedModels("none-yet"), LoadedModels())
     assert page.state == PageState()
     assert "wb.method('snapkv', budget=0.25)" in page.python()
 
@@ -687,15 +688,15 @@ def test_what_is_read_before_the_page_is_drawn_is_shown_when_it_is(monkeypatch: 
     from bokeh.server.callbacks import NextTickCallback
     from panel.io.state import set_curdoc, state
 
-    from workbench_widgets.app import lane
     from workbench_widgets.app.page import Page
+    from workbench_widgets.app.work import worker
 
     drawn: list[Callable[[], None]] = []
     monkeypatch.setattr(type(state), "onload", lambda self, ready: drawn.append(ready))
-    monkeypatch.setattr(lane, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
+    monkeypatch.setattr(worker, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
     doc = Document()
     with set_curdoc(doc):
-        page = Page(Offered("workbench-tiny"))
+        page = Page(OfferedModels("workbench-tiny"), LoadedModels())
     page.begin()  # its browser has connected
     try:
         wait_for(lambda: not page.workspace.main.busy)
@@ -736,7 +737,7 @@ def test_recipes_that_make_no_sense_are_errors_of_ours() -> None:
 def test_progress_that_arrives_after_the_outcome_is_not_shown() -> None:
     posted: list[Any] = []
     told: list[str] = []
-    lane = Lane("late", posted.append, None, lambda stage, done, total: told.append(stage))
+    worker = Worker("late", posted.append, None, lambda stage, done, total: told.append(stage))
     finished = threading.Event()
 
     def work(progress: Progress) -> int:
@@ -744,7 +745,7 @@ def test_progress_that_arrives_after_the_outcome_is_not_shown() -> None:
         finished.set()
         return 1
 
-    lane.submit(work, lambda result: told.append("done"), lambda error: None)
+    worker.submit(work, lambda result: told.append("done"), lambda error: None)
     assert finished.wait(5)
     deadline = time.monotonic() + 5
     while len(posted) < 2 and time.monotonic() < deadline:

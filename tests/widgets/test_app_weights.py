@@ -22,13 +22,13 @@ pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
 from workbench_widgets import weight_views
-from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
-from workbench_widgets.app.recipe_form import RecipeForm
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.workspace import Workspace
-from workbench_widgets.wire import unpack
+from workbench_widgets.app.parts.budget_bar import BudgetBar
+from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views.wire import unpack
 
 TEXT = "the needle lies under the stone " * 4
 STACK = wb.weights.BitStack(budget=0.3, rank=2, blocks=4)
@@ -51,7 +51,7 @@ def workspace(tiny_llama: Any, byte_tokenizer: Any, tmp_path: Any, monkeypatch: 
     """A text that was read by a tiny model, calibrated on little."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
 
-    class Ready(Shelf):
+    class Ready(LoadedModels):
         def get(self, name: str, progress: Progress) -> LoadedModel:
             return LoadedModel(tiny_llama, byte_tokenizer, "tiny", facts(tiny_llama))
 
@@ -73,7 +73,7 @@ def plan(workspace: Any, *methods: Any, **budget: Any) -> None:
 
 
 def settle(workspace: Any) -> None:
-    wait_for(lambda: not any(lane.busy for lane in (workspace.main, workspace.planning, workspace.weighing)))
+    wait_for(lambda: not any(worker.busy for worker in (workspace.main, workspace.planning, workspace.weighing)))
 
 
 # -- budgets
@@ -319,7 +319,7 @@ def test_what_is_asked_for_says_at_once_that_it_has_begun(weights: Any, monkeypa
     monkeypatch.setattr(weights.workspace.reading.session, "sensitivity", lambda *a, **k: silent.wait(20))
     choose(weights, "sensitivity")
     weights.start.clicks += 1
-    assert weights.doing.body.visible and weights.doing.said.object == "<div>Measuring …</div>"
+    assert weights.doing.body.visible and weights.doing.line.object == "<div>Measuring …</div>"
     weights.doing.cancel.clicks += 1
     silent.set()
     settle(weights.workspace)

@@ -18,10 +18,11 @@ import workbench as wb
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
 from workbench.registry import registered
-from workbench_widgets.control_panel import Controls, Latest
-from workbench_widgets.method_controls import MethodControls, control
+from workbench_widgets.control_panel import Controls
 from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure
-from workbench_widgets.wire import unpack
+from workbench_widgets.notebook.latest_job import LatestJob
+from workbench_widgets.notebook.method_controls import MethodControls, control
+from workbench_widgets.views.wire import unpack
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 TEXT = "the blue lamp stands by the green door, and nobody knows why it is lit at noon. " * 3
@@ -158,7 +159,7 @@ def test_controls_build_the_method_they_show():
 
 
 def test_a_thread_for_plans_runs_the_newest_job_and_skips_the_rest():
-    latest, started, go, done = Latest(), threading.Event(), threading.Event(), []
+    latest, started, go, done = LatestJob(), threading.Event(), threading.Event(), []
 
     def slow() -> None:
         started.set()

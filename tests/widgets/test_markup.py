@@ -29,10 +29,10 @@ from workbench.kv.base import KVMethod
 from workbench.models import tiny
 from workbench.registry import _METHODS, Method, Paper, param, registered
 from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, figures
-from workbench_widgets.attention_view import AttentionView
 from workbench_widgets.control_panel import Controls
-from workbench_widgets.method_controls import MethodControls
 from workbench_widgets.notebook import PlanView, RunView, memory_figure, session_html
+from workbench_widgets.notebook.attention_view import AttentionView
+from workbench_widgets.notebook.method_controls import MethodControls
 from workbench_widgets.plain_text import in_label, in_markup, in_script, out_of_markup
 
 # Without blanks, so that each can be a token, a word of an answer or a folder's name.

@@ -29,17 +29,17 @@ import panel as pn
 import websocket
 
 from workbench_widgets import serve
-from workbench_widgets.app.asked import asked
-from workbench_widgets.app.hosts import Hosts, is_this_machine
-from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.state import TEXT_LIMIT, PageState
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.link_confirmation import awaits_consent
+from workbench_widgets.app.server.hosts import Hosts, is_this_machine
+from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.workspace import Workspace
 
 TINY = "workbench-tiny"
 GONE = "text=The server has gone"
-SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 1500}
+SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 4000}
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -171,7 +171,7 @@ def test_a_socket_with_a_token_of_another_server_gets_no_session(port: int) -> N
 
 
 def test_only_what_is_offered_can_be_loaded_and_a_refusal_tells_nothing_of_the_disk(tmp_path: Any) -> None:
-    offered = Offered("org/default", more=("org/allowed",))
+    offered = OfferedModels("org/default", more=("org/allowed",))
     for name in ("org/default", "org/allowed", TINY):
         offered.check(name)
     refusals = []
@@ -180,15 +180,15 @@ def test_only_what_is_offered_can_be_loaded_and_a_refusal_tells_nothing_of_the_d
             offered.check(name)
         refusals.append(str(refused.value).replace(repr(name), "it"))
     assert refusals[0] == refusals[1] and "\n" not in refusals[0]
-    Offered("org/default", anything=True).check(str(tmp_path))
+    OfferedModels("org/default", anything=True).check(str(tmp_path))
 
 
 def test_a_model_that_is_not_offered_is_refused_before_anything_is_looked_for() -> None:
-    class Untouched(Shelf):
+    class Untouched(LoadedModels):
         def get(self, name: str, progress: Progress) -> Any:
             raise AssertionError(f"{name} was looked for")
 
-    workspace = Workspace(lambda show: show(), Untouched(), Offered(TINY))
+    workspace = Workspace(lambda show: show(), Untouched(), OfferedModels(TINY))
     workspace.read("/etc", "text")
     assert "not offered" in workspace.problem and not workspace.main.busy and not workspace.working
     workspace.close()
@@ -218,8 +218,9 @@ def test_a_server_is_for_this_machine_only_at_loopback_addresses(host: str, here
 
 
 def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
-    assert asked(PageState(), TINY) == asked(PageState(model=TINY, text="short", kv="h2o"), TINY) == []
-    found = asked(PageState(model="a" * 500, weights="gptq", text="x" * (TEXT_LIMIT + 1)), TINY)
+    assert awaits_consent(PageState(), TINY) == []
+    assert awaits_consent(PageState(model=TINY, text="short", kv="h2o"), TINY) == []
+    found = awaits_consent(PageState(model="a" * 500, weights="gptq", text="x" * (TEXT_LIMIT + 1)), TINY)
     assert len(found) == 3 and len(found[0]) < 100 and "GPTQ" in found[1] and "1,501 characters" in found[2]
 
 
@@ -227,7 +228,7 @@ def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
 
 
 def at_work() -> list[str]:
-    """What lanes and shelves do: their threads."""
+    """What workers and loading models do: their threads."""
     mine = [one for one in threading.enumerate() if one not in OTHERS]
     return [one.name for one in mine if one.name.startswith(("work", "planning", "load "))]
 
@@ -254,7 +255,7 @@ def test_a_link_that_asks_for_more_waits_for_a_person_although_its_browser_is_th
     found = connect(port, html, f"127.0.0.1:{port}")
     assert "ACK" in found.recv()
     time.sleep(0.5)
-    assert page.asked.body.visible and not page.workspace.main.busy and page.workspace.reading is None
+    assert page.confirmation.body.visible and not page.workspace.main.busy and page.workspace.reading is None
     found.close()
 
 

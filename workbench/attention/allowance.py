@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from workbench.attention.base import Pass, visible_entries
 from workbench.budget import Budget
 from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
+from workbench_kernels import Scoring
 
 
 def allowed_entries(budget: Budget, tokens: int) -> int:
@@ -24,18 +27,15 @@ def windowed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
-    window: int,
-    softcap: float | None,
     at: Pass,
-    entries: int | None,
+    entries: int,
 ) -> Tensor:
     """Attention in a layer that has a sliding window of its own: exact, or in a narrower window where a head may
     compute no more than `entries`. Sparse patterns over long distances have nothing to gain there.
     """
     tokens = query.shape[1]
-    if entries is not None:
-        window = min(window, max(widest_window(tokens, entries), 1))
+    window = min(scoring.window or tokens, max(widest_window(tokens, entries), 1))
     at.count(query.shape[0] * visible_entries(tokens, window))
-    return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+    return causal_attention(query, key, value, replace(scoring, window=window))

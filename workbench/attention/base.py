@@ -14,6 +14,7 @@ from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.registry import Family, Method
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -89,23 +90,13 @@ class AttentionMethod(Method):
         """
         return None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv].
 
-        window: what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
+        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
         """
-        at.count(query.shape[0] * visible_entries(query.shape[1], window))
-        return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+        at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
+        return causal_attention(query, key, value, scoring)
 
     def begin(self, layer: LayerTrace, at: Pass) -> None:
         """Leave in `at` what decoding needs of the prompt besides what the store will hold, and what reading chose by
@@ -116,9 +107,7 @@ class AttentionMethod(Method):
         counted a second time.
         """
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
 
         The tokens stand at `at.positions` and are held already, each the last that it sees. Tells `at` how many entries

@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.core.attention_rows import row_blocks
 from workbench.registry import param
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -50,44 +51,29 @@ class RoundedWeights(AttentionMethod):
     def rounded(self, weights: Tensor, candidate: Any) -> Tensor:
         """Softmax weights of any shape, float32, at the levels of this candidate."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         heads, tokens, _ = query.shape
-        at.count(heads * visible_entries(tokens, window))
+        at.count(heads * visible_entries(tokens, scoring.window))
         place = self.key, at.layer
         if place not in at.left:
-            at.left[place] = self._chosen(query, key, value, scale, window, softcap)
+            at.left[place] = self._chosen(query, key, value, scoring)
         out = torch.empty(heads, tokens, value.shape[-1], dtype=query.dtype, device=query.device)
-        for block in row_blocks(query, key, scale=scale, window=window, softcap=softcap):
+        for block in row_blocks(query, key, scoring):
             weights = self.rounded(block.probs, at.left[place])
             out[:, block.rows] = mixed(weights, value[:, block.keys].float()).to(out.dtype)
         return out
 
     def begin(self, layer: LayerTrace, at: Pass) -> None:
-        at.left[self.key, at.layer] = self._chosen(
-            layer.queries, layer.keys, layer.values, layer.scale, layer.window, layer.softcap
-        )
+        at.left[self.key, at.layer] = self._chosen(layer.queries, layer.keys, layer.values, layer.scoring)
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         at.count_seen(len(query), visible)
         kv_heads = len(held.keys)
         groups = len(query) // kv_heads
-        rows = (query.float() * scale).unflatten(0, (kv_heads, groups)).flatten(1, 2)  # [k, g * q, d]
+        rows = (query.float() * scoring.scale).unflatten(0, (kv_heads, groups)).flatten(1, 2)  # [k, g * q, d]
         scores = torch.bmm(rows, held.keys.float().transpose(1, 2)).view(len(query), query.shape[1], -1)  # [h, q, m]
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        weights = scores.masked_fill_(~visible.repeat_interleave(groups, dim=0), -torch.inf).softmax(dim=-1)
+        unseen = ~visible.repeat_interleave(groups, dim=0)
+        weights = scoring.cap(scores).masked_fill_(unseen, -torch.inf).softmax(dim=-1)
         values, place = held.values.float(), (self.key, at.layer)
         if place not in at.left:  # no prompt was recorded: the first tokens after it stand for it
             at.left[place] = self.choose([weights], [values])
@@ -102,29 +88,12 @@ class RoundedWeights(AttentionMethod):
 
         return least(self.candidates(), cost)
 
-    def _chosen(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Any:
+    def _chosen(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Any:
         """The candidate for a prompt's query [h, n, d], key [k, n, d] and value [k, n, dv]."""
         heads, tokens, _ = query.shape
         probes = min(_PROBES, max(_ENTRIES // (heads * tokens), 1))
         which = torch.linspace(tokens - 1, 0, probes + 1).round().long()[:-1].unique()
-        blocks = list(
-            row_blocks(
-                query[:, which.to(query.device)],
-                key,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                query_positions=which,
-            )
-        )
+        blocks = list(row_blocks(query[:, which.to(query.device)], key, scoring, query_positions=which))
         return self.choose([block.probs for block in blocks], [value[:, block.keys].float() for block in blocks])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.partial_softmax import Part
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -25,14 +26,13 @@ class Seen(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, held: Contents, seen: Tensor, *, softcap: float | None) -> Seen:
-        """Of float32 queries rows [h, r, d], scaled, where seen bool [k, r, m] allows; each head sees some entry."""
+    def of(cls, rows: Tensor, held: Contents, seen: Tensor, scoring: Scoring) -> Seen:
+        """Of float32 queries rows [h, r, d], scaled already, where seen bool [k, r, m] allows; each head sees some entry."""
         heads, number = len(held.keys), rows.shape[1]
         slots, hidden = slots_of(seen)
         keys, values = (_at(x, slots) for x in (held.keys, held.values))
         scores = torch.bmm(rows.reshape(heads, -1, rows.shape[-1]), keys.float().transpose(1, 2))  # [k, g * r, c]
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scoring.cap(scores)
         if hidden is not None:
             scores.unflatten(1, (-1, number)).masked_fill_(hidden[:, None], -torch.inf)
         return cls(slots, scores.view(len(rows), number, -1), values)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from workbench import arguments
 from workbench.errors import InputError
 from workbench.progress import Progress
+from workbench_kernels import Scoring
 
 BLOCK_BYTES = 64 * 2**20
 # On a GPU small blocks only wait for one another: 131,072 tokens take 1.0 s in blocks of 512 MiB, 3.4 s in those of 64.
@@ -42,12 +43,10 @@ class RowBlock(NamedTuple):
 def attention_rows(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -59,11 +58,9 @@ def attention_rows(
     for block in row_blocks(
         queries,
         keys,
-        scale=scale,
+        scoring,
         query_positions=query_positions,
         key_positions=key_positions,
-        window=window,
-        softcap=softcap,
         block_bytes=block_bytes,
         progress=progress,
     ):
@@ -74,12 +71,10 @@ def attention_rows(
 def row_blocks(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[RowBlock]:
@@ -87,20 +82,18 @@ def row_blocks(
 
     queries: [h, nq, d] and keys: [k, nk, d], any dtype, after the rotary embedding; computed in float32. h is a
     multiple of k: query head i reads KV head i // (h // k).
-    scale: what the products are multiplied by, usually d ** -0.5.
+    scoring: how products become scores, and how far back a query sees.
     query_positions: [nq], ascending; by default the queries are those of the last nq keys.
     key_positions: [nk], or [k, nk] where KV heads hold different positions; ascending; by default 0 .. nk - 1.
-    window: a query sees keys less than this many tokens back, itself included; None sees everything before it.
-    softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
     block_bytes: upper bound of one block of scores (default 64 MiB, on a GPU 512 MiB). Up to three such blocks live at
     a time, beside a float32 copy of the keys.
 
     Raises InputError for shapes or positions that do not fit together.
     """
-    check_scores(scale, window, softcap)
+    check_scoring(scoring)
     h, nq, k, nk = _check(queries, keys, block_bytes)
     queries, keys_t = queries.detach(), keys.detach().float().transpose(1, 2)  # [k, d, nk]
-    first, stop = visible_keys(nq, nk, query_positions, key_positions, window, kv_heads=k)  # [k or 1, nq]
+    first, stop = visible_keys(nq, nk, query_positions, key_positions, scoring.window, kv_heads=k)  # [k or 1, nq]
     group = h // k
     rows_per_block = _rows_per_block(h * nk * 4, nq, block_bytes, queries.device)
     scratch = torch.empty(h * rows_per_block * nk, dtype=torch.float32, device=queries.device)
@@ -121,11 +114,11 @@ def row_blocks(
             queries[:, rows].reshape(k, group * r, -1).float(),
             keys_t[:, :, low:high],
             beta=0,
-            alpha=scale if softcap is None else scale / softcap,
+            alpha=scoring.scale if scoring.softcap is None else scoring.scale / scoring.softcap,
             out=scores,
         )
-        if softcap is not None:
-            scores.tanh_().mul_(softcap)
+        if scoring.softcap is not None:  # one pass over the scores fewer than `scoring.cap`
+            scores.tanh_().mul_(scoring.softcap)
         _hide(scores.view(k, group, r, c), first_r - low, stop_r - low)
         probs = torch.softmax(scores, dim=-1)
         blind = first_r >= stop_r
@@ -216,13 +209,13 @@ def token_positions(
     return at, held
 
 
-def check_scores(scale: float, window: int | None, softcap: float | None) -> None:
+def check_scoring(scoring: Scoring) -> None:
     """Raise BadParameter unless scores can be computed so."""
-    arguments.number("scale", scale)
-    if window is not None:
-        arguments.whole("window", window, low=1)
-    if softcap is not None:
-        arguments.number("softcap", softcap, low=0, above=True)
+    arguments.number("scale", scoring.scale)
+    if scoring.window is not None:
+        arguments.whole("window", scoring.window, low=1)
+    if scoring.softcap is not None:
+        arguments.number("softcap", scoring.softcap, low=0, above=True)
 
 
 def _check(queries: Tensor, keys: Tensor, block_bytes: int | None) -> tuple[int, int, int, int]:

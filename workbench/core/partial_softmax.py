@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench_kernels import Scoring
+
 ROWS = 128  # queries taken together: their scores over some thousand keys stay in a CPU's caches
 
 
@@ -30,19 +32,18 @@ class Part:
         rows: Tensor,
         keys: Tensor,
         values: Tensor,
+        scoring: Scoring,
         *,
         hidden: Tensor | None = None,
-        softcap: float | None = None,
         bias: float = 0.0,
     ) -> Self:
-        """Of float32 queries rows [h, r, d], scaled, over keys [k, c, d] and values [k, c, dv]; c is not 0.
+        """Of float32 queries rows [h, r, d], scaled already, over keys [k, c, d] and values [k, c, dv]; c is not 0.
 
         hidden: bool [r, c] or [h, r, c], where a query may not look. bias: added to every score.
         """
         k, c, _ = keys.shape
         scores = torch.bmm(rows.reshape(k, -1, rows.shape[-1]), keys.float().transpose(1, 2)).view(*rows.shape[:2], c)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scoring.cap(scores)
         if bias:
             scores += bias
         if hidden is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Table = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From positions [p] to (cos, sin), each [p, r]: the angles of r / 2 pairs of channels, twice."""
 
@@ -63,6 +65,18 @@ class Rotation:
     def by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [..., n, d] turned by a table [n, r] of another making, such as a mean over positions."""
         return self.unhalved(rotate(self.halved(x), cos, sin))
+
+    def latest(self, what: str, key: object, compute: Callable[[], T]) -> T:
+        """`compute()`, a table made of this one, remembered as `what` until it is asked for under another key."""
+        known = self._tables.get(what)
+        if known is None or known[0] != key:
+            known = self._tables[what] = (key, compute())
+        table: T = known[1]
+        return table
+
+    @cached_property
+    def _tables(self) -> dict[str, tuple[object, Any]]:
+        return {}
 
     def _index(self, x: Tensor) -> Tensor:
         if x.device not in self._indices:

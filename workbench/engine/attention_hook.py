@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from workbench.engine.masks import AnnouncedMask, announced, checked
 from workbench.errors import NotApplicable, WorkbenchError
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +39,7 @@ class Handler(Protocol):
         query: Tensor,  # [h, n, d]
         key: Tensor,  # [k, n, d]: of the tokens of this pass only
         value: Tensor,  # [k, n, dv]
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> Tensor:  # [h, n, dv]
         ...
 
@@ -92,7 +90,8 @@ def _attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = passing.handler.attend(index, query[0], key[0], value[0], scale=scale, window=window, softcap=softcap or None)
+    scoring = Scoring(scale, window, softcap or None)
+    out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
 
@@ -157,7 +156,7 @@ class _Alone:
     def __init__(self) -> None:
         self.memory: dict[Any, Any] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         raise WorkbenchError("this model attends by itself, but its layers were switched to a session's attention")
 
 

@@ -22,6 +22,7 @@ from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, p
 from workbench.measure.heads import HeadStats, head_stats
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,13 @@ class Captured:
     """What the attention of one layer, or of one query head of it, is computed from.
 
     queries [h, n, d], at positions 0 .. n - 1; keys [k, m, d]; positions int64 [k or 1, m], ascending: n, which no
-    query sees, where a head holds fewer than others. scale, window, softcap: as in LayerTrace.
+    query sees, where a head holds fewer than others. scoring: as in LayerTrace.
     """
 
     queries: Tensor
     keys: Tensor
     positions: Tensor
-    scale: float
-    window: int | None
-    softcap: float | None
+    scoring: Scoring
 
     @property
     def tokens(self) -> int:
@@ -47,11 +46,9 @@ class Captured:
     def options(self) -> dict[str, Any]:
         """Keywords for the measures of `workbench.measure`, which take queries and keys before them."""
         return {
-            "scale": self.scale,
+            "scoring": self.scoring,
             "query_positions": torch.arange(self.tokens),
             "key_positions": self.positions,
-            "window": self.window,
-            "softcap": self.softcap,
         }
 
     def maps(
@@ -112,7 +109,7 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
             (valid if held.valid is None else held.valid)[kv],
             end=layer.tokens,
         )
-    return Captured(queries, keys, positions, layer.scale, layer.window, layer.softcap)
+    return Captured(queries, keys, positions, layer.scoring)
 
 
 def changes_reading(method: AttentionMethod | None) -> bool:
@@ -145,7 +142,8 @@ def as_read(
     if isinstance(method, UniAttn):
         source = layers[method.anchor(layer, len(layers))]
         widths = [width for width in (own.window, source.window) if width is not None]
-        return replace(capture(source, head=head), window=min(widths, default=None))
+        found = capture(source, head=head)
+        return replace(found, scoring=replace(found.scoring, window=min(widths, default=None)))
     return Implied(method, own, len(layers), head) if has_to_run(method) else capture(own, head=head)
 
 

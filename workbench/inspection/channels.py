@@ -20,6 +20,7 @@ from workbench.models.decoder import decoder_layers, placed
 from workbench.models.linear import linear_of
 from workbench.progress import Progress
 from workbench.trace import Trace
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,18 +69,8 @@ def _of_prompt(kind: Kind, model: PreTrainedModel, trace: Trace, progress: Progr
 class _Exact:
     """The model's own attention, without anything being recorded."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        return causal_attention(query, key, value, scoring)
 
 
 def _residual_stream(model: PreTrainedModel, trace: Trace, progress: Progress) -> LayerStats:

@@ -132,7 +132,7 @@ class _Part:
             ones = torch.zeros(1, tokens, stop - start, device=layer.device)
             ones[0, positions, torch.bucketize(positions, inside, right=True) - 1] = 1
             at = Pass(self.of.layers, tokens, layer.index, left=dict(self.of.left))
-            out = method.attend(query, key, ones, scale=layer.scale, window=layer.window, softcap=layer.softcap, at=at)
+            out = method.attend(query, key, ones, layer.scoring, at=at)
             yield RowBlock(slice(0, tokens), slice(start, stop), out[self.own].float())
 
     def pooled(

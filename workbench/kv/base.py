@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from workbench.core.memo import Memo
 from workbench.errors import BadRecipe, NotApplicable
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.format import DenseFormat, Format, Shape
@@ -57,6 +58,7 @@ class Study:
     """What a method may look at when it decides: the trace, the model that read it (None for a trace made by hand).
 
     ranking: for `importance`, the order of the recipe's scores. forcing: how the model reads on from given stores.
+    measured: what was measured of the model, whatever it reads (see `of_model`).
     """
 
     trace: Trace
@@ -64,6 +66,14 @@ class Study:
     progress: Progress = field(default_factory=Progress)
     ranking: Ranking | None = None
     forcing: TeacherForcing | None = None
+    measured: Memo | None = None
+
+    @property
+    def of_model(self) -> Memo:
+        """Where what is measured of the model itself is remembered: as long as the model, where a session has it, else
+        with the trace.
+        """
+        return self.trace.memo if self.measured is None else self.measured
 
     def reader(self, key: str) -> PreTrainedModel:
         """The model, for a method that has to read again. Raises NotApplicable where there is none."""
@@ -251,11 +261,11 @@ class Stages:
     @staticmethod
     def _supplier(stage: str, methods: Sequence[KVMethod]) -> KVMethod | None:
         able = [method for method in methods if method.supplies(stage)]
-        own = [method for method in able if method.contributes(stage)]
-        if len(own) > 1:
-            names = " and ".join(method.key for method in own)
+        contributing = [method for method in able if method.contributes(stage)]
+        if len(contributing) > 1:
+            names = " and ".join(method.key for method in contributing)
             raise BadRecipe(f"{names} each supply the stage {stage!r}: a recipe has one method for each stage")
-        return own[0] if own else able[0] if able else None
+        return contributing[0] if contributing else able[0] if able else None
 
 
 def keep_last(scores: Tensor, count: int) -> Tensor:

@@ -121,6 +121,11 @@ class ChunkedPrefill(ABC):
             yield self.ids[start : start + most]
         self.progress.update(f"reading for {self.label}", self.tokens, self.tokens)
 
+    def feed_prompt(self, most: int) -> None:
+        """Let the model read the whole prompt, at most `most` tokens at a time."""
+        for piece in self.pieces(most):
+            self.feed(piece)
+
     def read_only(self, where: Tensor, most: int, *, closed_up: bool = False) -> None:
         """Forget all that was read, and read only the tokens at `where` int64 [m] ascending, `most` at a time.
 
@@ -153,6 +158,11 @@ class ChunkedPrefill(ABC):
         """The layers that may be compressed; the others keep a store of their own, which needs no attention."""
         return tuple(layer for layer in self.layers if layer.index not in self.exact)
 
+    @property
+    def widest_window(self) -> int:
+        """The widest sliding window of the layers that stay exact; 0 where none slides."""
+        return max((layer.window or 0 for layer in self.layers if layer.index in self.exact), default=0)
+
     def shape(self, layer: LayerTrace) -> Shape:
         """The size of a layer's uncompressed cache."""
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
@@ -181,10 +191,10 @@ class ChunkedPrefill(ABC):
         """Keep of a layer's plain store only the entries at which slots bool [k, m] is True."""
         if bool(slots.all()):
             return
-        held = self.stores[layer].contents(self.dtype)
-        if held.valid is not None:
-            slots = slots & held.valid
-        self.stores[layer] = DenseStore.of(held.keys, held.values, held.positions, slots, self.dtype)
+        dense = self.stores[layer].contents(self.dtype)
+        if dense.valid is not None:
+            slots = slots & dense.valid
+        self.stores[layer] = DenseStore.of(dense.keys, dense.values, dense.positions, slots, self.dtype)
 
     def result(
         self, *, tiers: Tensor | None = None, form: Format | None = None, notes: tuple[str, ...] = ()
@@ -220,7 +230,7 @@ class ChunkedPrefill(ABC):
         exact = (layer for layer in self.layers if layer.index in self.exact)
         return sum(INDEX_BYTES * min(layer.window or 0, self.tokens) for layer in exact)
 
-    def entries(self, least: int, extra: Callable[[int], int] = lambda each: 0) -> int:
+    def entries(self, least: int, extra: Callable[[int], int] | None = None) -> int:
         """How many entries each head of each layer may hold at any moment: at least `least`, at most all.
 
         extra: further bytes over all layers when each head holds so many, for instance of an index. Raises
@@ -233,7 +243,7 @@ class ChunkedPrefill(ABC):
             if each >= self.tokens:
                 return self.full_nbytes
             counts = torch.tensor([[each] * shape.kv_heads for shape in shapes])
-            return stored_nbytes(form, shapes, counts) + extra(each)
+            return stored_nbytes(form, shapes, counts) + (extra(each) if extra is not None else 0)
 
         least = min(least, self.tokens)
         if self.limit is None or not shapes or nbytes(self.tokens) <= self.room:

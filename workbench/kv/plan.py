@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -227,15 +227,14 @@ class Plan(Shown):
         for layer in self.trace.layers:
             probes = layer.queries[:, -_PROBES:].float()
             positions = torch.arange(layer.tokens - probes.shape[1], layer.tokens, device=probes.device)
-            options = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
             everything = torch.ones_like(self.tiers[layer.index])
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
             held = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
-            got, _ = held.attend(probes, positions, **cast("dict[str, Any]", options))
+            got, _ = held.attend(probes, positions, layer.scoring)
             got = got.nan_to_num(0.0)
-            want, _ = exact.attend(probes, positions, **cast("dict[str, Any]", options))
+            want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
 
@@ -296,11 +295,11 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     The model's own sliding window never holds more than itself; one that an attention method set is its saving, and so
     are heads that a weight method made narrower and layers that it took out.
     """
-    held = held_shape(layer, dtype)
+    shape = held_shape(layer, dtype)
     if layer.shared is not None:
-        return held
-    keys, values = layer.plain_widths or (held.key_width, held.value_width)
-    return replace(held, tokens=layer.narrowed_from or held.tokens, key_width=keys, value_width=values)
+        return shape
+    keys, values = layer.plain_widths or (shape.key_width, shape.value_width)
+    return replace(shape, tokens=layer.narrowed_from or shape.tokens, key_width=keys, value_width=values)
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
@@ -374,7 +373,7 @@ def _fit(
             f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
             "could merge; use one of the two"
         )
-    own = None if budget is not None else _selecting_budget(methods, stages)
+    selected_budget = None if budget is not None else _selecting_budget(methods, stages)
 
     def selection(entries: int) -> Tensor:
         return ranking.selected(allocating.allocate(ranking, entries).to(everything.device))
@@ -388,12 +387,12 @@ def _fit(
 
     least, most = layers * kv_heads, layers * kv_heads * tokens
     # A storage method on top leaves the selection as it would be at the uncompressed precision.
-    counted = dense if own is not None and storing is not None and stages.score is not storing else form
+    counted = dense if selected_budget is not None and storing is not None and stages.score is not storing else form
     entries = most
-    if own is not None and own.kind == "tokens":
-        entries = min(layers * kv_heads * int(own.amount), most)
+    if selected_budget is not None and selected_budget.kind == "tokens":
+        entries = min(layers * kv_heads * int(selected_budget.amount), most)
     else:
-        target = room if own is None else (own.nbytes(full) or 0) - fixed
+        target = room if selected_budget is None else (selected_budget.nbytes(full) or 0) - fixed
         if target is not None:
             nbytes = measured(counted)
             entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)

@@ -67,8 +67,8 @@ class Ranking:
         known = best_first.masked_fill(best_first.isinf(), 0)
         lowest = torch.where(best_first.isinf(), torch.inf, best_first).amin(dim=-1, keepdim=True)
         known = torch.where(best_first.isinf(), 0, known - lowest.clamp_max(0))
-        held = known.double().cumsum(dim=-1)
-        share = (held / held[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)).mean(dim=1)  # [l, n]
+        sums = known.double().cumsum(dim=-1)
+        share = (sums / sums[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)).mean(dim=1)  # [l, n]
         before = torch.cat([torch.zeros_like(share[:, :1]), share[:, :-1]], dim=1)
         steps = torch.arange(self.tokens, device=share.device, dtype=share.dtype)
         first = certain.any(dim=1) | (steps == 0)

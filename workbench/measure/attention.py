@@ -1,7 +1,7 @@
 """What attention looks like at any length: pooled maps, and sums over rows and columns, without the n x n matrix.
 
 All functions take queries and keys after the rotary embedding, any dtype, compute in float32, and share the arguments
-`scale`, `query_positions`, `key_positions`, `window`, `softcap`, `block_bytes` and `progress` with
+`scoring`, `query_positions`, `key_positions`, `block_bytes` and `progress` with
 `workbench.core.attention_rows.row_blocks`, where they are explained.
 """
 
@@ -20,7 +20,7 @@ from workbench import arguments
 from workbench.core.attention_rows import (
     HeadsPart,
     RowBlock,
-    check_scores,
+    check_scoring,
     head_parts,
     row_blocks,
     token_positions,
@@ -29,9 +29,8 @@ from workbench.core.attention_rows import (
 from workbench.errors import InputError
 from workbench.formatting import Brief
 from workbench.progress import Progress
-from workbench_kernels import Scoring
+from workbench_kernels import Reading, Scoring, read_attention
 from workbench_kernels.dispatch import on_gpu
-from workbench_kernels.reading import Reading, read_attention
 
 Pooling = Literal["max", "mean", "sum"]
 Span = tuple[int, int]
@@ -119,14 +118,12 @@ def same_cells(one: Cells, other: Cells) -> None:
 def pooled_map(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     pixels: int = 512,
     pooling: Pooling = "max",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     rows: Span | None = None,
     cols: Span | None = None,
     block_bytes: int | None = None,
@@ -149,13 +146,11 @@ def pooled_map(
     return pooled_maps(
         queries[None],
         keys[None],
-        scale=scale,
+        scoring,
         pixels=pixels,
         pooling=pooling,
         query_positions=query_positions,
         key_positions=key_positions,
-        window=window,
-        softcap=softcap,
         rows=rows,
         cols=cols,
         block_bytes=block_bytes,
@@ -166,14 +161,12 @@ def pooled_map(
 def pooled_maps(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     pixels: int = 32,
     pooling: Pooling = "max",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     rows: Span | None = None,
     cols: Span | None = None,
     block_bytes: int | None = None,
@@ -192,7 +185,7 @@ def pooled_maps(
 
     edges = _edges_of(at, held, pixels, rows, cols)
     if pixels <= _KERNEL_PIXELS and all(map(torch.equal, edges, _edges_of(at, held, pixels, None, None))):
-        read = _read(queries, keys, at, held, scale, window, softcap, sums=False, pooling=pooling, pixels=pixels)
+        read = _read(queries, keys, at, held, scoring, sums=False, pooling=pooling, pixels=pixels)
         if read is not None and read.cells is not None:
             return [PooledMap(each, *edges, pooling) for each in read.cells.cpu()]
     maps = []
@@ -203,11 +196,9 @@ def pooled_maps(
             return row_blocks(
                 part.queries[:, first:stop],
                 part.keys,
-                scale=scale,
+                scoring,
                 query_positions=at[first:stop],
                 key_positions=part.key_positions,
-                window=window,
-                softcap=softcap,
                 block_bytes=block_bytes,
                 progress=part.progress,
             )
@@ -316,12 +307,10 @@ def _pool(
 def column_sums(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -329,7 +318,7 @@ def column_sums(
 
     queries: [h, nq, d]; keys: [k, nk, d]. The accumulated attention of H2O (Zhang et al. 2023, arXiv:2306.14048).
     """
-    read = _read(queries, keys, query_positions, key_positions, scale, window, softcap)
+    read = _read(queries, keys, query_positions, key_positions, scoring)
     if read is not None and read.sums is not None:
         return read.sums
     received = torch.zeros(queries.shape[0], keys.shape[1], device=queries.device)
@@ -337,11 +326,9 @@ def column_sums(
         for _, at, probs in row_blocks(
             part.queries,
             part.keys,
-            scale=scale,
+            scoring,
             query_positions=query_positions,
             key_positions=part.key_positions,
-            window=window,
-            softcap=softcap,
             block_bytes=block_bytes,
             progress=part.progress,
         ):
@@ -352,12 +339,10 @@ def column_sums(
 def row_entropy(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -366,18 +351,16 @@ def row_entropy(
 
     queries: [h, nq, d]; keys: [k, nk, d].
     """
-    read = _read(queries, keys, query_positions, key_positions, scale, window, softcap, sums=False, entropy=True)
+    read = _read(queries, keys, query_positions, key_positions, scoring, sums=False, entropy=True)
     if read is not None and read.entropy is not None:
         return read.entropy
     entropy = torch.zeros(queries.shape[:2], device=queries.device)
     for rows, _, probs in row_blocks(
         queries,
         keys,
-        scale=scale,
+        scoring,
         query_positions=query_positions,
         key_positions=key_positions,
-        window=window,
-        softcap=softcap,
         block_bytes=block_bytes,
         progress=progress,
     ):
@@ -388,13 +371,11 @@ def row_entropy(
 def sink_mass(
     queries: Tensor,
     keys: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     first: int = 4,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -413,11 +394,9 @@ def sink_mass(
     for _, seen, probs in row_blocks(
         queries[:, begin:],
         keys,
-        scale=scale,
+        scoring,
         query_positions=at[begin:],
         key_positions=held,
-        window=window,
-        softcap=softcap,
         block_bytes=block_bytes,
         progress=progress,
     ):
@@ -431,9 +410,7 @@ def _read(
     keys: Tensor,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scoring: Scoring,
     **wanted: Any,
 ) -> Reading | None:
     """What a kernel reads of a whole prompt's attention; None where rows are streamed instead.
@@ -446,11 +423,11 @@ def _read(
     fits = 0 < nq <= nk and k > 0 and h > 0 and h % k == 0 and d == width <= _KERNEL_WIDTH
     if not fits or queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
-    check_scores(scale, window, softcap)
+    check_scoring(scoring)
     at, held = token_positions(nq, nk, query_positions, key_positions)
     if len(held) > 1 or not torch.equal(held[0], torch.arange(nk)) or not torch.equal(at, held[0, nk - nq :]):
         return None
-    return read_attention(queries.detach(), keys.detach(), Scoring(scale, window, softcap), **wanted)
+    return read_attention(queries.detach(), keys.detach(), scoring, **wanted)
 
 
 def queries_per_key(

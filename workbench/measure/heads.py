@@ -19,6 +19,7 @@ from workbench.core.attention_rows import head_parts, row_blocks, token_position
 from workbench.errors import BadParameter, InputError
 from workbench.formatting import Brief
 from workbench.progress import Progress
+from workbench_kernels import Scoring
 
 HeadClass = Literal["retrieval", "sink", "local", "contextual", "structural"]
 
@@ -133,15 +134,13 @@ def head_stats(
     queries: Tensor,
     keys: Tensor,
     ids: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     sinks: int = SINKS,
     recent: int = RECENT,
     probes: int = PROBES,
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[HeadStats, Tensor]:
@@ -161,7 +160,7 @@ def head_stats(
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     if int(at[-1]) >= len(ids):
         raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
-    visible_keys(nq, nk, at, held, window, kv_heads=k)  # complains about positions that do not fit
+    visible_keys(nq, nk, at, held, scoring.window, kv_heads=k)  # complains about positions that do not fit
     found, received = [], []
     for part in head_parts(queries, keys, held, progress):
         here = held if part.key_positions is None else part.key_positions.view(-1, nk)
@@ -172,7 +171,7 @@ def head_stats(
             at,
             here,
             ids.cpu(),
-            window,
+            scoring.window,
             sinks=sinks,
             recent=recent,
             probes=probes,
@@ -180,11 +179,9 @@ def head_stats(
         for rows, slots, probs in row_blocks(
             part.queries,
             part.keys,
-            scale=scale,
+            scoring,
             query_positions=at,
             key_positions=here,
-            window=window,
-            softcap=softcap,
             block_bytes=block_bytes,
             progress=part.progress,
         ):

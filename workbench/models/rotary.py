@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.core.rope import Rotation
+    from workbench_kernels import Scoring
 
 _SHOWN = 32  # positions at which layers show what they do, where the model has so many before its tables switch
 
@@ -223,7 +224,7 @@ class _Show:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys [k, n, d], queries [h, n, d]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.layers[layer] = (key, query)
         return value.repeat_interleave(query.shape[0] // value.shape[0], dim=0)
 

@@ -99,18 +99,8 @@ class _ObservedDecoder(Decoder):
 
     observer: Observer | None = None
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        out = super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        out = super().attend(layer, query, key, value, scoring)
         if self.observer is not None:
             self.observer(layer, query, key, value)
         return out
@@ -134,21 +124,11 @@ class _LowerLayers(Decoder):
         assert self.seen is not None
         return self.seen
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         if layer == self.last:
             self.seen = query, key
             raise _Stopped
-        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+        return super().attend(layer, query, key, value, scoring)
 
 
 @dataclass
@@ -159,33 +139,23 @@ class _Probe:
     score: Callable[[int, Tensor], Tensor]
     scores: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         prefill, count = self.prefill, key.shape[1]
         prefill.progress.check()
         held = prefill.stores[layer].contents(query.dtype)
         kv_heads, slots = held.keys.shape[:2]
-        own = torch.arange(prefill.position, prefill.position + count, device=query.device)
+        probing = torch.arange(prefill.position, prefill.position + count, device=query.device)
         valid = None
         if held.valid is not None:
             valid = torch.cat([held.valid, held.valid.new_ones(kv_heads, count)], dim=1)
-        positions = torch.cat([held.positions.expand(kv_heads, -1), own.expand(kv_heads, -1)], dim=1)
+        positions = torch.cat([held.positions.expand(kv_heads, -1), probing.expand(kv_heads, -1)], dim=1)
         scored = layer not in prefill.exact
         out, weights = attend(
             query,
             torch.cat([held.keys, key], dim=1),
             torch.cat([held.values, value], dim=1),
-            Scoring(scale, window, softcap),
-            visible=seen_by(own, positions, valid, window),
+            scoring,
+            visible=seen_by(probing, positions, valid, scoring.window),
             weights=scored,
         )
         if scored and weights is not None:

@@ -211,7 +211,8 @@ def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:
     if decoder.attention is None or not decoder.by_store:
         return ()
     layers = ", ".join(map(str, decoder.by_store))
-    return (
+    note = (
         f"layers {layers}: {decoder.attention.key} changes only reading here; how the cache is attended to while "
-        "decoding is part of the KV method",
+        "decoding is part of the KV method"
     )
+    return (note,)

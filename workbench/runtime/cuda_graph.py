@@ -65,8 +65,8 @@ def predicted_nbytes(decoder: Decoder, max_new_tokens: int) -> int:
         if (capturable := store.capturable) is not None:
             stores += sum(rows.reserved_nbytes(more) for rows, more in capturable.room_for(max_new_tokens))
             stores += capturable.fixed_nbytes
-    hidden = 16 * itemsize * (config.hidden_size + config.intermediate_size)
-    logits = config.vocab_size * (itemsize + 4)
+    hidden: int = 16 * itemsize * (config.hidden_size + config.intermediate_size)
+    logits: int = config.vocab_size * (itemsize + 4)
     return tensor_bytes([*model.parameters(), *model.buffers()]) + stores + hidden + logits + _CUBLAS
 
 
@@ -129,22 +129,12 @@ class Step:
         """Whether the operations between the matrix products are fused."""
         return self._fused is not None
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attention of one new token over everything that its layer holds, itself included."""
-        if window is not None:
+        if scoring.window is not None:
             raise NotApplicable(f"layer {layer} sees a window only")
         self._layers[layer].append(key[:, 0], value[:, 0])
-        return self._layers[layer].attend(query, scale=scale, softcap=softcap)
+        return self._layers[layer].attend(query, scoring)
 
     def __call__(self) -> Tensor:
         """Read the token, choose the next one and put it in its place; returns the logits [v]."""
@@ -235,8 +225,8 @@ class Step:
         with torch.inference_mode():
             for _ in range(first, self._launched):
                 replay()
-            found = self._out[first : self._launched]
-            self._seen[first : self._launched].copy_(found, non_blocking=True)
+            tokens = self._out[first : self._launched]
+            self._seen[first : self._launched].copy_(tokens, non_blocking=True)
         event = None
         if self._token.is_cuda:
             event = torch.cuda.Event()
@@ -319,7 +309,8 @@ class _Layer:
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Where a new key goes, [t, d] and row numbers [k], and a new value."""
         keys, values = self._grown
-        assert keys.ends is not None and values.ends is not None
+        assert keys.ends is not None
+        assert values.ends is not None
         return keys.rows.data, keys.ends, values.rows.data, values.ends
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -328,9 +319,9 @@ class _Layer:
         keys.index_copy_(0, key_ends, key.to(keys.dtype))
         values.index_copy_(0, value_ends, value.to(values.dtype))
 
-    def attend(self, query: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+    def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
         """Attention of query [h, 1, d] over everything held: [h, 1, dv]."""
-        return self._attention(query, Scoring(scale, softcap=softcap))
+        return self._attention(query, scoring)
 
     def settle(self) -> None:
         """Quantise what waits in the tail, in place."""
@@ -392,7 +383,7 @@ class _Fused:
         blocks = list(inner.layers[: self._model.config.num_hidden_layers])
         norms = [*(block.input_layernorm for block in blocks[1:]), inner.norm]
         hidden, x = _normed(hidden, blocks[0].input_layernorm)
-        for block, held, norm in zip(blocks, self._layers, norms, strict=True):
+        for block, store, norm in zip(blocks, self._layers, norms, strict=True):
             attention, mlp = block.self_attn, block.mlp
             query, key, value = (
                 product(x).view(-1, attention.head_dim)
@@ -400,8 +391,8 @@ class _Fused:
             )
             if hasattr(attention, "q_norm"):
                 query, key = _normed(query, attention.q_norm)[1], _normed(key, attention.k_norm)[1]
-            turned = rotate_append(query, key, value, cos, sin, *held.rows)
-            out = held.attend(turned[:, None], scale=attention.scaling).reshape(1, -1)
+            turned = rotate_append(query, key, value, cos, sin, *store.rows)
+            out = store.attend(turned[:, None], Scoring(attention.scaling)).reshape(1, -1)
             hidden, x = _normed(attention.o_proj(out), block.post_attention_layernorm, hidden)
             hidden, x = _normed(mlp.down_proj(silu_times(mlp.gate_proj(x), mlp.up_proj(x))), norm, hidden)
         logits: Tensor = self._model.lm_head(x)[0]
@@ -414,6 +405,9 @@ def _normed(x: Tensor, norm: Any, residual: Tensor | None = None) -> tuple[Tenso
 
 class _NoWaiting(TorchDispatchMode):
     """Raises NotApplicable at an operation whose result the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

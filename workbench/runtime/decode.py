@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,23 +85,13 @@ class Decoder:
             self.position = int(self._positions[-1]) + 1
         return torch.cat(rows)[-logits:]
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         if self.progress is not None:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
         if store.holder.sliding_window is not None:
-            window = store.holder.sliding_window
+            scoring = replace(scoring, window=store.holder.sliding_window)
         before = self._enter()
         evictable = None if self.evicting is None else store.evictable
         if evictable is not None:
@@ -111,12 +102,10 @@ class Decoder:
         weights = None
         own = self._attends(layer)
         if own:
-            out = self._own_way(layer, query, positions, scale, window, softcap)
+            out = self._own_way(layer, query, positions, scoring)
         if evictable is not None or not own:  # who evicts by attention needs all its weights, whatever else is computed
-            self._count_exact(store, query.shape[0], positions, window)
-            exact, weights = store.attend(
-                query, positions, scale=scale, window=window, softcap=softcap, weights=evictable is not None
-            )
+            self._count_exact(store, query.shape[0], positions, scoring.window)
+            exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             out = out if own else exact
         if self.evicting is not None and evictable is not None and weights is not None:
             evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))
@@ -125,18 +114,16 @@ class Decoder:
         self._leave(before)
         return out
 
-    def _own_way(
-        self, layer: int, query: Tensor, positions: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def _own_way(self, layer: int, query: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """The attention method's output over what the layer's store holds."""
         assert self.attention is not None
         store = self.stores[layer]
         held = store.contents(query.dtype)
         shape = (held.keys.shape[0], query.shape[1], held.keys.shape[1])
-        seen = seen_by(positions, held.positions, held.valid, window)
+        seen = seen_by(positions, held.positions, held.valid, scoring.window)
         everything = torch.ones(1, dtype=torch.bool, device=query.device)
         visible = (everything if seen is None else seen).expand(shape)
-        return self.attention.decode(query, held, visible, scale=scale, softcap=softcap, at=self._at)
+        return self.attention.decode(query, held, visible, scoring, at=self._at)
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
@@ -173,8 +160,8 @@ class Decoder:
     @property
     def memory_nbytes(self) -> int:
         """Bytes of the tensors that modules of the model remember of this run."""
-        held = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
-        return tensor_bytes(tensor for values in held for tensor in values if tensor is not None)
+        remembered = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
+        return tensor_bytes(tensor for values in remembered for tensor in values if tensor is not None)
 
     def advance(self, count: int) -> None:
         """Take up `count` tokens read one after another, each seeing all before, whose rows captured steps wrote."""

@@ -80,8 +80,8 @@ def teacher_forcing(
     decoder.outputs = [[] for _ in decoder.stores]
     decoder.progress = progress or Progress()
     rows = [decoder.feed(ids)[-1:]] if ids.numel() else [logits[None]]
-    for token in decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1):
-        rows.append(decoder.feed(token[None]))
+    read = decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1)
+    rows.extend(decoder.feed(token[None]) for token in read)
     outputs = [torch.cat(layer, dim=1) if layer else torch.empty(0) for layer in decoder.outputs]
     return torch.cat([row.cpu() for row in rows]), outputs
 

@@ -53,13 +53,13 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
     # Nobody else may use the model meanwhile: its windows are narrow.
     with exclusive(model), _narrowed(model):
         got = _logits(model, facts, ids, progress or Progress())  # first: it says best why a model cannot be read
-        own = _own_logits(model, ids)
-        if not own.isfinite().all():
+        reference = _own_logits(model, ids)
+        if not reference.isfinite().all():
             raise NotApplicable(
                 f"{facts.name}: its own logits are not finite numbers: its weights are damaged, or what it computes is "
                 f"too large for {str(model.dtype).removeprefix('torch.')}"
             )
-        wrong = _wrong(own, got, _precision(model))
+        wrong = _wrong(reference, got, _precision(model))
         if wrong is not None:
             layer = _first_layer(model, facts, ids)
             where = "" if layer is None else f", first in layer {layer}"
@@ -147,12 +147,12 @@ def _logits(model: PreTrainedModel, facts: Facts, ids: Tensor, progress: Progres
     return torch.cat([trace.logits[None].to(device_of(model)), *rows])
 
 
-def _wrong(own: Tensor, got: Tensor, precision: torch.dtype) -> str | None:
+def _wrong(reference: Tensor, got: Tensor, precision: torch.dtype) -> str | None:
     """What differs between logits [r, v], the first row after reading and the others after decoding; None: nothing.
 
     In 16 bits single rows may differ by much (an expert of a mixture chosen the other way), so most have to agree.
     """
-    off = (own - got).norm(dim=1) / (own - own.mean(dim=1, keepdim=True)).norm(dim=1).clamp_min(1e-12)
+    off = (reference - got).norm(dim=1) / (reference - reference.mean(dim=1, keepdim=True)).norm(dim=1).clamp_min(1e-12)
     limit = _CLOSE.get(precision, 1e-3)
     if not bool(off[0] <= limit):
         return "reading"
@@ -166,12 +166,12 @@ def _first_layer(model: PreTrainedModel, facts: Facts, ids: Tensor) -> int | Non
         layers = list(decoder_layers(model).values())
     except NotApplicable:  # an architecture whose layers are not in one list: the refusal names none
         return None
-    with _outputs(layers) as own:
+    with _outputs(layers) as reference:
         _own_logits(model, ids)
     with _outputs(layers) as got:
         _logits(model, facts, ids, Progress())
     limit = _CLOSE.get(_precision(model), 1e-3)
-    for layer, (one, other) in enumerate(zip(own, got, strict=True)):
+    for layer, (one, other) in enumerate(zip(reference, got, strict=True)):
         a, b = (torch.cat(parts)[-sum(_STEPS) - 1 :].float() if parts else torch.empty(0, 1) for parts in (one, other))
         if a.shape != b.shape or not bool((a - b).norm() <= limit * a.norm()):
             return layer
@@ -184,7 +184,7 @@ def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
     seen: list[list[Tensor]] = [[] for _ in layers]
 
     def listening(index: int) -> Any:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _given: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             seen[index].append(hidden.reshape(-1, hidden.shape[-1]))
 

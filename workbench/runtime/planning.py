@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.budget import Budget
+from workbench.core.memo import Memo
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, plan_of, total_budget, uncompressed_nbytes
@@ -62,8 +63,13 @@ class ChunkedPlan(Plan):
         return self.prefill.result.stores[layer.index].clone()
 
 
-def study_of(trace: Trace, model: PreTrainedModel | None = None, progress: Progress | None = None) -> Study:
-    """What methods may look at: the trace, and the model that read it, which reads on from stores that they make."""
+def study_of(
+    trace: Trace, model: PreTrainedModel | None = None, progress: Progress | None = None, measured: Memo | None = None
+) -> Study:
+    """What methods may look at: the trace, and the model that read it, which reads on from stores that they make.
+
+    measured: what was measured of the model for earlier studies, whatever it read.
+    """
     progress = progress or Progress()
     if model is None:
         return Study(trace, progress=progress)
@@ -71,7 +77,7 @@ def study_of(trace: Trace, model: PreTrainedModel | None = None, progress: Progr
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
         return Decoder(model, stores, position, progress=progress).feed(ids, logits=ids.numel())
 
-    return Study(trace, model, progress, forcing=forcing)
+    return Study(trace, model, progress, forcing=forcing, measured=measured)
 
 
 def make_plan(
@@ -82,16 +88,17 @@ def make_plan(
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
     question: Tensor | None = None,
+    measured: Memo | None = None,
 ) -> Plan:
     """Decide what stays under `methods`, counted in `dtype`; `budget`, if given, is for all of them together.
 
     model: the one that read the trace, for methods that let it read again. question: ids [q] that will be asked, for
-    methods that read for a question.
+    methods that read for a question. measured: what was measured of the model for earlier plans, whatever it read.
 
     Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
     NotRead where a method needs what was not recorded.
     """
-    stages, study = Stages.of(methods), study_of(trace, model, progress)
+    stages, study = Stages.of(methods), study_of(trace, model, progress, measured)
     if stages.read is not None and any(layer.shared is not None for layer in trace.layers):
         raise NotApplicable(
             f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"

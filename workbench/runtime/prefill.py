@@ -21,6 +21,7 @@ from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,31 +50,22 @@ class _Recorder:
         self.memory: dict[Any, Any] = {}
         self.places: dict[tuple[int, torch.Size], int] = {}  # of keys in memory: the layer that showed them first
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.progress.update("reading", len(self.layers), self.count)
         if layer in self.layers:
             raise NotApplicable(
                 f"layer {layer} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
                 "them apart"
             )
-        tokens, own = query.shape[1], window
+        tokens, own = query.shape[1], scoring.window
         window = _combined_window(own, self.method, layer, self.count, tokens)
+        scoring = replace(scoring, window=window)
         self.at.layer = layer
         if self.method is None:
             self.at.count(query.shape[0] * visible_entries(tokens, window))
-            out = causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+            out = causal_attention(query, key, value, scoring)
         else:
-            out = self.method.attend(query, key, value, scale=scale, window=window, softcap=softcap, at=self.at)
+            out = self.method.attend(query, key, value, scoring, at=self.at)
         before = self.held if self.home == query.device else 0  # of what is live here, the recording so far
         shared = self._shared(layer, key)
         held = tuple(x.to(self.home) for x in (key, value, query))
@@ -85,9 +77,7 @@ class _Recorder:
             values_held=held[1],
             queries_held=held[2],
             device=query.device,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            scoring=scoring,
             rotary=partial(self.rotations.of, self.origins[layer]),
             narrowed_from=min(own or tokens, tokens) if window != own else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
@@ -215,8 +205,8 @@ def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> 
         )
     heads = sorted({(layer.heads, layer.kv_heads) for layer in recorded.values()})
     if len(heads) > 1:
-        found = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
-        raise NotApplicable(f"the layers of {name} differ in their number of heads ({found}), which is not supported")
+        counts = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
+        raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
 
 
 def take_in(
@@ -256,7 +246,12 @@ def _gone(
     """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts."""
     blank = like.blank()
     return tuple(
-        replace(blank, index=index, window=facts.windows[index], plain_widths=widths[index] if widths else None)
+        replace(
+            blank,
+            index=index,
+            scoring=replace(blank.scoring, window=facts.windows[index]),
+            plain_widths=widths[index] if widths else None,
+        )
         for index in missing
     )
 

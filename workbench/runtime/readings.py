@@ -145,8 +145,9 @@ class Readings:
         """
         methods = kv_methods(recipe)
         check_together(attention_method(recipe), methods)
-        model = self.variants.get(recipe.family("weights"))
-        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question)
+        weights = recipe.family("weights")
+        model, measured = self.variants.get(weights), self.variants.measured(weights)
+        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question, measured)
 
     def calibrate(
         self, source: str | Path | None = None, *, samples: int = 32, tokens: int = 512, seed: int = 0

@@ -183,7 +183,7 @@ class Run(Shown):
     def summary(self) -> str:
         """The answer, its cache and, once measured, its quality in words."""
         record = self.to_dict(quality=False)
-        held, full, host = (record[name] for name in ("kv_nbytes", "kv_full_nbytes", "kv_host_nbytes"))
+        nbytes, full, host = (record[name] for name in ("kv_nbytes", "kv_full_nbytes", "kv_host_nbytes"))
         asked = [f"  asked    {self.question}"] if self.question else []
         scores, later = record["score_share"], record.get("decode_score_share")
         attended = (
@@ -195,7 +195,7 @@ class Run(Shown):
             f"Run of {self.recipe.label}",
             *asked,
             f"  answer   {self.text.strip()}",
-            f"  cache    {mib(held)} of {mib(full)} ({held / full:.1%})"
+            f"  cache    {mib(nbytes)} of {mib(full)} ({nbytes / full:.1%})"
             + (f", {mib(host)} more in host memory" if host else ""),
             *attended,
         ]

@@ -32,6 +32,7 @@ from workbench.runtime.readings import Readings
 from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration.texts import Calibration
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -325,9 +326,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 values_held=values.to(home, model.dtype),
                 queries_held=queries.to(home, model.dtype),
                 device=device,
-                scale=float(fields["scale"]),
-                window=fields["window"],
-                softcap=fields["softcap"],
+                scoring=Scoring(float(fields["scale"]), fields["window"], fields["softcap"]),
                 shared=fields.get("shared"),
                 rotary=partial(readings.rotations.of, index),
             )

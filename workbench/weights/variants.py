@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from workbench import arguments
+from workbench.core.memo import Memo
 from workbench.measure.memory import tensor_bytes
 from workbench.progress import Progress
 
@@ -43,6 +44,7 @@ class Variants:
         self._made: dict[tuple[Method, ...], PreTrainedModel] = {}
         self._nbytes: dict[tuple[Method, ...], int] = {}
         self._studies: dict[tuple[Method, ...], WeightStudy] = {}
+        self._measured: dict[tuple[Method, ...], Memo] = {}
         self._lock = RLock()
 
     def get(self, methods: Sequence[Method], progress: Progress | None = None) -> PreTrainedModel:
@@ -55,6 +57,7 @@ class Variants:
                 from workbench.weights.base import compressed
 
                 self._made = {}  # the last one goes before the next is made: there is never room for two
+                self._measured = {known: memo for known, memo in self._measured.items() if not known}
                 before = {key[:number] for number in range(len(key))}
                 self._studies = {known: study for known, study in self._studies.items() if known in before}
 
@@ -63,6 +66,10 @@ class Variants:
 
                 self._made = {key: compressed(self.model, key, progress, study)}
             return self._made[key]
+
+    def measured(self, methods: Sequence[Method]) -> Memo:
+        """What was measured of the model under `methods`, whatever it read; forgotten with the model."""
+        return self._measured.setdefault(tuple(methods), Memo())
 
     def study(self) -> WeightStudy:
         """Calibration of the plain model: what weight methods know of it."""
@@ -100,6 +107,7 @@ class Variants:
         with self._alone(None):
             self.calibration = calibration
             self._made, self._nbytes, self._studies = {}, {}, {}
+            self._measured = {known: memo for known, memo in self._measured.items() if not known}
 
     @property
     def notes(self) -> tuple[str, ...]:

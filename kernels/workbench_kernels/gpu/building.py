@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from workbench_kernels.building import Axis, Kept
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis
 
 TILE = 8192
 """Numbers that a program holds; four warps."""
@@ -346,9 +347,11 @@ def _blocks(width: int, bits: int, group: int) -> tuple[dict[str, int], int]:
 
 
 def quantise_rows(
-    x: Tensor, bits: int, group: int, axis: Axis, *, chosen: Kept | None = None, balance: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, bits: int, group: int, axis: Axis, *, chosen: Kept | None = None, balance: Tensor | None = None,
+    clip: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `workbench_kernels.building.quantise_rows`; no quantiles."""
+    assert clip <= 0, "quantiles are the reference's"
     x = _whole(x)
     heads, tokens, width = x.shape
     pointers, total, longest = _chosen(chosen, x)

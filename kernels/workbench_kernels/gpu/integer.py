@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.integer import TINY
+from workbench_kernels.int_mm import int_mm, missing, widened
+from workbench_kernels.limits import LEAST_STEP
 
 _BLOCK = 1024
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added to a small number, rounds it to an integer, halves to even
@@ -43,7 +44,7 @@ def rounded(x: Tensor, bits: int, rows: int, width: int) -> tuple[Tensor, Tensor
     most, columns = 2 ** (bits - 1) - 1, triton.next_power_of_2(width)
     _rounded[(rows,)](
         x.contiguous(), codes, steps, tokens, inputs, width,
-        MOST=most, SHARE=1 / most, TINY=TINY, COLUMNS=columns, num_warps=min(max(columns // 512, 1), 16),
+        MOST=most, SHARE=1 / most, TINY=LEAST_STEP, COLUMNS=columns, num_warps=min(max(columns // 512, 1), 16),
     )  # fmt: skip
     return codes, steps
 
@@ -69,3 +70,11 @@ def scaled(sums: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None, outp
             BIAS=bias is not None, COLUMNS=_BLOCK,
         )  # fmt: skip
     return out
+
+
+def integer_linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
+    """See `workbench_kernels.integer.integer_linear`."""
+    rows, outputs, columns = missing(x, weight)
+    codes, step = rounded(x, bits, x.shape[0] + rows, x.shape[1] + columns)
+    sums = int_mm(codes, widened(weight, outputs, columns))
+    return scaled(sums, step, scale, bias, weight.shape[0], x.dtype)

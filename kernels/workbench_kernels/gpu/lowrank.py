@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench_kernels.limits import SCRATCH
 from workbench_kernels.scoring import Scoring
 
 LOG2E = 1.4426950408889634
@@ -353,10 +354,12 @@ def attend_factors(
     key_bias: Tensor | None = None,
     value_bias: Tensor | None = None,
     causal: bool = True,
-    scratch: int,
+    scratch: int = SCRATCH,
+    tile: int = 128,
     config: AttentionConfig | None = None,
 ) -> Tensor:
     """See `workbench_kernels.lowrank.attend_factors`."""
+    del tile  # the reference's
     count, (heads, _, width), kv_heads = len(queries), query_basis.shape, len(key_basis)
     out = queries.new_empty(count, heads * width)
     if not count:
@@ -402,13 +405,16 @@ def mlp_factors(
     gate_basis: Tensor,
     up_basis: Tensor | None,
     down: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
+    *,
     act: str,
-    scratch: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    scratch: int = SCRATCH,
+    tile: int = 128,
     config: MLPConfig | None = None,
 ) -> Tensor:
     """See `workbench_kernels.lowrank.mlp_factors`."""
+    del tile  # the reference's
     count, (neurons, columns) = len(gate), down.shape
     if not count:
         return gate.new_empty(0, columns)

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.decode_lowrank import LOW, Turns
 from workbench_kernels.gpu.split import (
     LOG2E,
     LOWEST,
@@ -25,6 +24,7 @@ from workbench_kernels.gpu.split import (
     run_of,
     tiles_of,
 )
+from workbench_kernels.rotary import LOW, RotaryTable
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
 
@@ -177,7 +177,7 @@ def decode_rotated(
     keys: Ragged,
     values: Ragged,
     key_basis: Tensor,
-    turns: Turns,
+    rotary: RotaryTable,
     scoring: Scoring,
     *,
     query_positions: Tensor | None = None,
@@ -185,10 +185,10 @@ def decode_rotated(
     lse: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `workbench_kernels.decode_lowrank.decode_lowrank`; the output [h, q, rv] stays in the values' space."""
+    """See `workbench_kernels.decode_lowrank.decode_rotated`."""
     heads = keys.starts.numel()
     rank, value_rank, half = keys.data.shape[1], values.data.shape[1], query.shape[2] // 2
-    order = turns.order
+    order = rotary.order
     if order is not None:
         query, key_basis = query[..., order], key_basis[..., order]
     rows, block, blocks = rows_of(query, heads)
@@ -196,8 +196,8 @@ def decode_rotated(
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
     slots = Slots.of(programs + heads, 1, rows, value_rank, query.device)
     _attend[(programs, blocks)](
-        query.contiguous(), keys.data, values.data, key_basis.to(query.dtype).contiguous(), turns.low, turns.high,
-        turns.frequencies, keys.starts, values.starts, keys.lengths, None if positions is None else positions.data,
+        query.contiguous(), keys.data, values.data, key_basis.to(query.dtype).contiguous(), rotary.low, rotary.high,
+        rotary.frequencies, keys.starts, values.starts, keys.lengths, None if positions is None else positions.data,
         None if positions is None else positions.starts, query_positions, *slots, scoring.scale * LOG2E,
         (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, K=heads, KP=power(heads), ROWS=rows, R=block,
         RK=rank, RKP=max(power(rank), 16), RV=value_rank, RVP=max(power(value_rank), 16), HALF=half,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.packed_linear import RUN
+from workbench_kernels.limits import RUN
 
 _PROGRAMS = 1024  # at least, so that no multiprocessor is idle
 _SUMS = 2  # of one program, each in 16 registers of every thread

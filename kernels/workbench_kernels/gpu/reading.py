@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from workbench_kernels.reading import Pooling, Reading, cell_edges, check_reading
+from workbench_kernels.attention_statistics import Pooling, Reading, cell_edges, check_reading
 from workbench_kernels.scoring import Scoring
 
 _LOG2E = 1.4426950408889634

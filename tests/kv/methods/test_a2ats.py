@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import A2ATS, AdaKV, SnapKV
 from workbench.kv.stores.codebook import Codebook, k_means, query_factor
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 
 def turning(layer: LayerTrace, at: int) -> Tensor:
@@ -92,7 +97,7 @@ def test_k_means_lowers_the_error_repeats_itself_and_leaves_no_centre_idle() -> 
 @pytest.mark.parametrize("recipe", [[], [SnapKV(window=8)], [SnapKV(window=8), AdaKV(window=8)]])
 def test_fetching_everything_is_exact(architecture: str, recipe: list[wb.Method]) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=40)
     run = session.run([*recipe, A2ATS(budget=0.7, fetch=1.0)], question=ids[:9], max_new_tokens=40)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import ALISA, AdaKV, SnapKV
-from workbench.kv.plan import Plan
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.eight_bit import EightBitOffloadStore, to_bytes, to_numbers
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
+    from workbench.trace import LayerTrace
 
 
 def plan_of(dtype: torch.dtype = torch.float32, tokens: int = 70, **parameters: Any) -> Plan:
@@ -70,7 +73,7 @@ def test_every_step_follows_algorithm_1(steps: int) -> None:
         if at + 1 - first_near > k + 32:  # the window has grown by 32: the oldest leave it
             first_near = at + 1 - k
         store.append(new, new, torch.tensor([at]))
-        got, _ = store.attend(query, torch.tensor([at]), scale=layer.scale)
+        got, _ = store.attend(query, torch.tensor([at]), layer.scoring)
 
         sums = {i: sum(row.get(i, 0.0) for row in rows) for i in range(first_near)}
         dynamic = sorted(sums, key=lambda i: -sums[i])[:k]
@@ -99,7 +102,7 @@ def test_as_many_are_fetched_as_are_near_and_the_sum_is_shared_by_all_heads() ->
 
 def test_with_half_the_cache_on_the_device_nothing_is_left_out() -> None:
     session = wb.Session((tiny("llama"), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=20)
     run = session.run(ALISA(budget=0.55, bits=16), question=ids[:9], max_new_tokens=20)

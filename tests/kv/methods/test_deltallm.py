@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import workbench as wb
+from tests.kv.support import tiers_of, trace_of
 from workbench.errors import BudgetTooSmall
 from workbench.examples import needle
 from workbench.kv import AdaKV, DeltaLLM, Mustafar, SnapKV
 from workbench.kv.stores.delta import DeltaFormat, DeltaStore, count_of, deltas, restored
 from workbench.kv.stores.format import DenseFormat, Shape
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace, Trace
-from workbench_kernels import unpack
+from workbench.trace import LayerTrace
+from workbench_kernels import Scoring, unpack
+
+if TYPE_CHECKING:
+    import workbench as wb
 
 TOKENS = 200
 FORMS = (
@@ -32,13 +32,6 @@ FORMS = (
 COUNTS = [[60, 60], [60, 41], [5, 52], [33, 33], [1, 9], [0, 60], [8, 24]]
 
 
-@cache
-def trace_of() -> Trace:
-    model = tiny("llama")
-    ids = torch.randint(0, 256, (TOKENS,), generator=torch.Generator().manual_seed(3))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
 def drifting(blocks: int, group: int, width: int, seed: int) -> Tensor:
     """Rows of which some channels move slowly and others jump."""
     draw = torch.Generator().manual_seed(seed)
@@ -46,15 +39,10 @@ def drifting(blocks: int, group: int, width: int, seed: int) -> Tensor:
     return steps.cumsum(dim=1)
 
 
-def random_layer(tokens: int = 60, key_width: int = 20, value_width: int = 18) -> LayerTrace:
+def drifting_layer(tokens: int = 60, key_width: int = 20, value_width: int = 18) -> LayerTrace:
     keys, values = drifting(2, tokens, key_width, 0), drifting(2, tokens, value_width, 1)
     queries = torch.randn(4, tokens, key_width, generator=torch.Generator().manual_seed(2))
-    return LayerTrace(0, keys, values, queries, torch.device("cpu"), key_width**-0.5)
-
-
-def tiers_of(counts: list[int], tokens: int) -> Tensor:
-    order = torch.rand(len(counts), tokens, generator=torch.Generator().manual_seed(1)).argsort(dim=1)
-    return (order < torch.tensor(counts)[:, None]).to(torch.uint8)
+    return LayerTrace(0, keys, values, queries, torch.device("cpu"), Scoring(key_width**-0.5))
 
 
 def by_hand(x: Tensor, threshold: float) -> tuple[Tensor, int]:
@@ -132,8 +120,8 @@ def test_more_room_means_a_smaller_threshold_and_error() -> None:
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_predicted_bytes_are_live_bytes_for_any_number_kept(form: DeltaFormat, counts: list[int]) -> None:
-    tiers = tiers_of(counts, 60)
-    store = form.build(random_layer(), tiers, None)
+    tiers = tiers_of(counts)
+    store = form.build(drifting_layer(), tiers, None)
     assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 2), torch.tensor([counts]))
     assert [row.tolist() for row in store.positions] == [row.nonzero()[:, 0].tolist() for row in tiers]
 
@@ -141,7 +129,7 @@ def test_predicted_bytes_are_live_bytes_for_any_number_kept(form: DeltaFormat, c
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_each_head_holds_its_blocks_and_then_its_window(form: DeltaFormat, counts: list[int]) -> None:
-    layer, tiers = random_layer(), tiers_of(counts, 60)
+    layer, tiers = drifting_layer(), tiers_of(counts)
     held = form.build(layer, tiers, None).contents(torch.float32)
     for x, zeros, got in ((layer.keys, form.keys, held.keys), (layer.values, form.values, held.values)):
         for head, count in enumerate(counts):
@@ -158,8 +146,8 @@ def test_each_head_holds_its_blocks_and_then_its_window(form: DeltaFormat, count
 @pytest.mark.parametrize("counts", [[60, 60], [47, 21], [3, 60]])
 @pytest.mark.parametrize("form", FORMS)
 def test_answer_tokens_are_exact_until_a_whole_block_leaves_the_window(form: DeltaFormat, counts: list[int]) -> None:
-    layer = random_layer()
-    store = form.build(layer, tiers_of(counts, 60), None)
+    layer = drifting_layer()
+    store = form.build(layer, tiers_of(counts), None)
     store.reserve(50)
     twin, before = store.clone(), [row.tolist() for row in store.positions]
     untouched = twin.contents(torch.float32)
@@ -188,10 +176,10 @@ def test_answer_tokens_are_exact_until_a_whole_block_leaves_the_window(form: Del
 
 
 def test_an_answer_is_held_as_the_same_tokens_would_be_in_the_prompt() -> None:
-    layer, form = random_layer(112), DeltaFormat(torch.bfloat16, 0.6, 0.5, 16, 0)
+    layer, form = drifting_layer(112), DeltaFormat(torch.bfloat16, 0.6, 0.5, 16, 0)
     everything = torch.ones(2, 112, dtype=torch.uint8)
     want = form.build(layer, everything, None)
-    first = LayerTrace(0, layer.keys[:, :48], layer.values[:, :48], layer.queries[:, :48], layer.device, layer.scale)
+    first = LayerTrace(0, layer.keys[:, :48], layer.values[:, :48], layer.queries[:, :48], layer.device, layer.scoring)
     store = form.build(first, everything[:, :48], None)
     for begin in range(48, 112, 16):
         at = slice(begin, begin + 16)
@@ -201,10 +189,10 @@ def test_an_answer_is_held_as_the_same_tokens_would_be_in_the_prompt() -> None:
 
 
 def test_scores_are_exact_in_the_window_and_those_of_restored_keys_before_it() -> None:
-    layer, form = trace_of().layers[1], DeltaFormat(torch.float32, 0.6, None, 16, 40)
+    layer, form = trace_of(tokens=TOKENS).layers[1], DeltaFormat(torch.float32, 0.6, None, 16, 40)
     store = form.build(layer, torch.ones(2, TOKENS, dtype=torch.uint8), None)
     query = layer.queries[:, -1:]
-    _, weights = store.attend(query, torch.tensor([TOKENS]), scale=layer.scale, weights=True)
+    _, weights = store.attend(query, torch.tensor([TOKENS]), layer.scoring, weights=True)
     assert weights is not None
     old = (TOKENS - 40) // 16 * 16
     for head in range(2):
@@ -235,15 +223,15 @@ def test_a_querys_products_can_be_summed_over_the_deltas_alone() -> None:
 
 
 def test_without_a_budget_keys_alone_have_sixty_percent_of_zeros() -> None:
-    plan = make_plan(trace_of(), [DeltaLLM()], torch.bfloat16)
+    plan = make_plan(trace_of(tokens=TOKENS), [DeltaLLM()], torch.bfloat16)
     assert plan.format == DeltaFormat(torch.bfloat16, 0.6, None, 64, 32)
-    store = plan.store(trace_of().layers[0])
+    store = plan.store(trace_of(tokens=TOKENS).layers[0])
     assert isinstance(store, DeltaStore) and store.values.moves is None
 
 
 def test_a_smaller_budget_takes_more_zeros_and_then_the_values_too() -> None:
     forms = [
-        make_plan(trace_of(), [DeltaLLM(budget=budget, group=16, window=16)], torch.bfloat16).format
+        make_plan(trace_of(tokens=TOKENS), [DeltaLLM(budget=budget, group=16, window=16)], torch.bfloat16).format
         for budget in (1.0, 0.95, 0.85, 0.7, 0.5, 0.35)
     ]
     assert forms[0] == DenseFormat(torch.bfloat16)
@@ -255,9 +243,11 @@ def test_a_smaller_budget_takes_more_zeros_and_then_the_values_too() -> None:
 
 def test_with_the_values_whole_it_says_what_it_can() -> None:
     with pytest.raises(BudgetTooSmall) as refusal:
-        make_plan(trace_of(), [DeltaLLM(values=False, budget=0.4, group=16)], torch.bfloat16)
+        make_plan(trace_of(tokens=TOKENS), [DeltaLLM(values=False, budget=0.4, group=16)], torch.bfloat16)
     assert 0.5 < refusal.value.smallest < 0.62
-    plan = make_plan(trace_of(), [DeltaLLM(values=False, budget=refusal.value.smallest, group=16)], torch.bfloat16)
+    plan = make_plan(
+        trace_of(tokens=TOKENS), [DeltaLLM(values=False, budget=refusal.value.smallest, group=16)], torch.bfloat16
+    )
     assert plan.nbytes <= refusal.value.smallest * plan.full_nbytes
 
 
@@ -265,7 +255,7 @@ def test_a_fixed_share_shortens_the_window_for_a_budget() -> None:
     windows = []
     for budget in (0.85, 0.8, 0.77):
         form = make_plan(
-            trace_of(), [DeltaLLM(sparsity=70, window=128, group=16, budget=budget)], torch.bfloat16
+            trace_of(tokens=TOKENS), [DeltaLLM(sparsity=70, window=128, group=16, budget=budget)], torch.bfloat16
         ).format
         assert isinstance(form, DeltaFormat) and form.keys == 0.7 and form.values is None
         windows.append(form.window)
@@ -274,10 +264,10 @@ def test_a_fixed_share_shortens_the_window_for_a_budget() -> None:
 
 def test_it_stores_what_others_select() -> None:
     methods = [SnapKV(budget=0.5, window=8), AdaKV(), DeltaLLM(group=16, window=8)]
-    plan = make_plan(trace_of(), methods, torch.bfloat16)
+    plan = make_plan(trace_of(tokens=TOKENS), methods, torch.bfloat16)
     stores = plan.stores()
     assert sum(store.nbytes for store in stores) == plan.nbytes
-    assert plan.nbytes < make_plan(trace_of(), methods[:2], torch.bfloat16).nbytes
+    assert plan.nbytes < make_plan(trace_of(tokens=TOKENS), methods[:2], torch.bfloat16).nbytes
     assert len({len(row) for store in stores for row in store.positions}) > 2
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of, numbers
 from workbench import testing
 from workbench.core.kmeans import kmeans
 from workbench.engine.attention_hook import forward
@@ -29,17 +30,9 @@ from workbench.runtime.prefill import read
 from workbench_kernels import Scoring, attend
 
 
-def ids_of(count: int, low: int = 0, high: int = 256) -> Tensor:
-    return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(count + low))
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 def conversation(turns: int = 12) -> Tensor:
     """Segments of 8 tokens about three subjects in turn, each with words of its own."""
-    return torch.cat([ids_of(8, 80 * (turn % 3) + turn // 3, 80 * (turn % 3) + 20) for turn in range(turns)])
+    return torch.cat([ids_of(8, low=80 * (turn % 3) + turn // 3, high=80 * (turn % 3) + 20) for turn in range(turns)])
 
 
 # -- k-means
@@ -47,7 +40,7 @@ def conversation(turns: int = 12) -> Tensor:
 
 def test_kmeans_finds_groups_that_are_there() -> None:
     places = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    points = places.repeat(7, 1) + 0.1 * random(21, 2)
+    points = places.repeat(7, 1) + 0.1 * numbers(21, 2)
     centres, nearest = kmeans(points, 3)
     assert len(centres) == 3
     for group in range(3):
@@ -57,7 +50,7 @@ def test_kmeans_finds_groups_that_are_there() -> None:
 
 
 def test_kmeans_is_where_no_point_and_no_centre_moves() -> None:
-    points = random(60, 5).double()
+    points = numbers(60, 5).double()
     centres, nearest = kmeans(points, 6)
     for index, point in enumerate(points):
         distances = [float((point - centre).square().sum()) for centre in centres]
@@ -68,14 +61,14 @@ def test_kmeans_is_where_no_point_and_no_centre_moves() -> None:
 
 def test_kmeans_repeats_itself_and_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
-    one, two = (kmeans(random(40, 3), 5, seed=4)[0] for _ in range(2))
+    one, two = (kmeans(numbers(40, 3), 5, seed=4)[0] for _ in range(2))
     assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_kmeans_finds_fewer_where_there_are_fewer() -> None:
     centres, nearest = kmeans(torch.ones(5, 3), 4)
     assert centres.tolist() == [[1.0, 1.0, 1.0]] and nearest.tolist() == [0] * 5
-    assert len(kmeans(random(2, 3), 4)[0]) == 2
+    assert len(kmeans(numbers(2, 3), 4)[0]) == 2
 
 
 # -- episodes
@@ -88,7 +81,7 @@ def reading_of(ids: Tensor, question: Tensor | None) -> Any:
 def test_a_question_finds_the_episode_of_its_subject_and_is_represented_by_its_medoids() -> None:
     ids, method = conversation(), EpiCache(episodes=3, segment=8, medoids=2)
     for subject in range(3):
-        episode = method.matched(reading_of(ids, ids_of(5, 80 * subject + 2, 80 * subject + 20)))
+        episode = method.matched(reading_of(ids, ids_of(5, low=80 * subject + 2, high=80 * subject + 20)))
         assert "of 3: 4 of 12 segments" in episode.note
         # The plain definition: of the subject's segments the two most similar to the mean of their embeddings.
         own = [ids[8 * turn : 8 * turn + 8] for turn in range(subject, 12, 3)]
@@ -109,7 +102,7 @@ def test_another_question_is_answered_from_another_episode_and_the_same_again_fr
     session = wb.Session((tiny("llama"), None))
     session.read(conversation(24), record=False)
     method = EpiCache(budget=0.3, episodes=3, segment=8, block=16)
-    runs = [session.run(method, question=ids_of(5, low, low + 18), max_new_tokens=2) for low in (2, 82, 2)]
+    runs = [session.run(method, question=ids_of(5, low=low, high=low + 18), max_new_tokens=2) for low in (2, 82, 2)]
     kept = [run.plan.tiers for run in runs]
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
     assert runs[0].plan.timeline is runs[2].plan.timeline
@@ -120,7 +113,7 @@ def test_another_question_is_answered_from_another_episode_and_the_same_again_fr
 
 
 def test_a_score_is_the_most_attention_of_any_query_of_the_group_among_what_is_held() -> None:
-    logits = random(2, 3, 4, 9)  # [k, g, q, m + own]
+    logits = numbers(2, 3, 4, 9)  # [k, g, q, m + own]
     rows = logits.softmax(dim=-1)[..., :7]
     got = most_attended(rows)
     for head in range(2):
@@ -170,10 +163,10 @@ def keys_alone(model: Any, ids: Tensor, start: int) -> dict[int, Tensor]:
         def __init__(self) -> None:
             self.keys: dict[int, Tensor] = {}
 
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             self.keys[layer] = key.clone()
             causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-            return attend(query, key, value, Scoring(**options), visible=causal[None])[0]
+            return attend(query, key, value, scoring, visible=causal[None])[0]
 
     alone = Alone()
     forward(model, alone, ids, torch.arange(start, start + len(ids)))

@@ -8,13 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench.kv.base import Study
 from workbench.kv.methods.allocate.evopress import EvoPressKV
 from workbench.kv.plan import rank
 from workbench.models import tiny
 from workbench.runtime.planning import study_of
 
-IDS = torch.randint(0, 256, (96,), generator=torch.Generator().manual_seed(3))
+IDS = ids_of(96, 3)
 QUICK = {"window": 16, "generations": 8, "offspring": 6, "share": 0.2}
 
 

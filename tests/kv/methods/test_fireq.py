@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kv.support import numbers, trace_of
 from workbench.core.rope import Rotation, rotate
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.kv import AdaKV, FireQ, SnapKV
@@ -20,21 +21,16 @@ from workbench.kv.stores.smoothed import (
     rounded_to_fp8,
     smoothing,
 )
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
+from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace, Trace
+from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 TOKENS = 60
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_layer(key_width: int = 20, value_width: int = 18, rotated: int = 16) -> LayerTrace:
+def rotated_layer(key_width: int = 20, value_width: int = 18, rotated: int = 16) -> LayerTrace:
     """Two KV heads of two query heads each; the first `rotated` channels of a key are rotated."""
     keys, values = numbers(2, TOKENS, key_width), numbers(2, TOKENS, value_width, seed=1)
     queries = numbers(4, TOKENS, key_width, seed=2)
@@ -44,13 +40,7 @@ def random_layer(key_width: int = 20, value_width: int = 18, rotated: int = 16) 
         return angles.cos(), angles.sin()
 
     device, found = torch.device("cpu"), (lambda read: Rotation(rotary)) if rotated else None
-    return LayerTrace(0, keys, values, queries, device, key_width**-0.5, rotary=found)
-
-
-def trace_of(architecture: str = "llama", tokens: int = 90) -> Trace:
-    model = tiny(architecture)
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(3))
-    return read(model, facts(model), Prompt(ids, chat=False))
+    return LayerTrace(0, keys, values, queries, device, Scoring(key_width**-0.5), rotary=found)
 
 
 def fp8(number: float) -> float:
@@ -95,7 +85,7 @@ def test_pairs_share_a_factor_except_the_largest_channels_and_their_partners(rot
 
 def test_a_shared_factor_is_the_same_before_and_after_the_rotation() -> None:
     # Why the pre-RoPE factors may be found, and applied, on rotated keys.
-    layer, keys = random_layer(16, 16, 16), numbers(2, TOKENS, 16) * torch.linspace(0.2, 9, 16)
+    layer, keys = rotated_layer(16, 16, 16), numbers(2, TOKENS, 16) * torch.linspace(0.2, 9, 16)
     cos, sin = layer.rotation(torch.arange(TOKENS))
     turned = rotate(keys, cos, sin)
     before, after = smoothing(keys, 16, 0).float(), smoothing(turned, 16, 0).float()
@@ -113,7 +103,7 @@ def test_a_dead_channel_and_an_empty_pair_are_left_alone() -> None:
 
 @pytest.mark.parametrize(("architecture", "rotated"), [("llama", 16), ("phi3", None), ("gemma3", None)])
 def test_the_rotated_channels_come_from_the_model(architecture: str, rotated: int | None) -> None:
-    layer = trace_of(architecture).layers[1]
+    layer = trace_of(architecture, 90).layers[1]
     found = layer.rotation.width
     assert 0 < found <= layer.keys.shape[-1] and rotated in (None, found)
     form, keep = SmoothedFormat(4, 16, 2, fp8_query=False), torch.ones(layer.keys.shape[:2], dtype=torch.uint8)
@@ -125,7 +115,7 @@ def test_the_rotated_channels_come_from_the_model(architecture: str, rotated: in
 
 def test_smoothing_protects_small_channels_from_outliers() -> None:
     # The paper's reason: a token's scale is spent on its outlier channels.
-    base = random_layer(16, 16, 16)
+    base = rotated_layer(16, 16, 16)
     keys = base.keys.clone()
     keys[:, :, [2, 10, 5]] *= 40
     every = torch.full((2,), TOKENS)
@@ -155,7 +145,7 @@ def test_fp8_queries_are_the_nearest_of_their_own_scale() -> None:
 @pytest.mark.parametrize("group", [128, 8, 4])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_keys_and_values_are_symmetric_integers_for_each_token_and_head(bits: int, group: int) -> None:
-    layer = random_layer()
+    layer = rotated_layer()
     store = SmoothedFormat(bits, group, 3, False).build(layer, torch.ones(2, TOKENS, dtype=torch.uint8), None)
     new_keys, new_values = numbers(2, 2, 20, seed=5), numbers(2, 2, 18, seed=6)
     store.append(new_keys, new_values, torch.tensor([60, 61]))
@@ -173,13 +163,13 @@ def test_keys_and_values_are_symmetric_integers_for_each_token_and_head(bits: in
 @pytest.mark.parametrize("fp8_query", [True, False])
 @pytest.mark.parametrize("counts", [[60, 60], [41, 20]])
 def test_attention_divides_the_queries_by_the_factors_of_the_keys(counts: list[int], fp8_query: bool) -> None:
-    layer = random_layer()
+    layer = rotated_layer()
     keep = torch.arange(TOKENS) < torch.tensor(counts)[:, None]
     store = SmoothedFormat(4, 128, 3, fp8_query).build(layer, keep.to(torch.uint8), None)
     assert isinstance(store, SmoothedStore)
     held, query, positions = store.contents(torch.float32), numbers(4, 3, 20, seed=4), torch.tensor([15, 18, 70])
     for window, softcap in ((None, None), (30, 4.0)):
-        got, rows = store.attend(query, positions, scale=0.4, window=window, softcap=softcap, weights=True)
+        got, rows = store.attend(query, positions, Scoring(0.4, window, softcap), weights=True)
         assert rows is not None
         for head in range(4):
             kv = head // 2
@@ -203,7 +193,7 @@ def test_attention_divides_the_queries_by_the_factors_of_the_keys(counts: list[i
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("width", "group"), [(16, 128), (18, 4), (33, 16)])
 def test_predicted_bytes_are_live_bytes(width: int, group: int, bits: int) -> None:
-    layer, form = random_layer(width, width + 1), SmoothedFormat(bits, group, 8, True)
+    layer, form = rotated_layer(width, width + 1), SmoothedFormat(bits, group, 8, True)
     for counts in ([60, 60], [60, 41], [33, 33], [0, 60], [1, 9]):
         keep = (torch.arange(TOKENS) < torch.tensor(counts)[:, None]).to(torch.uint8)
         store = form.build(layer, keep, None)
@@ -213,7 +203,7 @@ def test_predicted_bytes_are_live_bytes(width: int, group: int, bits: int) -> No
 
 @pytest.mark.parametrize("counts", [[60, 60], [47, 21]])
 def test_copies_are_independent_and_room_is_used(counts: list[int]) -> None:
-    layer = random_layer()
+    layer = rotated_layer()
     keep = (torch.arange(TOKENS) < torch.tensor(counts)[:, None]).to(torch.uint8)
     store = SmoothedFormat(4, 128, 3, True).build(layer, keep, None)
     store.reserve(4)
@@ -234,7 +224,7 @@ def test_int4_costs_a_byte_of_scale_for_each_token_head_and_side() -> None:
 
 
 def test_the_budget_chooses_bits_and_the_published_ones_need_none() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=90)
     forms = [make_plan(trace, [FireQ(budget=budget)], torch.bfloat16).format for budget in (1.0, 0.7, 0.5)]
     assert isinstance(forms[0], DenseFormat)
     assert [form.bits for form in forms[1:] if isinstance(form, SmoothedFormat)] == [8, 4]
@@ -247,7 +237,7 @@ def test_the_budget_chooses_bits_and_the_published_ones_need_none() -> None:
 
 
 def test_more_bits_narrower_groups_and_exact_queries_are_closer() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=90)
 
     def error(**parameters: object) -> float:
         return float(make_plan(trace, [FireQ(**parameters)], torch.float32).error.mean())
@@ -258,7 +248,7 @@ def test_more_bits_narrower_groups_and_exact_queries_are_closer() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "gemma3"])
 def test_a_model_decodes_on_the_store(architecture: str) -> None:
-    trace, model = trace_of(architecture), tiny(architecture)
+    trace, model = trace_of(architecture, 90), tiny(architecture)
     plan = make_plan(trace, [FireQ()], torch.bfloat16)
     decoder = Decoder(model, plan.stores(), trace.tokens)
     assert sum(store.nbytes for store in decoder.stores) == plan.nbytes < plan.full_nbytes
@@ -267,7 +257,7 @@ def test_a_model_decodes_on_the_store(architecture: str) -> None:
 
 
 def test_it_stores_what_others_select() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=90)
     alone = make_plan(trace, [SnapKV(window=8, budget=0.5), AdaKV()], torch.bfloat16)
     plan = make_plan(trace, [SnapKV(window=8, budget=0.5), AdaKV(), FireQ()], torch.bfloat16)
     assert torch.equal(plan.tiers == 1, alone.tiers == 1)

@@ -11,28 +11,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.kv.support import random_ranking, softmax_rows, traced
 from workbench.core.apportion import apportion
+from workbench.core.memo import Memo
+from workbench.engine import attention_hook
 from workbench.errors import NotApplicable
 from workbench.kv import HACK, AdaKV, HeadKV, HeadKVR2, KVzip, ScaleKV, UNComp
 from workbench.kv.base import Study
+from workbench.kv.methods.allocate import headkv
 from workbench.kv.methods.allocate.headkv import Task, copied, needle_tasks, reasoned
 from workbench.kv.methods.allocate.uncomp import truncated_entropy
-from workbench.kv.ranking import Ranking
-from workbench.models import facts, tiny
+from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
-
-
-def traced(model: PreTrainedModel, tokens: int = 80) -> Trace:
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(5))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
-def random_ranking(layers: int, heads: int, tokens: int) -> Ranking:
-    return Ranking(torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(1)))
+from workbench_kernels import Scoring
 
 
 def eager_attention(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -154,9 +148,6 @@ def test_each_head_has_an_equal_part_and_its_share_of_the_pool() -> None:
 
 
 def test_a_model_is_measured_once_whatever_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workbench.engine import attention_hook
-    from workbench.kv.methods.allocate import headkv
-
     model, passes = tiny("llama", seed=9), []
 
     def counted(*args: Any, **options: Any) -> Tensor:
@@ -166,14 +157,36 @@ def test_a_model_is_measured_once_whatever_it_reads(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(headkv, "forward", counted)
     method = HeadKV(budget=0.5, window=8, tasks=2, task_tokens=64)
     seen: list[tuple[str, int, int]] = []
+    measured = Memo()
     for tokens in (60, 90):
         trace = traced(model, tokens)
         for budget in (0.3, 0.6):
             progress = Progress(lambda *update: seen.append(update))
-            plan = make_plan(trace, [method.with_budget(budget)], torch.bfloat16, model=model, progress=progress)  # type: ignore[list-item]
-            assert len(plan.counts.unique()) > 1 or float(method.importance(Study(trace, model)).sum()) == 0
+            plan = make_plan(
+                trace, [method.with_budget(budget)], torch.bfloat16, model=model, progress=progress, measured=measured
+            )
+            heads = method.importance(Study(trace, model, measured=measured))
+            assert len(plan.counts.unique()) > 1 or float(heads.sum()) == 0
     assert len(passes) == 2
     assert ("measuring heads on needle tasks", 2, 2) in seen
+
+
+def test_a_session_measures_its_model_once_and_each_compressed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[PreTrainedModel] = []
+    measure = headkv.MeasuredHeads._measured
+
+    def counted(method: HeadKV, study: Study) -> Tensor:
+        measured.append(study.reader(method.key))
+        return measure(method, study)
+
+    monkeypatch.setattr(headkv.MeasuredHeads, "_measured", counted)
+    session = wb.Session((tiny("llama"), None), trust=True)
+    method = HeadKV(budget=0.5, window=8, tasks=2, task_tokens=64)
+    for tokens in (60, 90):
+        session.read(torch.arange(tokens))
+        session.plan(method)
+        session.plan([method, "rtn"])
+    assert len(measured) == 2 and measured[0] is session.model and measured[1] is not session.model
 
 
 def test_measured_room_combines_with_other_scores_but_not_with_other_room() -> None:
@@ -199,18 +212,10 @@ def test_the_default_model_has_few_heads_that_retrieve(default_session: wb.Sessi
 # -- ScaleKV, UNComp, HACK
 
 
-def softmax_rows(layer: LayerTrace) -> Tensor:
-    """The whole causal softmax [h, n, n], without any of our attention code."""
-    groups = layer.heads // layer.kv_heads
-    keys = layer.keys.double().repeat_interleave(groups, dim=0)
-    logits = layer.queries.double() @ keys.transpose(1, 2) * layer.scale
-    return logits.masked_fill(torch.ones(layer.tokens, layer.tokens, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-
-
 def made_trace(queries: list[Tensor], keys: list[Tensor]) -> Trace:
     """A trace by hand, one layer for each pair of queries [h, n, d] and keys [k, n, d]."""
     layers = tuple(
-        LayerTrace(i, k, torch.ones_like(k), q, torch.device("cpu"), 1.0)
+        LayerTrace(i, k, torch.ones_like(k), q, torch.device("cpu"), Scoring(1.0))
         for i, (q, k) in enumerate(zip(queries, keys, strict=True))
     )
     return Trace(Prompt(torch.zeros(keys[0].shape[1], dtype=torch.long), chat=False), layers, torch.zeros(1), 0.0)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import SHORT, ids_of
 from workbench import testing
 from workbench.engine.attention_hook import forward
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import ILRe
 from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
-from workbench.kv.plan import Plan
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
 
-SHORT = {"query": 8, "window": 16, "chunk": 8}
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
-
-def ids_of(count: int, seed: int | None = None) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed or count))
+QUICK = SHORT["ilre"]
 
 
 def planned(found: testing.Reading, question: Tensor | None = None, **parameters: object) -> Plan:
     return make_plan(
-        found.trace, [ILRe(**{**SHORT, **parameters})], torch.float32, model=found.model, question=question
+        found.trace, [ILRe(**{**QUICK, **parameters})], torch.float32, model=found.model, question=question
     )
 
 
@@ -84,10 +86,10 @@ def test_recalled_tokens_are_read_by_all_layers_as_if_they_were_the_text() -> No
         def __init__(self) -> None:
             self.keys: list[Tensor] = []
 
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, **_: object) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             self.keys.append(key)
             key, value = (x.repeat_interleave(2, dim=0) for x in (key, value))
-            logits = query @ key.transpose(1, 2) * scale
+            logits = query @ key.transpose(1, 2) * scoring.scale
             hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
             return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value
 
@@ -115,7 +117,7 @@ def test_a_text_of_ten_times_the_bound_is_read_within_it(architecture: str, ques
     session.read(ids_of(800), record=False)
     plan = make_plan(
         session.trace,  # type: ignore[arg-type]
-        [ILRe(**SHORT, budget=0.16 if architecture == "gemma3" else 0.1)],
+        [ILRe(**QUICK, budget=0.16 if architecture == "gemma3" else 0.1)],
         torch.bfloat16,
         model=session.model,
         question=None if question is None else ids_of(question),

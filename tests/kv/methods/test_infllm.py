@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.core.rope import rotate
 from workbench.errors import BudgetTooSmall, PromptTooLong
@@ -17,13 +19,11 @@ from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 SIZES = {"room": 22, "sinks": 2, "window": 12, "block": 4, "representatives": 2, "blocks": 3}
-
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def store_of(layer: LayerTrace) -> BlockStore:
@@ -36,7 +36,7 @@ def fed(layer: LayerTrace, store: BlockStore, pieces: list[tuple[int, int]]) -> 
     for start, end in pieces:
         at = torch.arange(start, end)
         store.append(layer.keys[:, start:end], layer.values[:, start:end], at)
-        outs.append(store.attend(layer.queries[:, start:end], at, scale=layer.scale)[0])
+        outs.append(store.attend(layer.queries[:, start:end], at, layer.scoring)[0])
     return torch.cat(outs, dim=1)
 
 
@@ -110,7 +110,7 @@ def test_while_everything_fits_attention_is_the_models_own() -> None:
     plain = DenseStore.where(
         layer.keys, layer.values, torch.ones(layer.keys.shape[:2], dtype=torch.bool), torch.float32
     )
-    want, _ = plain.attend(layer.queries, torch.arange(70), scale=layer.scale)
+    want, _ = plain.attend(layer.queries, torch.arange(70), layer.scoring)
     torch.testing.assert_close(fed(layer, wide, [(0, 30), (30, 70)]), want, atol=1e-5, rtol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_answers_do_not_depend_on_how_far_away_distant_context_is() -> None:
         for start in range(0, 70, 5):
             part = slice(start, start + 5)
             store.append(turned[0][:, part], layer.values[:, part], at[part])
-            out, _ = store.attend(turned[1][:, part], at[part], scale=layer.scale)
+            out, _ = store.attend(turned[1][:, part], at[part], layer.scoring)
         return out
 
     def plain() -> DenseStore:

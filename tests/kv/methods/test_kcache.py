@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import AdaKV, KCache, SnapKV
 from workbench.kv.stores.host_values import HostValuesStore
@@ -22,7 +23,7 @@ def test_what_comes_out_is_the_softmax_over_all_keys_times_the_largest_few_and_n
     layer, store = trace.layers[1], plan.stores()[1]
     assert isinstance(store, HostValuesStore)
     query = layer.queries[:, -3:]
-    got, _ = store.attend(query, torch.tensor([67, 68, 69]), scale=layer.scale)
+    got, _ = store.attend(query, torch.tensor([67, 68, 69]), layer.scoring)
     for q, at in enumerate((67, 68, 69)):
         for k in range(layer.kv_heads):
             weights = {}
@@ -42,7 +43,7 @@ def test_what_comes_out_is_the_softmax_over_all_keys_times_the_largest_few_and_n
 @pytest.mark.parametrize("recipe", [[], [SnapKV(window=8), AdaKV(window=8)]])
 def test_fetching_every_value_is_exact_whichever_stay(recipe: list[wb.kv.SnapKV]) -> None:
     session = wb.Session((tiny("llama"), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:20], max_new_tokens=50)
     run = session.run([*recipe, KCache(fetch=1000)], budget=0.8, question=ids[:20], max_new_tokens=50)

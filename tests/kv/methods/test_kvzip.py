@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import workbench as wb
+from tests.kv.support import traced
 from workbench.errors import BadRecipe, Cancelled, NotApplicable
 from workbench.kv import AdaKV, KVzip, PyramidKV, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
-from workbench.models import facts, tiny
+from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import Trace
+
+if TYPE_CHECKING:
+    import workbench as wb
 
 TOKENS = 50
-
-
-def traced(model: PreTrainedModel, tokens: int = TOKENS, prompt: Prompt | None = None) -> Trace:
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(3))
-    return read(model, facts(model), prompt or Prompt(ids, chat=False))
 
 
 def repeated_plainly(
@@ -63,7 +59,7 @@ def repeated_plainly(
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "qwen3"])
 def test_scores_are_the_most_attention_while_the_context_is_repeated(architecture: str) -> None:
     model = tiny(architecture)
-    trace = traced(model)
+    trace = traced(model, TOKENS)
     got = KVzip(chunk=20, sinks=3).scores(Study(trace, model))
     # Without a tokenizer each piece follows the eight tokens before it.
     for start in range(0, TOKENS, 20):
@@ -78,10 +74,10 @@ def test_scores_are_the_most_attention_while_the_context_is_repeated(architectur
 def test_the_instruction_closes_the_turn_and_names_where_to_go_on(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("llama")
     prompt = replace(Prompt.of("a b c d e f g h i j k l m n o p", byte_tokenizer), tokenizer=byte_tokenizer)
-    trace = traced(model, prompt=prompt)
+    trace = traced(model, prompt)
     got = KVzip(chunk=30, sinks=0).scores(Study(trace, model))
     text = str(byte_tokenizer.decode(trace.ids))
-    pieces = [range(0, 30), range(30, trace.tokens)]
+    pieces = [range(30), range(30, trace.tokens)]
     asked = ["Repeat the previous context:", f"Repeat the previous context starting with: {text[22:30].strip()}"]
     for piece, words in zip(pieces, asked, strict=True):
         instruction = byte_tokenizer(f"\n\n{words}~\n[assistant]")["input_ids"]
@@ -91,7 +87,7 @@ def test_the_instruction_closes_the_turn_and_names_where_to_go_on(byte_tokenizer
 
 def test_sliding_layers_attend_within_their_window_while_the_context_is_repeated() -> None:
     model = tiny("gemma3")
-    trace = traced(model)
+    trace = traced(model, TOKENS)
     got = KVzip(sinks=0).scores(Study(trace, model))
     want = repeated_plainly(model, trace.ids, range(TOKENS), [], 0)
     assert got.shape[0] == 1 and torch.allclose(got[0], torch.tensor(want[1]), rtol=1e-4, atol=1e-6)
@@ -121,7 +117,7 @@ def test_the_context_is_repeated_once_for_all_budgets(monkeypatch: pytest.Monkey
         return attention_hook.forward(*args, **options)
 
     monkeypatch.setattr(kvzip, "forward", counted)
-    trace = traced(model)
+    trace = traced(model, TOKENS)
     plans = [make_plan(trace, [KVzip(budget=b, chunk=20)], torch.bfloat16, model=model) for b in (0.2, 0.5, 0.9)]
     assert len(passes) == 3  # pieces of 20, 20 and 10
     assert [plan.nbytes <= b * plan.full_nbytes for plan, b in zip(plans, (0.2, 0.5, 0.9), strict=True)] == [True] * 3
@@ -129,7 +125,7 @@ def test_the_context_is_repeated_once_for_all_budgets(monkeypatch: pytest.Monkey
 
 def test_repeating_shows_progress_and_leaves_nothing_when_cancelled() -> None:
     model, seen = tiny("llama"), []
-    trace = traced(model)
+    trace = traced(model, TOKENS)
     attention = model.config._attn_implementation
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -147,7 +143,7 @@ def test_repeating_shows_progress_and_leaves_nothing_when_cancelled() -> None:
 @pytest.mark.parametrize("allocator", [AdaKV(), PyramidKV(window=4)])
 def test_an_allocator_of_the_recipe_shares_the_room_instead(allocator: Any) -> None:
     model = tiny("llama")
-    trace = traced(model)
+    trace = traced(model, TOKENS)
     zipped = KVzip(budget=0.4)
     plan = make_plan(trace, [zipped, allocator], torch.bfloat16, model=model)
     assert plan.stages.score is zipped and plan.stages.allocate is allocator
@@ -158,7 +154,7 @@ def test_an_allocator_of_the_recipe_shares_the_room_instead(allocator: Any) -> N
 
 def test_what_cannot_be_repeated_is_refused_with_the_reason() -> None:
     model = tiny("llama")
-    trace = traced(model)
+    trace = traced(model, TOKENS)
     with pytest.raises(NotApplicable, match="no model"):
         make_plan(trace, [KVzip()], torch.bfloat16)
     long = traced(model, 1500)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import SHORT, ids_of
 from workbench import testing
 from workbench.kv import LiveVLM
 from workbench.kv.methods.chunked.livevlm import bucketed
@@ -17,13 +18,11 @@ from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
 
-SHORT = {"sinks": 2, "window": 4, "recent": 8, "page": 4}
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
+QUICK = SHORT["livevlm"]
 
 
 @pytest.mark.parametrize("retention", [0.0, 0.3, 1.0])
@@ -80,7 +79,7 @@ def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_
     best = sorted(sorted(range(len(pages)), key=lambda i: -relevance[i])[:count])
     seen = sorted([0, 1, *(p for i in best for p in pages[i]), *(p for p in where if p >= 60)])
 
-    got, _ = store.attend(layer.queries[:, 66:69], torch.arange(66, 69), scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, 66:69], torch.arange(66, 69), layer.scoring)
     assert store.pages == tuple(best)
     for p in (66, 67, 68):
         past = [j for j in seen if j <= p]
@@ -93,13 +92,13 @@ def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_
 def test_the_answer_stays_with_the_pages_of_its_question_and_another_question_opens_others() -> None:
     layer = testing.reading().trace.layers[1]
     store = paged(layer)
-    store.attend(layer.queries[:, 61:64], torch.arange(61, 64), scale=layer.scale)
+    store.attend(layer.queries[:, 61:64], torch.arange(61, 64), layer.scoring)
     opened = store.pages
     for step in range(64, 68):
-        store.attend(layer.queries[:, step : step + 1], torch.tensor([step]), scale=layer.scale)
+        store.attend(layer.queries[:, step : step + 1], torch.tensor([step]), layer.scoring)
         assert store.pages == opened
     twin = store.clone()
-    twin.attend(-layer.queries[:, 61:64], torch.arange(61, 64), scale=layer.scale)
+    twin.attend(-layer.queries[:, 61:64], torch.arange(61, 64), layer.scoring)
     assert twin.pages != opened == store.pages
 
 
@@ -107,15 +106,15 @@ def test_all_pages_open_is_plain_attention() -> None:
     layer = testing.reading().trace.layers[1]
     store = paged(layer, share=1.0)
     at = torch.arange(66, 70)
-    got, _ = store.attend(layer.queries[:, 66:], at, scale=layer.scale)
-    want, _ = store.near.attend(layer.queries[:, 66:], at, scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, 66:], at, layer.scoring)
+    want, _ = store.near.attend(layer.queries[:, 66:], at, layer.scoring)
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa"])
 def test_what_is_held_covers_the_whole_text_and_ends_with_all_of_the_recent_tokens(architecture: str) -> None:
     found = testing.reading(architecture)
-    plan = make_plan(found.trace, [LiveVLM(budget=0.5, **SHORT)], torch.bfloat16, model=found.model)
+    plan = make_plan(found.trace, [LiveVLM(budget=0.5, **QUICK)], torch.bfloat16, model=found.model)
     for store in plan.stores():
         assert isinstance(store, PagedStore)
         held = store.positions[0].tolist()
@@ -127,7 +126,7 @@ def test_what_is_held_covers_the_whole_text_and_ends_with_all_of_the_recent_toke
 def test_a_text_ten_times_the_bound_is_read_within_it() -> None:
     session = wb.Session((tiny("llama"), None))
     session.read(ids_of(480), record=False)
-    plan = session.plan(LiveVLM(budget="48 tokens", **SHORT))
+    plan = session.plan(LiveVLM(budget="48 tokens", **QUICK))
     reads = [sample for sample in plan.timeline.samples if sample.phase == "read"]
     kv = [sum(v for name, v in sample.categories.items() if name.startswith("kv ")) for sample in reads]
     bound = 0.1 * plan.full_nbytes

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kv.support import ids_of, random_layer, tiers_of, trace_of
 from workbench.core.causal_attention import causal_attention
 from workbench.core.rope import Rotation, rotate
 from workbench.errors import BadBudget
 from workbench.kv import CSKV, AdaKV, EigenAttention, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.low_rank.eigen_attention import Profile, profiles_of, ranks_at
-from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.kv.stores.low_rank import LowRankFormat, LowRankStore, Ranks, rotary_of, spaces_of
 from workbench.kv.stores.rows import Rows
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
+from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
+    from workbench.trace import LayerTrace
 
 TOKENS = 90
 FORMATS = {
@@ -34,13 +35,6 @@ FORMATS = {
     "4-bit, no window": LowRankFormat(torch.bfloat16, Ranks(1, 1), bits=4, group=4),
 }
 COUNTS = [[60, 60], [60, 41], [5, 52], [33, 33], [1, 9], [0, 60]]
-
-
-@cache
-def trace_of(architecture: str = "llama", tokens: int = TOKENS) -> Trace:
-    model = tiny(architecture)
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(3))
-    return read(model, facts(model), Prompt(ids, chat=False))
 
 
 def plan_of(
@@ -55,19 +49,8 @@ def table(positions: Tensor) -> tuple[Tensor, Tensor]:
     return 1.2 * angles.cos(), 1.2 * angles.sin()
 
 
-def random_layer(rotary: Any = table, index: int = 0) -> LayerTrace:
-    """Two KV heads of two query heads each, with sizes that no byte or group divides."""
-    draw = torch.Generator().manual_seed(index)
-    keys, values = (torch.randn(2, 60, width, generator=draw) for width in (20, 18))
-    queries = torch.randn(4, 60, 20, generator=draw)
-    turning = rotary and Rotation(rotary)
-    found = rotary and (lambda read: turning)
-    return LayerTrace(index, keys, values, queries, torch.device("cpu"), 20**-0.5, rotary=found)
-
-
-def tiers_of(counts: list[int]) -> Tensor:
-    order = torch.rand(2, 60, generator=torch.Generator().manual_seed(1)).argsort(dim=1)
-    return (order < torch.tensor(counts)[:, None]).to(torch.uint8)
+def rotated_layer(rotary: Any = table, index: int = 0) -> LayerTrace:
+    return random_layer(seed=index, rotation=Rotation(rotary) if rotary else None)
 
 
 def turned(keys: Tensor, positions: list[int], back: bool = False) -> Tensor:
@@ -93,7 +76,7 @@ def nearest(x: Tensor, basis: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", FORMATS)
 def test_predicted_bytes_are_live_bytes_bases_included(name: str, counts: list[int], rotary: Any) -> None:
     form = FORMATS[name]
-    store = form.build(random_layer(rotary), tiers_of(counts), None)
+    store = form.build(rotated_layer(rotary), tiers_of(counts), None)
     assert isinstance(store, LowRankStore)
     assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 2), torch.tensor([counts]))
     assert [row.tolist() for row in store.positions] == [row.nonzero()[:, 0].tolist() for row in tiers_of(counts)]
@@ -103,7 +86,7 @@ def test_predicted_bytes_are_live_bytes_bases_included(name: str, counts: list[i
 def test_each_layer_has_ranks_of_its_own() -> None:
     form = LowRankFormat(torch.bfloat16, {0: Ranks(3, 9), 2: Ranks(12, 1)})
     for index, (keys, values) in ((0, (3, 9)), (2, (12, 1))):
-        store = form.build(random_layer(index=index), tiers_of([60, 60]), None)
+        store = form.build(rotated_layer(index=index), tiers_of([60, 60]), None)
         assert isinstance(store, LowRankStore) and [len(b[0]) for b in store.bases] == [keys, values]
         assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 2, layer=index), torch.tensor([[60, 60]]))
     assert form.by_layer and form.tiers == ("bfloat16, keys of rank 3 to 12, values of rank 1 to 9",)
@@ -116,11 +99,11 @@ def test_each_layer_has_ranks_of_its_own() -> None:
 def test_attention_in_the_space_is_that_over_what_the_store_stands_for(
     name: str, softcap: float | None, counts: list[int], rotary: Any
 ) -> None:
-    store = FORMATS[name].build(random_layer(rotary), tiers_of(counts), None)
+    store = FORMATS[name].build(rotated_layer(rotary), tiers_of(counts), None)
     positions = torch.tensor([57, 59, 64])
     query = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(4))
     for window in (None, 50):
-        got, weights = store.attend(query, positions, scale=0.3, window=window, softcap=softcap, weights=True)
+        got, weights = store.attend(query, positions, Scoring(0.3, window, softcap), weights=True)
         assert weights is not None
         held = store.contents(torch.float32)
         for head in range(4):
@@ -142,7 +125,7 @@ def test_attention_in_the_space_is_that_over_what_the_store_stands_for(
 @pytest.mark.parametrize("counts", [[60, 60], [47, 21]])
 def test_older_keys_are_the_nearest_in_the_unrotated_space_at_their_true_positions(counts: list[int]) -> None:
     # Trap 8: a key that was dropped must not move the positions of those behind it.
-    layer, form = random_layer(), LowRankFormat(torch.float32, Ranks(6, 4), window=8)
+    layer, form = rotated_layer(), LowRankFormat(torch.float32, Ranks(6, 4), window=8)
     store, tiers = form.build(layer, tiers_of(counts), None), tiers_of(counts)
     held = store.contents(torch.float32)
     for head in range(2):
@@ -166,7 +149,7 @@ def test_older_keys_are_the_nearest_in_the_unrotated_space_at_their_true_positio
 @pytest.mark.parametrize("counts", [[60, 60], [47, 21]])
 @pytest.mark.parametrize("window", [0, 5])
 def test_new_tokens_are_projected_when_they_leave_the_window(window: int, counts: list[int], rotary: Any) -> None:
-    layer, form = random_layer(rotary), LowRankFormat(torch.float32, Ranks(6, 4), window=window)
+    layer, form = rotated_layer(rotary), LowRankFormat(torch.float32, Ranks(6, 4), window=window)
     store = form.build(layer, tiers_of(counts), None)
     assert isinstance(store, LowRankStore)
     store.reserve(9)
@@ -175,7 +158,7 @@ def test_new_tokens_are_projected_when_they_leave_the_window(window: int, counts
     keys, values = (torch.randn(2, 9, width, generator=draw) for width in (20, 18))
     for first, last in ((0, 1), (1, 7), (7, 9)):
         store.append(keys[:, first:last], values[:, first:last], torch.arange(60 + first, 60 + last))
-        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + last - 1]), scale=1.0)
+        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + last - 1]), Scoring(1.0))
     assert [row.tolist() for row in store.positions] == [[*row, *range(60, 69)] for row in before]
     assert [row.tolist() for row in twin.positions] == before
     held = store.contents(torch.float32)
@@ -192,7 +175,7 @@ def test_new_tokens_are_projected_when_they_leave_the_window(window: int, counts
 
 
 def test_packed_coefficients_leave_the_window_in_whole_groups() -> None:
-    layer, form = random_layer(), LowRankFormat(torch.bfloat16, Ranks(20, 18), window=5, bits=4, group=8)
+    layer, form = rotated_layer(), LowRankFormat(torch.bfloat16, Ranks(20, 18), window=5, bits=4, group=8)
     store = form.build(layer, tiers_of([60, 60]), None)
     assert isinstance(store, LowRankStore)
     lengths = [store.newer[0].longest]
@@ -200,7 +183,7 @@ def test_packed_coefficients_leave_the_window_in_whole_groups() -> None:
     half = 0.5 * store.older[0].scale.data.float().view(2, -1, 20).amax(dim=1) * rows  # type: ignore[union-attr]
     for step in range(10):
         store.append(layer.keys[:, :1], layer.values[:, :1], torch.tensor([60 + step]))
-        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + step]), scale=1.0)
+        store.attend(torch.zeros(4, 1, 20), torch.tensor([60 + step]), Scoring(1.0))
         lengths.append(store.newer[0].longest)
     assert lengths == [12, 5, 6, 7, 8, 9, 10, 11, 12, 5, 6]
     held = store.contents(torch.float32)
@@ -213,7 +196,7 @@ def test_packed_coefficients_leave_the_window_in_whole_groups() -> None:
 @pytest.mark.parametrize("name", ["window", "4-bit", "4-bit, no window"])
 def test_room_that_is_reserved_but_empty_never_reaches_the_attention(name: str) -> None:
     # A head of which nothing has left the window, beside one of which much has, with room reserved for both.
-    store = FORMATS[name].build(random_layer(), tiers_of([4, 60]), None)
+    store = FORMATS[name].build(rotated_layer(), tiers_of([4, 60]), None)
     assert isinstance(store, LowRankStore)
     store.reserve(7)
     for part in (*store.older, *store.newer):
@@ -222,15 +205,15 @@ def test_room_that_is_reserved_but_empty_never_reaches_the_attention(name: str) 
             real = torch.zeros(len(rows.data), dtype=torch.bool)
             real[rows.slots()[rows.valid()]] = True
             rows.data[~real] = torch.nan
-    out, _ = store.attend(torch.ones(4, 1, 20), torch.tensor([60]), scale=0.3)
+    out, _ = store.attend(torch.ones(4, 1, 20), torch.tensor([60]), Scoring(0.3))
     assert bool(out.isfinite().all())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "mqa"])
 def test_full_rank_loses_nothing_while_decoding(architecture: str) -> None:
-    model, trace = tiny(architecture), trace_of(architecture)
+    model, trace = tiny(architecture), trace_of(architecture, TOKENS)
     width = trace.layers[0].keys.shape[-1]
-    ids = torch.randint(0, 256, (6,), generator=torch.Generator().manual_seed(5))
+    ids = ids_of(6, 5)
     for window in (0, 4):
         form = LowRankFormat(torch.float32, Ranks(width, width), window=window)
         everything = torch.ones(trace.layers[0].kv_heads, TOKENS, dtype=torch.uint8)
@@ -245,7 +228,7 @@ def test_full_rank_loses_nothing_while_decoding(architecture: str) -> None:
 
 
 def test_spaces_are_those_of_the_singular_vectors_and_are_found_once() -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     spaces = spaces_of(layer)
     assert spaces_of(layer) is spaces
     for head in range(2):
@@ -267,12 +250,12 @@ def turned_back(layer: LayerTrace) -> Tensor:
 
 
 def test_queries_shape_the_space_only_where_nothing_rotates() -> None:
-    layer = random_layer(None)
+    layer = rotated_layer(None)
     stacked = torch.cat([layer.keys[1], layer.queries[2], layer.queries[3]])
     sizes = torch.linalg.svdvals(stacked)
     assert torch.allclose(spaces_of(layer, queries=True).energy_keys[1], sizes.square(), rtol=1e-3)
     assert not torch.allclose(spaces_of(layer).energy_keys[1], sizes.square(), rtol=1e-3)
-    turning = random_layer()
+    turning = rotated_layer()
     assert torch.equal(spaces_of(turning, queries=True).keys, spaces_of(turning).keys)
     assert rotary_of(layer) is None and rotary_of(turning) is turning.rotation
 
@@ -281,8 +264,8 @@ def test_queries_shape_the_space_only_where_nothing_rotates() -> None:
 
 
 def test_ranks_are_the_fewest_that_hold_the_threshold_in_every_head() -> None:
-    layer = trace_of().layers[1]
-    profile = profiles_of(Study(trace_of()))[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
+    profile = profiles_of(Study(trace_of(tokens=TOKENS)))[1]
     sizes = torch.linalg.svdvals(layer.values.double())  # [k, d]
     share = sizes.cumsum(dim=1) / sizes.sum(dim=1, keepdim=True)
     for threshold in (0.3, 0.75, 0.9, 0.99):
@@ -302,7 +285,7 @@ def test_a_profile_is_read_off_between_its_thresholds() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa"])
 def test_errors_are_those_of_the_layers_output_with_exact_inputs(architecture: str) -> None:
-    model, trace = tiny(architecture), trace_of(architecture)
+    model, trace = tiny(architecture), trace_of(architecture, TOKENS)
     profiles = profiles_of(Study(trace, model))
     assert all(not layer._forward_hooks for layer in model.model.layers)
     probes = torch.linspace(0, TOKENS - 1, 16).long()
@@ -319,7 +302,7 @@ def test_errors_are_those_of_the_layers_output_with_exact_inputs(architecture: s
             values[head] = nearest(layer.values[head], spaces.values[head, : ranks.values])
         outputs = []
         for k, v in ((layer.keys, layer.values), (rotate(keys, cos, sin), values)):
-            attended = causal_attention(layer.queries, k, v, scale=layer.scale, window=None, softcap=None)[:, probes]
+            attended = causal_attention(layer.queries, k, v, layer.scoring)[:, probes]
             with torch.no_grad():
                 hidden = entering[layer.index][0, probes] + module.self_attn.o_proj(attended.transpose(0, 1).flatten(1))
                 outputs.append(hidden + module.mlp(module.post_attention_layernorm(hidden)))
@@ -350,7 +333,7 @@ def test_a_budget_sets_the_error_of_all_layers() -> None:
 
 
 def test_without_a_model_the_error_is_what_the_threshold_leaves_out() -> None:
-    plan = make_plan(trace_of("mha"), [EigenAttention(error=0.2)], torch.bfloat16)
+    plan = make_plan(trace_of("mha", TOKENS), [EigenAttention(error=0.2)], torch.bfloat16)
     assert isinstance(plan.format, LowRankFormat)
     for layer in plan.trace.layers:
         sizes = torch.linalg.svdvals(layer.values.double())

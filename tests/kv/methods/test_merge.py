@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kv.support import softmax_rows, trace_of
 from workbench.core.nearest import nearest_kept
 from workbench.errors import BadParameter
 from workbench.kv import EMS, AdaKV, LookM, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.plan import rank
 from workbench.kv.stores import DenseStore
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
 from workbench.registry import from_dict, method
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace, Trace
+from workbench.trace import LayerTrace
 
 TOKENS = 48
-
-
-@cache
-def trace_of(architecture: str = "llama") -> Trace:
-    model = tiny(architecture)
-    ids = torch.randint(0, 256, (TOKENS,), generator=torch.Generator().manual_seed(5))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
-def softmax_rows(layer: LayerTrace) -> Tensor:
-    """The whole causal softmax, [h, n, n], without any of our attention code."""
-    rows = torch.zeros(layer.heads, layer.tokens, layer.tokens, dtype=torch.float64)
-    for head in range(layer.heads):
-        logits = layer.queries[head].double() @ layer.keys[head // layer.groups].double().T * layer.scale
-        rows[head] = logits.masked_fill(torch.ones_like(rows[head], dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    return rows
 
 
 def some_kept(layer: LayerTrace, count: int = 12) -> Tensor:
@@ -61,7 +42,7 @@ def home_of(layer: LayerTrace, head: int, position: int, kept: list[int]) -> tup
 
 @pytest.mark.parametrize("block", [1, 7, 512])
 def test_the_nearest_kept_key_is_found_in_blocks_of_any_size(block: int) -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     kept = some_kept(layer)
     similarity, home = nearest_kept(layer.keys, kept, block)
     for head in range(layer.kv_heads):
@@ -77,7 +58,7 @@ def test_the_nearest_kept_key_is_found_in_blocks_of_any_size(block: int) -> None
 
 @pytest.mark.parametrize("window", [1, 8, TOKENS])
 def test_ems_scores_add_global_and_local_attention_of_equal_mean(window: int) -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     rows, got = softmax_rows(layer), EMS(window=window).score(layer)
     for head in range(layer.kv_heads):
         group = rows[2 * head : 2 * head + 2]
@@ -114,7 +95,7 @@ def ems_by_loops(
 
 @pytest.mark.parametrize(("reach", "threshold"), [(1.0, 0.3), (0.5, 0.0), (16.0, -1.0), (2.0, 0.6)])
 def test_ems_merges_into_the_most_similar_centre_by_score(reach: float, threshold: float) -> None:
-    for layer in trace_of().layers:
+    for layer in trace_of(tokens=TOKENS).layers:
         kept = some_kept(layer)
         scores = torch.rand(kept.shape, generator=torch.Generator().manual_seed(2)) + 0.1
         scores[:, -4:] = torch.inf
@@ -127,7 +108,7 @@ def test_ems_merges_into_the_most_similar_centre_by_score(reach: float, threshol
 
 
 def test_the_zero_class_and_no_reach_evict_without_a_trace() -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     kept, scores = some_kept(layer), torch.rand(2, TOKENS)
     for evicting in (EMS(reach=0.0, threshold=-1.0), EMS(reach=16.0, threshold=1.0)):
         keys, values = evicting.merge(layer, kept, scores)
@@ -135,7 +116,7 @@ def test_the_zero_class_and_no_reach_evict_without_a_trace() -> None:
 
 
 def test_ems_merges_by_scores_of_other_methods_even_negative_ones() -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     kept = some_kept(layer)
     scores = -10 * torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(3))
     scores[0, 3] = -torch.inf
@@ -148,10 +129,10 @@ def test_ems_merges_by_scores_of_other_methods_even_negative_ones() -> None:
 
 def test_a_redundant_copy_of_a_token_merges_and_leaves_no_error() -> None:
     # What merging is for: an entry that is there twice may go, and nothing is lost of what the two say together.
-    base = trace_of().layers[1]
+    base = trace_of(tokens=TOKENS).layers[1]
     keys, values = base.keys.clone(), base.values.clone()
     keys[:, 20] = keys[:, 10]
-    layer = LayerTrace(1, keys, values, base.queries, base.device, base.scale)
+    layer = LayerTrace(1, keys, values, base.queries, base.device, base.scoring)
     kept = torch.ones(2, TOKENS, dtype=torch.bool)
     kept[:, 20] = False
     scores = torch.ones(2, TOKENS)
@@ -161,7 +142,7 @@ def test_a_redundant_copy_of_a_token_merges_and_leaves_no_error() -> None:
 
 
 def test_centres_may_keep_their_own_keys() -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     kept, scores = some_kept(layer), torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(2))
     both = EMS(threshold=0.3).merge(layer, kept, scores)
     keys, values = EMS(threshold=0.3, merge_keys=False).merge(layer, kept, scores)
@@ -173,7 +154,7 @@ def test_centres_may_keep_their_own_keys() -> None:
 
 @pytest.mark.parametrize("strategy", ["averaged", "pivotal", "weighted"])
 def test_look_m_merges_every_evicted_entry_into_its_nearest(strategy: Any) -> None:
-    for layer in trace_of().layers:
+    for layer in trace_of(tokens=TOKENS).layers:
         kept = some_kept(layer)
         got = LookM(strategy=strategy).merge(layer, kept, torch.zeros(kept.shape))
         for head in range(layer.kv_heads):
@@ -195,7 +176,7 @@ def test_look_m_merges_every_evicted_entry_into_its_nearest(strategy: Any) -> No
 
 
 def test_no_image_token_stays_where_text_leaves() -> None:
-    trace, spans = trace_of(), ((4, 20), (30, 40))
+    trace, spans = trace_of(tokens=TOKENS), ((4, 20), (30, 40))
     image = {p for first, end in spans for p in range(first, end)}
     for budget in ("8 tokens", "20 tokens", "30 tokens"):
         asked = LookM(budget=budget, image_spans=spans, recent_share=0.0)
@@ -210,7 +191,7 @@ def test_no_image_token_stays_where_text_leaves() -> None:
 
 
 def test_half_of_what_look_m_keeps_is_recent() -> None:
-    plan = make_plan(trace_of(), [LookM(budget="16 tokens", image_spans=((30, TOKENS),))], torch.bfloat16)
+    plan = make_plan(trace_of(tokens=TOKENS), [LookM(budget="16 tokens", image_spans=((30, TOKENS),))], torch.bfloat16)
     for layer in range(3):
         for head in range(2):
             assert set(range(TOKENS - 8, TOKENS)) <= set(plan.kept(layer, head).tolist())
@@ -229,7 +210,7 @@ def test_image_spans_are_values_that_survive_json_and_text() -> None:
 
 def test_spans_beyond_the_prompt_are_refused() -> None:
     with pytest.raises(BadParameter, match=f"40-{TOKENS + 1} reaches beyond the prompt, which has {TOKENS}"):
-        make_plan(trace_of(), [LookM(image_spans=((40, TOKENS + 1),))], torch.bfloat16)
+        make_plan(trace_of(tokens=TOKENS), [LookM(image_spans=((40, TOKENS + 1),))], torch.bfloat16)
 
 
 # -- in plans
@@ -237,7 +218,7 @@ def test_spans_beyond_the_prompt_are_refused() -> None:
 
 @pytest.mark.parametrize("merging", ["ems", "look-m"])
 def test_the_store_holds_merged_entries_in_the_bytes_of_plain_ones(merging: str) -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     parameters = {"window": 4, "threshold": 0.0} if merging == "ems" else {}
     plan = make_plan(trace, [method(merging, budget=0.3, **parameters)], torch.float32)  # type: ignore[list-item]
     plain = make_plan(trace, [SnapKV(window=4, budget=0.3)], torch.float32)
@@ -255,7 +236,7 @@ def test_the_store_holds_merged_entries_in_the_bytes_of_plain_ones(merging: str)
 
 @pytest.mark.parametrize("merging", ["ems", "look-m"])
 def test_any_scorer_and_allocator_may_stand_before_a_merge(merging: str) -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     for methods in (
         [SnapKV(window=4, budget=0.3), method(merging)],
         [SnapKV(window=4, budget=0.3), AdaKV(), method(merging)],

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kv.support import softmax_rows, trace_of
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.lazyeviction import importance, observe
+from workbench.kv.methods.evict.lazyeviction import mri_score, track_recurrence
 from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
+from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
+
+if TYPE_CHECKING:
+    from workbench.trace import Trace
 
 TOKENS = 60
-
-
-@cache
-def trace_of(architecture: str = "llama", tokens: int = TOKENS) -> Trace:
-    model = tiny(architecture)
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(5))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
-def softmax_rows(layer: LayerTrace) -> Tensor:
-    """The whole causal softmax, [h, n, n], without any of our attention code."""
-    rows = torch.zeros(layer.heads, layer.tokens, layer.tokens, dtype=torch.float64)
-    for head in range(layer.heads):
-        logits = layer.queries[head].double() @ layer.keys[head // layer.groups].double().T * layer.scale
-        rows[head] = logits.masked_fill(torch.ones_like(rows[head], dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    return rows
 
 
 # -- PrefixKV
@@ -117,7 +103,7 @@ def test_what_is_certain_to_stay_comes_first_in_all_layers() -> None:
 
 
 def test_prefixkv_scores_by_attention_averaged_over_heads() -> None:
-    layer = trace_of().layers[1]
+    layer = trace_of(tokens=TOKENS).layers[1]
     expected = softmax_rows(layer).mean(dim=0).sum(dim=0).float()
     for recent in (1, 5):
         got = PrefixKV(sinks=3, recent=recent).score(layer)
@@ -126,7 +112,7 @@ def test_prefixkv_scores_by_attention_averaged_over_heads() -> None:
 
 
 def test_prefixkv_divides_the_room_for_another_scorer() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     methods = [SnapKV(window=8, budget=0.4), PrefixKV()]
     plan = make_plan(trace, methods, torch.bfloat16)
     assert plan.stages.score is methods[0] and plan.stages.allocate is methods[1]
@@ -167,7 +153,7 @@ def test_recurrence_is_tracked_alike_one_by_one_and_together(sizes: tuple[int, .
     memory, done = torch.zeros(2, old, 2), 0
     for size in sizes:
         memory = torch.cat([memory, torch.zeros(2, size, 2)], dim=1)
-        memory = observe(memory, weights[:, done : done + size, : old + done + size], threshold=0.4)
+        memory = track_recurrence(memory, weights[:, done : done + size, : old + done + size], threshold=0.4)
         done += size
     for head in range(2):
         plain = Memory(0.4)
@@ -175,12 +161,12 @@ def test_recurrence_is_tracked_alike_one_by_one_and_together(sizes: tuple[int, .
             plain.step({p: float(weights[head, step, p]) for p in range(old + step + 1)})
         for position in range(old + new):
             assert tuple(memory[head, position].tolist()) == plain.of[position]
-            assert float(importance(memory)[head, position]) == pytest.approx(plain.matters(position), abs=1e-6)
+            assert float(mri_score(memory)[head, position]) == pytest.approx(plain.matters(position), abs=1e-6)
 
 
 @pytest.mark.parametrize("observed", [1, 20, TOKENS])
 def test_the_prompt_is_scored_by_what_its_last_queries_saw_recur(observed: int) -> None:
-    layer, threshold = trace_of().layers[1], 0.02
+    layer, threshold = trace_of(tokens=TOKENS).layers[1], 0.02
     asked = LazyEviction(observed=observed, threshold=threshold, window=8)
     rows, evidence, scores = softmax_rows(layer), asked.eviction_state(layer), asked.score(layer)
     assert evidence.shape == (2, TOKENS, 2)
@@ -197,7 +183,7 @@ def test_the_prompt_is_scored_by_what_its_last_queries_saw_recur(observed: int) 
 def test_a_token_that_recurs_regularly_outlives_one_that_is_overdue() -> None:
     # Since and MRI: just recurred; within its interval; far beyond it; never recurred.
     memory = torch.tensor([[[0.0, 20.0], [10.0, 20.0], [200.0, 20.0], [200.0, 0.0]]])
-    assert importance(memory)[0].tolist() == sorted(importance(memory)[0].tolist(), reverse=True)
+    assert mri_score(memory)[0].tolist() == sorted(mri_score(memory)[0].tolist(), reverse=True)
 
 
 Seen = list[list[tuple[Tensor, Tensor]]]
@@ -205,14 +191,14 @@ Seen = list[list[tuple[Tensor, Tensor]]]
 
 def lazy_run(steps: int, asked: LazyEviction) -> tuple[Trace, Decoder, Seen, list[int]]:
     """A run of `steps` tokens: what each layer was given, query [h, 1, d] and key [k, 1, d], and its length after."""
-    trace, model = trace_of(), tiny("llama")
+    trace, model = trace_of(tokens=TOKENS), tiny("llama")
     plan = make_plan(trace, [asked], torch.float32)
     seen: Seen = [[] for _ in trace.layers]
 
     class Watched(Decoder):
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
             seen[layer].append((query.clone(), key.clone()))
-            return super().attend(layer, query, key, value, **options)  # type: ignore[arg-type]
+            return super().attend(layer, query, key, value, scoring)
 
     decoder = Watched(model, plan.stores(), TOKENS, plan.stages.evict)
     lengths = []
@@ -256,7 +242,7 @@ def test_lagged_eviction_follows_the_plain_rule() -> None:
 
 
 def test_what_lazy_eviction_remembers_is_counted() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     lazy = make_plan(trace, [LazyEviction(budget="24 tokens")], torch.bfloat16)
     plain = make_plan(trace, [LazyEviction(budget="24 tokens", decode=False)], torch.bfloat16)
     assert lazy.nbytes == sum(store.nbytes for store in lazy.stores())

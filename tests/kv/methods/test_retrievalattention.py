@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import AdaKV, RetrievalAttention, SnapKV
 from workbench.kv.stores.graph import Graph
@@ -115,7 +116,7 @@ def test_what_the_heads_of_a_group_found_is_united() -> None:
 @pytest.mark.parametrize("recipe", [[], [SnapKV(window=8)], [SnapKV(window=8), AdaKV(window=8)]])
 def test_fetching_everything_is_exact(architecture: str, recipe: list[wb.Method]) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=40)
     run = session.run([*recipe, RetrievalAttention(budget=0.7)], question=ids[:9], max_new_tokens=40)

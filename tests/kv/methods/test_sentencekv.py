@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import SHORT, ids_of
 from workbench import testing
 from workbench.kv import SentenceKV, SnapKV
 from workbench.kv.base import Study
@@ -19,7 +20,7 @@ from workbench.kv.stores.offload import OffloadStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 
-SHORT = {"fetch": 8, "longest": 8, "window": 8}
+QUICK = SHORT["sentencekv"]
 
 
 class Letters:
@@ -34,8 +35,8 @@ def ends_of(text: str, longest: int = 100) -> tuple[int, ...]:
 
 
 def index_of(found: testing.Reading, **parameters: object) -> SentenceIndex:
-    method = SentenceKV(**{**SHORT, **parameters})
-    return cast(SentenceIndex, method.retrieve(Study(found.trace, found.model), []))
+    method = SentenceKV(**{**QUICK, **parameters})
+    return cast("SentenceIndex", method.retrieve(Study(found.trace, found.model), []))
 
 
 def random_others(heads: int, tokens: int, seed: int = 0, equal: bool = False) -> Tensor:
@@ -140,11 +141,11 @@ def test_the_query_is_the_mean_of_the_sentence_in_progress() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "gemma3"])
 def test_fetching_everything_is_exact(architecture: str) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=24)
     for recipe in ([], [SnapKV(window=8)]):
-        asked = [*recipe, SentenceKV(**{**SHORT, "fetch": 500}, budget=0.7)]
+        asked = [*recipe, SentenceKV(**{**QUICK, "fetch": 500}, budget=0.7)]
         run = session.run(asked, question=ids[:9], max_new_tokens=24)
         assert run.plan.host_nbytes > 0 and run.tokens == full.tokens
         assert run.quality.kl < 1e-8
@@ -152,7 +153,7 @@ def test_fetching_everything_is_exact(architecture: str) -> None:
 
 def test_no_query_sees_more_than_what_is_near_and_what_it_may_fetch() -> None:
     found = testing.fresh_reading(tokens=120)
-    plan = make_plan(found.trace, [SentenceKV(**SHORT, budget=0.4)], torch.float32, model=found.model)
+    plan = make_plan(found.trace, [SentenceKV(**QUICK, budget=0.4)], torch.float32, model=found.model)
     store = plan.stores()[1]
     assert isinstance(store, OffloadStore)
     query = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kv.support import ids_of, random_layer, tiers_of, trace_of
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
 from workbench.kv import KIVI, AdaKV, MiKV, Mustafar, SnapKV, ThinK, VisualKV1Bit, ZipCache
 from workbench.kv.fitting import pruning_steps
@@ -22,13 +22,11 @@ from workbench.kv.stores.mixed import MixedStore, weakest
 from workbench.kv.stores.one_bit import OneBitFormat
 from workbench.kv.stores.pruned import PrunedFormat, PrunedStore, channel_scores
 from workbench.kv.stores.salient import SalientFormat, channel_factors
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
+from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace, Trace
-from workbench_kernels import dequantise, pack, quantise, unpack
+from workbench_kernels import Scoring, dequantise, pack, quantise, unpack
 from workbench_kernels.building import sparse_rows
 
 TOKENS = 90
@@ -40,26 +38,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
-@cache
-def trace_of(architecture: str = "llama") -> Trace:
-    model = tiny(architecture)
-    ids = torch.randint(0, 256, (TOKENS,), generator=torch.Generator().manual_seed(3))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
-def random_layer(tokens: int = 60, key_width: int = 20, value_width: int = 18) -> LayerTrace:
-    """Two KV heads of two query heads each, with sizes that no byte or group divides."""
-    draw = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(2, tokens, width, generator=draw) for width in (key_width, value_width))
-    queries = torch.randn(4, tokens, key_width, generator=draw)
-    return LayerTrace(0, keys, values, queries, torch.device("cpu"), key_width**-0.5)
-
-
-def tiers_of(form: Format, counts: list[int], tokens: int) -> Tensor:
-    """The first counts [k] of shuffled positions in tier 1, the others dropped or in tier 2."""
-    order = torch.rand(len(counts), tokens, generator=torch.Generator().manual_seed(1)).argsort(dim=1)
-    rest = 2 if form.keeps_rest else 0
-    return torch.where(order < torch.tensor(counts)[:, None], 1, rest).to(torch.uint8)
+def tiers_for(form: Format, counts: list[int]) -> Tensor:
+    """Counts [k] of 60 positions in tier 1, the others where the format has them."""
+    return tiers_of(counts, rest=2 if form.keeps_rest else 0)
 
 
 def softmax_attention(layer: LayerTrace, keys: Tensor, values: Tensor, query: Tensor) -> Tensor:
@@ -80,9 +61,9 @@ def softmax_attention(layer: LayerTrace, keys: Tensor, values: Tensor, query: Te
 def test_predicted_bytes_are_live_bytes_for_any_number_kept(name: str, counts: list[int]) -> None:
     # Traps 1 and 2: savings that no allocation shows.
     layer, form = random_layer(), FORMATS[name]
-    store = form.build(layer, tiers_of(form, counts, 60), None)
+    store = form.build(layer, tiers_for(form, counts), None)
     assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 2), torch.tensor([counts]))
-    tiers = tiers_of(form, counts, 60)
+    tiers = tiers_for(form, counts)
     assert [row.tolist() for row in store.positions] == [row.nonzero()[:, 0].tolist() for row in tiers]
 
 
@@ -90,7 +71,7 @@ def test_predicted_bytes_are_live_bytes_for_any_number_kept(name: str, counts: l
 def test_several_layers_are_predicted_as_each_is_held(name: str) -> None:
     layer, form = random_layer(), FORMATS[name]
     counts = [[60, 60], [60, 17], [30, 30]]
-    held = sum(form.build(layer, tiers_of(form, row, 60), None).nbytes for row in counts)
+    held = sum(form.build(layer, tiers_for(form, row), None).nbytes for row in counts)
     assert held == form.nbytes(Shape(2, 60, 20, 18, 2), torch.tensor(counts))
 
 
@@ -98,7 +79,7 @@ def test_several_layers_are_predicted_as_each_is_held(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_new_tokens_enter_exactly_and_a_copy_is_independent(name: str, counts: list[int]) -> None:
     layer, form = random_layer(), FORMATS[name]
-    store = form.build(layer, tiers_of(form, counts, 60), None)
+    store = form.build(layer, tiers_for(form, counts), None)
     store.reserve(3)
     twin = store.clone()
     before = [row.tolist() for row in store.positions]
@@ -125,11 +106,11 @@ def test_attention_is_that_over_what_the_store_holds(name: str, softcap: float |
     # Causal rows and windows by true positions, not by slots (trap 8); the narrow keys are never widened, the others
     # are: both must agree with the plain rule over what is held.
     layer, form = random_layer(), FORMATS[name]
-    store = form.build(layer, tiers_of(form, counts, 60), None)
+    store = form.build(layer, tiers_for(form, counts), None)
     positions = torch.tensor([57, 59, 64])
     query = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(4))
     for window in (None, 50):
-        got, weights = store.attend(query, positions, scale=0.3, window=window, softcap=softcap, weights=True)
+        got, weights = store.attend(query, positions, Scoring(0.3, window, softcap), weights=True)
         assert weights is not None
         held = store.contents(torch.float32)
         for head in range(4):
@@ -149,7 +130,7 @@ def test_attention_is_that_over_what_the_store_holds(name: str, softcap: float |
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "gemma3"])
 @pytest.mark.parametrize("method", [ThinK(), Mustafar(), ZipCache(budget=0.5), VisualKV1Bit(group=8)])
 def test_a_model_decodes_on_the_store_and_its_bytes_grow_by_new_tokens_only(method: Any, architecture: str) -> None:
-    trace, model = trace_of(architecture), tiny(architecture)
+    trace, model = trace_of(architecture, TOKENS), tiny(architecture)
     plan = make_plan(trace, [method], torch.bfloat16)
     decoder = Decoder(model, plan.stores(), TOKENS)
     assert sum(store.nbytes for store in decoder.stores) == plan.nbytes < plan.full_nbytes
@@ -162,7 +143,7 @@ def test_a_model_decodes_on_the_store_and_its_bytes_grow_by_new_tokens_only(meth
 
 @pytest.mark.parametrize("store", [ThinK(), Mustafar(), VisualKV1Bit(group=8, recent=4), ZipCache()])
 def test_a_store_combines_with_any_selection_and_division(store: Any) -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     plan = make_plan(trace, [SnapKV(window=8, budget=0.5), AdaKV(), store], torch.bfloat16)
     assert sum(held.nbytes for held in plan.stores()) == plan.nbytes
     alone = make_plan(trace, [SnapKV(window=8, budget=0.5), AdaKV()], torch.bfloat16)
@@ -174,14 +155,14 @@ def test_a_store_combines_with_any_selection_and_division(store: Any) -> None:
 def test_methods_that_keep_every_token_refuse_a_number_of_tokens() -> None:
     for method in (ThinK, Mustafar, VisualKV1Bit):
         with pytest.raises(BadBudget, match="keeps every token"):
-            make_plan(trace_of(), [method(budget="20 tokens")], torch.bfloat16)
+            make_plan(trace_of(tokens=TOKENS), [method(budget="20 tokens")], torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", [ThinK, Mustafar, ZipCache, VisualKV1Bit])
 def test_a_larger_budget_is_never_further_off(method: Any) -> None:
     extra = {"group": 8} if method is VisualKV1Bit else {}
     errors = [
-        float(make_plan(trace_of(), [method(budget=budget, **extra)], torch.bfloat16).error.mean())
+        float(make_plan(trace_of(tokens=TOKENS), [method(budget=budget, **extra)], torch.bfloat16).error.mean())
         for budget in (0.6, 0.8, 1.0)
     ]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.004 < errors[0]
@@ -191,7 +172,7 @@ def test_a_larger_budget_is_never_further_off(method: Any) -> None:
 
 
 def test_think_scores_channels_by_the_norm_of_their_outer_product() -> None:
-    layer, window = trace_of().layers[1], 8
+    layer, window = trace_of(tokens=TOKENS).layers[1], 8
     keep = torch.ones(2, TOKENS, dtype=torch.bool)
     keep[1, 10:30] = False
     got = channel_scores(layer, keep, window)
@@ -206,7 +187,7 @@ def test_think_scores_channels_by_the_norm_of_their_outer_product() -> None:
 
 
 def test_think_attends_with_the_best_channels_of_old_keys_and_all_of_recent_ones() -> None:
-    layer, trace = trace_of().layers[1], trace_of()
+    layer, trace = trace_of(tokens=TOKENS).layers[1], trace_of(tokens=TOKENS)
     method = ThinK(pruned=50, window=8, recent=10)
     store = make_plan(trace, [method], torch.float32).store(layer)
     assert isinstance(store, PrunedStore)
@@ -218,7 +199,7 @@ def test_think_attends_with_the_best_channels_of_old_keys_and_all_of_recent_ones
         keys[head, : TOKENS - 10, worst] = 0
         assert set(store.channels[head].tolist()) == set(range(16)) - set(worst.tolist())
     query = layer.queries[:, -1]
-    got, _ = store.attend(query[:, None], torch.tensor([TOKENS]), scale=layer.scale)
+    got, _ = store.attend(query[:, None], torch.tensor([TOKENS]), layer.scoring)
     assert torch.allclose(got[:, 0], softmax_attention(layer, keys, layer.values, query), atol=1e-5)
 
 
@@ -228,23 +209,23 @@ def test_think_keeps_what_queries_ask_for_where_the_largest_keys_are_not_asked_f
     keys, queries = base.keys.clone(), base.queries.clone()
     keys[:, :, 3] *= 20
     queries[:, :, 3] *= 1e-4
-    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scale)
+    layer = LayerTrace(0, keys, base.values, queries, base.device, base.scoring)
     store = PrunedFormat(torch.float32, 0.5, 0, 8).build(layer, torch.ones(2, 60, dtype=torch.uint8), None)
     assert isinstance(store, PrunedStore) and 3 not in store.channels
 
 
 def test_think_alone_halves_the_cache_at_most_and_says_what_it_can() -> None:
     with pytest.raises(BudgetTooSmall) as refusal:
-        make_plan(trace_of(), [ThinK(budget=0.4)], torch.bfloat16)
+        make_plan(trace_of(tokens=TOKENS), [ThinK(budget=0.4)], torch.bfloat16)
     assert 0.5 < refusal.value.smallest < 0.6
-    default = make_plan(trace_of(), [ThinK(recent=0)], torch.bfloat16)
+    default = make_plan(trace_of(tokens=TOKENS), [ThinK(recent=0)], torch.bfloat16)
     assert default.format == PrunedFormat(torch.bfloat16, 0.4, 0, 32) and 0.8 < default.share < 0.84
 
 
 def test_think_with_a_fixed_share_shortens_its_window_for_a_budget() -> None:
     recents = []
     for budget in (0.9, 0.82, 0.77):
-        form = make_plan(trace_of(), [ThinK(pruned=50, recent=64, budget=budget)], torch.bfloat16).format
+        form = make_plan(trace_of(tokens=TOKENS), [ThinK(pruned=50, recent=64, budget=budget)], torch.bfloat16).format
         assert isinstance(form, PrunedFormat) and form.pruned == 0.5
         recents.append(form.recent)
     assert recents == sorted(recents, reverse=True) and recents[0] > recents[-1]
@@ -270,7 +251,7 @@ def test_sparse_rows_come_back_with_only_their_largest_numbers(width: int, count
 
 
 def test_mustafar_zeroes_the_smallest_numbers_of_each_old_token() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     layer = trace.layers[1]
     plan = make_plan(trace, [Mustafar(sparsity=70, recent=10)], torch.float32)
     store = plan.store(layer)
@@ -305,16 +286,16 @@ def test_a_bitmap_costs_one_bit_a_channel() -> None:
 
 def test_unstructured_pruning_loses_less_than_pruned_channels() -> None:
     # The paper's comparison: the same share of the keys' numbers, chosen token by token or channel by channel.
-    for layer in trace_of().layers:
+    for layer in trace_of(tokens=TOKENS).layers:
         tiers, positions = torch.ones(2, TOKENS, dtype=torch.uint8), torch.arange(TOKENS - 16, TOKENS)
         query = layer.queries[:, -16:]
-        exact = DenseFormat(torch.float32).build(layer, tiers, None).attend(query, positions, scale=layer.scale)[0]
+        exact = DenseFormat(torch.float32).build(layer, tiers, None).attend(query, positions, layer.scoring)[0]
         channels = PrunedFormat(torch.float32, 0.5, 0, 16).build(layer, tiers, None)
         keys = BitmapFormat(torch.float32, 0.5, 0).build(layer, tiers, None).contents(torch.float32).keys
         every = torch.ones(2, TOKENS, dtype=torch.bool)
         sparse_keys = DenseStore.where(keys, layer.values, every, torch.float32)
         structured, unstructured = (
-            float((store.attend(query, positions, scale=layer.scale)[0] - exact).norm())
+            float((store.attend(query, positions, layer.scoring)[0] - exact).norm())
             for store in (channels, sparse_keys)
         )
         assert unstructured < structured
@@ -330,7 +311,7 @@ def test_steps_prune_mildly_before_they_give_up_the_window() -> None:
 
 
 def test_zipcache_scores_by_the_mean_attention_of_probes_that_see_a_token() -> None:
-    layer, method = trace_of().layers[1], ZipCache(recent_probes=0.1, random_probes=0.1, seed=5)
+    layer, method = trace_of(tokens=TOKENS).layers[1], ZipCache(recent_probes=0.1, random_probes=0.1, seed=5)
     probes = method.probes(TOKENS).tolist()
     assert probes[-9:] == list(range(TOKENS - 9, TOKENS)) and len(probes) == 18
     got = method.score(layer)
@@ -348,7 +329,9 @@ def test_zipcache_scores_by_the_mean_attention_of_probes_that_see_a_token() -> N
 def test_normalised_scores_do_not_favour_early_tokens() -> None:
     # Section 4.2: where every query attends evenly to all it sees, a sum ranks tokens by age; the mean does not
     # punish the last ones.
-    layer = LayerTrace(0, torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.device("cpu"), 1.0)
+    layer = LayerTrace(
+        0, torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.zeros(1, 40, 8), torch.device("cpu"), Scoring(1.0)
+    )
     score = ZipCache(recent_probes=1.0, random_probes=0.0).score(layer)[0]
     assert float(score[-1]) == pytest.approx(1 / 40) and float(score[0]) == pytest.approx(
         sum(1 / n for n in range(1, 41)) / 40
@@ -367,7 +350,7 @@ def test_the_draw_of_probes_depends_on_the_seed_alone() -> None:
 
 def test_zipcache_rounds_keys_by_channel_and_values_by_token_behind_channel_factors() -> None:
     layer, form = random_layer(), SalientFormat(torch.float32, 4, 2)
-    tiers = tiers_of(form, [25, 40], 60)
+    tiers = tiers_for(form, [25, 40])
     held = form.build(layer, tiers, None).contents(torch.float32)
     rows = held.positions.expand(2, -1)
     assert held.valid is not None
@@ -411,7 +394,7 @@ def test_channel_factors_protect_values_from_outlier_channels() -> None:
 
 
 def test_zipcache_spends_its_budget_on_bits_then_on_salient_tokens() -> None:
-    trace = trace_of()
+    trace = trace_of(tokens=TOKENS)
     forms, shares = [], []
     for budget in (0.24, 0.3, 0.4, 0.5, 1.0):
         plan = make_plan(trace, [ZipCache(budget=budget)], torch.bfloat16)
@@ -423,7 +406,7 @@ def test_zipcache_spends_its_budget_on_bits_then_on_salient_tokens() -> None:
 
 
 def test_zipcache_marks_the_tokens_it_scores_highest() -> None:
-    trace, method = trace_of(), ZipCache(bits="4/2", budget="30 tokens")
+    trace, method = trace_of(tokens=TOKENS), ZipCache(bits="4/2", budget="30 tokens")
     plan = make_plan(trace, [method], torch.bfloat16)
     for layer in trace.layers:
         best = method.score(layer).topk(30, dim=-1).indices
@@ -458,7 +441,7 @@ def test_quantiles_are_closer_than_extremes_at_one_bit() -> None:
 
 
 def test_only_the_given_stretch_is_at_one_bit_group_by_group() -> None:
-    layer, trace = trace_of().layers[1], trace_of()
+    layer, trace = trace_of(tokens=TOKENS).layers[1], trace_of(tokens=TOKENS)
     method = VisualKV1Bit(start=7, length=37, group=16, quantile=0.25)
     held = make_plan(trace, [method], torch.float32).store(layer).contents(torch.float32)
     rows = held.positions.expand(2, -1)
@@ -476,8 +459,8 @@ def test_only_the_given_stretch_is_at_one_bit_group_by_group() -> None:
 
 
 def test_without_a_stretch_all_but_the_newest_tokens_are_at_one_bit() -> None:
-    plan = make_plan(trace_of(), [VisualKV1Bit(group=8, recent=10)], torch.bfloat16)
-    store = plan.store(trace_of().layers[0])
+    plan = make_plan(trace_of(tokens=TOKENS), [VisualKV1Bit(group=8, recent=10)], torch.bfloat16)
+    store = plan.store(trace_of(tokens=TOKENS).layers[0])
     assert isinstance(store, SplitStore)
     settled = store.parts[1]
     assert isinstance(settled, FrozenStore) and settled.positions[0].tolist() == list(range(80))
@@ -488,7 +471,7 @@ def test_without_a_stretch_all_but_the_newest_tokens_are_at_one_bit() -> None:
 def test_a_budget_leaves_as_many_newest_tokens_exact_as_fit() -> None:
     lengths = []
     for budget in (0.5, 0.7, 0.9):
-        plan = make_plan(trace_of(), [VisualKV1Bit(group=8, budget=budget)], torch.bfloat16)
+        plan = make_plan(trace_of(tokens=TOKENS), [VisualKV1Bit(group=8, budget=budget)], torch.bfloat16)
         form = plan.format
         assert isinstance(form, OneBitFormat)
         longer = OneBitFormat(form.dtype, 8, form.quantile, 0, None, form.recent + 8)
@@ -516,7 +499,7 @@ def test_parameters_out_of_bounds_are_refused() -> None:
 def test_a_store_reports_its_bytes_by_precision() -> None:
     names: dict[str, set[str]] = {}
     for name, form in FORMATS.items():
-        store: Store = form.build(random_layer(), tiers_of(form, [50, 50], 60), None)
+        store: Store = form.build(random_layer(), tiers_for(form, [50, 50]), None)
         names[name] = {precision for precision, size in store.nbytes_by_precision.items() if size}
     assert names == {
         "narrow keys": {"bfloat16"},
@@ -580,7 +563,7 @@ def test_kivi_decodes_as_the_published_cache_over_hundreds_of_tokens(prompt: int
     group, residual, steps = 8, 48, 160
     draw = torch.Generator().manual_seed(prompt)
     keys, values, queries = (torch.randn(2, prompt + steps, 16, generator=draw) for _ in range(3))
-    layer = LayerTrace(0, keys[:, :prompt], values[:, :prompt], queries[:, :prompt], torch.device("cpu"), 0.25)
+    layer = LayerTrace(0, keys[:, :prompt], values[:, :prompt], queries[:, :prompt], torch.device("cpu"), Scoring(0.25))
     form = PackedFormat(torch.float32, bits, group, residual)
     store = form.build(layer, torch.ones(2, prompt, dtype=torch.uint8), None)
     assert isinstance(store, PackedStore)
@@ -588,7 +571,7 @@ def test_kivi_decodes_as_the_published_cache_over_hundreds_of_tokens(prompt: int
     for at in range(prompt, prompt + steps):
         now = slice(at, at + 1)
         store.append(keys[:, now], values[:, now], torch.tensor([at]))
-        out, _ = store.attend(queries[:, now], torch.tensor([at]), scale=0.25)
+        out, _ = store.attend(queries[:, now], torch.tensor([at]), Scoring(0.25))
         for head, published in enumerate(heads):
             expected = published.step(keys[head, at], values[head, at], queries[head, at], 0.25)
             assert torch.allclose(out[head, 0], expected, atol=1e-4)
@@ -616,11 +599,11 @@ def test_kivi_scales_and_zeros_are_float16_for_any_model() -> None:
 
 def test_the_exact_tail_of_kivi_lives_on_through_further_questions() -> None:
     # Trap 4: the residual dropped where something rewrites the cache.
-    trace, model = trace_of(), tiny("llama")
+    trace, model = trace_of(tokens=TOKENS), tiny("llama")
     plan = make_plan(trace, [KIVI(bits=2, group=8, residual=32)], torch.float32)
     decoder, whole = (Decoder(model, stores, TOKENS) for stores in (plan.stores(), exact_stores(trace)))
     for turn in range(4):
-        asked = torch.randint(0, 256, (11,), generator=torch.Generator().manual_seed(turn))
+        asked = ids_of(11, turn)
         twin = decoder.clone()
         assert torch.equal(decoder.feed(asked), twin.feed(asked))
         whole.feed(asked)
@@ -642,7 +625,7 @@ def exact_stores(trace: Trace) -> list[Store]:
 
 def mixed(counts: list[int], *, recent: float = 0.5, balance: bool = True) -> tuple[LayerTrace, MixedStore]:
     layer, form = random_layer(), MixedFormat(torch.float32, 4, 8, balance, recent)
-    store = form.build(layer, tiers_of(form, counts, 60), None)
+    store = form.build(layer, tiers_for(form, counts), None)
     assert isinstance(store, MixedStore)
     return layer, store
 
@@ -675,7 +658,7 @@ def test_mikv_demotes_the_least_attended_while_decoding(counts: list[int], recen
         store.append(keys, values, at)
         held = store.contents(torch.float32)
         plain = softmax_rows(held, query, at, 0.3)
-        out, _ = store.attend(query, at, scale=0.3)
+        out, _ = store.attend(query, at, Scoring(0.3))
         position += count
         for head in range(2):
             mass[head] |= dict.fromkeys(at.tolist(), 0.0)
@@ -732,7 +715,7 @@ def softmax_rows(held: Any, query: Tensor, at: Tensor, scale: float) -> list[lis
 
 @pytest.mark.parametrize("budget", [0.35, 0.5, 0.7])
 def test_the_cache_of_mikv_grows_at_nearly_the_rate_of_its_low_bits(budget: float) -> None:
-    trace, model, steps = trace_of(), tiny("llama"), 192
+    trace, model, steps = trace_of(tokens=TOKENS), tiny("llama"), 192
     plan = make_plan(trace, [MiKV(group=16, budget=budget)], torch.bfloat16)
     decoder, share = Decoder(model, plan.stores(), TOKENS), float((plan.tiers == 1).float().mean())
     for step in range(steps):
@@ -757,7 +740,7 @@ def test_a_reserved_mixed_cache_moves_nothing_while_it_grows() -> None:
     for step in range(40):
         keys, values = (torch.randn(2, 1, width, generator=draw) for width in (20, 18))
         store.append(keys, values, torch.tensor([60 + step]))
-        store.attend(torch.randn(4, 1, 20, generator=draw), torch.tensor([60 + step]), scale=0.3)
+        store.attend(torch.randn(4, 1, 20, generator=draw), torch.tensor([60 + step]), Scoring(0.3))
     assert store.nbytes == size and [len(row) for row in high_positions(store)] == [50, 50]
 
 
@@ -765,13 +748,13 @@ def test_a_copy_of_a_mixed_cache_goes_its_own_way() -> None:
     _, store = mixed([30, 12])
     new = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1))
     store.append(new[:, :1], new[:, :1, :18], torch.tensor([60]))
-    store.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60]), scale=0.3)
+    store.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60]), Scoring(0.3))
     twin, before = store.clone(), high_positions(store)
     for other in (twin, store):
         assert high_positions(other) == before
         for step in range(1, 9):
             other.append(new[:, step : step + 1], new[:, step : step + 1, :18], torch.tensor([60 + step]))
-            other.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60 + step]), scale=0.3)
+            other.attend(new.repeat(2, 1, 1)[:, :1], torch.tensor([60 + step]), Scoring(0.3))
     assert high_positions(twin) == high_positions(store) != before
     assert torch.equal(twin.contents(torch.float32).keys, store.contents(torch.float32).keys)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of, numbers
 from workbench import testing
 from workbench.errors import BudgetTooSmall
 from workbench.kv import StreamMem
@@ -19,15 +20,9 @@ from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace
 
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 
 def turned(x: Tensor, by: int, layer: LayerTrace) -> Tensor:
@@ -49,7 +44,7 @@ def test_the_best_stay_and_each_frame_that_loses_some_gets_a_place_near_its_midd
         (1, 12, 11, 5, 2),
         (2, 30, 29, 30, 8),
     ):
-        scores = random(heads, slots).softmax(dim=-1)
+        scores = numbers(heads, slots).softmax(dim=-1)
         kept, standing = chosen(scores, room, new, frame)
         frames = [list(range(slots - new + i, min(slots - new + i + frame, slots))) for i in range(0, new, frame)]
         for head in range(heads):
@@ -70,7 +65,7 @@ def test_the_best_stay_and_each_frame_that_loses_some_gets_a_place_near_its_midd
 
 
 def test_without_frames_only_the_best_stay() -> None:
-    scores = random(2, 20)
+    scores = numbers(2, 20)
     kept, standing = chosen(scores, 7, 12, 0)
     assert not bool(standing.any())
     assert all(set(kept[h].nonzero()[:, 0].tolist()) == set(scores[h].topk(7).indices.tolist()) for h in range(2))
@@ -81,7 +76,7 @@ def test_a_prototype_is_the_weighted_mean_of_its_frame_at_its_own_position(archi
     layer = testing.reading(architecture).trace.compressible[0]
     keys, values = layer.keys[:, 20:50].float(), layer.values[:, 20:50].float()
     positions = torch.arange(20, 50)[None]
-    scores = random(keys.shape[0], 30).softmax(dim=-1)
+    scores = numbers(keys.shape[0], 30).softmax(dim=-1)
     kept, standing = chosen(scores, 12, 22, 8)
     new_keys, new_values = with_prototypes(layer, keys, values, scores, standing, 22, 8, positions)
     assert torch.equal(new_keys[~standing], keys[~standing]) and torch.equal(new_values[~standing], values[~standing])

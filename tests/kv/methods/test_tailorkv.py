@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import AdaKV, SnapKV, TailorKV
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.methods.offload.tailorkv import dense_preference
-from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.channels import ChannelIndex
 from workbench.kv.stores.offload import OffloadStore
@@ -23,6 +23,10 @@ from workbench.kv.stores.tailored import TailoredFormat
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
 
 def plan_of(trace: Trace, **parameters: Any) -> Plan:
@@ -58,10 +62,10 @@ def test_the_dense_preference_is_what_the_largest_weights_leave_over(tokens: int
 def test_one_that_looks_at_everything_is_denser_than_one_that_looks_at_one_token() -> None:
     draw = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 200, 16, generator=draw), torch.randn(2, 200, 16, generator=draw)
-    nothing = LayerTrace(0, keys, values, torch.zeros(4, 200, 16), torch.device("cpu"), 0.25)
+    nothing = LayerTrace(0, keys, values, torch.zeros(4, 200, 16), torch.device("cpu"), Scoring(0.25))
     keys = keys.clone()
     keys[:, 5] = 40.0
-    one = LayerTrace(1, keys, values, torch.ones(4, 200, 16), torch.device("cpu"), 0.25)
+    one = LayerTrace(1, keys, values, torch.ones(4, 200, 16), torch.device("cpu"), Scoring(0.25))
     assert dense_preference(nothing, 0.05) == pytest.approx(0.95, abs=5e-3)
     assert dense_preference(one, 0.05) < 1e-3
 
@@ -115,7 +119,7 @@ def test_a_query_fetches_the_largest_products_in_its_dominant_channels(uneven: b
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "gemma3"])
 def test_where_no_layer_is_dense_and_everything_is_fetched_nothing_is_lost(architecture: str) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=45)
     run = session.run(TailorKV(budget=0.7, threshold=1.0, fetch=500), question=ids[:9], max_new_tokens=45)
@@ -133,7 +137,7 @@ def test_new_tokens_of_a_quantised_layer_are_exact_until_they_fill_a_group() -> 
     given = torch.randn(2, 40, 16, generator=draw).bfloat16()
     for step in range(40):
         store.append(given[:, step : step + 1], given[:, step : step + 1], torch.tensor([200 + step]))
-        store.attend(layer.queries[:, -1:].bfloat16(), torch.tensor([200 + step]), scale=layer.scale)
+        store.attend(layer.queries[:, -1:].bfloat16(), torch.tensor([200 + step]), layer.scoring)
         held = store.contents(torch.bfloat16)
         for head in range(2):
             at = int((held.positions[head] == 200 + step).nonzero())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,34 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import workbench as wb
+from tests.kv.support import random_layer, trace_of
 from workbench.errors import BudgetTooSmall
 from workbench.examples import example
 from workbench.kv import KIVI, AdaKV, SnapKV, TurboMind
 from workbench.kv.stores import DenseStore, PackedStore
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
-from workbench.models import facts, tiny
-from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read
-from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
+
+if TYPE_CHECKING:
+    import workbench as wb
+    from workbench.trace import Trace
 
 BITS = (16, 8, 4, 2)
 PAIRS = list(product(BITS, BITS))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trace() -> Trace:
-    model = tiny("llama")
-    ids = torch.randint(0, 256, (120,), generator=torch.Generator().manual_seed(3))
-    return read(model, facts(model), Prompt(ids, chat=False))
-
-
-def random_layer(tokens: int, key_width: int, value_width: int) -> LayerTrace:
-    """Two KV heads of two query heads each."""
-    draw = torch.Generator().manual_seed(tokens)
-    keys, values = (torch.randn(2, tokens, width, generator=draw) for width in (key_width, value_width))
-    return LayerTrace(0, keys, values, keys.repeat(2, 1, 1), torch.device("cpu"), key_width**-0.5)
+    return trace_of(tokens=120)
 
 
 def bits_of(form: Format) -> tuple[int, int]:
@@ -97,7 +90,7 @@ def test_new_tokens_are_rounded_once_they_have_attended(key_bits: int, value_bit
         keys, values, queries = (torch.randn(heads, 1, 16, generator=draw) for heads in (2, 2, 4))
         held = store.contents(torch.float32)
         store.append(keys, values, torch.tensor([at]))
-        out, _ = store.attend(queries, torch.tensor([at]), scale=0.25)
+        out, _ = store.attend(queries, torch.tensor([at]), Scoring(0.25))
         for head in range(4):
             weights = (torch.cat([held.keys[head // 2], keys[head // 2]]) @ queries[head, 0] * 0.25).softmax(0)
             wanted = weights @ torch.cat([held.values[head // 2], values[head // 2]])  # itself exactly

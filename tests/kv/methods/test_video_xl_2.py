@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.errors import BadParameter
 from workbench.kv import VideoXL2
 from workbench.kv.stores.levels import LevelStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.trace import LayerTrace
 
 SIZES = {"room": 34, "chunk": 8, "marks": 2, "pool": 4, "before": 1, "whole": 2}
-
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def read(layer: LayerTrace, tokens: int = 64) -> tuple[LevelStore, Tensor]:
@@ -30,7 +31,7 @@ def read(layer: LayerTrace, tokens: int = 64) -> tuple[LevelStore, Tensor]:
         at = torch.arange(start, start + 8)
         store.append(layer.keys[:, at], layer.values[:, at], at)
         assert store.near.longest <= SIZES["room"]
-        outs.append(store.attend(layer.queries[:, at], at, scale=layer.scale)[0])
+        outs.append(store.attend(layer.queries[:, at], at, layer.scoring)[0])
     store.reading = False
     return store, torch.cat(outs, dim=1)
 
@@ -80,7 +81,7 @@ def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_o
     rest = [c for c in range(5) if c not in best]
 
     at = torch.arange(64, 67)
-    got, _ = store.attend(layer.queries[:, at], at, scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, at], at, layer.scoring)
     assert store.chunks == tuple(sorted(best))
     for p in asked:
         for head in range(layer.heads):
@@ -88,7 +89,7 @@ def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_o
             torch.testing.assert_close(got[head, p - 64], want, atol=1e-5, rtol=1e-4)
 
     chosen = store.chunks  # the answer stays with them
-    store.attend(-layer.queries[:, 67:68], torch.tensor([67]), scale=layer.scale)
+    store.attend(-layer.queries[:, 67:68], torch.tensor([67]), layer.scoring)
     assert store.chunks == chosen
 
 
@@ -96,7 +97,7 @@ def test_with_every_chunk_fetched_a_question_attends_to_all_that_was_read() -> N
     layer = testing.reading().trace.layers[1]
     store, _ = read(layer)
     store.whole = 8
-    got, _ = store.attend(layer.queries[:, 64:65], torch.tensor([64]), scale=layer.scale)
+    got, _ = store.attend(layer.queries[:, 64:65], torch.tensor([64]), layer.scoring)
     for head in range(layer.heads):
         k = head // layer.groups
         want = attended(layer, head, layer.queries[head, 64], layer.keys[k, :64], layer.values[k, :64])

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import XL3M
 from workbench.kv.methods.chunked.xl3m import entropy, surest
-from workbench.kv.plan import Plan
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels import Scoring
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
 
 SHORT = {"segment": 8, "query": 6, "chunk": 8}
-
-
-def ids_of(count: int, seed: int | None = None) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed or count))
 
 
 def planned(found: testing.Reading, question: Tensor | None, **parameters: object) -> Plan:
@@ -110,7 +111,7 @@ def test_a_sliding_layer_sees_only_its_window_of_a_text_with_gaps() -> None:
         query = torch.randn(4, len(positions), 4, generator=generator)
         held |= {at: (keys[:, i], values[:, i]) for i, at in enumerate(positions)}
         store.append(keys, values, torch.tensor(positions))
-        got, _ = store.attend(query, torch.tensor(positions), scale=0.5, window=window)
+        got, _ = store.attend(query, torch.tensor(positions), Scoring(0.5, window))
         for i, at in enumerate(positions):
             seen = [p for p in held if at - window < p <= at]
             for head in range(4):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.kv.support import ids_of
 from workbench import testing
 from workbench.errors import BadRecipe
 from workbench.kv import KIVI, AdaKV, SnapKV
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores import DenseStore
-from workbench.kv.stores.format import Shape
 from workbench.kv.stores.offload import Index, OffloadFormat, OffloadStore, Retriever
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from workbench.kv.stores.format import Shape
+    from workbench.trace import LayerTrace
 
 
 class Everything(Retriever):
@@ -73,7 +76,7 @@ def test_a_method_that_retrieves_keeps_every_promise() -> None:
 @pytest.mark.parametrize("recipe", [[], [SnapKV(window=8)], [SnapKV(window=8), AdaKV(window=8)]])
 def test_finding_everything_is_exact_whatever_lies_where(architecture: str, recipe: list[KVMethod]) -> None:
     session = wb.Session((tiny(architecture), None), kv_dtype="float32")
-    ids = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(1))
+    ids = ids_of(70, 1)
     session.read(ids)
     full = session.run(question=ids[:9], max_new_tokens=24)
     run = session.run([*recipe, FetchAll(budget=0.7)], question=ids[:9], max_new_tokens=24)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,10 +11,14 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel
 
 import workbench as wb
 from benchmarks.model_kinds import COMMON
+from tests.kv.support import ids_of
 from workbench.errors import NotApplicable
 from workbench.kv.stores import SharedStore, cloned
 
-IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IDS = ids_of(60, 0)
 KINDS = [f"{span}_attention" for span in ("sliding", "sliding", "full", "sliding", "full")]
 WINDOW, TOKENS, ENTRY = 16, 40, 2 * 2 * 16 * 4  # keys and values of two heads of 16 numbers in float32
 SHARING = {name: size for name, size in COMMON.items() if name != "num_hidden_layers"} | {

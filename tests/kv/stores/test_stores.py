@@ -8,18 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kv.support import numbers
 from workbench.kv.stores import DenseStore, PackedStore, SlidingStore, SplitStore, Store
 from workbench.kv.stores.rows import Rows
-from workbench_kernels import dequantise, pack, quantise, unpack
+from workbench_kernels import Scoring, dequantise, pack, quantise, unpack
 
 settings.register_profile("stores", deadline=None, max_examples=40)
 settings.load_profile("stores")
 
 D = 16
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some_of(heads: int, tokens: int, seed: int, *, uniform: bool) -> Tensor:
@@ -166,7 +163,7 @@ def test_keys_flush_by_blocks_and_values_one_at_a_time(tokens: int) -> None:
             at = slice(count, count + 1)
             store.append(keys[:, at], values[:, at], torch.tensor([count]))
             assert store.value_tail.longest == count + 1 - quantised_values  # exact for its own pass
-            store.attend(keys[:, at], torch.tensor([count]), scale=0.25)
+            store.attend(keys[:, at], torch.tensor([count]), Scoring(0.25))
     found = entries(store)
     for head in range(2):
         assert set(found[head]) == set(range(total))
@@ -238,7 +235,7 @@ def test_grouped_heads_are_held_once() -> None:
     keys = numbers(2, 48, D)
     keep = torch.ones(2, 48, dtype=torch.bool)
     store = DenseStore.where(keys, keys, keep, torch.bfloat16)
-    out, _ = store.attend(numbers(8, 3, D), torch.arange(45, 48), scale=0.25)
+    out, _ = store.attend(numbers(8, 3, D), torch.arange(45, 48), Scoring(0.25))
     assert out.shape == (8, 3, D)
     assert store.nbytes == 2 * 48 * (D + D) * 2
 
@@ -309,7 +306,7 @@ def test_attention_over_a_store_is_attention_over_what_it_holds(kind: str) -> No
     before = entries(store)  # a sliding window is cut once the new tokens have attended
     if kind == "sliding":
         assert set(before[0]) == set(range(23, 35)) and store.nbytes == 2 * 2 * 12 * D * 4
-    out, rows = store.attend(query, torch.arange(30, 30 + count), scale=scale, window=window, weights=True)
+    out, rows = store.attend(query, torch.arange(30, 30 + count), Scoring(scale, window), weights=True)
     assert rows is not None
     for head in range(4):
         held = before[head // 2]

@@ -13,6 +13,7 @@ from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.core.attention_rows import row_blocks
 from workbench.core.partial_softmax import Part
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 _PROBING = 0.25  # of the entries at most that go into the probing queries
 _STRETCH = 1024  # queries whose diagonals are computed together
@@ -70,33 +71,20 @@ class BlockSparse(AttentionMethod):
             return layers * _blocks(tokens, allowed, self.block).entries
         return layers * max(allowed, 2 * tokens - 1)  # no less than one probing query and the main diagonal
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         tokens = query.shape[1]
         allowed = self._allowed(tokens)
-        if window is not None or allowed >= visible_entries(tokens):
-            window = min(window or tokens, tokens)
+        if scoring.window is not None or allowed >= visible_entries(tokens):
             most = self.entries(tokens, layers=1)
-            return windowed_attention(
-                query, key, value, scale=scale, window=window, softcap=softcap, at=at, entries=most
-            )
+            return windowed_attention(query, key, value, scoring, at=at, entries=most)
         if self.pattern == "block":
             plan = _blocks(tokens, allowed, self.block)
             at.count(query.shape[0] * plan.entries)
-            return block_attention(query, key, value, plan, sinks=self.sinks, scale=scale, softcap=softcap)
+            return block_attention(query, key, value, plan, scoring, sinks=self.sinks)
         # What there has to be at least: on short prompts a budget allows less than every query's own token.
         allowed = self.entries(tokens, layers=1)
         probe = min(self.probe, _widest_probe(tokens, allowed))
-        out, computed = vertical_slash_attention(query, key, value, probe, allowed, scale=scale, softcap=softcap)
+        out, computed = vertical_slash_attention(query, key, value, probe, allowed, scoring)
         at.count(computed)
         return out
 
@@ -107,7 +95,7 @@ class BlockSparse(AttentionMethod):
 
 
 def vertical_slash_attention(
-    query: Tensor, key: Tensor, value: Tensor, probe: int, allowed: int, *, scale: float, softcap: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, probe: int, allowed: int, scoring: Scoring
 ) -> tuple[Tensor, int]:
     """Attention [h, n, dv] whose last `probe` rows are exact and the others see the columns and diagonals that those
     rows weigh most, at most `allowed` entries a head; and how many were computed, over all heads.
@@ -117,7 +105,7 @@ def vertical_slash_attention(
     out = torch.empty(heads, tokens, value.shape[-1], dtype=query.dtype, device=query.device)
     columns = torch.zeros(heads, tokens, device=query.device)
     diagonals = torch.zeros_like(columns)  # by how far the key lies behind the query
-    for block in row_blocks(query[:, first:], key, scale=scale, softcap=softcap):
+    for block in row_blocks(query[:, first:], key, scoring):
         probs = block.probs  # [h, r, n]
         rows = slice(first + block.rows.start, first + block.rows.stop)
         out[:, rows] = _mixed(probs, value[:, block.keys])
@@ -134,12 +122,12 @@ def vertical_slash_attention(
         group = head * key.shape[0] // heads
         computed += int(cost[verticals].sum() + cost[slashes].sum())
         out[head, :first] = _on_lines(
-            query[head, :first].float() * scale,
+            query[head, :first].float() * scoring.scale,
             key[group, :first].float(),
             value[group, :first].float(),
             verticals,
             slashes,
-            softcap,
+            scoring,
         )
     return out, computed
 
@@ -161,7 +149,7 @@ def chosen_lines(columns: Tensor, diagonals: Tensor, allowed: int) -> tuple[Tens
 
 
 def _on_lines(
-    query: Tensor, key: Tensor, value: Tensor, verticals: Tensor, slashes: Tensor, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, verticals: Tensor, slashes: Tensor, scoring: Scoring
 ) -> Tensor:
     """One head's attention [n, dv] on its columns and diagonals: scaled query [n, d], key [n, d], value [n, dv] in
     float32, verticals and slashes bool [n].
@@ -172,18 +160,18 @@ def _on_lines(
     for start in range(0, tokens, _STRETCH):
         stop = min(start + _STRETCH, tokens)
         reach = behind[: bisect_left(behind, stop)]
-        part = _on_diagonals(query[:stop], key[:stop], value[:stop], verticals, reach, start, softcap)
+        part = _on_diagonals(query[:stop], key[:stop], value[:stop], verticals, reach, start, scoring)
         seen = columns[: int(torch.searchsorted(columns, stop))]
         if len(seen):
             hidden = seen > torch.arange(start, stop, device=query.device)[:, None]
             rows = query[None, start:stop]
-            part = part.joined(Part.of(rows, key[None, seen], value[None, seen], hidden=hidden, softcap=softcap))
+            part = part.joined(Part.of(rows, key[None, seen], value[None, seen], scoring, hidden=hidden))
         parts.append(part.output()[0])
     return torch.cat(parts)
 
 
 def _on_diagonals(
-    query: Tensor, key: Tensor, value: Tensor, verticals: Tensor, behind: list[int], start: int, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, verticals: Tensor, behind: list[int], start: int, scoring: Scoring
 ) -> Part:
     """What the queries from `start` on get from the keys that lie `behind` them. No scores but these are computed: one
     diagonal is one product of two views, ten times faster than gathering its keys.
@@ -192,9 +180,7 @@ def _on_diagonals(
     scores = query.new_full((len(behind), stop - start), -torch.inf)  # [s, r]
     spans = [(max(back - start, 0), slice(max(start - back, 0), stop - back)) for back in behind]
     for line, (first, keys) in zip(scores, spans, strict=True):
-        line[first:] = (query[start + first :] * key[keys]).sum(dim=-1)
-        if softcap is not None:
-            line[first:].div_(softcap).tanh_().mul_(softcap)
+        line[first:] = scoring.cap((query[start + first :] * key[keys]).sum(dim=-1))
         line[first:].masked_fill_(verticals[keys], -torch.inf)  # a crossing belongs to its column
     highest = scores.amax(dim=0).clamp_min_(torch.finfo(scores.dtype).min)
     weights = scores.sub_(highest).exp_()
@@ -255,10 +241,9 @@ def block_attention(
     key: Tensor,
     value: Tensor,
     plan: _Blocks,
+    scoring: Scoring,
     *,
     sinks: bool,
-    scale: float,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention [h, n, dv] in which each block of queries sees its own block and the `top` - 1 before it whose mean
     keys have the largest products with its mean query; with `sinks` the first block is one of them.
@@ -272,9 +257,9 @@ def block_attention(
     owner = torch.arange(heads, device=query.device)[:, None] // groups
     for number, start in enumerate(range(0, tokens, size)):
         stop = min(start + size, tokens)
-        rows = query[:, start:stop].float() * scale
+        rows = query[:, start:stop].float() * scoring.scale
         ahead = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-        part = Part.of(rows, key[:, start:stop], value[:, start:stop], hidden=ahead, softcap=softcap)
+        part = Part.of(rows, key[:, start:stop], value[:, start:stop], scoring, hidden=ahead)
         if top > 1 and number:
             mean = rows.mean(dim=1).view(-1, groups, rows.shape[-1])  # [k, g, d]
             guess = torch.bmm(mean, means[:, :number].transpose(1, 2)).flatten(0, 1)  # [h, b]
@@ -282,7 +267,7 @@ def block_attention(
                 guess[:, 0] = torch.inf
             best = guess.argsort(dim=1, descending=True, stable=True)[:, : top - 1]  # [h, t]
             keys, values = (x[owner, best].flatten(1, 2) for x in blocks)  # [h, t * size, d]
-            part = part.joined(Part.of(rows, keys, values, softcap=softcap))
+            part = part.joined(Part.of(rows, keys, values, scoring))
         out[:, start:stop] = part.output()
     return out
 

@@ -17,6 +17,7 @@ from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import ROWS, Part
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -69,53 +70,39 @@ class CoreContext(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         shape = self._shape(query.shape[1])
-        if window is not None:
-            return windowed_attention(
-                query, key, value, scale=scale, window=window, softcap=softcap, at=at, entries=shape.entries
-            )
+        if scoring.window is not None:
+            return windowed_attention(query, key, value, scoring, at=at, entries=shape.entries)
         at.count(query.shape[0] * shape.entries)
         if shape.whole:
-            return causal_attention(query, key, value, scale=scale, softcap=softcap)
+            return causal_attention(query, key, value, scoring)
         return core_attention(
             query,
             key,
             value,
+            scoring,
             group=shape.group,
             window=shape.window,
             sinks=self.sinks,
             bias=math.log(shape.group) if self.weight == "group" else 0.0,
-            scale=scale,
-            softcap=softcap,
         )
 
     def begin(self, layer: LayerTrace, at: Pass) -> None:
         at.left[self.key, at.layer] = _Cores.none(layer.device, layer)
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
         shape = self._shape(at.tokens)
         cores = at.left.get((self.key, at.layer)) or _Cores.none(query.device)
         positions = at.positions.to(query.device)
         for start in range(0, query.shape[1], ROWS):
             stop = min(start + ROWS, query.shape[1])
-            rows, seen, at_row = query[:, start:stop].float() * scale, visible[:, start:stop], positions[start:stop]
+            rows = query[:, start:stop].float() * scoring.scale
+            seen, at_row = visible[:, start:stop], positions[start:stop]
             if self.whole:
                 at.count_seen(len(query), seen)
-                out[:, start:stop] = Seen.of(rows, held, seen, softcap=softcap).part().output()
+                out[:, start:stop] = Seen.of(rows, held, seen, scoring).part().output()
                 continue
             old = groups_behind(at_row, shape.group, shape.window, self.sinks)
             cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
@@ -125,14 +112,14 @@ class CoreContext(AttentionMethod):
             number = torch.div(held.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
             coarse = (held.positions >= self.sinks) & torch.isin(number, known)
             seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-            near = Seen.of(rows, held, seen, softcap=softcap)
+            near = Seen.of(rows, held, seen, scoring)
             cores = cores.grown(near, held, number, ends, last, query.dtype)
             at.count_seen(len(query), seen)
             part = near.part()
             hidden = cores.groups >= old[:, None]  # [r, m]
             if not bool(hidden.all()):
                 bias = cores.sizes.log() if self.weight == "group" else torch.zeros_like(cores.sizes)
-                part = part.joined(cores.part(rows, hidden, bias, softcap))
+                part = part.joined(cores.part(rows, hidden, bias, scoring))
                 at.count(len(query) * int((~hidden).sum()))
             out[:, start:stop] = part.output()
         at.left[self.key, at.layer] = cores
@@ -204,8 +191,7 @@ class _Cores(NamedTuple):
             sinks + self.ready * group,
             more,
             group,
-            layer.scale,
-            layer.softcap,
+            layer.scoring,
         )
         groups = torch.arange(self.ready, ready, device=layer.device)
         sizes = torch.full((layer.heads, more), float(group), device=layer.device)
@@ -243,13 +229,12 @@ class _Cores(NamedTuple):
             sizes=torch.cat([self.sizes, sizes], dim=1)[:, order],
         )
 
-    def part(self, rows: Tensor, hidden: Tensor, bias: Tensor, softcap: float | None) -> Part:
+    def part(self, rows: Tensor, hidden: Tensor, bias: Tensor, scoring: Scoring) -> Part:
         """What scaled rows [h, r, d] get from those not hidden [r, m]; bias [h, m] is added to their scores."""
         most = int((~hidden).any(dim=0).sum())  # those seen come first, for they ascend
         keys, values = self.keys[:, :most], self.values[:, :most]
         scores = torch.bmm(rows, keys.float().transpose(1, 2))  # [h, r, m]
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scoring.cap(scores)
         scores += bias[:, None, :most]
         return Part.weighing(scores.masked_fill_(hidden[:, :most], -torch.inf), values)
 
@@ -258,13 +243,12 @@ def core_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scoring: Scoring,
     *,
     group: int,
     window: int,
     sinks: int,
     bias: float,
-    scale: float,
-    softcap: float | None = None,
 ) -> Tensor:
     """Attention [h, n, dv] over the core tokens of old groups, what follows them, and the first `sinks` tokens.
 
@@ -273,24 +257,24 @@ def core_attention(
     tokens, device = query.shape[1], query.device
     out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=device)
     groups = split(tokens, group, window, sinks).groups
-    cores = core_tokens(query, key, value, sinks, groups, group, scale, softcap)
+    cores = core_tokens(query, key, value, sinks, groups, group, scoring)
     for start in range(0, tokens, ROWS):
         at_row = torch.arange(start, min(start + ROWS, tokens), device=device)
         stop = start + len(at_row)
-        rows = query[:, start:stop].float() * scale
+        rows = query[:, start:stop].float() * scoring.scale
         old = groups_behind(at_row, group, window, sinks)
         fresh = torch.where(old > 0, sinks + old * group, 0)  # the first token seen as it is, sinks apart
         low, most = int(fresh[0]), int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < fresh[:, None])
-        part = Part.of(rows, key[:, low:stop], value[:, low:stop], hidden=hidden, softcap=softcap)
+        part = Part.of(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
         if most:
             hidden = torch.arange(most, device=device) >= old[:, None]
-            seen = (x[:, :most] for x in cores)
-            part = part.joined(Part.of(rows, *seen, hidden=hidden, softcap=softcap, bias=bias))
+            keys, values = (x[:, :most] for x in cores)
+            part = part.joined(Part.of(rows, keys, values, scoring, hidden=hidden, bias=bias))
         if most and sinks:
             hidden = (old == 0)[:, None]  # seen as neighbours
-            part = part.joined(Part.of(rows, key[:, :sinks], value[:, :sinks], hidden=hidden, softcap=softcap))
+            part = part.joined(Part.of(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
         out[:, start:stop] = part.output()
     return out
 
@@ -302,19 +286,15 @@ def core_tokens(
     first: int,
     groups: int,
     group: int,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor]:
     """Keys [h, m, d] and values [h, m, dv] of the m groups that follow each other from position `first` on: their
     tokens' average, weighted by the attention that the group's last query gives to them.
     """
     span = slice(first, first + groups * group)
-    last = query[:, span].float()[:, group - 1 :: group] * scale  # [h, m, d]
+    last = query[:, span].float()[:, group - 1 :: group] * scoring.scale  # [h, m, d]
     last = last.unflatten(0, (key.shape[0], -1)).transpose(1, 2)  # [k, m, g, d]
     keys, values = (x[:, span].float().unflatten(1, (groups, group)) for x in (key, value))  # [k, m, c, d]
-    scores = last @ keys.transpose(2, 3)  # [k, m, g, c]
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    weights = scores.softmax(dim=-1)
+    weights = scoring.cap(last @ keys.transpose(2, 3)).softmax(dim=-1)  # [k, m, g, c]
     pooled = ((weights @ x).transpose(1, 2).flatten(0, 1) for x in (keys, values))
     return next(pooled), next(pooled)

@@ -14,6 +14,7 @@ from workbench.attention.distant_groups import groups_behind, split
 from workbench.core.partial_softmax import ROWS, Part
 from workbench.kv.stores.delta import deltas, restored
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -62,30 +63,15 @@ class DeltaAttention(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         shape, tokens = self._shape(query.shape[1]), query.shape[1]
-        if window is not None or shape.zeros <= 0 or shape.window >= tokens:
-            window = min(window or tokens, tokens)
-            return windowed_attention(
-                query, key, value, scale=scale, window=window, softcap=softcap, at=at, entries=shape.entries
-            )
-        out, computed = delta_attention(query, key, value, shape, scale=scale, softcap=softcap)
+        if scoring.window is not None or shape.zeros <= 0 or shape.window >= tokens:
+            return windowed_attention(query, key, value, scoring, at=at, entries=shape.entries)
+        out, computed = delta_attention(query, key, value, shape, scoring)
         at.count(computed)
         return out
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         shape, kv_heads = self._shape(at.tokens), len(held.keys)
         groups = len(query) // kv_heads
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
@@ -102,8 +88,8 @@ class DeltaAttention(AttentionMethod):
                 place = (some * torch.arange(some.shape[1], device=some.device)).amax(dim=1)  # each query's own
                 old = torch.zeros_like(place) if exact else groups_behind(place, shape.group, shape.window)
                 left = _brought_up(left, keys, where, int(old.amax()), shape)
-                rows = query[own, start : start + ROWS].float() * scale
-                part, computed = _over(rows, keys, values, some, old, left, shape.group, softcap)
+                rows = query[own, start : start + ROWS].float() * scoring.scale
+                part, computed = _over(rows, keys, values, some, old, left, shape.group, scoring)
                 at.count(computed)
                 out[own, start : start + ROWS] = part.output()
             if left:
@@ -161,9 +147,7 @@ def _halves(first: int, last: int) -> list[int]:
     return [first] if first <= last else [first, *_halves(first // 2, last)]
 
 
-def delta_attention(
-    query: Tensor, key: Tensor, value: Tensor, shape: _Shape, *, scale: float, softcap: float | None = None
-) -> tuple[Tensor, int]:
+def delta_attention(query: Tensor, key: Tensor, value: Tensor, shape: _Shape, scoring: Scoring) -> tuple[Tensor, int]:
     """Attention [h, n, dv] of query [h, n, d] over key [k, n, d], value [k, n, dv], and the entries computed."""
     heads, tokens, width = query.shape
     device, groups = query.device, heads // key.shape[0]
@@ -173,18 +157,16 @@ def delta_attention(
     for start in range(0, tokens, ROWS):
         at_row = torch.arange(start, min(start + ROWS, tokens), device=device)
         stop = start + len(at_row)
-        rows = query[:, start:stop].float() * scale
+        rows = query[:, start:stop].float() * scoring.scale
         old = groups_behind(at_row, shape.group, shape.window)
         low, most = int(old[0]) * shape.group, int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < old[:, None] * shape.group)
-        part = Part.of(rows, key[:, low:stop], value[:, low:stop], hidden=hidden, softcap=softcap)
+        part = Part.of(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
         if most:
             by_group = rows.reshape(len(changes), -1, width)  # [k, g * r, d]
             scores = torch.stack([_sums(x, held, most) for x, held in zip(by_group, changes, strict=True)])
-            scores = scores.view(heads, len(at_row), -1)
-            if softcap is not None:
-                scores.div_(softcap).tanh_().mul_(softcap)
+            scores = scoring.cap(scores.view(heads, len(at_row), -1))
             scores.masked_fill_(torch.arange(scores.shape[-1], device=device) >= old[:, None] * shape.group, -torch.inf)
             part = part.joined(Part.weighing(scores, value[:, : most * shape.group]))
             products += groups * sum(int(c.products[old].sum()) for c in changes)
@@ -295,7 +277,7 @@ def _over(
     old: Tensor,
     left: tuple[_Left, ...],
     group: int,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> tuple[Part, int]:
     """What scaled rows [g, r, d] get from one KV head's float32 keys [c, d] and values [c, dv] by position, where seen
     [r, c], the first old [r] groups by their differences; and how many entries that takes.
@@ -303,15 +285,13 @@ def _over(
     heads, number, width = rows.shape
     low, most = int(old.amin()) * group, int(old.amax()) * group
     fine = seen[:, low:] & (torch.arange(low, len(keys), device=keys.device) >= old[:, None] * group)
-    part = Part.of(rows, keys[None, low:], values[None, low:], hidden=~fine, softcap=softcap)
+    part = Part.of(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine)
     computed = heads * int(fine.sum())
     if not most:
         return part, computed
     changes = [some.changes(group) for some in left]
     scores = torch.cat([_sums(rows.flatten(0, 1), some, len(some.products) - 1) for some in changes], dim=1)
-    scores = scores.view(heads, number, -1)[..., :most]
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+    scores = scoring.cap(scores.view(heads, number, -1)[..., :most])
     coarse = seen[:, :most] & (torch.arange(most, device=keys.device) < old[:, None] * group)
     part = part.joined(Part.weighing(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
     each = torch.cat([some.products.diff() for some in changes])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -43,18 +44,8 @@ class LMul(AttentionMethod):
 
     mantissa: Literal[2, 3, 4, 5, 6, 7, 10, 23] = param(7, unit="bits", help="of each number, the leading one apart")
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
-        tokens = query.shape[1]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+        tokens, window = query.shape[1], scoring.window
         at.count(query.shape[0] * visible_entries(tokens, window))
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         keys, values = (number_bits(x, self.mantissa) for x in (key, value))
@@ -66,26 +57,22 @@ class LMul(AttentionMethod):
             seen = at_key <= at_row
             if window is not None:
                 seen &= at_key > at_row - window
-            rows = query[:, start:stop].float() * scale
-            out[:, start:stop] = self._attend(rows, keys[:, low:stop], values[:, low:stop], seen, softcap)
+            rows = query[:, start:stop].float() * scoring.scale
+            out[:, start:stop] = self._attend(rows, keys[:, low:stop], values[:, low:stop], seen, scoring)
         return out
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         at.count_seen(len(query), visible)
         keys, values = (number_bits(x, self.mantissa) for x in (held.keys, held.values))
         seen = visible.repeat_interleave(query.shape[0] // len(keys), dim=0)  # [h, q, m]
-        return self._attend(query.float() * scale, keys, values, seen, softcap).to(query.dtype)
+        return self._attend(query.float() * scoring.scale, keys, values, seen, scoring).to(query.dtype)
 
-    def _attend(self, rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
+    def _attend(self, rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scoring: Scoring) -> Tensor:
         """The output [h, r, dv] of scaled float32 rows [h, r, d] over bits of keys [k, c, d] and values [k, c, dv]."""
         groups = rows.shape[0] // keys.shape[0]
         bits = number_bits(rows, self.mantissa).unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * r, d]
         scores = dots(bits, keys, self.mantissa).unflatten(1, (groups, -1)).flatten(0, 1)  # [h, r, c]
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        weights = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1)
+        weights = scoring.cap(scores).masked_fill_(~seen, -torch.inf).softmax(dim=-1)
         bits = number_bits(weights, self.mantissa).unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * r, c]
         mixed = dots(bits, values.transpose(1, 2).contiguous(), self.mantissa)
         return mixed.unflatten(1, (groups, -1)).flatten(0, 1)

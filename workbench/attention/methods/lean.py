@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod, Pass
 from workbench.core.partial_softmax import Part
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -42,12 +43,10 @@ class Lean(AttentionMethod):
     workers: int = param(8, ge=1, le=4096, help="how many share the work: thread blocks of a GPU")
     tile: int = param(256, ge=1, le=65536, unit="tokens", help="the smallest piece of work")
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         at.count_seen(len(query), visible)
         heads, tokens, _ = held.keys.shape
-        rows = query.float() * scale  # [h, q, d]
+        rows = query.float() * scoring.scale  # [h, q, d]
         groups = len(query) // heads
         done: list[Part | None] = [None] * heads
         for run in schedule(heads, tokens, self.tile, self.workers):
@@ -56,8 +55,8 @@ class Lean(AttentionMethod):
                     rows[head * groups : (head + 1) * groups],
                     held.keys[head, None, start:stop],
                     held.values[head, None, start:stop],
+                    scoring,
                     hidden=~visible[head, :, start:stop],
-                    softcap=softcap,
                 )
                 before = done[head]
                 done[head] = part if before is None else before.joined(part)

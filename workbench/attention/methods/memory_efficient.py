@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 
 @register
@@ -25,25 +26,13 @@ class MemoryEfficient(AttentionMethod):
     query_chunk: int = param(128, ge=1, le=65536, unit="tokens", help="queries computed together")
     key_chunk: int = param(256, ge=1, le=65536, unit="tokens", help="keys that they look at in one step")
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
-        at.count(query.shape[0] * visible_entries(query.shape[1], window))
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+        at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return chunked_attention(
             query,
             key,
             value,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            scoring,
             query_chunk=self.query_chunk,
             key_chunk=self.key_chunk,
         )
@@ -53,10 +42,8 @@ def chunked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     query_chunk: int = 128,
     key_chunk: int = 256,
 ) -> Tensor:
@@ -68,15 +55,17 @@ def chunked_attention(
     out = torch.empty(heads, tokens, value.shape[-1], dtype=query.dtype, device=query.device)
     for start in range(0, tokens, query_chunk):
         stop = min(start + query_chunk, tokens)
-        rows = query[:, start:stop].unflatten(0, (key.shape[0], -1)).float() * scale  # [k, g, q, d]
+        rows = query[:, start:stop].unflatten(0, (key.shape[0], -1)).float() * scoring.scale  # [k, g, q, d]
         highest = rows.new_full((*rows.shape[:3], 1), torch.finfo(rows.dtype).min)  # finite: exp(-inf - highest) is 0
         total = torch.zeros_like(highest)
         mixed = rows.new_zeros(*rows.shape[:3], value.shape[-1])
-        first = 0 if window is None else max(0, start - window + 1)  # the first key that the first query sees
+        first = (
+            0 if scoring.window is None else max(0, start - scoring.window + 1)
+        )  # the first that the first query sees
         for low in range(first, stop, key_chunk):
             high = min(low + key_chunk, stop)
-            scores = _scores(rows, key[:, low:high], softcap)  # [k, g, q, c]
-            _hide_unseen(scores, start, low, window)
+            scores = _scores(rows, key[:, low:high], scoring)  # [k, g, q, c]
+            _hide_unseen(scores, start, low, scoring.window)
             higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
             weights = scores.sub_(higher).exp_()
             fade = (highest - higher).exp_()  # what was summed up so far, measured by the new maximum
@@ -87,10 +76,9 @@ def chunked_attention(
     return out
 
 
-def _scores(rows: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
+def _scores(rows: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
     """Scaled rows [k, g, q, d] times keys [k, c, d]: [k, g, q, c]. One product a KV head, its keys read once."""
-    scores = torch.bmm(rows.flatten(1, 2), keys.float().transpose(1, 2)).unflatten(1, rows.shape[1:3])
-    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+    return scoring.cap(torch.bmm(rows.flatten(1, 2), keys.float().transpose(1, 2)).unflatten(1, rows.shape[1:3]))
 
 
 def _mix(weights: Tensor, values: Tensor) -> Tensor:

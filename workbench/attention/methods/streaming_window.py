@@ -12,6 +12,7 @@ from workbench.attention.base import AttentionMethod, Pass, visible_entries
 from workbench.attention.store_entries import Seen
 from workbench.core.partial_softmax import ROWS, Part
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -49,9 +50,7 @@ class StreamingWindow(AttentionMethod):
         sinks = min(self.sinks, width - 1)
         return sinks, width - sinks
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         if not self.whole:
             sinks, width = self.widths(at.tokens)
             where = held.positions[:, None]  # [k or 1, 1, m]
@@ -59,51 +58,38 @@ class StreamingWindow(AttentionMethod):
         at.count_seen(len(query), visible)
         out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
         for start in range(0, query.shape[1], ROWS):
-            rows = query[:, start : start + ROWS].float() * scale
-            near = Seen.of(rows, held, visible[:, start : start + ROWS], softcap=softcap)
+            rows = query[:, start : start + ROWS].float() * scoring.scale
+            near = Seen.of(rows, held, visible[:, start : start + ROWS], scoring)
             out[:, start : start + ROWS] = near.part().output()
         return out
 
     def entries(self, tokens: int, layers: int) -> int:
         return layers * visible_entries(tokens, sum(self.widths(tokens)))  # each query sees sinks + window positions
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         tokens = query.shape[1]
         sinks, width = self.widths(tokens)
         entries = visible_entries(tokens, sinks + width)
-        if window is not None or sinks + width >= tokens:
-            window = min(window or tokens, tokens)
-            return windowed_attention(
-                query, key, value, scale=scale, window=window, softcap=softcap, at=at, entries=entries
-            )
+        if scoring.window is not None or sinks + width >= tokens:
+            return windowed_attention(query, key, value, scoring, at=at, entries=entries)
         at.count(query.shape[0] * entries)
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         for start in range(0, tokens, ROWS):
             stop = min(start + ROWS, tokens)
             low = max(0, start - width + 1)
-            rows = query[:, start:stop].float() * scale
+            rows = query[:, start:stop].float() * scoring.scale
             at_row = torch.arange(start, stop, device=query.device)[:, None]
             near = torch.arange(low, stop, device=query.device)
             part = Part.of(
                 rows,
                 key[:, low:stop],
                 value[:, low:stop],
+                scoring,
                 hidden=(near > at_row) | (near <= at_row - width),
-                softcap=softcap,
             )
             far = min(sinks, stop - width)  # first tokens that have left some query's window
             if far > 0:
                 hidden = torch.arange(far, device=query.device) > at_row - width
-                part = part.joined(Part.of(rows, key[:, :far], value[:, :far], hidden=hidden, softcap=softcap))
+                part = part.joined(Part.of(rows, key[:, :far], value[:, :far], scoring, hidden=hidden))
             out[:, start:stop] = part.output()
         return out

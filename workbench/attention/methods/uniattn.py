@@ -13,6 +13,8 @@ from workbench.core.attention_rows import row_blocks
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import NotApplicable
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
+from workbench_kernels.softmax import attention_weights
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Contents
@@ -68,40 +70,28 @@ class UniAttn(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return (layers - self._reusing(layers)) * visible_entries(tokens)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        at: Pass,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         anchor = self.anchor(at.layer, at.layers)
         if anchor != at.layer:
             out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
             for block in at.left[_SHARED]:
-                weights = _within(block, window)
+                weights = _within(block, scoring.window)
                 out[:, block.rows] = _mixed(weights, value[:, block.keys])
             if not self._serves(anchor, at.layer + 1, at.layers):
                 del at.left[_SHARED]
             return out
-        at.count(query.shape[0] * visible_entries(query.shape[1], window))
+        at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         if not self._serves(anchor, anchor + 1, at.layers):
-            return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
-        self._check_room(query, value, window)
+            return causal_attention(query, key, value, scoring)
+        self._check_room(query, value, scoring.window)
         out, kept = torch.empty_like(query[..., :1].expand(-1, -1, value.shape[-1])), []
-        for rows, keys, probs in row_blocks(query, key, scale=scale, window=window, softcap=softcap):
+        for rows, keys, probs in row_blocks(query, key, scoring):
             kept.append(_Weights(rows, keys, probs.to(value.dtype)))
             out[:, rows] = _mixed(kept[-1].weights, value[:, keys])
         at.left[_SHARED] = kept
         return out
 
-    def decode(
-        self, query: Tensor, held: Contents, visible: Tensor, *, scale: float, softcap: float | None, at: Pass
-    ) -> Tensor:
+    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
         anchor = self.anchor(at.layer, at.layers)
         groups = query.shape[0] // len(held.keys)
         seen = visible.repeat_interleave(groups, dim=0)  # [h, q, m]
@@ -113,10 +103,7 @@ class UniAttn(AttentionMethod):
             at.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
             scores = torch.bmm(rows, held.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
-            scores *= scale
-            if softcap is not None:
-                scores.div_(softcap).tanh_().mul_(softcap)
-            weights = scores.masked_fill_(~seen, -torch.inf).softmax(dim=-1)
+            weights = attention_weights(scores, scoring, seen)
             at.left[_SHARED] = _Step(at.layer, weights, held.positions)
         return _mixed(weights.to(held.values.dtype), held.values).to(query.dtype)
 

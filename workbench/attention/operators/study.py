@@ -82,11 +82,9 @@ def study(
     )
     exact = pooled_map(
         *_one_head(layer, head)[:2],
-        scale=layer.scale,
+        layer.scoring,
         pixels=pixels,
         pooling=pooling,
-        window=layer.window,
-        softcap=layer.softcap,
         rows=rows,
         cols=cols,
         progress=progress,
@@ -149,7 +147,7 @@ def _one_head(layer: LayerTrace, head: int) -> tuple[Tensor, Tensor, Tensor]:
 def _errors(operator: Operator, layer: LayerTrace, head: int) -> tuple[float, float]:
     """The relative error of one head's output, and the sine of the angle between both outputs."""
     query, key, value = (x[None].float() for x in _one_head(layer, head))
-    want = causal_attention(query, key, value, scale=layer.scale, window=layer.window, softcap=layer.softcap)
+    want = causal_attention(query, key, value, layer.scoring)
     got = operator.for_head(head, layer.heads).apply(query, key, value, layer.scale)
     cosine = torch.nn.functional.cosine_similarity(want.flatten().double(), got.flatten().double(), dim=0)
     return float(output_error(want, got)), float((1 - cosine.square()).clamp(0, 1).sqrt())

@@ -15,8 +15,9 @@ from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Store, for_kernel
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
-from workbench_kernels.building import Kept, expand_rows, kept, sparse_rows
+from workbench_kernels.building import expand_rows, kept, sparse_rows
 from workbench_kernels.decode_bitmap import decode_bitmap
+from workbench_kernels.kept import Kept
 from workbench_kernels.rows import SparseRows as KernelRows
 
 
@@ -44,8 +45,8 @@ class SparseRows:
 
     def append(self, x: Tensor) -> None:
         """Prune and add x [k, q, d]."""
-        held = self.numbers.data
-        numbers, bitmap = sparse_rows(x, held.shape[1], held.dtype)
+        stored = self.numbers.data
+        numbers, bitmap = sparse_rows(x, stored.shape[1], stored.dtype)
         self.numbers.append(numbers.view(*x.shape[:2], -1))
         self.bitmap.append(bitmap.view(*x.shape[:2], -1))
 
@@ -136,17 +137,15 @@ class BitmapStore(PositionedStore):
             joined(self.values.bitmap, self.value_tail, self.values.expanded(dtype)),
         )
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
-        if not fits or window is not None:
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
+        if not fits or scoring.window is not None:
             return None
         return decode_bitmap(
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            Scoring(scale, softcap=softcap),
+            scoring,
             query_positions=asked,
             positions=self._ragged_positions,
         )[0]

@@ -13,6 +13,8 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.tiered import TieredStore
+from workbench_kernels import Scoring
+from workbench_kernels.softmax import attention_weights
 
 _TOGETHER = 128  # queries that look up blocks together: bounds what scores take for a long question
 
@@ -71,12 +73,12 @@ class BlockStore(TieredStore):
 
     def _move_out(self, count: int) -> None:
         """Move the oldest `count` blocks behind the sinks to host memory."""
-        held, received = self.near.contents(self.means.data.dtype), self.near.eviction_state
+        near, received = self.near.contents(self.means.data.dtype), self.near.eviction_state
         assert received is not None
-        positions = held.positions[0].long()
+        positions = near.positions[0].long()
         slots = positions.argsort()[self.sinks : self.sinks + count * self.block]  # [e], oldest first
-        keys, where, heads = held.keys[:, slots], positions[slots], held.keys.shape[0]
-        self.far.append(keys, held.values[:, slots], where.expand(heads, -1))
+        keys, where, heads = near.keys[:, slots], positions[slots], near.keys.shape[0]
+        self.far.append(keys, near.values[:, slots], where.expand(heads, -1))
         flat = self.rotation.turned_back(keys, where).unflatten(1, (count, self.block))  # [k, c, block, d]
         most = received[:, slots].unflatten(1, (count, self.block)).topk(self.representatives, dim=2).indices
         means = flat.gather(2, most[..., None].expand(*most.shape, flat.shape[-1])).mean(dim=2)
@@ -87,19 +89,12 @@ class BlockStore(TieredStore):
         self.near.reserve(max(min(tokens, self.room - self.near.longest), 0))
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         parts = zip(query.split(_TOGETHER, dim=1), query_positions.split(_TOGETHER), strict=True)
-        return torch.cat([self._pass(part, at, scale, softcap) for part, at in parts], dim=1), None
+        return torch.cat([self._pass(part, at, scoring) for part, at in parts], dim=1), None
 
-    def _pass(self, query: Tensor, at: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _pass(self, query: Tensor, at: Tensor, scoring: Scoring) -> Tensor:
         near = self.near.contents(torch.float32)
         kv_heads = near.keys.shape[0]
         keys, values, positions = near.keys, near.values, near.positions[0].long()
@@ -114,17 +109,14 @@ class BlockStore(TieredStore):
             values = torch.cat([values, far_values.float()], dim=1)
             positions = torch.cat([positions, far_positions[0]])
         behind = at[:, None] - positions  # [q, m]
-        scores = grouped @ keys[:, None].transpose(2, 3)  # [k, g, q, m]
+        products = grouped @ keys[:, None].transpose(2, 3)  # [k, g, q, m]
         clipped = (behind[-1] >= self.window).nonzero()[:, 0]
         if clipped.numel():
             flat = self.rotation.turned_back(keys[:, clipped], positions[clipped])
-            scores[..., clipped] = torch.where(
-                behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), scores[..., clipped]
+            products[..., clipped] = torch.where(
+                behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), products[..., clipped]
             )
-        scores *= scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        rows = scores.masked_fill_(behind < 0, -torch.inf).softmax(dim=-1)
+        rows = attention_weights(products, scoring, behind >= 0)
         received, count = self.near.eviction_state, near.keys.shape[1]
         assert received is not None
         inside = (behind[:, :count] < self.window).float()
@@ -133,10 +125,10 @@ class BlockStore(TieredStore):
 
     def find(self, distant: Tensor) -> Tensor:
         """The slots in host memory of the blocks for queries [k, g, q, d] at position `window`, int64 [e]."""
-        held = self.means.longest
+        count = self.means.longest
         query = distant.mean(dim=2).sum(dim=1)  # [k, d]
         relevance = torch.einsum("kd,kbd->b", query, self.means.view().float())
-        best = relevance.topk(min(self.blocks, held)).indices.sort().values
+        best = relevance.topk(min(self.blocks, count)).indices.sort().values
         return (best[:, None] * self.block + torch.arange(self.block, device=best.device)).flatten()
 
     def index(self) -> list[Tensor]:

@@ -79,7 +79,8 @@ def query_factor(queries: Tensor) -> Tensor:
     moment = torch.where(size > 0, moment / size.clamp_min(1e-300), 0)
     more = 1e-6 * moment.amax(dim=(1, 2), keepdim=True).clamp_min(1)
     width = moment.shape[1]
-    return torch.linalg.cholesky(moment + more * torch.eye(width, device=moment.device).double()).float()
+    factor: Tensor = torch.linalg.cholesky(moment + more * torch.eye(width, device=moment.device).double())
+    return factor.float()
 
 
 def k_means(x: Tensor, count: int) -> Tensor:
@@ -93,19 +94,19 @@ def k_means(x: Tensor, count: int) -> Tensor:
     for _ in range(_ROUNDS):
         best = _apart(x, centres).min(dim=2)
         sums = torch.zeros_like(centres).scatter_add_(1, best.indices[..., None].expand(-1, -1, width), x)
-        held = torch.zeros(heads, count, device=x.device).scatter_add_(1, best.indices, torch.ones_like(lengths))
-        empty = held == 0
+        sizes = torch.zeros(heads, count, device=x.device).scatter_add_(1, best.indices, torch.ones_like(lengths))
+        empty = sizes == 0
         furthest = (best.values + lengths).topk(count, dim=1).indices  # [k, count]
         instead = furthest.gather(1, (empty.cumsum(dim=1) - 1).clamp_min(0))
         moved = x.gather(1, instead[..., None].expand(-1, -1, width))
-        centres = torch.where(empty[..., None], moved, sums / held.clamp_min(1)[..., None])
+        centres = torch.where(empty[..., None], moved, sums / sizes.clamp_min(1)[..., None])
     return centres
 
 
 def nearest(keys: Tensor, entries: Tensor, factor: Tensor) -> Tensor:
     """For keys [k, e, d] the number of the entry [k, c, d] nearest in the metric of factor [k, d, d], [k, e]."""
-    found = _apart(keys @ factor, entries.float() @ factor).argmin(dim=2)
-    return found.to(Codebook.code_dtype(entries.shape[1]))
+    codes = _apart(keys @ factor, entries.float() @ factor).argmin(dim=2)
+    return codes.to(Codebook.code_dtype(entries.shape[1]))
 
 
 def _apart(x: Tensor, centres: Tensor) -> Tensor:

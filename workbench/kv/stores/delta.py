@@ -215,20 +215,20 @@ def deltas(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     threshold = _thresholds(steps, count)
     moved = _moved(steps, threshold).permute(1, 2, 0)  # [b, d, g - 1]
     bits = moved.flatten(1)
-    held = torch.cat([torch.ones_like(moved[..., :1]), moved], dim=-1).flatten(1)
-    place = held.cumsum(dim=1) - 1
+    stored = torch.cat([torch.ones_like(moved[..., :1]), moved], dim=-1).flatten(1)
+    place = stored.cumsum(dim=1) - 1
     numbers = x.new_zeros(blocks, width + count + 1)  # the last takes what is not held
-    numbers.scatter_(1, place.masked_fill_(~held, width + count), x.transpose(1, 2).flatten(1))
+    numbers.scatter_(1, place.masked_fill_(~stored, width + count), x.transpose(1, 2).flatten(1))
     return numbers[:, :-1].clone(), pack(bits.to(torch.uint8), 1), threshold
 
 
 def restored(numbers: Tensor, bits: Tensor, width: int, group: int) -> Tensor:
     """What numbers [b, d + count] and bits of `deltas` stand for, [b, g, d]."""
     moved = unpack(bits, 1, width * (group - 1)).view(-1, width, group - 1)
-    held = torch.nn.functional.pad(moved, (1, 0), value=1)
+    stored = torch.nn.functional.pad(moved, (1, 0), value=1)
     # Every set bit is one number further: a channel that did not move stays at its last one. (Rows that hold nothing
     # may have any bits.)
-    place = held.flatten(1).cumsum(dim=1).sub_(1).clamp_max_(numbers.shape[1] - 1)
+    place = stored.flatten(1).cumsum(dim=1).sub_(1).clamp_max_(numbers.shape[1] - 1)
     return numbers.gather(1, place).view(-1, width, group).transpose(1, 2)
 
 

@@ -167,17 +167,15 @@ class DenseStore(PositionedStore):
         self.values.grow(positions.numel())
         self._append_positions(positions)
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.keys.data, query_positions, window)
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.keys.data, query_positions, scoring.window)
         if not fits:
             return None
         return decode_dense(
             query,
             self.keys.ragged(),
             self.values.ragged(),
-            Scoring(scale, window, softcap),
+            scoring,
             query_positions=asked,
             positions=self._ragged_positions,
         )[0]
@@ -251,9 +249,9 @@ class SlidingStore(Store):
 
     def _cut(self, begin: int) -> bool:
         """Forget the positions before `begin`; whether there were any."""
-        held = self.keys.shape[1]
+        count = self.keys.shape[1]
         if self._scattered is None:
-            first = min(max(begin - (self.end - held), 0), held)
+            first = min(max(begin - (self.end - count), 0), count)
         else:
             first = int((self._scattered < begin).sum())
             rest = self._scattered[first:]
@@ -273,8 +271,8 @@ class SlidingStore(Store):
         return Contents(self.keys.to(dtype), self.values.to(dtype), self._positions[None], None)
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        held = [self.keys, self.values] if self._scattered is None else [self.keys, self.values, self._scattered]
-        return {_name(self.keys.dtype): held}
+        tensors = [self.keys, self.values] if self._scattered is None else [self.keys, self.values, self._scattered]
+        return {_name(self.keys.dtype): tensors}
 
     def clone(self) -> Self:
         scattered = None if self._scattered is None else self._scattered.clone()

@@ -71,15 +71,15 @@ class EightBitOffloadStore(OffloadStore):
         super().append(to_bytes(keys), to_bytes(values), positions)
 
     def near_contents(self, dtype: torch.dtype) -> Contents:
-        held = self.near.contents(torch.uint8)
-        return replace(held, keys=to_numbers(held.keys, dtype), values=to_numbers(held.values, dtype))
+        near = self.near.contents(torch.uint8)
+        return replace(near, keys=to_numbers(near.keys, dtype), values=to_numbers(near.values, dtype))
 
     def as_numbers(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         return to_numbers(rows, dtype)
 
     def contents(self, dtype: torch.dtype) -> Contents:
-        held = super().contents(torch.uint8)
-        return replace(held, keys=to_numbers(held.keys, dtype), values=to_numbers(held.values, dtype))
+        rows = super().contents(torch.uint8)
+        return replace(rows, keys=to_numbers(rows.keys, dtype), values=to_numbers(rows.values, dtype))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return _named(super().tensors())
@@ -104,5 +104,5 @@ def _entry_nbytes(shape: Shape) -> int:
     return shape.key_width + shape.value_width + 2 * _EXTRA
 
 
-def _named(held: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    return {NAME if name == "uint8" else name: tensors for name, tensors in held.items()}
+def _named(by_precision: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {NAME if name == "uint8" else name: tensors for name, tensors in by_precision.items()}

@@ -15,7 +15,7 @@ from workbench.kv.stores.mixed import MixedStore
 from workbench.kv.stores.packed import WHOLE, PackedStore, packed_length
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
-from workbench_kernels.building import Axis
+from workbench_kernels.rows import Axis
 
 INDEX_BYTES = 4  # positions, starts and lengths are int32, the numbers of an eviction state float32
 _BALANCE_BYTES = 2  # float16

@@ -31,8 +31,8 @@ class ChannelRows:
         for head, length in enumerate(lengths.tolist()):
             if length:
                 rows = slice(begin, begin + length)
-                found, scale[head], zero[head] = quantise(x[rows].T, bits)
-                codes[rows] = found.T
+                quantised, scale[head], zero[head] = quantise(x[rows].T, bits)
+                codes[rows] = quantised.T
             begin += length
         return cls(Rows(pack(codes, bits), heads, lengths), scale, zero, bits)
 

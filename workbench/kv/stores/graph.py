@@ -46,8 +46,8 @@ class Graph:
         """
         heads, count, _ = keys.shape
         real = torch.arange(count) < lengths[:, None]  # [k, m]
-        found = (guides @ keys.transpose(1, 2)).masked_fill_(~real[:, None], -torch.inf)
-        near = found.topk(min(neighbours, count), dim=-1)
+        products = (guides @ keys.transpose(1, 2)).masked_fill_(~real[:, None], -torch.inf)
+        near = products.topk(min(neighbours, count), dim=-1)
         lists, sound = near.indices, near.values > -torch.inf  # [k, t, c]
         links = _projected(lists, sound, count, degree - _ADJACENT)
         before = torch.arange(-1, count - 1).expand(heads, -1)
@@ -86,7 +86,7 @@ class Graph:
         seen[:, count] = True
         turn = torch.empty(len(head), count + 1, dtype=torch.int64)
         best = torch.full((len(head), beam), -torch.inf)
-        held = torch.full((len(head), beam), count)
+        beamed = torch.full((len(head), beam), count)
         unfollowed = torch.zeros(len(head), beam, dtype=torch.bool)
         new = self._numbers(self.entries[head[:, 0]])
         while True:
@@ -96,18 +96,18 @@ class Graph:
             seen.scatter_(1, new, True)
             scores = (self.keys[head, new.clamp_max(count - 1)] @ flat)[..., 0].masked_fill_(~fresh, -torch.inf)
             top = torch.cat([best, scores], dim=1).topk(beam, dim=1)
-            best, held = top.values, torch.cat([held, new], dim=1).gather(1, top.indices)
+            best, beamed = top.values, torch.cat([beamed, new], dim=1).gather(1, top.indices)
             unfollowed = torch.cat([unfollowed, fresh], dim=1).gather(1, top.indices)
             follow = best.masked_fill(~unfollowed, -torch.inf).topk(together, dim=1)
             going = follow.values > -torch.inf
             if not bool(going.any()):
                 break
             unfollowed.scatter_(1, follow.indices, False)
-            links = self.links[head, held.gather(1, follow.indices).clamp_max(count - 1)]  # [k * b, a, r]
+            links = self.links[head, beamed.gather(1, follow.indices).clamp_max(count - 1)]  # [k * b, a, r]
             new = self._numbers(links.masked_fill(~going[..., None], -1).flatten(1))
         wanted = min(wanted, count)
         return Found(
-            held[:, :wanted].view(heads, each, wanted),
+            beamed[:, :wanted].view(heads, each, wanted),
             best[:, :wanted].view(heads, each, wanted),
             seen[:, :-1].sum(dim=1).view(heads, each),
         )

@@ -11,9 +11,9 @@ def united(slots: Tensor, counts: Tensor, queries: int) -> tuple[Tensor, Tensor]
 
     slots int64 [k, g * q, c] and which of them count, bool; returns slots [k, q, g * c] and which of those count.
     """
-    heads, _, found = slots.shape
+    heads, _, each = slots.shape
     none = torch.iinfo(slots.dtype).max
-    slots = slots.masked_fill(~counts, none).view(heads, -1, queries, found)
+    slots = slots.masked_fill(~counts, none).view(heads, -1, queries, each)
     slots = slots.transpose(1, 2).flatten(2).sort(dim=2).values  # [k, q, g * c]
     counts = slots < none
     counts[..., 1:] &= slots[..., 1:] != slots[..., :-1]

@@ -86,14 +86,7 @@ class HostValuesStore(OffloadStore):
         self.fetch = fetch
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         near, far = self.near.contents(query.dtype), self.retriever
         count = near.keys.shape[1]
@@ -105,8 +98,8 @@ class HostValuesStore(OffloadStore):
                 part,
                 keys,
                 keys[..., :0],  # the values are not all here
-                Scoring(scale, window, softcap),
-                visible=seen_by(at, positions, valid, window),
+                scoring,
+                visible=seen_by(at, positions, valid, scoring.window),
                 weights=True,
             )
             assert rows is not None  # [k, g, q, m]
@@ -134,9 +127,9 @@ class HostValuesStore(OffloadStore):
         return joined_slots(parts, self.kv_heads, self.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        held = self.near.tensors()
-        name = next(iter(held))
-        return {name: [*held[name], *self.retriever.tensors()]}
+        tensors = self.near.tensors()
+        name = next(iter(tensors))
+        return {name: [*tensors[name], *self.retriever.tensors()]}
 
     def clone(self) -> Self:
         parts = self.near.clone(), self.far.clone(), self.retriever.clone()

@@ -70,15 +70,15 @@ class LevelStore(TieredStore):
 
     def _move_out(self) -> None:
         """Leave of the oldest whole chunk its marks and means."""
-        held = self.near.contents(self.keys.data.dtype)
+        near = self.near.contents(self.keys.data.dtype)
         start = self.coarse * self.chunk + self.marks
-        positions = held.positions[0].long()
+        positions = near.positions[0].long()
         order = positions.argsort()
         positions = positions[order]
         slots = order[(positions >= start) & (positions < start + self.chunk - self.marks)]  # [e]
-        heads = held.keys.shape[0]
-        self.far.append(held.keys[:, slots], held.values[:, slots], held.positions[0, slots].expand(heads, -1))
-        for rows, of in ((self.keys, held.keys), (self.values, held.values)):
+        heads = near.keys.shape[0]
+        self.far.append(near.keys[:, slots], near.values[:, slots], near.positions[0, slots].expand(heads, -1))
+        for rows, of in ((self.keys, near.keys), (self.values, near.values)):
             means = torch.stack([part.float().mean(dim=1) for part in of[:, slots].split(self.pool, dim=1)], dim=1)
             rows.append(means.to(rows.data.dtype), block=self.means)
         self.near.evict(slots.expand(heads, -1))
@@ -88,16 +88,8 @@ class LevelStore(TieredStore):
         self.near.reserve(max(min(tokens, self.room - self.near.longest), 0) if self.reading else tokens)
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        scoring = Scoring(scale, window, softcap)
         near = self.near.contents(query.dtype)
         positions = near.positions[0].long()
         at = query_positions.to(positions.device)

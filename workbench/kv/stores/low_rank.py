@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,9 +19,10 @@ from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode import decode_dense
-from workbench_kernels.decode_lowrank import LOW, Turns, decode_lowrank
+from workbench_kernels.decode_lowrank import decode_lowrank
 from workbench_kernels.dispatch import on_gpu
-from workbench_kernels.softmax import merge_states
+from workbench_kernels.rotary import LOW, RotaryTable
+from workbench_kernels.softmax import attention_weights, merge_states
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 _SCALE_BYTES = 4  # a float16 scale and a float16 zero
@@ -51,19 +51,15 @@ class Ranks(NamedTuple):
     values: int
 
 
-# The spaces of each layer that was read, with and without its queries, for as long as the reading lives.
-_spaces: WeakKeyDictionary[LayerTrace, dict[bool, Spaces]] = WeakKeyDictionary()
-
-
 def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
-    """The spaces of a layer, found on all that was read of the prompt, and remembered.
+    """The spaces of a layer, found on all that was read of the prompt, and remembered with it.
 
     By singular value decomposition of the n vectors of each KV head, without centring. Keys are taken before rotary
     embedding, where they fill fewer directions. queries: find the keys' space on keys and the queries of their group
     together where the model does not rotate; where it does, on keys alone.
     """
-    known = _spaces.setdefault(layer, {})
-    if queries not in known:
+
+    def compute() -> Spaces:
         keys, rotary = layer.keys.float(), rotary_of(layer)
         if rotary is not None:
             keys = rotary.undo(keys, torch.arange(layer.tokens, device=layer.device))
@@ -71,8 +67,9 @@ def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
             keys = torch.cat([keys, layer.queries.float().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)], dim=1)
         basis_keys, energy_keys = _principal(keys)
         basis_values, energy_values = _principal(layer.values.float())
-        known[queries] = Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
-    return known[queries]
+        return Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
+
+    return layer.once(("spaces", queries), compute)
 
 
 def rotary_of(layer: LayerTrace) -> Rotation | None:
@@ -83,17 +80,12 @@ def rotary_of(layer: LayerTrace) -> Rotation | None:
         return None
 
 
-# A layer's rotary embedding as kernels take it, for as long as the layer's model lives; None where they cannot.
-_turns: WeakKeyDictionary[Rotation, tuple[int, Turns | None]] = WeakKeyDictionary()
-
-
-def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> Turns | None:
-    """The rotary embedding of `channels` channels at all positions below `longest`, rounded up to 256, remembered."""
+def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> RotaryTable | None:
+    """The rotary embedding of `channels` channels as kernels take it, at all positions below `longest`, rounded up to
+    256; remembered with it. None where they cannot.
+    """
     count = -(-longest // LOW) * LOW
-    known = _turns.get(rotary)
-    if known is None or known[0] != count:
-        known = _turns[rotary] = (count, Turns.of(rotary, count, channels, device))
-    return known[1]
+    return rotary.latest("turns", (count, channels, device), lambda: RotaryTable.of(rotary, count, channels, device))
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,18 +159,18 @@ class LowRankStore(PositionedStore):
         old = first_of(keep, older_of(lengths, window, group))
         new = keep & ~old
 
-        def held(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
-            found = project(x, basis)
+        def older_rows(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
+            coefficients = project(x, basis)
             if bits is None:
-                return Rows.where(found, old, dtype)
-            counts, rank = old.sum(dim=1), found.shape[-1]
+                return Rows.where(coefficients, old, dtype)
+            counts, rank = old.sum(dim=1), coefficients.shape[-1]
             if per_channel:
-                return PackedRows.of(found[old], counts, bits, group, "channel")
-            return PackedRows.of(found[old], counts, bits, rank, "token")
+                return PackedRows.of(coefficients[old], counts, bits, group, "channel")
+            return PackedRows.of(coefficients[old], counts, bits, rank, "token")
 
         return cls(
             bases,
-            (held(plain, bases[0], True), held(values, bases[1], False)),
+            (older_rows(plain, bases[0], True), older_rows(values, bases[1], False)),
             (Rows.where(keys, new, dtype), Rows.where(values, new, dtype)),
             positions_in(keep, old, new),
             spaces.rotary,
@@ -253,22 +245,15 @@ class LowRankStore(PositionedStore):
         return keys, values
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if window is None and not weights:
-            found = self._attend_on_gpu(query, query_positions, scale, softcap)
+        if scoring.window is None and not weights:
+            found = self._attend_on_gpu(query, query_positions, scoring)
             if found is not None:
                 self._settle()
                 return found, None
         positions, valid = self.slots()
-        visible = seen_by(query_positions, positions, valid, window)
+        visible = seen_by(query_positions, positions, valid, scoring.window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
         whole, values = (_view(rows, query.dtype) for rows in self.newer)
         coefficients = _view(self.older[1], query.dtype)  # [k, older, r]
@@ -283,14 +268,11 @@ class LowRankStore(PositionedStore):
             asked = grouped[:, :, part]
             flat = asked.flatten(1, 2)  # [k, g*q, d]
             old = (flat @ key_basis.transpose(1, 2) if in_space else flat) @ old_keys.transpose(1, 2)
-            scores = torch.cat([old, flat @ whole.transpose(1, 2)], dim=-1).float() * scale
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.unflatten(1, asked.shape[1:3])  # [k, g, q, m]
-            if visible is not None:
-                seen = visible[:, part] if visible.shape[1] > 1 else visible
-                scores = scores.masked_fill(~seen[:, None], float("-inf"))
-            probs = scores.softmax(dim=-1)
+            products = torch.cat([old, flat @ whole.transpose(1, 2)], dim=-1).float()  # [k, g * q, m]
+            seen = visible if visible is None or visible.shape[1] == 1 else visible[:, part]
+            probs = attention_weights(
+                products.unflatten(1, asked.shape[1:3]), scoring, None if seen is None else seen[:, None]
+            )  # [k, g, q, m]
             share = probs.flatten(1, 2).to(query.dtype)
             out = share[..., :older] @ coefficients @ value_basis + share[..., older:] @ values
             outs.append(out.view(heads, part.numel(), -1))
@@ -298,9 +280,7 @@ class LowRankStore(PositionedStore):
         self._settle()
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 
-    def _attend_on_gpu(
-        self, query: Tensor, query_positions: Tensor, scale: float, softcap: float | None
-    ) -> Tensor | None:
+    def _attend_on_gpu(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by kernels, without anything leaving its space in memory; None where they cannot."""
         keys, values = self.older
         if not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
@@ -316,10 +296,9 @@ class LowRankStore(PositionedStore):
             if turns is None:
                 return None
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
-        scoring = Scoring(scale, softcap=softcap)
         out, sums = decode_lowrank(
             turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
-            positions=older, turns=turns, lse=True,
+            positions=older, rotary=turns, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out
@@ -329,17 +308,18 @@ class LowRankStore(PositionedStore):
             query, self.newer[0].ragged(), self.newer[1].ragged(), scoring, query_positions=asked, positions=newer,
             lse=True,
         )  # fmt: skip
-        assert sums is not None and more is not None
+        assert sums is not None
+        assert more is not None
         return merge_states([(out, sums), (whole, more)])
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")
         newer = [tensor for rows in self.newer for tensor in rows.tensors()]
-        held = {exact: [*self.bases, *newer, *self._position_tensors()]}
+        by_precision = {exact: [*self.bases, *newer, *self._position_tensors()]}
         for part in self.older:
             name = f"{part.bits}-bit" if isinstance(part, PackedRows) else exact
-            held.setdefault(name, []).extend(part.tensors())
-        return held
+            by_precision.setdefault(name, []).extend(part.tensors())
+        return by_precision
 
     def clone(self) -> Self:
         twin = super().clone()
@@ -387,15 +367,14 @@ class LowRankFormat(Format):
         bases = selected.numel() * (keys * shape.key_width + values * shape.value_width) * shape.itemsize
         rows = int(older.sum())
         if self.bits is None:
-            held, parts = rows * (keys + values) * shape.itemsize, 2
+            coefficients, parts = rows * (keys + values) * shape.itemsize, 2
         else:
             codes = -(-keys * self.bits // 8) + -(-values * self.bits // 8)
-            held, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
+            coefficients, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
         indices = parts * index_nbytes(older) + 2 * index_nbytes(newer)
         indices += index_nbytes(older[partial]) + index_nbytes(newer[partial])
-        return (
-            bases + held + int(newer.sum()) * shape.entry_nbytes + int(selected[partial].sum()) * INDEX_BYTES + indices
-        )
+        whole, positions = int(newer.sum()) * shape.entry_nbytes, int(selected[partial].sum()) * INDEX_BYTES
+        return bases + coefficients + whole + positions + indices
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
@@ -422,9 +401,9 @@ def _view(part: Rows | PackedRows, dtype: torch.dtype) -> Tensor:
     """What is held as [k, longest, w]; zeros where a head is shorter, for the room reserved there may hold anything."""
     rows = _rows(part)
     if isinstance(part, Rows):
-        found = part.view().to(dtype)
+        view = part.view().to(dtype)
     else:
-        held = part.dequantised(dtype)
-        found = held[rows.slots()] if held.shape[0] else held.new_zeros(rows.heads, 0, part.channels)
+        whole = part.dequantised(dtype)
+        view = whole[rows.slots()] if whole.shape[0] else whole.new_zeros(rows.heads, 0, part.channels)
     valid = rows.valid()
-    return found if valid is None else found.masked_fill(~valid[..., None], 0.0)
+    return view if valid is None else view.masked_fill(~valid[..., None], 0.0)

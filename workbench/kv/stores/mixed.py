@@ -11,6 +11,7 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.store import Store
+from workbench_kernels import Scoring
 
 _ROWS_BYTES = 1 << 25  # attention rows held at once
 
@@ -43,21 +44,14 @@ class MixedStore(SplitStore):
         self.low.reserve_taken(tokens - grown)
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         held, exact = self.high.longest + self.low.keys.codes.longest, self.high.longest
         received = torch.zeros(self.high.keys.heads, exact, device=query.device)
         block = max(1, _ROWS_BYTES // (4 * query.shape[0] * held))
         outs, rows = [], []
         for part, at in zip(query.split(block, dim=1), query_positions.split(block), strict=True):
-            out, probs = Store.attend(self, part, at, scale=scale, window=window, softcap=softcap, weights=True)
+            out, probs = Store.attend(self, part, at, scoring, weights=True)
             assert probs is not None
             received += probs[..., :exact].sum(dim=(1, 2))
             outs.append(out)
@@ -96,8 +90,8 @@ def weakest(received: Tensor, positions: Tensor, count: int, recent: float) -> T
     received float32 [k, m], inf in slots that hold nothing, and positions int [k, m], -1 there. Fewer are set aside
     where that many would not be left.
     """
-    held = (positions >= 0).sum(dim=1)  # [k]
-    safe = torch.minimum((recent * held + 1e-6).long(), held - count)
+    counts = (positions >= 0).sum(dim=1)  # [k]
+    safe = torch.minimum((recent * counts + 1e-6).long(), counts - count)
     oldest = positions.sort(dim=1, descending=True).values.gather(1, (safe - 1).clamp_min(0)[:, None])
     aside = (positions >= oldest) & (positions >= 0) & (safe > 0)[:, None]
     return received.masked_fill(aside, torch.finfo(torch.float32).max).topk(count, dim=1, largest=False).indices

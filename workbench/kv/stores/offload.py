@@ -95,8 +95,8 @@ class OffloadFormat(Format):
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         others = left_over(shape, selected)
-        found = self.index.nbytes(shape, others) if len(others) else 0
-        return DenseFormat(self.dtype).nbytes(shape, selected) + found
+        index = self.index.nbytes(shape, others) if len(others) else 0
+        return DenseFormat(self.dtype).nbytes(shape, selected) + index
 
     def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
         others = left_over(shape, selected)
@@ -135,11 +135,11 @@ class OffloadStore(TieredStore):
 
     def _move_out(self, count: int) -> None:
         """Move the `count` oldest entries of each head that may go."""
-        held = self.near.contents(self.near.keys.data.dtype)
-        positions = held.positions.expand(held.keys.shape[0], -1)
+        near = self.near.contents(self.near.keys.data.dtype)
+        positions = near.positions.expand(near.keys.shape[0], -1)
         age = torch.where(positions < self.sinks, torch.iinfo(torch.int64).max, positions.long())
-        if held.valid is not None:
-            age = age.masked_fill(~held.valid, torch.iinfo(torch.int64).max)
+        if near.valid is not None:
+            age = age.masked_fill(~near.valid, torch.iinfo(torch.int64).max)
         movable = (age < torch.iinfo(torch.int64).max).sum(dim=1)
         count = min(count, int(movable.min()))
         if count <= 0:
@@ -149,7 +149,7 @@ class OffloadStore(TieredStore):
         def at(x: Tensor) -> Tensor:
             return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))
 
-        moved = (at(held.keys), at(held.values), positions.gather(1, slots).long())
+        moved = (at(near.keys), at(near.values), positions.gather(1, slots).long())
         self.far.append(*moved)
         self.retriever.add(*moved)
         self.near.evict(slots)
@@ -158,32 +158,25 @@ class OffloadStore(TieredStore):
         self.near.reserve(min(tokens, max(self.usual + self.recent - self.near.longest, 0)))
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         outs = []
         watched = type(self.retriever).watch is not Retriever.watch
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
-            slots, chosen = self.distinct(*self.retriever.find_at(part, at, scale))
+            slots, chosen = self.distinct(*self.retriever.find_at(part, at, scoring.scale))
             wait = self.far.fetch(slots)
             near = self.near_contents(query.dtype)
-            seen = seen_by(at, near.positions, near.valid, window)
+            seen = seen_by(at, near.positions, near.valid, scoring.window)
             keys, values, positions = wait()
-            if window is not None:
-                chosen = chosen & (positions[:, None] > at[None, :, None] - window)
+            if scoring.window is not None:
+                chosen = chosen & (positions[:, None] > at[None, :, None] - scoring.window)
             shape = (near.keys.shape[0], len(at), near.keys.shape[1])
             seen = torch.ones(shape, dtype=torch.bool, device=query.device) if seen is None else seen.expand(shape)
             out, rows = attend(
                 part,
                 torch.cat([near.keys, self.as_numbers(keys, query.dtype)], dim=1),
                 torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
-                Scoring(scale, window, softcap),
+                scoring,
                 visible=torch.cat([seen, chosen], dim=2),
                 weights=watched,
             )
@@ -209,8 +202,8 @@ class OffloadStore(TieredStore):
         wanted = wanted[..., :-1]
         any_of = wanted.any(dim=1)  # [k, m]
         most = int(any_of.sum(dim=1).max())
-        found = any_of.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        return found, wanted.gather(2, found[:, None].expand(-1, queries, -1))
+        united = any_of.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        return united, wanted.gather(2, united[:, None].expand(-1, queries, -1))
 
     def index(self) -> list[Tensor]:
         return self.retriever.tensors()

@@ -13,10 +13,11 @@ from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import for_kernel
 from workbench_kernels import Scoring
-from workbench_kernels.building import Axis, Kept, dequantise_rows, kept, quantise_rows
+from workbench_kernels.building import dequantise_rows, kept, quantise_rows
 from workbench_kernels.decode import decode_packed
+from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Axis, Ragged
 from workbench_kernels.rows import PackedRows as KernelRows
-from workbench_kernels.rows import Ragged
 
 WHOLE = 16  # bits of rows that are never quantised
 
@@ -65,8 +66,8 @@ class PackedRows:
         """Quantise x [t, d], head after head with `lengths` [k] rows each; for `clip` see `quantise`."""
         if balance is not None:
             x = x * torch.repeat_interleave(balance.float(), lengths, dim=0)
-        found = quantise_rows(x[None], bits, group, axis, clip=clip)
-        return cls(*_rows(found, lengths, group, axis), bits, group, axis, x.shape[1], balance)
+        quantised = quantise_rows(x[None], bits, group, axis, clip=clip)
+        return cls(*_rows(quantised, lengths, group, axis), bits, group, axis, x.shape[1], balance)
 
     @classmethod
     def where(
@@ -74,8 +75,8 @@ class PackedRows:
     ) -> PackedRows:
         """Quantise the chosen rows of x [k, n, d]."""
         every = x.shape[1] and chosen.complete
-        found = quantise_rows(x, min(bits, 8), group, axis, chosen=None if every else chosen, balance=balance)
-        return cls(*_rows(found, chosen.counts, group, axis), bits, group, axis, x.shape[2], balance)
+        quantised = quantise_rows(x, min(bits, 8), group, axis, chosen=None if every else chosen, balance=balance)
+        return cls(*_rows(quantised, chosen.counts, group, axis), bits, group, axis, x.shape[2], balance)
 
     def append(self, x: Tensor) -> None:
         """Quantise and add x [k, q, d]; per channel, q must be a multiple of the group."""
@@ -136,10 +137,10 @@ class PackedRows:
         return PackedRows(*parts, self.bits, self.group, self.axis, self.channels, balance)
 
 
-def _rows(found: tuple[Tensor, Tensor, Tensor], lengths: Tensor, group: int, axis: Axis) -> tuple[Rows, Rows, Rows]:
+def _rows(quantised: tuple[Tensor, Tensor, Tensor], lengths: Tensor, group: int, axis: Axis) -> tuple[Rows, Rows, Rows]:
     """Codes, scale and zero of heads with `lengths` [k] rows each."""
     scales = lengths // (group if axis == "channel" else 1)
-    codes, scale, zero = found
+    codes, scale, zero = quantised
     return Rows(codes, len(lengths), lengths), Rows(scale, len(lengths), scales), Rows(zero, len(lengths), scales)
 
 
@@ -215,7 +216,9 @@ class PackedStore(PositionedStore):
 
         Only where everything is grouped along the channels, nothing stays exact and positions are held.
         """
-        assert self.residual == 0 and self.keys.axis == "token" and self._positions
+        assert self.residual == 0
+        assert self.keys.axis == "token"
+        assert self._positions
         self.keys.append(keys.float())
         self.values.append(values.float())
         self._append_positions(positions)
@@ -326,29 +329,27 @@ class PackedStore(PositionedStore):
             joined(self.values.codes, self.value_tail, self.values.dequantised(dtype)),
         )
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, window)
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
         if not fits:
             return None
         return decode_packed(
             query,
             self.keys.ragged(self.key_tail),
             self.values.ragged(self.value_tail),
-            Scoring(scale, window, softcap),
+            scoring,
             query_positions=asked,
             positions=self._ragged_positions,
         )[0]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.key_tail.data.dtype).removeprefix("torch.")
-        found: dict[str, list[Tensor]] = {}
+        by_precision: dict[str, list[Tensor]] = {}
         for rows in (self.keys, self.values):
-            found.setdefault(exact if rows.bits == WHOLE else f"{rows.bits}-bit", []).extend(rows.tensors())
-        next(iter(found.values())).extend(self._position_tensors())
-        found.setdefault(exact, []).extend([*self.key_tail.tensors(), *self.value_tail.tensors()])
-        return found
+            by_precision.setdefault(exact if rows.bits == WHOLE else f"{rows.bits}-bit", []).extend(rows.tensors())
+        next(iter(by_precision.values())).extend(self._position_tensors())
+        by_precision.setdefault(exact, []).extend([*self.key_tail.tensors(), *self.value_tail.tensors()])
+        return by_precision
 
     def clone(self) -> Self:
         twin = super().clone()

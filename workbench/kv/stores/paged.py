@@ -46,14 +46,7 @@ class PagedStore(Store):
         self.near.reserve(tokens)
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         held = self.near.contents(query.dtype)
         positions = held.positions[0].long()
@@ -62,12 +55,11 @@ class PagedStore(Store):
         if self.pages is None or query.shape[1] > 1:
             at = query_positions.to(positions.device)
             queries = self.rotation.turned_back(query, at)
-            self.pages = self.find(queries, held.keys, positions, numbers, scale)
+            self.pages = self.find(queries, held.keys, positions, numbers, scoring.scale)
         open_ = torch.ones_like(positions, dtype=torch.bool)
         open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
-        causal = seen_by(query_positions, positions[None], None, window)
+        causal = seen_by(query_positions, positions[None], None, scoring.window)
         visible = open_[None, None] if causal is None else causal & open_
-        scoring = Scoring(scale, window, softcap)
         return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
 
     def find(self, queries: Tensor, keys: Tensor, positions: Tensor, numbers: Tensor, scale: float) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ class PositionedStore(Store):
 
     def clone(self) -> Self:
         twin = copy(self)
-        twin._positions = tuple(rows.clone() for rows in self._positions)
+        PositionedStore.__init__(twin, *(rows.clone() for rows in self._positions))
         return twin
 
 

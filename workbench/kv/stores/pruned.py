@@ -14,6 +14,8 @@ from workbench.kv.stores.positioned import PositionedStore, positions_in
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
+from workbench_kernels.softmax import attention_weights
 
 _CHANNEL_BYTES = 2  # int16
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
@@ -85,16 +87,9 @@ class PrunedStore(PositionedStore):
         return torch.cat([wide, whole], dim=1), values
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        visible = seen_by(query_positions, *self.slots(), window)
+        visible = seen_by(query_positions, *self.slots(), scoring.window)
         thin, whole = self.older[0].view().to(query.dtype), self.newer[0].view().to(query.dtype)
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(query.dtype)  # [k, m, dv]
         kv_heads, slots = values.shape[:2]
@@ -106,14 +101,9 @@ class PrunedStore(PositionedStore):
             kept = self.channels.long()[:, None, None].expand(*asked.shape[:3], -1)
             old = asked.gather(-1, kept).flatten(1, 2) @ thin.transpose(1, 2)  # [k, g*q, older]
             new = asked.flatten(1, 2) @ whole.transpose(1, 2)
-            scores = torch.cat([old, new], dim=-1).float() * scale
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.unflatten(1, asked.shape[1:3])  # [k, g, q, m]
-            if visible is not None:
-                seen = visible[:, part] if visible.shape[1] > 1 else visible
-                scores = scores.masked_fill(~seen[:, None], float("-inf"))
-            probs = scores.softmax(dim=-1)
+            products = torch.cat([old, new], dim=-1).float().unflatten(1, asked.shape[1:3])  # [k, g, q, m]
+            seen = visible if visible is None or visible.shape[1] == 1 else visible[:, part]
+            probs = attention_weights(products, scoring, None if seen is None else seen[:, None])
             outs.append((probs.flatten(1, 2).to(values.dtype) @ values).view(heads, part.numel(), -1))
             rows.append(probs)
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
@@ -175,7 +165,8 @@ def channel_scores(layer: LayerTrace, keep: Tensor, queries: int) -> Tensor:
     asked = layer.queries[:, -queries:].float().square().sum(dim=1)  # [h, d]
     asked = asked.unflatten(0, (-1, layer.groups)).sum(dim=1)  # [k, d]
     keys = layer.keys.float().square().mul_(keep[..., None]).sum(dim=1)
-    return (asked * keys).sqrt()
+    scores: Tensor = (asked * keys).sqrt()
+    return scores
 
 
 def kept_of(width: int, pruned: float) -> int:

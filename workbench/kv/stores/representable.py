@@ -15,8 +15,8 @@ def check_reach(store: Store, layer: LayerTrace) -> None:
     """Raise OutOfRange where keys or values of a layer, or the scales and zeros that stand for them, became infinite in
     the float16 or float8 numbers of its store. On a GPU this waits once: it is for stores that were just built.
     """
-    held = [*store.tensors().values(), *store.host_tensors().values()]
-    short = [x for tensors in held for x in tensors if narrow(x.dtype)]
+    tensors_of_forms = [*store.tensors().values(), *store.host_tensors().values()]
+    short = [x for tensors in tensors_of_forms for x in tensors if narrow(x.dtype)]
     if short and not bool(torch.stack([_finite(x).to(layer.keys.device) for x in short]).all()):
         keys, values = (float(x.abs().max()) for x in (layer.keys, layer.values))
         form = next(str(x.dtype).removeprefix("torch.") for x in short if not bool(_finite(x)))

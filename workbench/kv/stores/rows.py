@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
-from workbench_kernels.building import Kept, gather, kept
+from workbench_kernels.building import gather, kept
+from workbench_kernels.kept import Kept
 from workbench_kernels.rows import Ragged
 
 
@@ -54,8 +55,8 @@ class Rows:
         """The chosen rows of keys [k, n, d] and values [k, n, dv], gathered together."""
         if chosen.complete:
             return cls.where(keys, chosen, dtype), cls.where(values, chosen, dtype)
-        found = gather((keys, values), chosen, dtype)
-        return cls(found[0], keys.shape[0], chosen.counts), cls(found[1], values.shape[0], chosen.counts)
+        gathered = gather((keys, values), chosen, dtype)
+        return cls(gathered[0], keys.shape[0], chosen.counts), cls(gathered[1], values.shape[0], chosen.counts)
 
     @classmethod
     def positions(cls, chosen: Kept) -> Rows:
@@ -115,6 +116,13 @@ class Rows:
         # An empty head begins where the next one does, or behind the last row.
         return (self.starts.long()[:, None] + torch.where(inside, steps, 0)).clamp_max_(max(self.data.shape[0] - 1, 0))
 
+    @property
+    def begins(self) -> Tensor:
+        """Where each head's rows begin in the buffer, int64 [k]."""
+        if self.starts is not None:
+            return self.starts.long()
+        return torch.arange(self.heads, device=self.data.device) * self._room
+
     def owners(self) -> Tensor:
         """Which head each row of the buffer belongs to, int64 [t]."""
         steps = torch.arange(self.data.shape[0], device=self.data.device)
@@ -149,8 +157,8 @@ class Rows:
         if rows <= self._spare:
             return
         counts = self.lengths.long()
-        held = counts + rows
-        starts = held.cumsum(0) - held
+        rooms = counts + rows
+        starts = rooms.cumsum(0) - rooms
         # Zeros: an empty head shows a row that nothing was written to, and what is masked must be a number too.
         grown = self.data.new_zeros(self.total + self.heads * rows, self.data.shape[-1])
         head = torch.repeat_interleave(torch.arange(self.heads, device=self.data.device), counts)
@@ -161,10 +169,10 @@ class Rows:
     def reserved_nbytes(self, rows: int) -> int:
         """The bytes of all tensors after `reserve(rows)`."""
         if self.lengths is None or self.starts is None:
-            held = self.heads * max(self.longest + rows, self._room)
+            rows_reserved = self.heads * max(self.longest + rows, self._room)
         else:
-            held = self.data.shape[0] if rows <= self._spare else self.total + self.heads * rows
-        return held * self.data.shape[1] * self.data.itemsize + sum(x.nbytes for x in self.tensors()[1:])
+            rows_reserved = self.data.shape[0] if rows <= self._spare else self.total + self.heads * rows
+        return rows_reserved * self.data.shape[1] * self.data.itemsize + sum(x.nbytes for x in self.tensors()[1:])
 
     def grow(self, count: int) -> None:
         """Take up `count` rows that were written behind those of every head, where room was reserved, by others."""
@@ -225,25 +233,16 @@ def joined(first: Rows, second: Rows, first_data: Tensor | None = None) -> Tenso
 
     first_data [t, d]: what the buffer of `first` stands for, row by row, if it is not the buffer itself (dequantised).
     """
-    head_data = first.data if first_data is None else first_data
-    if first.lengths is None and second.lengths is None:
-        front = head_data.view(first.heads, first._room, head_data.shape[1])[:, : first.longest]
+    front_data = first.data if first_data is None else first_data
+    if first.uniform and second.uniform:
+        front = first.laid_out(front_data)
         if second.longest == 0:
             return front
         return torch.cat([front, second.view().to(front.dtype)], dim=1)
-    device = head_data.device
-    front, back = first.counts, second.counts
-    steps = torch.arange(int((front + back).max()), device=device)
-    in_front = steps < front[:, None]
-    after = torch.where(in_front, 0, steps - front[:, None]).clamp_max((back - 1).clamp_min(0)[:, None])
-    begin_front = _begin(first)[:, None] + torch.where(in_front, steps, 0)
-    begin_back = head_data.shape[0] + _begin(second)[:, None] + after
-    both = torch.cat([head_data, second.data.to(head_data.dtype)])
-    return both[torch.where(in_front, begin_front, begin_back).clamp_max_(max(both.shape[0] - 1, 0))]
-
-
-def _begin(rows: Rows) -> Tensor:
-    """Where each head's rows begin in the buffer, int64 [k]."""
-    if rows.starts is not None:
-        return rows.starts.long()
-    return torch.arange(rows.heads, device=rows.data.device) * rows._room
+    counts, more = first.counts, second.counts
+    steps = torch.arange(int((counts + more).max()), device=front_data.device)
+    in_front = steps < counts[:, None]
+    after = torch.where(in_front, 0, steps - counts[:, None]).clamp_max((more - 1).clamp_min(0)[:, None])
+    place = torch.where(in_front, first.begins[:, None] + steps, len(front_data) + second.begins[:, None] + after)
+    both = torch.cat([front_data, second.data.to(front_data.dtype)])
+    return both[place.clamp_max_(max(len(both) - 1, 0))]

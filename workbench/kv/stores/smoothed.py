@@ -126,21 +126,13 @@ class SmoothedStore(PositionedStore):
         return keys.to(dtype), values.to(dtype)
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         groups = query.shape[0] // self.key_factors.shape[0]
         asked = query.float() / self.key_factors.float().repeat_interleave(groups, dim=0)[:, None]
         asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
         keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
-        visible = seen_by(query_positions, *self.slots(), window)
-        scoring = Scoring(scale, window, softcap)
+        visible = seen_by(query_positions, *self.slots(), scoring.window)
         out, rows = attend(asked, keys, values, scoring, visible=visible, weights=weights)
         per_head = self.value_factors.float().repeat_interleave(groups, dim=0)[:, None]  # [h, 1, 1]
         return (out.float() / per_head).to(query.dtype), rows

@@ -167,14 +167,7 @@ class Store(ABC):
         return [row[real].sort().values for row, real in zip(rows, valid, strict=True)]
 
     def attend(
-        self,
-        query: Tensor,
-        query_positions: Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        weights: bool = False,
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of query [h, q, d] at query_positions [q] over everything held at or before each query's
         position.
@@ -182,17 +175,14 @@ class Store(ABC):
         Returns the output [h, q, dv] and, if `weights`, the softmax rows [k, g, q, m] by slot.
         """
         if not weights:
-            found = self.by_kernel(query, query_positions, scale=scale, window=window, softcap=softcap)
+            found = self.by_kernel(query, query_positions, scoring)
             if found is not None:
                 return found, None
         held = self.contents(query.dtype)
-        visible = seen_by(query_positions, held.positions, held.valid, window)
-        scoring = Scoring(scale, window, softcap)
+        visible = seen_by(query_positions, held.positions, held.valid, scoring.window)
         return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
 
-    def by_kernel(
-        self, query: Tensor, query_positions: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor | None:
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by a kernel that reads what is held in place; None where there is none."""
         return None
 
@@ -249,8 +239,8 @@ def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, wi
 
 def kv_categories(stores: Iterable[Store]) -> dict[str, int]:
     """Live bytes of all layers as a timeline's categories: "kv bfloat16", "kv 4-bit", "host kv bfloat16"."""
-    found: Counter[str] = Counter()
+    nbytes_of: Counter[str] = Counter()
     for store in stores:
-        found.update({f"kv {name}": nbytes for name, nbytes in store.nbytes_by_precision.items()})
-        found.update({f"{HOST}kv {name}": nbytes for name, nbytes in store.host_nbytes_by_precision.items()})
-    return dict(found)
+        nbytes_of.update({f"kv {name}": nbytes for name, nbytes in store.nbytes_by_precision.items()})
+        nbytes_of.update({f"{HOST}kv {name}": nbytes for name, nbytes in store.host_nbytes_by_precision.items()})
+    return dict(nbytes_of)

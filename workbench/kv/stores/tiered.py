@@ -49,8 +49,8 @@ class TieredStore(Store):
         )
 
     def tiers(self, tokens: int) -> Tensor:
-        held = super().tiers(tokens)
-        return torch.where((held > 0) & (self.near.tiers(tokens) == 0), 2, held)
+        present = super().tiers(tokens)
+        return torch.where((present > 0) & (self.near.tiers(tokens) == 0), 2, present)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {**self.near.tensors(), "index": self.index()}

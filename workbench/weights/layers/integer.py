@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from workbench.core.precision import half
 from workbench.weights.layers.packed import PackedLinear
 from workbench_kernels.integer import input_codes, input_step, integer_linear
-from workbench_kernels.packed_linear import FEW, packed_linear
+from workbench_kernels.limits import FEW
+from workbench_kernels.packed_linear import packed_linear
 from workbench_kernels.weight import nibbles
 
 

@@ -48,7 +48,7 @@ class EvoPressKV(SnapKV):
     def importance(self, study: Study) -> Tensor | None:
         """How much room each compressible layer gets, float64 [l], 1 on average."""
         trace = study.trace
-        study.reader(self.key)
+        study.reader(self.key)  # refuses a trace without a model
         ranking = study.ranking or Ranking(self.scores(study))
         first = trace.tokens - min(self.window, trace.tokens // 2)  # where the tokens begin that are read again
         step = int(self.share * first / _EVEN)
@@ -59,24 +59,24 @@ class EvoPressKV(SnapKV):
         sizes = levels.expand(ranking.layers, -1)
         ids = trace.ids[first:]
 
-        def said(kept: Tensor) -> Tensor:
+        def predictions(kept: Tensor) -> Tensor:
             """Log-probabilities at the last tokens over what is kept [l, k, n] of those before."""
             return study.forced(self.key, _stores(study, kept), first, ids).log_softmax(-1)
 
-        whole = said(torch.ones_like(earlier.scores, dtype=torch.bool))
+        whole = predictions(torch.ones_like(earlier.scores, dtype=torch.bool))
 
-        def measure(chosen: Tensor, seen: Sequence[int]) -> float:
+        def measure(chosen: Tensor, _: Sequence[int]) -> float:
             counts = levels[chosen].to(earlier.scores.device)[:, None].expand(-1, ranking.kv_heads)
-            return float(divergence(whole, said(earlier.selected(counts))).mean())
+            return float(divergence(whole, predictions(earlier.selected(counts))).mean())
 
         even = torch.full((ranking.layers,), _EVEN - 1)
         limit = int(levels[even].sum())
-        found = evolve(
+        fittest = evolve(
             even, lambda parent, draw: switched(parent, sizes, limit, draw), measure, samples=1,
             generations=self.generations, offspring=self.offspring, seed=self.seed, progress=study.progress,
             stage=f"searching levels by {self.key}",
         )  # fmt: skip
-        room = levels[found.levels].double()
+        room = levels[fittest.levels].double()
         return room / room.mean()
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:

@@ -49,11 +49,11 @@ class HACK(KVMethod):
     def scores(self, study: Study) -> Tensor:
         probed = self._probed(study)
         kinds = contextual(torch.stack([variance for variance, _ in probed]), self.contextual)  # [l, k]
-        found = []
+        scores = []
         for (_, votes), vertical in zip(probed, kinds, strict=True):
-            held = keep_last(keep_first(votes, self.first), min(self.recent, study.trace.tokens))
-            found.append(torch.where(vertical[:, None].to(votes.device), votes, held))
-        return torch.stack(found)
+            structural = keep_last(keep_first(votes, self.first), min(self.recent, study.trace.tokens))
+            scores.append(torch.where(vertical[:, None].to(votes.device), votes, structural))
+        return torch.stack(scores)
 
     def importance(self, study: Study) -> Tensor:
         """The variance of each head's attention over the probes, summed over positions, float32 [l, k]."""
@@ -79,14 +79,12 @@ class HACK(KVMethod):
 
     def _probed(self, study: Study) -> list[tuple[Tensor, Tensor]]:
         """Of each compressible layer, variances [k] and the attention that positions received from probes [k, n]."""
-        name = ("hack", self.probes)
-        return study.trace.once(name, lambda: [self._probe(layer) for layer in study.trace.compressible])
+        key = ("hack", self.probes)
+        return study.trace.once(key, lambda: [self._probe(layer) for layer in study.trace.compressible])
 
     def _probe(self, layer: LayerTrace) -> tuple[Tensor, Tensor]:
-        at = probe_positions(layer.tokens, self.probes).to(layer.device)
-        blocks = attention_rows(
-            layer.queries[:, at], layer.keys, scale=layer.scale, query_positions=at, softcap=layer.softcap
-        )
+        positions = probe_positions(layer.tokens, self.probes).to(layer.device)
+        blocks = attention_rows(layer.queries[:, positions], layer.keys, layer.scoring, query_positions=positions)
         rows = torch.cat([block for _, block in blocks], dim=1).unflatten(0, (layer.kv_heads, -1))  # [k, g, probes, n]
         variance = rows.var(dim=2, correction=0).sum(dim=-1).mean(dim=1)
         return variance, rows.sum(dim=(1, 2))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ from workbench.kv.base import Study
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
 from workbench.models import max_positions
+from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +34,6 @@ _PAPER = Paper(
 )
 _STATEMENT = 12  # ids of a needle that is made without a tokenizer
 _CUE = 4  # ids by which such a needle is asked for
-
-# What was measured of each model, for as long as the process holds it.
-_measured: WeakKeyDictionary[PreTrainedModel, dict[Any, Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,10 @@ class Task:
     answer: Tensor
 
 
+Score = Callable[[Tensor, Task], Tensor]
+"""From the rows [h, a, n] that predict a task's answer, the score [h] of each head."""
+
+
 class MeasuredHeads(SnapKV):
     """What HeadKV and HeadKV-R2 share: the measurement and the division; they differ in task and score."""
 
@@ -62,17 +64,20 @@ class MeasuredHeads(SnapKV):
 
     def importance(self, study: Study) -> Tensor:
         """How much each head of the compressible layers retrieves, averaged over the tasks, float32 [l, k]."""
+        study.reader(self.key)  # refuses a trace without a model
+        key = (self.reasoning, self.tasks, self.task_tokens, study.trace.prompt.tokenizer is None)
+        importance = study.of_model.once(("retrieval heads", *key), lambda: self._measured(study))
+        compressible = importance[[layer.index for layer in study.trace.compressible]]  # [l, h]
+        by_kv_head: Tensor = compressible.unflatten(1, (study.trace.layers[0].kv_heads, -1)).mean(dim=2)
+        return by_kv_head
+
+    def _measured(self, study: Study) -> Tensor:
+        """How much every query head of the model retrieves, averaged over the tasks, float32 [layers, h] on the CPU."""
         model, tokenizer = study.reader(self.key), study.trace.prompt.tokenizer
-        known = _measured.setdefault(model, {})
-        name = (self.reasoning, self.tasks, self.task_tokens, tokenizer is None)
-        if name not in known:
-            made = list(needle_tasks(model, tokenizer, self.tasks, self.task_tokens, reasoning=self.reasoning))
-            score = reasoned if self.reasoning else copied
-            track = study.progress.track(made, "measuring heads on needle tasks", len(made))
-            known[name] = torch.stack([_measure(model, task, score, study) for task in track]).mean(dim=0)
-        layers = [layer.index for layer in study.trace.compressible]
-        found = known[name][layers]  # [l, h]
-        return found.unflatten(1, (study.trace.layers[0].kv_heads, -1)).mean(dim=2)
+        tasks = list(needle_tasks(model, tokenizer, self.tasks, self.task_tokens, reasoning=self.reasoning))
+        score = reasoned if self.reasoning else copied
+        track = study.progress.track(tasks, "measuring heads on needle tasks", len(tasks))
+        return torch.stack([_measure(model, task, score, study.progress) for task in track]).mean(dim=0)
 
     def shared(self, ranking: Ranking, entries: int) -> Tensor:
         """Beyond the window, a part of the equal split is certain and the pool goes by importance (section 3.2)."""
@@ -96,8 +101,8 @@ class HeadKV(MeasuredHeads):
 
     Chosen here: answers are given to the model, not generated, so small models are measured too; tasks come from the
     packaged haystack, or are made of random ids for a session without a tokenizer; query heads of a KV head are
-    averaged; what exceeds the prompt goes to the other heads. Measured once for each model in the process, in
-    `tasks` readings of `task_tokens` each.
+    averaged; what exceeds the prompt goes to the other heads. Measured once for each model of a session, in `tasks`
+    readings of `task_tokens` each.
     """
 
     key = "headkv"
@@ -193,43 +198,33 @@ def _of_ids(vocabulary: int, tokens: int, depth: float, seed: int, *, reasoning:
     cut = int(depth * tokens)
     opening = torch.cat([hay[:cut], cue])
     decides = [decoy_cue, decoy, link, cue] if reasoning else []
-    asked = link if reasoning else cue
-    ids = torch.cat([opening, answer, *decides, hay[cut:], asked, answer[:-1]])
+    question = link if reasoning else cue
+    ids = torch.cat([opening, answer, *decides, hay[cut:], question, answer[:-1]])
     return Task(ids, len(opening), answer)
 
 
-def _measure(model: PreTrainedModel, task: Task, score: Callable[[Tensor, Task], Tensor], study: Study) -> Tensor:
+def _measure(model: PreTrainedModel, task: Task, score: Score, progress: Progress) -> Tensor:
     """The score of every query head on one task, float32 [layers, h] on the CPU."""
-    watching = _Watching(task, score, study)
-    forward(model, watching, task.ids, torch.arange(task.ids.numel()))
+    scoring = _ScoredRows(task, score, progress)
+    forward(model, scoring, task.ids, torch.arange(task.ids.numel()))
     layers = range(model.config.get_text_config().num_hidden_layers)
-    if sorted(watching.found) != list(layers):
+    if sorted(scoring.scores) != list(layers):
         raise NotApplicable("the model has layers without attention heads that could be measured")
-    return torch.stack([watching.found[layer] for layer in layers])
+    return torch.stack([scoring.scores[layer] for layer in layers])
 
 
 @dataclass
-class _Watching:
-    """Exact attention that scores, at every layer, the rows from which the answer is predicted."""
+class _ScoredRows:
+    """Exact attention that scores, at every layer, the rows from which the answer is predicted: [h] by layer."""
 
     task: Task
-    score: Callable[[Tensor, Task], Tensor]
-    study: Study
-    found: dict[int, Tensor] = field(default_factory=dict)
+    score: Score
+    progress: Progress
+    scores: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        self.study.progress.check()
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        self.progress.check()
         last = query[:, -len(self.task.answer) :]
-        rows = [block for _, block in attention_rows(last, key, scale=scale, window=window, softcap=softcap)]
-        self.found[layer] = self.score(torch.cat(rows, dim=1), self.task).cpu()
-        return causal_attention(query, key, value, scale=scale, window=window, softcap=softcap)
+        rows = [block for _, block in attention_rows(last, key, scoring)]
+        self.scores[layer] = self.score(torch.cat(rows, dim=1), self.task).cpu()
+        return causal_attention(query, key, value, scoring)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.kv.accumulated_attention import AccumulatedAttention
 from workbench.kv.base import keep_first, keep_last
-from workbench.kv.methods.evict.h2o import AccumulatedAttention
 from workbench.kv.ranking import Ranking
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace

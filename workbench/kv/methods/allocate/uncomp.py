@@ -24,7 +24,8 @@ def truncated_entropy(vectors: Tensor, rank: int) -> Tensor:
     covariance = directions.mT @ directions  # [..., d, d]
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp_min(1e-12)
     shares = torch.linalg.eigvalsh(covariance / trace[..., None, None]).flip(-1)[..., :rank].clamp_min(0)
-    return -torch.special.xlogy(shares, shares).sum(dim=-1) / math.log(max(vectors.shape[-1], 2))
+    entropy: Tensor = -torch.special.xlogy(shares, shares).sum(dim=-1)
+    return entropy / math.log(max(vectors.shape[-1], 2))
 
 
 @register
@@ -66,8 +67,9 @@ class UNComp(SnapKV):
         """The truncated matrix entropy of each KV head's queries, float64 [l, k], 0 to 1."""
         layers = study.trace.compressible
         track = study.progress.track(layers, "entropy of the queries", len(layers))
-        each = torch.stack([truncated_entropy(layer.queries, self.rank) for layer in track])  # [l, h]
-        return each.unflatten(1, (layers[0].kv_heads, -1)).mean(dim=2).cpu()
+        entropy = torch.stack([truncated_entropy(layer.queries, self.rank) for layer in track])  # [l, h]
+        by_kv_head: Tensor = entropy.unflatten(1, (layers[0].kv_heads, -1)).mean(dim=2)
+        return by_kv_head.cpu()
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
         entropy, tokens = ranking.importance, ranking.tokens
@@ -94,7 +96,7 @@ class UNComp(SnapKV):
         heads = entropy.shape[1]
         groups = min(self.groups, heads)
         place = entropy.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)  # 0 the highest
+        if groups == 1:
+            return torch.ones_like(entropy)
         group = place * groups // heads
-        return (
-            1 + self.spread * (1 - 2 * group.double() / max(groups - 1, 1)) if groups > 1 else torch.ones_like(entropy)
-        )
+        return 1 + self.spread * (1 - 2 * group.double() / (groups - 1))

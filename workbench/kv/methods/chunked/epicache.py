@@ -78,16 +78,15 @@ class EpiCache(KVMethod):
         layers = prefill.compressible
         total, equal = self._room(prefill)
         if total == prefill.tokens:
-            for piece in prefill.pieces(self.block):
-                prefill.feed(piece)
+            prefill.feed_prompt(self.block)
             return prefill.result()
 
         episode = self.matched(prefill)
         weights = self._layer_weights(prefill)
         for piece in prefill.pieces(min(self.block, max(total // 4, 1))):
-            held = sum(prefill.stores[layer.index].entries for layer in layers)
+            entries = sum(prefill.stores[layer.index].entries for layer in layers)
             room = sum(layer.kv_heads for layer in layers) * (total - len(piece))
-            if held > room:
+            if entries > room:
                 self._condense(prefill, episode.patched, weights, room, equal)
             prefill.feed(piece)
         return prefill.result(notes=(episode.note,))
@@ -100,7 +99,7 @@ class EpiCache(KVMethod):
             return total, True
         lengths = 3 * 2 * INDEX_BYTES * heads  # where each head begins and ends, in keys, values and positions
         try:
-            return prefill.entries(2, lambda each: lengths), False
+            return prefill.entries(2, lambda _: lengths), False
         except BudgetTooSmall:  # there is room for entries only
             return total, True
 
@@ -110,15 +109,15 @@ class EpiCache(KVMethod):
         segments = prompt.ids.split(self.segment)
         embedded = torch.stack([embedding(model, ids) for ids in segments])
         centroids, members = kmeans(embedded, self.episodes)
-        asked = embedding(model, _question(prompt, prefill.question, self.segment))
-        found = int(cosine_similarity(centroids, asked[None]).argmax())
-        own = (members == found).nonzero()[:, 0]
-        closeness = cosine_similarity(embedded[own], centroids[found][None])
-        nearest = own[closeness.argsort(descending=True, stable=True)[: self.medoids]].sort().values.tolist()
+        question = embedding(model, _question(prompt, prefill.question, self.segment))
+        episode = int(cosine_similarity(centroids, question[None]).argmax())
+        of_episode = (members == episode).nonzero()[:, 0]
+        closeness = cosine_similarity(embedded[of_episode], centroids[episode][None])
+        nearest = of_episode[closeness.argsort(descending=True, stable=True)[: self.medoids]].sort().values.tolist()
         return Episode(
             torch.cat([segments[index] for index in nearest]),
-            f"EpiCache answers from episode {found + 1} of {len(centroids)}: {len(own)} of {len(segments)} segments, "
-            f"represented by number {', '.join(str(index + 1) for index in nearest)}",
+            f"EpiCache answers from episode {episode + 1} of {len(centroids)}: {len(of_episode)} of {len(segments)} "
+            f"segments, represented by number {', '.join(str(index + 1) for index in nearest)}",
         )
 
     def _layer_weights(self, prefill: ChunkedPrefill) -> Tensor:
@@ -134,19 +133,19 @@ class EpiCache(KVMethod):
     def _condense(self, prefill: ChunkedPrefill, patched: Tensor, weights: Tensor, room: int, equal: bool) -> None:
         """Leave `room` entries over all layers and heads."""
         layers = prefill.compressible
-        scores = prefill.probe(patched, lambda layer, rows: most_attended(rows))
-        held = torch.tensor([prefill.stores[layer.index].entries for layer in layers])
+        scores = prefill.probe(patched, lambda _, rows: most_attended(rows))
+        entries = torch.tensor([prefill.stores[layer.index].entries for layer in layers])
         heads = torch.tensor([layer.kv_heads for layer in layers])
         each = room // int(heads.sum())
         unit = heads if equal else torch.ones_like(heads)
-        floor = torch.minimum(held, heads * max(each // 4, 1))
-        counts = layer_counts(each * len(layers) if equal else room, weights, held // unit, floor // unit) * unit
-        for layer, score, count in zip(layers, scores, counts.tolist(), strict=True):
+        floor = torch.minimum(entries, heads * max(each // 4, 1))
+        counts = layer_counts(each * len(layers) if equal else room, weights, entries // unit, floor // unit) * unit
+        for layer, attended, count in zip(layers, scores, counts.tolist(), strict=True):
             positions, valid = prefill.stores[layer.index].slots()
-            score = with_sinks(score, positions, self.sinks)
+            ranked = with_sinks(attended, positions, self.sinks)
             if valid is not None:
-                score = score.masked_fill(~valid, -1)
-            prefill.keep(layer.index, best(score, count, equal=equal))
+                ranked = ranked.masked_fill(~valid, -1)
+            prefill.keep(layer.index, best(ranked, count, equal=equal))
 
 
 class Episode(NamedTuple):
@@ -200,12 +199,12 @@ def best(scores: Tensor, count: int, *, equal: bool) -> Tensor:
     )
 
 
-def layer_counts(room: int, weights: Tensor, held: Tensor, floor: Tensor) -> Tensor:
-    """Entries of each layer, int64 [l]: `room` in proportion to weights, at least `floor` and at most `held`."""
-    low = torch.zeros_like(held, dtype=torch.bool)
+def layer_counts(room: int, weights: Tensor, entries: Tensor, floor: Tensor) -> Tensor:
+    """Entries of each layer, int64 [l]: `room` in proportion to weights, at least `floor` and at most its `entries`."""
+    low = torch.zeros_like(entries, dtype=torch.bool)
     while True:
         rest = room - int(floor[low].sum())
-        counts = torch.where(low, floor, apportion(rest, weights.masked_fill(low, 0), held.masked_fill(low, 0)))
+        counts = torch.where(low, floor, apportion(rest, weights.masked_fill(low, 0), entries.masked_fill(low, 0)))
         below = counts < floor
         if not bool(below.any()):
             return counts
@@ -239,21 +238,11 @@ class _Twice:
     progress: Progress
     similarity: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.progress.check()
         full, local = key.float().chunk(2, dim=1)
         self.similarity[layer] = cosine_similarity(full, local, dim=-1).mean().cpu()
         visible = self.visible
-        if window is not None:
-            visible = visible & (self.positions > self.positions[:, None] - window)
-        return attend(query, key, value, Scoring(scale, window, softcap), visible=visible[None])[0]
+        if scoring.window is not None:
+            visible = visible & (self.positions > self.positions[:, None] - scoring.window)
+        return attend(query, key, value, scoring, visible=visible[None])[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
+from workbench.core.attention_rows import row_blocks
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import Contents, Store
 from workbench.kv.stores.format import INDEX_BYTES
@@ -71,13 +72,12 @@ class ILRe(KVMethod):
         entry = sum(_entry_nbytes(prefill, layer) for layer in prefill.compressible)
         first = keys + stream * min(_LEAST, prefill.tokens)  # what streaming needs at least
 
-        slide = max((layer.window or 0 for layer in prefill.layers if layer.index in prefill.exact), default=0)
+        slide = prefill.widest_window
         total = prefill.entries(
             max(_LEAST, slide + 1), lambda each: max(first - each * entry, prefill.scattered_nbytes)
         )
         if total >= prefill.tokens:
-            for piece in prefill.pieces(self.chunk):
-                prefill.feed(piece)
+            prefill.feed_prompt(self.chunk)
             return prefill.result()
 
         spare = None if prefill.limit is None or not stream else (prefill.room - keys) // stream
@@ -105,24 +105,23 @@ class ILRe(KVMethod):
         sinks = min(self.sinks, room // 4)
         piece = min(self.chunk, max((room - sinks) // 2, 1))
         window = min(self.window, room - sinks - piece)
-        asked = prefill.question if prefill.question is not None else prefill.ids[:0]
-        prefill.check_positions(prefill.tokens + asked.numel())
+        question = prefill.question if prefill.question is not None else prefill.ids[:0]
+        prefill.check_positions(prefill.tokens + question.numel())
 
         shape = prefill.shape(retrieval)
         room_for_keys = (shape.kv_heads, shape.tokens, shape.key_width)
         keys = KeyStore(torch.empty(room_for_keys, dtype=prefill.dtype, device=prefill.device))
         prefill.stores[retrieval.index] = keys
         queries: list[Tensor] = []
-        for ids, of_prompt in _pieces(prefill, asked, piece):
+        for ids, of_prompt in _pieces(prefill, question, piece):
             for layer in early:
                 _make_room(prefill, layer, sinks, window)
             query, key = prefill.feed_below(retrieval.index, ids)
             if of_prompt:
                 keys.append(key, key, torch.arange(prefill.position - len(ids), prefill.position))
-            wanted = asked.numel() if asked.numel() else self.query
-            queries = [torch.cat([*queries, query], dim=1)[:, -wanted:]]
+            queries = [torch.cat([*queries, query], dim=1)[:, -(question.numel() or self.query) :]]
         positions = torch.arange(prefill.position - queries[0].shape[1], prefill.position)
-        return attention_to(queries[0], keys.held, positions.to(prefill.device), retrieval)
+        return attention_to(queries[0], keys.appended, positions.to(prefill.device), retrieval)
 
 
 def _entry_nbytes(prefill: ChunkedPrefill, layer: LayerTrace) -> int:
@@ -130,12 +129,12 @@ def _entry_nbytes(prefill: ChunkedPrefill, layer: LayerTrace) -> int:
     return layer.kv_heads * (prefill.shape(layer).entry_nbytes + INDEX_BYTES)
 
 
-def _pieces(prefill: ChunkedPrefill, asked: Tensor, most: int) -> Iterator[tuple[Tensor, bool]]:
+def _pieces(prefill: ChunkedPrefill, question: Tensor, most: int) -> Iterator[tuple[Tensor, bool]]:
     """The prompt's pieces and then the question's, and whether it is the prompt's."""
     for piece in prefill.pieces(most):
         yield piece, True
-    if asked.numel():
-        for piece in asked.split(most):
+    if question.numel():
+        for piece in question.split(most):
             yield piece, False
 
 
@@ -147,16 +146,10 @@ def _make_room(prefill: ChunkedPrefill, layer: LayerTrace, sinks: int, window: i
 
 def attention_to(queries: Tensor, keys: Tensor, positions: Tensor, layer: LayerTrace) -> Tensor:
     """The softmax of queries [h, q, d] at positions [q] over keys [k, n, d] from 0 on, their mean: float32 [n]."""
-    kv_heads, tokens, _ = keys.shape
-    grouped = queries.view(kv_heads, -1, *queries.shape[1:]).float()  # [k, g, q, d]
-    hidden = torch.arange(tokens, device=keys.device) > positions[:, None]  # [q, n]
-    total = torch.zeros(tokens, device=keys.device)
-    for head in range(kv_heads):
-        logits = grouped[head] @ keys[head].float().T * layer.scale
-        if layer.softcap is not None:
-            logits = (logits / layer.softcap).tanh() * layer.softcap
-        total += logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).sum(dim=(0, 1))
-    return (total / (queries.shape[0] * queries.shape[1])).cpu()
+    received = torch.zeros(keys.shape[1], device=keys.device)
+    for block in row_blocks(queries, keys, layer.scoring, query_positions=positions):
+        received[block.keys] += block.probs.sum(dim=(0, 1))
+    return (received / (queries.shape[0] * queries.shape[1])).cpu()
 
 
 def widths(count: int, widest: int) -> list[int]:
@@ -187,7 +180,8 @@ class KeyStore(Store):
         self.keys, self.count = keys, count
 
     @property
-    def held(self) -> Tensor:
+    def appended(self) -> Tensor:
+        """Those that are there, [k, m, d]."""
         return self.keys[:, : self.count]
 
     @property
@@ -207,8 +201,8 @@ class KeyStore(Store):
         self.count = end
 
     def contents(self, dtype: torch.dtype) -> Contents:
-        held = self.held.to(dtype)
-        return Contents(held, held[..., :0], *self.slots())
+        keys = self.appended.to(dtype)
+        return Contents(keys, keys[..., :0], *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {str(self.keys.dtype).removeprefix("torch."): [self.keys]}

@@ -57,14 +57,13 @@ class InfLLM(KVMethod):
 
         room = prefill.entries(self.sinks + self.block + 1, extra)
         if room >= prefill.tokens:
-            for piece in prefill.pieces(self.piece):
-                prefill.feed(piece)
+            prefill.feed_prompt(self.piece)
             return prefill.result()
         for layer in layers:
-            like = prefill.empty(layer).contents(prefill.dtype)
+            empty = prefill.empty(layer).contents(prefill.dtype)
             prefill.stores[layer.index] = BlockStore.empty(
-                like.keys,
-                like.values,
+                empty.keys,
+                empty.values,
                 layer.rotation,
                 room=room,
                 sinks=self.sinks,
@@ -73,8 +72,7 @@ class InfLLM(KVMethod):
                 representatives=min(self.representatives, self.block),
                 blocks=self.blocks,
             )
-        for piece in prefill.pieces(self._piece(room)):
-            prefill.feed(piece)
+        prefill.feed_prompt(self._piece(room))
         return prefill.result(form=TieredFormat(prefill.dtype))
 
     def _piece(self, each: int) -> int:

@@ -57,7 +57,7 @@ class LiveVLM(KVMethod):
         recent = min(self.recent, total // 4, total - self.sinks - piece)
         queries: dict[int, Tensor] = {}  # of each layer's last tokens, [h, r, d]
 
-        def remember(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        def observe(layer: int, query: Tensor, _key: Tensor, _value: Tensor) -> None:
             queries[layer] = query[:, -self.window :]
 
         for ids in prefill.pieces(piece):
@@ -68,11 +68,11 @@ class LiveVLM(KVMethod):
                     continue
                 query = queries[layer.index]
                 at = torch.arange(prefill.position - query.shape[1], prefill.position)
-                _, rows = store.attend(query, at, scale=layer.scale, softcap=layer.softcap, weights=True)
+                _, rows = store.attend(query, at, layer.scoring, weights=True)
                 assert rows is not None  # [k, g, r, m]
                 slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent)
                 prefill.keep(layer.index, slots.expand(layer.kv_heads, -1))
-            prefill.feed(ids, observer=None if whole else remember)
+            prefill.feed(ids, observer=None if whole else observe)
         if whole:
             return prefill.result()
         for layer in prefill.compressible:
@@ -113,6 +113,6 @@ def bucketed(scores: Tensor, positions: Tensor, start: int, end: int, places: in
     rank = torch.empty_like(grouped).scatter_(0, grouped, torch.arange(len(grouped), device=grouped.device) - starts)
     safe = torch.arange(len(order), device=order.device) < int(retention * places)
     # Those that go by score, then those that find their bucket empty, then the rest; each by score.
-    class_ = torch.where(safe, 0, torch.where(rank == 0, 1, 2))
-    chosen = order[class_.argsort(stable=True)[:places]]
+    turn = torch.where(safe, 0, torch.where(rank == 0, 1, 2))
+    chosen = order[turn.argsort(stable=True)[:places]]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True)

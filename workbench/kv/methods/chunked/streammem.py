@@ -54,32 +54,28 @@ class StreamMem(KVMethod):
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         total = prefill.entries(2)
         query = template_ids(prefill.prompt)
-        seen = 0  # how many tokens had been read when the memory last shrank
+        condensed = 0  # how many tokens had been read when the memory last shrank
         for piece in prefill.pieces(self.chunk if total == prefill.tokens else min(self.chunk, max(total // 4, 1))):
             slots = [prefill.stores[layer.index].slot_positions.shape[1] for layer in prefill.compressible]
             room = total - len(piece)
             if max(slots, default=0) > room:
                 last = prefill.ids[max(prefill.position - self.proxy, 0) : prefill.position]
-                self._shrink(prefill, last if query is None else query, room, prefill.position - seen)
-                seen = prefill.position
+                self._shrink(prefill, last if query is None else query, room, prefill.position - condensed)
+                condensed = prefill.position
             prefill.feed(piece)
         return prefill.result()
 
     def _shrink(self, prefill: ChunkedPrefill, query: Tensor, room: int, new: int) -> None:
         """Leave `room` entries of each head, of which the last `new` were read since the last time."""
         frame = self.frame_of(room, new)
-        scores = prefill.probe(query, lambda layer, rows: rows.mean(dim=(1, 2)))
+        scores = prefill.probe(query, lambda _, rows: rows.mean(dim=(1, 2)))
         for layer, score in zip(prefill.compressible, scores, strict=True):
-            held = prefill.stores[layer.index].contents(torch.float32)
+            memory = prefill.stores[layer.index].contents(torch.float32)
+            keys, values, positions = memory.keys, memory.values, memory.positions
             kept, standing = chosen(score, room, new, frame)
             if frame:
-                keys, values = with_prototypes(
-                    layer, held.keys, held.values, score, standing, new, frame, held.positions
-                )
-                held = replace(held, keys=keys, values=values)
-            prefill.stores[layer.index] = DenseStore.of(
-                held.keys, held.values, held.positions, kept | standing, prefill.dtype
-            )
+                keys, values = with_prototypes(layer, keys, values, score, standing, new, frame, positions)
+            prefill.stores[layer.index] = DenseStore.of(keys, values, positions, kept | standing, prefill.dtype)
 
     def frame_of(self, room: int, new: int) -> int:
         """Tokens of a frame, so that the prototypes of `new` tokens take at most a quarter of `room`; 0: no frames."""
@@ -149,8 +145,8 @@ def with_prototypes(
     weights = (weights / sums[:, number])[..., None]
 
     def means(x: Tensor) -> Tensor:
-        found = torch.zeros(heads, frames, x.shape[-1], device=x.device).index_add_(1, number, x * weights)
-        return found[:, number]  # [k, new, d]: at every slot what its frame's prototype would be
+        sums = torch.zeros(heads, frames, x.shape[-1], device=x.device).index_add_(1, number, x * weights)
+        return sums[:, number]  # [k, new, d]: at every slot what its frame's prototype would be
 
     merged = means(recent)
     if layer.rotary is not None:

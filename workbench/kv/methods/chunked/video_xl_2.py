@@ -71,10 +71,10 @@ class VideoXL2(KVMethod):
         whole = room >= prefill.tokens
         stores: list[LevelStore] = []
         for layer in () if whole else layers:
-            like = prefill.empty(layer).contents(prefill.dtype)
+            empty = prefill.empty(layer).contents(prefill.dtype)
             store = LevelStore.empty(
-                like.keys,
-                like.values,
+                empty.keys,
+                empty.values,
                 room=room,
                 chunk=self.chunk,
                 marks=self.marks,
@@ -84,8 +84,7 @@ class VideoXL2(KVMethod):
             )
             prefill.stores[layer.index] = store
             stores.append(store)
-        for piece in prefill.pieces(self.chunk):
-            prefill.feed(piece)
+        prefill.feed_prompt(self.chunk)
         for store in stores:
             store.reading = False
         return prefill.result() if whole else prefill.result(form=TieredFormat(prefill.dtype))

@@ -52,27 +52,24 @@ class XL3M(KVMethod):
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         tokens, positions = prefill.tokens, prefill.max_positions
-        slide = max((layer.window or 0 for layer in prefill.layers if layer.index in prefill.exact), default=0)
-        total = prefill.entries(max(_LEAST, slide + 1), lambda each: prefill.scattered_nbytes)
+        slide = prefill.widest_window
+        total = prefill.entries(max(_LEAST, slide + 1), lambda _: prefill.scattered_nbytes)
         too_long = tokens > positions
         if too_long:
             total = min(total, positions - positions // _FREE)
         if total >= tokens:
-            for piece in prefill.pieces(self.chunk):
-                prefill.feed(piece)
+            prefill.feed_prompt(self.chunk)
             return prefill.result()
 
         sinks = min(self.sinks, (total - slide) // 4)
         last = max(slide, min(self.query, total // 2), 1)
-        asked = prefill.ids[-self.query :] if prefill.question is None else prefill.question
-        asked = asked[-max(total // 2, 1) :]
+        question = prefill.ids[-self.query :] if prefill.question is None else prefill.question
+        question = question[-max(total // 2, 1) :]
         room = total - sinks - last
-        size = max(min(self.segment, total - sinks - asked.numel(), room // 2), 1)
+        size = max(min(self.segment, total - sinks - question.numel(), room // 2), 1)
         segments = torch.arange(sinks, tokens - last).split(size)
-        found = [self._entropy(prefill, part, asked, sinks) for part in segments]
-        where = torch.cat(
-            [torch.arange(sinks), surest(segments, torch.stack(found), room), torch.arange(tokens - last, tokens)]
-        )
+        entropies = torch.stack([self._entropy(prefill, segment, question, sinks) for segment in segments])
+        where = torch.cat([torch.arange(sinks), surest(segments, entropies, room), torch.arange(tokens - last, tokens)])
         prefill.read_only(where, self.chunk, closed_up=too_long)
 
         notes = [] if prefill.question is not None else ["no question was known: the prompt's end stood for it"]
@@ -88,16 +85,17 @@ class XL3M(KVMethod):
             tiers[layer.index, :, kept] = 1
         return prefill.result(tiers=tiers.to(prefill.device), notes=tuple(notes))
 
-    def _entropy(self, prefill: ChunkedPrefill, segment: Tensor, asked: Tensor, sinks: int) -> Tensor:
-        """The entropy of the next token after a segment, at positions [s] of the prompt, and the question ids [q]."""
+    def _entropy(self, prefill: ChunkedPrefill, segment: Tensor, question: Tensor, sinks: int) -> Tensor:
+        """The entropy of the next token after a segment, at positions [s] of the prompt, and the question's ids [q]."""
         prefill.progress.update(f"judging segments for {self.key}", int(segment[0]), prefill.tokens)
         prefill.reset()
-        return entropy(prefill.feed(torch.cat([prefill.ids[:sinks], prefill.ids[segment], asked])))
+        return entropy(prefill.feed(torch.cat([prefill.ids[:sinks], prefill.ids[segment], question])))
 
 
 def entropy(logits: Tensor) -> Tensor:
     """The entropy in nats of the distribution that logits [v] give."""
-    return torch.distributions.Categorical(logits=logits.float()).entropy()
+    uncertainty: Tensor = torch.distributions.Categorical(logits=logits.float()).entropy()
+    return uncertainty
 
 
 def surest(segments: tuple[Tensor, ...], entropies: Tensor, room: int) -> Tensor:

@@ -1,22 +1,13 @@
-"""H2O, and the accumulated attention that other methods score by too."""
+"""H2O."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from workbench.kv.base import KVMethod
-from workbench.kv.ranking import places
+from workbench.kv.accumulated_attention import AccumulatedAttention, heavy_or_recent
 from workbench.kv.stores.mixed import weakest
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
-
-
-class AccumulatedAttention(KVMethod):
-    """Score positions by the attention they received from all queries so far."""
-
-    def score(self, layer: LayerTrace) -> Tensor:
-        return layer.received()
 
 
 @register
@@ -46,9 +37,7 @@ class H2O(AccumulatedAttention):
         return self.decode
 
     def score(self, layer: LayerTrace) -> Tensor:
-        heavy = places(super().score(layer))  # [k, n], 0 the best
-        recent = torch.arange(layer.tokens - 1, -1, -1, device=heavy.device).expand_as(heavy)
-        return -torch.minimum(heavy / max(1 - self.recent_share, 1e-6), recent / max(self.recent_share, 1e-6))
+        return heavy_or_recent(super().score(layer), self.recent_share)
 
     def eviction_state(self, layer: LayerTrace) -> Tensor:
         return layer.received()

@@ -26,4 +26,5 @@ class Knorm(KVMethod):
     default_budget = 0.5
 
     def score(self, layer: LayerTrace) -> Tensor:
-        return -layer.keys.float().norm(dim=-1)
+        length: Tensor = layer.keys.float().norm(dim=-1)
+        return -length

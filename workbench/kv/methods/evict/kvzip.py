@@ -18,6 +18,7 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 _CUE = 8  # tokens of the piece before, from which the model is asked to go on
 
@@ -88,15 +89,14 @@ class KVzip(GlobalHeads):
                 f"kvzip repeats the prompt in pieces after it, up to position {longest:,}, but the model has only "
                 f"{most:,}; use a smaller chunk or a shorter prompt"
             )
-        found = []
+        scores = []
         for done, (piece, ids) in enumerate(zip(pieces, passes, strict=True)):
             repeating = _Repeating(trace, piece, self.sinks, study.progress, done, len(pieces))
             positions = torch.arange(trace.tokens, trace.tokens + ids.numel())
             forward(model, repeating, ids, positions)
-            found.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
+            scores.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
         study.progress.update("repeating the context", len(trace.layers) * len(pieces), len(trace.layers) * len(pieces))
-        scores = torch.cat(found, dim=2)  # [l, k, n]
-        return torch.stack([keep_first(layer, self.sinks) for layer in scores])
+        return torch.stack([keep_first(layer, self.sinks) for layer in torch.cat(scores, dim=2)])  # [l, k, n]
 
 
 def _instruction(prompt: Prompt, start: int) -> Tensor:
@@ -106,8 +106,8 @@ def _instruction(prompt: Prompt, start: int) -> Tensor:
     if tokenizer is None:
         return cue
     before = str(tokenizer.decode(cue, skip_special_tokens=True)).strip()
-    asked = f"Repeat the previous context starting with: {before}" if before else "Repeat the previous context:"
-    return prompt.question_ids(asked if prompt.chat else f"\n\n{asked}\n", tokenizer)
+    words = f"Repeat the previous context starting with: {before}" if before else "Repeat the previous context:"
+    return prompt.question_ids(words if prompt.chat else f"\n\n{words}\n", tokenizer)
 
 
 class _Repeating:
@@ -122,17 +122,7 @@ class _Repeating:
         self.done, self.pieces = done, pieces
         self.scores: dict[int, Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         layers = len(self.trace.layers)
         self.progress.update("repeating the context", self.done * layers + layer, self.pieces * layers)
         recorded = self.trace.layers[layer]
@@ -142,7 +132,7 @@ class _Repeating:
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         best = torch.zeros(key.shape[0], self.piece.stop - self.piece.start, device=query.device)
         # The window is the one the prompt was read with, the model's or an attention method's.
-        for block in row_blocks(query, keys, scale=scale, window=recorded.window, softcap=softcap):
+        for block in row_blocks(query, keys, recorded.scoring):
             rows = block.probs.unflatten(0, (key.shape[0], -1))  # [k, g, rows, keys]
             mixed = rows.flatten(1, 2).to(values.dtype) @ values[:, block.keys]
             out[:, block.rows] = mixed.view(query.shape[0], -1, values.shape[-1])
@@ -155,6 +145,6 @@ class _Repeating:
     def _most(self, rows: Tensor, recorded: LayerTrace) -> Tensor:
         """The largest weight [k, p] on each position of the piece, as if only sinks, piece and the pass were there."""
         piece = rows[..., self.piece]
-        own = rows[..., recorded.tokens :].sum(dim=-1)
-        total = own + piece.sum(dim=-1) + rows[..., self.sinks].sum(dim=-1)  # [k, g, rows]
-        return (piece / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]).amax(dim=(1, 2))
+        total = rows[..., recorded.tokens :].sum(dim=-1) + piece.sum(dim=-1) + rows[..., self.sinks].sum(dim=-1)
+        shares = piece / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]  # [k, g, rows, p]
+        return shares.amax(dim=(1, 2))

@@ -41,10 +41,9 @@ class LagKV(KVMethod):
         scores = torch.arange(layer.tokens, device=layer.device).float().expand(layer.kv_heads, -1)
         if compared:
             part = slice(self.sinks, self.sinks + stretches * self.lag)
-            told = self._stand_out(layer.keys[:, part]) + self._stand_out(
-                layer.values[:, part]
-            )  # [k, stretches - 1, lag]
-            within = -places(told).flatten(1) - 1.0  # [k, compared]: place in its stretch, the best -1
+            # Both [k, stretches - 1, lag], then [k, compared]: a token's place in its stretch, the best -1.
+            deviation = self._stand_out(layer.keys[:, part]) + self._stand_out(layer.values[:, part])
+            within = -places(deviation).flatten(1) - 1.0
             scores = torch.where(
                 scores < self.sinks + compared, pad(within, (self.sinks, layer.tokens - self.sinks - compared)), scores
             )
@@ -54,4 +53,6 @@ class LagKV(KVMethod):
         """How far the tokens of each stretch of x [k, t, d] stand out from the next: [k, stretches - 1, lag]."""
         stretches = x.float().unflatten(1, (-1, self.lag))  # [k, s, lag, d]
         low, high = stretches[:, 1:].aminmax(dim=2, keepdim=True)
-        return ((stretches[:, :-1] - low) / (high - low).clamp_min(1e-12)).std(dim=-1).softmax(dim=-1)
+        scaled = (stretches[:, :-1] - low) / (high - low).clamp_min(1e-12)
+        deviation: Tensor = scaled.std(dim=-1)
+        return deviation.softmax(dim=-1)

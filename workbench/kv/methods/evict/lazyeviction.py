@@ -57,11 +57,11 @@ class LazyEviction(KVMethod):
 
     def scores(self, study: Study) -> Tensor:
         layers = study.trace.compressible
-        found = []
+        scores = []
         for layer in study.progress.track(layers, f"scoring by {self.key}", len(layers)):
-            key = ("eviction state", self.parameter_key(), layer.index)  # as a plan state_width it for decoding
-            found.append(self._due(study.trace.once(key, partial(self.eviction_state, layer))))
-        return torch.stack(found)
+            key = ("eviction state", self.parameter_key(), layer.index)  # as a plan remembers it for decoding
+            scores.append(self._due(study.trace.once(key, partial(self.eviction_state, layer))))
+        return torch.stack(scores)
 
     def eviction_state(self, layer: LayerTrace) -> Tensor:
         memory = torch.zeros(layer.kv_heads, layer.tokens, self.state_width, device=layer.device)
@@ -71,23 +71,23 @@ class LazyEviction(KVMethod):
 
     def _due(self, memory: Tensor) -> Tensor:
         tokens = memory.shape[1]
-        return keep_last(importance(memory), min(self.window, max(tokens // 4, 1)))
+        return keep_last(mri_score(memory), min(self.window, max(tokens // 4, 1)))
 
     def update_state(self, state: Tensor, weights: Tensor) -> Tensor:
-        return observe(state, weights.amax(dim=1), self.threshold)
+        return track_recurrence(state, weights.amax(dim=1), self.threshold)
 
     def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
-        held = int((positions >= 0).sum(dim=1).min())
-        lag = min(self.window, held // 4)
+        entries = int((positions >= 0).sum(dim=1).min())
+        lag = min(self.window, entries // 4)
         leaving = max(room, lag)
         oldest_first = positions.argsort(dim=1, stable=True)  # [k, m]
-        due = importance(state).gather(1, oldest_first)
-        due[:, max(positions.shape[1] - min(lag, held - leaving), 0) :] = torch.inf  # the last ones stay
+        due = mri_score(state).gather(1, oldest_first)
+        due[:, max(positions.shape[1] - min(lag, entries - leaving), 0) :] = torch.inf  # the last ones stay
         due.masked_fill_(positions.gather(1, oldest_first) < 0, torch.inf)
         return oldest_first.gather(1, due.argsort(dim=1, stable=True)[:, :leaving])
 
 
-def importance(memory: Tensor) -> Tensor:
+def mri_score(memory: Tensor) -> Tensor:
     """How much a token is due to matter, float32 [k, m], from its steps since and MRI, memory [k, m, 2]."""
     since, interval = memory.unbind(dim=-1)
     overdue = 2 * torch.sigmoid(-1 - since / (interval + 1e-5))
@@ -95,7 +95,7 @@ def importance(memory: Tensor) -> Tensor:
     return overdue + often
 
 
-def observe(memory: Tensor, weights: Tensor, threshold: float) -> Tensor:
+def track_recurrence(memory: Tensor, weights: Tensor, threshold: float) -> Tensor:
     """The memory [k, m, 2] after steps with attention weights [k, q, m]: steps since each token recurred, and its MRI.
 
     A token that a query cannot see yet, and that was never seen before, has not come into being: its steps begin with
@@ -104,11 +104,11 @@ def observe(memory: Tensor, weights: Tensor, threshold: float) -> Tensor:
     since, interval = memory.unbind(dim=-1)
     steps = weights.shape[1]
     now = torch.arange(1, steps + 1, device=weights.device, dtype=memory.dtype)[:, None]  # [q, 1]
-    seen = weights > 0
+    visible = weights > 0
     unborn = (since == 0) & (interval == 0)  # [k, m]; also what came into being with the step before, which is the same
-    birth = torch.where(seen.any(dim=1), seen.to(torch.uint8).argmax(dim=1), steps)
+    birth = torch.where(visible.any(dim=1), visible.to(torch.uint8).argmax(dim=1), steps)
     start = torch.where(unborn, birth.to(memory.dtype), -since)  # when each last recurred, or the step before its first
-    recurs = seen & (weights >= threshold)
+    recurs = visible & (weights >= threshold)
     last = torch.where(recurs, now, start[:, None]).cummax(dim=1).values  # [k, q, m]
     before = torch.cat([start[:, None], last[:, :-1]], dim=1)
     longest = torch.where(recurs, now - before, 0).amax(dim=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from workbench.core.bisection import boundary
@@ -24,6 +24,7 @@ from workbench_kernels import Scoring, attend
 
 _THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # at which errors are measured
 _PROBES = 16  # positions at which errors are measured, from the first to the last
+Hidden = Tensor | tuple[Tensor, ...]  # what a decoder layer returns: hidden states, alone or first
 _PUBLISHED = 0.6  # of the uncompressed bytes, the smallest cache in the paper
 
 
@@ -46,12 +47,12 @@ class Profile:
         """The lowest threshold at which the error is at most `error`; 1 is without error."""
         if error >= self.errors[-1]:
             return _THRESHOLDS[-1]
-        found = [1.0, *_THRESHOLDS], [0.0, *self.errors]
-        at = bisect_left(found[1], error)
-        if found[1][at] == error:
-            return found[0][at]
-        part = (error - found[1][at - 1]) / (found[1][at] - found[1][at - 1])
-        return found[0][at - 1] + part * (found[0][at] - found[0][at - 1])
+        thresholds, errors = [1.0, *_THRESHOLDS], [0.0, *self.errors]
+        at = bisect_left(errors, error)
+        if errors[at] == error:
+            return thresholds[at]
+        part = (error - errors[at - 1]) / (errors[at] - errors[at - 1])
+        return thresholds[at - 1] + part * (thresholds[at] - thresholds[at - 1])
 
 
 def ranks_at(keys: Sequence[float], values: Sequence[float], threshold: float) -> Ranks:
@@ -98,7 +99,7 @@ class EigenAttention(KVMethod):
         profiles = self._profiles(study)
         everything = torch.tensor([[shape.tokens] * shape.kv_heads for shape in shapes])
 
-        def at(error: float) -> tuple[Format, int]:
+        def at(error: float) -> tuple[Format, int]:  # the format, and its bytes
             form = LowRankFormat(dtype, {layer: p.ranks(error) for layer, p in profiles.items()}, queries=True)
             return form, stored_nbytes(form, shapes, everything)
 
@@ -122,75 +123,78 @@ def profiles_of(study: Study) -> dict[int, Profile]:
     of the whole prompt for them, what reaches a layer is what reached it when the prompt was read; the layer is then
     called again with the output at lower ranks. Without a model, the error is what the threshold leaves out.
     """
-    trace, found = study.trace, {}
+    trace = study.trace
+    profiles: dict[int, Profile] = {}
     if study.model is None:
         for layer in trace.compressible:
-            found[layer.index] = Profile(*_shares(layer), tuple(1 - threshold for threshold in _THRESHOLDS))
-        return found
+            profiles[layer.index] = Profile(*_shares(layer), tuple(1 - threshold for threshold in _THRESHOLDS))
+        return profiles
     probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
-    given = _Given(trace, probes)
+    attention = _ExactOutput(trace, probes)
     within = {layer.index for layer in trace.compressible}
     layers = list(decoder_layers(study.model).values())
-    asking = False
+    repeating = False  # whether a layer is being called again, by this hook itself
 
-    def after(module: Any, args: Any, options: Any, output: Any) -> None:
-        nonlocal asking
-        if asking or given.layer not in within:
+    def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Hidden) -> None:
+        nonlocal repeating
+        if repeating or attention.layer not in within:
             return
-        asking = True
-        number = given.layer
-        study.progress.update("measuring low ranks", len(found), len(within))
-        found[number] = _profile(
-            trace.layers[number], given, _hidden(output), lambda: _hidden(module(*args, **options))
+        repeating = True
+        number = attention.layer
+        study.progress.update("measuring low ranks", len(profiles), len(within))
+        profiles[number] = _profile(
+            trace.layers[number], attention, _hidden(output), lambda: _hidden(module(*args, **options))
         )
-        asking = False
+        repeating = False
 
     with engaged(study.model):
         hooks = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
         try:
-            forward(study.model, given, trace.ids[probes], probes)
+            forward(study.model, attention, trace.ids[probes], probes)
         finally:
             for hook in hooks:
                 hook.remove()
     study.progress.update("measuring low ranks", len(within), len(within))
-    return found
+    return profiles
 
 
-def _profile(layer: LayerTrace, given: _Given, exact: Tensor, again: Callable[[], Tensor]) -> Profile:
-    """The profile of a layer whose output is `exact` [p, c]; `again` computes it from `given.output`."""
+def _profile(layer: LayerTrace, attention: _ExactOutput, exact: Tensor, again: Callable[[], Tensor]) -> Profile:
+    """The profile of a layer whose output is `exact` [p, c]; `again` computes it from the attention's `output`."""
     spaces, (keys, values) = spaces_of(layer, queries=True), _shares(layer)
     errors: list[float] = []
-    known: dict[Ranks, float] = {}
+    error_at: dict[Ranks, float] = {}
     for threshold in _THRESHOLDS:
         ranks = ranks_at(keys, values, threshold)
-        if ranks not in known:
-            given.output = given.attention(layer, *lowered(layer, spaces, ranks))
-            known[ranks] = float(((again() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).mean())
-        errors.append(max(known[ranks], errors[-1] if errors else 0.0))  # what a lower rank gains is chance
-    given.output = None
+        if ranks not in error_at:
+            attention.output = attention.over(layer, *lowered(layer, spaces, ranks))
+            error_at[ranks] = float(((again() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).mean())
+        errors.append(max(error_at[ranks], errors[-1] if errors else 0.0))  # what a lower rank gains is chance
+    attention.output = None
     return Profile(keys, values, tuple(errors))
 
 
-class _Given:
+class _ExactOutput:
     """Gives each layer the attention output of the whole prompt for the queries at `positions` [p], or `output`."""
 
     def __init__(self, trace: Trace, positions: Tensor) -> None:
         self.trace, self.positions = trace, positions
         self.output: Tensor | None = None
-        self.layer = -1  # the one that asked last
+        self.layer = -1  # the one that attended last
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        self.layer, read = layer, self.trace.layers[layer]
-        found = self.output if self.output is not None else self.attention(read, read.keys.float(), read.values.float())
-        return found.to(query.dtype)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        self.layer, output = layer, self.output
+        if output is None:
+            recorded = self.trace.layers[layer]
+            output = self.over(recorded, recorded.keys.float(), recorded.values.float())
+        return output.to(query.dtype)
 
-    def attention(self, layer: LayerTrace, keys: Tensor, values: Tensor) -> Tensor:
+    def over(self, layer: LayerTrace, keys: Tensor, values: Tensor) -> Tensor:
         """The output [h, p, dv] over keys [k, n, d] and values [k, n, dv] in place of the layer's own."""
         where = torch.arange(layer.tokens, device=layer.device)
-        asked = self.positions.to(layer.device)
-        visible = seen_by(asked, where[None], None, layer.window)
-        queries = layer.queries[:, asked].float()
-        return attend(queries, keys, values, Scoring(layer.scale, layer.window, layer.softcap), visible=visible)[0]
+        positions = self.positions.to(layer.device)
+        visible = seen_by(positions, where[None], None, layer.window)
+        queries = layer.queries[:, positions].float()
+        return attend(queries, keys, values, layer.scoring, visible=visible)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -210,9 +214,9 @@ def _within(x: Tensor, basis: Tensor) -> Tensor:
     return x @ (unit.transpose(1, 2) @ unit)
 
 
-def _hidden(output: Any) -> Tensor:
+def _hidden(output: Hidden) -> Tensor:
     """What a decoder layer hands on, float32 [p, c]."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    hidden = output if isinstance(output, Tensor) else output[0]
     return hidden[0].float()
 
 

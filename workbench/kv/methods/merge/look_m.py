@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import field_validator
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from workbench.core.nearest import nearest_kept
 from workbench.errors import BadParameter
-from workbench.kv.methods.evict.h2o import AccumulatedAttention
-from workbench.kv.ranking import places
+from workbench.kv.accumulated_attention import AccumulatedAttention, heavy_or_recent
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
 
@@ -26,7 +25,7 @@ class TextPrior(AccumulatedAttention):
 
     @field_validator("image_spans", mode="before")
     @classmethod
-    def _written_one_way(cls, given: Any) -> Any:
+    def _written_one_way(cls, given: object) -> str:
         """Pairs of numbers become text; text is written one way, so that equal spans are equal."""
         if not isinstance(given, str):
             if not isinstance(given, Sequence) or not all(isinstance(span, Sequence) for span in given):
@@ -43,9 +42,7 @@ class TextPrior(AccumulatedAttention):
         image = self.is_image(layer.tokens).to(layer.device)
         received = super().score(layer).double()  # so that adding the largest blurs nothing
         prior = received.amax(dim=1, keepdim=True)
-        heavy = places(torch.where(image, received, received + prior))  # [k, n], 0 the best
-        recent = torch.arange(layer.tokens - 1, -1, -1, device=heavy.device).expand_as(heavy)
-        return -torch.minimum(heavy / max(1 - self.recent_share, 1e-6), recent / max(self.recent_share, 1e-6))
+        return heavy_or_recent(torch.where(image, received, received + prior), self.recent_share)
 
     def is_image(self, tokens: int) -> Tensor:
         """Which positions of a prompt are image tokens, bool [n]. Raises BadParameter for spans beyond its end."""
@@ -97,24 +94,24 @@ class LookM(TextPrior):
         similarity, home = nearest_kept(layer.keys, kept)
         weight = similarity if self.strategy == "weighted" else torch.ones_like(similarity)
         weight = torch.where(kept, 0.0, weight)  # [k, n]
-        own = torch.ones_like(weight)  # how much of the kept entry there is
+        kept_weight = torch.ones_like(weight)  # how much of the kept entry there is
         taken = torch.zeros_like(weight).scatter_add_(1, home, (~kept).to(weight.dtype))
         if self.strategy == "pivotal":
-            weight, own = weight / 2, 1 + taken / 2
-        merged = [_gathered(x, weight, home, own) / (1 + taken)[..., None] for x in (keys, values)]
+            weight, kept_weight = weight / 2, 1 + taken / 2
+        merged = [_gathered(x, weight, home, kept_weight) / (1 + taken)[..., None] for x in (keys, values)]
         return merged[0], merged[1]
 
 
-def _gathered(x: Tensor, weight: Tensor, home: Tensor, own: Tensor) -> Tensor:
-    """own [k, n] times each row of x [k, n, d], plus weight [k, n] times each row, added to the row `home` [k, n]."""
-    return (own[..., None] * x).scatter_add_(1, home[..., None].expand_as(x), weight[..., None] * x)
+def _gathered(x: Tensor, weight: Tensor, home: Tensor, kept_weight: Tensor) -> Tensor:
+    """kept_weight [k, n] times each row of x [k, n, d], plus weight [k, n] times the rows whose `home` [k, n] it is."""
+    return (kept_weight[..., None] * x).scatter_add_(1, home[..., None].expand_as(x), weight[..., None] * x)
 
 
 def _spans(text: str) -> tuple[tuple[int, int], ...]:
     """Read "5-581, 600-1176". Raises ValueError, which becomes BadParameter."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    found = [re.fullmatch(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})", part) for part in parts]
-    spans = tuple((int(match[1]), int(match[2])) for match in found if match)
+    matches = [re.fullmatch(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})", part) for part in parts]
+    spans = tuple((int(match[1]), int(match[2])) for match in matches if match)
     if len(spans) != len(parts):
         raise ValueError("spans of positions look like 5-581, 600-1176")
     if any(first >= end for first, end in spans):

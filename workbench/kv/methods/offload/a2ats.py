@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.codebook import Codebook
 from workbench.kv.stores.format import Shape, index_nbytes
 from workbench.kv.stores.group_union import united
@@ -132,7 +133,6 @@ class Coded(Retriever):
         return [self.book.factor]
 
     def clone(self) -> Coded:
-        twin = object.__new__(Coded)
-        twin.__dict__.update(self.__dict__)
+        twin = copy(self)
         twin.codes = self.codes.clone()
         return twin

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.eight_bit import EightBitOffloadFormat
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
 from workbench.kv.stores.offload import Index, OffloadFormat, Retriever
@@ -107,21 +107,22 @@ class RecentAttention(Retriever):
 
     def find(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         sums = self.rows.float().sum(dim=0)  # [p]
-        given = sums[self.positions.view()[..., 0].long()]  # [k, m]
+        scores = sums[self.positions.view()[..., 0].long()]  # [k, m]
         valid = self.positions.valid()
         if valid is not None:
-            given = given.masked_fill(~valid, -torch.inf)
-        best = given.topk(min(max(self.counts), given.shape[1]), dim=1)
+            scores = scores.masked_fill(~valid, -torch.inf)
+        best = scores.topk(min(max(self.counts), scores.shape[1]), dim=1)
         places = torch.arange(best.indices.shape[1])
         chosen = best.values.isfinite() & (places < torch.tensor(self.counts)[:, None])
         size = (-1, query.shape[1], -1)
-        return tuple(x.to(query.device)[:, None].expand(size) for x in (best.indices, chosen))  # type: ignore[return-value]
+        slots, chosen = (x.to(query.device)[:, None].expand(size) for x in (best.indices, chosen))
+        return slots, chosen
 
     def watch(self, weights: Tensor, positions: Tensor) -> None:
-        given, positions = weights.sum(dim=1).cpu(), positions.cpu()  # [k, q, m], [k, m]
+        weights, positions = weights.sum(dim=1).cpu(), positions.cpu()  # [k, q, m], [k, m]
         self._make_room(int(positions.max()) + 1)
-        new = torch.zeros(given.shape[1], self.rows.shape[1])
-        flat = given.transpose(0, 1).flatten(1)  # [q, k * m]
+        new = torch.zeros(weights.shape[1], self.rows.shape[1])
+        flat = weights.transpose(0, 1).flatten(1)  # [q, k * m]
         new.scatter_add_(1, positions.flatten().expand_as(flat), flat)
         for row in new[-len(self.rows) :]:
             self.rows[self.oldest] = row

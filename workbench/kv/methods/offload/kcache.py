@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.host_values import HostValuesFormat
 from workbench.registry import Paper, param, register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.format import INDEX_BYTES, Shape
 from workbench.kv.stores.graph import Graph
 from workbench.kv.stores.group_union import united
@@ -113,19 +114,19 @@ class KeyIndex(Index):
         """The vectors that guide the graph, [k, t, d]."""
         if self.guide == "keys":
             steps = torch.linspace(0, 1, min(self.guides, int(lengths.max())))
-            at = (steps * (lengths[:, None] - 1).clamp_min(0)).round().long()  # [k, t]
-            return keys.gather(1, at[..., None].expand(-1, -1, keys.shape[2]))
+            slots = (steps * (lengths[:, None] - 1).clamp_min(0)).round().long()  # [k, t]
+            return keys.gather(1, slots[..., None].expand(-1, -1, keys.shape[2]))
         each = min(-(-self.guides // layer.groups), layer.tokens)
-        at = torch.linspace(0, layer.tokens - 1, each).round().long()
-        queries = layer.queries_held[:, at.to(layer.queries_held.device)].float().cpu()
+        positions = torch.linspace(0, layer.tokens - 1, each).round().long()
+        queries = layer.queries_held[:, positions.to(layer.queries_held.device)].float().cpu()
         return queries.reshape(layer.kv_heads, -1, queries.shape[2])
 
 
 def padded(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of x [k, n, d] at which chosen [k, n] is True, in front, then zeros: [k, m, d]; and how many, [k]."""
     lengths = chosen.sum(dim=1)
-    at = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
-    rows = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+    slots = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+    rows = x.gather(1, slots[..., None].expand(-1, -1, x.shape[2]))
     return rows * (torch.arange(rows.shape[1]) < lengths[:, None])[..., None], lengths
 
 
@@ -154,8 +155,8 @@ class Keys(Retriever):
         keys = self.graph.keys
         count = keys.shape[1]
         if self.guided and self.fetch < count:
-            found = self.graph.search(query, self.fetch, self.beam)
-            return found.keys.clamp_max(count - 1), found.scores
+            nearest = self.graph.search(query, self.fetch, self.beam)
+            return nearest.keys.clamp_max(count - 1), nearest.scores
         scores = query @ keys.transpose(1, 2)
         beyond = torch.arange(count) >= self.lengths[:, None]
         return torch.arange(count).expand_as(scores), scores.masked_fill_(beyond[:, None], -torch.inf)
@@ -170,6 +171,4 @@ class Keys(Retriever):
         return [*self.graph.tensors(), self.lengths, self.fresh]
 
     def clone(self) -> Keys:
-        twin = object.__new__(Keys)
-        twin.__dict__.update(self.__dict__)  # nothing here is ever written to
-        return twin
+        return copy(self)  # nothing here is ever written to

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.format import INDEX_BYTES, Shape
 from workbench.kv.stores.offload import Index, Retriever
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MEAN = torch.bfloat16  # a mean only ranks
 _KERNEL = 7  # of the pooling by which a sentence's tokens are weighed, as published
@@ -66,16 +69,16 @@ class SentenceKV(SinksAndRecent):
         return SentenceIndex(self.fetch, max(int(self.factor * self.fetch), 1), self.longest, ends, weights)
 
 
-def sentence_ends(ids: Tensor, tokenizer: Any, longest: int) -> tuple[int, ...]:
+def sentence_ends(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None, longest: int) -> tuple[int, ...]:
     """Where the sentences of ids [n] end (exclusive), none longer than `longest`."""
     closing: set[int] = set()
     if tokenizer is not None:
         closing = {token for token in set(ids.tolist()) if _closes(str(tokenizer.decode([token])))}
     ends, begin, count = [], 0, ids.numel()
-    for at, token in enumerate(ids.tolist(), start=1):
-        if token in closing or at - begin == longest or at == count:
-            ends.append(at)
-            begin = at
+    for end, token in enumerate(ids.tolist(), start=1):
+        if token in closing or end - begin == longest or end == count:
+            ends.append(end)
+            begin = end
     return tuple(ends)
 
 
@@ -86,8 +89,8 @@ def _closes(text: str) -> bool:
 
 def votes(layer: LayerTrace, window: int) -> Tensor:
     """The attention of the last `window` queries to each position, summed, pooled, averaged by KV head: [k, n]."""
-    given = layer.attention(window).mean(dim=1).sum(dim=1)
-    return max_pool1d(given, _KERNEL, stride=1, padding=_KERNEL // 2)
+    received = layer.attention(window).mean(dim=1).sum(dim=1)
+    return max_pool1d(received, _KERNEL, stride=1, padding=_KERNEL // 2)
 
 
 @dataclass(frozen=True)
@@ -116,14 +119,14 @@ class SentenceIndex(Index):
         counts = others.sum(dim=1)
         place = self.weights[layer.index].masked_fill(~others, -torch.inf)
         place = place.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        found = others & (place < counts.clamp(max=self.known)[:, None])  # [k, n]
+        findable = others & (place < counts.clamp(max=self.known)[:, None])  # [k, n]
         ends = torch.tensor(self.ends, device=device)
         owner = torch.searchsorted(ends, torch.arange(keys.shape[1], device=device), right=True)  # [n]
         lengths = torch.zeros(len(keys), len(ends), dtype=torch.long, device=device)
-        lengths.index_add_(1, owner, found.long())
+        lengths.index_add_(1, owner, findable.long())
         sums = torch.zeros(len(keys), len(ends), keys.shape[2], device=device)
-        sums.index_add_(1, owner, keys.float() * found[..., None])
-        members = (~found).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(found.sum(dim=1).max())]
+        sums.index_add_(1, owner, keys.float() * findable[..., None])
+        members = (~findable).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(findable.sum(dim=1).max())]
         slots = (others.cumsum(dim=1) - 1).clamp_min(0).gather(1, members)
         return Sentences(
             (sums / lengths.clamp_min(1)[..., None]).to(_MEAN),
@@ -140,7 +143,7 @@ class Sentences(Retriever):
     """Means [k, s, d], the slots int32 [k, c] of their entries one sentence after another, and where among these each
     ends, int32 [k, s].
 
-    counts int32 [k]: entries in host memory. asked float32 [k, d]: the sum of the last `read` queries, those of the
+    counts int32 [k]: entries in host memory. query_sum float32 [k, d]: the sum of the last `read` queries, those of the
     sentence in progress.
     """
 
@@ -150,12 +153,12 @@ class Sentences(Retriever):
         members: Tensor,
         ends: Tensor,
         counts: Tensor,
-        asked: Tensor,
+        query_sum: Tensor,
         fetch: int,
         longest: int,
         read: int = 0,
     ) -> None:
-        self.means, self.members, self.ends, self.counts, self.asked = means, members, ends, counts, asked
+        self.means, self.members, self.ends, self.counts, self.query_sum = means, members, ends, counts, query_sum
         self.fetch, self.longest, self.read = fetch, longest, read
 
     def find(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -183,9 +186,9 @@ class Sentences(Retriever):
         rows = []
         for row in grouped.unbind(dim=1):
             if self.read == self.longest:
-                self.asked, self.read = torch.zeros_like(self.asked), 0
-            self.asked, self.read = self.asked + row, self.read + 1
-            rows.append(self.asked / self.read)
+                self.query_sum, self.read = torch.zeros_like(self.query_sum), 0
+            self.query_sum, self.read = self.query_sum + row, self.read + 1
+            rows.append(self.query_sum / self.read)
         return torch.stack(rows, dim=1)
 
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -202,8 +205,8 @@ class Sentences(Retriever):
         self.counts = self.counts + new
 
     def tensors(self) -> list[Tensor]:
-        return [self.means, self.members, self.ends, self.counts, self.asked]
+        return [self.means, self.members, self.ends, self.counts, self.query_sum]
 
     def clone(self) -> Sentences:
-        means, members, ends, counts, asked = (held.clone() for held in self.tensors())
-        return Sentences(means, members, ends, counts, asked, self.fetch, self.longest, self.read)
+        means, members, ends, counts, query_sum = (tensor.clone() for tensor in self.tensors())
+        return Sentences(means, members, ends, counts, query_sum, self.fetch, self.longest, self.read)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import Study
-from workbench.kv.methods.evict.streaming_llm import SinksAndRecent
 from workbench.kv.ranking import Ranking
+from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.channels import ChannelIndex
 from workbench.kv.stores.format import Format, Shape, stored_nbytes
 from workbench.kv.stores.tailored import TailoredFormat

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from workbench.errors import BadParameter
 from workbench.kv.base import KVMethod
+from workbench.kv.fitting import first_fitting
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.registry import Paper, param, register
 
@@ -40,7 +41,7 @@ class KIVI(KVMethod):
         128, ge=0, le=4096, unit="tokens", help="newest tokens that stay exact; a multiple of the group"
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         super().__init__(**values)
         if self.residual % self.group:
             nearest = max(round(self.residual / self.group), 1) * self.group
@@ -52,11 +53,7 @@ class KIVI(KVMethod):
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if limit is None:
             return PackedFormat(dtype, 2 if self.bits == "auto" else self.bits, self.group, self.residual)
-        form: Format = DenseFormat(dtype)
-        for form in self._formats(dtype):
-            if sum(form.nbytes(shape, torch.full((1, shape.kv_heads), shape.tokens)) for shape in shapes) <= limit:
-                break
-        return form
+        return first_fitting(self._formats(dtype), shapes, limit)
 
     def _formats(self, dtype: torch.dtype) -> Iterator[Format]:
         """What a budget may choose from, best first: more bits before a longer residual."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from workbench.kv.methods.evict.h2o import AccumulatedAttention
+from workbench.kv.accumulated_attention import AccumulatedAttention
 from workbench.kv.stores.format import Format, MixedFormat, Shape
 from workbench.registry import Paper, param, register
 

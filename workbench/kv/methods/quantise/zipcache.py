@@ -28,18 +28,12 @@ class ProbedAttention(KVMethod):
     def score(self, layer: LayerTrace) -> Tensor:
         probes = self.probes(layer.tokens).to(layer.device)
         total = torch.zeros(layer.heads, layer.tokens, device=layer.device)
-        for _, rows in attention_rows(
-            layer.queries[:, probes],
-            layer.keys,
-            scale=layer.scale,
-            query_positions=probes,
-            window=layer.window,
-            softcap=layer.softcap,
-        ):
+        for _, rows in attention_rows(layer.queries[:, probes], layer.keys, layer.scoring, query_positions=probes):
             total += rows.sum(dim=1)
-        where = torch.arange(layer.tokens, device=layer.device)
-        seen_by = (probes[:, None] >= where).sum(dim=0)  # [n], at least the last token's
-        return total.unflatten(0, (layer.kv_heads, -1)).mean(dim=1) / seen_by
+        positions = torch.arange(layer.tokens, device=layer.device)
+        observers = (probes[:, None] >= positions).sum(dim=0)  # [n]: by how many each is seen, the last token at least
+        mean: Tensor = total.unflatten(0, (layer.kv_heads, -1)).mean(dim=1)
+        return mean / observers
 
     def probes(self, tokens: int) -> Tensor:
         """Whose queries are asked, ascending positions int64 [p]: at least the last one."""

@@ -1,0 +1,80 @@
+"""What can be read of a layer's attention beside its output, and what must hold of what it is read from."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from workbench_kernels.scoring import Scoring
+
+Pooling = Literal["max", "mean", "sum"]
+
+
+class Reading(NamedTuple):
+    """What was read of one layer's attention; None for what was not asked for. All float32."""
+
+    lse: Tensor
+    """[h, n] natural logarithm of each row's sum of exp(score) over the keys it sees"""
+    sums: Tensor | None
+    """[h, m] the attention that each key receives from all rows together"""
+    most: Tensor | None
+    """[h, m] the most attention that any row pays to each key"""
+    entropy: Tensor | None
+    """[h, n] -sum P log P of each row, in nats"""
+    cells: Tensor | None
+    """[h, min(pixels, n), min(pixels, m)] the pooled map"""
+
+
+def cell_edges(size: int, pixels: int, device: torch.device) -> Tensor:
+    """Where the cells of at most `pixels` begin, and the last one ends: int64 [cells + 1]."""
+    cells = min(pixels, size)
+    return torch.arange(cells + 1, device=device) * size // cells
+
+
+def check_reading(
+    query: Tensor,
+    key: Tensor,
+    scoring: Scoring,
+    lse: Tensor | None,
+    rows: tuple[int, int] | None,
+    pooling: Pooling | None,
+    pixels: int,
+) -> tuple[int, int]:
+    """Raise ValueError for arguments of `read_attention` that do not fit together; the range of rows that count."""
+    _check_tensors(query, key, lse)
+    n, window, softcap = query.shape[1], scoring.window, scoring.softcap
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: give at least 1, or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: give a positive number, or None for none")
+    if rows is not None and not 0 <= rows[0] < rows[1] <= n:
+        raise ValueError(f"rows is {rows}: give a range that is not empty, within 0 and {n}")
+    if pooling is not None:
+        _check_map(pooling, rows, pixels)
+    return (0, n) if rows is None else rows
+
+
+def _check_tensors(query: Tensor, key: Tensor, lse: Tensor | None) -> None:
+    if query.ndim != 3 or key.ndim != 3 or query.shape[2] != key.shape[2] or query.dtype != key.dtype:
+        raise ValueError(
+            f"query must be [h, n, d] and key [k, m, d] of one dtype, not {list(query.shape)} ({query.dtype}) and "
+            f"{list(key.shape)} ({key.dtype})"
+        )
+    (h, n, _), (k, m, _) = query.shape, key.shape
+    if k == 0 or h == 0 or h % k:
+        raise ValueError(f"{h} query heads cannot share {k} KV heads: the first must be a multiple of the second")
+    if not 0 < n <= m:
+        raise ValueError(f"{n} queries for {m} keys: they must be those of the last keys, and at least one")
+    if lse is not None and (lse.shape != (h, n) or not lse.is_floating_point()):
+        raise ValueError(f"lse must be [{h}, {n}] floating-point, not {list(lse.shape)} ({lse.dtype})")
+
+
+def _check_map(pooling: Pooling, rows: tuple[int, int] | None, pixels: int) -> None:
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling is {pooling!r}: choose one of {', '.join(get_args(Pooling))}")
+    if rows is not None:
+        raise ValueError("a map is of all rows: read the sums of some rows without one")
+    if not 1 <= pixels <= 1024:
+        raise ValueError(f"pixels is {pixels}: give 1 to 1024")
