@@ -21,7 +21,7 @@ from workbench.kv import H2O, AdaKV, Knorm
 from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import Dequantised, DenseStore, Store
+from workbench.kv.stores import DenseStore, Dequantised, Store
 from workbench.models import facts
 from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder

@@ -176,8 +176,10 @@ def test_an_operator_computes_what_its_paper_says(op: Operator, oracle: Callable
 
 @every
 @pytest.mark.parametrize("promise", testing.PROMISES[Operator], ids=lambda promise: promise.__name__)
-def test_an_operator_keeps_every_promise(cls: type[Operator], promise: testing.Promise) -> None:
-    testing.check_promise(promise, cls)
+def test_an_operator_keeps_every_promise(
+    cls: type[Operator], promise: testing.Promise, subjects: testing.Subjects
+) -> None:
+    testing.check_promise(promise, cls, subjects)
 
 
 class Mean(Operator):

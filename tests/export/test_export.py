@@ -47,7 +47,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def compressed(made: wb.Session, key: str, **parameters: Any) -> PreTrainedModel:
-    return made._variants.get([wb.method(key, **parameters)])
+    return made.readings.variants.get([wb.method(key, **parameters)])
 
 
 def tied() -> PreTrainedModel:

@@ -229,7 +229,7 @@ RECIPES = [
 )
 def test_a_session_shows_one_and_the_same_attention_everywhere(session: wb.Session, recipe: object) -> None:
     spec = wb.Recipe.of(recipe)  # type: ignore[arg-type]
-    trace = session._trace(spec)  # its own reading, whose queries differ
+    trace = session.readings.trace(spec)  # its own reading, whose queries differ
     (method,) = spec.family("attention")
     for pooling in POOLINGS:
         grid = session.attention_grid(spec, pixels=9, pooling=pooling)  # type: ignore[arg-type]

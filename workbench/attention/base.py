@@ -71,9 +71,13 @@ class AttentionMethod(Method):
     softmax_weights: ClassVar[bool] = False  # a prompt's weights are the softmax over all that `span` leaves visible
     all_scores: ClassVar[str] = ""  # how all of them are computed, where none can be left out: there is no budget
 
+    @classmethod
+    def takes_budget(cls) -> bool:
+        return not cls.all_scores
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-        if self.budget is not None and self.all_scores:
+        if self.budget is not None and not self.takes_budget():
             raise BadParameter(f"{self.key}: all scores are computed, {self.all_scores}; it takes no budget")
         if self.budget is not None and self.budget.kind != "share":
             raise BadBudget(

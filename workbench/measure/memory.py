@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Self, cast, get_args
@@ -268,7 +268,11 @@ class LiveBytes(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
         gives = _gives(func)
@@ -321,8 +325,8 @@ class _Watch(weakref.ref):  # type: ignore[type-arg]
 _Gives = Literal["view", "input", "new", "any"]
 
 
-@cache
-def _gives(func: Any) -> _Gives:
+@cache  # asked of every operation that runs
+def _gives(func: Callable[..., object]) -> _Gives:
     """What an operation returns: views of inputs, inputs that it wrote to, tensors of its own, or any of these."""
     # `torch.tensor([...])` makes its storage unseen and shows it first as this operation's input.
     if func is torch.ops.aten.lift_fresh.default:

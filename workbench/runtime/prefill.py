@@ -16,7 +16,7 @@ from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
-from workbench.models import Facts, rotation_of
+from workbench.models import Facts, Rotations
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class _Recorder:
     """Computes exact (or the method's) attention over the prompt and keeps each layer's queries, keys and values."""
 
-    plain: PreTrainedModel
+    rotations: Rotations
     facts: Facts
     method: AttentionMethod | None
     progress: Progress
@@ -78,7 +78,7 @@ class _Recorder:
             queries_held=recorded[2],
             device=query.device,
             scoring=scoring,
-            rotary=partial(rotation_of, self.plain, self.origins[layer]),
+            rotary=partial(self.rotations.of, self.origins[layer]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
@@ -121,15 +121,17 @@ def read(
     weight_nbytes: int = 0,
     plain: PreTrainedModel | None = None,
     plain_widths: Sequence[tuple[int, int]] | None = None,
+    rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """Read a prompt and record it.
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
     host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
-    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. Raises
-    PromptTooLong, BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt;
-    Cancelled between layers.
+    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model.
+    rotations: those of the plain model, where they are remembered for several readings. Raises PromptTooLong,
+    BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between
+    layers.
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
@@ -147,7 +149,7 @@ def read(
     with watch("read"), live_bytes(device) as live:
         context = PassContext(count, tokens)
         recorder = _Recorder(
-            plain or model,
+            rotations or Rotations(plain or model),
             facts,
             method,
             progress,
@@ -222,6 +224,7 @@ def read_unrecorded(
     *,
     keep_on: torch.device | None = None,
     weight_nbytes: int = 0,
+    rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """A trace of the prompt's shapes without data: only its first token is read, to learn them.
@@ -235,6 +238,7 @@ def read_unrecorded(
         replace(prompt, ids=prompt.ids[:1]),
         keep_on=keep_on,
         weight_nbytes=weight_nbytes,
+        rotations=rotations,
         progress=progress,
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)

@@ -41,7 +41,7 @@ class WeightMethod(Method):
     alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
     @classmethod
-    def takes_size(cls) -> bool:
+    def takes_budget(cls) -> bool:
         """Whether a budget chooses how small the weights become; elsewhere that follows from the parameters."""
         return cls.default_budget is not None or cls.every_size
 

@@ -348,7 +348,7 @@ def test_decoding_uses_the_core_neurons_of_its_own_run_only(tiny_llama: PreTrain
     assert again.tokens == run.tokens and again.decoder.memory is not held
     assert all(torch.equal(again.decoder.memory["votes", i], held["votes", i]) for i in range(3))
     assert run.memory.samples[-1].categories["core neurons"] == run.decoder.memory_nbytes > 0
-    twin = session._variants.get([CoreInfer(share=0.25)])
+    twin = session.readings.variants.get([CoreInfer(share=0.25)])
     assert not any("votes" in vars(module) or "memory" in vars(module) for module in twin.modules())
 
 

@@ -47,7 +47,7 @@ class Calibration:
     def text(self) -> str:
         """The whole text. Raises InputError where it cannot be read."""
         if self.source == SHIPPED:
-            return (files("workbench.weights.calibration.texts") / "calibration.txt").read_text(encoding="utf-8")
+            return (files("workbench.weights.calibration") / "calibration.txt").read_text(encoding="utf-8")
         if self.source == PYTHON:
             try:
                 from pydoc_data.topics import topics
