@@ -117,7 +117,7 @@ def painted(tab: Any, repeats: int = 9) -> dict[str, float]:
     for seed in range(1, repeats + 1):
         given = map_of(seed)
         began = perf_counter()
-        fields = Heatmap.field_values((given.pop("values"),), given)  # as Heatmap.update does
+        fields = Heatmap.field_values((given.pop("values"),), given)  # as Heatmap.update does, without a page
         milliseconds.append(tab.evaluate(SHOW, [{"label": f"Map {seed}"}, packed(fields)]))
         seconds.append(perf_counter() - began)
     return {"seconds": statistics.median(seconds), "paint_ms": statistics.median(milliseconds)}

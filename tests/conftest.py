@@ -15,6 +15,7 @@ import workbench as wb
 from tests import byte_tokens
 from tests.widgets.browser import chromium, served_app  # noqa: F401  fixtures
 from workbench.models import cached, tiny
+from workbench.testing import Subjects
 
 DEFAULT = "smollm2-135m"
 
@@ -38,6 +39,12 @@ def tiny_model() -> Callable[[str], PreTrainedModel]:
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_model: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def subjects() -> Subjects:
+    """What promises are checked on, made once."""
+    return Subjects()
 
 
 @pytest.fixture(scope="session")

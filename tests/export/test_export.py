@@ -47,7 +47,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def compressed(made: wb.Session, key: str, **parameters: Any) -> PreTrainedModel:
-    return made._variants.get([wb.method(key, **parameters)])
+    return made.readings.variants.get([wb.method(key, **parameters)])
 
 
 def tied() -> PreTrainedModel:
@@ -130,6 +130,24 @@ def test_nothing_is_pickled_and_the_recipe_is_written_beside_the_weights(tmp_pat
     assert {path.suffix for path in (tmp_path / "m").iterdir()} == {".json", ".safetensors"}
     described = json.loads((tmp_path / "m" / model.DESCRIPTION).read_text())
     assert described["methods"] == [wb.method("hqq", bits=4).to_dict()] and "lm_head" in described["notes"][0]
+
+
+@pytest.mark.parametrize(("key", "names"), [
+    ("coreinfer", {"layers.core_mlp:CoreMLP": "coreinfer:CoreMLP"}),
+    ("flashsvd", {"layers.low_rank:LowRankLinear": "low_rank:LowRankLinear",
+                  "layers.streamed_mlp:StreamedMLP": "low_rank:StreamedMLP"}),
+    ("transact", {"layers.narrow_attention:NarrowAttention": "narrow:NarrowAttention"}),
+])  # fmt: skip
+def test_folders_that_name_classes_by_earlier_paths_are_read(key: str, names: dict[str, str], tmp_path: Path) -> None:
+    made = session()
+    made.export(tmp_path / "m", key, format="workbench")
+    path = tmp_path / "m" / model.DESCRIPTION
+    text = path.read_text()
+    for now, then in names.items():
+        assert f"workbench.weights.{now}" in text
+        text = text.replace(f"workbench.weights.{now}", f"workbench.weights.{then}")
+    path.write_text(text)
+    assert torch.equal(logits(wb.Session(tmp_path / "m").model), logits(compressed(made, key)))
 
 
 def edit(folder: Path, change: Any) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.readings import ids_of
 from workbench import testing
+from workbench.errors import BudgetTooSmall
 from workbench.kv.ranking import Ranking
 from workbench.models import facts
 from workbench.prompt import Prompt
@@ -18,6 +19,8 @@ from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workbench.core.rope import Rotation
     from workbench.kv.plan import Plan
 
@@ -94,6 +97,18 @@ def tiers_of(counts: list[int], tokens: int = 60, rest: int = 0) -> Tensor:
     """The first counts [k] of shuffled positions in tier 1, the others in tier `rest`: uint8 [k, tokens]."""
     order = torch.rand(len(counts), tokens, generator=torch.Generator().manual_seed(1)).argsort(dim=1)
     return torch.where(order < torch.tensor(counts)[:, None], 1, rest).to(torch.uint8)
+
+
+def feasible(plan: Callable[[float], Plan], budget: float) -> Plan:
+    """The plan at this budget, or at the smallest one that its refusal names."""
+    try:
+        return plan(budget)
+    except BudgetTooSmall as refusal:
+        smallest = refusal.smallest
+    assert budget < smallest <= 1
+    made = plan(smallest)
+    assert made.nbytes <= smallest * made.full_nbytes
+    return made
 
 
 def kept_sets(plan: Plan) -> list[set[int]]:

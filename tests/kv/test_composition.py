@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import SHORT
+from tests.kv.support import SHORT, feasible
 from workbench.budget import Budget
-from workbench.errors import BadRecipe, BudgetTooSmall
+from workbench.errors import BadRecipe
 from workbench.kv import Full, Knorm, SnapKV
 from workbench.kv.base import STAGES, KVMethod, Study
 from workbench.registry import registered
@@ -135,11 +135,7 @@ def planned(reading: Reading, recipe: Recipe, budget: float) -> Plan:
     def plan(share: float) -> Plan:
         return make_plan(reading.trace, recipe, torch.bfloat16, Budget.parse(share), reading.model)
 
-    try:
-        return plan(budget)
-    except BudgetTooSmall as refusal:
-        assert budget < refusal.smallest <= 1, f"{name(recipe)}: {refusal}"
-        return plan(refusal.smallest)
+    return feasible(plan, budget)
 
 
 def check_refusal(refusal: BadRecipe, recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from tests.kv.support import ids_of
+from tests.kv.support import feasible, ids_of
 from tests.runtime.memory_reach import budgets_of, within_reach
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod, Study
@@ -81,11 +81,7 @@ def planned(session: wb.Session, key: str, budget: float) -> Plan:
     """The plan, or the one at the smallest budget that the error names."""
     if key == "full":
         return session.plan("full")
-    try:
-        return session.plan(key, budget=budget)
-    except BudgetTooSmall as error:
-        assert budget < error.smallest <= 1
-        return session.plan(key, budget=error.smallest)
+    return feasible(lambda share: session.plan(key, budget=share), budget)
 
 
 # --- storage
@@ -283,12 +279,10 @@ def test_short_prompts_keep_something_everywhere_or_say_what_is_possible(  # tra
     for budget in (0.1, 0.5, 1.0):
         try:
             plan = made.plan(key, budget=budget)
-        except BudgetTooSmall as error:
-            assert budget < error.smallest
-            if error.smallest > 1:
+        except BudgetTooSmall as refusal:
+            if refusal.smallest > 1:
                 continue  # it takes more than the full cache here, and says so
-            plan = made.plan(key, budget=error.smallest)
-            assert plan.nbytes <= error.smallest * plan.full_nbytes
+            plan = feasible(lambda share: made.plan(key, budget=share), budget)
         else:
             assert plan.nbytes <= budget * plan.full_nbytes
         assert int(plan.counts.min()) >= 1

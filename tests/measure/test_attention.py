@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from workbench.core.attention_rows import head_parts
+from workbench.core.attention_rows import head_groups
 from workbench.errors import BadParameter, BudgetTooSmall, Cancelled, InputError
 from workbench.measure import (
     GridOfMaps,
@@ -331,7 +331,7 @@ def test_long_prompts_go_through_kv_heads_one_by_one_with_the_same_results(own_p
 
     whole = everything()
     monkeypatch.setattr("workbench.core.attention_rows._CPU_CACHE_BYTES", 4096)
-    assert [part.heads for part in head_parts(queries, keys)] == [slice(0, 2), slice(2, 4)]
+    assert [part.heads for part in head_groups(queries, keys)] == [slice(0, 2), slice(2, 4)]
     reports: list[tuple[int, int]] = []
     parted = everything(Progress(lambda stage, done, total: reports.append((done, total))))
     for one, other in zip(whole, parted, strict=True):

@@ -236,7 +236,7 @@ def test_a_link_brings_the_view_back_and_the_page_is_python_too(open_tab: Callab
     query = own(SHORT, kv="h2o", values='{"h2o": {"recent_share": 0.25}}', budget="45%", question="Who?", layer="3")
     page = open_tab(query + "&head=2&tab=1").page
     page.wait_for_selector("text=Attention of layer 3, head 2")
-    assert page.get_by_label("LRUCache share").input_value() == "0.25"
+    assert page.get_by_label("Recent share").input_value() == "0.25"
     assert page.get_by_label("Question about the text").input_value() == "Who?"
     assert figure(page, "Share of bytes").text_content().startswith("4")
     page.locator("button:has-text('Python')").click()

@@ -63,7 +63,9 @@ def settle(workspace: Any) -> None:
 
 
 def test_there_is_a_slider_for_methods_whose_size_can_be_chosen_and_for_no_others() -> None:
-    sized = {cls.key for cls in registered("weights") if issubclass(cls, wb.weights.WeightMethod) and cls.takes_size()}
+    sized = {
+        cls.key for cls in registered("weights") if issubclass(cls, wb.weights.WeightMethod) and cls.takes_budget()
+    }
     assert {"bitstack", "double-rounding", "svd", "wanda"} <= sized
     assert not sized & {"rtn", "gptq", "awq", "hqq"}
 

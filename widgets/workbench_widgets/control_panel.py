@@ -167,13 +167,13 @@ class Controls(w.VBox):
         kv = [method for method in chosen if method.family == "kv"]
         if len({method.key for method in kv}) < len(kv):
             raise BadRecipe("choose two different cache methods, or none on top")
-        limited = any(method.key != "full" for method in kv)
+        limited = any(method.takes_budget() for method in kv)
         if limited and len(chosen) == 1:
             return Recipe.of(chosen[0].with_budget(self.budget.value))
         return Recipe.of(chosen, budget=self.budget.value if limited else None)
 
     def _with_size(self, method: Method) -> Method:
-        sized = isinstance(method, WeightMethod) and method.takes_size()
+        sized = isinstance(method, WeightMethod) and method.takes_budget()
         return method.with_budget(self.weights_budget.value) if sized else method
 
     def _weigh(self) -> None:
@@ -182,7 +182,7 @@ class Controls(w.VBox):
         if key != self._sized:
             self._sized = key
             cls = None if key == NONE else find(key)
-            sized = cls is not None and issubclass(cls, WeightMethod) and cls.takes_size()
+            sized = cls is not None and issubclass(cls, WeightMethod) and cls.takes_budget()
             self.weights_budget.layout.display = "" if sized else "none"
             if sized and cls is not None:
                 self.weights_budget.value = cls.default_budget or 1
@@ -191,7 +191,7 @@ class Controls(w.VBox):
     def _plan_now(self) -> None:
         try:
             recipe = self._recipe(self.first, self.second)
-            self.budget.disabled = all(method.key == "full" for method in recipe.methods)
+            self.budget.disabled = not recipe.takes_budget()
             self.view.plan = self._session.plan(recipe, progress=Progress(self._planning))
             _say(self.trouble, "")
         except WorkbenchError as error:

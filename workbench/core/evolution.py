@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def evolve(
 def _checked(progress: Progress, measure: Measure, levels: Tensor, seen: Sequence[int]) -> float:
     progress.check()
     unfitness = measure(levels, seen)
-    return unfitness if unfitness == unfitness else float("inf")  # not a number: as unfit as can be
+    return math.inf if math.isnan(unfitness) else unfitness  # not a number: as unfit as can be
 
 
 # -- levels with a size each

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench_kernels.rotary import rotate
+
 T = TypeVar("T")
 Table = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From positions [p] to (cos, sin), each [p, r]: the angles of r / 2 pairs of channels, twice."""
@@ -86,11 +88,3 @@ class Rotation:
     @cached_property
     def _indices(self) -> dict[torch.device, Tensor]:
         return {}  # `order` on each device that asked: it is needed at every step
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first r channels of x [..., n, d] by cos, sin [n, r] or [1, r]; halves are paired, as in Llama."""
-    width = cos.shape[-1]
-    turning, still = x[..., :width], x[..., width:]
-    first, second = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, still], dim=-1)

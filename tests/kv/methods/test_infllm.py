@@ -12,13 +12,13 @@ from torch import Tensor
 import workbench as wb
 from tests.kv.support import ids_of
 from workbench import testing
-from workbench.core.rope import rotate
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import InfLLM
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.blocks import BlockStore
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
+from workbench_kernels.rotary import rotate
 
 if TYPE_CHECKING:
     from workbench.trace import LayerTrace
@@ -79,8 +79,7 @@ def by_hand(layer: LayerTrace, pieces: list[tuple[int, int]]) -> tuple[Tensor, l
             for head in range(layer.heads):
                 scores = [score(head, p, j, min(p - j, window)) * layer.scale for j in seen]
                 weights = [math.exp(s - max(scores)) for s in scores]
-                for j, share in zip(seen, weights, strict=True):
-                    weight = share / sum(weights)
+                for j, weight in zip(seen, [w / sum(weights) for w in weights], strict=True):
                     out[head, p] += weight * values[head // groups, j]
                     if j in near and p - j < window:
                         mass[head // groups, j] += weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from workbench.errors import BadParameter
 from workbench.kv.base import KVMethod
@@ -18,7 +18,11 @@ class Full(KVMethod):
     paper: ClassVar[Paper | None] = None
     claim = "exact"
 
-    def __init__(self, **values: object) -> None:
+    @classmethod
+    def takes_budget(cls) -> bool:
+        return False
+
+    def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.budget is not None:
             raise BadParameter("full: the full cache has no budget; choose another method to save memory")

@@ -13,7 +13,6 @@ from param.parameterized import Event
 
 from workbench.attention.operators import Operator
 from workbench.errors import WorkbenchError
-from workbench.inspection.captured import changes_reading, has_to_run
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import find, registered

@@ -19,7 +19,7 @@ from workbench_widgets.present import KeyFigure
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from workbench.session import Outliers
+    from workbench.inspection.channels import Kind
     from workbench.weights.reports.spectra import Spectrum
 
 
@@ -36,7 +36,7 @@ class WeightQuery:
     layer: int
     module: str
     measure: str
-    kind: Outliers
+    kind: Kind
     each: Literal["layer", "module"]
     dark: bool
 

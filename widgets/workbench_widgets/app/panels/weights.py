@@ -10,11 +10,10 @@ import panel as pn
 import panel_material_ui as pmu
 from param.parameterized import Event
 
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.session import Session
-from workbench.weights.calibration.block_by_block import blocks
 from workbench.weights.surgery.linears import linear_layers
 from workbench_widgets import weight_views
 from workbench_widgets.app.elements.figures_row import figures_row, show
@@ -179,7 +178,7 @@ class WeightsPanel(Panel):
         if session is self._session:
             return
         self._session, self._cache = session, LRUCache(_REMEMBERED)
-        names = list(blocks(session.model))
+        names = list(decoder_layers(session.model))
         inside = [placed(name, names) for name in linear_layers(session.model)]
         modules = list(dict.fromkeys(module for layer, module in inside if layer is not None))
         with self._quiet.setting():

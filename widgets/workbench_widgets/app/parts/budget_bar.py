@@ -82,7 +82,7 @@ class BudgetBar:
         if method is self._method:
             return
         before, self._method = self._method, method
-        sized = method is not None and issubclass(method, WeightMethod) and method.takes_size()
+        sized = method is not None and issubclass(method, WeightMethod) and method.takes_budget()
         if sized and method is not None:
             kept = self.of_weights.value if before is None else ""  # that of a link, for the method that it names
             self.of_weights.set(kept, round(100 * (method.default_budget or 1)))

@@ -143,7 +143,8 @@ class RecipeForm:
     @property
     def takes_budget(self) -> bool:
         """Whether the recipe compresses the cache at all."""
-        return any(self.slots[slot].key not in (NONE, Full.key) for slot in CACHE_SLOTS)
+        forms = (self.slots[slot].form for slot in CACHE_SLOTS)
+        return any(form is not None and form.cls.takes_budget() for form in forms)
 
     @property
     def weights(self) -> type[Method] | None:

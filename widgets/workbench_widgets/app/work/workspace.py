@@ -413,6 +413,5 @@ def _records(frame: pd.DataFrame) -> list[dict[str, object]]:
 def _cases(recipes: Sequence[Recipe], budgets: Sequence[str]) -> Iterator[tuple[Recipe, list[str]]]:
     """One (recipe, [budget]) for each run; what takes no budget once."""
     for recipe in recipes:
-        takes_budget = any(method.key != "full" for method in recipe.family("kv"))
-        for budget in budgets if takes_budget else budgets[:1]:
+        for budget in budgets if recipe.takes_budget() else budgets[:1]:
             yield recipe, [budget]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -41,7 +41,7 @@ class KIVI(KVMethod):
         128, ge=0, le=4096, unit="tokens", help="newest tokens that stay exact; a multiple of the group"
     )
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.residual % self.group:
             nearest = max(round(self.residual / self.group), 1) * self.group

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from workbench.errors import BudgetTooSmall
 from workbench.registry import param
-from workbench.weights.base import Survey, WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import SparseLinear, sparse_nbytes
-
-Pattern = Literal["unstructured", "2:4", "4:8"]
+from workbench.weights.solvers.sparsity import Pattern, groups_of
+from workbench.weights.survey import Survey
 
 
 class Pruner(WeightMethod):
@@ -41,11 +39,11 @@ class Pruner(WeightMethod):
         return None
 
     def survey(self, model: nn.Module) -> Survey:
-        found = Survey.of(model, self)
-        budget = found.method.budget
+        survey = Survey.of(model, self)
+        budget = survey.method.budget
         if budget is None or budget.kind != "bytes":
-            return found
-        return replace(found, method=self.with_budget(min(budget.amount / found.full_nbytes, 1.0)))
+            return survey
+        return replace(survey, method=self.with_budget(min(budget.amount / survey.full_nbytes, 1.0)))
 
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
         budget = self.effective_budget
@@ -94,35 +92,3 @@ class Pruner(WeightMethod):
         count: whole groups by the pattern, where there is one.
         """
         raise NotImplementedError
-
-
-def groups_of(pattern: Pattern) -> tuple[int, int]:
-    """How many weights stay of how many neighbours of a row."""
-    kept, of = pattern.split(":")
-    return int(kept), int(of)
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """The `count` largest of scores, bool of the same shape; exactly so many, whatever is equal to what."""
-    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().topk(count, sorted=False).indices] = True
-    return kept.view(scores.shape)
-
-
-def largest_by_row(scores: Tensor, count: int) -> Tensor:
-    """The `count` largest of scores [o, i], as many in each row, and one more where that one is largest."""
-    outputs, inputs = scores.shape
-    each, over = divmod(count, outputs)
-    found = scores.topk(min(each + 1, inputs), dim=1)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, found.indices[:, :each], True)
-    if over:
-        rows = found.values[:, each].topk(over).indices
-        kept[rows, found.indices[rows, each]] = True
-    return kept
-
-
-def largest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The largest scores [o, i] of each group of neighbours in a row, as many as the pattern says: bool [o, i]."""
-    count, of = groups_of(pattern)
-    groups = scores.unflatten(1, (-1, of))
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(count, dim=2).indices, True).flatten(1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from workbench.attention.base import Pass, visible_entries
+from workbench.attention.base import PassContext, visible_entries
 from workbench.budget import Budget
 from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
@@ -28,8 +28,7 @@ def windowed_attention(
     key: Tensor,
     value: Tensor,
     scoring: Scoring,
-    *,
-    at: Pass,
+    context: PassContext,
     entries: int,
 ) -> Tensor:
     """Attention in a layer that has a sliding window of its own: exact, or in a narrower window where a head may
@@ -37,5 +36,5 @@ def windowed_attention(
     """
     tokens = query.shape[1]
     window = min(scoring.window or tokens, max(widest_window(tokens, entries), 1))
-    at.count(query.shape[0] * visible_entries(tokens, window))
+    context.count(query.shape[0] * visible_entries(tokens, window))
     return causal_attention(query, key, value, replace(scoring, window=window))

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from workbench.errors import BadParameter, MissingExtra, WorkbenchError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from workbench.runtime.comparison import Row
 
 _ENDINGS = (".csv", ".json", ".parquet")
 
@@ -36,10 +38,10 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self._final = path
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
         self.path = path.with_name(f"{path.stem}.part{path.suffix}") if path.exists() else path
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """One more row, in the file at once where the format allows that."""
         self._rows.append(row)
         if self._final.suffix != ".csv":
@@ -63,15 +65,15 @@ class Rows:
             write(_frame(self._rows), self.path)
 
 
-def csv_lines(rows: Sequence[dict[str, Any]], *, header: bool) -> str:
+def csv_lines(rows: Sequence[Row], *, header: bool) -> str:
     """Rows of a comparison as lines of CSV, below the names of their columns with `header`."""
     return str(_frame(rows).to_csv(index=False, header=header))
 
 
-def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _frame(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
-    from workbench.session import COLUMNS
+    from workbench.runtime.comparison import COLUMNS
 
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -90,7 +92,7 @@ def write(frame: pd.DataFrame, path: Path) -> None:
                 Path(part).write_text(dumps(frame.to_dict("records")) + "\n", encoding="utf-8")
             else:
                 _one_type(frame).to_parquet(part, index=False)
-            os.replace(part, path)
+            Path(part).replace(path)
         finally:
             Path(part).unlink(missing_ok=True)
     except OSError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +19,18 @@ if TYPE_CHECKING:
 _CLOSE, _LOOSE = 0.02, 0.1  # how far blocks run one by one may be from the model, as a share, in 32 and in 16 bits
 
 
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder's layers by name, in order. Raises NotApplicable where there is no such list of modules."""
-    return decoder_layers(model)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """What turns the last hidden states into logits, in a model that has such a module."""
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
-
-
-def outside(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Which of these layers stand in none of the decoder's layers, where calibration does not look, with the reason."""
-    inside = tuple(f"{name}." for name in blocks(model))
-    return {name: "it stands outside the blocks that are calibrated" for name in names if not name.startswith(inside)}
-
-
-def hidden_of(output: Any) -> Tensor:
+def hidden_of(output: object) -> Tensor:
     """The hidden states in what leaves a block: the first of several things, or all there is."""
-    found: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return found
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 class _Stop(Exception):
     """What a block's hook raises once it has what it wanted."""
 
 
-class Stream:
+class BlockRunner:
     """The hidden states of texts on their way through the blocks.
 
     ids: int64 [t, n]. hidden: what enters the block that comes next, [t, n, i], as the model computes it; texts go
@@ -56,7 +40,7 @@ class Stream:
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, batch: int = 4096) -> None:
-        self._blocks = blocks(model)
+        self._blocks = decoder_layers(model)
         self._what = type(model).__name__
         self._size = max(batch // ids.shape[1], 1)
         first = next(iter(self._blocks.values()))
@@ -77,7 +61,7 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         yield from self._blocks.items()
 
-    def through(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def run(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the block of this name: yields what enters and what leaves it, batch by batch, and moves `hidden` on."""
         done = []
         for part in self.hidden.split(self._size):
@@ -87,7 +71,7 @@ class Stream:
         self.hidden = torch.cat(done)
         self._compare(name)
 
-    def leaving(self, name: str, entering: Tensor, block: nn.Module | None = None) -> Tensor:
+    def forward(self, name: str, entering: Tensor, block: nn.Module | None = None) -> Tensor:
         """What leaves the block of this name when `entering` [t, n, i] enters it; `hidden` stays where it is.
 
         block: what stands in its place, for instance a compressed copy of it.
@@ -98,14 +82,14 @@ class Stream:
     def _run(self, name: str, entering: Tensor, block: nn.Module) -> Tensor:
         given = self._given[name]
         with torch.no_grad():
-            found = block(entering, *given.args, **given.kwargs)
-        return hidden_of(found)
+            output = block(entering, *given.args, **given.kwargs)
+        return hidden_of(output)
 
     def _compare(self, name: str) -> None:
         """Raise where what left this block is not what leaves it in the model."""
         loose = _LOOSE if self.hidden.dtype.itemsize < 4 else _CLOSE
-        for want, found in zip(self._wanted[name].float(), self.hidden[self._compared, -1].float(), strict=True):
-            if float((found - want).norm()) > loose * float(want.norm()):
+        for want, left in zip(self._wanted[name].float(), self.hidden[self._compared, -1].float(), strict=True):
+            if float((left - want).norm()) > loose * float(want.norm()):
                 raise NotApplicable(
                     f"{self._what}'s layers cannot be run one after another: {name} is given more than hidden states, "
                     "or gives more, so that it computes something else than in the model"
@@ -115,18 +99,20 @@ class Stream:
 class _Given(NamedTuple):
     """What one block was given beside the hidden states, and what left it for the last token of each text [t, i]."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     left: Tensor
 
 
 def _given(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) -> dict[str, _Given]:
     """What the model gives to each block for texts [t, n] beside the hidden states: rotary embeddings, masks."""
-    found: dict[str, _Given] = {}
+    given: dict[str, _Given] = {}
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(
+        name: str, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
         others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        found[name] = _Given(args[1:], others, hidden_of(output)[:, -1].clone())
+        given[name] = _Given(args[1:], others, hidden_of(output)[:, -1].clone())
 
     handles = [block.register_forward_hook(partial(keep, name), with_kwargs=True) for name, block in blocks.items()]
     try:
@@ -135,7 +121,7 @@ def _given(model: PreTrainedModel, blocks: dict[str, nn.Module], ids: Tensor) ->
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return given
 
 
 def _by_text(one: _Given, several: _Given) -> bool:
@@ -147,10 +133,10 @@ def _by_text(one: _Given, several: _Given) -> bool:
 
 def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
     """What enters the first block [t, n, i]."""
-    found: list[Tensor] = []
+    entering: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+    def keep(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        entering.append(args[0] if args else kwargs["hidden_states"])
         raise _Stop
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
@@ -161,4 +147,4 @@ def _entering(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> Tensor:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return entering[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None
 
 
 def _cell(value: Any) -> str:
-    if value is None or value != value:  # a figure that is missing or not a number
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # a figure that is missing, or is none
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"

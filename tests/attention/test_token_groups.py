@@ -9,32 +9,16 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.attention.support import alike, attend
 from workbench.attention import CoreContext, DeltaAttention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split
+from workbench.attention.base import AttentionMethod, visible_entries
 from workbench.attention.methods.deltallm import _Shape, delta_attention
+from workbench.attention.token_groups import groups_behind, split
 from workbench.core.causal_attention import causal_attention
 from workbench.examples import needle
 from workbench.kv.stores.delta import deltas
 from workbench.measure.memory import LiveBytes
 from workbench_kernels import Scoring
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query, key.cumsum(1) / (1 + torch.arange(tokens)).sqrt()[:, None], value  # neighbouring keys are alike
-
-
-PLAIN = Scoring(0.4)
-
-
-def attend(
-    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = PLAIN
-) -> tuple[Tensor, int]:
-    at = Pass(1, tensors[0].shape[1])
-    return method.attend(*tensors, scoring, at=at), at.computed[0]
 
 
 def capped(score: float, cap: float | None) -> float:
@@ -62,7 +46,7 @@ def test_pairs_are_those_that_a_loop_counts(group: int, window: int, sinks: int,
 def test_core_tokens_stand_for_old_groups(
     group: int, window: int, sinks: int, weight: str, softcap: float | None, tokens: int
 ) -> None:
-    query, key, value = tensors = drawn(tokens)
+    query, key, value = tensors = alike(tokens)
     want, entries = torch.zeros(4, tokens, 6, dtype=torch.float64), 0
     pooled = 0
     for h in range(4):
@@ -94,7 +78,7 @@ def test_core_tokens_stand_for_old_groups(
 
 
 def test_a_group_of_equal_tokens_loses_nothing() -> None:
-    query, key, value = drawn(64)
+    query, key, value = alike(64)
     same = (query, key[:, ::8].repeat_interleave(8, dim=1), value[:, ::8].repeat_interleave(8, dim=1))
     got, _ = attend(CoreContext(group=8, window=4, sinks=0), same)
     torch.testing.assert_close(got, causal_attention(*same, Scoring(0.4)), rtol=1e-4, atol=1e-5)
@@ -148,7 +132,7 @@ def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: _Shape, cap: float | 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("group", "window", "zeros"), [(4, 1, 0.5), (8, 3, 0.8), (16, 4, 0.3), (8, 2, 1.0)])
 def test_only_channels_that_moved_are_multiplied(group: int, window: int, zeros: float, softcap: float | None) -> None:
-    tensors = drawn(37)
+    tensors = alike(37)
     shape = _Shape.of(37, group, window, zeros)
     got, computed = delta_attention(*tensors, shape, Scoring(0.4, softcap=softcap))
     want, products = by_sums(tensors, shape, softcap)
@@ -166,7 +150,7 @@ def test_a_budget_takes_as_many_zeros_as_it_needs(budget: float) -> None:
 
 @pytest.mark.parametrize("method", [CoreContext(budget=0.3), DeltaAttention(budget=0.3)], ids=lambda m: m.key)
 def test_a_layer_with_a_narrow_window_of_its_own_stays_exact(method: AttentionMethod) -> None:
-    tensors = drawn(300)
+    tensors = alike(300)
     got, computed = attend(method, tensors, Scoring(0.4, 12))
     assert torch.equal(got, causal_attention(*tensors, Scoring(0.4, 12)))
     assert computed == 4 * visible_entries(300, 12)
@@ -174,7 +158,7 @@ def test_a_layer_with_a_narrow_window_of_its_own_stays_exact(method: AttentionMe
 
 @pytest.mark.parametrize("method", [CoreContext(budget=0.2), DeltaAttention()], ids=lambda m: m.key)
 def test_working_memory_does_not_grow_with_the_square_of_the_length(method: AttentionMethod) -> None:
-    tensors = drawn(4096, heads=2, kv_heads=1)
+    tensors = alike(4096, heads=2, kv_heads=1)
     with LiveBytes() as live:
         attend(method, tensors)
     assert live.peak < 2 * 4096 * 4096 * 4 / 6  # a sixth of the matrix of scores

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.core.attention_rows import row_blocks
+from workbench.core.partial_softmax import scaled_scores, weighted_sum
 from workbench.registry import param
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 _PROBES = 16  # queries of a prompt that are looked at when a rounding is chosen ...
@@ -23,7 +24,7 @@ _ENTRIES = 2**22  # ... and no more weights than these
 _WIDTH = 3  # candidates whose neighbours are tried next
 
 
-class RoundedWeights(AttentionMethod):
+class QuantisedSoftmax(AttentionMethod):
     """Base of methods that round softmax weights to 2 ** bits levels, of which one is zero and one is 1.
 
     Levels lie differently for each layer: `candidates` says how they may, `rounded` rounds to them. As post-training
@@ -51,39 +52,40 @@ class RoundedWeights(AttentionMethod):
     def rounded(self, weights: Tensor, candidate: Any) -> Tensor:
         """Softmax weights of any shape, float32, at the levels of this candidate."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         heads, tokens, _ = query.shape
-        at.count(heads * visible_entries(tokens, scoring.window))
-        place = self.key, at.layer
-        if place not in at.left:
-            at.left[place] = self._chosen(query, key, value, scoring)
+        context.count(heads * visible_entries(tokens, scoring.window))
+        place = self.key, context.layer
+        if place not in context.state:
+            context.state[place] = self._chosen(query, key, value, scoring)
         out = torch.empty(heads, tokens, value.shape[-1], dtype=query.dtype, device=query.device)
         for block in row_blocks(query, key, scoring):
-            weights = self.rounded(block.probs, at.left[place])
-            out[:, block.rows] = mixed(weights, value[:, block.keys].float()).to(out.dtype)
+            weights = self.rounded(block.probs, context.state[place])
+            out[:, block.rows] = weighted_sum(weights, value[:, block.keys].float()).to(out.dtype)
         return out
 
-    def begin(self, layer: LayerTrace, at: Pass) -> None:
-        at.left[self.key, at.layer] = self._chosen(layer.queries, layer.keys, layer.values, layer.scoring)
+    def begin(self, layer: LayerTrace, context: PassContext) -> None:
+        context.state[self.key, context.layer] = self._chosen(layer.queries, layer.keys, layer.values, layer.scoring)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        at.count_seen(len(query), visible)
-        kv_heads = len(held.keys)
-        groups = len(query) // kv_heads
-        rows = (query.float() * scoring.scale).unflatten(0, (kv_heads, groups)).flatten(1, 2)  # [k, g * q, d]
-        scores = torch.bmm(rows, held.keys.float().transpose(1, 2)).view(len(query), query.shape[1], -1)  # [h, q, m]
-        unseen = ~visible.repeat_interleave(groups, dim=0)
-        weights = scoring.cap(scores).masked_fill_(unseen, -torch.inf).softmax(dim=-1)
-        values, place = held.values.float(), (self.key, at.layer)
-        if place not in at.left:  # no prompt was recorded: the first tokens after it stand for it
-            at.left[place] = self.choose([weights], [values])
-        return mixed(self.rounded(weights, at.left[place]), values).to(query.dtype)
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        context.count_seen(len(query), visible)
+        scores = scaled_scores(query.float() * scoring.scale, contents.keys, scoring)  # [h, q, m]
+        unseen = ~visible.repeat_interleave(len(query) // len(contents.keys), dim=0)
+        weights = scores.masked_fill_(unseen, -torch.inf).softmax(dim=-1)
+        values, place = contents.values.float(), (self.key, context.layer)
+        if place not in context.state:  # no prompt was recorded: the first tokens after it stand for it
+            context.state[place] = self.choose([weights], [values])
+        return weighted_sum(self.rounded(weights, context.state[place]), values).to(query.dtype)
 
     def choose(self, weights: Sequence[Tensor], values: Sequence[Tensor]) -> Any:
         """The candidate whose rounding changes the outputs of some weights [h, r, c] over values [k, c, dv] least."""
 
         def cost(candidate: Any) -> float:
-            changes = (mixed(self.rounded(w, candidate).sub_(w), v) for w, v in zip(weights, values, strict=True))
+            changes = (
+                weighted_sum(self.rounded(w, candidate).sub_(w), v) for w, v in zip(weights, values, strict=True)
+            )
             return sum(float(change.square().sum()) for change in changes)
 
         return least(self.candidates(), cost)
@@ -97,12 +99,6 @@ class RoundedWeights(AttentionMethod):
         return self.choose([block.probs for block in blocks], [value[:, block.keys].float() for block in blocks])
 
 
-def mixed(weights: Tensor, values: Tensor) -> Tensor:
-    """What weights [h, r, c] make of float32 values [k, c, dv]: [h, r, dv]."""
-    heads, rows, columns = weights.shape
-    return torch.bmm(weights.reshape(len(values), -1, columns), values).view(heads, rows, -1)
-
-
 def least(families: Sequence[Sequence[Any]], cost: Callable[[Any], float]) -> Any:
     """The candidate with the smallest cost found by a search from coarse to fine, the first of equal ones.
 
@@ -112,7 +108,9 @@ def least(families: Sequence[Sequence[Any]], cost: Callable[[Any], float]) -> An
     """
     step = 1 << max((max(map(len, families)) // 8).bit_length() - 1, 0)
     costs: dict[tuple[int, int], float] = {}
-    wanted = {(family, place) for family, found in enumerate(families) for place in range(0, len(found), step)}
+    wanted = {
+        (family, place) for family, candidates in enumerate(families) for place in range(0, len(candidates), step)
+    }
     while True:
         for family, place in sorted(wanted - costs.keys()):
             costs[family, place] = cost(families[family][place])

@@ -2,6 +2,8 @@
 code but their own class's.
 """
 
+# ruff: noqa: SLF001  only there do modules say which children, parameters and buffers they have that are None
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -13,37 +15,19 @@ from torch import Tensor, nn
 
 from workbench.errors import CheckpointRefused, NotApplicable
 from workbench.registry import registered
+from workbench.weights.surgery.replaced import submodule_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = "torch.nn.modules."  # where torch's own layers live
-
-
-def replaced(model: nn.Module, twin: nn.Module) -> list[str]:
-    """Modules of a compressed copy that stand in another's place, or whose own tensors are not the model's; the
-    outermost ones only.
-    """
-    found: list[str] = []
-    for name, module in twin.named_modules():
-        if any(name.startswith(f"{above}.") for above in found):
-            continue
-        before = _at(model, name)
-        if before is None or type(before) is not type(module) or _own(before) != _own(module):
-            found.append(name)
-    return found
-
-
-def _own(module: nn.Module) -> list[int]:
-    return [id(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
-
-
-def _at(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+_MOVED = {  # classes under the paths that folders written by earlier versions name
+    "workbench.weights.coreinfer:CoreMLP": "workbench.weights.layers.core_mlp:CoreMLP",
+    "workbench.weights.low_rank:LowRankLinear": "workbench.weights.layers.low_rank:LowRankLinear",
+    "workbench.weights.low_rank:StreamedMLP": "workbench.weights.layers.streamed_mlp:StreamedMLP",
+    "workbench.weights.narrow:NarrowAttention": "workbench.weights.layers.narrow_attention:NarrowAttention",
+}
 
 
 # -- writing
@@ -66,7 +50,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _differing(twin: nn.Module, skeleton: nn.Module, name: str = "") -> Iterator[str]:
-    module, plain = twin.get_submodule(name), _at(skeleton, name)
+    module, plain = twin.get_submodule(name), submodule_at(skeleton, name)
     if plain is None or not _alike(module, plain):
         yield name
         return
@@ -78,16 +62,16 @@ def _differing(twin: nn.Module, skeleton: nn.Module, name: str = "") -> Iterator
 def _alike(module: nn.Module, plain: nn.Module) -> bool:
     """Whether filling the plain module's tensors makes it this one, but for their children."""
 
-    def shapes(of: nn.Module) -> dict[str, Any]:
-        held = {**of._parameters, **of._buffers}
-        return {name: None if tensor is None else tuple(tensor.shape) for name, tensor in held.items()}
+    def shapes(of: nn.Module) -> dict[str, tuple[int, ...] | None]:
+        tensors = {**of._parameters, **of._buffers}
+        return {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
 
     children = [{name for name, child in of._modules.items() if child is not None} for of in (module, plain)]
     return type(module) is type(plain) and shapes(module) == shapes(plain) and children[0] == children[1]
 
 
 def _module(twin: PreTrainedModel, skeleton: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    module, plain = twin.get_submodule(name), _at(skeleton, name)
+    module, plain = twin.get_submodule(name), submodule_at(skeleton, name)
     if plain is not None and not any(_differing(twin, skeleton, name)):
         return {"plain": True}  # the skeleton has it
     cls = type(module)
@@ -142,7 +126,7 @@ def rebuild(skeleton: PreTrainedModel, modules: Mapping[str, Any], tensors: Mapp
     made: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
         path, _, key = name.rpartition(".")
-        module = _at(skeleton, path)
+        module = submodule_at(skeleton, path)
         if module is not None and key in module._parameters:
             if id(tensor) not in made:
                 made[id(tensor)] = nn.Parameter(tensor, requires_grad=False)
@@ -157,7 +141,7 @@ def rebuild(skeleton: PreTrainedModel, modules: Mapping[str, Any], tensors: Mapp
 def _made(skeleton: PreTrainedModel, name: str, described: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     if described.get("plain"):
         return skeleton.get_submodule(name)
-    where, _, which = described["class"].partition(":")
+    where, _, which = _MOVED.get(described["class"], described["class"]).partition(":")
     module = object.__new__(_class(where, which, name, CheckpointRefused))
     nn.Module.__init__(module)
     for key, value in described["attributes"].items():
@@ -190,7 +174,7 @@ def _class(where: str, which: str, name: str, refusal: type[Exception]) -> type[
     """A module's class, if it is torch's own or comes with the workbench or a package that brings weight methods."""
     homes = {cls.__module__.partition(".")[0] for cls in registered("weights")}
     if where.startswith(_PLAIN) or where.partition(".")[0] in homes:
-        found = getattr(import_module(where), which, None)
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found
+        cls = getattr(import_module(where), which, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            return cls
     raise refusal(f"{name} is a {where}.{which}, which is no layer of a weight method that is installed here")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.core.partial_softmax import Part
+from workbench.core.partial_softmax import PartialSoftmax, scaled_scores
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 
-class Seen(NamedTuple):
+class VisibleScores(NamedTuple):
     """The entries of a store that some query sees, and their scores; nothing else is multiplied.
 
     slots int64 [k, c]: where they lie in the store; scores float32 [h, r, c], -inf where a query may not look (and in
@@ -26,23 +26,23 @@ class Seen(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, held: Contents, seen: Tensor, scoring: Scoring) -> Seen:
-        """Of float32 queries rows [h, r, d], scaled already, where seen bool [k, r, m] allows; each head sees some entry."""
-        heads, number = len(held.keys), rows.shape[1]
-        slots, hidden = slots_of(seen)
-        keys, values = (_at(x, slots) for x in (held.keys, held.values))
-        scores = torch.bmm(rows.reshape(heads, -1, rows.shape[-1]), keys.float().transpose(1, 2))  # [k, g * r, c]
-        scores = scoring.cap(scores)
+    def of(cls, rows: Tensor, contents: Dequantised, seen: Tensor, scoring: Scoring) -> VisibleScores:
+        """Of float32 queries rows [h, r, d], scaled already, where seen bool [k, r, m] allows; each
+        head sees some entry.
+        """
+        slots, hidden = visible_slots(seen)
+        keys, values = (_at(x, slots) for x in (contents.keys, contents.values))
+        scores = scaled_scores(rows, keys, scoring)
         if hidden is not None:
-            scores.unflatten(1, (-1, number)).masked_fill_(hidden[:, None], -torch.inf)
-        return cls(slots, scores.view(len(rows), number, -1), values)
+            scores.unflatten(0, (len(keys), -1)).masked_fill_(hidden[:, None], -torch.inf)
+        return cls(slots, scores, values)
 
-    def part(self) -> Part:
+    def softmax(self) -> PartialSoftmax:
         """The attention over them. The scores are overwritten."""
-        return Part.weighing(self.scores, self.values)
+        return PartialSoftmax.of_scores(self.scores, self.values)
 
 
-def slots_of(seen: Tensor) -> tuple[Tensor, Tensor | None]:
+def visible_slots(seen: Tensor) -> tuple[Tensor, Tensor | None]:
     """The slots, ascending, that some query of a KV head sees, int64 [k, c], and where in them a query may not look,
     bool [k, r, c], or None: nowhere. seen: bool [k, r, m].
     """
@@ -62,6 +62,6 @@ def slots_of(seen: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _at(x: Tensor, slots: Tensor) -> Tensor:
     """x [k, m, d] at slots [k, c]: [k, c, d]."""
-    if slots.shape[1] == x.shape[1]:  # all of them, which `slots_of` gives in order
+    if slots.shape[1] == x.shape[1]:  # all of them, which `visible_slots` gives in order
         return x
     return x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1]))

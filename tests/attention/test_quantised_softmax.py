@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import workbench as wb
+from tests.attention.support import sharp
 from workbench.attention import AdaLog, DopQ
-from workbench.attention.base import Pass, visible_entries
+from workbench.attention.base import PassContext, visible_entries
 from workbench.attention.methods.adalog import exponents, log_levels, log_rounded
 from workbench.attention.methods.dopq import Tangent, pieces, tan_levels, tan_rounded
-from workbench.attention.rounded_weights import RoundedWeights, least
+from workbench.attention.quantised_softmax import QuantisedSoftmax, least
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadParameter
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.trace import LayerTrace
@@ -26,13 +27,6 @@ from workbench_kernels import Scoring
 
 METHODS = (AdaLog, DopQ)
 BITS = (3, 4, 6, 8)
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query * 2, key, value
 
 
 def weights_of(seed: int, rows: int = 6, columns: int = 40) -> Tensor:
@@ -163,7 +157,9 @@ def test_the_search_finds_the_bottom_of_any_valley_and_looks_at_few(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_candidate_found_changes_the_output_about_as_little_as_any(method: type[RoundedWeights], bits: int) -> None:
+def test_the_candidate_found_changes_the_output_about_as_little_as_any(
+    method: type[QuantisedSoftmax], bits: int
+) -> None:
     made = method(bits=bits)
     weights, values = weights_of(3, rows=40, columns=64)[None], torch.randn(1, 64, 5)
 
@@ -179,7 +175,7 @@ def test_the_candidate_found_changes_the_output_about_as_little_as_any(method: t
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_chosen_follows_the_weights(method: type[RoundedWeights]) -> None:
+def test_what_is_chosen_follows_the_weights(method: type[QuantisedSoftmax]) -> None:
     flat = torch.full((1, 8, 512), 1 / 512) * torch.linspace(0.5, 1.5, 512)
     sharp = (20 * torch.randn(1, 8, 512, generator=torch.Generator().manual_seed(0))).softmax(-1)
     values = torch.randn(1, 512, 4, generator=torch.Generator().manual_seed(1))
@@ -194,12 +190,12 @@ def test_what_is_chosen_follows_the_weights(method: type[RoundedWeights]) -> Non
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_mixes_values_with_rounded_weights(
-    method: type[RoundedWeights], window: int | None, softcap: float | None
+    method: type[QuantisedSoftmax], window: int | None, softcap: float | None
 ) -> None:
-    query, key, value = drawn(41)
-    made, at = method(bits=4), Pass(1, 41)
-    got = made.attend(query, key, value, Scoring(0.4, window, softcap), at=at)
-    (chosen,) = at.left.values()
+    query, key, value = sharp(41)
+    made, context = method(bits=4), PassContext(1, 41)
+    got = made.attend(query, key, value, Scoring(0.4, window, softcap), context)
+    (chosen,) = context.state.values()
     want = torch.zeros_like(got)
     for h in range(4):
         for i in range(41):
@@ -209,58 +205,58 @@ def test_attention_mixes_values_with_rounded_weights(
             want[h, i] = made.rounded(scores.softmax(0), chosen) @ value[h // 2, first : i + 1]
     away = (got - want).abs().amax(dim=-1)  # a weight in the middle between two levels may go either way
     assert float((away < 1e-4).float().mean()) > 0.97
-    assert at.computed == [4 * visible_entries(41, window)]
+    assert context.computed == [4 * visible_entries(41, window)]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_outputs_are_the_nearer_the_more_bits(method: type[RoundedWeights]) -> None:
-    query, key, value = drawn(120)
+def test_outputs_are_the_nearer_the_more_bits(method: type[QuantisedSoftmax]) -> None:
+    query, key, value = sharp(120)
     exact = causal_attention(query, key, value, Scoring(0.4))
     errors = []
     for bits in BITS:
-        out = method(bits=bits).attend(query, key, value, Scoring(0.4), at=Pass(1, 120))
+        out = method(bits=bits).attend(query, key, value, Scoring(0.4), PassContext(1, 120))
         errors.append(float((out - exact).norm() / exact.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.2 and errors[3] < 0.02
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_decoding_goes_on_at_the_levels_of_the_prompt(method: type[RoundedWeights]) -> None:
-    query, key, value = drawn(30)
-    made, at, after = method(), Pass(1, 30), Pass(1, 30)
-    whole = made.attend(query, key, value, Scoring(0.4), at=at)
+def test_decoding_goes_on_at_the_levels_of_the_prompt(method: type[QuantisedSoftmax]) -> None:
+    query, key, value = sharp(30)
+    made, context, after = method(), PassContext(1, 30), PassContext(1, 30)
+    whole = made.attend(query, key, value, Scoring(0.4), context)
     made.begin(LayerTrace(0, key, value, query, torch.device("cpu"), Scoring(0.4)), after)
-    assert after.left == at.left and after.left_nbytes == 0 and after.computed == [0]
-    held = Contents(key, value, torch.arange(30)[None], None)
+    assert after.state == context.state and after.state_nbytes == 0 and after.computed == [0]
+    held = Dequantised(key, value, torch.arange(30)[None], None)
     seen = (torch.arange(30) <= torch.arange(27, 30)[:, None]).expand(2, 3, 30)
-    got = made.decode(query[:, 27:], held, seen, Scoring(0.4), at=after)
+    got = made.decode(query[:, 27:], held, seen, Scoring(0.4), after)
     torch.testing.assert_close(got, whole[:, 27:], rtol=1e-4, atol=1e-5)
-    assert after.left == at.left and after.computed == [4 * (28 + 29 + 30)]
-    alone = Pass(1, 0)  # nothing was recorded: what is decoded first is looked at instead
-    assert bool(made.decode(query[:, 27:], held, seen, Scoring(0.4), at=alone).isfinite().all())
-    assert list(alone.left) == list(at.left)
+    assert after.state == context.state and after.computed == [4 * (28 + 29 + 30)]
+    alone = PassContext(1, 0)  # nothing was recorded: what is decoded first is looked at instead
+    assert bool(made.decode(query[:, 27:], held, seen, Scoring(0.4), alone).isfinite().all())
+    assert list(alone.state) == list(context.state)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_prompt_of_a_token_or_two_is_exact(method: type[RoundedWeights]) -> None:
-    query, key, value = drawn(1)
-    out = method().attend(query, key, value, Scoring(0.4), at=Pass(1, 1))
+def test_a_prompt_of_a_token_or_two_is_exact(method: type[QuantisedSoftmax]) -> None:
+    query, key, value = sharp(1)
+    out = method().attend(query, key, value, Scoring(0.4), PassContext(1, 1))
     torch.testing.assert_close(out, value.repeat_interleave(2, dim=0))
-    query, key, value = drawn(2)
-    out = method(bits=8).attend(query, key, value, Scoring(0.4), at=Pass(1, 2))
+    query, key, value = sharp(2)
+    out = method(bits=8).attend(query, key, value, Scoring(0.4), PassContext(1, 2))
     torch.testing.assert_close(out, causal_attention(query, key, value, Scoring(0.4)), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_a_long_prompt_never_exist_as_a_whole(method: type[RoundedWeights]) -> None:
-    query, key, value = drawn(2048, heads=2, kv_heads=1)
+def test_weights_of_a_long_prompt_never_exist_as_a_whole(method: type[QuantisedSoftmax]) -> None:
+    query, key, value = sharp(2048, heads=2, kv_heads=1)
     with LiveBytes() as live:
-        method().attend(query, key, value, Scoring(0.4), at=Pass(1, 2048))
+        method().attend(query, key, value, Scoring(0.4), PassContext(1, 2048))
     assert live.peak < 2 * 2048 * 2048 * 4 / 2
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_scores_are_computed_so_there_is_no_budget(method: type[RoundedWeights]) -> None:
+def test_all_scores_are_computed_so_there_is_no_budget(method: type[QuantisedSoftmax]) -> None:
     with pytest.raises(BadParameter, match="takes no budget"):
         method(budget=0.5)
     session = wb.Session((tiny("llama"), None))

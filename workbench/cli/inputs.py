@@ -20,13 +20,13 @@ _LONGEST = 64  # characters of a number
 
 def prompt(text: str | None, text_file: str | None, example: str | None) -> tuple[str, str | None]:
     """The text to read and the question that belongs to it (an example's own, else None). Raises BadPrompt."""
-    given = [
+    sources = [
         name
         for name, value in (("--text", text), ("--text-file", text_file), ("--example", example))
         if value is not None
     ]
-    if len(given) != 1:
-        also = f", not {' and '.join(given)} together" if given else ""
+    if len(sources) != 1:
+        also = f", not {' and '.join(sources)} together" if sources else ""
         raise BadPrompt(
             f"give the text as --text TEXT, --text-file PATH ('-' for standard input) or --example NAME{also}"
         )
@@ -76,9 +76,9 @@ def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
     known = {key: find(key) for row in keys for key in row}
     values: dict[str, dict[str, Any]] = {key: {} for key in known}
     for setting in settings:
-        left, found, right = setting.partition("=")
+        left, equals, right = setting.partition("=")
         owner, dot, name = left.strip().rpartition(".")
-        if not found or not name:
+        if not equals or not name:
             raise BadParameter(f"--set {quoted(setting)}: write it as name=value, or method.name=value")
         if not dot and len(known) > 1:
             raise BadParameter(
@@ -117,8 +117,8 @@ def budgets(text: str) -> list[str]:
     return parts
 
 
-def question(asked: str | None, own: str | None) -> str | None:
-    """What to ask: what was typed, else the example's own question. Raises BadPrompt for an empty one."""
-    if asked is not None and not asked.strip():
+def question(typed: str | None, of_example: str | None) -> str | None:
+    """What to ask: what was typed, else the example's question. Raises BadPrompt for an empty one."""
+    if typed is not None and not typed.strip():
         raise BadPrompt("the question is empty; leave it out to let the model go on from the text")
-    return own if asked is None else asked
+    return of_example if typed is None else typed
