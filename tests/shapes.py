@@ -24,15 +24,15 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped, UInt8, jaxtyped
 from torch import Tensor, nn
 
-from workbench.attention.base import AttentionMethod, Pass
+from workbench.attention.base import AttentionMethod, PassContext
 from workbench.attention.operators.base import Operator
-from workbench.attention.store_entries import Seen
+from workbench.attention.visible_scores import VisibleScores
 from workbench.core.attention_rows import RowBlock, attention_rows, row_blocks
 from workbench.core.causal_attention import causal_attention
 from workbench.core.kmeans import kmeans
 from workbench.core.nearest import nearest_kept
-from workbench.core.partial_softmax import Part
-from workbench.core.rope import Rotation, rotate
+from workbench.core.partial_softmax import PartialSoftmax
+from workbench.core.rope import Rotation
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 from workbench.kv.plan import Plan
@@ -46,10 +46,11 @@ from workbench.measure.attention import column_sums, row_entropy, sink_mass
 from workbench.measure.quality import output_error
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers.compact import CompactLinear
-from workbench.weights.pruner import Pruner
 from workbench_kernels import Scoring
+from workbench_kernels.rotary import rotate
 
 Declared = Callable[..., Any]
 
@@ -341,27 +342,27 @@ class OfAttentionMethod:
         **options: Any,
     ) -> Float[Tensor, "h n dv"]: ...
 
-    def begin(self, layer: LayerTrace, at: Pass) -> None: ...
+    def begin(self, layer: LayerTrace, context: PassContext) -> None: ...
 
     @in_dtype_of("query")
     def decode(
         self,
         query: Float[Tensor, "h q d"],
-        held: Dequantised,
-        visible: Bool[Tensor, "{len(held.keys)} q {held.keys.shape[1]}"],
+        contents: Dequantised,
+        visible: Bool[Tensor, "{len(contents.keys)} q {contents.keys.shape[1]}"],
         *rest: Any,
         **options: Any,
-    ) -> Float[Tensor, "h q {held.values.shape[2]}"]: ...
+    ) -> Float[Tensor, "h q {contents.values.shape[2]}"]: ...
 
     def span(self, layer: int, layers: int, tokens: int) -> int | None: ...
 
     def entries(self, tokens: int, layers: int) -> int: ...
 
 
-class OfSeen:
+class OfVisibleScores:
     def __new__(
         cls, slots: Int64[Tensor, "k c"], scores: Float32[Tensor, "h r c"], values: Float[Tensor, "k c dv"]
-    ) -> Seen: ...
+    ) -> VisibleScores: ...
 
 
 class OfOperator:
@@ -429,14 +430,14 @@ class OfCompactLinear:
 # -- core
 
 
-class OfPart:
+class OfPartialSoftmax:
     def __init__(
-        self, highest: Float32[Tensor, "h r 1"], total: Float32[Tensor, "h r 1"], mixed: Float32[Tensor, "h r dv"]
+        self, maximum: Float[Tensor, "h r 1"], total: Float[Tensor, "h r 1"], weighted: Float[Tensor, "h r dv"]
     ) -> None: ...
 
-    def joined(self, other: Part) -> Part: ...
+    def merged(self, other: PartialSoftmax) -> PartialSoftmax: ...
 
-    def output(self) -> Float32[Tensor, "h r dv"]: ...
+    def output(self) -> Float[Tensor, "h r dv"]: ...
 
 
 Turn = Float[Tensor, "*c n r"] | Float[Tensor, "1 r"]  # a table for each position, or one for all
@@ -533,13 +534,13 @@ OF_CLASSES: dict[type, type] = {
     Index: OfIndex,
     Retriever: OfRetriever,
     AttentionMethod: OfAttentionMethod,
-    Seen: OfSeen,
+    VisibleScores: OfVisibleScores,
     Operator: OfOperator,
     WeightMethod: OfWeightMethod,
     Pruner: OfPruner,
     InputStats: OfInputStats,
     CompactLinear: OfCompactLinear,
-    Part: OfPart,
+    PartialSoftmax: OfPartialSoftmax,
     Rotation: OfRotation,
     RowBlock: OfRowBlock,
 }

@@ -28,9 +28,10 @@ from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
 from workbench.trace import LayerTrace
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
 from workbench.weights.layers.compact import CompactLinear
-from workbench.weights.low_rank import LowRankLinear
+from workbench.weights.layers.low_rank import LowRankLinear
 from workbench_kernels import Scoring
 
 NEW = torch.arange(3, 12)
