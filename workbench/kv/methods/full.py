@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from workbench.errors import BadParameter
 from workbench.kv.base import KVMethod
@@ -22,7 +22,7 @@ class Full(KVMethod):
     def takes_budget(cls) -> bool:
         return False
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.budget is not None:
             raise BadParameter("full: the full cache has no budget; choose another method to save memory")
