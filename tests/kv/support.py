@@ -74,9 +74,16 @@ def traced(model: PreTrainedModel, prompt: Prompt | int = TOKENS) -> Trace:
     return read(model, facts(model), Prompt(ids_of(prompt), chat=False) if isinstance(prompt, int) else prompt)
 
 
-def trace_of(architecture: str = "llama", tokens: int = TOKENS) -> Trace:
-    """What a tiny model recorded of random ids, read once."""
-    return testing.reading(architecture, tokens).trace
+def trace_of(architecture: str = "llama", tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> Trace:
+    """What a tiny model recorded of random ids, read once; `model_of` gives the model."""
+    reading = testing.reading(architecture, tokens, dtype)
+    reading.trace.once("model", lambda: reading.model)
+    return reading.trace
+
+
+def model_of(trace: Trace) -> PreTrainedModel | None:
+    """The model that read a trace of `trace_of`, for methods that let it read again."""
+    return trace.once("model", lambda: None)
 
 
 def random_layer(

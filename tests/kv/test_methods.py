@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kv.support import SHORT, TOKENS, feasible, kept_sets, random_ranking, softmax_rows, trace_of
+from tests.kv.support import SHORT, TOKENS, feasible, kept_sets, model_of, random_ranking, softmax_rows, trace_of
 from workbench import testing
 from workbench.budget import Budget
 from workbench.core.rope import Rotation
@@ -38,7 +38,7 @@ from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.prompt import Prompt
 from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
-from workbench.runtime.planning import make_plan
+from workbench.runtime.planning import make_plan, study_of
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -56,14 +56,10 @@ def described(key: str, **parameters: Any) -> KVMethod:
     return found
 
 
-def study_of(trace: Trace) -> Study:
-    return Study(trace, trace.once("model", lambda: None))
-
-
 def plan_of(key: str, budget: Any, trace: Trace, dtype: torch.dtype = torch.bfloat16, **parameters: Any) -> Plan:
     asked = described(key, **parameters)
     methods: Any = [asked if budget is None else asked.with_budget(budget)]
-    return make_plan(trace, methods, dtype, model=study_of(trace).model)
+    return make_plan(trace, methods, dtype, model=model_of(trace))
 
 
 def within(key: str, budget: float, trace: Trace, dtype: torch.dtype = torch.bfloat16) -> Plan:
@@ -101,7 +97,7 @@ def test_a_bfloat16_model_is_scored_in_float32(key: str) -> None:
     plan = plan_of(key, None, trace_of(dtype=torch.bfloat16))
     assert sum(store.nbytes for store in plan.stores()) == plan.nbytes
     if plan.stages.score is not None:
-        scores = plan.stages.score.scores(study_of(plan.trace))[1]
+        scores = plan.stages.score.scores(study_of(plan.trace, model_of(plan.trace)))[1]
         assert scores.dtype == torch.float32
         found = scores[0].isfinite()
         if key not in ("h2o", "lagkv", "look-m", "lazyeviction"):  # whose scores are places or come of whole steps

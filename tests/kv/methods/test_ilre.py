@@ -17,10 +17,10 @@ from workbench.kv import ILRe
 from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
+    from workbench_kernels import Scoring
 
 QUICK = SHORT["ilre"]
 
