@@ -4,10 +4,11 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NODE_STAMP := widgets/node_modules/.installed
 MODEL := smollm2-135m
 APP_ARGS ?=
 
-.PHONY: setup app test kinds lint docs bench bench-gpu clean browser model notebooks
+.PHONY: setup app test kinds lint lint-python lint-js docs bench bench-gpu clean browser model notebooks
 
 setup: $(STAMP)  ## a virtual environment with everything in it
 
@@ -42,7 +43,9 @@ kinds: setup  ## every kind of causal model of transformers is exact or refused;
 notebooks: model  ## run the notebooks and save what they show
 	$(BIN)/python notebooks/execute.py
 
-lint: setup  ## formatting, style, which room may import which, types
+lint: lint-python lint-js  ## formatting, style, which room may import which, types
+
+lint-python: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
@@ -51,6 +54,14 @@ lint: setup  ## formatting, style, which room may import which, types
 docs: setup  ## the site, in build/site; needs no network, and a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+lint-js: $(NODE_STAMP)  ## the same for widgets/js; needs no network once its tools are there
+	cd widgets && node_modules/.bin/biome ci js types.d.ts && node_modules/.bin/tsc --project .
+
+$(NODE_STAMP): widgets/package.json widgets/package-lock.json
+	@command -v npm >/dev/null || { echo "make lint checks widgets/js with Node.js 20 or later, which is not here: install it, or run make lint-python"; exit 1; }
+	cd widgets && npm ci --no-audit --no-fund
+	touch $@
+
 bench: model  ## the figures in benchmarks/results
 	$(BIN)/python -m benchmarks
 
@@ -58,4 +69,4 @@ bench-gpu: setup  ## the kernels' figures on this machine's CUDA device, and doc
 	cd kernels && PYTHONPATH=.. $(abspath $(BIN))/python -m bench && PYTHONPATH=.. $(abspath $(BIN))/python -m bench.table
 
 clean:  ## everything that can be made again, the environment included
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) widgets/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -65,14 +65,14 @@ def map_grid(recording: Recording, every: bool) -> tuple[float, Callable[[], str
     from workbench.measure import pooled_maps
     from workbench.measure.grid import GridOfMaps
     from workbench_widgets import present
-    from workbench_widgets.map_grid import MapGrid
+    from workbench_widgets.views.map_grid import MapGrid
 
     at = layers_of(recording, every)
     began = perf_counter()
     layers = zip(recording["queries"][at], recording["keys"][at], strict=True)
     grid = GridOfMaps.of([pooled_maps(q, k, Scoring(recording["scale"]), pixels=SMALL) for q, k in layers])
     took = perf_counter() - began
-    return took, lambda: MapGrid.html(**present.map_grid(grid))
+    return took, lambda: MapGrid.html(**present.map_grid(grid))  # type: ignore[arg-type]  # `title` is not among its fields
 
 
 def bertviz(recording: Recording, name: str, every: bool) -> tuple[float, Callable[[], str]]:

@@ -19,7 +19,6 @@ from the folder, and its bytes count. A peer that is not there is left out, and 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ import torch
 
 from benchmarks.attention_pages import HEAD, LAYER, PIXELS, layers_of, load, write_page
 from benchmarks.first_paint import browser, first_paint
+from benchmarks.map_frames import MOUNTED, SHOW, frame_rates, packed, rates_table
 from benchmarks.record import environment, write
 from workbench_kernels import Scoring
 
@@ -182,72 +182,12 @@ def installed(peers: Path) -> dict[str, str]:
 
 # -- moving in our map
 
-# One event a frame, as a mouse sends them, for `count` frames: the milliseconds between frames.
-FRAMES = """async ([kind, count]) => {
-  const canvas = document.querySelector(".wb-map canvas");
-  const box = canvas.getBoundingClientRect();
-  const times = [];
-  for (let i = 0; i <= count; i++) {
-    const at = { clientX: box.left + 150 + (i * 7) % 600, clientY: box.top + 60 + (i * 5) % 400, bubbles: true, pointerId: 1 };
-    if (kind === "zoom") canvas.dispatchEvent(new WheelEvent("wheel", { ...at, ctrlKey: true, deltaY: i % 40 < 20 ? -60 : 60, cancelable: true }));
-    else canvas.dispatchEvent(new PointerEvent("pointermove", { ...at, buttons: kind === "hover" ? 0 : 1 }));
-    await new Promise(requestAnimationFrame);
-    times.push(performance.now());
-  }
-  return times.slice(1).map((time, i) => time - times[i]);
-}"""  # noqa: E501  (JavaScript)
-
-# Puts fields into the view as a host does, and waits for the frame that shows them.
-SHOW = """async ([plain, packed]) => {
-  const view = document.querySelector(".wb-view");
-  const painted = new Promise((resolve) => {
-    const watcher = new MutationObserver(() => {
-      watcher.disconnect();
-      requestAnimationFrame(() => resolve(Number(view.dataset.paintMs)));
-    });
-    watcher.observe(view, { attributes: true, attributeFilter: ["data-paint-ms"] });
-  });
-  for (const [name, value] of Object.entries(plain)) model.set(name, value);
-  for (const [name, text] of Object.entries(packed)) {
-    model.set(name, new DataView(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer));
-  }
-  return await painted;
-}"""
-MOUNTED = "view.render({ model,"
-
-
-def frame_rates(tab: Any) -> dict[str, Found]:
-    """Frames a second while the mouse hovers, zooms with the wheel, marks a part and moves the map."""
-    found = {}
-    box = tab.locator(".wb-map canvas").bounding_box()
-    part = [READ // 4, READ // 4 * 3, 0, READ // 2]  # there is room to move in every direction but left
-    for kind in ("hover", "zoom", "mark", "move"):
-        if kind in ("mark", "move"):
-            if kind == "move":
-                tab.evaluate("part => model.set('window', part)", part)
-                tab.wait_for_timeout(200)
-                tab.keyboard.down("Shift")
-            tab.mouse.move(box["x"] + 400, box["y"] + 200)
-            tab.mouse.down()
-        gaps = tab.evaluate(FRAMES, [kind, 120])
-        if kind in ("mark", "move"):
-            tab.keyboard.up("Shift")
-            tab.keyboard.press("Escape")
-            tab.mouse.up()
-        tab.evaluate("model.set('window', null)")
-        tab.wait_for_timeout(400)
-        found[kind] = {
-            "frames_a_second": 1000 * len(gaps) / sum(gaps),
-            "slowest_1_in_20_ms": statistics.quantiles(gaps, n=20)[-1],
-        }
-    return found
-
 
 def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
     """From the end of dragging over a part of the map to its exact values on screen: medians of `repeats`."""
     from workbench.measure import pooled_map
     from workbench_widgets import present
-    from workbench_widgets.heatmap import Heatmap
+    from workbench_widgets.views.heatmap import Heatmap
 
     at = layers_of(recording, every=False).start
     query, key = recording["queries"][at, HEAD], recording["keys"][at, HEAD // (HEADS // KV_HEADS)]
@@ -265,12 +205,10 @@ def zooms(tab: Any, recording: Found, repeats: int = 5) -> Found:
         started = perf_counter()
         rows, cols = (window[0], window[1]), (window[2], window[3])
         pooled = pooled_map(query, key, Scoring(recording["scale"]), pixels=PIXELS, rows=rows, cols=cols)
-        heat = present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD)
-        fields = Heatmap._values((), heat, ())  # noqa: SLF001  what Heatmap.update does, without a page
+        keywords = present.attention_map(pooled, recording["tokens"], layer=LAYER, head=HEAD)
+        fields = Heatmap.field_values((), keywords)  # as Heatmap.update does
         computed = perf_counter()
-        packed = {name: base64.b64encode(value).decode() for name, value in fields.items() if isinstance(value, bytes)}
-        plain = {name: fields[name] for name in ("extent", "note")}
-        tab.evaluate(SHOW, [plain, packed])
+        tab.evaluate(SHOW, [{name: fields[name] for name in ("extent", "note")}, packed(fields)])
         shown = perf_counter()
         for name, took in (
             ("compute", computed - started),
@@ -302,7 +240,7 @@ def moving(recordings: Mapping[bool, Path], folder: Path, playwright: Any) -> Fo
         tab.locator(".wb-view[data-paint-ms]").wait_for()
         tab.wait_for_timeout(500)
         zoomed = zooms(tab, recording)
-        rates = frame_rates(tab)
+        rates = frame_rates(tab, READ)
     return {"compute_s": computing, "page_s": writing, "zoom": zoomed, "frames": rates}
 
 
@@ -381,14 +319,7 @@ def interaction(found: Found) -> list[Any]:
             "",
         ],
     ]
-    what = {"hover": "hovering", "zoom": "zooming with the wheel", "mark": "dragging over a part", "move": "moving"}
-    for kind, words in what.items():
-        rate = found["frames"][kind]
-        measured = (
-            f"{rate['frames_a_second']:.0f} frames a second (slowest 1 in 20: {rate['slowest_1_in_20_ms']:.0f} ms)"
-        )
-        table.append([words, measured, "20"])
-    return table
+    return [*table, *rates_table(found["frames"])]
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def fixed(recipe: Recipe) -> Entry:
 def entries(names: Sequence[str] = ()) -> dict[str, Entry]:
     """All recipes by name, or those named; the full cache always."""
     found = {
-        cls.key: Entry(Recipe.of(cls.key), budgeted=cls.key != "full", own=cls.default_budget is None)
+        cls.key: Entry(Recipe.of(cls.key), budgeted=cls.takes_budget(), own=cls.default_budget is None)
         for cls in registered("kv")
     }
     found |= {

@@ -111,9 +111,9 @@ def main() -> None:
 
     plain_read, our_read, read_ratio = interleaved(forward, read)
     facts = session.facts
-    session.facts = replace(facts, eos_ids=())  # both must generate the same number of tokens
+    session.readings.facts = replace(facts, eos_ids=())  # both must generate the same number of tokens
     plain_run, our_run, run_ratio = interleaved(generate, read_and_run, 3)
-    session.facts = facts
+    session.readings.facts = facts
     plans = plan_times(session)
     python = sys.executable
     figures = {

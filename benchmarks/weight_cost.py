@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import workbench as wb
 from benchmarks.record import environment, write
 from benchmarks.weight_quality import name_of
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
+from workbench.weights.compress import compressed
 
 METHODS = (("gptq", {"bits": 4}), ("awq", {"bits": 4}), ("hqq", {"bits": 4}), ("sparsegpt", {"budget": 0.5625}))
 SHAPE = "llama-3.1-8b"
@@ -60,8 +61,8 @@ def measure(key: str, settings: dict[str, Any], name: str, device: str, calibrat
         model, study = session.model, WeightStudy(session.model, session.tokenizer, calibration)
     loaded = perf_counter()
     # The statistics of the large shape are not kept: there each layer is compressed as soon as it has been studied.
-    first = name != SHAPE and (method.needs_inputs or method.needs_moment)
-    for _ in study.inputs(moments=True) if first else ():
+    first = name != SHAPE and (method.needs_inputs or method.needs_hessian)
+    for _ in study.inputs(hessians=True) if first else ():
         pass
     calibrated = perf_counter()
     twin = compressed(model, [method], study=lambda *_: study)

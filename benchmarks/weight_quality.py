@@ -29,11 +29,14 @@ from benchmarks.record import RESULTS, environment, markdown, where
 from workbench.engine.attention_hook import device_of, exclusive
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
-from workbench.weights.base import Survey, WeightMethod, compressed
-from workbench.weights.calibration.block_by_block import Stream, blocks
+from workbench.models.decoder import decoder_layers
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.block_runner import BlockRunner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import PYTHON, SHIPPED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import CompactLinear
+from workbench.weights.survey import Survey
 
 JSON = RESULTS / "weight_quality.json"
 PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more
@@ -138,7 +141,7 @@ class Bench:
         try:
             method = wb.method(key, **settings)
             assert isinstance(method, WeightMethod)
-            for _ in self.study.inputs(moments=True) if method.needs_inputs or method.needs_moment else ():
+            for _ in self.study.inputs(hessians=True) if method.needs_inputs or method.needs_hessian else ():
                 break  # gathered before the clock starts
             began = time.perf_counter()
             twin = compressed(self.model, [method], study=lambda *_: self.study)
@@ -172,13 +175,15 @@ class Bench:
         if key in TURNED:
             return {}
         # Of a model that lost blocks, the others have other names.
-        found = {"block": self._blocks(twin)} if blocks(twin).keys() == blocks(self.model).keys() else {}
+        found = (
+            {"block": self._blocks(twin)} if decoder_layers(twin).keys() == decoder_layers(self.model).keys() else {}
+        )
         new = dict(twin.named_modules())
         if any(not same_shape(new.get(name), linear.weight) for name, linear in survey.linears.items()):
             return found
         outputs, fisher = [], []
         gradients = self.study.gradients() if "svd" in key else {}
-        for _, inputs in self.study.inputs(moments=True):
+        for _, inputs in self.study.inputs(hessians=True):
             for name in (name for name in survey.linears if name in inputs):
                 weight = survey.linears[name].weight.detach().float()
                 made = new[name]
@@ -192,11 +197,11 @@ class Bench:
     def _blocks(self, twin: PreTrainedModel) -> float:
         ids = self.ids[:2]
         with exclusive(self.model):
-            stream, own, found = Stream(self.model, ids), blocks(twin), []
-            for name, _ in stream:
+            runner, own, found = BlockRunner(self.model, ids), decoder_layers(twin), []
+            for name, _ in runner:
                 changed = added = 0.0
-                for entered, left in stream.through(name):
-                    changed += float((stream.leaving(name, entered, own[name]) - left).square().sum())
+                for entered, left in runner.run(name):
+                    changed += float((runner.forward(name, entered, own[name]) - left).square().sum())
                     added += float((left - entered).square().sum())
                 found.append(changed / added)
         return mean(found)

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 found = find_spec("workbench_widgets")
-assert found is not None and found.origin is not None, "inference-workbench is not installed"
+assert found is not None, "inference-workbench is not installed"
+assert found.origin is not None
 app = Path(found.origin).parent / "app" / "main.py"
 
 c.ServerProxy.servers = {  # noqa: F821  (Jupyter gives `c`)

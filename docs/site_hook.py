@@ -67,6 +67,7 @@ RESULTS = {
         "Attention maps in the browser",
         "Bytes sent and time to the first paint, beside other viewers of attention.",
     ),
+    "map_frames": ("Maps in motion", "How soon a map of 4,096 tokens is on screen, and how smoothly it moves."),
     "retrieval_recall": (
         "Recall of retrieval",
         "How many of a query's largest keys each index finds, and what share of them it visits.",

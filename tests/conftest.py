@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import workbench as wb
 from tests.widgets.browser import chromium, served_app  # noqa: F401  fixtures
 from workbench.models import cached, tiny
+from workbench.testing import Subjects
 
 DEFAULT = "smollm2-135m"
 
@@ -31,12 +32,18 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[[str], PreTrainedModel]:
     """A tiny random model by architecture, made once; tests leave it as it is."""
-    return cache(lambda architecture: tiny(architecture))
+    return cache(tiny)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_model: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def subjects() -> Subjects:
+    """What promises are checked on, made once."""
+    return Subjects()
 
 
 @pytest.fixture(scope="session")

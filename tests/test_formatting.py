@@ -24,7 +24,7 @@ RESULTS: dict[str, tuple[Callable[[wb.Session, Any], Any], str]] = {
     "run": (lambda s, run: run, "<Run of snapkv 0.5: "),
     "verdict": (lambda s, run: run.verdict, "Evaluation(figures="),
     "memory": (lambda s, run: run.memory, "<Timeline of "),
-    "contents": (lambda s, run: run.plan.stores()[0].contents(torch.float32), "Contents(keys="),
+    "contents": (lambda s, run: run.plan.stores()[0].contents(torch.float32), "Dequantised(keys="),
     "map": (lambda s, run: s.attention(layer=1, head=1, pixels=16), "PooledMap(values=float32 [16, 16], "),
     "grid": (lambda s, run: s.attention_grid(pixels=8), "GridOfMaps(values=float32 [8, 8, 8, 8], "),
     "operator": (lambda s, run: s.operator("soft", layer=1, head=1, pixels=8), "Study(operator=SOFT"),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,12 @@ from workbench.kv.base import KVMethod, Study
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.format import Format, PackedFormat, Shape
 from workbench.registry import Method, param
-from workbench.testing import MethodProblem, check_method
+from workbench.testing import (
+    MethodProblem,
+    check_method,
+    check_promise,
+    nothing_is_left_on_the_method_the_model_or_the_trace,
+)
 from workbench.trace import LayerTrace
 
 GUIDE = Path(__file__).parent.parent / "docs" / "plugin.md"
@@ -31,7 +37,12 @@ def python(*arguments: str, site: Path) -> subprocess.CompletedProcess[str]:
     """Run Python with the packages in `site` installed beside ours."""
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, cwd=site, capture_output=True, text=True
+        [sys.executable, *arguments],
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=site,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -72,7 +83,11 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in files.items():
         (source / name).write_text(text)
     built = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=source, capture_output=True, text=True
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"],
+        check=False,
+        cwd=source,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stderr
     (wheel,) = (source / "dist").glob("*.whl")
@@ -327,3 +342,55 @@ def test_what_is_no_method_is_refused() -> None:
         check_method(SnapKV, budget=0.5)
     with pytest.raises(MethodProblem, match="window"):
         check_method(SnapKV, window=0)
+
+
+FORGETFUL = '''
+from collections import OrderedDict
+from functools import cache
+from weakref import WeakKeyDictionary
+
+from tests.test_plugins import Sound
+
+{state}
+
+
+class Chosen(Sound):
+    """Look up what was measured before."""
+
+    key = "remembering"
+
+    def score(self, layer):
+        scores = super().score(layer)
+        {use}
+        return scores
+'''
+
+
+@pytest.mark.parametrize(
+    ("state", "use"),
+    [
+        ("seen = WeakKeyDictionary()", "seen.setdefault(layer, scores)"),
+        ("seen = OrderedDict()", "seen[layer.tokens] = scores"),
+        ("seen = []", "seen.append(layer.tokens)"),
+        ("class Seen:\n    layers = {}", "Seen.layers[layer.index] = scores"),
+        ("class Seen:\n    pass\nSEEN = Seen()", "SEEN.last = layer.tokens"),
+        ("last = None", "global last; last = layer.tokens"),
+        ("def look(layer, seen=[]):\n    seen.append(layer.tokens)", "look(layer)"),
+        ("@cache\ndef total(layer):\n    return float(layer.keys.sum())", "total(layer)"),
+    ],
+    ids=lambda value: value.split("\n")[0] if value.startswith(("seen", "class", "last =", "def", "@")) else "",
+)
+def test_what_a_module_remembers_is_a_broken_promise(state: str, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = types.ModuleType("forgetful_plugin")
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    exec(FORGETFUL.format(state=state, use=use), vars(made))
+    with pytest.raises(MethodProblem, match=r"nothing is left .* modules remember something between uses: forgetful_p"):
+        check_promise(nothing_is_left_on_the_method_the_model_or_the_trace, made.Chosen)
+
+
+def test_what_modules_compute_of_plain_values_may_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = types.ModuleType("forgetful_plugin")
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    state = "import torch\n@cache\ndef ramp(size):\n    return torch.arange(size)"
+    exec(FORGETFUL.format(state=state, use="scores = scores + 0 * ramp(layer.tokens)"), vars(made))
+    check_promise(nothing_is_left_on_the_method_the_model_or_the_trace, made.Chosen)

@@ -1,4 +1,7 @@
-"""Every weight and every attention method keeps its family's promises (cache methods: test_kv_methods.py)."""
+"""Every weight and every attention method keeps its family's promises.
+
+Those of cache methods are in tests/kv/test_methods.py, those of operators in tests/attention/test_operators.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import pytest
 
 from workbench.registry import Method, find, registered
-from workbench.testing import check_promise, promises
+from workbench.testing import Subjects, check_promise, promises
 
 SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
     "evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
@@ -23,12 +26,12 @@ OTHERWISE: list[tuple[str, dict[str, Any]]] = [  # parameters that take another 
 
 
 @pytest.mark.parametrize("cls", [*registered("weights"), *registered("attention")], ids=lambda cls: cls.key)
-def test_every_weight_and_attention_method_keeps_every_promise(cls: type[Method]) -> None:
+def test_every_weight_and_attention_method_keeps_every_promise(cls: type[Method], subjects: Subjects) -> None:
     for promise in promises(cls):
-        check_promise(promise, cls, **SMALL.get(cls.key, {}))
+        check_promise(promise, cls, subjects, **SMALL.get(cls.key, {}))
 
 
 @pytest.mark.parametrize(("key", "parameters"), OTHERWISE, ids=lambda value: value if isinstance(value, str) else "")
-def test_so_do_they_with_other_parameters(key: str, parameters: dict[str, Any]) -> None:
+def test_so_do_they_with_other_parameters(key: str, parameters: dict[str, Any], subjects: Subjects) -> None:
     for promise in promises(find(key)):
-        check_promise(promise, find(key), **parameters)
+        check_promise(promise, find(key), subjects, **parameters)

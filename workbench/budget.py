@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -52,7 +52,7 @@ class Budget:
             raise BadBudget(f"budget {quoted(self.amount)} {quoted(self.kind)}: {_HELP}")
 
     @classmethod
-    def parse(cls, value: Any) -> Budget:
+    def parse(cls, value: BudgetLike) -> Budget:
         """Read a budget from a number, a text or another budget. Raises BadBudget with the accepted forms."""
         if isinstance(value, Budget):
             return value
@@ -73,10 +73,10 @@ class Budget:
         written = text.strip()
         if len(written) > _LONGEST:
             raise BadBudget(f"budget {quoted(written)} is longer than {_LONGEST} characters: {_HELP}")
-        found = _WRITTEN.fullmatch(written)
-        if not found:
+        parts = _WRITTEN.fullmatch(written)
+        if not parts:
             raise BadBudget(f"budget {quoted(text)} cannot be read: {_HELP}")
-        number, unit = float(found[1]), found[2].lower()
+        number, unit = float(parts[1]), parts[2].lower()
         if unit in ("", "%"):
             if not 0 < (share := number / 100 if unit else number) <= 1:
                 raise BadBudget(f"budget {share:g} is not a share above 0 and up to 1: {_HELP}")
@@ -90,7 +90,7 @@ class Budget:
             if not math.isfinite(size) or size < 1:
                 raise BadBudget(f"budget {quoted(text)} is not a size of at least one byte: {_HELP}")
             return cls("bytes", float(int(size)))  # whole bytes, so that what is written reads back the same
-        raise BadBudget(f"budget {quoted(text)} has the unknown unit {found[2]!r}: {_HELP}")
+        raise BadBudget(f"budget {quoted(text)} has the unknown unit {parts[2]!r}: {_HELP}")
 
     def nbytes(self, full_nbytes: int) -> int | None:
         """The bytes allowed when the uncompressed size is `full_nbytes`; None for a budget in tokens."""
@@ -116,7 +116,11 @@ class Budget:
         return f"{self.amount / 2**20:g} MiB"
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: type[Budget], handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(lambda budget: budget.to_json())
         )
+
+
+BudgetLike = Budget | float | str
+"""What `Budget.parse` reads."""

@@ -41,12 +41,13 @@ class Shown:
         Outside a notebook the summary is printed.
         """
         if not in_notebook():
-            print(self.summary())
+            print(self.summary())  # noqa: T201  what it is asked for outside a notebook
             return
         from IPython.display import display
 
         for bundle in bundles(self):
-            display(bundle, raw=True)
+            show: Callable[..., object] = display  # which has no types
+            show(bundle, raw=True)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Bundle:
         if not in_notebook():

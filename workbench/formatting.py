@@ -39,7 +39,9 @@ class _OneLine(reprlib.Repr):
         digits = int(number.bit_length() * 0.30103)
         return repr(number) if digits < 40 else f"a whole number of about {digits:,} digits"
 
-    def repr_Tensor(self, tensor: Any, level: int) -> str:
+    def repr_Tensor(  # noqa: N802  reprlib finds it by the name of the type
+        self, tensor: Any, level: int
+    ) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

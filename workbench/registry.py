@@ -1,39 +1,51 @@
-"""Methods as immutable, validated descriptions, and the registry that finds them.
+"""Methods as immutable, validated descriptions, recipes of several of them, and the registry that finds them by key.
 
 Controls, JSON, URLs, sweeps and cache keys all come from the one description.
 """
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from workbench import arguments
-from workbench.budget import Budget
-from workbench.errors import BadBudget, BadParameter, PluginConflict, UnknownMethod
+from workbench.budget import Budget, BudgetLike
+from workbench.errors import BadBudget, BadParameter, BadRecipe, PluginConflict, UnknownMethod
 from workbench.formatting import quoted
+from workbench.parameters import Parameter, choices_of, closest, declared, explained, param, plain_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.recipe import Recipe
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Method",
+    "Paper",
+    "Parameter",
+    "Recipe",
+    "Spec",
+    "find",
+    "from_dict",
+    "method",
+    "methods",
+    "param",
+    "register",
+    "registered",
+]
 
 Family = Literal["kv", "weights", "attention", "operator"]
 PLUGINS = "workbench.methods"
-_PARTS = 5  # of what is wrong with a method's parameters that a message tells
-_NAME = 64  # characters of an unknown name that are compared with those that are known
 FAMILIES: tuple[Family, ...] = get_args(Family)
 _HOMES = {"operator": "workbench.attention.operators"}  # the others live in a package of their family's name
+_JOINED = "a recipe with a budget for all its methods cannot join others; give the budget to the whole"
 
 
 @dataclass(frozen=True)
@@ -47,26 +59,6 @@ class Paper:
     def __str__(self) -> str:
         number = f", arXiv:{self.arxiv}" if self.arxiv else ""
         return f"{self.title} ({self.authors}{number})"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a method, as controls and help texts need it."""
-
-    name: str
-    kind: Literal["int", "float", "bool", "choice", "text"]
-    default: Any
-    help: str
-    unit: str | None = None
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[Any, ...] | None = None
-    step: float | None = None  # values lie this far apart, counted from `low`: 2 for odd ones
-
-
-def param(default: Any, *, help: str, unit: str | None = None, odd: bool = False, **bounds: Any) -> Any:
-    """Declare a method's parameter: its default, bounds (`ge`, `gt`, `le`, `lt`), unit and one line of help."""
-    return Field(default, description=help, json_schema_extra={"unit": unit, "odd": odd}, **bounds)
 
 
 class Method(BaseModel):
@@ -91,19 +83,24 @@ class Method(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         for name, field in type(self).model_fields.items():
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            if isinstance(values.get(name), bool) and choices:  # True is 1 for pydantic
+            if isinstance(values.get(name), bool) and (choices := choices_of(field)):  # True is 1 for pydantic
                 arguments.choice(f"{self.key}: {name}", values[name], choices)
         try:
-            super().__init__(**{name: _plain(value) for name, value in values.items()})
+            super().__init__(**{name: plain_number(value) for name, value in values.items()})
         except ValidationError as error:
             budget_only = all(problem["loc"] == ("budget",) for problem in error.errors())
-            raise (BadBudget if budget_only else BadParameter)(_explain(type(self), error)) from None
+            raise (BadBudget if budget_only else BadParameter)(
+                explained(self.key, list(type(self).model_fields), error)
+            ) from None
         for name, field in type(self).model_fields.items():
-            extra = cast("dict[str, Any]", field.json_schema_extra or {})
             value = getattr(self, name)
-            if extra.get("odd") and value % 2 == 0:
+            if declared(field).get("odd") and value % 2 == 0:
                 raise BadParameter(f"{self.key}: {name} must be odd, not {value}")
+
+    @classmethod
+    def takes_budget(cls) -> bool:
+        """Whether a budget chooses how much is saved; elsewhere there is nothing to save, or the parameters decide."""
+        return True
 
     @property
     def effective_budget(self) -> Budget | None:
@@ -112,7 +109,7 @@ class Method(BaseModel):
             return Budget.parse(self.default_budget)
         return self.budget
 
-    def with_budget(self, budget: Any) -> Self:
+    def with_budget(self, budget: BudgetLike | None) -> Self:
         """The same method with another budget."""
         return type(self)(**{**dict(self), "budget": budget})
 
@@ -123,15 +120,13 @@ class Method(BaseModel):
         return (type(self), *((name, value) for name, value in self if name != "budget"))
 
     def __or__(self, other: Method | Recipe) -> Recipe:
-        from workbench.recipe import Recipe
-
         return Recipe((self,)) | other
 
     def label(self, *, budgeted: bool = True) -> str:
         """A short name with whatever differs from the defaults: `snapkv 0.25 window=16`; the budget if `budgeted`."""
-        own = [f"{name}={value}" for name, value in self if name != "budget" and value != self._default(name)]
+        changed = [f"{name}={value}" for name, value in self if name != "budget" and value != self._default(name)]
         budget = [str(self.effective_budget)] if budgeted and self.effective_budget is not None else []
-        return " ".join([self.key, *budget, *own])
+        return " ".join([self.key, *budget, *changed])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description, read back by `from_dict`."""
@@ -145,60 +140,100 @@ class Method(BaseModel):
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
         """The method's own parameters, without the budget."""
-        return tuple(_parameter(name, field) for name, field in cls.model_fields.items() if name != "budget")
+        return tuple(Parameter.of(name, field) for name, field in cls.model_fields.items() if name != "budget")
 
     @classmethod
     def _default(cls, name: str) -> Any:
         return cls.model_fields[name].default
 
 
-def _parameter(name: str, field: FieldInfo) -> Parameter:
-    extra = cast("dict[str, Any]", field.json_schema_extra or {})
-    bounds: dict[str, float] = {}
-    for rule in field.metadata:
-        for bound in ("ge", "gt", "le", "lt", "multiple_of"):
-            value = getattr(rule, bound, None)
-            if value is not None:
-                bounds[bound] = value
-    annotation = field.annotation
-    choices = get_args(annotation) if get_origin(annotation) is Literal else None
-    kinds = {int: "int", float: "float", bool: "bool"}
-    kind = "choice" if choices else kinds.get(cast(Any, annotation), "text")
-    return Parameter(
-        name=name,
-        kind=cast(Any, kind),
-        default=field.default,
-        help=field.description or "",
-        unit=extra.get("unit"),
-        low=bounds.get("ge", bounds.get("gt")),
-        high=bounds.get("le", bounds.get("lt")),
-        choices=choices,
-        step=2 if extra.get("odd") else bounds.get("multiple_of"),
-    )
+@dataclass(frozen=True)
+class Recipe:
+    """Methods that are applied together, and optionally one budget for all KV methods in it.
+
+    Without a budget of its own, each method keeps to its own: an eviction method's budget counts what stays at the
+    uncompressed precision, and a storage method then shrinks that further. With one, the eviction share is chosen so
+    that the stored bytes of all KV methods together meet it.
+    """
+
+    methods: tuple[Method, ...]
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        operators = [item.key for item in self.methods if item.family == "operator"]
+        if operators:
+            raise BadRecipe(
+                f"{', '.join(operators)}: operators are studied on a recording, not run in the model: "
+                f"session.operator({operators[0]!r}, layer, head)"
+            )
+
+    @classmethod
+    def of(cls, spec: Spec, *, budget: BudgetLike | None = None, **parameters: Any) -> Recipe:
+        """Read a recipe from a key, a method, a list of either, or a recipe.
+
+        budget: of the method, or with several of all together (None: as `spec` has it). parameters: of the one method.
+        Raises UnknownMethod, BadParameter, BadBudget or BadRecipe.
+        """
+        changes = parameters if budget is None else {**parameters, "budget": budget}
+        if isinstance(spec, str):
+            return cls((method(spec, **changes),))
+        if isinstance(spec, Method):
+            return cls((type(spec)(**{**dict(spec), **changes}) if changes else spec,))
+        if isinstance(spec, Recipe):
+            return cls.of(spec.methods, budget=spec.budget if budget is None else budget, **parameters)
+        if not isinstance(spec, Sequence):
+            raise BadRecipe(f"a recipe is a method's key, a method, or a list of them, not {quoted(spec)}")
+        parts = [cls.of(part) for part in spec]
+        if any(part.budget is not None for part in parts):
+            raise BadRecipe(_JOINED)
+        items = [item for part in parts for item in part.methods]
+        if not items:
+            raise BadRecipe("an empty recipe: name at least one method, for instance 'full'")
+        if len(items) == 1:
+            return cls.of(items[0], budget=budget, **parameters)
+        if parameters:
+            raise BadRecipe(
+                f"{', '.join(parameters)}: with several methods in a recipe, give parameters to the methods themselves"
+            )
+        return cls(tuple(items), None if budget is None else Budget.parse(budget))
+
+    def family(self, family: Family) -> tuple[Method, ...]:
+        """The methods of one family, in order."""
+        return tuple(item for item in self.methods if item.family == family)
+
+    def takes_budget(self) -> bool:
+        """Whether one budget for all cache methods means something: whether any of them takes one."""
+        return any(item.takes_budget() for item in self.family("kv"))
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and legends; cache methods whose bytes are the recipe's total name no budget."""
+        if self.budget is None:
+            return " + ".join(item.label() for item in self.methods)
+        return " + ".join(item.label(budgeted=item.family != "kv") for item in self.methods) + f" ({self.budget})"
+
+    def __or__(self, other: Method | Recipe) -> Recipe:
+        other = Recipe.of(other)
+        if other.budget is not None:
+            raise BadRecipe(_JOINED)
+        return Recipe.of([*self.methods, *other.methods], budget=self.budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able description, read back by `from_dict`."""
+        budget = None if self.budget is None else self.budget.to_json()
+        return {"methods": [item.to_dict() for item in self.methods], "budget": budget}
+
+    @classmethod
+    def from_dict(cls, description: dict[str, Any]) -> Recipe:
+        """Read back what `to_dict` wrote."""
+        items = description.get("methods") if isinstance(description, dict) else None
+        if not isinstance(items, list):
+            raise BadRecipe(f"a recipe's description needs a list under 'methods': {quoted(description)}")
+        return cls.of([from_dict(item) for item in items], budget=description.get("budget"))
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's own; everything else as it is, for text is no number and a bool is none either."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, Integral) else value
-
-
-def _explain(cls: type[Method], error: ValidationError) -> str:
-    """One line for everything that is wrong with the parameters."""
-    names = list(cls.model_fields)
-    parts = []
-    for problem in error.errors():
-        name = str(problem["loc"][0]) if problem["loc"] else ""
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name[:_NAME], names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            parts.append(f"unknown parameter {quoted(name)}{hint} It takes {', '.join(names)}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            message = message[:1].lower() + message[1:]
-            parts.append(message if name == "budget" else f"{name}={quoted(problem['input'])}: {message}")
-    return f"{cls.key}: " + "; ".join(parts[:_PARTS]) + ("; and more" if len(parts) > _PARTS else "")
+Spec = Recipe | Method | str | Sequence[Method | str]
+"""What a recipe is read from."""
 
 
 _METHODS: dict[str, type[Method]] = {}
@@ -243,10 +278,7 @@ def _load_plugins() -> None:
     owners: dict[str, EntryPoint] = {}
     for point in entry_points(group=PLUGINS):
         try:
-            cls = point.load()
-            if not (isinstance(cls, type) and issubclass(cls, Method)):
-                raise TypeError(f"{cls!r} is not a subclass of workbench.registry.Method")
-            owners[register(cls).key] = point
+            owners[register(_loaded(point)).key] = point
         except Exception as error:  # a plugin that is broken must not take the others with it
             if isinstance(error, _KeyTaken) and error.key in owners:
                 raise PluginConflict(
@@ -254,6 +286,13 @@ def _load_plugins() -> None:
                     f"{_whose(point)}; uninstall one of them"
                 ) from error
             warnings.warn(f"the plugin {_whose(point)} cannot be used: {error}", stacklevel=2)
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    cls = point.load()
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TypeError(f"{cls!r} is not a subclass of workbench.registry.Method")
+    return cls
 
 
 def _whose(point: EntryPoint) -> str:
@@ -266,7 +305,7 @@ def find(key: str) -> type[Method]:
     """The method class registered under `key`. Raises UnknownMethod, naming the closest keys."""
     known = {cls.key: cls for cls in registered()}
     if not isinstance(key, str) or key not in known:
-        close = difflib.get_close_matches(key[:_NAME], known, n=3) if isinstance(key, str) else []
+        close = closest(key, list(known), 3) if isinstance(key, str) else []
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
         raise UnknownMethod(f"unknown method {quoted(key)}: {hint}")
     return known[key]
@@ -303,9 +342,5 @@ def _row(cls: type[Method]) -> dict[str, Any]:
         "summary": cls.summary(),
         "paper": str(cls.paper) if cls.paper else "",
         "claim": cls.claim,
-        "parameters": ", ".join(_describe(cls.parameters())),
+        "parameters": ", ".join(f"{parameter.name}={parameter.default}" for parameter in cls.parameters()),
     }
-
-
-def _describe(parameters: Iterable[Parameter]) -> Iterable[str]:
-    return (f"{p.name}={p.default}" for p in parameters)

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.attention.base import AttentionMethod
-from workbench.budget import Budget
 from workbench.display import Shown, controls
-from workbench.errors import (
-    BadBudget,
-    BadParameter,
-    BadRecipe,
-    Cancelled,
-    ModelNotFound,
-    NotApplicable,
-    NotRead,
-    WorkbenchError,
-)
-from workbench.formatting import mib, quoted
-from workbench.inspection.captured import Captured, as_read, capture, changes_reading
-from workbench.inspection.implied import Implied
-from workbench.kv.base import KVMethod
-from workbench.kv.methods.full import Full
+from workbench.errors import BadParameter, ModelNotFound
+from workbench.formatting import mib
+from workbench.inspection import attention as maps
+from workbench.inspection import heads, operators, outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
-from workbench.measure.attention import PooledMap, Pooling, Span, check_pooling
-from workbench.measure.grid import GridOfMaps
-from workbench.measure.heads import HeadStats
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
 from workbench.progress import Progress
-from workbench.prompt import Prompt, Text
-from workbench.recipe import Recipe
-from workbench.registry import Method, find
+from workbench.recipe import Recipe, Spec
+from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
 from workbench.runtime.conversation import Conversation
-from workbench.runtime.exactness import verify
-from workbench.runtime.planning import make_plan
-from workbench.runtime.prefill import read, seen, take_in
+from workbench.runtime.readings import Readings, recorded
 from workbench.runtime.run import Question, Run, Stream
-from workbench.trace import Trace
 from workbench.weights.base import WeightMethod
-from workbench.weights.variants import Variants
+from workbench.weights.reports import census, rounding, sensitivity, size, spectra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,18 +35,22 @@ if TYPE_CHECKING:
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
-    from workbench.export.model import Exported
+    from workbench.budget import BudgetLike
+    from workbench.export.model import Exported, Format
+    from workbench.inspection.channels import Kind
+    from workbench.measure.attention import PooledMap, Pooling, Span
+    from workbench.measure.grid import GridOfMaps
+    from workbench.measure.heads import HeadStats
+    from workbench.prompt import Text
+    from workbench.registry import Method
+    from workbench.trace import Trace
     from workbench.weights.calibration.study import WeightStudy
     from workbench.weights.calibration.texts import Calibration
     from workbench.weights.reports.spectra import Spectra
 
-T = TypeVar("T")
-Seen = Captured | Implied
-Spec = Recipe | Method | str | Sequence[Method | str]
-Outliers = Literal["keys", "values", "activations", "weights"]
+__all__ = ["COLUMNS", "Session", "Spec", "row_of"]
 
-_KV_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-_TRACES = 4  # readings under other weights or attention that are remembered beside the plain one
+_KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CACHES = 4  # runs whose caches stay, so that more can be asked of them
 
 
@@ -82,6 +63,9 @@ class Session(Shown):
     transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
     "cpu" for a model on a GPU. graphs: on a GPU, decode by replaying a CUDA graph where method and model allow it.
     trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
+
+    Wherever a recipe is taken, `budget` and further parameters are those of its method; with several methods `budget`
+    is for all together, and there are no others.
     """
 
     def __init__(
@@ -98,20 +82,53 @@ class Session(Shown):
         progress: Progress | None = None,
     ) -> None:
         loaded = _loaded(model, device, dtype, progress)
-        self.model: PreTrainedModel = loaded.model
-        self.tokenizer: PreTrainedTokenizerBase | None = loaded.tokenizer
+        self.readings = Readings(
+            loaded,
+            _kv_dtype(kv_dtype, loaded.facts),
+            keep_on=None if keep_trace_on is None else torch.device(keep_trace_on),
+            trusted=trust,
+        )
         self.source = loaded.source
-        self.facts: Facts = loaded.facts
-        self.kv_dtype = _kv_dtype(kv_dtype, loaded.facts)
         self.seed = arguments.whole("seed", seed, 0, 2**63 - 1)
         self.graphs = graphs
-        self.trace: Trace | None = None
         self.runs: list[Run] = []
-        self._trusted = trust
-        self._keep_on = None if keep_trace_on is None else torch.device(keep_trace_on)
-        self._variants = Variants(self.model, self.tokenizer)
-        self._traces: OrderedDict[Any, Trace] = OrderedDict()
-        self._timelines: list[Timeline] = []
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model as it was loaded."""
+        return self.readings.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None: prompts are token ids."""
+        return self.readings.tokenizer
+
+    @property
+    def facts(self) -> Facts:
+        """What is fixed about the model."""
+        return self.readings.facts
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The precision in which caches are stored and the uncompressed cache is counted."""
+        return self.readings.kv_dtype
+
+    @property
+    def trace(self) -> Trace | None:
+        """What was recorded of the prompt; None before `read`."""
+        return self.readings.plain
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The texts that weight methods look at; None: those that are the default."""
+        return self.readings.variants.calibration
+
+    @property
+    def memory(self) -> Timeline:
+        """Live bytes over time, by category: everything read and run so far, each reading once."""
+        return Timeline.concat(self.readings.timelines, run="session")
+
+    # -- showing
 
     def __repr__(self) -> str:
         read = "nothing read yet" if self.trace is None else f"{self.trace.tokens} tokens read"
@@ -119,12 +136,12 @@ class Session(Shown):
 
     def summary(self) -> str:
         """The model, the prompt and the runs so far in words."""
-        found = self.facts
+        model = self.facts
         lines = [
             f"Session with {self.source}",
-            f"  model   {found.layers} layers, {found.heads} heads on {found.kv_heads} KV heads of size "
-            f"{found.head_dim}"
-            + ("" if found.max_positions == UNLIMITED else f", up to {found.max_positions:,} tokens"),
+            f"  model   {model.layers} layers, {model.heads} heads on {model.kv_heads} KV heads of size "
+            f"{model.head_dim}"
+            + ("" if model.max_positions == UNLIMITED else f", up to {model.max_positions:,} tokens"),
         ]
         if self.trace is None:
             return "\n".join([*lines, "  prompt  nothing read yet: session.read(text)"])
@@ -161,70 +178,25 @@ class Session(Shown):
         PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
         prompt still in place.
         """
-        if chat is not None:
-            arguments.flag("chat", chat)
-        arguments.flag("record", record)
-        prompt = replace(Prompt.of(text, self.tokenizer, chat), tokenizer=self.tokenizer)
-        if not self._trusted:
-            verify(self.model, self.facts, progress)
-            self._trusted = True
-        reading = read if record else take_in
-        trace = reading(
-            self.model,
-            self.facts,
-            prompt,
-            keep_on=self._keep_on,
-            weight_nbytes=self.facts.weight_bytes,
-            progress=progress,
-        )
-        self.trace, self.runs = trace, []
-        self.facts = seen(self.facts, trace)
-        self._traces.clear()
-        self._timelines.append(trace.timeline)
+        trace = self.readings.read(text, chat=chat, record=record, progress=progress)
+        self.runs = []
         return trace
 
-    def plan(self, recipe: Spec = "full", *, progress: Progress | None = None, **parameters: Any) -> Plan:
+    def plan(
+        self,
+        recipe: Spec = "full",
+        *,
+        budget: BudgetLike | None = None,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Plan:
         """What the recipe's KV methods would keep of the prompt; no model call, and no change to anything.
 
-        Parameters such as `budget=0.25` go to the method (or, with several, `budget` is for all together).
-        Raises BudgetTooSmall, BadRecipe, BadParameter, UnknownMethod, NotRead.
+        budget, parameters: as everywhere where a recipe is taken (see the class).
+        Raises BudgetTooSmall, BadBudget, BadRecipe, BadParameter, UnknownMethod, NotRead.
         """
-        spec = Recipe.of(recipe, **parameters)
-        return self._plan(spec, self._trace(spec, progress), progress)
-
-    def _plan(self, recipe: Recipe, trace: Trace, progress: Progress | None, question: Tensor | None = None) -> Plan:
-        methods = _kv(recipe)
-        _check_together(_attention(recipe), methods)
-        weights = recipe.family("weights")
-        model, measured = self._variants.get(weights), self._variants.measured(weights)
-        return make_plan(trace, methods, self.kv_dtype, recipe.budget, model, progress, question, measured)
-
-    def _trace(self, recipe: Recipe, progress: Progress | None = None) -> Trace:
-        """The reading of the prompt under the recipe's weights and attention."""
-        if self.trace is None:
-            raise NotRead("no prompt has been read yet: call read(text) first")
-        attention, weights = _attention(recipe), recipe.family("weights")
-        if attention is None and not weights:
-            return self.trace
-        key = (tuple(weights), attention)
-        if key not in self._traces:
-            widths = [(layer.keys_held.shape[-1], layer.values_held.shape[-1]) for layer in self.trace.layers]
-            reading = take_in
-            if self.trace.recorded:
-                reading = partial(read, method=attention, plain=self.model, plain_widths=widths)
-            self._traces[key] = reading(
-                self._variants.get(weights, progress),
-                self.facts,
-                self.trace.prompt,
-                keep_on=self._keep_on,
-                weight_nbytes=self._variants.nbytes(weights),
-                progress=progress,
-            )
-            self._timelines.append(self._traces[key].timeline)
-            while len(self._traces) > _TRACES:
-                self._traces.popitem(last=False)
-        self._traces.move_to_end(key)
-        return self._traces[key]
+        spec = Recipe.of(recipe, budget=budget, **parameters)
+        return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
 
     # -- weights
 
@@ -238,45 +210,31 @@ class Session(Shown):
         data set (.txt, .md, .jsonl, .parquet). samples: stretches of `tokens` tokens. Without a source nothing
         changes. Raises BadParameter, InputError.
         """
-        from workbench.weights.calibration.texts import SHIPPED, Calibration
-
-        chosen = Calibration(
-            SHIPPED if source is None else str(arguments.path("source", source)), samples, tokens, seed
-        )
-        if source is not None:
-            if chosen.source != "sampled" and self.tokenizer is not None:
-                chosen.text()  # refused now, and not in the middle of a run
-            self._variants.calibrate(chosen)
-            for key in [key for key in self._traces if key[0]]:
-                del self._traces[key]
-        return self._variants.study()
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """The texts that weight methods look at; None: those that are the default."""
-        return self._variants.calibration
+        return self.readings.calibrate(source, samples=samples, tokens=tokens, seed=seed)
 
     def census(
-        self, recipe: Spec, *, outputs: bool = True, progress: Progress | None = None, **parameters: Any
+        self,
+        recipe: Spec,
+        *,
+        budget: BudgetLike | None = None,
+        outputs: bool = True,
+        progress: Progress | None = None,
+        **parameters: Any,
     ) -> pd.DataFrame:
         """What a recipe's weight methods made of each weight: one row a matrix, also of those left as they are.
 
         Columns: layer, module, name, form, bits, rank, density, chosen, bytes, share, weight_error, output_error,
-        reason; explained in `workbench.weights.reports.census`. outputs: also the error of each layer's outputs over the
-        calibration texts, whose second moments are gathered once for that.
+        reason; explained in `workbench.weights.reports.census`. outputs: also the error of each layer's outputs over
+        the calibration texts, whose second moments are gathered once for that.
         """
-        from workbench.weights.reports.census import census
-
-        methods = _weights(Recipe.of(recipe, **parameters))
-        arguments.flag("outputs", outputs)
-        twin = self._variants.get(methods, progress)
-        reasons = {name: why for method in methods for name, why in method.left_alone(self.model).items()}
-        return census(self.model, twin, self._variants.study() if outputs else None, reasons, progress)
+        methods = Recipe.of(recipe, budget=budget, **parameters).methods
+        return census.census(self.readings.variants, methods, outputs=outputs, progress=progress)
 
     def sensitivity(
         self,
         recipe: Spec,
         *,
+        budget: BudgetLike | None = None,
         each: Literal["layer", "module"] = "layer",
         texts: int = 4,
         tokens: int = 256,
@@ -286,25 +244,21 @@ class Session(Shown):
         """Which layer hurts: what a weight method does to the model's predictions in one decoder layer alone, and in
         one kind of module alone; with each="module", in each module of each layer.
 
-        Columns: layer, module, kl, error; explained in `workbench.weights.reports.sensitivity`. texts, tokens: how much of the
-        calibration texts is read for it. Raises NotApplicable for methods whose layers only make sense together.
+        Columns: layer, module, kl, error; explained in `workbench.weights.reports.sensitivity`. texts, tokens: how much
+        of the calibration texts is read for it. Raises NotApplicable for methods whose layers only make sense together.
         """
-        from workbench.weights.reports.sensitivity import sensitivity
-
-        methods = _weights(Recipe.of(recipe, **parameters))
-        for method in methods:
-            if not method.alone:
-                raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
-        arguments.choice("each", each, ("layer", "module"))
-        ids = self._some_ids(texts, tokens)
-        return sensitivity(self.model, self._variants.get(methods, progress), ids, each, progress)
+        methods = Recipe.of(recipe, budget=budget, **parameters).methods
+        return sensitivity.sensitivity(
+            self.readings.variants, methods, each=each, texts=texts, tokens=tokens, progress=progress
+        )
 
     def export(
         self,
         path: str | Path,
         recipe: Spec,
         *,
-        format: Literal["auto", "workbench", "compressed-tensors"] = "auto",
+        budget: BudgetLike | None = None,
+        format: Format = "auto",
         dtype: str | torch.dtype | None = None,
         progress: Progress | None = None,
         **parameters: Any,
@@ -315,17 +269,18 @@ class Session(Shown):
         it, else the workbench's own (safetensors and JSON). dtype: in which what is not compressed is written (default:
         as it is held). Raises NotApplicable, MissingExtra, and InputError for a folder that holds something else.
         """
-        from workbench.export.model import Format, export
+        from workbench.export.model import export
 
-        methods, folder = _weights(Recipe.of(recipe, **parameters)), arguments.path("path", path)
-        arguments.choice("format", format, get_args(Format))
-        twin = self._variants.get(methods, progress)
-        return export(self.model, twin, methods, self.facts, self.tokenizer, folder, format, dtype)
+        methods = Recipe.of(recipe, budget=budget, **parameters).methods
+        return export(
+            self.readings.variants, methods, path, known=self.facts, format=format, dtype=dtype, progress=progress
+        )
 
     def spectra(
         self,
         recipe: Spec | None = None,
         *,
+        budget: BudgetLike | None = None,
         layer: int | None = None,
         module: str | None = None,
         progress: Progress | None = None,
@@ -336,15 +291,14 @@ class Session(Shown):
         recipe: of the weights as its weight methods made them (default: of the model's own). layer, module: only of
         one decoder layer, or of the modules of one name.
         """
-        from workbench.weights.reports.spectra import spectra
-
-        methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
-        return spectra(self._variants.get(methods, progress), progress, layer=layer, module=module)
+        methods = _methods(recipe, budget, parameters)
+        return spectra.spectra(self.readings.variants, methods, layer=layer, module=module, progress=progress)
 
     def rounding(
         self,
         recipe: Spec | None = None,
         *,
+        budget: BudgetLike | None = None,
         bits: int = 8,
         texts: int = 4,
         tokens: int = 256,
@@ -353,29 +307,30 @@ class Session(Shown):
     ) -> pd.DataFrame:
         """How well what enters each linear layer lends itself to rounding: one row a layer.
 
-        Columns: layer, module, kernel, kernel_cross, space; explained in `workbench.weights.reports.rounding`. recipe: under
-        its weight methods (default: in the model as it is). texts, tokens: how much of the calibration texts is read.
+        Columns: layer, module, kernel, kernel_cross, space; explained in `workbench.weights.reports.rounding`. recipe:
+        under its weight methods (default: in the model as it is). texts, tokens: how much of the calibration texts is
+        read.
         """
-        from workbench.weights.reports.rounding import rounding
-
-        methods = [] if recipe is None else _weights(Recipe.of(recipe, **parameters))
-        bits, ids = arguments.whole("bits", bits, 2, 16), self._some_ids(texts, tokens)
-        return rounding(self._variants.get(methods, progress), ids, bits, progress)
-
-    def _some_ids(self, texts: int, tokens: int) -> Tensor:
-        """The beginning of the calibration texts, at most `tokens` of each of `texts`: int64 [t, n]."""
-        texts, tokens = arguments.whole("texts", texts, low=1), arguments.whole("tokens", tokens, low=1)
-        return self._variants.study().ids[:texts, :tokens]
+        methods = _methods(recipe, budget, parameters)
+        return rounding.rounding(
+            self.readings.variants, methods, bits=bits, texts=texts, tokens=tokens, progress=progress
+        )
 
     def weight_nbytes(
-        self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any
+        self,
+        recipe: Spec | None = None,
+        *,
+        budget: BudgetLike | None = None,
+        progress: Progress | None = None,
+        **parameters: Any,
     ) -> tuple[int, int]:
         """Bytes of the model's weights under a recipe's weight methods, and of its own weights.
 
         Both with plain weights at 16 bits, as budgets count them, in whatever precision they are computed here.
         """
-        methods = () if recipe is None else Recipe.of(recipe, **parameters).family("weights")
-        return self._variants.deployed_nbytes(methods, progress), self._variants.deployed_nbytes(())
+        return size.weight_nbytes(
+            self.readings.variants, _weights(_methods(recipe, budget, parameters)), progress=progress
+        )
 
     # -- running
 
@@ -383,6 +338,7 @@ class Session(Shown):
         self,
         recipe: Spec = "full",
         *,
+        budget: BudgetLike | None = None,
         question: Question = None,
         max_new_tokens: int = 32,
         progress: Progress | None = None,
@@ -390,17 +346,17 @@ class Session(Shown):
     ) -> Run:
         """Generate greedily under a recipe: a key, a method, or a list of methods of any family.
 
-        question: asked after the prompt (None: go on from the prompt). Further parameters go to the method.
-        Raises what `plan` raises, PromptTooLong, and Cancelled if `progress` was cancelled.
+        question: asked after the prompt (None: go on from the prompt). budget, parameters: as everywhere where a recipe
+        is taken (see the class). Raises what `plan` raises, PromptTooLong, and Cancelled if `progress` was cancelled.
         """
-        return self.stream(
-            recipe, question=question, max_new_tokens=max_new_tokens, progress=progress, **parameters
-        ).run
+        spec = Recipe.of(recipe, budget=budget, **parameters)
+        return self.stream(spec, question=question, max_new_tokens=max_new_tokens, progress=progress).run
 
     def stream(
         self,
         recipe: Spec = "full",
         *,
+        budget: BudgetLike | None = None,
         question: Question = None,
         max_new_tokens: int = 32,
         progress: Progress | None = None,
@@ -410,38 +366,37 @@ class Session(Shown):
 
         Planning, and reading under other weights or attention, happen before this returns.
         """
-        spec, progress = Recipe.of(recipe, **parameters), progress or Progress()
+        spec, progress = Recipe.of(recipe, budget=budget, **parameters), progress or Progress()
         max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
-        trace = self._trace(spec, progress)
+        trace = self.readings.trace(spec, progress)
         began = time.perf_counter()
         ids = trace.prompt.question_ids(question, self.tokenizer)
-        plan = self._plan(spec, trace, progress, ids if ids.numel() else None)
+        plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
         # The reading that a method made while planning is on its timeline, not part of planning.
         plan_s = max(plan_s - plan.read_seconds, 0.0) if plan.chunked else plan_s
         return self._conversation(spec, plan).begin(question, max_new_tokens, progress, plan_s)
 
     def _conversation(self, recipe: Recipe, plan: Plan) -> Conversation:
-        assert self.trace is not None
-        weights = recipe.family("weights")
+        prompt, variants, weights = self.readings.of_prompt(), self.readings.variants, recipe.family("weights")
         weight_notes = [method.note(self.model) for method in weights if isinstance(method, WeightMethod)]
         return Conversation(
             recipe=recipe,
             plan=plan,
-            model=self._variants.get(weights),
-            weight_nbytes=self._variants.nbytes(weights),
-            plain=self._plan(Recipe.of("full"), self.trace, None) if self.trace.recorded else None,
+            model=variants.get(weights),
+            weight_nbytes=variants.nbytes(weights),
+            plain=self.readings.plan(Recipe.of("full"), prompt) if prompt.recorded else None,
             plain_model=self.model,
             facts=self.facts,
             tokenizer=self.tokenizer,
-            notes=(*self.trace.prompt.notes, *plan.notes, *weight_notes, *self._variants.notes),
-            on_run=partial(self._remember, self.trace),
+            notes=(*prompt.prompt.notes, *plan.notes, *weight_notes, *variants.notes),
+            on_run=partial(self._remember, prompt),
             graphs=self.graphs,
         )
 
     def _remember(self, trace: Trace, run: Run) -> None:
         """Keep a finished run, and the caches of the last few only."""
-        self._timelines.append(run.memory.without("read"))
+        self.readings.timelines.append(run.memory.without("read"))
         if trace is not self.trace:  # a stream that was begun before another prompt was read
             return
         self.runs.append(run)
@@ -450,82 +405,33 @@ class Session(Shown):
 
     # -- comparing
 
-    def compare(
-        self,
-        recipes: Sequence[Spec],
-        *,
-        budgets: Sequence[float | str] = (0.5, 0.25),
-        question: Question = None,
-        max_new_tokens: int = 32,
-        progress: Progress | None = None,
-    ) -> pd.DataFrame:
-        """Run every recipe at every budget and put them side by side: one row a run, as a pandas DataFrame.
-
-        Recipes without a budget (the full cache, weights alone) run once. A recipe that fails, for instance at a budget
-        that it cannot meet, gives a row whose `error` says why. What ends all of it (`progress` was cancelled, Ctrl-C)
-        carries the rows so far as `finished`, a DataFrame; `compare_rows` gives them one by one.
-        """
-        import pandas as pd
-
-        rows: list[dict[str, Any]] = []
-        try:
-            for row in self.compare_rows(
-                recipes, budgets=budgets, question=question, max_new_tokens=max_new_tokens, progress=progress
-            ):
-                rows.append(row)
-        except (Cancelled, KeyboardInterrupt) as stopped:
-            stopped.finished = pd.DataFrame(rows, columns=list(COLUMNS))  # type: ignore[union-attr]
-            stopped.add_note(f"{len(rows)} rows were finished before that: they are in this error's `finished`")
-            raise
-        return pd.DataFrame(rows, columns=list(COLUMNS))
-
     def compare_rows(
         self,
         recipes: Sequence[Spec],
         *,
-        budgets: Sequence[float | str] = (0.5, 0.25),
+        budgets: Sequence[BudgetLike] = (0.5, 0.25),
         question: Question = None,
         max_new_tokens: int = 32,
         progress: Progress | None = None,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[Row]:
         """The same as `compare`, row by row, each as soon as its run is measured; `COLUMNS` are what a row has.
 
         What is wrong with all of them raises at once: an unknown method, a bad budget, a question that cannot be read.
         """
-        one: Any = isinstance(recipes, str | Method | Recipe) and [recipes]
-        planned = [Recipe.of(spec) for spec in one or arguments.several("recipes", recipes, "recipes")]
-        if not planned:
-            raise BadRecipe("no recipe is given: name at least one method, for instance 'full'")
-        wanted = [Budget.parse(each) for each in _several(budgets)]
-        if not wanted and any(map(_takes_budget, planned)):
-            raise BadBudget("no budget is given: give for instance budgets=[0.5, 0.25]")
-        cases = [(recipe, b) for recipe in planned for b in (wanted if _takes_budget(recipe) else [None])]
-        if self.trace is None:
-            raise NotRead("no prompt has been read yet: call read(text) first")
-        self.trace.prompt.question_ids(question, self.tokenizer)
+        comparison, progress = Comparison.of(recipes, budgets), progress or Progress()
+        self.readings.of_prompt().prompt.question_ids(question, self.tokenizer)
         arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
-        return self._compared(cases, question, max_new_tokens, progress or Progress())
+        run = partial(self.run, question=question, max_new_tokens=max_new_tokens, progress=progress)
+        return comparison.rows(run, progress)
 
-    def _compared(
-        self, cases: Sequence[tuple[Recipe, Budget | None]], question: Question, max_new_tokens: int, progress: Progress
-    ) -> Iterator[dict[str, Any]]:
-        for done, (recipe, budget) in enumerate(cases):
-            progress.update("comparing", done, len(cases))
-            label = recipe.label
-            try:
-                spec = recipe if budget is None else Recipe.of(recipe, budget=budget)
-                label = spec.label
-                run = self.run(spec, question=question, max_new_tokens=max_new_tokens, progress=progress)
-                run.measure(progress=progress)
-                row = row_of(run)
-            except Cancelled:
-                raise
-            except Exception as error:  # one recipe that fails must not take the others with it
-                reason = " ".join(str(error).split())
-                told = reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
-                row = {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _shown(budget), "error": told}
-            yield row
-        progress.update("comparing", len(cases), len(cases))
+    @tabulated(compare_rows)
+    def compare(self, recipes: Sequence[Spec], **options: Any) -> None:
+        """Run every recipe at every budget and put them side by side: one row a run, as a pandas DataFrame.
+
+        Recipes without a budget (the full cache, weights alone) run once. A recipe that fails, for instance at a budget
+        that it cannot meet, gives a row whose `error` says why. What ends all of it (`progress` was cancelled, Ctrl-C)
+        carries the rows so far as `finished`, a DataFrame; `compare_rows` gives them one by one, and takes the same.
+        """
 
     # -- looking
 
@@ -535,10 +441,11 @@ class Session(Shown):
         head: int,
         recipe: Spec | None = None,
         *,
+        budget: BudgetLike | None = None,
         pixels: int = 512,
         pooling: Pooling = "max",
-        rows: tuple[int, int] | None = None,
-        cols: tuple[int, int] | None = None,
+        rows: Span | None = None,
+        cols: Span | None = None,
         progress: Progress | None = None,
         **parameters: Any,
     ) -> PooledMap:
@@ -553,14 +460,16 @@ class Session(Shown):
         dropped anything. Queries after the prompt see what their plan holds: by softmax, so for that leave the
         attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
-        _check_view(self.trace, pixels, pooling, rows, cols)
-        seen = self._seen(_recipe(recipe, parameters), layer, head, progress)
-        return seen.maps(pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)[0]
+        spec = _recipe(recipe, budget, parameters)
+        return maps.attention_map(
+            self.readings, spec, layer, head, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress
+        )
 
     def attention_grid(
         self,
         recipe: Spec | None = None,
         *,
+        budget: BudgetLike | None = None,
         pixels: int = 32,
         pooling: Pooling = "max",
         progress: Progress | None = None,
@@ -572,22 +481,8 @@ class Session(Shown):
         attention method whose weights have to be found, largest values take time with the third power of the length;
         the heads are judged on the way, and `heads` is quick after it.
         """
-        spec = _recipe(recipe, parameters)
-        _check_view(self.trace, pixels, pooling)
-        trace = _need_recording(self._trace(spec, progress))
-        judged: list[HeadStats] = []
-
-        def maps(seen: Seen, steps: Progress) -> list[PooledMap]:
-            if isinstance(seen, Implied) and pooling == "max":
-                found, stats = seen.survey(trace.ids, pixels=pixels, progress=steps)
-                judged.append(stats)
-                return found
-            return seen.maps(pixels=pixels, pooling=pooling, progress=steps)
-
-        grid = GridOfMaps.of(self._each_layer(spec, maps, "attention maps", progress))
-        if judged:
-            trace.once(_stats_key(spec), lambda: HeadStats.join(judged))
-        return grid
+        spec = _recipe(recipe, budget, parameters)
+        return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
 
     def received(
         self,
@@ -595,6 +490,7 @@ class Session(Shown):
         head: int | None = None,
         recipe: Spec | None = None,
         *,
+        budget: BudgetLike | None = None,
         progress: Progress | None = None,
         **parameters: Any,
     ) -> Tensor:
@@ -603,62 +499,34 @@ class Session(Shown):
         head: of one query head (default: the mean of the layer's). Adds up to the number of queries, where each sees
         something. recipe: as in `attention`; what it does not hold receives nothing.
         """
-        seen = self._seen(_recipe(recipe, parameters), layer, head, progress)
-        return seen.received(progress).mean(dim=0)
+        return maps.received(self.readings, _recipe(recipe, budget, parameters), layer, head, progress=progress)
 
-    def heads(self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any) -> pd.DataFrame:
+    def heads(
+        self,
+        recipe: Spec | None = None,
+        *,
+        budget: BudgetLike | None = None,
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> pd.DataFrame:
         """Where each head's attention goes, and its class: one row a layer and query head.
 
         Columns: layer, head, kv_head, entropy, sink, local, retrieval, distance, class; they are explained in
         `workbench.measure.HeadStats` and `Thresholds`. recipe: as in `attention`.
         """
-        return self.head_stats(recipe, progress=progress, **parameters).to_frame(self.facts.kv_heads)
+        stats = self.head_stats(recipe, budget=budget, progress=progress, **parameters)
+        return stats.to_frame(self.facts.kv_heads)
 
     def head_stats(
-        self, recipe: Spec | None = None, *, progress: Progress | None = None, **parameters: Any
+        self,
+        recipe: Spec | None = None,
+        *,
+        budget: BudgetLike | None = None,
+        progress: Progress | None = None,
+        **parameters: Any,
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        spec = _recipe(recipe, parameters)
-        trace = _need_recording(self._trace(spec, progress))
-
-        def stats(seen: Seen, steps: Progress) -> HeadStats:
-            return seen.judge(trace.ids, steps)
-
-        return trace.once(
-            _stats_key(spec), lambda: HeadStats.join(self._each_layer(spec, stats, "judging heads", progress))
-        )
-
-    def _seen(self, recipe: Recipe, layer: int, head: int | None, progress: Progress | None) -> Seen:
-        """What attention of a layer, or one query head of it, is under a recipe."""
-        trace = _need_recording(self._trace(recipe, progress))
-        layer = arguments.index("layer", layer, len(trace.layers), "the model's layers")
-        if head is not None:
-            head = arguments.index("head", head, self.facts.heads, "the model's query heads")
-        return self._view(recipe, trace, progress)(layer, head)
-
-    def _each_layer(
-        self, recipe: Recipe, work: Callable[[Seen, Progress], T], stage: str, progress: Progress | None
-    ) -> list[T]:
-        """`work` on all heads of each layer under a recipe. Within a layer it can be cancelled, and reports where a
-        layer takes long.
-        """
-        trace = _need_recording(self._trace(recipe, progress))
-        progress = progress or Progress()
-        quiet = Progress(lambda *_: progress.check())
-        view, found, layers = self._view(recipe, trace, progress), [], len(trace.layers)
-        for layer in progress.track(range(layers), stage, layers):
-            seen = view(layer, None)
-            found.append(work(seen, progress.part(layer, layers, stage) if isinstance(seen, Implied) else quiet))
-        return found
-
-    def _view(self, recipe: Recipe, trace: Trace, progress: Progress | None) -> Callable[[int, int | None], Seen]:
-        """What finds the attention of a layer and a query head (None: all) under a recipe."""
-        method = _attention(recipe)
-        if method is not None and changes_reading(method):
-            _check_together(method, _kv(recipe))
-            return partial(as_read, method, trace.layers)
-        plan = self._plan(recipe, trace, progress)
-        return lambda layer, head: capture(trace.layers[layer], plan, head)
+        return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
 
     def operator(
         self,
@@ -679,23 +547,16 @@ class Session(Shown):
         operator: one of `wb.methods("operator")`, whose parameters may follow. Gives the output error of each head, or
         of those in `heads`, and the maps of `head`, the implied one and the exact one, pooled as `attention` does.
         """
-        from workbench.attention.operators import Operator, study_operator
-
-        chosen = find(operator)(**parameters) if isinstance(operator, str) else operator
-        if not isinstance(chosen, Operator):
-            what = chosen.key if isinstance(chosen, Method) else quoted(chosen)
-            raise BadParameter(f"{what} is no attention operator: choose one of wb.methods('operator')")
-        if self.trace is None:
-            raise NotRead("no prompt has been read yet: call read(text) first")
-        _check_view(self.trace, pixels, pooling, rows, cols)
-        view: dict[str, Any] = {"heads": heads, "pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
-        return study_operator(_need_recording(self.trace), chosen, layer, head, **view, progress=progress)
+        view: operators.View = {"heads": heads, "pixels": pixels, "pooling": pooling, "rows": rows, "cols": cols}
+        chosen = operators.operator_of(operator, **parameters)
+        return operators.operator_study(self.readings, chosen, layer, head, progress=progress, **view)
 
     def outliers(
         self,
-        kind: Outliers = "keys",
+        kind: Kind = "keys",
         recipe: Spec | None = None,
         *,
+        budget: BudgetLike | None = None,
         progress: Progress | None = None,
         **parameters: Any,
     ) -> pd.DataFrame:
@@ -704,168 +565,64 @@ class Session(Shown):
         kind: "keys", "values", "activations" (the residual stream before each layer) or "weights". recipe: under its
         weight methods, whose layers count as the weights they stand for; its other methods change nothing here.
         """
-        from workbench.inspection.channels import KINDS, channel_table
-
-        arguments.choice("kind", kind, KINDS)
-        weights = () if recipe is None else Recipe.of(recipe, **parameters).family("weights")
-        model = self._variants.get(weights, progress)
-        if kind == "weights":
-            return channel_table(kind, model, progress=progress, weights=_used(model) if weights else None)
-        trace = self._trace(Recipe.of(list(weights) or "full"), progress)
-        return channel_table(kind, model, _need_recording(trace), progress)
-
-    @property
-    def memory(self) -> Timeline:
-        """Live bytes over time, by category: everything read and run so far, each reading once."""
-        return Timeline.concat(self._timelines, run="session")
+        weights = _weights(_methods(recipe, budget, parameters))
+        return outliers.outliers(self.readings, kind, weights, progress=progress)
 
     # -- keeping
 
     def restore(self, trace: Trace, runs: Sequence[Run]) -> None:
         """Take over a trace and the runs on it, as `load` does."""
-        self.trace, self.runs = trace, list(runs)
-        self._timelines = [trace.timeline, *(run.memory.without("read") for run in runs)]
+        self.readings.restore(trace, [run.memory.without("read") for run in runs])
+        self.runs = list(runs)
 
     def save(self, path: str | Path) -> Path:
         """Write the prompt, its trace and the record of all runs into a folder (safetensors and JSON)."""
         from workbench.storage.sessions import save
 
         if self.trace is not None:
-            _need_recording(self.trace)
-        return save(self, arguments.path("path", path))
+            recorded(self.trace)
+        return save(arguments.path("path", path), self.readings, self.runs, source=self.source, seed=self.seed)
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> Session:
+    def load(cls, path: str | Path, **options: Any) -> Self:
         """Open what `save` wrote; the model is loaded from where it came from, or given as `model=`.
 
         A folder that `export` wrote opens as a new session with that model, as `Session(path)` does.
         """
         from workbench.export.model import is_exported
-        from workbench.storage.sessions import load as load_session
+        from workbench.storage.sessions import opened
 
         folder = arguments.path("path", path)
         if is_exported(folder):
             return cls(folder, **options)
-        return load_session(cls, folder, **options)
+        with opened(folder) as saved:
+            session = saved.on_its_model(cls, options)
+            trace, runs = saved.contents(session.readings)
+            if trace is not None:
+                session.restore(trace, runs)
+        return session
 
 
-COLUMNS = (
-    *("recipe", "budget", "kv_share", "kv_mib", "host_mib", "attention", "score_share", "weights_mib"),
-    *("kl", "top1", "nll_difference", "perplexity", "first_divergence", "first_token_s", "tokens_per_s"),
-    *("text", "error"),
-)
-
-
-def row_of(run: Run) -> dict[str, Any]:
-    """A run as one row of a table, with `COLUMNS`."""
-    quality = run.quality
-    budget = run.recipe.budget
-    if budget is None and len(run.recipe.methods) == 1:
-        budget = run.recipe.methods[0].effective_budget
-    return {
-        "recipe": run.recipe.label,
-        "budget": _shown(budget),
-        "kv_share": run.plan.share,
-        "kv_mib": run.plan.nbytes / 2**20,
-        "host_mib": run.plan.host_nbytes / 2**20,
-        "attention": next((method.key for method in run.recipe.family("attention")), None),
-        "score_share": run.plan.trace.score_share,
-        "weights_mib": run.memory.samples[-1].categories["weights"] / 2**20,
-        "kl": quality.kl,
-        "top1": quality.top1_agreement,
-        "nll_difference": quality.nll_difference,
-        "perplexity": quality.perplexity,
-        "first_divergence": quality.first_divergence,
-        "first_token_s": run.timing.first_token_s,
-        "tokens_per_s": run.timing.tokens_per_s,
-        "text": run.text,
-        "error": None,
-    }
-
-
-def _used(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
-    """The weights of a compressed model's linear layers by name, as they are used."""
-    from workbench.weights.reports.census import weight_of
-    from workbench.weights.surgery.linears import linear_layers
-
-    return {name: partial(weight_of, module) for name, module in linear_layers(model).items()}  # type: ignore[misc]
-
-
-def _recipe(spec: Spec | None, parameters: dict[str, Any]) -> Recipe:
+def _recipe(spec: Spec | None, budget: BudgetLike | None, parameters: dict[str, Any]) -> Recipe:
     """The recipe that is looked at: the full cache where none is named."""
-    return Recipe.of("full" if spec is None else spec, **parameters)
+    return Recipe.of("full" if spec is None else spec, budget=budget, **parameters)
 
 
-def _check_view(
-    trace: Trace | None, pixels: int, pooling: Pooling, rows: Span | None = None, cols: Span | None = None
-) -> None:
-    """Raise BadParameter for a map that cannot be made of the prompt, before anything is computed for it."""
-    check_pooling(pixels, pooling)
-    for name, span in (("rows", rows), ("cols", cols)):
-        if span is not None and trace is not None:
-            arguments.span(name, span, trace.tokens)
+def _methods(spec: Spec | None, budget: BudgetLike | None, parameters: dict[str, Any]) -> tuple[Method, ...]:
+    """The methods of a recipe; none where none is named."""
+    return () if spec is None else Recipe.of(spec, budget=budget, **parameters).methods
 
 
-def _need_recording(trace: Trace) -> Trace:
-    if not trace.recorded:
-        raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
-    return trace
+def _weights(methods: Iterable[Method]) -> tuple[Method, ...]:
+    return tuple(method for method in methods if method.family == "weights")
 
 
-def _several(budgets: Any) -> list[Any]:
-    """Budgets as they were given, one of them or several."""
-    alone = isinstance(budgets, str | Real | Budget)
-    return [budgets] if alone else arguments.several("budgets", budgets, "budgets")
-
-
-def _shown(budget: Budget | None) -> float | str | None:
-    return None if budget is None else budget.to_json()
-
-
-def _takes_budget(recipe: Recipe) -> bool:
-    return any(method.key != "full" for method in recipe.family("kv"))
-
-
-def _stats_key(recipe: Recipe) -> tuple[Any, ...]:
-    """Under what a trace remembers the statistics of heads: of a reading that a method changed there are only one."""
-    return ("head_stats",) if changes_reading(_attention(recipe)) else ("head_stats", recipe.methods, recipe.budget)
-
-
-def _kv(recipe: Recipe) -> list[KVMethod]:
-    return [method for method in recipe.family("kv") if isinstance(method, KVMethod)] or [Full()]
-
-
-def _weights(recipe: Recipe) -> list[WeightMethod]:
-    """The weight methods of a recipe that has no others."""
-    methods = [method for method in recipe.methods if isinstance(method, WeightMethod)]
-    others = [method.key for method in recipe.methods if not isinstance(method, WeightMethod)]
-    if others:
-        raise BadRecipe(f"{', '.join(others)}: only weight methods change the model's weights; leave the others out")
-    return methods
-
-
-def _check_together(attention: AttentionMethod | None, methods: Sequence[KVMethod]) -> None:
-    """Raise BadRecipe where an attention method and KV methods both want to do the same thing."""
-    if attention is None:
-        return
-    for method in methods:
-        if method.supplies("read"):
-            raise BadRecipe(f"{method.key} reads the prompt in its own way, and so does {attention.key}: use one")
-        if attention.decodes and (method.supplies("evict") or method.supplies("retrieve")):
-            raise BadRecipe(
-                f"{attention.key} attends in its own way while decoding, where {method.key} watches or fetches: use "
-                "one of the two"
-            )
-
-
-def _attention(recipe: Recipe) -> AttentionMethod | None:
-    methods = [method for method in recipe.family("attention") if isinstance(method, AttentionMethod)]
-    if len(methods) > 1:
-        raise BadRecipe(f"{' and '.join(m.key for m in methods)}: a recipe has one attention method")
-    return methods[0] if methods else None
-
-
-def _loaded(model: Any, device: Any, dtype: Any, progress: Progress | None) -> LoadedModel:
+def _loaded(
+    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    progress: Progress | None,
+) -> LoadedModel:
     from transformers import PreTrainedModel
 
     if isinstance(model, LoadedModel):
@@ -883,17 +640,17 @@ def _loaded(model: Any, device: Any, dtype: Any, progress: Progress | None) -> L
                 f"{type(network).__name__} has weights without data (on the meta device): load it whole"
             )
         if device is not None or dtype is not None:
-            network = network.to(device=device, dtype=dtype)  # type: ignore[call-overload]
-        found = facts(network)
-        return LoadedModel(network.eval(), tokenizer, found.name, found)
+            network = network.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it untyped
+        known = facts(network)
+        return LoadedModel(network.eval(), tokenizer, known.name, known)
     raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer or None)")
 
 
-def _kv_dtype(wanted: str | torch.dtype | None, found: Facts) -> torch.dtype:
-    if wanted is None:
-        own = found.checkpoint_dtype
-        return own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
-    name = str(wanted).removeprefix("torch.")
+def _kv_dtype(dtype: str | torch.dtype | None, model: Facts) -> torch.dtype:
+    if dtype is None:
+        checkpoint = model.checkpoint_dtype
+        return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
     if name not in _KV_DTYPES:
-        raise BadParameter(f"kv_dtype {wanted!r} is not one of {', '.join(_KV_DTYPES)}")
+        raise BadParameter(f"kv_dtype {dtype!r} is not one of {', '.join(_KV_DTYPES)}")
     return _KV_DTYPES[name]

@@ -128,16 +128,13 @@ class LayerTrace(Brief):
         """The queries before rotary embedding, [h, n, d]. Raises NotApplicable as `rotation` does."""
         return self.rotation.undo(self.queries.float(), torch.arange(self.tokens, device=self.device))
 
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, remembered under `key` for as long as this layer's recording lives."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        found: T = self._cache[key]
-        return found
+        return self._memo.once(key, compute)
 
     @cached_property
-    def _cache(self) -> dict[Any, Any]:
-        return {}
+    def _memo(self) -> Memo:
+        return Memo()
 
     @cached_property
     def rotation(self) -> Rotation:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from workbench.kv.stores import DenseStore, PackedStore, Store
 from workbench.measure.memory import tensor_bytes
-from workbench.runtime.cuda_graph import Step, predicted_nbytes
+from workbench.runtime.cuda_graph import CapturedStep, predicted_nbytes
 from workbench.runtime.decode import Decoder
 
 TOKENS, FEW = 128 << 10, 8 << 10
@@ -77,7 +77,7 @@ def measured(model: PreTrainedModel, tokens: int, kept: float, bits: int | None)
     nbytes = tensor_bytes([*model.parameters(), *model.buffers()]) + sum(store.nbytes for store in stores)
     decoder = Decoder(model, stores, tokens)
     predicted = predicted_nbytes(decoder, UNTIMED + TIMED)
-    step = Step(decoder, 1, UNTIMED + TIMED)
+    step = CapturedStep(decoder, 1, UNTIMED + TIMED)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

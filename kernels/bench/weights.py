@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bench.measure import failures, peak_bytes, relative_error, run_poisoned, time_us
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.layers import CodebookLinear, CompactLinear, IntegerLinear, PackedLinear, SparseLinear, compact
-from workbench.weights.low_rank import LowRankLinear
+from workbench.weights.layers.low_rank import LowRankLinear
 from workbench_kernels.packing import pack
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # [o, i]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workbench_kernels.decode import decode_dense
 from workbench_kernels.dispatch import on_gpu, with_kernel
-from workbench_kernels.rotary import RotaryTable
+from workbench_kernels.rotary import RotaryTable, rotate
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state
@@ -84,10 +84,9 @@ def decode_rotated(
         places = torch.arange(keys.longest, device=query.device)[None]
     else:
         places = positions.padded()[0][..., 0].long()
-    cos, sin = (x.to(dtype) for x in rotary.at(places))
+    cos, sin = (torch.cat([x, x], dim=-1).to(dtype) for x in rotary.at(places))
     order = rotary.order
-    first, second = (key if order is None else key[..., order]).chunk(2, dim=-1)
-    key = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    key = rotate(key if order is None else key[..., order], cos, sin)
     query = query if order is None else query[..., order]
     visible = real[:, None]
     if query_positions is not None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.limits import SCRATCH
+from workbench_kernels.rotary import rotate
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_weights
 
@@ -204,8 +205,7 @@ def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Rows [n, d], turned in pairs of one entry from each half."""
     if cos is None or sin is None:
         return x
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-high, low], dim=-1) * sin.to(x.dtype)
+    return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
 def _of(x: Tensor | None, some: int | slice) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Rotary embedding for kernels, which turn keys to their positions themselves."""
+"""Rotary embedding: how channels are turned, and its angles as kernels take them, which turn keys themselves."""
 
 from __future__ import annotations
 
@@ -75,3 +75,13 @@ class RotaryTable(NamedTuple):
         low, high = self.low[positions % LOW], self.high[positions // LOW]
         cos = high[..., 0, :] * low[..., 0, :] - high[..., 1, :] * low[..., 1, :]
         return cos, high[..., 1, :] * low[..., 0, :] + high[..., 0, :] * low[..., 1, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first r channels of x [..., n, d] turned by the table cos, sin [n, r]: channel i is paired with i + r / 2, as
+    in Llama (Su et al. 2021, arXiv:2104.09864); the others stay.
+    """
+    width = cos.shape[-1]
+    first, second = x[..., :width].chunk(2, dim=-1)
+    turned = x[..., :width] * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.dispatch import on_gpu, with_kernel
+from workbench_kernels.rotary import rotate
 
 
 def _takes_norm(x: Tensor, weight: Tensor) -> bool:
@@ -50,14 +51,9 @@ def rotate_append(
 
     Returns the turned query [h, d].
     """
-    keys.index_copy_(0, key_ends, _rotated(key, cos, sin).to(keys.dtype))
+    keys.index_copy_(0, key_ends, rotate(key, cos, sin).to(keys.dtype))
     values.index_copy_(0, value_ends, value.to(values.dtype))
-    return _rotated(query, cos, sin)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return rotate(query, cos, sin)
 
 
 def _takes_gate(gate: Tensor, up: Tensor) -> bool:

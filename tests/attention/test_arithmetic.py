@@ -6,29 +6,22 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import workbench as wb
+from tests.attention.support import sharp
 from workbench.attention import Lean, LMul
-from workbench.attention.base import Pass, visible_entries
+from workbench.attention.base import PassContext, visible_entries
 from workbench.attention.methods.l_mul import dots, l_mul, number_bits, offset_bits
 from workbench.attention.methods.lean import schedule
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadParameter
 from workbench.examples import needle
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query * 2, key, value
 
 
 # --- L-Mul
@@ -88,9 +81,9 @@ def test_sums_are_the_same_however_they_are_cut(limit: int, monkeypatch: pytest.
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_both_products_of_attention_are_made_by_addition(window: int | None, softcap: float | None) -> None:
-    query, key, value = drawn(41)
-    at = Pass(1, 41)
-    got = LMul(mantissa=4).attend(query, key, value, Scoring(0.4, window, softcap), at=at)
+    query, key, value = sharp(41)
+    context = PassContext(1, 41)
+    got = LMul(mantissa=4).attend(query, key, value, Scoring(0.4, window, softcap), context)
     want = torch.zeros_like(got)
     for h in range(4):
         for i in range(41):
@@ -100,22 +93,22 @@ def test_both_products_of_attention_are_made_by_addition(window: int | None, sof
             weights = number_bits(scores.softmax(0), 4)
             want[h, i] = l_mul(weights[:, None], number_bits(value[h // 2, first : i + 1], 4), 4).sum(0)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert at.computed == [4 * visible_entries(41, window)]
+    assert context.computed == [4 * visible_entries(41, window)]
 
 
 def test_decoding_multiplies_by_addition_too() -> None:
-    query, key, value = drawn(20)
-    whole = LMul().attend(query, key, value, Scoring(0.4), at=Pass(1, 20))
-    held = Contents(key, value, torch.arange(20)[None], None)
+    query, key, value = sharp(20)
+    whole = LMul().attend(query, key, value, Scoring(0.4), PassContext(1, 20))
+    held = Dequantised(key, value, torch.arange(20)[None], None)
     seen = (torch.arange(20) <= torch.arange(17, 20)[:, None]).expand(2, 3, 20)
-    got = LMul().decode(query[:, 17:], held, seen, Scoring(0.4), at=Pass(1, 0))
+    got = LMul().decode(query[:, 17:], held, seen, Scoring(0.4), PassContext(1, 0))
     torch.testing.assert_close(got, whole[:, 17:], rtol=1e-4, atol=1e-5)
 
 
 def test_emulation_takes_bounded_memory() -> None:
-    query, key, value = drawn(2048, heads=2, kv_heads=1)
+    query, key, value = sharp(2048, heads=2, kv_heads=1)
     with LiveBytes() as live:
-        LMul().attend(query, key, value, Scoring(0.4), at=Pass(1, 2048))
+        LMul().attend(query, key, value, Scoring(0.4), PassContext(1, 2048))
     assert live.peak < 2 * 2048 * 2048 * 4 / 4  # a quarter of the scores, of which each is a sum of eight products
 
 
@@ -161,22 +154,22 @@ def test_all_workers_have_equal_work_and_all_work_is_done_once(
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("new", [1, 3])
 def test_parts_join_to_exact_attention(workers: int, softcap: float | None, new: int) -> None:
-    query, key, value = drawn(150)
+    query, key, value = sharp(150)
     want = causal_attention(query, key, value, Scoring(0.4, softcap=softcap))[:, -new:]
-    held = Contents(key, value, torch.arange(150)[None], None)
+    held = Dequantised(key, value, torch.arange(150)[None], None)
     seen = (torch.arange(150) <= torch.arange(150 - new, 150)[:, None]).expand(2, new, 150)
     got = Lean(workers=workers, tile=16).decode(
-        query[:, -new:], held, seen, Scoring(0.4, softcap=softcap), at=Pass(1, 0)
+        query[:, -new:], held, seen, Scoring(0.4, softcap=softcap), PassContext(1, 0)
     )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_whose_first_tiles_are_hidden_loses_nothing() -> None:
-    query, key, value = drawn(64)
+    query, key, value = sharp(64)
     seen = torch.zeros(2, 1, 64, dtype=torch.bool)
     seen[0, 0, 40:], seen[1, 0, :3] = True, True
-    held = Contents(key, value, torch.arange(64)[None], None)
-    got = Lean(workers=4, tile=8).decode(query[:, -1:], held, seen, Scoring(0.4), at=Pass(1, 0))
+    held = Dequantised(key, value, torch.arange(64)[None], None)
+    got = Lean(workers=4, tile=8).decode(query[:, -1:], held, seen, Scoring(0.4), PassContext(1, 0))
     for h in range(4):
         scores = (key[h // 2] @ query[h, -1] * 0.4).masked_fill(~seen[h // 2, 0], -torch.inf)
         torch.testing.assert_close(got[h, 0], scores.softmax(0) @ value[h // 2], rtol=1e-5, atol=1e-5)

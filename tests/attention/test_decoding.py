@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.attention.support import alike
 from workbench.attention import CoreContext, DeltaAttention, LMul, StreamingWindow
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.store_entries import Seen, slots_of
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.visible_scores import VisibleScores, visible_slots
 from workbench.core.rope import Rotation
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.kv.stores.store import seen_by
 from workbench.models import tiny
 from workbench.registry import registered
@@ -41,13 +42,6 @@ def ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query, key.cumsum(1) / (1 + torch.arange(tokens)).sqrt()[:, None], value  # neighbouring keys are alike
-
-
 def recorded(tensors: tuple[Tensor, Tensor, Tensor], tokens: int, softcap: float | None = None) -> LayerTrace:
     query, key, value = (x[:, :tokens] for x in tensors)
     return LayerTrace(
@@ -62,8 +56,8 @@ def recorded(tensors: tuple[Tensor, Tensor, Tensor], tokens: int, softcap: float
 
 
 def read(method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], softcap: float | None = None) -> Tensor:
-    at = Pass(1, tensors[0].shape[1])
-    return method.attend(*tensors, Scoring(SCALE, softcap=softcap), at=at)
+    context = PassContext(1, tensors[0].shape[1])
+    return method.attend(*tensors, Scoring(SCALE, softcap=softcap), context)
 
 
 class Steps:
@@ -82,10 +76,10 @@ class Steps:
         """kept: bool [k, n], which entries of the prompt and of what follows each KV head holds; all if None."""
         self.method, self.tensors, self.end, self.softcap = method, tensors, prompt, softcap
         self.shuffled, self.kept = shuffled, kept
-        self.at = Pass(1, prompt)
-        method.begin(recorded(tensors, prompt, softcap), self.at)
+        self.context = PassContext(1, prompt)
+        method.begin(recorded(tensors, prompt, softcap), self.context)
 
-    def contents(self, stop: int) -> Contents:
+    def contents(self, stop: int) -> Dequantised:
         _, key, value = (x[:, :stop] for x in self.tensors)
         heads, positions, valid = len(key), torch.arange(stop)[None], None
         if self.kept is not None:
@@ -99,17 +93,17 @@ class Steps:
             key, value, positions = key[:, order], value[:, order], positions[:, order]
             valid = None if valid is None else valid[:, order]
         assert positions.shape[0] in (1, heads)
-        return Contents(key, value, positions, valid)
+        return Dequantised(key, value, positions, valid)
 
     def feed(self, count: int) -> Tensor:
         start, self.end = self.end, self.end + count
         held = self.contents(self.end)
-        self.at.positions = torch.arange(start, self.end)
-        seen = seen_by(self.at.positions, held.positions, held.valid, None)
+        self.context.positions = torch.arange(start, self.end)
+        seen = seen_by(self.context.positions, held.positions, held.valid, None)
         shape = (len(held.keys), count, held.keys.shape[1])
         visible = (torch.ones(1, dtype=torch.bool) if seen is None else seen).expand(shape)
         query = self.tensors[0][:, start : self.end]
-        return self.method.decode(query, held, visible, Scoring(SCALE, softcap=self.softcap), at=self.at)
+        return self.method.decode(query, held, visible, Scoring(SCALE, softcap=self.softcap), self.context)
 
 
 # --- decoding is reading
@@ -121,7 +115,7 @@ class Steps:
 def test_a_new_token_sees_what_it_would_have_if_read_with_the_prompt(
     method: AttentionMethod, prompt: int, softcap: float | None
 ) -> None:
-    tensors = drawn(90)
+    tensors = alike(90)
     steps = Steps(method, tensors, prompt, softcap=softcap)
     got = torch.cat([steps.feed(1) for _ in range(90 - prompt)], dim=1)
     torch.testing.assert_close(got, read(method, tensors, softcap)[:, prompt:], rtol=1e-5, atol=1e-5)
@@ -133,7 +127,7 @@ def test_a_new_token_sees_what_it_would_have_if_read_with_the_prompt(
 def test_however_tokens_are_fed_and_slots_are_ordered(
     method: AttentionMethod, shuffled: bool, feeds: tuple[int, ...]
 ) -> None:
-    tensors = drawn(90)
+    tensors = alike(90)
     steps = Steps(method, tensors, 40, shuffled=shuffled)
     got = torch.cat([steps.feed(count) for count in feeds], dim=1)
     torch.testing.assert_close(got, read(method, tensors)[:, 40:], rtol=1e-5, atol=1e-5)
@@ -141,14 +135,14 @@ def test_however_tokens_are_fed_and_slots_are_ordered(
 
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_long_questions_are_taken_in_stretches(method: AttentionMethod) -> None:
-    tensors = drawn(400)
+    tensors = alike(400)
     got = Steps(method, tensors, 40).feed(360)
     torch.testing.assert_close(got, read(method, tensors)[:, 40:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [StreamingWindow(budget=0.3), CoreContext(budget=0.3), DeltaAttention(budget=0.3)])
 def test_a_budget_fixes_for_all_that_follows_what_it_left_of_the_prompt(method: AttentionMethod) -> None:
-    tensors = drawn(120)
+    tensors = alike(120)
     shape = method._shape(60) if not isinstance(method, StreamingWindow) else None
     if isinstance(method, StreamingWindow):
         fixed: AttentionMethod = StreamingWindow(sinks=method.widths(60)[0], window=method.widths(60)[1])
@@ -159,7 +153,7 @@ def test_a_budget_fixes_for_all_that_follows_what_it_left_of_the_prompt(method: 
     steps, same = Steps(method, tensors, 60), Steps(fixed, tensors, 60)
     for _ in range(60):
         torch.testing.assert_close(steps.feed(1), same.feed(1), rtol=1e-5, atol=1e-5)
-    assert steps.at.computed[0] == same.at.computed[0] < 4 * (visible_entries(120) - visible_entries(60))
+    assert steps.context.computed[0] == same.context.computed[0] < 4 * (visible_entries(120) - visible_entries(60))
 
 
 # --- what is counted
@@ -167,49 +161,49 @@ def test_a_budget_fixes_for_all_that_follows_what_it_left_of_the_prompt(method: 
 
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_only_what_is_not_computed_counts_as_saved(method: AttentionMethod) -> None:
-    tensors = drawn(90)
+    tensors = alike(90)
     steps = Steps(method, tensors, 40)
     for step in range(50):
-        before = steps.at.computed[0]
+        before = steps.context.computed[0]
         steps.feed(1)
-        assert 0 < steps.at.computed[0] - before <= 4 * (41 + step)
-    assert steps.at.computed[0] < 4 * (visible_entries(90) - visible_entries(40))
+        assert 0 < steps.context.computed[0] - before <= 4 * (41 + step)
+    assert steps.context.computed[0] < 4 * (visible_entries(90) - visible_entries(40))
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(4, 16), (0, 1), (50, 60)])
 def test_a_streaming_window_counts_sinks_and_window(sinks: int, window: int) -> None:
-    steps = Steps(StreamingWindow(sinks=sinks, window=window), drawn(90), 40)
+    steps = Steps(StreamingWindow(sinks=sinks, window=window), alike(90), 40)
     steps.feed(20)
     steps.feed(1)
-    assert steps.at.computed[0] == 4 * sum(min(sinks + window, p + 1) for p in range(40, 61))
+    assert steps.context.computed[0] == 4 * sum(min(sinks + window, p + 1) for p in range(40, 61))
 
 
 def test_core_tokens_count_one_each_and_their_making_no_score() -> None:
-    steps = Steps(CoreContext(group=4, window=9, sinks=3), drawn(90), 40)
+    steps = Steps(CoreContext(group=4, window=9, sinks=3), alike(90), 40)
     steps.feed(50)
     old = [max(p + 1 - 9 - 3, 0) // 4 for p in range(40, 90)]
-    assert steps.at.computed[0] == 4 * sum(o + p + 1 - 4 * o for o, p in zip(old, range(40, 90), strict=True))
+    assert steps.context.computed[0] == 4 * sum(o + p + 1 - 4 * o for o, p in zip(old, range(40, 90), strict=True))
 
 
 def test_differences_are_made_once() -> None:
-    steps = Steps(DeltaAttention(group=16, window=8), drawn(90), 40)
+    steps = Steps(DeltaAttention(group=16, window=8), alike(90), 40)
     steps.feed(1)
-    first = steps.at.left["deltallm-attention", 0, 0]
+    first = steps.context.state["deltallm-attention", 0, 0]
     for _ in range(8):
         steps.feed(1)
-    later = steps.at.left["deltallm-attention", 0, 0]
+    later = steps.context.state["deltallm-attention", 0, 0]
     assert [some is before for some, before in zip(later, first, strict=False)] == [True] * len(first)
     for _ in range(16):
         steps.feed(1)
-    grown = steps.at.left["deltallm-attention", 0, 0]
+    grown = steps.context.state["deltallm-attention", 0, 0]
     assert grown[0] is first[0] and len(grown) > len(first)
-    assert steps.at.left_nbytes == sum(
-        part.nbytes for head in (0, 1) for some in steps.at.left["deltallm-attention", 0, head] for part in some
+    assert steps.context.state_nbytes == sum(
+        part.nbytes for head in (0, 1) for some in steps.context.state["deltallm-attention", 0, head] for part in some
     )
 
 
 def test_differences_of_what_the_cache_no_longer_holds_are_made_anew() -> None:
-    method, tensors = DeltaAttention(group=16, window=8), drawn(90)
+    method, tensors = DeltaAttention(group=16, window=8), alike(90)
     steps = Steps(method, tensors, 60)
     steps.feed(1)
     query, key, value = tensors
@@ -223,7 +217,7 @@ def test_differences_of_what_the_cache_no_longer_holds_are_made_anew() -> None:
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_windows_go_by_true_positions_where_heads_hold_different_entries(shuffled: bool) -> None:
-    method, tensors = StreamingWindow(sinks=4, window=16), drawn(90)
+    method, tensors = StreamingWindow(sinks=4, window=16), alike(90)
     kept = torch.rand(2, 90, generator=torch.Generator().manual_seed(1)) < torch.tensor([[0.3], [0.6]])
     kept[:, 60:] = True
     got = Steps(method, tensors, 60, kept=kept, shuffled=shuffled).feed(30)
@@ -237,7 +231,7 @@ def test_windows_go_by_true_positions_where_heads_hold_different_entries(shuffle
 
 def test_a_core_token_is_made_of_what_is_held_of_its_group() -> None:
     group, window = 4, 6
-    method, tensors = CoreContext(group=group, window=window, sinks=0), drawn(60)
+    method, tensors = CoreContext(group=group, window=window, sinks=0), alike(60)
     query, key, value = (x.double() for x in tensors)
     kept = torch.rand(2, 60, generator=torch.Generator().manual_seed(2)) < 0.5
     kept[:, ::group], kept[:, group - 1 :: group], kept[1, 8:11] = True, True, False
@@ -266,7 +260,7 @@ def test_a_core_token_is_made_of_what_is_held_of_its_group() -> None:
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_groups_of_differences_count_what_a_head_holds(shuffled: bool) -> None:
-    method, tensors = DeltaAttention(group=16, window=8), drawn(90)
+    method, tensors = DeltaAttention(group=16, window=8), alike(90)
     kept = torch.rand(2, 90, generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.5], [0.9]])
     kept[:, 60:] = True
     got = Steps(method, tensors, 60, kept=kept, shuffled=shuffled).feed(30)
@@ -282,15 +276,15 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
     seen = torch.zeros(2, 3, 10, dtype=torch.bool)
     seen[0, :, 2], seen[0, 1, 7], seen[1, 0, 4:8] = True, True, True
     seen[1, 1:, 5] = True
-    slots, hidden = slots_of(seen)
+    slots, hidden = visible_slots(seen)
     assert hidden is not None and slots.shape == (2, 4) and slots[1].tolist() == [4, 5, 6, 7]
     assert slots[0, :2].tolist() == [2, 7]
     assert torch.equal(~hidden, seen.gather(2, slots[:, None].expand(-1, 3, -1)))
-    _, key, value = drawn(10)
-    rows = drawn(3)[0] * SCALE
-    got = Seen.of(rows, Contents(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
+    _, key, value = alike(10)
+    rows = alike(3)[0] * SCALE
+    got = VisibleScores.of(rows, Dequantised(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
     want, _ = reference(rows, key, value, Scoring(1.0), visible=seen)
-    torch.testing.assert_close(got.part().output(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.softmax().output(), want, rtol=1e-5, atol=1e-5)
 
 
 # --- whole runs
@@ -334,7 +328,7 @@ def test_a_copy_goes_its_own_way(session: wb.Session, method: AttentionMethod) -
 @pytest.mark.parametrize(
     "recipe",
     [
-        lambda: [],
+        list,
         lambda: [wb.kv.SnapKV(budget=0.5, window=8)],
         lambda: [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.AdaKV()],
         lambda: [wb.kv.KIVI(bits=4)],

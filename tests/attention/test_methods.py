@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.attention.support import drawn
 from workbench.attention import MASFormer, MemoryEfficient
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.methods import memory_efficient as module
 from workbench.attention.methods.memory_efficient import chunked_attention
 from workbench.core.causal_attention import causal_attention
@@ -23,15 +24,6 @@ from workbench.registry import registered
 from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (120,), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(
-    tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 8, sharpness: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query * sharpness, key, value
 
 
 def by_loops(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None) -> Tensor:
@@ -75,16 +67,16 @@ def test_chunks_give_what_plain_loops_give(
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 33])
 def test_chunks_equal_exact_attention_for_every_grouping(heads: int, kv_heads: int, window: int | None) -> None:
-    query, key, value = drawn(200, heads, kv_heads)
+    query, key, value = drawn(200, heads, kv_heads, dv=8)
     want = causal_attention(query, key, value, Scoring(0.35, window))
     got = MemoryEfficient(query_chunk=32, key_chunk=48).attend(
-        query, key, value, Scoring(0.35, window), at=Pass(1, 200)
+        query, key, value, Scoring(0.35, window), PassContext(1, 200)
     )
     assert (got - want).abs().max() < 1e-5
 
 
 def test_scores_far_beyond_what_exp_can_hold_stay_exact() -> None:
-    query, key, value = drawn(64, sharpness=200.0)
+    query, key, value = drawn(64, sharpness=200.0, dv=8)
     want = causal_attention(query, key, value, Scoring(1.0))
     got = chunked_attention(query, key, value, Scoring(1.0), query_chunk=16, key_chunk=8)
     assert got.isfinite().all()
@@ -93,7 +85,7 @@ def test_scores_far_beyond_what_exp_can_hold_stay_exact() -> None:
 
 def test_working_memory_does_not_grow_with_the_length() -> None:
     def extra(tokens: int) -> int:
-        query, key, value = drawn(tokens)
+        query, key, value = drawn(tokens, dv=8)
         with LiveBytes() as live:
             out = chunked_attention(query, key, value, Scoring(0.3), query_chunk=32, key_chunk=32)
         return live.peak - out.nbytes
@@ -105,11 +97,13 @@ def test_working_memory_does_not_grow_with_the_length() -> None:
 
 def test_chunks_that_no_query_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    plain = module._scores
+    plain = module.scaled_scores
     monkeypatch.setattr(
-        module, "_scores", lambda rows, keys, cap: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, cap)
+        module,
+        "scaled_scores",
+        lambda rows, keys, cap: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, cap),
     )
-    query, key, value = drawn(64)
+    query, key, value = drawn(64, dv=8)
     chunked_attention(query, key, value, Scoring(0.3), query_chunk=8, key_chunk=8)
     assert sum(seen) == 8 * 8 * (8 * 9 // 2)  # the lower triangle of chunks
     seen.clear()

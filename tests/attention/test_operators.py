@@ -18,6 +18,7 @@ from torch.nn.functional import normalize, silu
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.attention.support import drawn
 from workbench import testing
 from workbench.attention.operators import (
     SLAB,
@@ -44,12 +45,6 @@ from workbench_kernels import Scoring
 OPERATORS = [cls for cls in registered("operator") if issubclass(cls, Operator)]
 SCALE = 0.3
 every = pytest.mark.parametrize("cls", OPERATORS, ids=lambda cls: cls.key)
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1000 * seed + tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
@@ -181,8 +176,10 @@ def test_an_operator_computes_what_its_paper_says(op: Operator, oracle: Callable
 
 @every
 @pytest.mark.parametrize("promise", testing.PROMISES[Operator], ids=lambda promise: promise.__name__)
-def test_an_operator_keeps_every_promise(cls: type[Operator], promise: testing.Promise) -> None:
-    testing.check_promise(promise, cls)
+def test_an_operator_keeps_every_promise(
+    cls: type[Operator], promise: testing.Promise, subjects: testing.Subjects
+) -> None:
+    testing.check_promise(promise, cls, subjects)
 
 
 class Mean(Operator):

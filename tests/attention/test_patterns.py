@@ -9,21 +9,15 @@ import torch
 from torch import Tensor
 
 import workbench as wb
+from tests.attention.support import attend, sharp
 from workbench.attention import BlockSparse, StreamingWindow
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import visible_entries
 from workbench.attention.methods.block_sparse import _blocks, _widest_probe, chosen_lines, vertical_slash_attention
 from workbench.core.causal_attention import causal_attention
-from workbench.core.partial_softmax import Part
+from workbench.core.partial_softmax import PartialSoftmax
 from workbench.examples import needle
 from workbench.measure.memory import LiveBytes
 from workbench_kernels import Scoring
-
-
-def drawn(tokens: int, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = ((heads, tokens, d), (kv_heads, tokens, d), (kv_heads, tokens, dv))
-    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    return query * 2, key, value
 
 
 def on_pairs(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -37,29 +31,23 @@ def on_pairs(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: flo
     return out.float()
 
 
-def attend(
-    method: AttentionMethod, tensors: tuple[Tensor, Tensor, Tensor], scoring: Scoring = Scoring(0.4)
-) -> tuple[Tensor, int]:
-    at = Pass(1, tensors[0].shape[1])
-    return method.attend(*tensors, scoring, at=at), at.computed[0]
-
-
 # --- Parts of a softmax
 
 
 @pytest.mark.parametrize("cuts", [(5,), (1, 2, 3), (8, 16)])
 def test_parts_join_to_the_whole_in_any_order(cuts: tuple[int, ...]) -> None:
-    query, key, value = drawn(17)
+    query, key, value = sharp(17)
     hidden = torch.ones(17, 17, dtype=torch.bool).triu(1)
     want = causal_attention(query, key, value, Scoring(1.0))
     edges = [0, *cuts, 17]
     parts = [
-        Part.of(query, key[:, a:b], value[:, a:b], Scoring(1.0), hidden=hidden[:, a:b]) for a, b in pairwise(edges)
+        PartialSoftmax.over(query, key[:, a:b], value[:, a:b], Scoring(1.0), hidden=hidden[:, a:b])
+        for a, b in pairwise(edges)
     ]
     for order in (parts, parts[::-1]):
         joined = order[0]
         for part in order[1:]:
-            joined = joined.joined(part)
+            joined = joined.merged(part)
         torch.testing.assert_close(joined.output(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -72,7 +60,7 @@ def test_parts_join_to_the_whole_in_any_order(cuts: tuple[int, ...]) -> None:
 def test_first_and_last_tokens_are_seen_and_nothing_else(
     sinks: int, window: int, softcap: float | None, tokens: int
 ) -> None:
-    tensors = drawn(tokens)
+    tensors = sharp(tokens)
     seen = torch.zeros(4, tokens, tokens, dtype=torch.bool)
     for i in range(tokens):
         for j in range(i + 1):
@@ -92,7 +80,7 @@ def test_sinks_and_window_are_as_wide_as_the_budget_allows(budget: float, tokens
 
 
 def test_a_layer_with_a_narrow_window_of_its_own_stays_exact() -> None:
-    tensors = drawn(200)
+    tensors = sharp(200)
     want = causal_attention(*tensors, Scoring(0.4, 12))
     for method in (StreamingWindow(budget=0.3), BlockSparse(budget=0.3), BlockSparse(budget=0.3, pattern="block")):
         got, computed = attend(method, tensors, Scoring(0.4, 12))
@@ -108,7 +96,7 @@ def test_a_layer_with_a_narrow_window_of_its_own_stays_exact() -> None:
 def test_columns_and_diagonals_that_the_last_queries_weigh_most_are_computed(
     tokens: int, probe: int, share: float, softcap: float | None
 ) -> None:
-    query, key, value = drawn(tokens)
+    query, key, value = sharp(tokens)
     allowed, first = int(share * visible_entries(tokens)), tokens - probe
     exact = torch.zeros(4, tokens, tokens, dtype=torch.float64)
     for h in range(4):
@@ -141,7 +129,7 @@ def test_columns_and_diagonals_that_the_last_queries_weigh_most_are_computed(
 
 
 def test_long_prompts_are_computed_in_stretches_that_meet() -> None:
-    tensors = drawn(2100, heads=2, kv_heads=1)
+    tensors = sharp(2100, heads=2, kv_heads=1)
     allowed = int(0.02 * visible_entries(2100))
     probe = _widest_probe(2100, allowed)
     got, _ = vertical_slash_attention(*tensors, probe, allowed, Scoring(0.4))
@@ -186,7 +174,7 @@ def test_probing_takes_at_most_a_quarter(allowed: int) -> None:
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize(("tokens", "budget"), [(30, 0.6), (64, 0.4), (133, 0.3), (133, 0.7)])
 def test_blocks_with_the_largest_mean_products_are_computed(tokens: int, budget: float, sinks: bool) -> None:
-    query, key, value = drawn(tokens)
+    query, key, value = sharp(tokens)
     plan = _blocks(tokens, int(budget * visible_entries(tokens)), 16)
     edges = list(range(0, tokens, plan.size))
     seen, guesses = torch.zeros(4, tokens, tokens, dtype=torch.bool), 0
@@ -209,7 +197,7 @@ def test_blocks_with_the_largest_mean_products_are_computed(tokens: int, budget:
 @pytest.mark.parametrize("pattern", ["vertical-slash", "block"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 17, 64, 65, 300])
 def test_any_length_is_within_any_budget_that_is_not_refused(pattern: str, tokens: int) -> None:
-    tensors, full = drawn(tokens), visible_entries(tokens)
+    tensors, full = sharp(tokens), visible_entries(tokens)
     for budget in (0.05, 0.2, 0.5, 0.95, 1.0):
         method = BlockSparse(budget=budget, pattern=pattern)
         if method.entries(tokens, 1) <= budget * full:
@@ -224,7 +212,7 @@ def test_working_memory_does_not_grow_with_the_square_of_the_length() -> None:
         BlockSparse(budget=0.05),
         BlockSparse(budget=0.05, pattern="block"),
     ):
-        tensors = drawn(4096, heads=2, kv_heads=1)
+        tensors = sharp(4096, heads=2, kv_heads=1)
         with LiveBytes() as live:
             attend(method, tensors)
         assert live.peak < 2 * 4096 * 4096 * 4 / 8, method.key  # an eighth of the matrix of scores

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from workbench.attention import UniAttn
-from workbench.attention.base import Pass, visible_entries
+from workbench.attention.base import PassContext, visible_entries
 from workbench.attention.methods.uniattn import _moved, _Step
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import NotApplicable
 from workbench.examples import needle
-from workbench.kv.stores import Contents
+from workbench.kv.stores import Dequantised
 from workbench.models import tiny
 from workbench_kernels import Scoring
 
@@ -32,7 +32,7 @@ def drawn(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("budget", [1.0, 0.9, 0.7, 0.5, 0.34, 0.1, 0.04])
 def test_blocks_lie_on_top_and_only_their_first_layer_computes(layers: int, size: int, budget: float) -> None:
     method = UniAttn(budget=budget, size=size)
-    anchors = [method.anchor(layer, layers) for layer in range(layers)]
+    anchors = [method.source_layer(layer, layers) for layer in range(layers)]
     assert anchors == sorted(anchors) and all(anchors[anchor] == anchor for anchor in anchors)
     own = sum(anchor == layer for layer, anchor in enumerate(anchors))
     assert method.entries(50, layers) == own * visible_entries(50)
@@ -49,16 +49,16 @@ def test_blocks_lie_on_top_and_only_their_first_layer_computes(layers: int, size
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("tokens", [1, 2, 30, 300])
 def test_a_layer_mixes_its_values_with_the_weights_of_another(tokens: int, window: int | None) -> None:
-    method, at = UniAttn(budget=0.34, size=3), Pass(3, tokens)
+    method, context = UniAttn(budget=0.34, size=3), PassContext(3, tokens)
     first = drawn(tokens, 1)
     assert torch.allclose(
-        method.attend(*first, Scoring(0.4), at=at),
+        method.attend(*first, Scoring(0.4), context),
         causal_attention(*first, Scoring(0.4)),
         atol=1e-5,
     )
-    at.layer = 1
+    context.layer = 1
     other = drawn(tokens, 2)
-    got = method.attend(*other, Scoring(0.9, window), at=at)
+    got = method.attend(*other, Scoring(0.9, window), context)
     ahead = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     scores = torch.stack([first[0][h] @ first[1][h // 2].T * 0.4 for h in range(4)])
     weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
@@ -67,10 +67,10 @@ def test_a_layer_mixes_its_values_with_the_weights_of_another(tokens: int, windo
         weights = weights / weights.sum(-1, keepdim=True)
     want = torch.stack([weights[h] @ other[2][h // 2] for h in range(4)])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert at.computed == [4 * visible_entries(tokens), 0, 0]
-    at.layer = 2
-    method.attend(*other, Scoring(0.9, window), at=at)
-    assert not at.left  # the last that needs them lets go of the weights
+    assert context.computed == [4 * visible_entries(tokens), 0, 0]
+    context.layer = 2
+    method.attend(*other, Scoring(0.9, window), context)
+    assert not context.state  # the last that needs them lets go of the weights
 
 
 def test_decoding_shares_the_same_layers_weights() -> None:
@@ -95,14 +95,14 @@ def test_weights_find_their_tokens_in_another_layers_cache() -> None:
 
 
 def test_layers_with_other_caches_share_what_both_hold() -> None:
-    method, at = UniAttn(budget=0.5, size=2), Pass(2, 0)
+    method, context = UniAttn(budget=0.5, size=2), PassContext(2, 0)
     query, key, value = drawn(6, 3)
     everything = torch.ones(2, 1, 6, dtype=torch.bool)
-    held = Contents(key, value, torch.arange(6)[None], None)
-    method.decode(query[:, -1:], held, everything, Scoring(0.4), at=at)
-    at.layer = 1
-    less = Contents(key[:, 2:], value[:, 2:], torch.arange(2, 6)[None], None)
-    got = method.decode(query[:, -1:] * 5, less, everything[..., 2:], Scoring(0.4), at=at)
+    held = Dequantised(key, value, torch.arange(6)[None], None)
+    method.decode(query[:, -1:], held, everything, Scoring(0.4), context)
+    context.layer = 1
+    less = Dequantised(key[:, 2:], value[:, 2:], torch.arange(2, 6)[None], None)
+    got = method.decode(query[:, -1:] * 5, less, everything[..., 2:], Scoring(0.4), context)
     want = causal_attention(query[:, 2:], key[:, 2:], value[:, 2:], Scoring(0.4))[:, -1:]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

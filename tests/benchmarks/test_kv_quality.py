@@ -21,7 +21,7 @@ from benchmarks.parts import Part, Row, identity, read_parts, settled
 
 
 def row(recipe: str, nll: float, case: str = "needle/512/0.5/0", budget: str = "0.25", **others: object) -> Row:
-    task = case.split("/")[0]
+    task = case.split("/", 1)[0]
     found = {"case": case, "task": task, "length": 512, "depth": 0.5, "recipe": recipe, "budget": budget}
     return {**found, "share": 0.25, "nll": nll, "kl": nll, "top1": 0.5, "right": float(nll < 0.1), **others}
 

@@ -62,7 +62,7 @@ def test_errors_are_those_of_what_is_held() -> None:
     twin = compressed(session.model, [RTN()])
     survey = RTN().survey(session.model)
     errors = []
-    for _, inputs in session.calibrate().inputs(moments=True):
+    for _, inputs in session.calibrate().inputs(hessians=True):
         for name, seen in inputs.items():
             weight = session.model.get_submodule(name).weight
             errors.append(share(seen.output_error, twin.get_submodule(name).dequantised() - weight, weight))

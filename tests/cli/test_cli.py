@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.waiting import until
 from workbench.cli import main
 from workbench.models import tiny
 
@@ -42,6 +42,7 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     """The command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "workbench", *arguments],
+        check=False,
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
@@ -51,7 +52,9 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -321,7 +324,7 @@ def test_what_nobody_expected_is_one_line_with_a_hint_and_a_traceback_on_request
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("line one\nline two")
 
-    monkeypatch.setattr("workbench.cli.given.prompt", broken)
+    monkeypatch.setattr("workbench.cli.inputs.prompt", broken)
     assert main(["run", "--text", "hi"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "ZeroDivisionError" in err and "--debug" in err
@@ -343,7 +346,7 @@ def test_control_c_during_work_ends_with_130_and_one_line(model: str) -> None:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=_heeding_control_c,
+        preexec_fn=_heeding_control_c,  # noqa: PLW1509  it only sets a signal's handler
     )
     assert process.stdout is not None
     process.stdout.read(1)  # it is generating
@@ -360,6 +363,7 @@ def test_a_reader_who_leaves_early_is_no_error(arguments: list[str]) -> None:
     with os.fdopen(write, "wb") as closed:
         done = subprocess.run(
             [sys.executable, "-m", "workbench", *arguments],
+            check=False,
             env=ENVIRONMENT,
             cwd=ROOT,
             stdout=closed,
@@ -377,10 +381,29 @@ def test_the_app_without_panel_says_which_extra_to_install(
     assert "inference-workbench[app]" in capsys.readouterr().err
 
 
+def test_the_app_is_whatever_package_registers_itself_as_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Point:
+        def load(self) -> Any:
+            return lambda **options: given.append(options)
+
+    points = {("workbench.commands", "app"): [Point()]}
+    monkeypatch.setattr("workbench.cli.commands.entry_points", lambda group, name: points.get((group, name), []))
+    assert main(["app", "--port", "0", "--no-open", "--allow-host", "a.b"]) == 0
+    plain = {"model": "smollm2-135m", "address": "127.0.0.1", "port": 0, "open_browser": False}
+    assert given == [{**plain, "models": (), "hosts": ["a.b"]}]
+    points.clear()
+    assert main(["app"]) == 2
+    assert "inference-workbench[app]" in capsys.readouterr().err
+
+
 def test_a_table_comes_back_from_parquet(tmp_path):
     import pandas as pd
 
-    from workbench.cli.written import check, write
+    from workbench.cli.table_file import check, write
 
     path = tmp_path / "runs.parquet"
     check(path)
@@ -474,10 +497,9 @@ def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Pa
         env=ENVIRONMENT,
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        preexec_fn=_heeding_control_c,
+        preexec_fn=_heeding_control_c,  # noqa: PLW1509  it only sets a signal's handler
     )
-    while process.poll() is None and not (out.exists() and out.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    until(lambda: process.poll() is not None or (out.exists() and out.read_text().count("\n") > 3), 240)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.count(b"\n") == 1 and b"is kept in" in err

@@ -47,7 +47,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def compressed(made: wb.Session, key: str, **parameters: Any) -> PreTrainedModel:
-    return made._variants.get([wb.method(key, **parameters)])
+    return made.readings.variants.get([wb.method(key, **parameters)])
 
 
 def tied() -> PreTrainedModel:
@@ -94,12 +94,12 @@ def test_other_architectures_come_back_too(architecture: str, tmp_path: Path) ->
 
 def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     made = session(tied())
-    for format in ("workbench", "compressed-tensors"):
-        made.export(tmp_path / format, "rtn", format=format, **SYMMETRIC)
-        again = wb.Session(tmp_path / format).model
+    for written in ("workbench", "compressed-tensors"):
+        made.export(tmp_path / written, "rtn", format=written, **SYMMETRIC)
+        again = wb.Session(tmp_path / written).model
         assert again.lm_head.weight is again.model.embed_tokens.weight
         assert torch.equal(logits(again), logits(compressed(made, "rtn", **SYMMETRIC)))
-        with safe_open(next((tmp_path / format).glob("*.safetensors")), framework="pt") as held:
+        with safe_open(next((tmp_path / written).glob("*.safetensors")), framework="pt") as held:
             assert sum(name in ("lm_head.weight", "model.embed_tokens.weight") for name in held.keys()) == 1  # noqa: SIM118
 
 
@@ -130,6 +130,24 @@ def test_nothing_is_pickled_and_the_recipe_is_written_beside_the_weights(tmp_pat
     assert {path.suffix for path in (tmp_path / "m").iterdir()} == {".json", ".safetensors"}
     described = json.loads((tmp_path / "m" / model.DESCRIPTION).read_text())
     assert described["methods"] == [wb.method("hqq", bits=4).to_dict()] and "lm_head" in described["notes"][0]
+
+
+@pytest.mark.parametrize(("key", "names"), [
+    ("coreinfer", {"layers.core_mlp:CoreMLP": "coreinfer:CoreMLP"}),
+    ("flashsvd", {"layers.low_rank:LowRankLinear": "low_rank:LowRankLinear",
+                  "layers.streamed_mlp:StreamedMLP": "low_rank:StreamedMLP"}),
+    ("transact", {"layers.narrow_attention:NarrowAttention": "narrow:NarrowAttention"}),
+])  # fmt: skip
+def test_folders_that_name_classes_by_earlier_paths_are_read(key: str, names: dict[str, str], tmp_path: Path) -> None:
+    made = session()
+    made.export(tmp_path / "m", key, format="workbench")
+    path = tmp_path / "m" / model.DESCRIPTION
+    text = path.read_text()
+    for now, then in names.items():
+        assert f"workbench.weights.{now}" in text
+        text = text.replace(f"workbench.weights.{now}", f"workbench.weights.{then}")
+    path.write_text(text)
+    assert torch.equal(logits(wb.Session(tmp_path / "m").model), logits(compressed(made, key)))
 
 
 def edit(folder: Path, change: Any) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from workbench import testing
+from tests.kv.support import reading
 from workbench.attention import BlockSparse, MemoryEfficient, StreamingWindow, UniAttn
-from workbench.attention.base import AttentionMethod, Pass
-from workbench.attention.rounded_weights import RoundedWeights
+from workbench.attention.base import AttentionMethod, PassContext
+from workbench.attention.quantised_softmax import QuantisedSoftmax
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadRecipe, Cancelled
 from workbench.inspection.captured import as_read, changes_reading
@@ -37,16 +37,16 @@ def made(key: str) -> AttentionMethod:
 
 def under(method: AttentionMethod, architecture: str = "llama") -> Trace:
     """A reading of 70 tokens under the method."""
-    found = testing.reading(architecture)
+    found = reading(architecture)
     return read(found.model, wb.models.facts(found.model), found.trace.prompt, method=method)
 
 
 def outputs(method: AttentionMethod, trace: Trace) -> list[Tensor]:
     """What the method's attention gave at each layer of a reading, all in one pass."""
-    at, found = Pass(len(trace.layers), trace.tokens), []
+    context, found = PassContext(len(trace.layers), trace.tokens), []
     for layer in trace.layers:
-        at.layer = layer.index
-        found.append(method.attend(layer.queries, layer.keys, layer.values, layer.scoring, at=at))
+        context.layer = layer.index
+        found.append(method.attend(layer.queries, layer.keys, layer.values, layer.scoring, context))
     return found
 
 
@@ -76,7 +76,7 @@ def test_the_weights_times_the_values_are_what_comes_out(key: str, architecture:
         values = layer.values.repeat_interleave(layer.groups, dim=0)
         if key != "l-mul":  # which adds in place of multiplying
             torch.testing.assert_close(weights @ values, out, rtol=1e-3, atol=1e-4)
-        if key != "l-mul" and not isinstance(method, RoundedWeights):  # whose weights are near what sums to 1
+        if key != "l-mul" and not isinstance(method, QuantisedSoftmax):  # whose weights are near what sums to 1
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]), rtol=0, atol=1e-5)
         assert bool((weights.triu(1).abs() < 1e-12).all())  # nothing of what comes later
 
@@ -97,7 +97,7 @@ def test_pooled_and_zoomed_maps_are_pools_and_parts_of_the_whole(pooling: str) -
 
 
 def test_what_a_sparse_method_leaves_out_is_empty() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     (window,) = Implied(StreamingWindow(budget=0.3), layer, 3, 0).maps(pixels=70)
     (exact,) = Implied(MemoryEfficient(), layer, 3, 0).maps(pixels=70)
     assert int((window.values > 0).sum()) < 0.4 * int((exact.values > 0).sum())
@@ -193,10 +193,10 @@ def test_a_layer_that_reuses_weights_shows_those_it_takes(architecture: str) -> 
     method = UniAttn(budget=0.34)
     trace = under(method, architecture)
     layers = len(trace.layers)
-    taking = [layer for layer in range(layers) if method.anchor(layer, layers) != layer]
+    taking = [layer for layer in range(layers) if method.source_layer(layer, layers) != layer]
     assert taking
     for layer in taking:
-        source = trace.layers[method.anchor(layer, layers)]
+        source = trace.layers[method.source_layer(layer, layers)]
         taken = matrix(method, trace, layer)
         own = replace(source, scoring=replace(source.scoring, window=trace.layers[layer].window or source.window))
         rows = torch.cat([probs for _, probs in own.attention_rows()], dim=1)
@@ -208,7 +208,7 @@ def test_a_layer_that_reuses_weights_shows_those_it_takes(architecture: str) -> 
 
 @pytest.fixture(scope="module")
 def session() -> wb.Session:
-    found = testing.reading()
+    found = reading()
     session = wb.Session((found.model, None))
     session.read(found.trace.ids)
     return session
@@ -229,7 +229,7 @@ RECIPES = [
 )
 def test_a_session_shows_one_and_the_same_attention_everywhere(session: wb.Session, recipe: object) -> None:
     spec = wb.Recipe.of(recipe)  # type: ignore[arg-type]
-    trace = session._trace(spec)  # its own reading, whose queries differ
+    trace = session.readings.trace(spec)  # its own reading, whose queries differ
     (method,) = spec.family("attention")
     for pooling in POOLINGS:
         grid = session.attention_grid(spec, pixels=9, pooling=pooling)  # type: ignore[arg-type]

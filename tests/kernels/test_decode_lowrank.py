@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import interpreted
-from workbench.core.rope import Rotation, rotate
+from workbench.core.rope import Rotation
 from workbench.kv.stores import low_rank as stores_lowrank
 from workbench.kv.stores.low_rank import LowRankStore, Ranks, spaces_of
 from workbench.trace import LayerTrace
 from workbench_kernels import decode
 from workbench_kernels import decode_lowrank as kernels_lowrank
 from workbench_kernels.decode_lowrank import decode_lowrank, decode_rotated
-from workbench_kernels.rotary import LOW, RotaryTable
+from workbench_kernels.rotary import LOW, RotaryTable, rotate
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state

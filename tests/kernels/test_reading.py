@@ -147,9 +147,10 @@ def test_it_agrees_with_what_the_workbench_measures() -> None:
 )
 def test_what_does_not_fit_is_refused(wrong: dict[str, Any], said: str) -> None:
     query, key = layer()
+    scoring = {name: wrong[name] for name in ("window", "softcap") if name in wrong}
+    others = {name: value for name, value in wrong.items() if name not in scoring}
     with pytest.raises(ValueError, match=said):
-        scoring = Scoring(0.25, wrong.pop("window", None), wrong.pop("softcap", None))
-        read_attention(query, key, scoring, **wrong)
+        read_attention(query, key, Scoring(0.25, **scoring), **others)
 
 
 def test_more_queries_than_keys_are_refused() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from workbench.kv.plan import Plan
 
 TOKENS = testing.TOKENS
+reading = testing.Subjects().reading  # made when first asked for, and shared by all tests of KV methods
 SHORT: dict[str, dict[str, Any]] = {
     "evopress-kv": {"window": 8, "generations": 1, "offspring": 2},
     "snapkv": {"window": 8},
@@ -76,9 +77,9 @@ def traced(model: PreTrainedModel, prompt: Prompt | int = TOKENS) -> Trace:
 
 def trace_of(architecture: str = "llama", tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> Trace:
     """What a tiny model recorded of random ids, read once; `model_of` gives the model."""
-    reading = testing.reading(architecture, tokens, dtype)
-    reading.trace.once("model", lambda: reading.model)
-    return reading.trace
+    made = reading(architecture, tokens, dtype)
+    made.trace.once("model", lambda: made.model)
+    return made.trace
 
 
 def model_of(trace: Trace) -> PreTrainedModel | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from workbench.core.attention_rows import head_parts
+from workbench.core.attention_rows import head_groups
 from workbench.errors import BadParameter, BudgetTooSmall, Cancelled, InputError
 from workbench.measure import (
     GridOfMaps,
@@ -106,7 +106,12 @@ def test_rows_follow_true_positions_of_each_kv_head_after_eviction(shape, window
     held = some_positions(seed, k, nk, span=80)
     at = some_positions(seed + 1, nq, span=80)
     expected = full_attention(queries, keys, 0.3, at, held, window)
-    options = dict(scoring=Scoring(0.3, window), block_bytes=block_bytes, query_positions=at, key_positions=held)
+    options = {
+        "scoring": Scoring(0.3, window),
+        "block_bytes": block_bytes,
+        "query_positions": at,
+        "key_positions": held,
+    }
     probs = torch.cat([p for _, p in attention_rows(queries, keys, **options)], dim=1)
     torch.testing.assert_close(probs.double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(column_sums(queries, keys, **options).double(), expected.sum(1), atol=1e-4, rtol=0)
@@ -161,7 +166,7 @@ def test_sums_and_entropies_equal_those_of_the_full_matrix(shape, window, block_
     k, group, nq, more = shape
     nk = nq + more
     queries, keys = some(seed, k * group, k, nq, nk)
-    options = dict(scoring=Scoring(0.3, window), block_bytes=block_bytes)
+    options = {"scoring": Scoring(0.3, window), "block_bytes": block_bytes}
     expected = full_attention(queries, keys, 0.3, torch.arange(more, nk), torch.arange(nk), window)
     sums = column_sums(queries, keys, **options).double()
     torch.testing.assert_close(sums, expected.sum(1), atol=1e-4, rtol=0)
@@ -315,7 +320,7 @@ def test_maps_of_all_heads_equal_pooling_each_full_matrix(shape, pooling, pixels
 def test_long_prompts_go_through_kv_heads_one_by_one_with_the_same_results(own_positions, monkeypatch):
     queries, keys = some(0, 4, 2, 40, 40)
     held = some_positions(0, 2, 30, span=40) if own_positions else some_positions(0, 30, span=40)
-    options = dict(scoring=Scoring(0.3), query_positions=torch.arange(40), key_positions=held)
+    options = {"scoring": Scoring(0.3), "query_positions": torch.arange(40), "key_positions": held}
     ids = torch.arange(40) % 7
 
     def everything(progress: Progress | None = None) -> list[Tensor]:
@@ -326,7 +331,7 @@ def test_long_prompts_go_through_kv_heads_one_by_one_with_the_same_results(own_p
 
     whole = everything()
     monkeypatch.setattr("workbench.core.attention_rows._CPU_CACHE_BYTES", 4096)
-    assert [part.heads for part in head_parts(queries, keys)] == [slice(0, 2), slice(2, 4)]
+    assert [part.heads for part in head_groups(queries, keys)] == [slice(0, 2), slice(2, 4)]
     reports: list[tuple[int, int]] = []
     parted = everything(Progress(lambda stage, done, total: reports.append((done, total))))
     for one, other in zip(whole, parted, strict=True):
@@ -490,7 +495,7 @@ def expected_rows(session: wb.Session, recipe: Any, options: dict[str, Any], lay
     return full, places
 
 
-@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=lambda x: str(x))
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=str)
 def test_maps_of_a_recipe_are_exact_at_every_zoom(session: wb.Session, recipe: Any, options: dict[str, Any]) -> None:
     for layer in range(session.facts.layers):
         full, _ = expected_rows(session, recipe, options, layer)
@@ -510,7 +515,7 @@ def test_maps_of_a_recipe_are_exact_at_every_zoom(session: wb.Session, recipe: A
         )
 
 
-@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=lambda x: str(x))
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=str)
 @pytest.mark.parametrize("pooling", ["max", "mean", "sum"])
 def test_the_grid_holds_the_map_of_every_head(
     session: wb.Session, recipe: Any, options: dict[str, Any], pooling: Any

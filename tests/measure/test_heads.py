@@ -77,7 +77,7 @@ def test_statistics_equal_plain_loops_over_the_full_matrix(shape, window, block_
     k, group, n = shape
     queries, keys = some(seed, k * group, k, n, n)
     ids = torch.randint(0, words, (n,), generator=torch.Generator().manual_seed(seed))
-    options = dict(scoring=Scoring(0.3, window), block_bytes=block_bytes)
+    options = {"scoring": Scoring(0.3, window), "block_bytes": block_bytes}
     stats, received = head_stats(queries, keys, ids, sinks=sinks, recent=recent, **options)
     at = torch.arange(n)
     full = full_attention(queries, keys, 0.3, at, at, window)
@@ -120,7 +120,7 @@ def test_slots_beyond_the_prompt_count_for_nothing():
     queries, keys = some(0, 2, 1, 20, 12)
     ids = torch.arange(20) % 3
     held = torch.arange(0, 20, 2)
-    options = dict(scoring=Scoring(0.3), query_positions=torch.arange(20))
+    options = {"scoring": Scoring(0.3), "query_positions": torch.arange(20)}
     plain, received = head_stats(queries, keys[:, :10], ids, key_positions=held, **options)
     padded = torch.cat([held, torch.tensor([20, 20])])
     found, more = head_stats(queries, keys, ids, key_positions=padded, **options)

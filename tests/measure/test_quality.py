@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from workbench.errors import InputError
 from workbench.measure import LiveBytes, compare_logits, first_divergence, output_error, quality
@@ -29,14 +29,14 @@ def test_figures_equal_plain_torch(t, v, seed, chunk_bytes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality, "_CHUNK_BYTES", chunk_bytes)
         found = compare_logits(reference, other, targets)
-    p, q = (F.log_softmax(x.double(), -1) for x in (reference, other))
-    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    p, q = (log_softmax(x.double(), -1) for x in (reference, other))
+    kl = kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert found.tokens == t
     assert found.kl == pytest.approx(kl.mean().item(), rel=1e-9)
     assert found.kl_max == pytest.approx(kl.max().item(), rel=1e-9)
     assert found.kl >= 0
     assert found.top1_agreement == pytest.approx((reference.argmax(-1) == other.argmax(-1)).double().mean().item())
-    nll_reference, nll = (F.cross_entropy(x.double(), targets).item() for x in (reference, other))
+    nll_reference, nll = (cross_entropy(x.double(), targets).item() for x in (reference, other))
     assert found.nll_reference == pytest.approx(nll_reference)
     assert found.nll == pytest.approx(nll)
     assert found.nll_difference == pytest.approx(nll - nll_reference, abs=1e-9)

@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool, tuple[int, ...]]] = {
     "halves, a table a kind": ("Gemma3", {"head_dim": 16, "sliding_window_pattern": 2}, False, (16,) * 4),
     "halves, in an encoder's place": (
         "ModernBertDecoder",
-        {name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")},
+        dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
         False,
         (16,) * 4,
     ),

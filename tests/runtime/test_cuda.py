@@ -12,7 +12,7 @@ from workbench.errors import BudgetTooSmall
 from workbench.kv.stores import Store
 from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.registry import registered
-from workbench.runtime.cuda_graph import Step
+from workbench.runtime.cuda_graph import CapturedStep
 from workbench.runtime.decode import Decoder
 from workbench.runtime.evaluate import teacher_forcing
 from workbench.runtime.greedy import greedy
@@ -108,7 +108,7 @@ def test_the_step_that_is_captured_gives_the_logits_of_the_plain_one(name, dtype
     decoder, token = decoder_of(STEPS[name], dtype)
     twin = decoder.clone()
     want = twin.feed(torch.tensor([token]))[-1].float()
-    step = Step(decoder, token, 24)
+    step = CapturedStep(decoder, token, 24)
     step.prepare()  # which runs some and takes them back
     assert (step().float() - want).norm() < (1e-3 if dtype == torch.float32 else 0.03) * want.norm()
 
@@ -117,8 +117,8 @@ def test_the_step_that_is_captured_gives_the_logits_of_the_plain_one(name, dtype
 def test_replayed_tokens_are_those_of_steps_run_one_by_one(name):
     decoder, token = decoder_of(STEPS[name], torch.bfloat16)
     twin = decoder.clone()
-    replayed = list(Step(decoder, token, 60).answer(()))
-    assert replayed == list(Step(twin, token, 60, graph=False).answer(()))
+    replayed = list(CapturedStep(decoder, token, 60).answer(()))
+    assert replayed == list(CapturedStep(twin, token, 60, graph=False).answer(()))
     assert decoder.position == twin.position
     more, same = (d.feed(ids(3, seed=5)).float() for d in (decoder, twin))
     assert (more - same).norm() < 1e-3 * same.norm()

@@ -14,7 +14,7 @@ import workbench as wb
 from workbench.errors import NotApplicable
 from workbench.kv.stores.packed import WHOLE, PackedStore
 from workbench.models import tiny
-from workbench.runtime.cuda_graph import Step, predicted_nbytes, refusal
+from workbench.runtime.cuda_graph import CapturedStep, predicted_nbytes, refusal
 from workbench.runtime.decode import Decoder
 from workbench.runtime.greedy import greedy
 
@@ -77,7 +77,7 @@ def test_tokens_and_contents_are_the_plain_ones(
     decoder, token = decoder_of(tiny_llama, RECIPES[name])
     in_blocks(monkeypatch)
     twin = decoder.clone()
-    step = Step(decoder, token, 48, fused=fused)
+    step = CapturedStep(decoder, token, 48, fused=fused)
     assert step.fused == fused
     assert list(step.answer(())) == plain(twin, token, 48)
     assert decoder.position == twin.position and decoder.score_share is not None
@@ -91,7 +91,7 @@ def test_tokens_and_contents_are_the_plain_ones(
 def test_architectures(architecture: str, tiny_model: ModelOf) -> None:
     decoder, token = decoder_of(tiny_model(architecture), "full", 40)
     twin = decoder.clone()
-    step = Step(decoder, token, 20)
+    step = CapturedStep(decoder, token, 20)
     assert step.fused == (architecture != "phi3")
     assert list(step.answer(())) == plain(twin, token, 20)
 
@@ -100,15 +100,15 @@ def test_a_model_once_asked_for_hidden_states_is_fused_all_the_same() -> None:
     model = tiny()
     model(ids(3)[None], output_hidden_states=True, output_attentions=True)
     decoder, token = decoder_of(model, "full", 40)
-    assert Step(decoder, token, 4).fused
+    assert CapturedStep(decoder, token, 4).fused
     model.model.layers[0].register_forward_hook(partial(lambda *_: None))
-    assert not Step(decoder, token, 4).fused
+    assert not CapturedStep(decoder, token, 4).fused
 
 
 def test_values_that_wait_change_logits_little(tiny_llama: PreTrainedModel) -> None:
     decoder, token = decoder_of(tiny_llama, RECIPES["kivi 4"])
     twin = decoder.clone()
-    step = Step(decoder, token, 20)
+    step = CapturedStep(decoder, token, 20)
     want = twin.feed(torch.tensor([token]))[-1]
     assert ((step() - want).norm() / want.norm()) < 0.05
 
@@ -121,7 +121,7 @@ def test_what_was_generated_after_the_end_is_taken_back(
     decoder, token = decoder_of(tiny_llama, RECIPES[name])
     twin, wanted = decoder.clone(), plain(decoder.clone(), token, 40)
     last = next(i for i in range(10, 40) if wanted[i] not in wanted[:i])
-    assert list(Step(decoder, token, 40).answer([wanted[last]])) == wanted[: last + 1]
+    assert list(CapturedStep(decoder, token, 40).answer([wanted[last]])) == wanted[: last + 1]
     plain(twin, token, last + 1)
     assert decoder.position == twin.position
     assert (decoder.feed(ids(3, 5)) - twin.feed(ids(3, 5))).abs().max() < 1e-4
@@ -130,7 +130,7 @@ def test_what_was_generated_after_the_end_is_taken_back(
 def test_stopping_in_the_middle_leaves_what_was_yielded(tiny_llama: PreTrainedModel) -> None:
     decoder, token = decoder_of(tiny_llama, "full")
     twin = decoder.clone()
-    answer = Step(decoder, token, 40).answer(())
+    answer = CapturedStep(decoder, token, 40).answer(())
     got = [next(answer) for _ in range(5)]
     answer.close()
     assert got == plain(twin, token, 5) and decoder.position == twin.position
@@ -140,7 +140,7 @@ def test_stopping_in_the_middle_leaves_what_was_yielded(tiny_llama: PreTrainedMo
 def test_trying_a_step_changes_nothing(tiny_llama: PreTrainedModel) -> None:
     decoder, token = decoder_of(tiny_llama, RECIPES["ragged"])
     twin = decoder.clone()
-    Step(decoder, token, 20).prepare()
+    CapturedStep(decoder, token, 20).prepare()
     assert torch.equal(decoder.feed(ids(4, 3)), twin.feed(ids(4, 3)))
 
 
@@ -149,7 +149,7 @@ def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: Pr
     decoder, token = decoder_of(tiny_llama, RECIPES[name])
     predicted = predicted_nbytes(decoder, 40)
     held = sum(store.nbytes for store in decoder.stores)
-    list(Step(decoder, token, 40).answer(()))
+    list(CapturedStep(decoder, token, 40).answer(()))
     grown = sum(store.nbytes for store in decoder.stores)
     assert predicted_nbytes(decoder, 0) - predicted <= grown - held <= predicted
     weights = sum(p.nbytes for p in tiny_llama.parameters())
@@ -169,7 +169,7 @@ def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: Pr
 def test_what_cannot_be_captured_says_why(architecture: str, recipe: object, reason: str, tiny_model: ModelOf) -> None:
     decoder, token = decoder_of(tiny_model(architecture), recipe)
     with pytest.raises(NotApplicable, match=reason):
-        Step(decoder, token, 20).prepare()
+        CapturedStep(decoder, token, 20).prepare()
     assert (refusal(decoder) is None) == (architecture == "mixtral")
 
 

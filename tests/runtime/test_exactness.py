@@ -99,7 +99,7 @@ def test_a_mask_can_be_handed_on_but_not_computed_with() -> None:
     for same in (mask[..., :9], mask.to(torch.float32), mask.to("cpu"), mask[:, :, -4:, :9]):
         assert isinstance(same, AnnouncedMask) and same.span == Span(window=7)
     assert mask[:, :, -4:, :6].shape == (1, 1, 4, 6)
-    for compute in (lambda: mask & mask, lambda: mask.any(), lambda: torch.zeros(9, 9) + mask, lambda: mask[0, 0, 0]):
+    for compute in (lambda: mask & mask, mask.any, lambda: torch.zeros(9, 9) + mask, lambda: mask[0, 0, 0]):
         with pytest.raises(NotApplicable, match="computes with its attention mask"):
             compute()
 

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import logits
 from workbench.core.evolution import Step, evolve, exchanges, filled, steps, switched, total, uniform
 from workbench.errors import BadParameter, BadRecipe, BudgetTooSmall, Cancelled, NotApplicable
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.weights import RTN, SVD, EvoPress, compressed
-from workbench.weights.base import Survey
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
 from workbench.weights.reports.spectra import Spectrum, singular_values
+from workbench.weights.survey import Survey
 
 SAMPLED = Calibration("sampled", samples=8, tokens=32)
 LLAMA_LAYER_BYTES = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
@@ -32,11 +33,6 @@ def session(architecture: str = "llama", **options: object) -> wb.Session:
     made = wb.Session((tiny(architecture, **options), None))  # type: ignore[arg-type]
     made.calibrate("sampled", samples=4, tokens=24)
     return made
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def kl(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> float:
@@ -324,7 +320,7 @@ def test_the_end_of_a_model_says_what_the_whole_model_does(architecture: str) ->
         handle = inner.register_forward_hook(lambda module, args, out: found.append(out))
         want = model(ids).logits
         handle.remove()
-    got = Ending(model).logits(found[0] if isinstance(found[0], Tensor) else found[0][0])
+    got = ModelHead(model).logits(found[0] if isinstance(found[0], Tensor) else found[0][0])
     torch.testing.assert_close(got, want)
 
 

@@ -56,7 +56,7 @@ def test_statistics_are_those_of_the_whole_models_pass(architecture: str) -> Non
     model = tiny(architecture)
     study = study_of(model)
     seen, names = entering(model, study.ids), []
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, stats in inputs.items():
             x = seen[name]
             names.append(name)
@@ -67,14 +67,14 @@ def test_statistics_are_those_of_the_whole_models_pass(architecture: str) -> Non
                 (stats.absmean, x.abs().mean(dim=0)),
                 (stats.absmax, x.abs().amax(dim=0)),
                 (stats.square, x.square().mean(dim=0)),
-                (stats.second_moment, x.T @ x / len(x) + 0.05 * first.T @ first / len(first)),
+                (stats.hessian, x.T @ x / len(x) + 0.05 * first.T @ first / len(first)),
             ):
                 torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
     assert sorted(names) == sorted(seen)
 
 
 def test_layers_with_the_same_input_share_one_statistic() -> None:
-    for _, inputs in study_of(tiny("llama")).inputs(moments=True):
+    for _, inputs in study_of(tiny("llama")).inputs(hessians=True):
         q, k, v, o, gate, up, down = inputs.values()
         assert q is k is v and gate is up
         assert len({id(each) for each in (q, o, gate, down)}) == 4
@@ -86,7 +86,7 @@ def test_the_output_error_is_that_of_the_outputs() -> None:
     name = "model.layers.1.mlp.down_proj"
     x = entering(model, study.ids)[name]
     change = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    stats = next(inputs[name] for _, inputs in study.inputs(moments=True) if name in inputs)
+    stats = next(inputs[name] for _, inputs in study.inputs(hessians=True) if name in inputs)
     first = x.unflatten(0, study.ids.shape)[:, 0]
     every, beginning = (torch.stack([(x @ row.double()).square().mean() for row in change]) for x in (x, first))
     want = every + 0.05 * beginning
@@ -124,14 +124,13 @@ def test_gradients_are_those_of_autograd_and_none_stays_on_the_model() -> None:
 
 def test_a_second_pass_reads_what_the_first_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_of(tiny("qwen2"))
-    first = {name: stats for _, inputs in study.inputs(moments=True) for name, stats in inputs.items()}
-    monkeypatch.setattr(study, "stream", None)
-    monkeypatch.setattr(study, "_stream", None)
-    again = {name: stats for _, inputs in study.inputs(moments=True) for name, stats in inputs.items()}
+    first = {name: stats for _, inputs in study.inputs(hessians=True) for name, stats in inputs.items()}
+    monkeypatch.setattr(study, "block_runner", None)
+    again = {name: stats for _, inputs in study.inputs(hessians=True) for name, stats in inputs.items()}
     assert set(again) == set(first)
     for name, stats in first.items():
         assert again[name].tokens == stats.tokens
-        assert torch.equal(again[name].second_moment, stats.second_moment)
+        assert torch.equal(again[name].hessian, stats.hessian)
         assert torch.equal(again[name].absmax, stats.absmax)
 
 
@@ -143,7 +142,7 @@ def test_the_cache_belongs_to_the_model_and_the_texts(tmp_path: Path, monkeypatc
         (tiny("llama", seed=1), SHORT),
         (tiny("llama"), Calibration(SAMPLED, samples=5, tokens=24)),
     ):
-        for _ in WeightStudy(model, calibration=calibration, persistent=True).inputs(moments=False):
+        for _ in WeightStudy(model, calibration=calibration, persistent=True).inputs(hessians=False):
             pass
     assert len(list((tmp_path / "calibration").iterdir())) == 3
 
@@ -154,15 +153,15 @@ def test_a_cancelled_pass_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     study = study_of(model, persistent=True)
     progress = Progress(lambda stage, done, total: progress.cancel() if done == 1 else None)
     with pytest.raises(Cancelled):
-        for _ in study.inputs(moments=True, progress=progress):
+        for _ in study.inputs(hessians=True, progress=progress):
             pass
     assert list((tmp_path / "calibration").iterdir()) == []
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
-    assert len(list(study.inputs(moments=True))) == 3
+    assert len(list(study.inputs(hessians=True))) == 3
 
 
 def moments(study: WeightStudy) -> list[Tensor]:
-    return [stats.second_moment for _, inputs in study.inputs(moments=True) for stats in inputs.values()]
+    return [stats.hessian for _, inputs in study.inputs(hessians=True) for stats in inputs.values()]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -177,7 +176,7 @@ def test_without_a_writable_cache_statistics_lie_elsewhere_and_the_run_says_so(
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "file" / "cache"))
     study = study_of(tiny("llama"), persistent=True)
     assert same(moments(study), want) and study.similarity().shape == (3,)
-    monkeypatch.setattr(study, "_stream", None)  # the second time they are read
+    monkeypatch.setattr(study, "block_runner", None)  # the second time they are read
     assert same(moments(study), want)
     assert len(study.notes) == 1 and "cannot be written to" in study.notes[0]
     session = wb.Session((tiny("llama"), None))
@@ -218,17 +217,17 @@ def test_damaged_statistics_are_measured_again(
         path.write_bytes(path.read_bytes()[:-9] if how == "cut" else b"\xff" * 300)
     assert same(moments(study_of(tiny("llama"), persistent=True)), want)
     mended = study_of(tiny("llama"), persistent=True)
-    monkeypatch.setattr(mended, "_stream", None)
+    monkeypatch.setattr(mended, "block_runner", None)
     assert same(moments(mended), want) and not mended.notes
 
 
 def test_two_who_calibrate_at_once_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     one, two = (study_of(tiny("llama"), persistent=True) for _ in range(2))
-    pairs = list(zip(one.inputs(moments=True), two.inputs(moments=True), strict=True))
+    pairs = list(zip(one.inputs(hessians=True), two.inputs(hessians=True), strict=True))
     assert len(pairs) == 3 and not one.notes and not two.notes
     assert len(list((tmp_path / "calibration").iterdir())) == 1
-    monkeypatch.setattr(one, "_stream", None)
+    monkeypatch.setattr(one, "block_runner", None)
     assert len(moments(one)) == len(moments(two))
 
 

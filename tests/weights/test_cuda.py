@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tests.weights.support import drawn
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.registry import method, registered
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
 from workbench.weights.layers import (
     BitBlock,
     BitBlocksLinear,
@@ -34,7 +36,7 @@ from workbench.weights.layers import (
     VectorLinear,
     compact,
 )
-from workbench.weights.low_rank import LowRankLinear
+from workbench.weights.layers.low_rank import LowRankLinear
 from workbench_kernels.integer import input_codes, input_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -104,10 +106,6 @@ def test_other_architectures_are_compressed_on_the_gpu_too(architecture: str) ->
 
 
 # --- Layers
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def whole(high: int, *shape: int) -> Tensor:

@@ -6,16 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import linear
 
+from tests.weights.support import drawn
 from workbench.measure.memory import tensor_bytes
 from workbench.weights.layers import PackedLinear, Parts, compact, packed_nbytes
 from workbench.weights.solvers.quantisation_grid import fit
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(deadline=None, max_examples=60)

@@ -12,26 +12,25 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, logits
 from workbench.core.hadamard import matrix, order, rotate, unrotate, whole
 from workbench.errors import NotApplicable
 from workbench.measure import space_used
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import Survey, compressed, sharing_copy
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
+from workbench.weights.layers.rotated import RotatedLinear
 from workbench.weights.methods.quantise.ostquant import OSTQuant
 from workbench.weights.solvers.quantisation_grid import fit
-from workbench.weights.surgery.rotation import Decoder, Turn, TurnedLinear, balance, turned_linear
+from workbench.weights.surgery.rotation import DecoderRotation, LayerRotation, balance, rotated_linear
+from workbench.weights.surgery.sharing_copy import sharing_copy
+from workbench.weights.survey import Survey
 
-IDS = torch.arange(3, 67)
 SHORT = Calibration(SAMPLED, samples=8, tokens=32)
 ROTATABLE = ("llama", "mqa", "mha", "qwen2", "qwen3", "mistral", "phi3")
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
 
 
 def shaken(architecture: str, layers: int = 2) -> PreTrainedModel:
@@ -45,16 +44,20 @@ def shaken(architecture: str, layers: int = 2) -> PreTrainedModel:
     return model
 
 
-def turned(model: PreTrainedModel, *, scaling: bool = True) -> PreTrainedModel:
+def squares_of(seen: dict[str, InputStats]) -> dict[str, Tensor]:
+    return {name: stats.square for name, stats in seen.items()}
+
+
+def rotated(model: PreTrainedModel, *, scaling: bool = True) -> PreTrainedModel:
     """A copy with every weight rotated and scaled, and none rounded."""
     twin = sharing_copy(model)
-    decoder = Decoder(twin)
+    decoder = DecoderRotation(twin)
     signs = decoder.signs(0)
-    for block, seen in WeightStudy(model, calibration=SHORT).inputs(moments=False):
-        for name, turn in decoder.turns(block, signs, seen if scaling else None).items():
-            made = turned_linear(model.get_submodule(name), turn)
-            twin.set_submodule(name, TurnedLinear(made) if name.endswith("down_proj") else made)
-    decoder.turn_ends(twin, signs)
+    for block, seen in WeightStudy(model, calibration=SHORT).inputs(hessians=False):
+        for name, rotation in decoder.rotations(block, signs, squares_of(seen) if scaling else None).items():
+            made = rotated_linear(model.get_submodule(name), rotation)
+            twin.set_submodule(name, RotatedLinear(made) if name.endswith("down_proj") else made)
+    decoder.rotate_ends(twin, signs)
     return twin
 
 
@@ -97,7 +100,7 @@ def test_rotations_keep_lengths_and_are_undone(size: int, seed: int) -> None:
 def test_the_transformation_alone_changes_no_logits(architecture: str, scaling: bool) -> None:  # trap W1
     model = shaken(architecture)
     want = logits(model)
-    twin = turned(model, scaling=scaling)
+    twin = rotated(model, scaling=scaling)
     assert float((logits(twin) - want).norm() / want.norm()) < 1e-5
     changed = twin.get_submodule("model.layers.0.mlp.down_proj").dequantised()
     assert not torch.allclose(changed, model.get_submodule("model.layers.0.mlp.down_proj").weight, atol=1e-2)
@@ -132,21 +135,21 @@ def test_what_is_compressed_already_cannot_be_rotated() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
-def test_moments_of_rotated_inputs_follow_from_the_original_ones(architecture: str) -> None:
+def test_hessians_of_rotated_inputs_follow_from_the_original_ones(architecture: str) -> None:
     model = shaken(architecture)
-    twin = turned(model)
-    decoder, signs = Decoder(model), Decoder(model).signs(0)
+    twin = rotated(model)
+    decoder, signs = DecoderRotation(model), DecoderRotation(model).signs(0)
     for (block, seen), (_, there) in zip(
-        WeightStudy(model, calibration=SHORT).inputs(moments=True),
-        WeightStudy(twin, calibration=SHORT).inputs(moments=True),
+        WeightStudy(model, calibration=SHORT).inputs(hessians=True),
+        WeightStudy(twin, calibration=SHORT).inputs(hessians=True),
         strict=True,
     ):
-        for name, turn in decoder.turns(block, signs, seen).items():
+        for name, rotation in decoder.rotations(block, signs, squares_of(seen)).items():
             if name.endswith("down_proj"):
                 continue  # a layer of its own kind, which calibration does not listen to
-            want = there[name].second_moment
+            want = there[name].hessian
             torch.testing.assert_close(
-                turn.moment(seen[name].second_moment), want, rtol=1e-3, atol=1e-4 * float(want.max())
+                rotation.hessian(seen[name].hessian), want, rtol=1e-3, atol=1e-4 * float(want.max())
             )
 
 
@@ -171,8 +174,8 @@ def test_rotation_spreads_outliers_so_that_rounding_loses_less() -> None:
     weight = torch.randn(64, 64, generator=draw)
     weight[:, 5] *= 30  # a channel that spoils its groups' scales
     one = torch.ones(64, dtype=torch.float64)
-    turn = Turn(one, one, 64)
-    moved = turn.weight(weight)
+    rotation = LayerRotation(one, one, 64)
+    moved = rotation.weight(weight)
 
     def error(of: Tensor) -> float:
         return float((fit(of, 4, 32).nearest(of) - of).square().sum())
@@ -195,8 +198,8 @@ def test_space_used_is_that_of_the_ellipsoid_in_its_cube() -> None:
 def test_more_of_the_space_is_used_once_outlier_channels_are_rotated() -> None:
     x = torch.randn(400, 48, generator=torch.Generator().manual_seed(0))
     x[:, [4, 20]] *= 20
-    moment, one = x.T @ x / len(x), torch.ones(48, dtype=torch.float64)
-    assert space_used(Turn(one, one, 48).moment(moment)) > 3 * space_used(moment)
+    hessian, one = x.T @ x / len(x), torch.ones(48, dtype=torch.float64)
+    assert space_used(LayerRotation(one, one, 48).hessian(hessian)) > 3 * space_used(hessian)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
@@ -234,5 +237,5 @@ def test_answers_go_on_over_compressed_caches() -> None:
 def test_only_plain_layers_hide_behind_a_rotation() -> None:
     draw = torch.Generator().manual_seed(0)
     inner = nn.Linear(36, 5, bias=False)
-    layer, x = TurnedLinear(inner), torch.randn(4, 36, generator=draw)
+    layer, x = RotatedLinear(inner), torch.randn(4, 36, generator=draw)
     torch.testing.assert_close(layer(x), x @ layer.dequantised().T, rtol=1e-4, atol=1e-5)

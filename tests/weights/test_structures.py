@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from tests.weights.support import logits
 from workbench.errors import BudgetTooSmall, InputError, NotApplicable
 from workbench.inspection.channels import channel_table
 from workbench.models import UNLIMITED, max_positions, tiny
@@ -18,17 +19,18 @@ from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
 from workbench.registry import registered
 from workbench.weights import PBLLM, RTN, SVD, DenseShift, Magnitude
-from workbench.weights.base import WeightMethod, compressed
-from workbench.weights.calibration.block_by_block import Stream
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.block_runner import BlockRunner
+from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import PackedLinear
-from workbench.weights.reports.census import census
-from workbench.weights.reports.rounding import rounding
-from workbench.weights.reports.sensitivity import sensitivity
-from workbench.weights.reports.spectra import spectra
-from workbench.weights.surgery.prunable import Neurons, sites_of
+from workbench.weights.reports.census import census_of
+from workbench.weights.reports.rounding import rounding_of
+from workbench.weights.reports.sensitivity import sensitivity_of
+from workbench.weights.reports.spectra import spectra_of
+from workbench.weights.surgery.prunable import PrunableMLP, prunable_modules
 from workbench.weights.variants import Variants
 
 _IDS: dict[str, Any] = {"vocab_size": 64, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
@@ -122,13 +124,16 @@ def model(name: str) -> Any:
     return made
 
 
-def logits(of: Any, ids: Tensor = _TOKENS) -> Tensor:
-    with torch.no_grad():
-        return of(input_ids=ids).logits
-
-
 def one_line(error: InputError) -> bool:
     return bool(str(error)) and "\n" not in str(error)
+
+
+def or_refusal(make: Callable[[], Any]) -> Any:
+    """What was made, or the error that refused it."""
+    try:
+        return make()
+    except InputError as refusal:
+        return refusal
 
 
 # --- Every method on every structure
@@ -138,20 +143,19 @@ def one_line(error: InputError) -> bool:
 def test_every_weight_method_works_or_says_in_one_line_why_not(name: str) -> None:
     plain, worked = model(name), []
     variants = Variants(plain, None, _TEXTS)
-    before = logits(plain)
+    before = logits(plain, _TOKENS)
     for cls in registered("weights"):
         key, method = cls.key, cls(**_QUICK.get(cls.key, {}))
-        try:
-            made = variants.get((method,))
-        except InputError as refusal:
-            assert one_line(refusal), key
+        made = or_refusal(lambda method=method: variants.get((method,)))
+        if isinstance(made, InputError):
+            assert one_line(made), key
             continue
-        assert logits(made).isfinite().all(), key
+        assert logits(made, _TOKENS).isfinite().all(), key
         assert method.note(plain).startswith(key)
         worked.append(key)
     assert {"rtn", "hqq", "easyquant"} <= set(worked)
     assert name == "gemma3n" or {"gptq", "awq", "owq", "vptq"} <= set(worked)
-    assert torch.equal(logits(plain), before)
+    assert torch.equal(logits(plain, _TOKENS), before)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -162,17 +166,18 @@ def test_every_report_has_rows_or_says_in_one_line_why_not(name: str) -> None:
     packed = [path for path, module in twin.named_modules() if isinstance(module, PackedLinear)]
     inside = [path for path in packed if path.startswith(tuple(f"{layer}." for layer in decoder_layers(plain)))]
     reports: dict[str, Callable[[], Any]] = {
-        "census": lambda: census(plain, twin, variants.study()),
-        "sensitivity": lambda: sensitivity(plain, twin, _TOKENS),
-        "rounding": lambda: rounding(twin, _TOKENS),
+        "census": lambda: census_of(plain, twin, variants.study()),
+        "sensitivity": lambda: sensitivity_of(plain, twin, _TOKENS),
+        "rounding": lambda: rounding_of(twin, _TOKENS),
     }
     for key, report in reports.items():
-        try:
-            assert len(report()) > 0, key
-        except NotApplicable as refusal:
-            assert name == "gemma3n" and one_line(refusal), key
-    assert len(spectra(plain)) == len(spectra(twin)) == len(inside)
-    rows = census(plain, twin)
+        rows = or_refusal(report)
+        if isinstance(rows, InputError):
+            assert isinstance(rows, NotApplicable) and name == "gemma3n" and one_line(rows), key
+        else:
+            assert len(rows) > 0, key
+    assert len(spectra_of(plain)) == len(spectra_of(twin)) == len(inside)
+    rows = census_of(plain, twin)
     assert sorted(rows.loc[rows["form"] == "PackedLinear", "name"]) == sorted(packed)
     matrices = {id(parameter) for parameter in plain.parameters() if parameter.ndim >= 2}
     assert len(rows) == len(matrices)  # tied ones come once; no mask, no table of positions that is a buffer
@@ -223,9 +228,11 @@ def test_conv1d_and_subclasses_that_compute_the_same_are_linear_layers() -> None
 
 
 def test_a_gated_mlp_that_also_keeps_only_the_largest_is_none_whose_neurons_can_go() -> None:
-    gated = [site.name for site in sites_of(model("gemma3n")) if isinstance(site, Neurons)]
+    gated = [module.name for module in prunable_modules(model("gemma3n")) if isinstance(module, PrunableMLP)]
     assert gated == []  # one class, and the first of its layers is sparse
-    assert len([site for site in sites_of(tiny("gemma3", layers=2)) if isinstance(site, Neurons)]) == 2
+    assert (
+        len([module for module in prunable_modules(tiny("gemma3", layers=2)) if isinstance(module, PrunableMLP)]) == 2
+    )
 
 
 # --- What comes out is right
@@ -240,7 +247,7 @@ def test_transposed_weights_are_rounded_as_linear_ones_are() -> None:
         alike[0].weight = nn.Parameter(weight.T.clone())  # type: ignore[union-attr]
         want = RTN(group_size=8).compress(alike[0])  # type: ignore[arg-type]
         assert torch.equal(twin.get_submodule(name).dequantised(), want.dequantised())  # type: ignore[operator]
-    errors = census(plain, twin, WeightStudy(plain, calibration=_TEXTS))
+    errors = census_of(plain, twin, WeightStudy(plain, calibration=_TEXTS))
     within = errors[errors["form"] == "PackedLinear"]
     assert within[["weight_error", "output_error"]].max().max() < 0.2
 
@@ -249,11 +256,11 @@ def test_transposed_weights_are_rounded_as_linear_ones_are() -> None:
 def test_blocks_one_after_another_and_the_ending_are_the_model(name: str) -> None:
     plain = model(name)
     ids = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(1))
-    stream = Stream(plain, ids, batch=24)
-    for block, _ in stream:
-        for _ in stream.through(block):
+    runner = BlockRunner(plain, ids, batch=24)
+    for block, _ in runner:
+        for _ in runner.run(block):
             pass
-    torch.testing.assert_close(Ending(plain).logits(stream.hidden), logits(plain, ids), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ModelHead(plain).logits(runner.hidden), logits(plain, ids), rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_that_are_told_about_the_text_are_refused() -> None:
@@ -275,11 +282,10 @@ def test_blocks_that_are_told_about_the_text_are_refused() -> None:
         lambda module, args, kwargs: (args, {"looked_up": core.looked_up, **kwargs}), with_kwargs=True
     )
     core.embed_tokens.register_forward_hook(lambda module, args, out: setattr(core, "looked_up", 5 * out))
-    stream = Stream(plain, torch.arange(24).view(3, 8))
+    runner = BlockRunner(plain, torch.arange(24).view(3, 8))
+    list(runner.run("model.layers.0"))
     with pytest.raises(NotApplicable, match=r"model\.layers\.1 is given more than hidden states"):
-        for name, _ in stream:
-            for _ in stream.through(name):
-                pass
+        list(runner.run("model.layers.1"))
 
 
 # --- Budgets beside experts
@@ -287,7 +293,7 @@ def test_blocks_that_are_told_about_the_text_are_refused() -> None:
 
 def share_left(plain: Any, twin: Any) -> float:
     """What is left of the 16-bit bytes of the matrices in the decoder's layers."""
-    rows = census(plain, twin)
+    rows = census_of(plain, twin)
     rows = rows[rows["layer"].notna()]
     return float(rows["bytes"].sum() / (rows["bytes"] / rows["share"]).sum())
 
@@ -331,10 +337,10 @@ def test_errors_of_a_matrix_of_zeros_are_missing() -> None:
     plain.get_submodule(name).weight.data.zero_()  # type: ignore[union-attr,operator]
     for method in (DenseShift(), PBLLM(), RTN(), SVD()):
         variants = Variants(plain, None, _TEXTS)
-        rows = census(plain, variants.get((method,)), variants.study()).set_index("name")
+        rows = census_of(plain, variants.get((method,)), variants.study()).set_index("name")
         assert rows.loc[[name], ["weight_error", "output_error"]].isna().all().all()
         assert (rows[["weight_error", "output_error"]].fillna(0) < 10).all().all()
-    found = next(spectrum for spectrum in spectra(plain) if spectrum.name == name)
+    found = next(spectrum for spectrum in spectra_of(plain) if spectrum.name == name)
     assert found.effective_rank != found.effective_rank and found.rank_for(0.9) == 0
-    frame = spectra(plain).to_frame()
+    frame = spectra_of(plain).to_frame()
     assert frame["effective_rank"].isna().sum() == frame["stable_rank"].isna().sum() == 1

@@ -13,22 +13,19 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, logits
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, Cancelled, MissingExtra, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.progress import Progress
-from workbench.weights.base import Survey, compressed, sharing_copy
+from workbench.weights.compress import compressed
 from workbench.weights.layers import PackedLinear, packed_nbytes
 from workbench.weights.methods.quantise.hqq import HQQ
+from workbench.weights.surgery.sharing_copy import sharing_copy
+from workbench.weights.survey import Survey
 from workbench.weights.variants import Variants
 
-IDS = torch.arange(3, 67)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:

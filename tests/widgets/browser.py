@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +18,22 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.waiting import until
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def answers(port: int) -> bool:
+    """Whether a server of this machine accepts connections."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _absent(reason: str) -> None:
@@ -55,14 +69,9 @@ def served_app() -> Iterator[Callable[[], str]]:
     servers: list[Any] = []
 
     def start() -> str:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         servers.append(serve(port=port, model="workbench-tiny", threaded=True))
-        deadline = time.monotonic() + 30
-        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.1)
+        until(lambda: answers(port), what="the server")
         return f"http://127.0.0.1:{port}/"
 
     yield start

@@ -1,4 +1,4 @@
-"""The app without a browser: controls from descriptions, recipes from controls, links, lanes of work, shared models."""
+"""The app without a browser: controls from descriptions, recipes from controls, links, workers, shared models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import workbench as wb
+from tests.waiting import until
 from workbench.errors import BadParameter, BadRecipe, Cancelled, ModelNotFound, WorkbenchError
 from workbench.progress import Progress
 from workbench.recipe import Recipe
@@ -18,15 +19,16 @@ from workbench.registry import Method, Parameter, registered
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.controls import Menu, MethodForm, control
-from workbench_widgets.app.lane import Lane
-from workbench_widgets.app.offered import Offered
-from workbench_widgets.app.recipe_form import CACHE_SLOTS, SLOTS, RecipeForm, kv_methods
+from workbench_widgets.app.elements.method_form import Menu, MethodForm, control
+from workbench_widgets.app.parts.recipe_form import RecipeForm
 from workbench_widgets.app.serve import _check_port
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import PageState
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.state.page_state import PageState
+from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, RECIPE_SLOTS, kv_methods
+from workbench_widgets.app.state.snippet import snippet
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.worker import Worker
+from workbench_widgets.app.work.workspace import Workspace
 
 EVERY = [(cls, p) for cls in registered() for p in cls.parameters()]
 
@@ -34,13 +36,6 @@ EVERY = [(cls, p) for cls in registered() for p in cls.parameters()]
 def now(show: Callable[[], None]) -> None:
     """A page whose own thread is whichever comes."""
     show()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def another(parameter: Parameter) -> Any:
@@ -205,7 +200,7 @@ def test_a_broken_link_opens_the_default_page() -> None:
     assert PageState.read({"values": "{not json", "tokens": "many", "layer": "-1", "other": "x"}) == PageState()
     assert PageState.read({"values": '["list"]'}).values == {}
     form = RecipeForm({"kv": "no-such", "store": "no-such"}, {"snapkv": {"window": 9}}, lambda: None)
-    assert set(form.keys()) == set(SLOTS)
+    assert set(form.keys()) == set(RECIPE_SLOTS)
     assert form.recipe("25%")
 
 
@@ -228,26 +223,26 @@ def test_the_python_of_a_page_runs_the_same_recipe(tiny_llama: Any, byte_tokeniz
     assert len([line for line in code.splitlines() if line]) == 5
 
 
-# -- lanes
+# -- workers
 
 
-def test_a_lane_keeps_only_the_latest_of_what_waits() -> None:
-    lane, hold, done = Lane("test", now), threading.Event(), []
+def test_a_worker_keeps_only_the_latest_of_what_waits() -> None:
+    worker, hold, done = Worker("test", now), threading.Event(), []
 
     def slow(progress: Progress) -> str:
         hold.wait(10)
         return "first"
 
-    lane.submit(slow, done.append, done.append)
+    worker.submit(slow, done.append, done.append)
     for name in ("second", "third", "fourth"):
-        lane.submit(lambda progress, name=name: name, done.append, done.append)
+        worker.submit(lambda progress, name=name: name, done.append, done.append)
     hold.set()
-    wait_for(lambda: not lane.busy)
+    until(lambda: not worker.busy)
     assert done == ["first", "fourth"]
 
 
 def test_an_interrupted_job_is_cancelled_and_forgotten() -> None:
-    lane, began, done = Lane("test", now), threading.Event(), []
+    worker, began, done = Worker("test", now), threading.Event(), []
 
     def endless(progress: Progress) -> str:
         began.set()
@@ -255,15 +250,15 @@ def test_an_interrupted_job_is_cancelled_and_forgotten() -> None:
             progress.check()
             time.sleep(0.005)
 
-    lane.submit(endless, done.append, done.append)
+    worker.submit(endless, done.append, done.append)
     assert began.wait(5)
-    lane.submit(lambda progress: "next", done.append, done.append, interrupt=True)
-    wait_for(lambda: not lane.busy)
+    worker.submit(lambda progress: "next", done.append, done.append, interrupt=True)
+    until(lambda: not worker.busy)
     assert done == ["next"]
 
 
 def test_cancelling_tells_so_and_the_lane_goes_on() -> None:
-    lane, began, failed, done = Lane("test", now), threading.Event(), [], []
+    worker, began, failed, done = Worker("test", now), threading.Event(), [], []
 
     def endless(progress: Progress) -> None:
         began.set()
@@ -271,31 +266,31 @@ def test_cancelling_tells_so_and_the_lane_goes_on() -> None:
             progress.update("spinning", 1, 2)
             time.sleep(0.005)
 
-    lane.submit(endless, done.append, failed.append)
+    worker.submit(endless, done.append, failed.append)
     assert began.wait(5)
-    lane.cancel()
-    wait_for(lambda: not lane.busy)
+    worker.cancel()
+    until(lambda: not worker.busy)
     assert [type(error) for error in failed] == [Cancelled]
-    lane.submit(lambda progress: 1, done.append, failed.append)
-    wait_for(lambda: done == [1])
+    worker.submit(lambda progress: 1, done.append, failed.append)
+    until(lambda: done == [1])
 
 
 def test_an_unexpected_error_is_told_in_one_line_and_the_lane_goes_on(caplog: Any) -> None:
-    lane, failed, done = Lane("reading", now), [], []
-    lane.submit(lambda progress: 1 / 0, done.append, failed.append)
-    wait_for(lambda: not lane.busy)
+    worker, failed, done = Worker("reading", now), [], []
+    worker.submit(lambda progress: 1 / 0, done.append, failed.append)
+    until(lambda: not worker.busy)
     assert isinstance(failed[0], WorkbenchError)
     assert "reading failed: ZeroDivisionError" in str(failed[0])
     assert "division" in caplog.text
 
 
 def test_a_closed_lane_tells_nobody_anything() -> None:
-    lane, hold, done = Lane("test", now), threading.Event(), []
-    lane.submit(lambda progress: hold.wait(10), done.append, done.append)
-    lane.close()
+    worker, hold, done = Worker("test", now), threading.Event(), []
+    worker.submit(lambda progress: hold.wait(10), done.append, done.append)
+    worker.close()
     hold.set()
-    lane.submit(lambda progress: "late", done.append, done.append)
-    wait_for(lambda: not lane.busy)
+    worker.submit(lambda progress: "late", done.append, done.append)
+    until(lambda: not worker.busy)
     assert done == []
 
 
@@ -313,22 +308,22 @@ def test_a_model_is_loaded_once_for_all_who_ask(tiny_llama: Any, monkeypatch: py
         return LoadedModel(tiny_llama, None, name, facts(tiny_llama))
 
     monkeypatch.setattr("workbench.models.load", load)
-    shelf, got = Shelf(), []
-    threads = [threading.Thread(target=lambda: got.append(shelf.get("a", Progress()))) for _ in range(4)]
+    models, got = LoadedModels(), []
+    threads = [threading.Thread(target=lambda: got.append(models.get("a", Progress()))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert loads == ["a"]
     assert len({id(model) for model in got}) == 1
-    assert shelf.get("a", Progress()) is got[0]
+    assert models.get("a", Progress()) is got[0]
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
-    shelf = Shelf()
+    models = LoadedModels()
     for _ in range(2):
         with pytest.raises(ModelNotFound, match="no model"):
-            shelf.get("no such model", Progress())
+            models.get("no such model", Progress())
 
 
 # -- workspaces
@@ -338,7 +333,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
 def workspace(tiny_llama: Any, byte_tokenizer: Any) -> Any:
     from workbench.models import LoadedModel, facts
 
-    class Ready(Shelf):
+    class Ready(LoadedModels):
         def get(self, name: str, progress: Progress) -> LoadedModel:
             if name == "missing":
                 raise ModelNotFound("no model 'missing'")
@@ -354,50 +349,50 @@ TEXT = "the needle lies under the stone " * 6
 
 def test_reading_planning_running_and_asking_on(workspace: Any) -> None:
     workspace.read("tiny", TEXT)
-    wait_for(lambda: workspace.reading is not None)
+    until(lambda: workspace.reading is not None)
     workspace.make_plan(Recipe.of("snapkv", budget=0.5), interrupt=True)
-    wait_for(lambda: workspace.plan is not None)
+    until(lambda: workspace.plan is not None)
     assert workspace.plan.share <= 0.5
     workspace.generate(Recipe.of("snapkv", budget=0.5), "where?", 4)
-    wait_for(lambda: workspace.run is not None and not workspace.working)
+    until(lambda: workspace.run is not None and not workspace.working)
     first = workspace.run
     workspace.generate(Recipe.of("snapkv", budget=0.5), "and then?", 3, follow=True)
-    wait_for(lambda: workspace.run is not first and not workspace.working)
+    until(lambda: workspace.run is not first and not workspace.working)
     assert list(workspace.rows.question) == ["where?", "and then?"]
     assert list(workspace.rows.run) == [1, 2]
 
 
 def test_a_budget_too_small_is_a_notice_and_the_last_plan_stays(workspace: Any) -> None:
     workspace.read("tiny", TEXT)
-    wait_for(lambda: workspace.reading is not None)
+    until(lambda: workspace.reading is not None)
     workspace.make_plan(Recipe.of("snapkv", budget=0.5), interrupt=True)
-    wait_for(lambda: workspace.plan is not None)
+    until(lambda: workspace.plan is not None)
     before = workspace.plan
     workspace.make_plan(Recipe.of("snapkv", budget=0.0001), interrupt=False)
-    wait_for(lambda: workspace.refusal != "")
+    until(lambda: workspace.refusal != "")
     assert "smallest" in workspace.refusal
     assert workspace.plan is before
     workspace.make_plan(Recipe.of("snapkv", budget=0.6), interrupt=False)
-    wait_for(lambda: workspace.plan is not before)
+    until(lambda: workspace.plan is not before)
     assert workspace.refusal == ""
 
 
 def test_a_failed_reading_keeps_what_was_there(workspace: Any) -> None:
     workspace.read("tiny", TEXT)
-    wait_for(lambda: workspace.reading is not None)
+    until(lambda: workspace.reading is not None)
     before = workspace.reading
     for model, text, said in (("tiny", "  ", "empty"), ("missing", "x", "no model")):
         workspace.read(model, text)
-        wait_for(lambda said=said: said in workspace.problem)
+        until(lambda said=said: said in workspace.problem)
     assert workspace.reading is before
 
 
 def test_comparing_adds_a_row_for_each_run_and_says_what_cannot_be_done(workspace: Any) -> None:
     workspace.read("tiny", TEXT)
-    wait_for(lambda: workspace.reading is not None)
+    until(lambda: workspace.reading is not None)
     recipes = [Recipe.of("full"), Recipe.of("knorm"), Recipe.of("kivi")]
     workspace.compare(recipes, ["50%", "0.1%"], None, 2)
-    wait_for(lambda: not workspace.working and len(workspace.rows) == 5)
+    until(lambda: not workspace.working and len(workspace.rows) == 5)
     assert workspace.rows.error.notna().sum() == 2
     assert workspace.rows.kl.iloc[0] < 1e-6
 
@@ -408,26 +403,26 @@ def test_the_share_of_scores_has_a_column_once_a_run_has_an_attention_method(wor
     panel = RunsPanel(workspace, lambda methods, budgets: None)
     panel.show(True)
     workspace.read("tiny", TEXT)
-    wait_for(lambda: workspace.reading is not None)
+    until(lambda: workspace.reading is not None)
     for key, hidden in (("snapkv", ["host_mib", "score_share"]), ("streaming-window", ["host_mib"])):
         before = len(workspace.rows)
         workspace.generate(Recipe.of(key, budget=0.5), None, 2)
-        wait_for(lambda before=before: len(workspace.rows) > before and not workspace.working)
+        until(lambda before=before: len(workspace.rows) > before and not workspace.working)
         assert panel.table.hidden_columns == hidden
     shares = panel.table.value["score_share"].tolist()
     assert shares[0] == 1 and 0.3 < shares[1] <= 0.5
 
 
 def test_two_sharing_a_model_never_meet(workspace: Any, tiny_llama: Any) -> None:
-    other = Workspace(now, workspace._shelf)
+    other = Workspace(now, workspace._models)
     workspace.read("tiny", TEXT)
     other.read("tiny", TEXT[::-1])
-    wait_for(lambda: workspace.reading is not None and other.reading is not None)
+    until(lambda: workspace.reading is not None and other.reading is not None)
     assert workspace.reading.session.model is other.reading.session.model
     assert workspace.reading.session is not other.reading.session
     workspace.generate(Recipe.of("knorm", budget=0.5), "a?", 3)
     other.generate(Recipe.of("full"), "b?", 3)
-    wait_for(lambda: len(workspace.rows) == 1 and len(other.rows) == 1)
+    until(lambda: len(workspace.rows) == 1 and len(other.rows) == 1)
     assert workspace.run.question == "a?"
     assert other.run.question == "b?"
     other.close()
@@ -446,17 +441,17 @@ def attention(workspace: Any) -> Any:
     made.show(True)
     workspace.read("tiny", TEXT)
     # The prompt's own refresh runs on another thread here: it must be over before a head is chosen.
-    wait_for(lambda: made.map.label != "" and not workspace.looking.busy and not workspace.surveying.busy)
+    until(lambda: made.map.label != "" and not workspace.looking.busy and not workspace.surveying.busy)
     workspace.selected = (0, 1)
     workspace.recipe = Recipe.of("snapkv", budget=0.5)
     workspace.make_plan(workspace.recipe, interrupt=True)
-    wait_for(lambda: workspace.plan is not None and not workspace.looking.busy and not workspace.surveying.busy)
+    until(lambda: workspace.plan is not None and not workspace.looking.busy and not workspace.surveying.busy)
     return made
 
 
 def choose_to_show(panel: Any, start: str) -> None:
     panel.shows.value = next(value for name, value in panel.choices.items() if name.startswith(start))
-    wait_for(lambda: not panel.workspace.looking.busy and not panel.workspace.surveying.busy)
+    until(lambda: not panel.workspace.looking.busy and not panel.workspace.surveying.busy)
 
 
 def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(attention: Any) -> None:
@@ -466,7 +461,7 @@ def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(at
     assert attention.grid.classes
     assert attention.grid.selected == (0, 1)
     attention.grid.selected = (1, 2)  # a click
-    wait_for(lambda: attention.map.label == "Attention of layer 1, head 2")
+    until(lambda: attention.map.label == "Attention of layer 1, head 2")
     assert attention.workspace.selected == (1, 2)
     assert (attention.layer.value, attention.head.value) == (1, 2)
 
@@ -474,7 +469,7 @@ def test_the_attention_tab_shows_a_head_what_its_tokens_receive_and_all_heads(at
 def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     session = attention.workspace.reading.session
     for start, against in (("SLAB", False), ("SLAB (simplified linear attention) − all keys", True)):
@@ -494,14 +489,14 @@ def test_an_operators_implied_attention_is_shown_with_its_error(attention: Any) 
 def test_an_operators_parameters_are_its_controls_and_stay_as_they_were_left(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     assert not attention._parameters.visible
     choose_to_show(attention, "SOFT")
     assert set(attention.form.widgets) == {p.name for p in wb.method("soft").parameters()}
     before = unpack(attention.map.exact)
     attention.form.widgets["landmarks"].value = 3
-    wait_for(lambda: attention.map.label.endswith("landmarks=3") and not attention.workspace.looking.busy)
+    until(lambda: attention.map.label.endswith("landmarks=3") and not attention.workspace.looking.busy)
     made = attention.workspace.reading.session.operator("soft", 0, 1, landmarks=3)
     shown = np.nan_to_num(unpack(attention.map.exact))
     np.testing.assert_allclose(shown, made.implied.values, atol=1e-6)
@@ -518,7 +513,7 @@ def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_
     attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, session = attention.workspace, attention.workspace.reading.session
-    monkeypatch.setattr("workbench_widgets.app.workspace._SOON_S", 0)
+    monkeypatch.setattr("workbench_widgets.app.work.workspace._SOON_S", 0)
     real, asked = session.attention, []
 
     def endless(*args: Any, progress: Progress, **kwargs: Any) -> Any:
@@ -528,20 +523,20 @@ def test_a_map_that_takes_long_says_how_far_it_is_and_begins_again_after_it_was_
 
     monkeypatch.setattr(session, "attention", endless)
     attention.pooling.value = "mean"
-    wait_for(lambda: attention.doing.body.visible and attention.doing.bar.value == 25)
+    until(lambda: attention.doing.body.visible and attention.doing.bar.value == 25)
     attention.doing.cancel.clicks += 1
-    wait_for(lambda: not workspace.looking.busy and not attention.doing.body.visible)
+    until(lambda: not workspace.looking.busy and not attention.doing.body.visible)
     monkeypatch.setattr(session, "attention", lambda *a, **k: (asked.append(k["pooling"]), real(*a, **k))[1])
     attention.show(False)
     attention.show(True)
-    wait_for(lambda: asked == ["mean"] and not workspace.looking.busy)
+    until(lambda: asked == ["mean"] and not workspace.looking.busy)
     assert not attention.doing.body.visible
 
 
 def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     workspace = attention.workspace
     session = workspace.reading.session
@@ -559,7 +554,7 @@ def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> Non
 def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
     workspace = attention.workspace
     workspace.generate(Recipe.of("knorm", budget=0.5), None, 2)
-    wait_for(lambda: workspace.run is not None and not workspace.working)
+    until(lambda: workspace.run is not None and not workspace.working)
     choose_to_show(attention, "snapkv 0.5 − run of knorm 0.5")
     assert attention.map.label.endswith("snapkv 0.5 − knorm 0.5")
 
@@ -567,16 +562,16 @@ def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
 def test_an_attention_methods_own_weights_are_shown_and_said_to_be_so(attention: Any) -> None:
     import numpy as np
 
-    from workbench_widgets.wire import unpack
+    from workbench_widgets.views.wire import unpack
 
     workspace = attention.workspace
     sparse = wb.method("block-sparse", budget=0.5)
     for recipe, said in ((sparse | wb.method("knorm", budget=0.5), "before knorm drops"), (Recipe.of(sparse), "")):
         workspace.recipe = recipe
         workspace.make_plan(recipe, interrupt=True)
-        wait_for(lambda recipe=recipe: workspace.plan is not None and f"under {recipe.label}" in str(attention.choices))
+        until(lambda recipe=recipe: workspace.plan is not None and f"under {recipe.label}" in str(attention.choices))
         choose_to_show(attention, f"attention under {recipe.label}")
-        wait_for(
+        until(
             lambda recipe=recipe: attention.map.label.endswith(f"under {recipe.label}") and not workspace.surveying.busy
         )
         wanted = workspace.reading.session.attention(0, 1, sparse).values.numpy()
@@ -591,9 +586,9 @@ def test_heads_whose_weights_take_long_to_find_wait_to_be_asked_for(attention: A
     for key, waits in (("streaming-window", True), ("masformer", False)):
         workspace.recipe = Recipe.of(key, budget=0.7)
         workspace.make_plan(workspace.recipe, interrupt=True)
-        wait_for(lambda key=key: f"under {key}" in str(attention.choices))
+        until(lambda key=key: f"under {key}" in str(attention.choices))
         choose_to_show(attention, "attention under")
-        wait_for(lambda waits=waits: attention.survey.visible == waits)
+        until(lambda waits=waits: attention.survey.visible == waits)
 
 
 def test_what_was_looked_at_is_not_computed_again(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,13 +600,13 @@ def test_what_was_looked_at_is_not_computed_again(attention: Any, monkeypatch: p
         monkeypatch.setattr(session, name, lambda *a, _n=name, _r=real, **k: (asked.append(_n), _r(*a, **k))[1])
     before = attention.map.knots
     attention.scale.value = "linear"
-    wait_for(lambda: attention.map.knots != before and not workspace.looking.busy)
+    until(lambda: attention.map.knots != before and not workspace.looking.busy)
     choose_to_show(attention, "keys kept")
     assert sorted(asked) == ["attention", "attention_grid", "heads", "received"]
     choose_to_show(attention, "all keys")
     choose_to_show(attention, "snapkv 0.5 −")
     workspace.make_plan(Recipe.of("snapkv", budget=0.5), interrupt=True)
-    wait_for(lambda: not workspace.planning.busy and not workspace.looking.busy)
+    until(lambda: not workspace.planning.busy and not workspace.looking.busy)
     assert len(asked) == 4
 
 
@@ -621,7 +616,7 @@ def test_a_long_prompts_heads_wait_to_be_asked_for_and_can_be_cancelled(
     monkeypatch.setattr("workbench_widgets.app.panels.attention._AT_ONCE", 0)
     workspace = attention.workspace
     workspace.read("tiny", TEXT + "more")
-    wait_for(lambda: attention.survey.visible)
+    until(lambda: attention.survey.visible)
     assert not attention.grid.visible
     began, session = threading.Event(), workspace.reading.session
 
@@ -635,12 +630,12 @@ def test_a_long_prompts_heads_wait_to_be_asked_for_and_can_be_cancelled(
         patch.setattr(session, "attention_grid", endless)
         attention.survey.clicks += 1
         assert began.wait(5)
-        wait_for(lambda: attention.survey.label == "Attention maps …" and attention.survey.disabled)
+        until(lambda: attention.survey.label == "Attention maps …" and attention.survey.disabled)
         workspace.cancel()
-        wait_for(lambda: attention.survey.label == "Show all heads" and not attention.survey.disabled)
-        wait_for(lambda: not workspace.surveying.busy)
+        until(lambda: attention.survey.label == "Show all heads" and not attention.survey.disabled)
+        until(lambda: not workspace.surveying.busy)
     attention.survey.clicks += 1
-    wait_for(lambda: attention.grid.visible and not workspace.surveying.busy)
+    until(lambda: attention.grid.visible and not workspace.surveying.busy)
     assert not attention.survey.visible
 
 
@@ -651,10 +646,10 @@ def test_what_comes_when_the_tab_was_left_is_shown_when_one_comes_back(attention
     workspace.selected = (1, 1)
     attention.show(False)
     hold.set()
-    wait_for(lambda: not workspace.looking.busy)
+    until(lambda: not workspace.looking.busy)
     assert attention.map.label == "Attention of layer 0, head 1"
     attention.show(True)
-    wait_for(lambda: attention.map.label == "Attention of layer 1, head 1")
+    until(lambda: attention.map.label == "Attention of layer 1, head 1")
 
 
 # -- starting
@@ -669,7 +664,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 
     doc = Document()
     with set_curdoc(doc):
-        page(Offered("tiny")).server_doc(doc)
+        page(OfferedModels("tiny"), LoadedModels()).server_doc(doc)
     found = {sheet.url for root in doc.roots for sheet in root.select({"type": ImportedStyleSheet})}
     assert found and not [url for url in found if "://" in url]
 
@@ -677,7 +672,7 @@ def test_a_page_that_is_made_for_a_socket_alone_finds_its_style_sheets_here(work
 def test_a_page_is_built_without_a_model_or_a_warning() -> None:
     from workbench_widgets.app.page import Page
 
-    page = Page(Offered("none-yet"))
+    page = Page(OfferedModels("none-yet"), LoadedModels())
     assert page.state == PageState()
     assert "wb.method('snapkv', budget=0.25)" in page.python()
 
@@ -687,18 +682,18 @@ def test_what_is_read_before_the_page_is_drawn_is_shown_when_it_is(monkeypatch: 
     from bokeh.server.callbacks import NextTickCallback
     from panel.io.state import set_curdoc, state
 
-    from workbench_widgets.app import lane
     from workbench_widgets.app.page import Page
+    from workbench_widgets.app.work import worker
 
     drawn: list[Callable[[], None]] = []
     monkeypatch.setattr(type(state), "onload", lambda self, ready: drawn.append(ready))
-    monkeypatch.setattr(lane, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
+    monkeypatch.setattr(worker, "_APPLIED_S", 0.1)  # nobody takes in what was read until later
     doc = Document()
     with set_curdoc(doc):
-        page = Page(Offered("workbench-tiny"))
+        page = Page(OfferedModels("workbench-tiny"), LoadedModels())
     page.begin()  # its browser has connected
     try:
-        wait_for(lambda: not page.workspace.main.busy)
+        until(lambda: not page.workspace.main.busy)
         assert page.workspace.reading is None and not doc.session_callbacks
         drawn[0]()
         for turn in doc.session_callbacks:
@@ -736,7 +731,7 @@ def test_recipes_that_make_no_sense_are_errors_of_ours() -> None:
 def test_progress_that_arrives_after_the_outcome_is_not_shown() -> None:
     posted: list[Any] = []
     told: list[str] = []
-    lane = Lane("late", posted.append, None, lambda stage, done, total: told.append(stage))
+    worker = Worker("late", posted.append, None, lambda stage, done, total: told.append(stage))
     finished = threading.Event()
 
     def work(progress: Progress) -> int:
@@ -744,11 +739,9 @@ def test_progress_that_arrives_after_the_outcome_is_not_shown() -> None:
         finished.set()
         return 1
 
-    lane.submit(work, lambda result: told.append("done"), lambda error: None)
+    worker.submit(work, lambda result: told.append("done"), lambda error: None)
     assert finished.wait(5)
-    deadline = time.monotonic() + 5
-    while len(posted) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(posted) == 2)
     for late in reversed(posted):  # the page takes the outcome first
         late()
     assert told == ["done"]

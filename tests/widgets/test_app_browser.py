@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import os
 import re
-import socket
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
-from tests.widgets.browser import Watched, watched_page
+from tests.waiting import changed, until
+from tests.widgets.browser import Watched, answers, free_port, watched_page
 from workbench.models import cached
 
 pn = pytest.importorskip("panel")
@@ -32,14 +32,9 @@ def address(chromium: Any) -> Iterator[str]:
         pytest.skip(f"the default model is not in the cache: run `workbench models fetch {MODEL}`")
     from workbench_widgets import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = serve(port=port, model=MODEL, threaded=True)
-    deadline = time.monotonic() + 30
-    while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.1)
+    until(lambda: answers(port), what="the server")
     yield f"http://127.0.0.1:{port}/"
     server.stop()
 
@@ -90,15 +85,6 @@ def set_budget(page: Any, budget: str) -> None:
     field.press("Enter")
 
 
-def changed(read: Callable[[], Any], before: Any, seconds: float = 60) -> Any:
-    """The new value, once it is another."""
-    deadline = time.monotonic() + seconds
-    while (now := read()) == before:
-        assert time.monotonic() < deadline, f"it is still {before!r}"
-        time.sleep(0.05)
-    return now
-
-
 PICTURE = "canvas => canvas.toDataURL()"
 WHOLE = "element => element.scrollWidth <= element.clientWidth + 1"  # nothing of it is cut off at the right
 
@@ -141,10 +127,7 @@ def test_raising_the_budget_again_restores_exactly_what_was_there(open_tab: Call
     set_budget(page, "20%")
     changed(lambda: raster(page), at_half)
     set_budget(page, "50%")
-    deadline = time.monotonic() + 30
-    while raster(page) != at_half:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: raster(page) == at_half)
 
 
 def test_a_budget_too_small_is_one_notice_that_names_the_smallest(open_tab: Callable[..., Watched]) -> None:
@@ -211,7 +194,7 @@ def test_a_comparison_fills_the_table_and_its_file(open_tab: Callable[..., Watch
     page.wait_for_selector(".js-plotly-plot")
     with page.expect_download() as waited:
         page.locator("button:has-text('CSV'), a:has-text('CSV')").first.click()
-    with open(waited.value.path(), newline="") as file:
+    with Path(waited.value.path()).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["recipe"].split()[0] for row in rows] == ["full", "snapkv", "streaming-llm", "kivi"]
     assert float(rows[0]["kl"]) < 1e-3
@@ -275,7 +258,7 @@ def test_weights_move_by_the_megabyte_and_the_answer_follows(open_tab: Callable[
     field = page.get_by_label("As a size")
     field.fill("2MiB")
     field.press("Enter")
-    assert changed(lambda: weights.text_content(), before) < before
+    assert changed(weights.text_content, before) < before
     page.get_by_text("full + bitstack 2 MiB").first.wait_for()
     page.wait_for_url(re.compile("weights_budget=2MiB"))
 

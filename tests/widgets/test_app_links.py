@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl
@@ -13,18 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workbench as wb
+from tests.waiting import until
 from tests.widgets.browser import watched_page
 from workbench.examples import examples
 from workbench.registry import registered
 
 pytest.importorskip("panel_material_ui")
 
-from workbench_widgets.app.offered import Offered
+from workbench_widgets.app.elements.text_field import TextArea, TextField
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.recipe_form import SLOTS, methods_for
-from workbench_widgets.app.state import TABS, TEXT_LIMIT, PageState
-from workbench_widgets.app.text_field import TextArea, TextField
-from workbench_widgets.app.text_length import TextLength, about_tokens
+from workbench_widgets.app.state.page_state import TABS, TEXT_LIMIT, PageState
+from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS, methods_for
+from workbench_widgets.app.state.text_length import TextLength, about_tokens
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.control_panel import Controls
 
 PARTS = [name for name in PageState.__dataclass_fields__ if name != "unread"]
@@ -41,14 +42,14 @@ def read_back(state: PageState) -> PageState:
 
 def fits(state: PageState) -> bool:
     """Whether everything in a state can be shown."""
-    keys = {slot: {cls.key for cls in methods_for(slot)} | {""} for slot in SLOTS}
+    keys = {slot: {cls.key for cls in methods_for(slot)} | {""} for slot in RECIPE_SLOTS}
     classes = {cls.key: cls for cls in registered()}
     for key, values in state.values.items():
         kinds = {entry.name: entry for entry in classes[key].parameters()}
         for name, value in values.items():
             wanted = {"int": int, "float": (int, float), "bool": bool, "text": (str, type(None))}.get(kinds[name].kind)
             assert value in (kinds[name].choices or ()) if wanted is None else isinstance(value, wanted)
-    assert all(getattr(state, slot) in keys[slot] for slot in SLOTS)
+    assert all(getattr(state, slot) in keys[slot] for slot in RECIPE_SLOTS)
     assert state.tokens >= 1 and state.layer >= 0 and state.head >= 0 and 0 <= state.tab < TABS
     return state.example in {"", *(one.key for one in examples())}
 
@@ -152,17 +153,14 @@ def test_parts_too_long_for_a_link_are_left_out_of_it_and_named() -> None:
 
 
 def test_the_page_has_as_many_tabs_as_a_link_can_name() -> None:
-    assert len(Page(Offered("none-yet")).panels) == TABS
+    assert len(Page(OfferedModels("none-yet"), LoadedModels()).panels) == TABS
 
 
 def test_a_head_that_the_model_has_not_is_said_and_the_nearest_shown() -> None:
-    page = Page(Offered("workbench-tiny"))
-    page._wanted = (99, 2)  # as a link says it
+    page = Page(OfferedModels("workbench-tiny"), LoadedModels())
+    page._linked_head = (99, 2)  # as a link says it
     page.workspace.read("workbench-tiny", "the needle lies under the stone")
-    deadline = time.monotonic() + 60
-    while not page.link.visible:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: page.link.visible)
     assert page.workspace.selected == (7, 2)
     assert "has no layer 99, head 2: layer 7, head 2 is shown" in page.link.object
     page.workspace.close()
@@ -172,7 +170,7 @@ def test_a_head_that_the_model_has_not_is_said_and_the_nearest_shown() -> None:
 
 
 def test_no_field_for_text_has_a_limit_that_nobody_chose() -> None:
-    page = Page(Offered("none-yet"))
+    page = Page(OfferedModels("none-yet"), LoadedModels())
     page.recipe.slots["weights"].select.value = "evopress"  # has parameters that are text
     roots = [*page.view.main, *page.view.sidebar, *page.view.header]
     found = [widget for root in roots for widget in root.select(lambda one: hasattr(one, "max_length"))]
@@ -190,14 +188,14 @@ def test_a_short_text_is_counted_and_a_long_one_estimated(tiny_session: wb.Sessi
 
 
 def test_what_is_said_of_a_text_that_fits_and_of_one_that_does_not() -> None:
-    assert TextLength(0).line(own=True) == ""
-    assert TextLength(1200).line(own=True) == "1,200 characters"
-    assert TextLength(1200, 300, 8192).line(own=True) == "1,200 characters, about 300 tokens of 8,192"
+    assert TextLength(0).line(in_link=True) == ""
+    assert TextLength(1200).line(in_link=True) == "1,200 characters"
+    assert TextLength(1200, 300, 8192).line(in_link=True) == "1,200 characters, about 300 tokens of 8,192"
     long = TextLength(70_000, 24_000, 2048)
     assert not long.fits
-    assert "too long, the model has 2,048 positions. About the first 5,900 characters fit" in long.line(own=True)
-    assert f"link to this page, which holds {TEXT_LIMIT:,} characters" in TextLength(TEXT_LIMIT + 1).line(own=True)
-    assert "link" not in TextLength(TEXT_LIMIT + 1).line(own=False)  # an example has a name
+    assert "too long, the model has 2,048 positions. About the first 5,900 characters fit" in long.line(in_link=True)
+    assert f"link to this page, which holds {TEXT_LIMIT:,} characters" in TextLength(TEXT_LIMIT + 1).line(in_link=True)
+    assert "link" not in TextLength(TEXT_LIMIT + 1).line(in_link=False)  # an example has a name
 
 
 def test_a_control_panel_generates_as_many_tokens_as_the_model_has_positions(

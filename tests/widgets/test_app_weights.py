@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import workbench as wb
+from tests.waiting import until
 from workbench.errors import BadBudget
 from workbench.models import LoadedModel, facts
 from workbench.progress import Progress
@@ -22,13 +23,13 @@ pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
 from workbench_widgets import weight_views
-from workbench_widgets.app.budget_bar import BudgetBar
 from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
-from workbench_widgets.app.recipe_form import RecipeForm
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.workspace import Workspace
-from workbench_widgets.wire import unpack
+from workbench_widgets.app.parts.budget_bar import BudgetBar
+from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views.wire import unpack
 
 TEXT = "the needle lies under the stone " * 4
 STACK = wb.weights.BitStack(budget=0.3, rank=2, blocks=4)
@@ -39,25 +40,18 @@ def now(show: Callable[[], None]) -> None:
     show()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def workspace(tiny_llama: Any, byte_tokenizer: Any, tmp_path: Any, monkeypatch: Any) -> Any:
     """A text that was read by a tiny model, calibrated on little."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
 
-    class Ready(Shelf):
+    class Ready(LoadedModels):
         def get(self, name: str, progress: Progress) -> LoadedModel:
             return LoadedModel(tiny_llama, byte_tokenizer, "tiny", facts(tiny_llama))
 
     made = Workspace(now, Ready())
     made.read("tiny", TEXT)
-    wait_for(lambda: made.reading is not None)
+    until(lambda: made.reading is not None)
     made.reading.session.calibrate("sampled", samples=4, tokens=32)
     yield made
     made.close()
@@ -69,18 +63,20 @@ def plan(workspace: Any, *methods: Any, **budget: Any) -> None:
     before = workspace.plan
     workspace.recipe = recipe
     workspace.make_plan(recipe, interrupt=True)
-    wait_for(lambda: workspace.plan is not before and not workspace.planning.busy)
+    until(lambda: workspace.plan is not before and not workspace.planning.busy)
 
 
 def settle(workspace: Any) -> None:
-    wait_for(lambda: not any(lane.busy for lane in (workspace.main, workspace.planning, workspace.weighing)))
+    until(lambda: not any(worker.busy for worker in (workspace.main, workspace.planning, workspace.weighing)))
 
 
 # -- budgets
 
 
 def test_there_is_a_slider_for_methods_whose_size_can_be_chosen_and_for_no_others() -> None:
-    sized = {cls.key for cls in registered("weights") if issubclass(cls, wb.weights.WeightMethod) and cls.takes_size()}
+    sized = {
+        cls.key for cls in registered("weights") if issubclass(cls, wb.weights.WeightMethod) and cls.takes_budget()
+    }
     assert {"bitstack", "double-rounding", "svd", "wanda"} <= sized
     assert not sized & {"rtn", "gptq", "awq", "hqq"}
 
@@ -168,7 +164,7 @@ def test_following_gives_way_to_what_a_person_asked_for(workspace: Any) -> None:
 def test_what_follows_is_dropped_silently_when_something_moves_again(workspace: Any) -> None:
     plan(workspace, "full")
     workspace.follow(Recipe.of("full"), "a?", 400)
-    wait_for(lambda: bool(workspace.answer))
+    until(lambda: bool(workspace.answer))
     workspace.stop_following()
     settle(workspace)
     assert workspace.rows.empty and workspace.answer == () and workspace.problem == ""
@@ -285,7 +281,7 @@ def test_a_look_at_weights_can_be_cancelled_and_a_run_does_not_wait_for_it(weigh
         began.clear()
         weights.start.clicks += 1
         assert began.wait(20)
-        wait_for(lambda: weights.doing.body.visible and weights.doing.bar.value == 25)
+        until(lambda: weights.doing.body.visible and weights.doing.bar.value == 25)
         if stop is None:
             workspace.generate(Recipe.of("full"), "a?", 2)
         else:
@@ -319,7 +315,7 @@ def test_what_is_asked_for_says_at_once_that_it_has_begun(weights: Any, monkeypa
     monkeypatch.setattr(weights.workspace.reading.session, "sensitivity", lambda *a, **k: silent.wait(20))
     choose(weights, "sensitivity")
     weights.start.clicks += 1
-    assert weights.doing.body.visible and weights.doing.said.object == "<div>Measuring …</div>"
+    assert weights.doing.body.visible and weights.doing.line.object == "<div>Measuring …</div>"
     weights.doing.cancel.clicks += 1
     silent.set()
     settle(weights.workspace)

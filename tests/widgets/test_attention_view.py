@@ -11,7 +11,7 @@ import torch
 import workbench as wb
 from workbench.errors import BadParameter, NotRead
 from workbench_widgets import AttentionView, Heatmap, MapGrid, present
-from workbench_widgets.wire import unpack
+from workbench_widgets.views.wire import unpack
 
 N = 90
 

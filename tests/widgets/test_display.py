@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,15 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.waiting import until
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
 from workbench.registry import registered
-from workbench_widgets.control_panel import Controls, Latest
-from workbench_widgets.method_controls import MethodControls, control
+from workbench_widgets.control_panel import Controls
 from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure
-from workbench_widgets.wire import unpack
+from workbench_widgets.notebook.latest_job import LatestJob
+from workbench_widgets.notebook.method_controls import MethodControls, control
+from workbench_widgets.views.wire import unpack
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 TEXT = "the blue lamp stands by the green door, and nobody knows why it is lit at noon. " * 3
@@ -46,13 +47,6 @@ def controls(session: wb.Session) -> Any:
     made.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def kept_share(view: PlanView) -> float:
     """What the raster in the panel really shows."""
     return float((unpack(view.raster.kept) > 0).mean())
@@ -66,7 +60,7 @@ def test_outside_a_notebook_a_plan_is_text_and_loads_no_widgets():
         "assert list(data) == ['text/plain'], data\n"
         "assert not {'ipywidgets', 'workbench_widgets'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Plan of knorm 0.5 for 40 tokens")
 
@@ -158,7 +152,7 @@ def test_controls_build_the_method_they_show():
 
 
 def test_a_thread_for_plans_runs_the_newest_job_and_skips_the_rest():
-    latest, started, go, done = Latest(), threading.Event(), threading.Event(), []
+    latest, started, go, done = LatestJob(), threading.Event(), threading.Event(), []
 
     def slow() -> None:
         started.set()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,17 +16,20 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.widgets.browser import Watched, watched_page
+from tests.waiting import until
+from tests.widgets.browser import Watched, free_port, watched_page
 
 pytest.importorskip("jupyterlab")
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 CELLS = (
-    "import torch, workbench as wb\n"
-    "from workbench.models import tiny\n"
-    "s = wb.Session((tiny('llama'), None))\n"
-    "s.read(torch.randint(0, 200, (300,), generator=torch.Generator().manual_seed(0)))\n"
-    "s",
+    (
+        "import torch, workbench as wb\n"
+        "from workbench.models import tiny\n"
+        "s = wb.Session((tiny('llama'), None))\n"
+        "s.read(torch.randint(0, 200, (300,), generator=torch.Generator().manual_seed(0)))\n"
+        "s"
+    ),
     "s.plan('snapkv', budget=0.25)",
     "s.run('streaming-llm', budget=0.2, max_new_tokens=8).show()",
     "from workbench_widgets import AttentionView\nAttentionView(s, 1, 2)",
@@ -57,33 +58,28 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), root / "views.ipynb")
     config = root / "config.py"
     config.write_text(CONFIG.format(root=str(root)), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     own = {f"JUPYTER_{name}_DIR": str(root / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     command = [sys.executable, "-m", "jupyterlab", "--config", str(config), "--port", str(port), "--no-browser"]
     with (root / "lab.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **own}, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(address, server, root / "lab.log")
+        until(lambda: there(address, server, root / "lab.log"), 90, "JupyterLab")
         yield address
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
 
 
-def wait_for(address: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert server.poll() is None, f"JupyterLab ended:\n{log.read_text()[-2000:]}"
-        try:
-            urllib.request.urlopen(f"{address}/api", timeout=2).close()
-        except (urllib.error.URLError, TimeoutError):
-            time.sleep(0.3)
-        else:
-            return
-    pytest.fail(f"JupyterLab did not answer:\n{log.read_text()[-2000:]}")
+def there(address: str, server: subprocess.Popen[bytes], log: Path) -> bool:
+    """Whether a JupyterLab that was started answers."""
+    assert server.poll() is None, f"JupyterLab ended:\n{log.read_text()[-2000:]}"
+    try:
+        urllib.request.urlopen(f"{address}/api", timeout=2).close()
+    except (urllib.error.URLError, TimeoutError):
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +134,12 @@ def test_a_moved_slider_changes_the_raster_and_moves_never_queue(opened):
     before = canvas.evaluate(picture)
     budget = page.locator(".widget-hslider:visible").last  # that of weights is there too, unseen
     slide(budget, 65)
-    began = time.monotonic()
     page.wait_for_function(
         "([before]) => [...document.querySelectorAll('.wb-map canvas')].at(-1).toDataURL() !== before", arg=[before]
     )
     shares = re.compile(r"(5[5-9]|6[0-5]) % kept")
     note = page.locator(".wb-note", has_text="layers").last
-    while not shares.search(note.text_content()):
-        assert time.monotonic() - began < 30, note.text_content()
-        time.sleep(0.02)
+    until(lambda: shares.search(note.text_content()), what=shares.pattern)
     slide(budget, 25)
     page.wait_for_function(
         "([before]) => [...document.querySelectorAll('.wb-map canvas')].at(-1).toDataURL() === before", arg=[before]

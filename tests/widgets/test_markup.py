@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from html import unescape
 from html.parser import HTMLParser
@@ -23,16 +22,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.waiting import until
 from tests.widgets.browser import Watched, watched_page
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.models import tiny
 from workbench.registry import _METHODS, Method, Paper, param, registered
 from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, figures
-from workbench_widgets.attention_view import AttentionView
 from workbench_widgets.control_panel import Controls
-from workbench_widgets.method_controls import MethodControls
 from workbench_widgets.notebook import PlanView, RunView, memory_figure, session_html
+from workbench_widgets.notebook.attention_view import AttentionView
+from workbench_widgets.notebook.method_controls import MethodControls
 from workbench_widgets.plain_text import in_label, in_markup, in_script, out_of_markup
 
 # Without blanks, so that each can be a token, a word of an answer or a folder's name.
@@ -226,10 +226,7 @@ def test_notebooks_show_models_prompts_tokens_answers_methods_and_errors_as_text
     made = [RunView(run), PlanView(run.plan), controls, AttentionView(session, heads=False)]
     made.append(MethodControls(EVERY, registered("kv"), planted_method.key, lambda: None, optional=True))
     controls.run()
-    deadline = time.monotonic() + 60
-    while controls.run_button.disabled:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not controls.run_button.disabled)
     controls.first._controls["word"].value = "fail"
     assert controls._planner is not None and controls._planner.wait()
     shown = [*made, ipywidgets.HTML(session_html(session))]
@@ -326,8 +323,8 @@ def test_the_app_shows_everything_from_outside_as_text(
         assert page.evaluate(FOUND) == [], tab
         if tab == "Runs":
             assert any(name in page.locator(".tabulator-row").first.text_content() for name in PLANTED)
-    for help in page.locator("[data-testid=InfoOutlinedIcon]").all():
-        help.hover()
+    for icon in page.locator("[data-testid=InfoOutlinedIcon]").all():
+        icon.hover()
         page.wait_for_timeout(50)
         assert page.evaluate(FOUND) == []
     page.get_by_label("KV cache: which tokens stay").first.click()  # its menu

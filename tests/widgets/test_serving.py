@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.widgets.browser import watched_page
+from tests.waiting import until
+from tests.widgets.browser import answers, free_port, watched_page
 from workbench.errors import BadParameter, ModelNotOffered
 from workbench.progress import Progress
 
@@ -29,35 +30,17 @@ import panel as pn
 import websocket
 
 from workbench_widgets import serve
-from workbench_widgets.app.asked import asked
-from workbench_widgets.app.hosts import Hosts, is_this_machine
-from workbench_widgets.app.offered import Offered
 from workbench_widgets.app.page import Page
-from workbench_widgets.app.shelf import Shelf
-from workbench_widgets.app.state import TEXT_LIMIT, PageState
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.link_confirmation import awaits_consent
+from workbench_widgets.app.server.hosts import Hosts, is_this_machine
+from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.workspace import Workspace
 
 TINY = "workbench-tiny"
 GONE = "text=The server has gone"
-SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 1500}
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+SOON = {"check_unused_sessions_milliseconds": 100, "unused_session_lifetime_milliseconds": 4000}
 
 
 OTHERS: weakref.WeakSet[Any] = weakref.WeakSet()  # pages and threads that tests of other modules left in this process
@@ -70,7 +53,7 @@ def port() -> Iterator[int]:
     OTHERS.update([*(one for one in gc.get_objects() if type(one) is Page), *threading.enumerate()])
     found = free_port()
     server = serve(port=found, model=TINY, threaded=True, hosts=["proxy.example"], **SOON)
-    wait_for(lambda: answers(found))
+    until(lambda: answers(found))
     yield found
     server.stop()
 
@@ -171,7 +154,7 @@ def test_a_socket_with_a_token_of_another_server_gets_no_session(port: int) -> N
 
 
 def test_only_what_is_offered_can_be_loaded_and_a_refusal_tells_nothing_of_the_disk(tmp_path: Any) -> None:
-    offered = Offered("org/default", more=("org/allowed",))
+    offered = OfferedModels("org/default", more=("org/allowed",))
     for name in ("org/default", "org/allowed", TINY):
         offered.check(name)
     refusals = []
@@ -180,15 +163,15 @@ def test_only_what_is_offered_can_be_loaded_and_a_refusal_tells_nothing_of_the_d
             offered.check(name)
         refusals.append(str(refused.value).replace(repr(name), "it"))
     assert refusals[0] == refusals[1] and "\n" not in refusals[0]
-    Offered("org/default", anything=True).check(str(tmp_path))
+    OfferedModels("org/default", anything=True).check(str(tmp_path))
 
 
 def test_a_model_that_is_not_offered_is_refused_before_anything_is_looked_for() -> None:
-    class Untouched(Shelf):
+    class Untouched(LoadedModels):
         def get(self, name: str, progress: Progress) -> Any:
             raise AssertionError(f"{name} was looked for")
 
-    workspace = Workspace(lambda show: show(), Untouched(), Offered(TINY))
+    workspace = Workspace(lambda show: show(), Untouched(), OfferedModels(TINY))
     workspace.read("/etc", "text")
     assert "not offered" in workspace.problem and not workspace.main.busy and not workspace.working
     workspace.close()
@@ -218,8 +201,9 @@ def test_a_server_is_for_this_machine_only_at_loopback_addresses(host: str, here
 
 
 def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
-    assert asked(PageState(), TINY) == asked(PageState(model=TINY, text="short", kv="h2o"), TINY) == []
-    found = asked(PageState(model="a" * 500, weights="gptq", text="x" * (TEXT_LIMIT + 1)), TINY)
+    assert awaits_consent(PageState(), TINY) == []
+    assert awaits_consent(PageState(model=TINY, text="short", kv="h2o"), TINY) == []
+    found = awaits_consent(PageState(model="a" * 500, weights="gptq", text="x" * (TEXT_LIMIT + 1)), TINY)
     assert len(found) == 3 and len(found[0]) < 100 and "GPTQ" in found[1] and "1,501 characters" in found[2]
 
 
@@ -227,20 +211,20 @@ def test_a_link_says_what_it_asks_for_beyond_the_default_page() -> None:
 
 
 def at_work() -> list[str]:
-    """What lanes and shelves do: their threads."""
+    """What workers and loading models do: their threads."""
     mine = [one for one in threading.enumerate() if one not in OTHERS]
     return [one.name for one in mine if one.name.startswith(("work", "planning", "load "))]
 
 
 def test_a_request_alone_computes_nothing_and_a_browser_that_connects_sets_reading_going(port: int) -> None:
-    wait_for(lambda: gone() and not at_work())  # the default model is loaded
+    until(lambda: gone() and not at_work())  # the default model is loaded
     host = f"127.0.0.1:{port}"
     html = get(port).text
     page = only_page()
     time.sleep(0.3)  # it looks for its browser meanwhile
     assert not at_work() and not page.workspace.main.busy
     found = connect(port, html, host)
-    wait_for(lambda: page.workspace.main.busy)
+    until(lambda: page.workspace.main.busy)
     found.close()
 
 
@@ -248,13 +232,13 @@ def test_a_request_alone_computes_nothing_and_a_browser_that_connects_sets_readi
     "query", ["?model=/etc", "?model=nobody/nothing", f"?text={'x' * (TEXT_LIMIT + 1)}", "?weights=gptq"]
 )
 def test_a_link_that_asks_for_more_waits_for_a_person_although_its_browser_is_there(port: int, query: str) -> None:
-    wait_for(lambda: gone() and not at_work())
+    until(lambda: gone() and not at_work())
     html = get(port, query).text
     page = only_page()
     found = connect(port, html, f"127.0.0.1:{port}")
     assert "ACK" in found.recv()
     time.sleep(0.5)
-    assert page.asked.body.visible and not page.workspace.main.busy and page.workspace.reading is None
+    assert page.confirmation.body.visible and not page.workspace.main.busy and page.workspace.reading is None
     found.close()
 
 
@@ -264,7 +248,7 @@ def test_a_link_that_asks_for_more_waits_for_a_person_although_its_browser_is_th
 def test_visits_leave_nothing_behind_and_collect_nothing_in_the_event_loop(port: int) -> None:
     from bokeh.document import Document
 
-    wait_for(gone)
+    until(gone)
     kinds = (Page, Workspace, Document, pn.viewable.Viewable)
 
     def live() -> dict[str, int]:
@@ -276,7 +260,7 @@ def test_visits_leave_nothing_behind_and_collect_nothing_in_the_event_loop(port:
         html = get(port).text
         if number % 4 == 0:
             connect(port, html, f"127.0.0.1:{port}").close()
-    wait_for(gone)
+    until(gone)
     after = live()
     assert {name: after[name] - before[name] for name in after} == dict.fromkeys(after, 0)
     with pytest.raises(KeyError):  # nobody has asked for one
@@ -295,7 +279,7 @@ def subject() -> Iterator[tuple[Any, int]]:
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: answers(port), 120)
+        until(lambda: answers(port), 120)
         yield process, port
     finally:
         process.kill()

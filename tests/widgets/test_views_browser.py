@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import socket
 import threading
-import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.widgets.browser import watched_page
+from tests.waiting import until
+from tests.widgets.browser import answers, free_port, watched_page
 from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText
 
 pn = pytest.importorskip("panel")
@@ -58,12 +59,6 @@ def diff_view() -> Any:
     )
 
 
-def answers(port: int) -> bool:
-    """Whether a server accepts connections already."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture(scope="module")
 def stage(chromium: Any) -> Iterator[tuple[str, list[Any], threading.Event]]:
     """The address of a server; a list, of which a page shows the last component; what is set when it is drawn."""
@@ -74,11 +69,9 @@ def stage(chromium: Any) -> Iterator[tuple[str, list[Any], threading.Event]]:
         pn.state.onload(drawn.set)
         return shown[-1]
 
-    with socket.socket() as probe:  # a free port; a threaded server does not tell which one it took
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = pn.serve(page, port=port, address="127.0.0.1", threaded=True, show=False)
-    wait_until(lambda: answers(port))
+    until(lambda: answers(port))
     yield f"http://127.0.0.1:{port}/", shown, drawn
     server.stop()
 
@@ -101,14 +94,6 @@ def served(chromium: Any, stage: tuple[str, list[Any], threading.Event]) -> Iter
     yield show
     for watched in pages:
         watched.page.close()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait for something that Python learns from the browser."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the browser's change did not reach Python"
-        time.sleep(0.02)
 
 
 INKED = """canvas => {
@@ -145,10 +130,10 @@ def test_each_view_paints_with_no_error_and_asks_nothing_of_the_network(served, 
 def test_a_clicked_token_reaches_python_and_a_second_click_clears_it(served):
     component, watched = served(tokens_view)
     watched.page.locator("[data-i='7']").click()
-    wait_until(lambda: component.selected == 7)
+    until(lambda: component.selected == 7)
     watched.page.wait_for_selector("[data-i='7'].wb-selected")
     watched.page.locator("[data-i='7']").click()
-    wait_until(lambda: component.selected is None)
+    until(lambda: component.selected is None)
 
 
 def test_tokens_are_chosen_with_the_keyboard_alone(served):
@@ -156,12 +141,12 @@ def test_tokens_are_chosen_with_the_keyboard_alone(served):
     watched.page.locator(".wb-text-pane").focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "Enter"):
         watched.page.keyboard.press(key)
-    wait_until(lambda: component.selected == 2)
+    until(lambda: component.selected == 2)
     assert "position 2" in watched.page.locator(".wb-live").text_content()
     watched.page.keyboard.press("End")
     watched.page.wait_for_selector(f"[data-i='{N - 1}']")
     watched.page.keyboard.press("Enter")
-    wait_until(lambda: component.selected == N - 1)
+    until(lambda: component.selected == N - 1)
 
 
 def test_only_the_tokens_in_sight_are_in_the_page(served):
@@ -184,11 +169,11 @@ def test_a_clicked_row_of_the_raster_is_its_layer_and_head(served):
     canvas = watched.page.locator(".wb-map canvas")
     row = 4  # pixels: floor(420 / 90 rows)
     canvas.click(position={"x": 300, "y": 4 + (7 * 3 + 2) * row + 2})
-    wait_until(lambda: component.selected == (7, 2))
+    until(lambda: component.selected == (7, 2))
     canvas.press("ArrowDown")
     canvas.press("ArrowDown")
     canvas.press("Enter")
-    wait_until(lambda: component.selected == (8, 0))
+    until(lambda: component.selected == (8, 0))
 
 
 def test_dragging_on_a_map_sets_its_window_and_escape_clears_it(served):
@@ -200,13 +185,13 @@ def test_dragging_on_a_map_sets_its_window_and_escape_clears_it(served):
     mouse.move(box["x"] + 300, box["y"] + 180, steps=4)
     mouse.move(box["x"] + 420, box["y"] + 260, steps=4)
     mouse.up()
-    wait_until(lambda: component.window is not None)
+    until(lambda: component.window is not None)
     r0, r1, c0, c1 = component.window
     assert 0 < r0 < r1 < 256
     assert 0 < c0 < c1 < 256
     assert component.selected is None
     watched.page.locator(".wb-map canvas").press("Escape")
-    wait_until(lambda: component.window is None)
+    until(lambda: component.window is None)
 
 
 def canvas_of(watched: Any) -> Any:
@@ -226,24 +211,24 @@ def test_the_keyboard_zooms_in_and_steps_back_out_and_each_step_is_a_crumb(serve
     canvas.press("ArrowDown")
     canvas.press("ArrowDown")
     canvas.press("Enter")
-    wait_until(lambda: component.window is not None)
+    until(lambda: component.window is not None)
     first = component.window
     assert first[1] - first[0] == 1024
     assert first[0] <= 8 < first[1]  # around the cursor, one pooled cell down
     canvas.press("+")
-    wait_until(lambda: component.window != first)
+    until(lambda: component.window != first)
     second = component.window
     assert second[1] - second[0] == 512
     crumbs = watched.page.locator(".wb-trail")
     crumbs.locator("b").wait_for()
     assert crumbs.locator("button").count() == 2
     canvas.press("Escape")
-    wait_until(lambda: component.window == first)
+    until(lambda: component.window == first)
     canvas.press("-")
-    wait_until(lambda: component.window != first)
+    until(lambda: component.window != first)
     assert component.window[1] - component.window[0] == 2048
     crumbs.get_by_role("button", name="Whole map").click()
-    wait_until(lambda: component.window is None)
+    until(lambda: component.window is None)
     crumbs.locator("b").wait_for(state="detached")
 
 
@@ -256,9 +241,9 @@ def test_keys_that_follow_each_other_within_one_frame_all_count(served):
     component, watched = served(big_map)
     canvas = canvas_of(watched)
     canvas.evaluate(PRESSED_TOGETHER, ["+", "+", "+"])
-    wait_until(lambda: component.window is not None and component.window[1] - component.window[0] == 512)
+    until(lambda: component.window is not None and component.window[1] - component.window[0] == 512)
     canvas.evaluate(PRESSED_TOGETHER, ["Escape", "Escape", "-"])
-    wait_until(lambda: component.window is None)  # from 2,048 rows of 4,096 one step out is the whole map
+    until(lambda: component.window is None)  # from 2,048 rows of 4,096 one step out is the whole map
 
 
 def test_zooming_back_out_shows_the_whole_map_at_once_and_finer_tiles_join_it(served):
@@ -299,74 +284,63 @@ def test_a_map_saves_itself_as_picture_drawing_and_numbers(served, tmp_path):
     _, watched = served(lambda: Heatmap.panel(values, tokens=['a,"b"', "<&\n"], label="Attention of x"))
     page = watched.page
 
-    def saved(entry: str) -> str:
+    def saved(entry: str) -> Path:
         page.get_by_role("button", name="Save").click()
         with page.expect_download() as waited:
             page.get_by_role("menuitem", name=entry).click()
         assert waited.value.suggested_filename.startswith("attention-of-x.")
-        return str(waited.value.path())
+        return Path(waited.value.path())
 
-    with open(saved("PNG"), "rb") as file:
-        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert saved("PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     drawing = ET.parse(saved("SVG")).getroot()
     texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
     assert {"0.25", ".25", "Attention of x", 'a,"b"'} - set(texts) <= {"0.25"}
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}image"))) == 1
-    with open(saved("CSV"), newline="") as file:
+    with saved("CSV").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][1:] == ['0 a,"b"', "1 <&\n"]
     assert [row[1:] for row in rows[1:]] == [["0.5", ""], ["0.25", "0.125"]]
-    with open(saved("JSON")) as file:
-        found = json.load(file)
+    found = json.loads(saved("JSON").read_text())
     assert found["values"] == [[0.5, None], [0.25, 0.125]]
     assert found["exact"] is True
     assert found["rows"]["edges"] == [0, 1, 2]
     assert watched.errors == []
 
 
-FRAMES = """async ([canvas, kind]) => {
+STIRRED = """async ([canvas, kind]) => {
     const box = canvas.getBoundingClientRect();
-    const times = [];
-    for (let i = 0; i < 45; i++) {
+    for (let i = 0; i < 15; i++) {
         const x = box.left + 150 + (i * 7) % 300, y = box.top + 100 + (i * 5) % 200;
         const common = {clientX: x, clientY: y, bubbles: true, pointerId: 1};
-        const wheel = {...common, ctrlKey: true, deltaY: i % 20 < 10 ? -60 : 60, cancelable: true};
+        const wheel = {...common, ctrlKey: true, deltaY: -60, cancelable: true};
         if (kind === 'zoom') canvas.dispatchEvent(new WheelEvent('wheel', wheel));
         else canvas.dispatchEvent(new PointerEvent('pointermove', {...common, buttons: kind === 'hover' ? 0 : 1}));
         await new Promise(requestAnimationFrame);
-        times.push(performance.now());
     }
-    return (times.length - 1) * 1000 / (times.at(-1) - times[0]);
 }"""
 
 
-def test_a_map_of_4096_tokens_is_painted_within_a_second_and_moves_above_20_frames_a_second(served, record_property):
+def test_a_map_of_4096_tokens_is_painted_again_with_other_values_and_moves(served):
+    # How fast: benchmarks/map_frames.py.
     component, watched = served(lambda: Heatmap.panel(tokens=[f" word{i % 997}" for i in range(4096)], brush=True))
     canvas = canvas_of(watched)
     values = np.tril(np.random.default_rng(0).random((512, 512)).astype(np.float32) ** 8 + 1e-6)
-    began = time.perf_counter()
     Heatmap.update(component, values, at=(0, 4096, 0, 4096), scale="log", label="Attention of layer 3, head 1")
     watched.page.locator(".wb-title", has_text="layer 3").wait_for()
-    seconds = time.perf_counter() - began
-    record_property("seconds_to_paint", round(seconds, 3))
-    assert float(watched.page.locator(".wb-view").get_attribute("data-paint-ms")) < 500
-    rates = {}
-    rates["hover"] = canvas.evaluate(f"canvas => ({FRAMES})([canvas, 'hover'])")
-    rates["zoom"] = canvas.evaluate(f"canvas => ({FRAMES})([canvas, 'zoom'])")
+    assert canvas.evaluate(INKED) > 100
     box = canvas.bounding_box()
-    for kind in ("brush", "pan"):
+    seen = [canvas.screenshot()]
+    for kind in ("hover", "zoom", "brush", "pan"):
         if kind == "pan":
             watched.page.keyboard.down("Shift")
-        watched.page.mouse.move(box["x"] + 200, box["y"] + 200)
-        watched.page.mouse.down()
-        rates[kind] = canvas.evaluate(f"canvas => ({FRAMES})([canvas, '{kind}'])")
+        if kind in ("brush", "pan"):
+            watched.page.mouse.move(box["x"] + 200, box["y"] + 200)
+            watched.page.mouse.down()
+        canvas.evaluate(f"canvas => ({STIRRED})([canvas, '{kind}'])")
+        seen.append(canvas.screenshot())
         watched.page.mouse.up()
         watched.page.keyboard.up("Shift")
-    for kind, rate in rates.items():
-        record_property(f"frames_a_second_{kind}", round(rate, 1))
-    print({"seconds": round(seconds, 3)} | {kind: round(rate, 1) for kind, rate in rates.items()})
-    assert seconds < 1
-    assert min(rates.values()) > 20
+    assert all(before != after for before, after in pairwise(seen[1:]))
     assert watched.errors == []
 
 
@@ -379,13 +353,13 @@ def test_a_small_map_chooses_its_head_by_click_and_by_keyboard_in_any_order(serv
     assert watched.page.locator(".wb-tip").inner_text().splitlines() == ["layer 1, head 2", "sink head", "entropy 6"]
     watched.page.mouse.down()
     watched.page.mouse.up()
-    wait_until(lambda: component.selected == (1, 2))
+    until(lambda: component.selected == (1, 2))
     watched.page.locator(".wb-sort select").select_option("entropy")
-    wait_until(lambda: component.sort == "entropy")
+    until(lambda: component.sort == "entropy")
     canvas.press("ArrowUp")  # to the selected one
     canvas.press("ArrowLeft")
     canvas.press("Enter")
-    wait_until(lambda: component.selected == (1, 3))  # entropy 7, before 6
+    until(lambda: component.selected == (1, 3))  # entropy 7, before 6
     assert "layer 1, head 3" in watched.page.locator(".wb-live").text_content()
     assert "sink 8" in watched.page.locator(".wb-legend").text_content()
     assert watched.errors == []
@@ -418,7 +392,7 @@ def test_a_clicked_cell_of_a_grid_is_selected(served):
     component, watched = served(lambda: Heatmap.panel(**Heatmap.grid(np.arange(12.0).reshape(4, 3), what="Error")))
     box = watched.page.locator(".wb-map canvas").bounding_box()
     watched.page.mouse.click(box["x"] + box["width"] - 40, box["y"] + 10)
-    wait_until(lambda: component.selected == (0, 2))
+    until(lambda: component.selected == (0, 2))
 
 
 def test_the_first_difference_is_marked_on_both_sides(served):
@@ -426,7 +400,7 @@ def test_the_first_difference_is_marked_on_both_sides(served):
     assert watched.page.locator(".wb-first").all_text_contents() == [" is", " was"]
     assert watched.page.locator(".wb-same").count() == 4
     watched.page.locator(".wb-first").nth(1).click()
-    wait_until(lambda: component.selected == (1, 2))
+    until(lambda: component.selected == (1, 2))
 
 
 def test_data_changed_in_python_is_repainted(served):

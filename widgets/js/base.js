@@ -1,24 +1,37 @@
-// Shared by all views. Python puts this text (and THEMES, the colours) before each view's own: see workbench_widgets/view.py.
+// Shared by all views. Python puts this text (and THEMES, the colours) before each view's own: see workbench_widgets/views/view.py.
 // Only model.get, set, save_changes, on and off are used: what both anywidget and Panel have.
 
 const DTYPES = [Uint8Array, Int32Array, Float32Array];
 
-/** An array from the bytes that wire.py packs: { shape, data }. */
+/**
+ * An array from the bytes that wire.py packs.
+ * @param {Packed} view
+ * @returns {{ shape: number[], data: Numbers }}
+ */
 function unpack(view) {
   if (!view || view.byteLength < 16) return { shape: [0], data: new Uint8Array(0) };
   const Type = DTYPES[view.getUint8(0)];
   const shape = [4, 8, 12].slice(0, view.getUint8(1)).map((at) => view.getUint32(at, true));
   const from = view.byteOffset + 16;
   const bytes = view.buffer.slice(from, view.byteOffset + view.byteLength); // a copy: values must start at a multiple of four
-  return { shape, data: new Type(bytes) };
+  return { shape, data: new Type(/** @type {ArrayBuffer} */ (bytes)) };
 }
 
+/**
+ * An element within `parent`, with a class and a text where they are given.
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {string} [className]
+ * @param {ParentNode | null} [parent]
+ * @param {string} [text]
+ * @returns {HTMLElementTagNameMap[Tag]}
+ */
 function node(tag, className, parent, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  if (parent) parent.appendChild(made);
-  return made;
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  if (parent) parent.append(element);
+  return element;
 }
 
 function hostIsDark() {
@@ -33,21 +46,29 @@ function hostIsDark() {
  * The frame of every view: a root element, repainting once a frame after any change of data, size or theme, a tooltip and a
  * line for screen readers. `build(view)` makes the content and returns paint(dirty), where `dirty` holds the names of the
  * fields that changed, and "size", "theme".
+ * @template Fields
+ * @param {Host} host
+ * @param {string} label
+ * @param {(keyof Fields & string)[]} fields
+ * @param {(view: View<Fields>) => Paint} build
  */
 function mount({ model, el }, label, fields, build) {
   const root = node("section", "wb-view", el);
   root.setAttribute("aria-label", label);
+  /** @type {Set<string>} */
   const dirty = new Set([...fields, "size", "theme"]);
   let frame = 0;
+  /** @type {Paint} */
   let paint = () => {};
+  /** @type {View<Fields>} */
   const view = {
     model,
     root,
-    get: (name) => model.get(name),
+    get: (name) => model.get(String(name)),
     commit(name, value) {
-      model.set(name, value);
+      model.set(String(name), value);
       model.save_changes();
-      view.touch(name); // hosts differ in whether they report a change to the one who made it
+      view.touch(String(name)); // hosts differ in whether they report a change to the one who made it
     },
     touch(name) {
       dirty.add(name);
@@ -68,11 +89,15 @@ function mount({ model, el }, label, fields, build) {
     dirty.clear();
     const began = performance.now();
     if (root.clientWidth > 0) paint(now);
-    else now.forEach((name) => dirty.add(name)); // hidden (a closed tab): the observer calls again when it shows
+    else for (const name of now) dirty.add(name); // hidden (a closed tab): the observer calls again when it shows
     root.dataset.paintMs = (performance.now() - began).toFixed(1);
   }
 
-  const handlers = [...fields, "dark"].map((name) => [`change:${name}`, () => view.touch(name === "dark" ? "theme" : name)]);
+  /** @type {[string, () => void][]} */
+  const handlers = [...fields, "dark"].map((name) => [
+    `change:${name}`,
+    () => view.touch(name === "dark" ? "theme" : name),
+  ]);
   for (const [event, handler] of handlers) model.on(event, handler);
   let width = -1;
   const sizes = new ResizeObserver(() => {
@@ -83,7 +108,10 @@ function mount({ model, el }, label, fields, build) {
   });
   sizes.observe(root);
   const themes = new MutationObserver(() => view.touch("theme"));
-  themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] });
+  themes.observe(document.body, {
+    attributes: true,
+    attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"],
+  });
   const prefers = matchMedia("(prefers-color-scheme: dark)");
   const onPrefers = () => view.touch("theme");
   prefers.addEventListener("change", onPrefers);
@@ -100,6 +128,10 @@ function mount({ model, el }, label, fields, build) {
   };
 }
 
+/**
+ * @param {HTMLElement} root
+ * @returns {Tooltip}
+ */
 function makeTooltip(root) {
   const tip = node("div", "wb-tip", root);
   tip.setAttribute("role", "tooltip");
@@ -107,7 +139,6 @@ function makeTooltip(root) {
   const live = node("div", "wb-live", root);
   live.setAttribute("aria-live", "polite");
   return {
-    /** Show lines of text beside a point of the window; the first line stands out. */
     tip(x, y, lines) {
       tip.replaceChildren(...lines.map((line, i) => node("div", i ? "" : "wb-tip-head", null, line)));
       if (!tip.matches(":popover-open")) tip.showPopover();
@@ -126,34 +157,74 @@ function makeTooltip(root) {
   };
 }
 
+/**
+ * @param {string} hex
+ * @returns {Rgb}
+ */
 function rgb(hex) {
   const value = parseInt(hex.slice(1), 16);
   return [value >> 16, (value >> 8) & 255, value & 255];
 }
 
-/** 256 colours between `stops`, as [r, g, b] each. */
+/**
+ * 256 colours between `stops`.
+ * @param {string[]} stops
+ * @returns {Rgb[]}
+ */
 function ramp(stops) {
   const colours = stops.map(rgb);
   return Array.from({ length: 256 }, (_, i) => {
     const at = (i / 255) * (colours.length - 1);
     const low = Math.min(Math.floor(at), colours.length - 2);
-    return colours[low].map((from, c) => Math.round(from + (colours[low + 1][c] - from) * (at - low)));
+    const between = (/** @type {number} */ c) => {
+      const from = colours[low][c];
+      return Math.round(from + (colours[low + 1][c] - from) * (at - low));
+    };
+    return [between(0), between(1), between(2)];
   });
 }
 
+/** @param {Rgb} colour */
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
 
-/** Black or white, whichever reads better on a colour (relative luminance as in WCAG 2). */
+/**
+ * A canvas of its own that holds a picture.
+ * @param {ImageData} picture
+ */
+function sheetOf(picture) {
+  const sheet = document.createElement("canvas");
+  sheet.width = picture.width;
+  sheet.height = picture.height;
+  context2d(sheet).putImageData(picture, 0, 0);
+  return sheet;
+}
+
+/**
+ * Black or white, whichever reads better on a colour (relative luminance as in WCAG 2).
+ * @param {Rgb} colour
+ */
 function inkOn(colour) {
   const [r, g, b] = colour.map((c) => (c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 }
 
-/** Make a canvas `width` x `height` CSS pixels with sharp device pixels; returns its 2d context, cleared. */
+/** @param {HTMLCanvasElement} canvas */
+function context2d(canvas) {
+  const context = canvas.getContext("2d");
+  if (!context) throw new Error("this browser gives no 2d context");
+  return context;
+}
+
+/**
+ * Make a canvas `width` x `height` CSS pixels with sharp device pixels; returns its 2d context, cleared.
+ * @param {HTMLCanvasElement} canvas
+ * @param {number} width
+ * @param {number} height
+ */
 function fit(canvas, width, height) {
   const ratio = devicePixelRatio || 1;
   const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
-  const context = canvas.getContext("2d");
+  const context = context2d(canvas);
   if (canvas.width !== across || canvas.height !== down) {
     canvas.width = across;
     canvas.height = down;
@@ -168,37 +239,90 @@ function fit(canvas, width, height) {
   return context;
 }
 
-/** Round numbers in [low, high), at most `count` of them or so. */
-function ticks(low, high, count) {
-  const rough = (high - low) / Math.max(1, count);
+/**
+ * Round numbers in [low, high), at most `most` of them or so.
+ * @param {number} low
+ * @param {number} high
+ * @param {number} most
+ */
+function ticks(low, high, most) {
+  const rough = (high - low) / Math.max(1, most);
   const power = 10 ** Math.floor(Math.log10(Math.max(rough, 1)));
-  const step = Math.max(1, [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough));
+  const step = Math.max(1, [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough) ?? 10 * power);
   const first = Math.ceil(low / step) * step;
   return Array.from({ length: Math.max(0, Math.ceil((high - first) / step)) }, (_, i) => first + i * step);
 }
 
+/**
+ * @param {number} value
+ * @param {number} low
+ * @param {number} high
+ */
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
-/** A number for people: three figures, no long tails. */
+/**
+ * A number for people: three figures, no long tails.
+ * @param {number | null | undefined} value
+ */
 function short(value) {
-  if (!Number.isFinite(value)) return "–";
+  if (value == null || !Number.isFinite(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
   return String(Number(value.toPrecision(3)));
 }
 
-/** A token as one can read it: line breaks and blanks shown. */
+// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is looked for
+const CONTROL = /[\u0000-\u001f\u007f]/g;
+
+/**
+ * A token as one can read it: line breaks and blanks shown.
+ * @param {string} token
+ */
 function visible(token) {
-  return token === "" ? "∅" : token.replace(/\n/g, "⏎").replace(/\t/g, "⇥   ").replace(/[\u0000-\u001f\u007f]/g, "·").replace(/\r/g, "");
+  return token === "" ? "∅" : token.replace(/\n/g, "⏎").replace(/\t/g, "⇥   ").replace(CONTROL, "·");
 }
 
+/** @param {string} token */
 const quoted = (token) => `“${visible(token).replace(/^ +$/, (blanks) => "␣".repeat(blanks.length))}”`;
+/** @param {number} value */
 const count = (value) => value.toLocaleString("en-US");
+/** @param {number} share */
 const percent = (share) => `${(share * 100).toFixed(share > 0 && share < 0.0995 ? 1 : 0)} %`;
+/**
+ * Whole numbers from `low` up to `high`, which is not one of them.
+ * @param {number} low
+ * @param {number} high
+ */
 const span = (low, high) => (high - low > 1 ? `${count(low)}–${count(high - 1)}` : count(low));
 
-/** A legend of named colours: [[colour or null for nothing, name], ...]. */
+/**
+ * Do what a key stands for, and keep it from the host: JupyterLab would take arrow keys for its cells.
+ * @param {KeyboardEvent} event
+ * @param {Record<string, () => unknown>} actions
+ */
+function press(event, actions) {
+  const act = actions[event.key];
+  if (!act) return;
+  event.preventDefault();
+  event.stopPropagation();
+  act();
+}
+
+/**
+ * The number of the token under the pointer, -1 for none.
+ * @param {MouseEvent} event
+ */
+function tokenUnder(event) {
+  const piece = /** @type {Element} */ (event.target).closest("[data-i]");
+  return piece instanceof HTMLElement ? Number(piece.dataset.i) : -1;
+}
+
+/**
+ * A legend of named colours; null stands for nothing.
+ * @param {Element} parent
+ * @param {[string | null, string][]} entries
+ */
 function swatches(parent, entries) {
   parent.replaceChildren(
     ...entries.map(([colour, name]) => {
@@ -211,7 +335,13 @@ function swatches(parent, entries) {
   );
 }
 
-/** A legend for a ramp: a bar of `stops` between two or more labels. */
+/**
+ * A legend for a ramp: a bar of `stops` between two or more labels.
+ * @param {Element} parent
+ * @param {string[]} stops
+ * @param {string[]} labels
+ * @param {string} title
+ */
 function rampLegend(parent, stops, labels, title) {
   const box = node("span", "wb-ramp");
   node("span", "", box, title);

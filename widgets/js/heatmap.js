@@ -2,14 +2,75 @@
 
 const TOP = 7;
 const BOTTOM = 38;
-const NONE = { rows: 0, columns: 0 };
 const MOVED_MS = 150; // a moved or zoomed window is told to Python this long after the last move
 
-/** Whether a window [r0, r1, c0, c1] holds another. */
-const holds = (a, b) => a[0] <= b[0] && a[1] >= b[1] && a[2] <= b[2] && a[3] >= b[3];
-const same = (a, b) => a === b || (a && b && a.every((edge, i) => edge === b[i]));
+/**
+ * @typedef {object} Fields
+ * @property {Packed} tiles
+ * @property {Packed} knots
+ * @property {Packed} exact
+ * @property {Window4} extent
+ * @property {string[]} tokens
+ * @property {string[]} row_labels
+ * @property {string[]} column_labels
+ * @property {string} row_title
+ * @property {string} column_title
+ * @property {string} label
+ * @property {string} note
+ * @property {string} unit
+ * @property {boolean} diverging
+ * @property {boolean} brush
+ * @property {Pair | null} selected
+ * @property {Window4 | null} window
+ */
 
-/** A number small enough for a cell. */
+/** First row, end row, first column, end column; half open. */
+/** @typedef {[number, number, number, number]} Window4 */
+
+/**
+ * The tiles of the whole map or of a part of it; `sheet` is their picture, once it was drawn.
+ * @typedef {object} Layer
+ * @property {number} rows
+ * @property {number} columns
+ * @property {Numbers} levels
+ * @property {Numbers | null} exact
+ * @property {Numbers} knots
+ * @property {Window4} extent
+ * @property {string} label
+ * @property {HTMLCanvasElement | null} sheet
+ */
+
+/** What is being marked or moved: from and to are cells, x and y where it began, pan the window before it. */
+/** @typedef {{ from: Pair, to: Pair, moved: boolean, x: number, y: number, pan: Window4 | null }} Drag */
+
+/** @returns {Layer} */
+const noLayer = () => ({
+  rows: 0,
+  columns: 0,
+  levels: new Uint8Array(0),
+  exact: null,
+  knots: new Float32Array(0),
+  extent: [0, 0, 0, 0],
+  label: "",
+  sheet: null,
+});
+
+/**
+ * Whether a window holds another.
+ * @param {Window4} a
+ * @param {Window4} b
+ */
+const holds = (a, b) => a[0] <= b[0] && a[1] >= b[1] && a[2] <= b[2] && a[3] >= b[3];
+/**
+ * @param {Window4 | null} a
+ * @param {Window4 | null} b
+ */
+const same = (a, b) => a === b || (a !== null && b !== null && a.every((edge, i) => edge === b[i]));
+
+/**
+ * A number in so few letters that it fits into a cell.
+ * @param {number} value
+ */
 function brief(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
@@ -18,9 +79,28 @@ function brief(value) {
 }
 
 export default {
+  /** @param {Host} host */
   render(host) {
-    const fields = ["tiles", "knots", "exact", "extent", "tokens", "row_labels", "column_labels", "row_title", "column_title", "label", "note", "unit", "diverging", "selected", "window", "brush"];
-    return mount(host, "Map", fields, (view) => {
+    /** @type {(keyof Fields)[]} */
+    const fields = [
+      "tiles",
+      "knots",
+      "exact",
+      "extent",
+      "tokens",
+      "row_labels",
+      "column_labels",
+      "row_title",
+      "column_title",
+      "label",
+      "note",
+      "unit",
+      "diverging",
+      "selected",
+      "window",
+      "brush",
+    ];
+    return mount(host, "Map", fields, (/** @type {View<Fields>} */ view) => {
       const { root, get } = view;
       const head = node("div", "wb-head", root);
       const title = node("span", "wb-title", head);
@@ -36,14 +116,19 @@ export default {
       const legend = node("span", "", foot);
       const pinned = node("span", "wb-pinned", foot);
       // What tiles say about the whole map, and in more detail about a part of it while the map is zoomed.
-      let whole = NONE;
-      let part = NONE;
+      let whole = noLayer();
+      let part = noLayer();
+      /** @type {{ left: number, width: number, height: number, shown: Window4 }} */
       let area = { left: 50, width: 1, height: 1, shown: [0, 1, 0, 1] };
-      let cursor = null; // [row, column] of the true map
-      let drag = null; // { from: [row, column], to: [row, column] }
-      let live = null; // the window during a move, before Python knows it
-      let trail = []; // windows that lead to this one, each within the one before
-      let told = 0;
+      /** @type {Pair | null} row and column of the true map */
+      let cursor = null;
+      /** @type {Drag | null} */
+      let drag = null;
+      /** @type {Window4 | null} the window during a move, before Python knows it */
+      let live = null;
+      /** @type {Window4[]} windows that lead to this one, each within the one before */
+      let trail = [];
+      let timer = 0;
 
       const rowLabels = () => (get("row_labels").length ? get("row_labels") : get("tokens"));
       const columnLabels = () => (get("column_labels").length ? get("column_labels") : get("tokens"));
@@ -55,51 +140,118 @@ export default {
         const { shape, data } = unpack(get("tiles"));
         const [rows, columns] = shape.length === 2 ? shape : [0, 0];
         const exact = unpack(get("exact")).data;
-        const made = { rows, columns, levels: data, exact: exact.length === data.length ? exact : null, knots: unpack(get("knots")).data, extent: get("extent"), label: get("label"), sheet: null };
-        if (get("window") && made.label === whole.label && holds(whole.extent, made.extent) && !same(whole.extent, made.extent)) part = made;
+        /** @type {Layer} */
+        const layer = {
+          rows,
+          columns,
+          levels: data,
+          exact: exact.length === data.length ? exact : null,
+          knots: unpack(get("knots")).data,
+          extent: get("extent"),
+          label: get("label"),
+          sheet: null,
+        };
+        if (
+          get("window") &&
+          layer.label === whole.label &&
+          holds(whole.extent, layer.extent) &&
+          !same(whole.extent, layer.extent)
+        )
+          part = layer;
         else {
-          whole = made;
-          part = NONE;
+          whole = layer;
+          part = noLayer();
         }
       }
 
-      /** The whole map, as far as anyone knows. */
+      /**
+       * The whole map, as far as anyone knows.
+       * @returns {Window4}
+       */
       function bounds() {
         const n = get("tokens").length;
         const known = whole.extent;
         return n ? [Math.min(0, known[0]), Math.max(n, known[1]), Math.min(0, known[2]), Math.max(n, known[3])] : known;
       }
 
+      /** @returns {Window4} */
       function shown() {
         const window = live ?? get("window");
         const all = bounds();
         if (!window) return whole.extent;
-        const cut = [Math.max(window[0], all[0]), Math.min(window[1], all[1]), Math.max(window[2], all[2]), Math.min(window[3], all[3])];
+        /** @type {Window4} */
+        const cut = [
+          Math.max(window[0], all[0]),
+          Math.min(window[1], all[1]),
+          Math.max(window[2], all[2]),
+          Math.min(window[3], all[3]),
+        ];
         return cut[1] > cut[0] && cut[3] > cut[2] ? cut : whole.extent;
       }
 
-      const covers = (layer, row, column) => layer.rows > 0 && row >= layer.extent[0] && row < layer.extent[1] && column >= layer.extent[2] && column < layer.extent[3];
+      /**
+       * @param {Layer} layer
+       * @param {number} row
+       * @param {number} column
+       */
+      const covers = (layer, row, column) =>
+        layer.rows > 0 &&
+        row >= layer.extent[0] &&
+        row < layer.extent[1] &&
+        column >= layer.extent[2] &&
+        column < layer.extent[3];
+      /**
+       * @param {number} row
+       * @param {number} column
+       */
       const finest = (row, column) => (covers(part, row, column) ? part : covers(whole, row, column) ? whole : null);
 
-      /** The finest tile known for a true row and column: the true rows and columns it stands for, its value or null. */
+      /**
+       * The finest tile known for a true row and column: the true rows and columns it stands for, its value (null for
+       * nothing, undefined where nothing is known).
+       * @param {number} row
+       * @param {number} column
+       * @returns {{ rows: Pair, columns: Pair, level: number, value: number | null | undefined, exact: boolean }}
+       */
       function tile(row, column) {
         const layer = finest(row, column);
-        if (!layer) return { rows: [row, row + 1], columns: [column, column + 1], value: undefined };
+        if (!layer)
+          return { rows: [row, row + 1], columns: [column, column + 1], level: 0, value: undefined, exact: false };
         const { rows, columns, levels, exact, knots } = layer;
         const [r0, r1, c0, c1] = layer.extent;
+        /**
+         * @param {number} i
+         * @param {number} size
+         * @param {number} low
+         * @param {number} high
+         */
         const edge = (i, size, low, high) => low + Math.floor((i * (high - low)) / size); // as Python pools
+        /**
+         * @param {number} at
+         * @param {number} size
+         * @param {number} low
+         * @param {number} high
+         * @returns {[number, Pair]}
+         */
         const range = (at, size, low, high) => {
           const i = clamp(Math.ceil(((at - low + 1) * size) / (high - low)) - 1, 0, size - 1);
-          return [i, edge(i, size, low, high), Math.max(edge(i, size, low, high) + 1, edge(i + 1, size, low, high))];
+          return [i, [edge(i, size, low, high), Math.max(edge(i, size, low, high) + 1, edge(i + 1, size, low, high))]];
         };
-        const [r, ...trueRows] = range(row, rows, r0, r1);
-        const [c, ...trueColumns] = range(column, columns, c0, c1);
+        const [r, trueRows] = range(row, rows, r0, r1);
+        const [c, trueColumns] = range(column, columns, c0, c1);
         const level = levels[r * columns + c];
         const number = exact ? exact[r * columns + c] : level ? knots[level - 1] : NaN;
-        return { rows: trueRows, columns: trueColumns, level, value: Number.isNaN(number) ? null : number, exact: exact !== null };
+        return {
+          rows: trueRows,
+          columns: trueColumns,
+          level,
+          value: Number.isNaN(number) ? null : number,
+          exact: exact !== null,
+        };
       }
 
-      function sheetOf(layer) {
+      /** @param {Layer} layer */
+      function pictureOf(layer) {
         if (layer.sheet) return layer.sheet;
         const picture = new ImageData(layer.columns, layer.rows);
         const colours = new Uint32Array(256); // level 0 stays transparent
@@ -110,17 +262,25 @@ export default {
         }
         const out = new Uint32Array(picture.data.buffer);
         for (let i = 0; i < layer.levels.length; i++) out[i] = colours[layer.levels[i]];
-        layer.sheet = document.createElement("canvas");
-        layer.sheet.width = layer.columns;
-        layer.sheet.height = layer.rows;
-        layer.sheet.getContext("2d").putImageData(picture, 0, 0);
+        layer.sheet = sheetOf(picture);
         return layer.sheet;
       }
 
       // -- drawing
 
+      /**
+       * @param {string[]} labels
+       * @param {number} at
+       */
       const label = (labels, at) => (labels.length > at ? labels[at] : count(at));
 
+      /**
+       * @param {Pen} context
+       * @param {string[]} labels
+       * @param {number} low
+       * @param {number} high
+       * @param {boolean} horizontal
+       */
       function axis(context, labels, low, high, horizontal) {
         const { left, width, height } = area;
         const length = horizontal ? width : height;
@@ -145,16 +305,28 @@ export default {
         }
       }
 
+      /** @param {number} column */
       const xOf = (column) => area.left + ((column - area.shown[2]) / (area.shown[3] - area.shown[2])) * area.width;
+      /** @param {number} row */
       const yOf = (row) => TOP + ((row - area.shown[0]) / (area.shown[1] - area.shown[0])) * area.height;
 
-      function rectangle(context, [r0, r1, c0, c1], colour, dash) {
+      /**
+       * @param {CanvasRenderingContext2D} context
+       * @param {Window4} window
+       * @param {string} colour
+       * @param {number[]} dash
+       */
+      function rectangle(context, window, colour, dash) {
+        const [r0, r1, c0, c1] = window;
         const { left, width, height, shown: s } = area;
         if (r1 <= s[0] || r0 >= s[1] || c1 <= s[2] || c0 >= s[3]) return;
         const [x0, x1] = [xOf(c0), xOf(c1)].map((x) => clamp(x, left, left + width));
         const [y0, y1] = [yOf(r0), yOf(r1)].map((y) => clamp(y, TOP, TOP + height));
         context.setLineDash(dash);
-        for (const [stroke, wide] of [[view.theme.surface, 4], [colour, 2]]) {
+        for (const { stroke, width: wide } of [
+          { stroke: view.theme.surface, width: 4 },
+          { stroke: colour, width: 2 },
+        ]) {
           context.strokeStyle = stroke;
           context.lineWidth = wide;
           context.strokeRect(x0 - 1, y0 - 1, Math.max(4, x1 - x0) + 2, Math.max(4, y1 - y0) + 2);
@@ -163,6 +335,10 @@ export default {
         context.lineWidth = 1;
       }
 
+      /**
+       * @param {Pen} context
+       * @param {Layer} layer
+       */
       function paintLayer(context, layer) {
         const { shown: s } = area;
         const [r0, r1, c0, c1] = layer.extent;
@@ -170,14 +346,24 @@ export default {
         if (cut[1] <= cut[0] || cut[3] <= cut[2]) return;
         const across = layer.columns / (c1 - c0);
         const down = layer.rows / (r1 - r0);
-        const source = [(cut[2] - c0) * across, (cut[0] - r0) * down, (cut[3] - cut[2]) * across, (cut[1] - cut[0]) * down];
+        /** @type {Window4} */
+        const source = [
+          (cut[2] - c0) * across,
+          (cut[0] - r0) * down,
+          (cut[3] - cut[2]) * across,
+          (cut[1] - cut[0]) * down,
+        ];
+        /** @type {Window4} */
         const place = [xOf(cut[2]), yOf(cut[0]), xOf(cut[3]) - xOf(cut[2]), yOf(cut[1]) - yOf(cut[0])];
         context.imageSmoothingEnabled = source[2] > place[2] && source[3] > place[3];
         context.imageSmoothingQuality = "high";
-        context.drawImage(sheetOf(layer), ...source, ...place);
+        context.drawImage(pictureOf(layer), ...source, ...place);
       }
 
-      /** The values themselves, where cells are large enough and stand for single rows and columns. */
+      /**
+       * The values themselves, where cells are large enough and stand for single rows and columns.
+       * @param {Pen} context
+       */
       function paintNumbers(context) {
         const { width, height, shown: s } = area;
         const [wide, tall] = [width / (s[3] - s[2]), height / (s[1] - s[0])];
@@ -188,13 +374,21 @@ export default {
         for (let row = s[0]; row < s[1]; row++) {
           for (let column = s[2]; column < s[3]; column++) {
             const there = tile(row, column);
-            if (!there.exact || !there.level || there.rows[1] - there.rows[0] > 1 || there.columns[1] - there.columns[0] > 1) continue;
+            if (
+              !there.exact ||
+              !there.level ||
+              there.value == null ||
+              there.rows[1] - there.rows[0] > 1 ||
+              there.columns[1] - there.columns[0] > 1
+            )
+              continue;
             context.fillStyle = inkOn(shades[Math.round(((there.level - 1) / 254) * 255)]);
             context.fillText(brief(there.value), xOf(column + 0.5), yOf(row + 0.5));
           }
         }
       }
 
+      /** @param {Pen} context */
       function paintMap(context) {
         const { muted, line } = view.theme;
         const { left, width, height, shown: s } = area;
@@ -218,6 +412,10 @@ export default {
         context.restore();
       }
 
+      /**
+       * @param {Pair} cell
+       * @returns {Window4}
+       */
       const cellOf = ([row, column]) => {
         const there = tile(row, column);
         return [...there.rows, ...there.columns];
@@ -237,14 +435,41 @@ export default {
 
       // -- in words
 
-      const extentOf = ({ from, to }) => [Math.min(from[0], to[0]), Math.max(from[0], to[0]) + 1, Math.min(from[1], to[1]), Math.max(from[1], to[1]) + 1];
+      /**
+       * @param {Drag} drag
+       * @returns {Window4}
+       */
+      const extentOf = ({ from, to }) => [
+        Math.min(from[0], to[0]),
+        Math.max(from[0], to[0]) + 1,
+        Math.min(from[1], to[1]),
+        Math.max(from[1], to[1]) + 1,
+      ];
 
+      /**
+       * @param {number} row
+       * @param {number} column
+       */
       function describe(row, column) {
         const there = tile(row, column);
-        const name = (labels, [low, high]) => (labels.length > low && high - low === 1 ? `${span(low, high)} ${quoted(labels[low])}` : labels.length >= high ? `${span(low, high)} ${quoted(labels[low])} … ${quoted(labels[high - 1])}` : span(low, high));
+        /**
+         * @param {string[]} labels
+         * @param {Pair} range
+         */
+        const name = (labels, [low, high]) =>
+          labels.length > low && high - low === 1
+            ? `${span(low, high)} ${quoted(labels[low])}`
+            : labels.length >= high
+              ? `${span(low, high)} ${quoted(labels[low])} … ${quoted(labels[high - 1])}`
+              : span(low, high);
         const [r, c] = [there.rows[1] - there.rows[0], there.columns[1] - there.columns[0]];
         const number = there.exact ? String(Number(there.value?.toPrecision(5))) : `about ${short(there.value)}`;
-        const value = there.value === undefined ? "not computed yet" : there.value === null ? "nothing" : `${number}${get("unit") ? ` ${get("unit")}` : ""}`;
+        const value =
+          there.value === undefined
+            ? "not computed yet"
+            : there.value === null
+              ? "nothing"
+              : `${number}${get("unit") ? ` ${get("unit")}` : ""}`;
         return [
           r * c > 1 && there.value != null ? `${value} (pooled over ${r} × ${c})` : value,
           `${get("row_title") || "row"} ${name(rowLabels(), there.rows)}`,
@@ -252,14 +477,16 @@ export default {
         ];
       }
 
+      /** @param {Window4} window */
       const windowName = ([r0, r1, c0, c1]) => `${span(r0, r1)} × ${span(c0, c1)}`;
 
       function drawTrail() {
         const window = get("window");
         trailBox.replaceChildren();
         if (!window) return;
-        const steps = [[null, "Whole map"], ...trail.map((step) => [step, windowName(step)])];
-        steps.forEach(([step, name], i) => {
+        const steps = [null, ...trail];
+        steps.forEach((step, i) => {
+          const name = step ? windowName(step) : "Whole map";
           if (i) node("span", "", trailBox, "›");
           if (i === steps.length - 1) {
             node("b", "", trailBox, name);
@@ -278,50 +505,81 @@ export default {
 
       // -- moving
 
+      /**
+       * The row and column under the pointer; null beside the map, unless the nearest is wanted.
+       * @param {MouseEvent} event
+       * @returns {Pair | null}
+       */
       function at(event, strict = true) {
         const { left, width, height, shown: s } = area;
         const x = (event.offsetX - left) / width;
         const y = (event.offsetY - TOP) / height;
         if (strict && (x < 0 || x >= 1 || y < 0 || y >= 1)) return null;
+        /**
+         * @param {number} part
+         * @param {number} low
+         * @param {number} high
+         */
         const inside = (part, low, high) => clamp(Math.floor(low + part * (high - low)), low, high - 1);
         return [inside(y, s[0], s[1]), inside(x, s[2], s[3])];
       }
 
+      /** @param {Pair} cell */
       const choose = (cell) => {
         const now = get("selected");
         view.commit("selected", now && now[0] === cell[0] && now[1] === cell[1] ? null : cell);
       };
 
-      /** Put a window at the end of the trail, after those that hold it. */
+      /**
+       * Put a window at the end of the trail, after those that hold it.
+       * @param {Window4 | null} window
+       */
       function follow(window) {
         if (!window) trail = [];
         else {
-          while (trail.length && !(holds(trail.at(-1), window) && !same(trail.at(-1), window))) trail.pop();
-          trail = [...trail, window].slice(-5);
+          const kept = trail.findLastIndex((step) => holds(step, window) && !same(step, window));
+          trail = [...trail.slice(0, kept + 1), window].slice(-5);
         }
       }
 
+      /** @param {Window4 | null} window */
       const open = (window) => {
         drag = null;
         live = null;
-        clearTimeout(told);
+        clearTimeout(timer);
         view.untip();
         follow(window);
         view.commit("window", window);
       };
 
-      /** Show a window at once, and tell Python when the moving ends. */
+      /**
+       * Show a window at once, and tell Python when the moving ends.
+       * @param {Window4} window
+       */
       function glide(window) {
         live = window;
         view.touch("live");
-        clearTimeout(told);
-        told = setTimeout(() => open(same(window, bounds()) ? null : window), MOVED_MS);
+        clearTimeout(timer);
+        timer = setTimeout(() => open(same(window, bounds()) ? null : window), MOVED_MS);
       }
 
-      /** The window of another size around a point that stays where it is; within the whole map. */
+      /**
+       * The window of another size around a point that stays where it is; within the whole map.
+       * @param {number} factor
+       * @param {Pair} point
+       * @returns {Window4}
+       */
       function zoomed(factor, [row, column]) {
         const s = shown(); // what is asked for: a key may follow another within one frame
         const all = bounds();
+        /**
+         * @param {number} low
+         * @param {number} high
+         * @param {number} least
+         * @param {number} most
+         * @param {number} point
+         * @returns {Pair}
+         */
         const cut = (low, high, least, most, point) => {
           const size = clamp(Math.round((high - low) * factor), Math.min(4, most - least), most - least);
           const from = clamp(Math.round(point + 0.5 - ((point + 0.5 - low) / (high - low)) * size), least, most - size);
@@ -330,6 +588,11 @@ export default {
         return [...cut(s[0], s[1], all[0], all[1], row), ...cut(s[2], s[3], all[2], all[3], column)];
       }
 
+      /**
+       * @param {number} rows
+       * @param {number} columns
+       * @returns {Window4}
+       */
       function moved(rows, columns, from = shown()) {
         const all = bounds();
         const r = clamp(from[0] + rows, all[0], all[1] - (from[1] - from[0]));
@@ -341,7 +604,14 @@ export default {
         const hit = event.button === 0 && at(event);
         if (!hit) return;
         canvas.setPointerCapture(event.pointerId);
-        drag = { from: hit, to: hit, x: event.clientX, y: event.clientY, moved: false, pan: event.shiftKey && get("brush") ? area.shown : null };
+        drag = {
+          from: hit,
+          to: hit,
+          x: event.clientX,
+          y: event.clientY,
+          moved: false,
+          pan: event.shiftKey && get("brush") ? area.shown : null,
+        };
       });
       canvas.addEventListener("pointermove", (event) => {
         if (drag && event.buttons) {
@@ -349,11 +619,19 @@ export default {
           if (!drag.moved || !get("brush")) return;
           if (drag.pan) {
             const [r0, r1, c0, c1] = drag.pan;
-            live = moved(Math.round(((drag.y - event.clientY) / area.height) * (r1 - r0)), Math.round(((drag.x - event.clientX) / area.width) * (c1 - c0)), drag.pan);
+            live = moved(
+              Math.round(((drag.y - event.clientY) / area.height) * (r1 - r0)),
+              Math.round(((drag.x - event.clientX) / area.width) * (c1 - c0)),
+              drag.pan,
+            );
           } else {
-            drag.to = at(event, false);
+            drag.to = at(event, false) ?? drag.to;
             const [r0, r1, c0, c1] = extentOf(drag);
-            view.tip(event.clientX, event.clientY, ["zoom to", `${get("row_title") || "rows"} ${span(r0, r1)}`, `${get("column_title") || "columns"} ${span(c0, c1)}`]);
+            view.tip(event.clientX, event.clientY, [
+              "zoom to",
+              `${get("row_title") || "rows"} ${span(r0, r1)}`,
+              `${get("column_title") || "columns"} ${span(c0, c1)}`,
+            ]);
           }
           view.touch("live");
           return;
@@ -374,13 +652,17 @@ export default {
         drag = live = null;
         draw();
       });
-      canvas.addEventListener("wheel", (event) => {
-        if (!get("brush") || !(event.ctrlKey || event.metaKey)) return; // a plain wheel scrolls the page
-        const hit = at(event);
-        if (!hit) return;
-        event.preventDefault();
-        glide(zoomed(clamp(1.0015 ** event.deltaY, 0.5, 2), hit));
-      }, { passive: false });
+      canvas.addEventListener(
+        "wheel",
+        (event) => {
+          if (!get("brush") || !(event.ctrlKey || event.metaKey)) return; // a plain wheel scrolls the page
+          const hit = at(event);
+          if (!hit) return;
+          event.preventDefault();
+          glide(zoomed(clamp(1.0015 ** event.deltaY, 0.5, 2), hit));
+        },
+        { passive: false },
+      );
       canvas.addEventListener("dblclick", () => get("brush") && open(null));
       canvas.addEventListener("pointerleave", view.untip);
       canvas.addEventListener("blur", () => {
@@ -391,12 +673,17 @@ export default {
 
       /** Tell of the cell under the cursor, beside it and to screen readers. */
       function tellCursor() {
+        if (!cursor) return;
         const frame = canvas.getBoundingClientRect();
-        const said = describe(...cursor);
-        view.say(said.join(", "));
-        view.tip(frame.left + xOf(cursor[1] + 1), frame.top + yOf(cursor[0] + 1), said);
+        const lines = describe(...cursor);
+        view.say(lines.join(", "));
+        view.tip(frame.left + xOf(cursor[1] + 1), frame.top + yOf(cursor[0] + 1), lines);
       }
 
+      /**
+       * @param {Pair} by
+       * @param {boolean} marking
+       */
       function step(by, marking) {
         const s = shown();
         const steps = cursor ? [cellOf(cursor)] : [];
@@ -404,16 +691,27 @@ export default {
         const from = cursor ?? get("selected");
         const inside = from && from[0] >= s[0] && from[0] < s[1] && from[1] >= s[2] && from[1] < s[3];
         const all = bounds();
-        const next = inside ? [clamp(from[0] + by[0] * size[0], all[0], all[1] - 1), clamp(from[1] + by[1] * size[1], all[2], all[3] - 1)] : [s[0], s[2]];
-        if (marking && get("brush")) drag = { from: drag?.from ?? (inside ? from : next), to: next, moved: true };
+        /** @type {Pair} */
+        const next = inside
+          ? [clamp(from[0] + by[0] * size[0], all[0], all[1] - 1), clamp(from[1] + by[1] * size[1], all[2], all[3] - 1)]
+          : [s[0], s[2]];
+        if (marking && get("brush"))
+          drag = { from: drag?.from ?? (inside ? from : next), to: next, moved: true, x: 0, y: 0, pan: null };
         else drag = null;
         cursor = next;
-        const out = [Math.min(0, next[0] - s[0]) + Math.max(0, next[0] - s[1] + 1), Math.min(0, next[1] - s[2]) + Math.max(0, next[1] - s[3] + 1)];
-        if (out[0] || out[1]) glide(moved(...out.map((far, i) => Math.sign(far) * Math.max(Math.abs(far), Math.round((s[2 * i + 1] - s[2 * i]) / 4)))));
+        const out = [
+          Math.min(0, next[0] - s[0]) + Math.max(0, next[0] - s[1] + 1),
+          Math.min(0, next[1] - s[2]) + Math.max(0, next[1] - s[3] + 1),
+        ];
+        /** A quarter of the window at least. */
+        const jump = (/** @type {number} */ far, /** @type {number} */ size) =>
+          Math.sign(far) * Math.max(Math.abs(far), Math.round(size / 4));
+        if (out[0] || out[1]) glide(moved(jump(out[0], s[1] - s[0]), jump(out[1], s[3] - s[2])));
         draw();
         tellCursor();
       }
 
+      /** @param {number} factor */
       function zoomBy(factor) {
         if (!get("brush")) return;
         const s = shown();
@@ -424,7 +722,7 @@ export default {
 
       canvas.addEventListener("keydown", (event) => {
         if (!whole.rows || event.ctrlKey || event.metaKey || event.altKey) return;
-        const keys = {
+        press(event, {
           ArrowUp: () => step([-1, 0], event.shiftKey),
           ArrowDown: () => step([1, 0], event.shiftKey),
           ArrowLeft: () => step([0, -1], event.shiftKey),
@@ -441,11 +739,7 @@ export default {
             } else if (get("window")) open(trail.at(-2) ?? null);
             else view.commit("selected", null);
           },
-        };
-        if (!keys[event.key]) return;
-        keys[event.key]();
-        event.preventDefault();
-        event.stopPropagation();
+        });
       });
 
       // -- saving
@@ -453,6 +747,7 @@ export default {
       const wide = () => area.left + area.width + 24;
       const tall = () => TOP + area.height + BOTTOM + 76;
 
+      /** @type {Compose} */
       function compose(pen, width, height) {
         pen.textBaseline = "middle";
         pen.fillStyle = view.theme.ink;
@@ -472,44 +767,82 @@ export default {
         }
         pen.fillStyle = view.theme.muted;
         pen.textAlign = "center";
-        known(layer).forEach((text, i) => pen.fillText(text, area.left + (i * length) / 4, height - 18));
+        known(layer).forEach((text, i) => {
+          pen.fillText(text, area.left + (i * length) / 4, height - 18);
+        });
       }
 
+      /** @param {Layer} layer */
       const known = (layer) => Array.from({ length: 5 }, (_, i) => short(layer.knots[Math.round((i * 254) / 4)]));
 
       /** The cells in view as numbers: edges of rows and columns, and values; exact where single floats were sent. */
       function cells() {
         const s = area.shown;
         const layer = part.rows && holds(part.extent, s) ? part : whole;
+        /**
+         * @param {number} size
+         * @param {number} low
+         * @param {number} high
+         * @param {number} from
+         * @param {number} to
+         */
         const along = (size, low, high, from, to) => {
           const starts = Array.from({ length: size + 1 }, (_, i) => low + Math.floor((i * (high - low)) / size));
-          return starts.slice(0, -1).map((start, i) => [start, starts[i + 1], i]).filter(([start, end]) => end > from && start < to);
+          return starts
+            .slice(0, -1)
+            .map((start, i) => ({ range: /** @type {Pair} */ ([start, starts[i + 1]]), i }))
+            .filter(({ range: [start, end] }) => end > from && start < to);
         };
         const [r0, r1, c0, c1] = layer.extent;
         const rows = along(layer.rows, r0, r1, s[0], s[1]);
         const columns = along(layer.columns, c0, c1, s[2], s[3]);
+        /**
+         * @param {number} r
+         * @param {number} c
+         */
         const value = (r, c) => {
           const i = r * layer.columns + c;
           const number = layer.exact ? layer.exact[i] : (layer.knots[layer.levels[i] - 1] ?? NaN);
           return Number.isNaN(number) ? null : Number(number.toPrecision(7));
         };
-        return { rows, columns, values: rows.map(([, , r]) => columns.map(([, , c]) => value(r, c))), exact: layer.exact !== null };
+        return {
+          rows: rows.map(({ range }) => range),
+          columns: columns.map(({ range }) => range),
+          values: rows.map(({ i: r }) => columns.map(({ i: c }) => value(r, c))),
+          exact: layer.exact !== null,
+        };
       }
 
-      const named = (labels, [low, high]) => (high - low === 1 && labels.length > low ? `${low} ${labels[low]}` : high - low === 1 ? String(low) : `${low}-${high - 1}`);
+      /**
+       * @param {string[]} labels
+       * @param {Pair} range
+       */
+      const named = (labels, [low, high]) =>
+        high - low === 1 && labels.length > low
+          ? `${low} ${labels[low]}`
+          : high - low === 1
+            ? String(low)
+            : `${low}-${high - 1}`;
 
       function toCsv() {
         const { rows, columns, values } = cells();
         const corner = `${get("row_title") || "row"} \\ ${get("column_title") || "column"}`;
         const lines = [[corner, ...columns.map((range) => named(columnLabels(), range))].map(csvCell).join(",")];
-        rows.forEach((range, i) => lines.push(`${csvCell(named(rowLabels(), range))},${values[i].map((v) => v ?? "").join(",")}`));
+        rows.forEach((range, i) => {
+          lines.push(`${csvCell(named(rowLabels(), range))},${values[i].map((v) => v ?? "").join(",")}`);
+        });
         return `${lines.join("\n")}\n`;
       }
 
       function toJson() {
         const { rows, columns, values, exact } = cells();
-        const edges = (ranges) => [...ranges.map(([low]) => low), ranges.at(-1)[1]];
-        const texts = (labels, ranges) => labels.slice(ranges[0][0], ranges.at(-1)[1]);
+        /** @param {Pair[]} ranges */
+        const edges = (ranges) => [...ranges.map(([low]) => low), ranges[ranges.length - 1][1]];
+        /**
+         * @param {string[]} labels
+         * @param {Pair[]} ranges
+         */
+        const texts = (labels, ranges) => labels.slice(ranges[0][0], ranges[ranges.length - 1][1]);
         return JSON.stringify({
           label: get("label"),
           unit: get("unit"),
@@ -534,7 +867,7 @@ export default {
         if (dirty.has("theme") || dirty.has("diverging")) whole.sheet = part.sheet = null;
         const window = get("window");
         if (dirty.has("window") && !same(window, trail.at(-1) ?? null)) follow(window);
-        if (!window) part = NONE;
+        if (!window) part = noLayer();
         const some = whole.rows > 0 && whole.columns > 0;
         title.textContent = get("label");
         root.setAttribute("aria-label", get("label") || "Map");
@@ -548,16 +881,33 @@ export default {
           "aria-label",
           `${get("label") || "Map"}: arrow keys move, ${brush ? "Enter zooms in on the cell, plus and minus zoom, Shift and arrows mark a part, Escape goes back out, Space pins a cell" : "Enter selects, Escape clears"}`,
         );
-        if (brush) note.textContent = [get("note"), window ? "Escape goes back out" : "drag to zoom in"].filter(Boolean).join("; ");
+        if (brush)
+          note.textContent = [get("note"), window ? "Escape goes back out" : "drag to zoom in"]
+            .filter(Boolean)
+            .join("; ");
         const s = shown();
         const rows = rowLabels();
-        const longest = rows.length && s[1] - s[0] <= 60 ? Math.max(...rows.slice(s[0], s[1]).map((text) => Math.min(12, text.length))) : 0;
+        const longest =
+          rows.length && s[1] - s[0] <= 60
+            ? Math.max(...rows.slice(s[0], s[1]).map((text) => Math.min(12, text.length)))
+            : 0;
         const left = longest ? clamp(28 + 6.5 * longest, 52, 110) : 62;
         const width = Math.max(80, box.clientWidth - left - 8);
         // Cells are drawn square where the room allows: a grid of a few rows stays low, a large map fills 560 pixels.
         const square = (width * (s[1] - s[0])) / (s[3] - s[2]);
         const low = Math.min(square, (s[1] - s[0]) * 26);
-        area = { left, width, height: Math.round(clamp(brush || whole.rows > 64 ? square : low, brush && get("tokens").length ? Math.min(width, 320) : 60, 560)), shown: s };
+        area = {
+          left,
+          width,
+          height: Math.round(
+            clamp(
+              brush || whole.rows > 64 ? square : low,
+              brush && get("tokens").length ? Math.min(width, 320) : 60,
+              560,
+            ),
+          ),
+          shown: s,
+        };
         save.hidden = false;
         const layer = part.rows ? part : whole;
         rampLegend(legend, ramps(), known(layer), get("unit") || "value");

@@ -5,10 +5,42 @@ const BAR = 4; // the class's colour
 const LEFT = 46;
 const HEAD = 18;
 
+/**
+ * @typedef {object} Fields
+ * @property {Packed} tiles
+ * @property {Packed} places
+ * @property {Packed} classes
+ * @property {string[]} class_names
+ * @property {Packed} measures
+ * @property {string[]} measure_names
+ * @property {boolean} diverging
+ * @property {string} sort
+ * @property {string} label
+ * @property {string} note
+ * @property {Pair | null} selected
+ */
+
+/** One head's map: `kind` is an index into the class names, `values` has one number a measure. */
+/** @typedef {{ layer: number, head: number, kind: number | null, values: number[] }} HeadMap */
+
 export default {
+  /** @param {Host} host */
   render(host) {
-    const fields = ["tiles", "places", "classes", "class_names", "measures", "measure_names", "diverging", "sort", "label", "note", "selected"];
-    return mount(host, "Small maps of all layers and heads", fields, (view) => {
+    /** @type {(keyof Fields)[]} */
+    const fields = [
+      "tiles",
+      "places",
+      "classes",
+      "class_names",
+      "measures",
+      "measure_names",
+      "diverging",
+      "sort",
+      "label",
+      "note",
+      "selected",
+    ];
+    return mount(host, "Small maps of all layers and heads", fields, (/** @type {View<Fields>} */ view) => {
       const { root, get } = view;
       const head = node("div", "wb-head", root);
       const title = node("span", "wb-title", head);
@@ -22,13 +54,19 @@ export default {
       canvas.tabIndex = 0;
       canvas.setAttribute("role", "application");
       const foot = node("div", "wb-foot", root);
-      let maps = []; // { layer, head, kind, values: [one a measure] }, in the order of the tiles
-      let order = []; // indices of maps as they are laid out
-      let [side, levels] = [0, new Uint8Array(0)];
+      /** @type {HeadMap[]} in the order of the tiles */
+      let maps = [];
+      /** @type {number[]} indices of maps as they are laid out */
+      let order = [];
+      let side = 0;
+      /** @type {Numbers} */
+      let levels = new Uint8Array(0);
+      /** @type {{ sheet: HTMLCanvasElement, across: number } | null} */
       let sheets = null;
-      let grid = { cell: 30, columns: 1, left: LEFT, top: HEAD, square: true };
+      let grid = { cell: 30, columns: 1, rows: 1, left: LEFT, top: HEAD };
       let cursor = -1; // a place in the order
 
+      /** @param {number} value */
       const known = (value) => (Number.isFinite(value) ? value : -Infinity);
       const inOrder = () => get("sort") === "layer";
 
@@ -44,7 +82,8 @@ export default {
           layer: places[2 * i],
           head: places[2 * i + 1],
           kind: kinds.length ? kinds[i] : null,
-          values: measured.length === 2 ? Array.from({ length: measured[0] }, (_, m) => numbers[m * measured[1] + i]) : [],
+          values:
+            measured.length === 2 ? Array.from({ length: measured[0] }, (_, m) => numbers[m * measured[1] + i]) : [],
         }));
         sheets = null;
       }
@@ -53,13 +92,20 @@ export default {
         order = maps.map((_, i) => i);
         const by = get("sort");
         const measure = get("measure_names").indexOf(by);
-        if (by === "class") order.sort((a, b) => maps[a].kind - maps[b].kind || a - b);
-        else if (measure >= 0) order.sort((a, b) => Number(known(maps[b].values[measure]) > known(maps[a].values[measure])) - Number(known(maps[b].values[measure]) < known(maps[a].values[measure])) || a - b);
+        if (by === "class") order.sort((a, b) => (maps[a].kind ?? 0) - (maps[b].kind ?? 0) || a - b);
+        else if (measure >= 0)
+          order.sort(
+            (a, b) =>
+              Number(known(maps[b].values[measure]) > known(maps[a].values[measure])) -
+                Number(known(maps[b].values[measure]) < known(maps[a].values[measure])) || a - b,
+          );
       }
 
       /** All small maps side by side on a canvas of their own, coloured once. */
       function makeSheets() {
-        const shades = ramp(get("diverging") ? view.theme.diverging : view.theme.sequential).map(([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r);
+        const shades = ramp(get("diverging") ? view.theme.diverging : view.theme.sequential).map(
+          ([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r,
+        );
         const across = Math.ceil(Math.sqrt(maps.length));
         const picture = new ImageData(across * side, Math.ceil(maps.length / across) * side);
         const out = new Uint32Array(picture.data.buffer);
@@ -72,11 +118,7 @@ export default {
             }
           }
         }
-        const sheet = document.createElement("canvas");
-        sheet.width = picture.width;
-        sheet.height = picture.height;
-        sheet.getContext("2d").putImageData(picture, 0, 0);
-        sheets = { sheet, across };
+        sheets = { sheet: sheetOf(picture), across };
       }
 
       function layout() {
@@ -86,22 +128,43 @@ export default {
         const fitting = Math.floor((width - left) / heads) - GAP;
         const cell = clamp(inOrder() ? fitting : Math.min(fitting, 34), 12, 40);
         const columns = inOrder() ? heads : Math.max(1, Math.floor((width - left) / (cell + GAP)));
-        grid = { cell, columns, left, top: inOrder() ? HEAD : 2, rows: inOrder() ? Math.max(...maps.map((map) => map.layer)) + 1 : Math.ceil(maps.length / columns) };
+        grid = {
+          cell,
+          columns,
+          left,
+          top: inOrder() ? HEAD : 2,
+          rows: inOrder() ? Math.max(...maps.map((map) => map.layer)) + 1 : Math.ceil(maps.length / columns),
+        };
       }
 
       const stepX = () => grid.cell + GAP;
       const stepY = () => grid.cell + BAR + GAP;
-      const at = (place) => (inOrder() ? [maps[order[place]].layer, maps[order[place]].head] : [Math.floor(place / grid.columns), place % grid.columns]);
-      const placeAt = (row, column) => (inOrder() ? order.findIndex((i) => maps[i].layer === row && maps[i].head === column) : row * grid.columns + column);
+      /** @param {number} place */
+      const at = (place) =>
+        inOrder()
+          ? [maps[order[place]].layer, maps[order[place]].head]
+          : [Math.floor(place / grid.columns), place % grid.columns];
+      /**
+       * @param {number} row
+       * @param {number} column
+       */
+      const placeAt = (row, column) =>
+        inOrder()
+          ? order.findIndex((i) => maps[i].layer === row && maps[i].head === column)
+          : row * grid.columns + column;
 
+      /** @param {number} place */
       function corner(place) {
         const [row, column] = at(place);
         return [grid.left + column * stepX(), grid.top + row * stepY()];
       }
 
+      /** @param {Pen} context */
       function paintGrid(context) {
         const { muted, line, categories } = view.theme;
         const { cell } = grid;
+        const drawn = sheets;
+        if (!drawn) return;
         context.font = "11px system-ui, sans-serif";
         context.textBaseline = "middle";
         context.lineWidth = 1;
@@ -109,17 +172,29 @@ export default {
         if (inOrder()) {
           const every = Math.max(1, Math.ceil(22 / stepX()));
           context.textAlign = "center";
-          for (let column = 0; column < grid.columns; column += every) context.fillText(String(column), grid.left + column * stepX() + cell / 2, 9);
+          for (let column = 0; column < grid.columns; column += every)
+            context.fillText(String(column), grid.left + column * stepX() + cell / 2, 9);
           context.textAlign = "right";
           context.fillText("head", grid.left - 8, 9);
           const skip = Math.max(1, Math.ceil(14 / stepY()));
-          for (let row = 0; row < grid.rows; row += skip) context.fillText(`${row ? "" : "layer "}${row}`, grid.left - 8, grid.top + row * stepY() + cell / 2);
+          for (let row = 0; row < grid.rows; row += skip)
+            context.fillText(`${row ? "" : "layer "}${row}`, grid.left - 8, grid.top + row * stepY() + cell / 2);
         }
         context.imageSmoothingEnabled = cell < side;
         context.imageSmoothingQuality = "high";
         order.forEach((index, place) => {
           const [x, y] = corner(place);
-          context.drawImage(sheets.sheet, (index % sheets.across) * side, Math.floor(index / sheets.across) * side, side, side, x, y, cell, cell);
+          context.drawImage(
+            drawn.sheet,
+            (index % drawn.across) * side,
+            Math.floor(index / drawn.across) * side,
+            side,
+            side,
+            x,
+            y,
+            cell,
+            cell,
+          );
           context.strokeStyle = line;
           context.strokeRect(x - 0.5, y - 0.5, cell + 1, cell + 1);
           const { kind } = maps[index];
@@ -130,6 +205,12 @@ export default {
         });
       }
 
+      /**
+       * @param {CanvasRenderingContext2D} context
+       * @param {number} place
+       * @param {string} colour
+       * @param {number[]} dash
+       */
       function frame(context, place, colour, dash) {
         if (place < 0) return;
         const [x, y] = corner(place);
@@ -153,14 +234,18 @@ export default {
         frame(context, cursor, view.theme.accent, [4, 3]);
       }
 
+      /** @param {number} place */
       function describe(place) {
         const { layer, head, kind, values } = maps[order[place]];
         const lines = [`layer ${layer}, head ${head}`];
         if (kind !== null) lines.push(`${get("class_names")[kind]} head`);
-        get("measure_names").forEach((name, m) => Number.isFinite(values[m]) && lines.push(`${name} ${short(values[m])}`));
+        get("measure_names").forEach((name, m) => {
+          if (Number.isFinite(values[m])) lines.push(`${name} ${short(values[m])}`);
+        });
         return lines;
       }
 
+      /** @param {MouseEvent} event */
       function under(event) {
         const column = Math.floor((event.offsetX - grid.left + GAP / 2) / stepX());
         const row = Math.floor((event.offsetY - grid.top + GAP / 2) / stepY());
@@ -169,8 +254,14 @@ export default {
         return place >= 0 && place < order.length ? place : -1;
       }
 
-      const choose = (place) => place >= 0 && view.commit("selected", [maps[order[place]].layer, maps[order[place]].head]);
+      /** @param {number} place */
+      const choose = (place) =>
+        place >= 0 && view.commit("selected", [maps[order[place]].layer, maps[order[place]].head]);
 
+      /**
+       * @param {number} rows
+       * @param {number} columns
+       */
       function move(rows, columns) {
         if (cursor < 0) cursor = Math.max(0, selectedPlace());
         else {
@@ -201,26 +292,24 @@ export default {
       canvas.addEventListener("click", (event) => choose(under(event)));
       canvas.addEventListener("keydown", (event) => {
         if (!maps.length || event.ctrlKey || event.metaKey || event.altKey) return;
-        const keys = {
+        press(event, {
           ArrowUp: () => move(-1, 0),
           ArrowDown: () => move(1, 0),
           ArrowLeft: () => move(0, -1),
           ArrowRight: () => move(0, 1),
           Enter: () => choose(cursor),
           " ": () => choose(cursor),
-        };
-        if (!keys[event.key]) return;
-        keys[event.key]();
-        event.preventDefault();
-        event.stopPropagation();
+        });
       });
       sort.addEventListener("change", () => view.commit("sort", sort.value));
 
       // -- saving
 
+      /** @returns {Pair} */
       const size = () => [grid.left + grid.columns * stepX() + 12, grid.top + grid.rows * stepY() + 64];
 
-      function compose(pen, width, height) {
+      /** @type {Compose} */
+      function compose(pen, _width, height) {
         pen.textBaseline = "middle";
         pen.textAlign = "left";
         pen.font = "600 13px system-ui, sans-serif";
@@ -241,10 +330,16 @@ export default {
         }
       }
 
+      /** @returns {Record<string, string | number>[]} */
       const table = () =>
         order.map((index) => {
           const { layer, head, kind, values } = maps[index];
-          return { layer, head, ...(kind !== null && { class: get("class_names")[kind] }), ...Object.fromEntries(get("measure_names").map((name, m) => [name, values[m]])) };
+          return {
+            layer,
+            head,
+            ...(kind !== null && { class: get("class_names")[kind] }),
+            ...Object.fromEntries(get("measure_names").map((name, m) => [name, values[m]])),
+          };
         });
 
       function toCsv() {
@@ -260,10 +355,14 @@ export default {
         ["Heads (JSON)", () => saveFile(`${fileName(get("label"))}.json`, "application/json", JSON.stringify(table()))],
       ]);
 
+      /** @returns {[string, string][]} */
       function classLegend() {
         const names = get("class_names");
         const counts = names.map((_, kind) => maps.filter((map) => map.kind === kind).length);
-        return names.map((name, kind) => [view.theme.categories[kind % view.theme.categories.length], `${name} ${counts[kind]}`]);
+        return names.map((name, kind) => [
+          view.theme.categories[kind % view.theme.categories.length],
+          `${name} ${counts[kind]}`,
+        ]);
       }
 
       return (dirty) => {
@@ -273,9 +372,15 @@ export default {
         box.style.display = foot.style.display = some ? "" : "none";
         title.textContent = get("label");
         note.textContent = get("note");
-        const choices = [["layer", "layer and head"], ...(get("class_names").length ? [["class", "class"]] : []), ...get("measure_names").map((name) => [name, name])];
+        const choices = [
+          ["layer", "layer and head"],
+          ...(get("class_names").length ? [["class", "class"]] : []),
+          ...get("measure_names").map((name) => [name, name]),
+        ];
         sortBox.style.display = some && choices.length > 1 ? "" : "none";
-        sort.replaceChildren(...choices.map(([value, name]) => Object.assign(node("option", "", null, name), { value })));
+        sort.replaceChildren(
+          ...choices.map(([value, name]) => Object.assign(node("option", "", null, name), { value })),
+        );
         sort.value = get("sort");
         if (!some) return;
         canvas.setAttribute("aria-label", `${get("label")}: arrow keys move over the heads, Enter shows one`);

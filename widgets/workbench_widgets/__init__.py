@@ -6,30 +6,24 @@ component. Figures with lines and bars are Plotly's: see `workbench_widgets.figu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from workbench_widgets.answer_diff import AnswerDiff
-from workbench_widgets.heatmap import Heatmap
-from workbench_widgets.kept_raster import KeptRaster
-from workbench_widgets.map_grid import MapGrid
-from workbench_widgets.token_text import TokenText
-from workbench_widgets.view import View
+from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, View
 
 if TYPE_CHECKING:
-    from workbench_widgets.app import serve
-    from workbench_widgets.attention_view import AttentionView
+    from workbench_widgets.app.serve import serve
+    from workbench_widgets.notebook import AttentionView
 
 __all__ = ["AnswerDiff", "AttentionView", "Heatmap", "KeptRaster", "MapGrid", "TokenText", "View", "serve"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "serve":  # the app needs Panel, the views do not
-        from workbench_widgets.app import serve
-
-        return serve
+        return import_module("workbench_widgets.app").serve
     if name == "AttentionView":  # needs the whole workbench, the views need nothing
         try:
-            from workbench_widgets.attention_view import AttentionView
+            return import_module("workbench_widgets.notebook").AttentionView
         except ModuleNotFoundError as error:
             if error.name != "ipywidgets":
                 raise
@@ -38,6 +32,4 @@ def __getattr__(name: str) -> Any:
             raise MissingExtra(
                 "AttentionView needs ipywidgets: pip install 'inference-workbench[notebooks]'"
             ) from error
-
-        return AttentionView
     raise AttributeError(f"module 'workbench_widgets' has no attribute {name!r}")

@@ -6,10 +6,8 @@ latest state: moves never queue. A run has a thread of its own, with progress an
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable
 
 import ipywidgets as w
 
@@ -20,58 +18,18 @@ from workbench.registry import Method, find, registered
 from workbench.session import Session
 from workbench.weights.base import WeightMethod
 from workbench_widgets import present
-from workbench_widgets.answer_diff import AnswerDiff
-from workbench_widgets.method_controls import NONE, MethodControls
-from workbench_widgets.notebook import PlanView, run_answers, run_html, runs_html
+from workbench_widgets.notebook.html_summaries import run_html, runs_html
+from workbench_widgets.notebook.latest_job import LatestJob
+from workbench_widgets.notebook.method_controls import NONE, MethodControls
+from workbench_widgets.notebook.plan_view import PlanView
+from workbench_widgets.notebook.run_view import run_answers
 from workbench_widgets.plain_text import in_markup
+from workbench_widgets.views.answer_diff import AnswerDiff
 
-_LOG = logging.getLogger(__name__)
 _STEP_S = 0.1  # between two updates of the progress bar: a browser draws no more
 
 
-class Latest:
-    """A thread that runs the newest job given to it; a job that waits when a newer one comes is never run."""
-
-    def __init__(self) -> None:
-        self._ready = threading.Condition()
-        self._job: Callable[[], None] | None = None
-        self._busy = self._closed = False
-        threading.Thread(target=self._work, name="workbench-plan", daemon=True).start()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` next, in place of any other that still waits. Returns at once; what `job` raises is logged."""
-        with self._ready:
-            self._job = job
-            self._ready.notify_all()
-
-    def wait(self, seconds: float = 60) -> bool:
-        """Whether nothing is left to do, within so many seconds."""
-        with self._ready:
-            return self._ready.wait_for(lambda: self._job is None and not self._busy, seconds)
-
-    def close(self) -> None:
-        """End the thread after the job at hand."""
-        with self._ready:
-            self._job, self._closed = None, True
-            self._ready.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._ready:
-                self._busy = False
-                self._ready.notify_all()
-                self._ready.wait_for(lambda: self._job is not None or self._closed)
-                if self._closed:
-                    return
-                job, self._job, self._busy = self._job, None, True
-            assert job is not None
-            try:
-                job()
-            except Exception:  # the thread must live on: the next job may well succeed
-                _LOG.exception("a plan for the control panel failed")
-
-
-class Controls(w.VBox):  # type: ignore[misc]
+class Controls(w.VBox):
     """Try methods on a session's prompt: the views follow every change, "Run" generates and compares.
 
     session: one that has read a prompt (NotRead otherwise). method, budget, question, max_new_tokens: where it starts.
@@ -79,7 +37,7 @@ class Controls(w.VBox):  # type: ignore[misc]
     Runs land in `session.runs`. `close()` ends its threads.
     """
 
-    _planner: Latest | None = None
+    _planner: LatestJob | None = None
     _progress: Progress | None = None
 
     def __init__(
@@ -94,7 +52,7 @@ class Controls(w.VBox):  # type: ignore[misc]
         if session.trace is None:
             raise NotRead("no prompt has been read yet: call session.read(text) before session.controls()")
         self._session = session
-        self._planner = Latest()
+        self._planner = LatestJob()
         self._updated = 0.0
         kv = registered("kv")
         self.budget = w.FloatSlider(
@@ -140,9 +98,9 @@ class Controls(w.VBox):  # type: ignore[misc]
         self.answer = AnswerDiff.jupyter([], [])
         self.figures = w.HTML()
         self.table = w.HTML(runs_html(session.runs))
-        self.budget.observe(lambda change: self.replan(), names="value")
-        self.run_button.on_click(lambda button: self.run())
-        self.cancel_button.on_click(lambda button: self.cancel())
+        self.budget.observe(lambda _: self.replan(), names="value")
+        self.run_button.on_click(lambda _: self.run())
+        self.cancel_button.on_click(lambda _: self.cancel())
         wrap = w.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="4px 8px")
         chosen = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px")
         budget_box = w.VBox(
@@ -188,8 +146,8 @@ class Controls(w.VBox):  # type: ignore[misc]
         self._progress = Progress(self._advance)
         self.run_button.disabled, self.cancel_button.disabled = True, False
         self.bar.layout.visibility = "visible"
-        asked = self.question.value.strip() or None
-        arguments = (recipe, asked, self.length.value, self._progress)
+        question = self.question.value.strip() or None
+        arguments = (recipe, question, self.length.value, self._progress)
         threading.Thread(target=self._run, args=arguments, name="workbench-run", daemon=True).start()
 
     def cancel(self) -> None:
@@ -209,13 +167,13 @@ class Controls(w.VBox):  # type: ignore[misc]
         kv = [method for method in chosen if method.family == "kv"]
         if len({method.key for method in kv}) < len(kv):
             raise BadRecipe("choose two different cache methods, or none on top")
-        limited = any(method.key != "full" for method in kv)
+        limited = any(method.takes_budget() for method in kv)
         if limited and len(chosen) == 1:
             return Recipe.of(chosen[0].with_budget(self.budget.value))
         return Recipe.of(chosen, budget=self.budget.value if limited else None)
 
     def _with_size(self, method: Method) -> Method:
-        sized = isinstance(method, WeightMethod) and method.takes_size()
+        sized = isinstance(method, WeightMethod) and method.takes_budget()
         return method.with_budget(self.weights_budget.value) if sized else method
 
     def _weigh(self) -> None:
@@ -224,7 +182,7 @@ class Controls(w.VBox):  # type: ignore[misc]
         if key != self._sized:
             self._sized = key
             cls = None if key == NONE else find(key)
-            sized = cls is not None and issubclass(cls, WeightMethod) and cls.takes_size()
+            sized = cls is not None and issubclass(cls, WeightMethod) and cls.takes_budget()
             self.weights_budget.layout.display = "" if sized else "none"
             if sized and cls is not None:
                 self.weights_budget.value = cls.default_budget or 1
@@ -233,7 +191,7 @@ class Controls(w.VBox):  # type: ignore[misc]
     def _plan_now(self) -> None:
         try:
             recipe = self._recipe(self.first, self.second)
-            self.budget.disabled = all(method.key == "full" for method in recipe.methods)
+            self.budget.disabled = not recipe.takes_budget()
             self.view.plan = self._session.plan(recipe, progress=Progress(self._planning))
             _say(self.trouble, "")
         except WorkbenchError as error:

@@ -6,40 +6,44 @@ reads markup: names, titles, labels and what is told on hover are given to it as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from workbench.errors import BadParameter, MissingExtra
 from workbench.measure.memory import HOST
-from workbench_widgets.colors import theme
+from workbench_widgets.colours import theme
 from workbench_widgets.plain_text import in_markup
-from workbench_widgets.pool import edges
+from workbench_widgets.views.pooling import edges
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     from numpy.typing import ArrayLike
+    from plotly.basedatatypes import BaseTraceType
 
 MIB = 1024**2
-QUALITIES = {  # columns of Session.compare -> what they are called
-    "kl": "KL divergence",
-    "top1": "Top-1 agreement",
-    "nll_difference": "NLL difference",
-    "perplexity": "Perplexity",
-}
+QUALITIES: Mapping[str, str] = MappingProxyType(
+    {  # columns of Session.compare -> what they are called
+        "kl": "KL divergence",
+        "top1": "Top-1 agreement",
+        "nll_difference": "NLL difference",
+        "perplexity": "Perplexity",
+    }
+)
 _BEFORE, _AFTER = "before", "after"
 _FEW = 64  # points that are marked one by one
 _TEXTS = ("name", "text", "meta", "customdata", "x", "y")  # where a trace may have some
 
 
-def _plotly() -> Any:
+def _plotly() -> Any:  # plotly.graph_objects, which has no types
     try:
-        import plotly.graph_objects as go
+        from plotly import graph_objects
     except ImportError as error:
         raise MissingExtra("figures need Plotly: pip install 'inference-workbench[app]'") from error
-    return go
+    return graph_objects
 
 
 def _columns(frame: pd.DataFrame, needed: Sequence[str], where: str) -> None:
@@ -50,7 +54,7 @@ def _columns(frame: pd.DataFrame, needed: Sequence[str], where: str) -> None:
         )
 
 
-def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
+def _figure(traces: list[BaseTraceType], dark: bool, **layout: object) -> go.Figure:
     """A figure with our colours, readable text, and margins that leave room for the labels.
 
     Every text of `traces` and titles of `layout` is shown as it is; only hover templates are markup.
@@ -68,8 +72,8 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
     for trace in traces:
         for place in _TEXTS:
             if place in trace and trace[place] is not None:
-                trace[place] = _shown(trace[place])
-    layout = {name: _shown(value) if name.endswith("title_text") else value for name, value in layout.items()}
+                trace[place] = _as_text(trace[place])
+    layout = {name: _as_text(value) if name.endswith("title_text") else value for name, value in layout.items()}
     figure = _plotly().Figure(traces)
     figure.update_layout(
         template="none",
@@ -103,18 +107,18 @@ def _figure(traces: list[Any], dark: bool, **layout: Any) -> go.Figure:
     return figure
 
 
-def _shown(texts: Any) -> Any:
+def _as_text(texts: object) -> object:
     """Texts as markup that shows them; numbers as they are."""
     if isinstance(texts, str):
         return in_markup(texts)
-    if np.asarray(texts).dtype.kind in "OU":
+    if isinstance(texts, Iterable) and np.asarray(texts).dtype.kind in "OU":
         return [in_markup(text) if isinstance(text, str) else text for text in texts]
     return texts
 
 
-def _log_axis(values: ArrayLike) -> dict[str, Any]:
+def _log_axis(values: ArrayLike) -> dict[str, object]:
     """A vertical log axis for these values, with a few round numbers on it; what is not positive does not count."""
-    axis: dict[str, Any] = {"yaxis_type": "log", "yaxis_tickformat": "~g"}
+    axis: dict[str, object] = {"yaxis_type": "log", "yaxis_tickformat": "~g"}
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers) & (numbers > 0)]
     if not numbers.size or numbers.max() < 4 * numbers.min():  # Plotly's own ticks suit a narrow range
@@ -185,7 +189,7 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
     _columns(frame, ["layer", "absmax"], "outlier_profile")
     colours = theme(dark)
     has_kurtosis = "kurtosis" in frame.columns
-    traces: list[Any] = [
+    traces: list[BaseTraceType] = [
         go.Bar(
             x=frame["layer"],
             y=frame["absmax"],
@@ -206,7 +210,7 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
                 hovertemplate="%{y:.3g}",
             )
         )
-    layout: dict[str, Any] = {
+    layout: dict[str, object] = {
         **_log_axis(frame[[name for name in ("absmax", "median") if name in frame.columns]]),
         "yaxis_title_text": "absolute value",
         "xaxis_title_text": "layer",
@@ -237,7 +241,7 @@ def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Ou
 
 
 def lines(
-    x: Sequence[Any],
+    x: Sequence[object],
     ys: Mapping[str, ArrayLike],
     *,
     title: str,
@@ -377,7 +381,7 @@ def pareto(
     colours = theme(dark)
     rows = frame.dropna(subset=[nbytes, quality])
     symbols = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
-    traces: list[Any] = []
+    traces: list[BaseTraceType] = []
     for i, (name, runs) in enumerate(rows.groupby(method, sort=True)):
         has_budget = "budget" in runs.columns
         traces.append(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 from html import unescape
-from typing import Any
+from types import MappingProxyType
 
 # Plotly knows few names of signs, none of a quote. "$" begins a formula where a notebook has MathJax.
-_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "$": "&#36;"})
+_MARKUP = MappingProxyType(str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "$": "&#36;"}))
 _UNSHOWN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # not in HTML, SVG or UTF-8
 _ICON = re.compile(r":(?=material/)")
 _JOINER = "\u2060"  # takes no room and lets nothing break
@@ -37,6 +37,6 @@ def in_label(text: object) -> str:
     return _ICON.sub(f":{_JOINER}", str(text))
 
 
-def in_script(value: Any) -> str:
+def in_script(value: object) -> str:
     """`value` as JSON for a script in a page: nothing in it can end the script, or a line of it."""
     return json.dumps(value).replace("<", "\\u003c")

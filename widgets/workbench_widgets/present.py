@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,15 +15,20 @@ from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadClass
 from workbench.measure.memory import Timeline
+from workbench.registry import Method
 from workbench.runtime.run import Run
-from workbench_widgets.heatmap import Heatmap
 from workbench_widgets.plain_text import in_markup
-from workbench_widgets.pool import Scale
+from workbench_widgets.views.colour_levels import Scale
+from workbench_widgets.views.heatmap import Heatmap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
 
 
-class Figure(NamedTuple):
+class KeyFigure(NamedTuple):
     """One number for people: what it is, the number with its unit, and what it is measured against."""
 
     name: str
@@ -31,7 +36,7 @@ class Figure(NamedTuple):
     note: str
 
 
-def pieces(tokenizer: Any, ids: Any) -> list[str]:
+def pieces(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int] | Tensor) -> list[str]:
     """The text of each token, or its number in brackets where there is no tokenizer."""
     numbers = [int(i) for i in ids]
     if tokenizer is None:
@@ -44,7 +49,7 @@ def tier_names(plan: Plan) -> tuple[str, ...]:
     return ("dropped", *plan.precisions)
 
 
-def token_text(plan: Plan, tokens: Sequence[str], selected: tuple[int, int] | None = None) -> dict[str, Any]:
+def token_text(plan: Plan, tokens: Sequence[str], selected: tuple[int, int] | None = None) -> dict[str, object]:
     """Keywords for TokenText: the share that survives everywhere, or the tiers of the selected (layer, KV head)."""
     if selected is None:
         groups = len(plan.trace.compressible or plan.trace.layers) * plan.tiers.shape[1]
@@ -60,7 +65,7 @@ def token_text(plan: Plan, tokens: Sequence[str], selected: tuple[int, int] | No
     }
 
 
-def kept_raster(plan: Plan, tokens: Sequence[str]) -> dict[str, Any]:
+def kept_raster(plan: Plan, tokens: Sequence[str]) -> dict[str, object]:
     """Keywords for KeptRaster: every layer, KV head and position with its tier."""
     return {"kept": plan.tiers.cpu().numpy(), "tiers": tier_names(plan), "tokens": tokens}
 
@@ -74,7 +79,7 @@ def attention_map(
     scale: Scale = "log",
     of: str = "",
     difference: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Keywords for Heatmap: the attention of one head, queries down and keys across.
 
     of: under which recipe, where not everything is kept. difference: `pooled` is one map minus another, `of` says
@@ -105,7 +110,7 @@ def attention_map(
 def attention_html(pooled: PooledMap, tokens: Sequence[str], *, layer: int, head: int, scale: Scale = "log") -> str:
     """The map as one HTML file that needs no kernel and no network; zooming shows the cells it has."""
     keywords = attention_map(pooled, tokens, layer=layer, head=head, scale=scale)
-    return Heatmap.html(**keywords, title=keywords["label"])
+    return Heatmap.html(**keywords, title=str(keywords["label"]))
 
 
 def implied_by(operator: Operator, *, difference: bool = False) -> str:
@@ -126,9 +131,9 @@ def operator_line(study: Study, head: int) -> str:
 
 def map_grid(
     grid: GridOfMaps, heads: pd.DataFrame | None = None, *, of: str = "", difference: bool = False
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Keywords for MapGrid from `Session.attention_grid` and, for classes and measures, `Session.heads`."""
-    keywords: dict[str, Any] = {
+    keywords: dict[str, object] = {
         "maps": grid.values.numpy(),
         # In maps so small sinks and the diagonal fill every pooled cell on a log scale; ranks still show the rest.
         "scale": "log" if difference else "percentile",
@@ -148,7 +153,7 @@ def map_grid(
 
 def received_text(
     received: ArrayLike, tokens: Sequence[str], *, layer: int, head: int | None, of: str = "", scale: Scale = "log"
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Keywords for TokenText from `Session.received`: the prompt coloured by the attention each token gets."""
     return {
         "tokens": tokens,
@@ -163,7 +168,7 @@ def _head(layer: int, head: int | None) -> str:
     return f"layer {layer}" + ("" if head is None else f", head {head}")
 
 
-def answers(run: Run, tokenizer: Any) -> dict[str, Any]:
+def answers(run: Run, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, object]:
     """Keywords for AnswerDiff: the uncompressed answer and the run's."""
     return {
         "left": pieces(tokenizer, run.reference_tokens),
@@ -173,7 +178,7 @@ def answers(run: Run, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def size(nbytes: float) -> str:
+def readable_bytes(nbytes: float) -> str:
     """Bytes for people: `11.3 MiB`."""
     for unit in ("bytes", "KiB", "MiB"):
         if abs(nbytes) < 1024:
@@ -182,7 +187,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB" if nbytes < 10 else f"{nbytes:.1f} GiB"
 
 
-def plan_figures(plan: Plan) -> list[Figure]:
+def plan_figures(plan: Plan) -> list[KeyFigure]:
     """What a plan saves, in words: bytes, share, positions."""
     kept, tokens = plan.counts.float(), plan.trace.tokens
     low, high = int(kept.min()), int(kept.max())
@@ -190,45 +195,44 @@ def plan_figures(plan: Plan) -> list[Figure]:
     tiers = {name: float((plan.tiers == i + 1).float().mean()) for i, name in enumerate(plan.precisions)}
     stored = ", ".join(f"{share:.0%} at {name}" for name, share in tiers.items() if share > 0)
     exact = f"; {len(plan.exact)} layers stay exact" if plan.exact else ""
-    host = f"; {size(plan.host_nbytes)} in host memory" if plan.host_nbytes else ""
+    host = f"; {readable_bytes(plan.host_nbytes)} in host memory" if plan.host_nbytes else ""
     return [
-        Figure("KV cache", size(plan.nbytes), f"of {size(plan.full_nbytes)} uncompressed{host}"),
-        Figure(
+        KeyFigure("KV cache", readable_bytes(plan.nbytes), f"of {readable_bytes(plan.full_nbytes)} uncompressed{host}"),
+        KeyFigure(
             "Share of bytes", f"{plan.share:.1%}", f"{plan.full_nbytes / max(plan.nbytes, 1):.3g} times smaller{exact}"
         ),
-        Figure("Positions kept", f"{kept.mean():,.0f} of {tokens:,}", spread),
-        Figure("Stored as", " + ".join(name for name, share in tiers.items() if share > 0) or "nothing", stored),
+        KeyFigure("Positions kept", f"{kept.mean():,.0f} of {tokens:,}", spread),
+        KeyFigure("Stored as", " + ".join(name for name, share in tiers.items() if share > 0) or "nothing", stored),
     ]
 
 
-def weights_figure(weights: tuple[Any, int, int]) -> Figure:
-    """What the model's weights take: of (methods, bytes, bytes of its own), all at 16 bits."""
-    methods, nbytes, full = weights
-    told = f"of {size(full)}; {nbytes / full:.1%}, all counted" if methods else "at 16 bits"
-    return Figure("Model weights", size(nbytes), told)
+def weights_figure(methods: Sequence[Method], nbytes: int, full: int) -> KeyFigure:
+    """What the model's weights take under these methods: bytes, of as many at 16 bits without them."""
+    note = f"of {readable_bytes(full)}; {nbytes / full:.1%}, all counted" if methods else "at 16 bits"
+    return KeyFigure("Model weights", readable_bytes(nbytes), note)
 
 
-def run_figures(run: Run) -> list[Figure]:
+def run_figures(run: Run) -> list[KeyFigure]:
     """What a run cost the answer, and how fast it was; measures its quality if nobody has yet."""
     quality, timing = run.quality, run.timing
     first = quality.first_divergence
     same = "the answers agree" if first is None else f"the answers differ from token {first + 1} on"
     return [
-        Figure("KL divergence", f"{quality.kl:.4f}", f"nats a token; worst {quality.kl_max:.3g}"),
-        Figure("Top-1 agreement", f"{quality.top1_agreement:.0%}", f"of {quality.tokens} tokens; {same}"),
-        Figure("NLL difference", f"{quality.nll_difference:+.4f}", "nats a token"),
-        Figure("Perplexity", f"{quality.perplexity:.3f}", f"uncompressed {quality.perplexity_reference:.3f}"),
-        Figure("First token", f"{timing.first_token_s:.2f} s", f"then {timing.tokens_per_s:.1f} tokens a second"),
-        Figure("Cache at the end", size(run.kv_nbytes), f"{len(run.tokens)} tokens generated"),
+        KeyFigure("KL divergence", f"{quality.kl:.4f}", f"nats a token; worst {quality.kl_max:.3g}"),
+        KeyFigure("Top-1 agreement", f"{quality.top1_agreement:.0%}", f"of {quality.tokens} tokens; {same}"),
+        KeyFigure("NLL difference", f"{quality.nll_difference:+.4f}", "nats a token"),
+        KeyFigure("Perplexity", f"{quality.perplexity:.3f}", f"uncompressed {quality.perplexity_reference:.3f}"),
+        KeyFigure("First token", f"{timing.first_token_s:.2f} s", f"then {timing.tokens_per_s:.1f} tokens a second"),
+        KeyFigure("Cache at the end", readable_bytes(run.kv_nbytes), f"{len(run.tokens)} tokens generated"),
     ]
 
 
-def head_error(errors: Any, *, of: str) -> dict[str, Any]:
+def head_error(errors: Tensor, *, of: str) -> dict[str, object]:
     """Keywords for Heatmap from a plan's `error` or a run's `verdict.output_error` [layers, heads]."""
     return Heatmap.grid(errors.numpy(), what=f"Relative error of each head's output, {of}")
 
 
-def outlier_map(frame: pd.DataFrame, *, kind: str) -> dict[str, Any] | None:
+def outlier_map(frame: pd.DataFrame, *, kind: str) -> dict[str, object] | None:
     """Keywords for Heatmap from `Session.outliers`: the largest magnitude of each layer and channel.
 
     KV heads stand side by side. None for weights, whose modules have different widths.

@@ -6,27 +6,31 @@ notebook and in the app.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from workbench.weights.reports.spectra import Spectrum
 from workbench_widgets import figures
-from workbench_widgets.present import Figure, size
+from workbench_widgets.present import KeyFigure, readable_bytes
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-MEASURES = {  # columns of Session.census -> what they are called
-    "output_error": "Relative error of the outputs",
-    "weight_error": "Relative error of the weights",
-    "bits": "Bits a weight, all counted",
-    "share": "Share of the 16-bit bytes",
-    "rank": "Rank",
-    "density": "Density",
-}
+MEASURES: Mapping[str, str] = MappingProxyType(
+    {  # columns of Session.census -> what they are called
+        "output_error": "Relative error of the outputs",
+        "weight_error": "Relative error of the weights",
+        "bits": "Bits a weight, all counted",
+        "share": "Share of the 16-bit bytes",
+        "rank": "Rank",
+        "density": "Density",
+    }
+)
 
 
 def modules(census: pd.DataFrame) -> list[str]:
@@ -34,7 +38,7 @@ def modules(census: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(census[census.layer.notna()].module))
 
 
-def weight_map(census: pd.DataFrame, measure: str = "output_error") -> dict[str, Any]:
+def weight_map(census: pd.DataFrame, measure: str = "output_error") -> dict[str, object]:
     """Keywords for Heatmap from `Session.census`: one of MEASURES for each layer and module.
 
     A module in which several matrices stand shows their mean; where a method chose no such thing there is nothing.
@@ -49,7 +53,7 @@ def weight_map(census: pd.DataFrame, measure: str = "output_error") -> dict[str,
     )
 
 
-def grid_map(values: Any, names: Sequence[str], label: str) -> dict[str, Any]:
+def grid_map(values: ArrayLike, names: Sequence[str], label: str) -> dict[str, object]:
     """Keywords for Heatmap of one number for each layer and module."""
     return {
         "values": values,
@@ -74,22 +78,26 @@ def chosen(census: pd.DataFrame) -> list[str]:
     return [name for name in MEASURES if small[name].notna().any()] or ["share"]
 
 
-def weight_figures(census: pd.DataFrame) -> list[Figure]:
+def weight_figures(census: pd.DataFrame) -> list[KeyFigure]:
     """What a recipe made of the weights, in a few numbers."""
     small = census[census.form != "plain"]
     full = float((small.bytes / small.share.where(small.share > 0)).sum())
     errors = small.output_error.astype(float).dropna()
-    found = [
-        Figure("Matrices compressed", f"{len(small)} of {len(census)}", "the others stay as they are"),
-        Figure("Their bytes", size(float(small.bytes.sum())), f"of {size(full)} at 16 bits" if full else ""),
+    key_figures = [
+        KeyFigure("Matrices compressed", f"{len(small)} of {len(census)}", "the others stay as they are"),
+        KeyFigure(
+            "Their bytes",
+            readable_bytes(float(small.bytes.sum())),
+            f"of {readable_bytes(full)} at 16 bits" if full else "",
+        ),
     ]
     if len(errors):
         worst = str(small.name.loc[errors == errors.max()].iloc[0])
-        found += [
-            Figure("Output error", f"{errors.median():.1%}", "median, relative to the outputs"),
-            Figure("Worst", f"{errors.max():.1%}", worst.removeprefix("model.")),
+        key_figures += [
+            KeyFigure("Output error", f"{errors.median():.1%}", "median, relative to the outputs"),
+            KeyFigure("Worst", f"{errors.max():.1%}", worst.removeprefix("model.")),
         ]
-    return found
+    return key_figures
 
 
 def left_alone(census: pd.DataFrame) -> pd.DataFrame:
@@ -105,12 +113,12 @@ def left_alone(census: pd.DataFrame) -> pd.DataFrame:
 
 def spectrum(before: Spectrum, after: Spectrum | None = None, *, dark: bool = False) -> go.Figure:
     """The singular values of one weight, and of what a recipe made of it."""
-    found = {"the model's": before} if after is None else {"before": before, "after": after}
-    count = max(one.values.numel() for one in found.values())
+    spectra = {"the model's": before} if after is None else {"before": before, "after": after}
+    count = max(entry.values.numel() for entry in spectra.values())
     ys = {}
-    for name, one in found.items():
-        values = (one.values.double() * one.largest).numpy()
-        values[values <= one.largest * count * np.finfo(np.float32).eps] = np.nan  # zero, but for rounding
+    for name, entry in spectra.items():
+        values = (entry.values.double() * entry.largest).numpy()
+        values[values <= entry.largest * count * np.finfo(np.float32).eps] = np.nan  # zero, but for rounding
         ys[name] = np.pad(values, (0, count - len(values)), constant_values=np.nan)
     return figures.lines(
         list(range(1, count + 1)),
@@ -123,31 +131,30 @@ def spectrum(before: Spectrum, after: Spectrum | None = None, *, dark: bool = Fa
     )
 
 
-def ranks(before: Spectrum, after: Spectrum | None = None) -> list[Figure]:
+def ranks(before: Spectrum, after: Spectrum | None = None) -> list[KeyFigure]:
     """How many directions a weight uses, and what a recipe left of them."""
-
     shown = before if after is None else after
 
-    def told(name: str, measure: Callable[[Spectrum], float], form: str) -> Figure:
-        return Figure(name, f"{measure(shown):{form}}", "" if after is None else f"before {measure(before):{form}}")
+    def figure(name: str, measure: Callable[[Spectrum], float], form: str) -> KeyFigure:
+        return KeyFigure(name, f"{measure(shown):{form}}", "" if after is None else f"before {measure(before):{form}}")
 
     return [
-        told("Effective rank", lambda one: one.effective_rank, ".1f"),
-        told("Stable rank", lambda one: one.stable_rank, ".1f"),
-        told("For 90 % of the energy", lambda one: one.rank_for(0.9), ",d"),
-        told("For 99 % of the energy", lambda one: one.rank_for(0.99), ",d"),
-        told("Largest", lambda one: one.largest, ".3g"),
+        figure("Effective rank", lambda entry: entry.effective_rank, ".1f"),
+        figure("Stable rank", lambda entry: entry.stable_rank, ".1f"),
+        figure("For 90 % of the energy", lambda entry: entry.rank_for(0.9), ",d"),
+        figure("For 99 % of the energy", lambda entry: entry.rank_for(0.99), ",d"),
+        figure("Largest", lambda entry: entry.largest, ".3g"),
     ]
 
 
 def outlier_layers(before: pd.DataFrame, after: pd.DataFrame | None, *, of: str, dark: bool = False) -> go.Figure:
     """The largest and the median channel of each layer, from `Session.outliers` of one kind and module."""
-    ys: dict[str, Any] = {}
+    ys: dict[str, ArrayLike] = {}
     layers = sorted(before.layer.unique())
-    for name, frame in _both(before, after):
+    for suffix, frame in _before_after(before, after):
         grouped = frame.groupby("layer", observed=True).absmax
-        ys[f"largest channel{name}"] = grouped.max().reindex(layers).to_numpy()
-        ys[f"median channel{name}"] = grouped.median().reindex(layers).to_numpy()
+        ys[f"largest channel{suffix}"] = grouped.max().reindex(layers).to_numpy()
+        ys[f"median channel{suffix}"] = grouped.median().reindex(layers).to_numpy()
     return figures.lines(
         layers, ys, title=f"Outliers of {of} by layer", x_title="layer", y_title="absolute value", log=True, dark=dark
     )
@@ -157,12 +164,12 @@ def outlier_channels(
     before: pd.DataFrame, after: pd.DataFrame | None, layer: int, *, of: str, dark: bool = False
 ) -> go.Figure:
     """The largest absolute value of every channel of one layer, before and after."""
-    ys: dict[str, Any] = {}
+    ys: dict[str, ArrayLike] = {}
     channels: list[int] = []
-    for name, frame in _both(before, after):
-        own = frame[frame.layer == layer].sort_values("channel")
-        channels = max(channels, own.channel.tolist(), key=len)
-        ys[f"channel{name}"] = own.absmax.to_numpy()
+    for suffix, frame in _before_after(before, after):
+        of_layer = frame[frame.layer == layer].sort_values("channel")
+        channels = max(channels, of_layer.channel.tolist(), key=len)
+        ys[f"channel{suffix}"] = of_layer.absmax.to_numpy()
     return figures.lines(
         channels,
         ys,
@@ -175,11 +182,11 @@ def outlier_channels(
 
 def kernel_lines(before: pd.DataFrame, after: pd.DataFrame | None, module: str, *, dark: bool = False) -> go.Figure:
     """Which share of a module's inputs rounding to 8 bits loses to zero, layer by layer, from `Session.rounding`."""
-    ys: dict[str, Any] = {}
-    for name, frame in _both(before, after):
-        own = frame[frame.module == module]
-        ys[f"steps by token{name}"] = own.kernel.to_numpy()
-        ys[f"by CrossQuant{name}"] = own.kernel_cross.to_numpy()
+    ys: dict[str, ArrayLike] = {}
+    for suffix, frame in _before_after(before, after):
+        of_module = frame[frame.module == module]
+        ys[f"steps by token{suffix}"] = of_module.kernel.to_numpy()
+        ys[f"by CrossQuant{suffix}"] = of_module.kernel_cross.to_numpy()
     return figures.lines(
         _layers(before, module),
         ys,
@@ -193,7 +200,10 @@ def kernel_lines(before: pd.DataFrame, after: pd.DataFrame | None, module: str, 
 
 def space_lines(before: pd.DataFrame, after: pd.DataFrame | None, module: str, *, dark: bool = False) -> go.Figure:
     """How much of the space of levels a module's inputs fill (QSUR, per dimension), layer by layer."""
-    ys = {f"space{name}": frame[frame.module == module].space.to_numpy() for name, frame in _both(before, after)}
+    ys = {
+        f"space{suffix}": frame[frame.module == module].space.to_numpy()
+        for suffix, frame in _before_after(before, after)
+    }
     return figures.lines(
         _layers(before, module),
         ys,
@@ -230,7 +240,7 @@ def hurting_modules(sensitivity: pd.DataFrame, *, dark: bool = False) -> go.Figu
     )
 
 
-def _both(before: pd.DataFrame, after: pd.DataFrame | None) -> list[tuple[str, pd.DataFrame]]:
+def _before_after(before: pd.DataFrame, after: pd.DataFrame | None) -> list[tuple[str, pd.DataFrame]]:
     return [("", before)] if after is None else [(", before", before), (", after", after)]
 
 

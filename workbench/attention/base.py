@@ -17,27 +17,27 @@ from workbench.registry import Family, Method
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 
 @dataclass
-class Pass:
+class PassContext:
     """One pass of a model over some tokens, as the attention method in it sees it.
 
     layers: how many the model has; layer: the one that attends now. tokens: the length of the prompt. computed: score
-    entries that were really computed at each layer, summed over the query heads. left: what a layer leaves for later
+    entries that were really computed at each layer, summed over the query heads. state: what a layer leaves for later
     ones, and while decoding for later tokens. positions: where the new tokens [q] stand while decoding, ascending.
 
-    While decoding one Pass goes on from the first token after the prompt to the last. A copy of the run shares what
-    `left` holds: replace it, never write into it. Its tensors are counted as memory that attention takes.
+    While decoding one context goes on from the first token after the prompt to the last. A copy of the run shares what
+    `state` holds: replace it, never write into it. Its tensors are counted as memory that attention takes.
     """
 
     layers: int
     tokens: int
     layer: int = 0
     computed: list[int] = field(default_factory=list)
-    left: dict[Any, Any] = field(default_factory=dict)
+    state: dict[Any, Any] = field(default_factory=dict)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __post_init__(self) -> None:
@@ -52,9 +52,9 @@ class Pass:
         self.count(heads // len(seen) * int(seen.sum()))
 
     @property
-    def left_nbytes(self) -> int:
-        """Bytes of the tensors in `left`."""
-        return tensor_bytes(_tensors(self.left))
+    def state_nbytes(self) -> int:
+        """Bytes of the tensors in `state`."""
+        return tensor_bytes(_tensors(self.state))
 
 
 class AttentionMethod(Method):
@@ -67,11 +67,17 @@ class AttentionMethod(Method):
     family: ClassVar[Family] = "attention"
     decodes: ClassVar[bool] = False  # attends in its own way while decoding too, not exactly
     looks_ahead: ClassVar[bool] = False  # what a query sees depends on later tokens of the prompt
+    changes_prefill: ClassVar[bool] = True  # what the queries of a prompt see, and not only how tokens are decoded
+    softmax_weights: ClassVar[bool] = False  # a prompt's weights are the softmax over all that `span` leaves visible
     all_scores: ClassVar[str] = ""  # how all of them are computed, where none can be left out: there is no budget
+
+    @classmethod
+    def takes_budget(cls) -> bool:
+        return not cls.all_scores
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-        if self.budget is not None and self.all_scores:
+        if self.budget is not None and not self.takes_budget():
             raise BadParameter(f"{self.key}: all scores are computed, {self.all_scores}; it takes no budget")
         if self.budget is not None and self.budget.kind != "share":
             raise BadBudget(
@@ -86,29 +92,37 @@ class AttentionMethod(Method):
         """
         return None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def source_layer(self, layer: int, layers: int) -> int:
+        """The layer whose queries and keys make the attention weights of this one; by default the layer itself."""
+        return layer
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         """The attention output [h, n, dv] of a whole prompt: query [h, n, d], key [k, n, d], value [k, n, dv].
 
-        scoring: with what the model's own sliding window or `span` leaves visible. Tells `at` how many entries it computed.
+        scoring: with what the model's own sliding window or `span` leaves visible. Tells the context how many
+        entries it computed.
         """
-        at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
+        context.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return causal_attention(query, key, value, scoring)
 
-    def begin(self, layer: LayerTrace, at: Pass) -> None:
-        """Leave in `at` what decoding needs of the prompt besides what the store will hold, and what reading chose by
-        looking at the whole of it; nothing by default.
+    def begin(self, layer: LayerTrace, context: PassContext) -> None:
+        """Leave in `context.state` what decoding needs of the prompt besides what the store will hold, and what reading
+        chose by looking at the whole of it; nothing by default.
 
         Asked before the first token after the prompt, of methods that say `decodes`, and before maps of a recording.
         What reading has computed may be computed again from its recording, as stores are filled from it, and is not
         counted a second time.
         """
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         """The output [h, q, dv] of new tokens' query [h, q, d] over what a store holds, where visible [k, q, m] allows.
 
-        The tokens stand at `at.positions` and are held already, each the last that it sees. Tells `at` how many entries
-        it computed. Only asked of methods that say `decodes`, and not for layers with a sliding window: these attend to
-        it exactly. A budget is met by reading; what that leaves visible, fixed by the length of the prompt, holds here.
+        The tokens stand at `context.positions` and are held already, each the last that it sees. Tells the context
+        how many entries it computed. Only asked of methods that say `decodes`, not for layers with a sliding window:
+        these attend to it exactly. A budget is met by reading; what that leaves visible, fixed by the length of the
+        prompt, holds here.
         """
         raise NotImplementedError
 

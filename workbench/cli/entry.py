@@ -23,20 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: those after the program's name (default: the process's own). `--debug`, anywhere among them, shows the
     traceback of whatever goes wrong.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = given[: given.index("--")] if "--" in given else given
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     if debug:
-        given.remove("--debug")
+        words.remove("--debug")
     with warnings.catch_warnings():
         if not debug and not sys.warnoptions:
             warnings.simplefilter("ignore")  # stderr is for progress and for one line that says what went wrong
-        return _finished(given, debug)
+        return _finished(words, debug)
 
 
-def _finished(given: list[str], debug: bool) -> int:
+def _finished(words: list[str], debug: bool) -> int:
     try:
-        _invoke(given)
+        _invoke(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has seen enough (`workbench methods | head`); nothing is left to say at exit.
@@ -52,7 +52,7 @@ def _finished(given: list[str], debug: bool) -> int:
         return _say(str(error), error.exit_code)
     except _UsageError as error:
         return _say(error.format_message(), 2)  # type: ignore[attr-defined]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, users see one line, or its traceback on request
         if debug:
             traceback.print_exc()
         hint = "" if debug else "; run it again with --debug to see where"

@@ -128,7 +128,7 @@ def row_blocks(
         del probs  # the receiver may have let go of it: do not hold it while the next one is made
 
 
-class HeadsPart(NamedTuple):
+class HeadGroup(NamedTuple):
     """Some query heads of a layer with their KV heads, to be worked on by themselves."""
 
     heads: slice
@@ -143,15 +143,15 @@ class HeadsPart(NamedTuple):
     """reports to the one that was given, as a part of the whole"""
 
 
-def head_parts(
+def head_groups(
     queries: Tensor, keys: Tensor, key_positions: Tensor | None = None, progress: Progress | None = None
-) -> list[HeadsPart]:
+) -> list[HeadGroup]:
     """Divide queries [h, nq, d] and keys [k, nk, d] so that row_blocks works fastest: into KV heads where a few rows of
     all heads would not stay in a CPU's caches, else not at all.
     """
     (h, k), nk = (len(queries), len(keys)), keys.shape[1]
     if k < 2 or h % k or queries.device.type != "cpu" or h * nk * 4 * _CPU_MIN_ROWS <= _CPU_CACHE_BYTES:
-        return [HeadsPart(slice(0, h), queries, keys, key_positions, progress)]
+        return [HeadGroup(slice(0, h), queries, keys, key_positions, progress)]
     each = h // k
     shared = key_positions is None or key_positions.ndim < 2 or len(key_positions) == 1
     parts = []
@@ -159,7 +159,7 @@ def head_parts(
         heads = slice(kv * each, (kv + 1) * each)
         held = key_positions if shared or key_positions is None else key_positions[kv]
         steps = None if progress is None else progress.part(kv, k)
-        parts.append(HeadsPart(heads, queries[heads], keys[kv : kv + 1], held, steps))
+        parts.append(HeadGroup(heads, queries[heads], keys[kv : kv + 1], held, steps))
     return parts
 
 
@@ -201,10 +201,10 @@ def token_positions(
         raise InputError("KV heads hold different positions: give query_positions, which tokens the queries belong to")
     else:
         at = held[0, nk - nq :]
-    for name, found, n in (("query_positions", at, nq), ("key_positions", held, nk)):
-        if found.shape[-1] != n:
-            raise InputError(f"{name} has {found.shape[-1]} entries for {n} tokens")
-        if (found.diff(dim=-1) < 0).any():
+    for name, positions, n in (("query_positions", at, nq), ("key_positions", held, nk)):
+        if positions.shape[-1] != n:
+            raise InputError(f"{name} has {positions.shape[-1]} entries for {n} tokens")
+        if (positions.diff(dim=-1) < 0).any():
             raise InputError(f"{name} must ascend: sort the tokens by position first")
     return at, held
 

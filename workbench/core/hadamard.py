@@ -61,18 +61,20 @@ def _transform(x: Tensor, *, forward: bool) -> Tensor:
     shape = x.shape
     out = x.reshape(-1, base, power)
     if base > 1:
-        left = _held(_paley, base, x.dtype, x.device)
+        left = _matrix_on(_paley, base, x.dtype, x.device)
         out = (left.T if forward else left) @ out
     done = 1
     while done < power:  # the doubling construction, a few doublings at a time: they commute
         part = min(_SMALL, power // done)
-        out = (out.reshape(-1, part, done).transpose(1, 2) @ _held(_doubled, part, x.dtype, x.device)).transpose(1, 2)
+        out = (out.reshape(-1, part, done).transpose(1, 2) @ _matrix_on(_doubled, part, x.dtype, x.device)).transpose(
+            1, 2
+        )
         done *= part
     return (out.reshape(shape) / math.sqrt(base * power)).to(x.dtype)
 
 
 @lru_cache
-def _held(make: Callable[[int], Tensor], size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _matrix_on(make: Callable[[int], Tensor], size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A matrix where it is needed: made once, for it is small."""
     with torch.inference_mode(False):
         return make(size).to(device, dtype)

@@ -1,4 +1,4 @@
-"""Attention over some of the keys, and how such parts are put together."""
+"""Attention over some of the keys as the state of a softmax, and how such states are merged."""
 
 from __future__ import annotations
 
@@ -13,21 +13,43 @@ from workbench_kernels import Scoring
 ROWS = 128  # queries taken together: their scores over some thousand keys stay in a CPU's caches
 
 
+def scaled_scores(rows: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
+    """Scores [h, r, c] of float queries rows [h, r, d], scaled already, with keys [k, c, d], whose heads share them."""
+    k, c, _ = keys.shape
+    products = torch.bmm(rows.reshape(k, -1, rows.shape[-1]), keys.to(rows.dtype).transpose(1, 2))
+    return scoring.cap(products.view(*rows.shape[:2], c))
+
+
+def exponentiated(scores: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The largest score along a dimension, which is kept, and exp(score - largest) in place of the scores.
+
+    Where all scores are minus infinity the largest is finite, so that all weights are zero.
+    """
+    maximum = scores.amax(dim=dim, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
+    return maximum, scores.sub_(maximum).exp_()
+
+
 @dataclass(frozen=True)
-class Part:
+class PartialSoftmax:
     """Attention of h heads' queries over some of their keys, not yet divided by the sum of the weights.
 
-    highest, total [h, r, 1]: each query's largest score here, and the sum of exp(score - highest). mixed [h, r, dv]:
-    the values summed with these weights. Joining parts is associative: the softmax over all keys comes out, in whatever
-    order its parts are joined.
+    maximum, total [h, r, 1]: each query's largest score here, and the sum of exp(score - maximum). weighted [h, r, dv]:
+    the sum of the values with these weights. Merging states over disjoint sets of keys is associative: the softmax over
+    all keys comes out, in whatever order they are merged.
     """
 
-    highest: Tensor
+    maximum: Tensor
     total: Tensor
-    mixed: Tensor
+    weighted: Tensor
 
     @classmethod
-    def of(
+    def over_nothing(cls, rows: Tensor, width: int) -> Self:
+        """The state before any key was seen, of queries rows [h, r, d] and values of `width` channels."""
+        maximum = rows.new_full((*rows.shape[:2], 1), torch.finfo(rows.dtype).min)  # finite: no inf - inf
+        return cls(maximum, torch.zeros_like(maximum), rows.new_zeros(*rows.shape[:2], width))
+
+    @classmethod
+    def over(
         cls,
         rows: Tensor,
         keys: Tensor,
@@ -41,31 +63,40 @@ class Part:
 
         hidden: bool [r, c] or [h, r, c], where a query may not look. bias: added to every score.
         """
-        k, c, _ = keys.shape
-        scores = torch.bmm(rows.reshape(k, -1, rows.shape[-1]), keys.float().transpose(1, 2)).view(*rows.shape[:2], c)
-        scores = scoring.cap(scores)
+        scores = scaled_scores(rows, keys, scoring)
         if bias:
             scores += bias
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
-        return cls.weighing(scores, values)
+        return cls.of_scores(scores, values)
 
     @classmethod
-    def weighing(cls, scores: Tensor, values: Tensor) -> Self:
+    def of_scores(cls, scores: Tensor, values: Tensor) -> Self:
         """Of scores [h, r, c], -inf where a query may not look, over values [k, c, dv]. The scores are overwritten."""
-        k, (h, r, c) = values.shape[0], scores.shape
-        highest = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)  # finite if all hidden
-        weights = scores.sub_(highest).exp_()
-        mixed = torch.bmm(weights.view(k, -1, c), values.float()).view(h, r, -1)
-        return cls(highest, weights.sum(dim=-1, keepdim=True), mixed)
+        maximum, weights = exponentiated(scores)
+        return cls(maximum, weights.sum(dim=-1, keepdim=True), weighted_sum(weights, values))
 
-    def joined(self, other: Self) -> Self:
-        """Both parts as one; they must not have a key in common."""
-        highest = torch.maximum(self.highest, other.highest)
-        mine, theirs = (self.highest - highest).exp_(), (other.highest - highest).exp_()
+    def extended(self, scores: Tensor, values: Tensor) -> Self:
+        """With more keys, of scores [h, r, c] over values [k, c, dv]. The scores are overwritten."""
+        maximum = torch.maximum(self.maximum, scores.amax(dim=-1, keepdim=True))
+        weights = scores.sub_(maximum).exp_()
+        fade = (self.maximum - maximum).exp_()  # what was summed up so far, measured by the new maximum
+        total = self.total * fade + weights.sum(dim=-1, keepdim=True)
+        return type(self)(maximum, total, self.weighted * fade + weighted_sum(weights, values))
+
+    def merged(self, other: Self) -> Self:
+        """Both states as one; they must not have a key in common."""
+        maximum = torch.maximum(self.maximum, other.maximum)
+        mine, theirs = (self.maximum - maximum).exp_(), (other.maximum - maximum).exp_()
         total = self.total * mine + other.total * theirs
-        return type(self)(highest, total, self.mixed * mine + other.mixed * theirs)
+        return type(self)(maximum, total, self.weighted * mine + other.weighted * theirs)
 
     def output(self) -> Tensor:
         """The attention output [h, r, dv]."""
-        return self.mixed / self.total
+        return self.weighted / self.total
+
+
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Weights [h, r, c] times values [k, c, dv] in the weights' precision: [h, r, dv]."""
+    k, (h, r, c) = values.shape[0], weights.shape
+    return torch.bmm(weights.reshape(k, -1, c), values.to(weights.dtype)).view(h, r, -1)

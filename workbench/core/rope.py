@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench_kernels.rotary import rotate
+
 T = TypeVar("T")
 Table = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From positions [p] to (cos, sin), each [p, r]: the angles of r / 2 pairs of channels, twice."""
@@ -63,7 +65,7 @@ class Rotation:
         return self.by(x.float(), cos / size, -sin / size)
 
     def by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., n, d] turned by a table [n, r] of another making, such as a mean over positions."""
+        """x [..., n, d] turned by a table of another making: [n, r], or [1, r] for all, such as a mean over positions."""
         return self.unhalved(rotate(self.halved(x), cos, sin))
 
     def latest(self, what: str, key: object, compute: Callable[[], T]) -> T:
@@ -86,11 +88,3 @@ class Rotation:
     @cached_property
     def _indices(self) -> dict[torch.device, Tensor]:
         return {}  # `order` on each device that asked: it is needed at every step
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first r channels of x [..., n, d] by the table cos, sin [n, r]; halves are paired, as in Llama."""
-    width = cos.shape[-1]
-    turning, still = x[..., :width], x[..., width:]
-    first, second = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, still], dim=-1)

@@ -8,7 +8,7 @@ keeps the switch of its attention implementation to one pass at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -146,8 +146,8 @@ _passing: ContextVar[_Passing | None] = ContextVar("passing", default=None)
 
 def passing() -> Handler | None:
     """The handler of the pass that calls this, for modules that remember something of a run in the run itself."""
-    found = _passing.get()
-    return None if found is None else found.handler
+    current = _passing.get()
+    return None if current is None else current.handler
 
 
 class _Alone:
@@ -170,16 +170,27 @@ def remembering() -> Iterator[None]:
         _passing.reset(before)
 
 
-_locks: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
-_locks_guard = RLock()
+class _Locks:
+    """One lock a model, for as long as the model lives."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[PreTrainedModel, AbstractContextManager[bool]] = WeakKeyDictionary()
+        self._guard = RLock()
+
+    def of(self, model: PreTrainedModel) -> AbstractContextManager[bool]:
+        with self._guard:
+            return self._of.setdefault(model, RLock())
+
+
+# The one thing that modules hold between uses. Two sessions may be given one model object and must exclude each other:
+# nothing is left on a model, and neither session knows the other, so this is the only place that they have in common.
+_LOCKS = _Locks()
 
 
 @contextmanager
 def exclusive(model: PreTrainedModel) -> Iterator[None]:
     """Until the block ends no other thread has the model engaged."""
-    with _locks_guard:
-        lock = _locks.setdefault(model, RLock())
-    with lock:
+    with _LOCKS.of(model):
         yield
 
 

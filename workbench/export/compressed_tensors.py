@@ -15,8 +15,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from workbench.core.precision import checked
 from workbench.errors import MissingExtra
+from workbench.export.module_data import rebuild
 from workbench.weights.layers import PackedLinear
-from workbench.weights.surgery.module_data import rebuild
 
 NAME = "compressed-tensors"
 WEIGHTS = "model.safetensors"
@@ -105,8 +105,8 @@ def _scheme(layers: dict[str, PackedLinear], twin: PreTrainedModel) -> dict[str,
     config = QuantizationConfig(
         config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=plain
     )
-    found: dict[str, Any] = config.to_dict()
-    return found
+    scheme: dict[str, Any] = config.to_dict()
+    return scheme
 
 
 def read(folder: Path, skeleton: Callable[[Any, torch.dtype, str | None], PreTrainedModel]) -> PreTrainedModel:

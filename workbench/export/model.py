@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import transformers
@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from workbench import arguments
 from workbench.core.precision import checked
 from workbench.errors import BadParameter, CheckpointRefused, NotApplicable
 from workbench.export import compressed_tensors
+from workbench.export.module_data import describe, rebuild
 from workbench.files import strict_json
 from workbench.files.folders import located, whole
 from workbench.files.paths import place
@@ -30,12 +32,14 @@ from workbench.models.generation import writable
 from workbench.models.load import device_for, dtype_for, named_dtype
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
-from workbench.weights.surgery.module_data import describe, rebuild, replaced
+from workbench.registry import Method
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import weight_methods
+from workbench.weights.surgery.replaced import replaced
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from workbench.weights.base import WeightMethod
 
 Format = Literal["auto", "workbench", "compressed-tensors"]
 
@@ -78,6 +82,26 @@ class Exported:
 
 
 def export(
+    variants: Variants,
+    methods: Sequence[Method],
+    path: str | Path,
+    *,
+    known: Facts,
+    format: Format = "auto",
+    dtype: str | torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the model, compressed by weight methods, into a folder; see `export_twin`. known: the facts of the model.
+
+    Raises BadRecipe for methods of another family, BadParameter, and what compressing and writing raise.
+    """
+    chosen, folder = weight_methods(methods), arguments.path("path", path)
+    arguments.choice("format", format, get_args(Format))
+    twin = variants.get(chosen, progress)
+    return export_twin(variants.model, twin, chosen, known, variants.tokenizer, folder, format, dtype)
+
+
+def export_twin(
     model: PreTrainedModel,
     twin: PreTrainedModel,
     methods: Sequence[WeightMethod],
@@ -97,8 +121,6 @@ def export(
     that holds something else or cannot be written to.
     """
     folder = located(folder)
-    if format not in ("auto", "workbench", compressed_tensors.NAME):
-        raise BadParameter(f"format {format!r} is not one of auto, workbench, {compressed_tensors.NAME}")
     precision = None if dtype is None else named_dtype(str(dtype).removeprefix("torch."))
     if dtype is not None and precision not in (torch.float32, torch.bfloat16, torch.float16):
         raise BadParameter(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
@@ -114,19 +136,19 @@ def export(
         compressed_tensors.check_installed()
     elif format == "auto" and not why and not compressed_tensors.installed():
         why = f"{compressed_tensors.NAME} is not installed: pip install 'inference-workbench[export]'"
-    own = format == "workbench" or bool(why)
+    ours = format == "workbench" or bool(why)
     with whole(folder, is_exported, "an exported model") as work:
         description: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "kind": "workbench" if own else compressed_tensors.NAME,
+            "kind": "workbench" if ours else compressed_tensors.NAME,
             "methods": [method.to_dict() for method in methods],
             "notes": [method.note(model) for method in methods],
             "model": known.name,
             "parameters": known.parameters,
             "checkpoint_dtype": None if known.checkpoint_dtype is None else _name(known.checkpoint_dtype),
         }
-        if own:
+        if ours:
             description |= _write(twin, config, work, precision)
         else:
             compressed_tensors.write(twin, config, names, work, precision)
@@ -135,7 +157,7 @@ def export(
         if tokenizer is not None:
             _write_tokenizer(tokenizer, work)
         (work / DESCRIPTION).write_text(strict_json.dumps(description) + "\n", encoding="utf-8")
-    weights = folder / (TENSORS if own else compressed_tensors.WEIGHTS)
+    weights = folder / (TENSORS if ours else compressed_tensors.WEIGHTS)
     compressed = sum(tensor_bytes(twin.get_submodule(name).buffers()) for name in names)
     rest = _stored_nbytes(weights) - compressed
     reason = why if format == "auto" and why else ""
@@ -171,7 +193,7 @@ def _unwritable(config: PretrainedConfig) -> str | None:
             config.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever a config's own code raises, that is what speaks against it
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
@@ -212,7 +234,7 @@ def _write(twin: PreTrainedModel, config: PretrainedConfig, folder: Path, dtype:
     """Write tensors and configuration; returns what else is needed to read them."""
     modules, tensors = describe(twin, _skeleton(config, twin.dtype, None))
     parameters = {id(weight) for weight in twin.parameters()} if dtype is not None else set()
-    held = dict(twin.named_parameters(remove_duplicate=False))
+    parameters_by_name = dict(twin.named_parameters(remove_duplicate=False))
     stored: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     owners: dict[tuple[int, ...], str] = {}
@@ -220,8 +242,10 @@ def _write(twin: PreTrainedModel, config: PretrainedConfig, folder: Path, dtype:
         key = (tensor.data_ptr(), tensor.storage_offset(), *tensor.shape, *tensor.stride(), hash(tensor.dtype))
         names[name] = owner = owners.setdefault(key, name) if tensor.numel() else name
         if owner == name:
-            own = name in held and id(held[name]) in parameters and tensor.is_floating_point()
-            cast = tensor if dtype is None or not own else checked(tensor, dtype, name)
+            is_parameter = (
+                name in parameters_by_name and id(parameters_by_name[name]) in parameters and tensor.is_floating_point()
+            )
+            cast = tensor if dtype is None or not is_parameter else checked(tensor, dtype, name)
             stored[name] = cast.cpu().contiguous().clone()
     save_file(stored, folder / TENSORS)
     config.save_pretrained(folder)
@@ -229,7 +253,7 @@ def _write(twin: PreTrainedModel, config: PretrainedConfig, folder: Path, dtype:
         "modules": modules,
         "tensors": names,
         "dtype": _name(dtype or twin.dtype),
-        "attention": twin.config._attn_implementation,
+        "attention": twin.config._attn_implementation,  # noqa: SLF001  transformers has no other name for it
     }
 
 
@@ -238,10 +262,10 @@ def _skeleton(config: Any, dtype: torch.dtype, attention: str | None) -> PreTrai
     of transformers' own.
     """
     named: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    own = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    known = isinstance(named, type) and issubclass(named, PreTrainedModel)
     with init_empty_weights(), quiet():
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        make = named._from_config if own else AutoModelForCausalLM.from_config
+        make = named._from_config if known else AutoModelForCausalLM.from_config  # noqa: SLF001  as AutoModel does it
         model: PreTrainedModel = make(config, dtype=dtype, **options)
     return model
 
@@ -295,8 +319,8 @@ def _read(folder: Path, described: dict[str, Any]) -> PreTrainedModel:
     stored_dtype = named_dtype(described["dtype"])
     assert stored_dtype is not None
     model = _skeleton(config, stored_dtype, described["attention"])
-    with safe_open(folder / TENSORS, framework="pt") as held:
-        stored = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118  no mapping
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     rebuild(model, described["modules"], {name: stored[owner] for name, owner in described["tensors"].items()})
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
@@ -305,9 +329,9 @@ def _read(folder: Path, described: dict[str, Any]) -> PreTrainedModel:
 
 def _facts(model: PreTrainedModel, described: dict[str, Any]) -> Facts:
     """Those of the model that was compressed, with the bytes that it takes now."""
-    found = facts(model, described["model"], named_dtype(described["checkpoint_dtype"] or ""))
+    known = facts(model, described["model"], named_dtype(described["checkpoint_dtype"] or ""))
     return replace(
-        found,
+        known,
         parameters=described["parameters"],
         weight_bytes=tensor_bytes([*model.parameters(), *model.buffers()]),
         weight_bytes_16bit=2 * described["parameters"],

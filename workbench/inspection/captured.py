@@ -13,8 +13,6 @@ from torch import Tensor
 
 from workbench import arguments
 from workbench.attention.base import AttentionMethod
-from workbench.attention.methods.memory_efficient import MemoryEfficient
-from workbench.attention.methods.uniattn import UniAttn
 from workbench.inspection.implied import Implied
 from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat
@@ -89,9 +87,9 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
     difference of two maps shows the method; in layers that stay exact; and for plans of methods that read the prompt by
     themselves, whose own keys belong to other queries than those recorded.
     """
-    own = slice(None) if head is None else slice(head, head + 1)
+    query_heads = slice(None) if head is None else slice(head, head + 1)
     kv = slice(None) if head is None else slice(head // layer.groups, head // layer.groups + 1)
-    queries = layer.queries_held[own].to(layer.device)
+    queries = layer.queries_held[query_heads].to(layer.device)
     if plan is None or layer.index in plan.exact:
         keys, positions = layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens)[None]
     elif _only_selects(plan):
@@ -100,13 +98,13 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
             layer.keys_held[kv].to(layer.device), torch.arange(layer.tokens, device=there.device)[None], there
         )
     else:
-        held = plan.store(layer).contents(torch.float32)
-        heads = held.keys.shape[0]
-        valid = torch.ones(heads, held.keys.shape[1], dtype=torch.bool, device=held.keys.device)
+        contents = plan.store(layer).contents(torch.float32)
+        kv_heads, slots = contents.keys.shape[:2]
+        every = torch.ones(kv_heads, slots, dtype=torch.bool, device=contents.keys.device)
         keys, positions = _in_order(
-            held.keys[kv],
-            held.positions.expand(heads, -1)[kv],
-            (valid if held.valid is None else held.valid)[kv],
+            contents.keys[kv],
+            contents.positions.expand(kv_heads, -1)[kv],
+            (every if contents.valid is None else contents.valid)[kv],
             end=layer.tokens,
         )
     return Captured(queries, keys, positions, layer.scoring)
@@ -114,19 +112,14 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
 
 def changes_reading(method: AttentionMethod | None) -> bool:
     """Whether an attention method changes what the queries of a prompt see, and not only decoding."""
-    if method is None:
-        return False
-    kind = type(method)
-    return kind.attend is not AttentionMethod.attend or kind.span is not AttentionMethod.span
+    return method is not None and method.changes_prefill
 
 
 def has_to_run(method: AttentionMethod | None) -> bool:
     """Whether the weights that a method makes are found only by running it, which takes much longer than to look at
     exact attention; else they are a softmax over recorded queries and keys.
     """
-    if method is None or isinstance(method, UniAttn | MemoryEfficient):
-        return False
-    return type(method).attend is not AttentionMethod.attend
+    return method is not None and not method.softmax_weights
 
 
 def as_read(
@@ -134,17 +127,16 @@ def as_read(
 ) -> Captured | Implied:
     """One layer as an attention method computed it while the prompt was read; head: only that query head.
 
-    layers: all that were recorded under the method. UniAttn's layers that reuse weights show those of the layer that
-    they take them from, its queries and keys in the narrower of both windows: dropping weights and scaling the others
-    up is the softmax over those.
+    layers: all that were recorded under the method. A layer that reuses the weights of another (UniAttn) shows those,
+    its queries and keys in the narrower of both windows: dropping weights and scaling the others up is the softmax
+    over what is left.
     """
-    own = layers[layer]
-    if isinstance(method, UniAttn):
-        source = layers[method.anchor(layer, len(layers))]
-        widths = [width for width in (own.window, source.window) if width is not None]
-        found = capture(source, head=head)
-        return replace(found, scoring=replace(found.scoring, window=min(widths, default=None)))
-    return Implied(method, own, len(layers), head) if has_to_run(method) else capture(own, head=head)
+    if has_to_run(method):
+        return Implied(method, layers[layer], len(layers), head)
+    source = layers[method.source_layer(layer, len(layers))]
+    widths = [width for width in (layers[layer].window, source.window) if width is not None]
+    captured = capture(source, head=head)
+    return replace(captured, scoring=replace(captured.scoring, window=min(widths, default=None)))
 
 
 def _only_selects(plan: Plan) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -25,11 +25,11 @@ from workbench_kernels import Scoring
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KINDS = ("keys", "values", "activations", "weights")
+Kind = Literal["keys", "values", "activations", "weights"]
 
 
 def channel_table(
-    kind: str,
+    kind: Kind,
     model: PreTrainedModel,
     trace: Trace | None = None,
     progress: Progress | None = None,
@@ -47,7 +47,7 @@ def channel_table(
     energy adds up to 1 over the channels of a head, layer or module; kurtosis is 3 for a normal distribution and not a
     number for a constant channel. Raises BadParameter for another kind, NotRead where a trace is needed and missing.
     """
-    arguments.choice("kind", kind, KINDS)
+    arguments.choice("kind", kind, get_args(Kind))
     progress = progress or Progress()
     if kind == "weights":
         return _weights(model, plain_weights(model) if weights is None else weights, progress)
@@ -56,13 +56,13 @@ def channel_table(
     return trace.once(("channels", kind), lambda: _of_prompt(kind, model, trace, progress)).copy()
 
 
-def _of_prompt(kind: str, model: PreTrainedModel, trace: Trace, progress: Progress) -> pd.DataFrame:
+def _of_prompt(kind: Kind, model: PreTrainedModel, trace: Trace, progress: Progress) -> pd.DataFrame:
     if kind == "activations":
         return _small(_residual_stream(model, trace, progress).to_frame())
-    held = {layer.index: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}
+    recorded = {layer.index: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}
     stats: dict[int, ChannelStats] = {}
-    for index in progress.track(held, f"statistics of {kind}", len(held)):
-        stats.update(layer_stats({index: held[index]}).layers)
+    for index in progress.track(recorded, f"statistics of {kind}", len(recorded)):
+        stats.update(layer_stats({index: recorded[index]}).layers)
     return _small(LayerStats(stats).to_frame())
 
 
@@ -90,11 +90,11 @@ def _residual_stream(model: PreTrainedModel, trace: Trace, progress: Progress) -
 
 
 @contextmanager
-def _watching(layers: Any, take: Any) -> Iterator[None]:
+def _watching(layers: Sequence[nn.Module], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call take(index, hidden) with the input of each layer, until the block ends."""
 
-    def hook(index: int) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def see(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             take(index, args[0] if args else kwargs["hidden_states"])
 
         return see

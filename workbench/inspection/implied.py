@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.attention.base import AttentionMethod, Pass
+from workbench.attention.base import AttentionMethod, PassContext
 from workbench.core.attention_rows import BLOCK_BYTES, RowBlock
 from workbench.measure.attention import PooledMap, Pooling, Span, cell_edges, check_pooling, pool_blocks
 from workbench.measure.heads import HeadStats, HeadSums
@@ -34,7 +34,8 @@ class Implied:
     values that are one in all of a cell's positions give the whole cell, in the time of one reading.
 
     layers: how many the model has. A method that takes over what an earlier layer left has nothing to take here and
-    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1 in most.
+    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1
+    in most.
     """
 
     method: AttentionMethod
@@ -47,11 +48,11 @@ class Implied:
         return self.layer.tokens
 
     @cached_property
-    def left(self) -> dict[Any, Any]:
+    def state(self) -> dict[Any, Any]:
         """What the method chose for the layer as it was recorded, all heads and the true values."""
-        at = Pass(self.layers, self.tokens, self.layer.index)
-        self.method.begin(self.layer, at)
-        return at.left
+        context = PassContext(self.layers, self.tokens, self.layer.index)
+        self.method.begin(self.layer, context)
+        return context.state
 
     def maps(
         self,
@@ -91,12 +92,12 @@ class Implied:
     ) -> tuple[list[PooledMap], HeadStats]:
         """`maps` of the largest weights and what `judge` says, in one pass over the weights."""
         check_pooling(pixels, "max")
-        edges, maps, found = torch.arange(self.tokens + 1), [], []
+        edges, maps, stats = torch.arange(self.tokens + 1), [], []
         for part in self._parts(progress):
             sums = part.sums(ids)
             maps += part.pooled(edges, _judged(part.columns(edges), sums), pixels=pixels, pooling="max")
-            found.append(sums.stats())
-        return maps, HeadStats.join(found, torch.cat)
+            stats.append(sums.stats())
+        return maps, HeadStats.join(stats, torch.cat)
 
     def _parts(self, progress: Progress | None) -> Iterator[_Part]:
         """The wanted query heads by KV head; each part reports as one of several equal ones."""
@@ -130,8 +131,8 @@ class _Part:
             positions = torch.arange(int(inside[0]), int(inside[-1]))
             ones = torch.zeros(1, tokens, stop - start, device=layer.device)
             ones[0, positions, torch.bucketize(positions, inside, right=True) - 1] = 1
-            at = Pass(self.of.layers, tokens, layer.index, left=dict(self.of.left))
-            out = method.attend(query, key, ones, layer.scoring, at=at)
+            context = PassContext(self.of.layers, tokens, layer.index, state=dict(self.of.state))
+            out = method.attend(query, key, ones, layer.scoring, context)
             yield RowBlock(slice(0, tokens), slice(start, stop), out[self.own].float())
 
     def pooled(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,16 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.budget import Budget
-from workbench.core.bisection import largest
 from workbench.display import Shown
-from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, NotApplicable, NotRead
+from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import SharedStore, SlidingStore, Store
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
-from workbench.kv.stores.offload import OffloadFormat
+from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import output_error
@@ -231,57 +226,12 @@ class Plan(Shown):
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
-            held = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
-            got, _ = held.attend(probes, positions, layer.scoring)
+            store = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
+            got, _ = store.attend(probes, positions, layer.scoring)
             got = got.nan_to_num(0.0)
             want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
-
-
-def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budget: Budget | None = None) -> Plan:
-    """Decide what stays of a recorded prompt under `methods`, counted in `dtype`; `budget`, if given, is for all of
-    them together.
-
-    Raises BudgetTooSmall, naming the smallest budget that works; BadRecipe for methods that contradict each other;
-    NotRead where a method needs what was not recorded.
-    """
-    stages, trace = Stages.of(methods), study.trace
-    if not trace.recorded and stages.read is None:
-        raise NotRead(
-            f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
-            "one: call read(text) without record=False, or use a method that reads in bounded memory"
-        )
-    layers = trace.compressible
-    shapes = [held_shape(layer, dtype) for layer in layers]
-    full = uncompressed_nbytes(trace, dtype)
-    fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
-    label = " + ".join(method.key for method in methods)
-
-    tiers = torch.zeros(
-        len(trace.layers), trace.layers[0].kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
-    )
-    for layer in trace.layers:
-        if layer.index in trace.exact:
-            tiers[layer.index, :, -(layer.window or trace.tokens) :] = 1
-    if not layers:
-        limited = total_budget(methods, stages, budget)
-        limit = None if limited is None else limited.nbytes(full)
-        if limit is not None and fixed > limit:
-            smallest = math.ceil(fixed / full * 1e4) / 1e4
-            raise BudgetTooSmall(
-                f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
-            )
-        return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
-
-    form, selected = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
-    rest = 2 if form.keeps_rest else 0
-    tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
-    counts = selected.sum(dim=-1)
-    finished = _finished(form, counts, shapes)
-    nbytes = fixed + stored_nbytes(finished, shapes, counts)
-    host = stored_nbytes(finished, shapes, counts, host=True)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host)
 
 
 def uncompressed_nbytes(trace: Trace, dtype: torch.dtype) -> int:
@@ -322,130 +272,3 @@ def rank(study: Study, method: KVMethod) -> Ranking:
         return Ranking(scores)
 
     return study.trace.once(("rank", method.parameter_key()), compute)
-
-
-def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
-    """What a method allocates by, beside the scores of the recipe's scorer."""
-    known = replace(study, ranking=rank(study, scorer))
-    key = ("importance", method.parameter_key(), scorer.parameter_key())
-    return study.trace.once(key, lambda: method.importance(known))
-
-
-def _fit(
-    study: Study,
-    methods: Sequence[KVMethod],
-    stages: Stages,
-    shapes: Sequence[Shape],
-    dtype: torch.dtype,
-    budget: Budget | None,
-    full: int,
-    fixed: int,
-    label: str,
-) -> tuple[Format, Tensor]:
-    """The format, and what is selected [l, k, n] at the largest size that meets the budgets."""
-    layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
-    selecting = stages.score
-    storing = stages.store
-    dense = DenseFormat(dtype, state=stages.evict.state_width if stages.evict else 0)
-    limited = total_budget(methods, stages, budget)
-    limit = None if limited is None else limited.nbytes(full)
-    room = None if limit is None else limit - fixed
-    everything = torch.ones(layers, kv_heads, tokens, dtype=torch.bool, device=study.trace.layers[0].device)
-
-    form: Format = dense
-    if selecting is None:
-        if storing is not None:
-            form = storing.layout(study, dtype, shapes, room)
-        if limited is not None and limited.kind == "tokens":
-            raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
-        _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
-        return form, everything
-
-    allocating = stages.allocate or selecting
-    ranking = rank(study, selecting).beside(_importance(study, allocating, selecting))
-    # A method that selects and stores may let its budget decide the precision too.
-    if storing is not None:
-        form = storing.layout(study, dtype, shapes, room if storing is selecting else None)
-    elif stages.retrieve is not None:
-        form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
-    if form.keeps_rest and storing is not None and stages.merge is not None:
-        raise BadRecipe(
-            f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
-            "could merge; use one of the two"
-        )
-    selected_budget = None if budget is not None else _selecting_budget(methods, stages)
-
-    def selection(entries: int) -> Tensor:
-        return ranking.selected(allocating.allocate(ranking, entries).to(everything.device))
-
-    def measured(kind: Format) -> Callable[[int], int]:
-        def nbytes(entries: int) -> int:
-            counts = allocating.allocate(ranking, entries)
-            return stored_nbytes(_finished(kind, counts, shapes), shapes, counts)
-
-        return nbytes
-
-    least, most = layers * kv_heads, layers * kv_heads * tokens
-    # A storage method on top leaves the selection as it would be at the uncompressed precision.
-    counted = dense if selected_budget is not None and storing is not None and stages.score is not storing else form
-    entries = most
-    if selected_budget is not None and selected_budget.kind == "tokens":
-        entries = min(layers * kv_heads * int(selected_budget.amount), most)
-    else:
-        target = room if selected_budget is None else (selected_budget.nbytes(full) or 0) - fixed
-        if target is not None:
-            nbytes = measured(counted)
-            entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)
-            _check(nbytes(entries), target, full, fixed, label)
-    if room is not None and counted is not form and storing is not None:
-        # The store may choose its precision: for what was selected, whose positions it holds besides.
-        chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
-        form = storing.layout(study, dtype, chosen, room - entries * INDEX_BYTES)
-        _check(measured(form)(entries), room, full, fixed, label)
-    return form, selection(entries)
-
-
-def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
-    """A plan that keeps everything needs nothing to evict by."""
-    return form.of_everything() if bool((counts == shapes[0].tokens).all()) else form
-
-
-def _selecting_budget(methods: Sequence[KVMethod], stages: Stages) -> Budget | None:
-    """The budget for what is selected: the scorer's, else the allocator's, else that of the only method."""
-    if len(methods) == 1:
-        return methods[0].effective_budget
-    for method in (stages.score, stages.allocate):
-        if method is not None and method.budget is not None:
-            return method.budget
-    return stages.score.effective_budget if stages.score else None
-
-
-def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None) -> Budget | None:
-    """The budget of everything together, if anyone set one."""
-    if budget is None and len(methods) == 1:
-        return methods[0].effective_budget
-    if budget is None and stages.store is not None:
-        return stages.store.budget
-    return budget
-
-
-def _check(nbytes: int, room: int | None, full: int, fixed: int, label: str, *, droppable: bool = True) -> None:
-    """Raise BudgetTooSmall unless nbytes is within the room; if `droppable`, keeping all exact is a choice too."""
-    if room is None or nbytes <= room:
-        return
-    need = min(nbytes + fixed, full) if droppable else nbytes + fixed
-    smallest = math.ceil(need / full * 1e4) / 1e4
-    if int(smallest * full) < need:  # rounding in the division
-        smallest = round(smallest + 1e-4, 4)
-    if smallest > 1:
-        raise BudgetTooSmall(
-            f"{label}: on this prompt it takes {smallest:.4g} times the uncompressed cache, scales and zeros included; "
-            "use larger groups, fewer bits or the full cache",
-            smallest,
-        )
-    kept = f", {fixed / full:.0%} of it in layers that stay exact" if fixed else ""
-    raise BudgetTooSmall(
-        f"{label}: the budget {(room + fixed) / full:.4g} cannot be met on this prompt{kept}; the smallest possible is "
-        f"{smallest:.4g}",
-        smallest,
-    )

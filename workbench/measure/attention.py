@@ -18,10 +18,10 @@ from torch import Tensor
 
 from workbench import arguments
 from workbench.core.attention_rows import (
-    HeadsPart,
+    HeadGroup,
     RowBlock,
     check_scoring,
-    head_parts,
+    head_groups,
     row_blocks,
     token_positions,
     visible_keys,
@@ -189,10 +189,10 @@ def pooled_maps(
         if read is not None and read.cells is not None:
             return [PooledMap(each, *edges, pooling) for each in read.cells.cpu()]
     maps = []
-    for part in head_parts(queries, keys, held, progress):
+    for part in head_groups(queries, keys, held, progress):
         held_here = held if part.key_positions is None else part.key_positions.view(-1, nk)
 
-        def blocks(first: int, stop: int, part: HeadsPart = part) -> Iterator[RowBlock]:
+        def blocks(first: int, stop: int, part: HeadGroup = part) -> Iterator[RowBlock]:
             return row_blocks(
                 part.queries[:, first:stop],
                 part.keys,
@@ -322,7 +322,7 @@ def column_sums(
     if read is not None and read.sums is not None:
         return read.sums
     received = torch.zeros(queries.shape[0], keys.shape[1], device=queries.device)
-    for part in head_parts(queries, keys, key_positions, progress):
+    for part in head_groups(queries, keys, key_positions, progress):
         for _, at, probs in row_blocks(
             part.queries,
             part.keys,

@@ -1,7 +1,7 @@
 """What kind each attention head is: where its attention goes over a whole prompt, in one streamed pass a layer.
 
-Arguments shared with `workbench.core.attention_rows.row_blocks` are explained there. Memory is that of a few blocks of rows,
-never n x n; all sums of weights are float32 or wider.
+Arguments shared with `workbench.core.attention_rows.row_blocks` are explained there. Memory is that of a few blocks of
+rows, never n x n; all sums of weights are float32 or wider.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.core.attention_rows import head_parts, row_blocks, token_positions, visible_keys
+from workbench.core.attention_rows import head_groups, row_blocks, token_positions, visible_keys
 from workbench.errors import BadParameter, InputError
 from workbench.formatting import Brief
 from workbench.progress import Progress
@@ -84,24 +84,24 @@ class HeadStats(Brief):
     def classes(self, thresholds: Thresholds | None = None) -> list[list[HeadClass]]:
         """The class of each head of a model, [l][h]: the first in the order of `Thresholds` that it meets.
 
-        Retrieval heads are known here by how they read this very prompt. HeadKV (`workbench.kv.methods.allocate.headkv`) measures
-        whether a head copies the answers of needle tasks instead, which costs readings of their own, and is about the
-        model, not the prompt.
+        Retrieval heads are known here by how they read this prompt. HeadKV (`workbench.kv.methods.allocate.headkv`)
+        measures whether a head copies the answers of needle tasks instead, which costs readings of their own, and is
+        about the model, not the prompt.
         """
         if self.entropy.ndim != 2:
             raise InputError("classes are about all layers of a model: stack the layers' statistics first")
         limits = thresholds or Thresholds()
         vertical = contextual(self.variance, limits.contextual)
         layers, heads = self.entropy.shape
-        found: list[list[HeadClass]] = [
+        classes: list[list[HeadClass]] = [
             ["contextual" if vertical[layer, head] else "structural" for head in range(heads)]
             for layer in range(layers)
         ]
         names: tuple[HeadClass, ...] = ("local", "sink", "retrieval")  # the first to be tried is the last to be written
         for name in names:
             for layer, head in (getattr(self, name) >= getattr(limits, name)).nonzero().tolist():
-                found[layer][head] = name
-        return found
+                classes[layer][head] = name
+        return classes
 
     def to_frame(self, kv_heads: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
         """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class."""
@@ -161,8 +161,8 @@ def head_stats(
     if int(at[-1]) >= len(ids):
         raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
     visible_keys(nq, nk, at, held, scoring.window, kv_heads=k)  # complains about positions that do not fit
-    found, received = [], []
-    for part in head_parts(queries, keys, held, progress):
+    stats, received = [], []
+    for part in head_groups(queries, keys, held, progress):
         here = held if part.key_positions is None else part.key_positions.view(-1, nk)
         passed = HeadSums(
             len(part.queries),
@@ -188,9 +188,9 @@ def head_stats(
             if probs.shape[2]:
                 passed.add(rows, slots, probs)
             del probs
-        found.append(passed.stats())
+        stats.append(passed.stats())
         received.append(passed.received.cpu())
-    return HeadStats.join(found, torch.cat), torch.cat(received)
+    return HeadStats.join(stats, torch.cat), torch.cat(received)
 
 
 class HeadSums:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Self, cast, get_args
 
 import pandas as pd
@@ -126,7 +127,8 @@ class Timeline:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a sample: run, time (s), phase, step, then one column of bytes a category (0 where a sample lacks
-        it)."""
+        it).
+        """
         names = self.categories
         rows = [(s.run, s.time, s.phase, s.step, *(s.categories.get(name, 0) for name in names)) for s in self._samples]
         return pd.DataFrame(rows, columns=["run", "time", "phase", "step", *names])
@@ -181,12 +183,14 @@ class Timeline:
     @classmethod
     def concat(cls, timelines: Iterable[Timeline], run: str = "") -> Timeline:
         """Several timelines one after another, each beginning when the one before it ended; samples keep the names of
-        their runs."""
+        their runs.
+        """
         joined = cls(run)
         for timeline in timelines:
             offset = joined._samples[-1].time if joined._samples else 0.0
             joined._samples.extend(
-                Sample(offset + s.time, s.phase, s.step, s.categories, s.kv_layers, s.run) for s in timeline._samples
+                Sample(offset + s.time, s.phase, s.step, s.categories, s.kv_layers, s.run)
+                for s in timeline._samples  # noqa: SLF001  # another of this class
             )
         joined._resume()
         return joined
@@ -211,8 +215,14 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     allocated. Subclasses that wrap several tensors (packed weights) count for what they hold. Meta tensors hold
     nothing.
     """
-    distinct = {s._cdata: s for tensor in tensors for s in _storages(tensor)}
+    distinct = {_identity(s): s for tensor in tensors for s in _storages(tensor)}
     return sum(s.nbytes() for s in distinct.values())
+
+
+def _identity(storage: torch.UntypedStorage) -> int:
+    """What tells one storage from another while both live."""
+    identity: int = storage._cdata  # noqa: SLF001  # torch has no public name for it
+    return identity
 
 
 class LiveBytes(TorchDispatchMode):
@@ -229,7 +239,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._sizes: dict[int, int] = {}
         # Storages may die in any thread and in the middle of anything, so what watches them only leaves a note here.
         self._freed: deque[_Watch] = deque()
@@ -258,17 +268,21 @@ class LiveBytes(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
-        gives = _GIVES.get(func) or _GIVES.setdefault(func, _gives(func))
+        gives = _gives(func)
         if gives == "view":  # half of all operations, and none of them allocates
             return result
         if self._freed:
             self._settle()
         inputs: set[int] | None = None
         for storage in _storages_in(result):
-            key, nbytes = storage._cdata, storage.nbytes()
+            key, nbytes = _identity(storage), storage.nbytes()
             if key in self._sizes:  # known: it may have been resized
                 self._current += nbytes - self._sizes[key]
                 self._sizes[key] = nbytes
@@ -277,14 +291,13 @@ class LiveBytes(TorchDispatchMode):
                 continue
             if gives == "any":
                 if inputs is None:
-                    inputs = {given._cdata for given in _storages_in((args, kwargs))}
+                    inputs = {_identity(given) for given in _storages_in((args, kwargs))}
                 if key in inputs:
                     continue
             self._sizes[key] = nbytes
             self._current += nbytes
             self._watches.add(_Watch(storage, self._freed, key))
-        if self._current > self._peak:
-            self._peak = self._current
+        self._peak = max(self._peak, self._current)
         return result
 
     def _settle(self) -> None:
@@ -300,7 +313,7 @@ class _Watch(weakref.ref):  # type: ignore[type-arg]
     __slots__ = ("key",)
     key: int
 
-    def __new__(cls, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> Self:
+    def __new__(cls, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> Self:  # noqa: ARG004  # __init__'s
         return super().__new__(cls, storage, freed.append)
 
     def __init__(self, storage: torch.UntypedStorage, freed: deque[_Watch], key: int) -> None:
@@ -310,23 +323,24 @@ class _Watch(weakref.ref):  # type: ignore[type-arg]
 
 
 _Gives = Literal["view", "input", "new", "any"]
-_GIVES: dict[Any, _Gives] = {}  # what was found out about operations so far
 
 
-def _gives(func: Any) -> _Gives:
+@cache  # asked of every operation that runs
+def _gives(func: Callable[..., object]) -> _Gives:
     """What an operation returns: views of inputs, inputs that it wrote to, tensors of its own, or any of these."""
     # `torch.tensor([...])` makes its storage unseen and shows it first as this operation's input.
     if func is torch.ops.aten.lift_fresh.default:
         return "new"
-    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":  # noqa: SLF001  # no public name
         return "any"
     if func.is_view:
         return "view"
-    shared = [found.alias_info for found in func._schema.returns]
+    shared = [output.alias_info for output in func._schema.returns]  # noqa: SLF001  # no public name
     if shared and all(alias is not None and alias.is_write for alias in shared):
         return "input"
     # What is made of other operations may return an input without saying so (`dropout`, `einsum`).
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001  # no public name
+    composite = has_kernel(func.name(), "CompositeImplicitAutograd")
     return "any" if composite or any(alias is not None for alias in shared) else "new"
 
 
@@ -400,7 +414,7 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from _storages(cast(Tensor, getattr(tensor, name)))
+            yield from _storages(cast("Tensor", getattr(tensor, name)))
     elif tensor.layout is torch.strided:
         if tensor.device.type != "meta":
             yield tensor.untyped_storage()
@@ -410,7 +424,7 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
 
 def _sparse_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout is torch.sparse_coo:
-        return tensor._indices(), tensor._values()
+        return tensor._indices(), tensor._values()  # noqa: SLF001  # the public names want it coalesced
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return tensor.crow_indices(), tensor.col_indices(), tensor.values()
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):

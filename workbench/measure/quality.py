@@ -45,7 +45,7 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)"""
+        """exp(nll)."""
         return _exp(self.nll)
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ from workbench.models.catalog import CatalogEntry, ShippedEntry, WheelEntry, cat
 from workbench.models.facts import UNLIMITED, Facts, facts, max_positions
 from workbench.models.fetch import cache_dir, cached, damage, fetch
 from workbench.models.load import LoadedModel, load
-from workbench.models.rotary import rotary, rotation_of
+from workbench.models.rotary import Rotations, rotary, rotation_of
 from workbench.models.tiny import TINY_ARCHITECTURES, tiny
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "CatalogEntry",
     "Facts",
     "LoadedModel",
+    "Rotations",
     "ShippedEntry",
     "WheelEntry",
     "cache_dir",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from workbench.errors import NoRotation, NotApplicable
 from workbench.models.facts import max_positions
@@ -23,42 +22,58 @@ if TYPE_CHECKING:
 _SHOWN = 32  # positions at which layers show what they do, where the model has so many before its tables switch
 
 
+class Rotations:
+    """How a model's layers turn queries and keys: found by a pass of 32 tokens or fewer when first asked for, and
+    remembered here, with whoever keeps it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def of(self, layer: int, read: int = 0) -> Rotation:
+        """The rotation of `layer`; nothing (a width of 0) where it attends without positions.
+
+        read: tokens that were read at once, which choose among tables that switch with length; each later position, for
+        itself, is at the end of what has been read. Raises NoRotation where positions enter the model in another way,
+        such as learned ones that are added to embeddings, and NotApplicable where the layer rotates by no convention
+        that is known.
+        """
+        from workbench.core.rope import Rotation
+        from workbench.engine.attention_hook import exclusive
+
+        with exclusive(self._model):  # whoever waits for a pass of the model then finds them here
+            outcome = self._outcomes[layer]
+        if isinstance(outcome, str):
+            raise NotApplicable(outcome)
+        if outcome is None:
+            raise _without(type(self._model).__name__)
+        if not isinstance(outcome.table, _Switching):
+            return outcome
+        return Rotation(partial(outcome.table, read=read), outcome.order)
+
+    @cached_property
+    def _outcomes(self) -> tuple[Rotation | str | None, ...]:
+        """By layer: its rotation, None, or why none can be said."""
+        return _find(self._model)
+
+
+def rotation_of(model: PreTrainedModel, layer: int, read: int = 0) -> Rotation:
+    """How `layer` turns queries and keys, looked for anew; see `Rotations.of`."""
+    return Rotations(model).of(layer, read)
+
+
 def rotary(model: PreTrainedModel, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [n, rotary_dim] float32, that `layer` applies to queries and keys at `positions` [n].
 
     rotary_dim is the head size, or less where only part of each head is rotated; channels are in the order of halves
     (see `Rotation`). Attention scaling (YaRN, LongRoPE) is included, as the model itself applies it. Scalings that
     switch with length choose for each position as where one token is read after the other. Raises NoRotation for a
-    model or layer that does not rotate, and what `rotation_of` raises.
+    model or layer that does not rotate, and what `Rotations.of` raises.
     """
-    found = rotation_of(model, layer)
-    if not found.width:
+    rotation = rotation_of(model, layer)
+    if not rotation.width:
         raise _without(f"layer {layer} of {type(model).__name__}")
-    return found(positions)
-
-
-def rotation_of(model: PreTrainedModel, layer: int, read: int = 0) -> Rotation:
-    """How `layer` turns queries and keys; nothing (a width of 0) where it attends without positions.
-
-    read: tokens that were read at once, which choose among tables that switch with length; each later position, for
-    itself, is at the end of what has been read. Found by one pass of 32 tokens or fewer, and remembered for as long as
-    the model lives. Raises NoRotation where positions enter the model in another way, such as learned ones that are
-    added to embeddings, and NotApplicable where the layer rotates by no convention that is known.
-    """
-    from workbench.core.rope import Rotation
-    from workbench.engine.attention_hook import exclusive
-
-    with exclusive(model):
-        if model not in _found:
-            _found[model] = _find(model)
-    outcome = _found[model][layer]
-    if isinstance(outcome, str):
-        raise NotApplicable(outcome)
-    if outcome is None:
-        raise _without(type(model).__name__)
-    if not isinstance(outcome.table, _Switching):
-        return outcome
-    return Rotation(partial(outcome.table, read=read), outcome.order)
+    return rotation(positions)
 
 
 def switch(model: PreTrainedModel) -> int | None:
@@ -84,10 +99,6 @@ def _without(where: str) -> NoRotation:
     return NoRotation(f"{where} uses no rotary positions; methods that rotate keys cannot be applied to it")
 
 
-# By layer: its rotation, None, or why none can be said.
-_found: WeakKeyDictionary[PreTrainedModel, tuple[Rotation | str | None, ...]] = WeakKeyDictionary()
-
-
 # --- Tables
 
 
@@ -96,14 +107,14 @@ def _embeddings(model: nn.Module) -> list[Any]:
     source: Any = model
     decoder = source.get_decoder()
     for root in (decoder, model):  # what some models call their decoder is a part of it, or the head
-        found: list[Any] = [
+        modules: list[Any] = [
             module
             for module in root.modules()
             if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
             and "position_ids" in signature(module.forward).parameters
         ]
-        if found:
-            return sorted(found, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
+        if modules:
+            return sorted(modules, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
     return []
 
 
@@ -112,8 +123,8 @@ def _types(embedding: Any, config: Any) -> list[str | None]:
     if "layer_type" not in signature(embedding.forward).parameters:
         return [None]
     kinds = getattr(embedding, "rope_type", None)
-    own = list(kinds) if isinstance(kinds, dict) else list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    return [kind for kind in own if hasattr(embedding, f"{kind}_inv_freq")] or [None]
+    names = list(kinds) if isinstance(kinds, dict) else list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    return [kind for kind in names if hasattr(embedding, f"{kind}_inv_freq")] or [None]
 
 
 def _by_kind(config: Any) -> dict[str | None, dict[str, Any]]:
@@ -176,8 +187,8 @@ class _Switching(_Table):
         cos, sin = (x.new_empty(len(positions), x.shape[1]) for x in (cos, sin))
         for length in lengths.unique().tolist():
             part = (lengths == length).nonzero()[:, 0]
-            found = self.of(fresh, torch.cat([positions[part], positions.new_tensor([length - 1])]))
-            for whole, some in zip((cos, sin), found, strict=True):
+            table = self.of(fresh, torch.cat([positions[part], positions.new_tensor([length - 1])]))
+            for whole, some in zip((cos, sin), table, strict=True):
                 whole[part.to(whole.device)] = some[:-1]
         return cos, sin
 
@@ -313,9 +324,9 @@ def _nothing(positions: Tensor) -> tuple[Tensor, Tensor]:
 def _orders(width: int, turned: int) -> Iterator[tuple[int, ...] | None]:
     """Channels in the order of halves, where the first or the last `turned` of them are turned, in halves or pairs."""
     for first in dict.fromkeys((0, width - turned)):
-        own = range(first, first + turned)
+        rotated = range(first, first + turned)
         rest = (*range(first), *range(first + turned, width))
-        for order in ((*own, *rest), (*own[::2], *own[1::2], *rest)):
+        for order in ((*rotated, *rest), (*rotated[::2], *rotated[1::2], *rest)):
             yield None if order == tuple(range(width)) else order
 
 
@@ -324,7 +335,7 @@ def _tables(model: PreTrainedModel) -> list[_Table]:
     import torch
 
     config: Any = model.config.get_text_config()
-    found: list[_Table] = []
+    tables: list[_Table] = []
     for embedding in _embeddings(model):
         for kind in _types(embedding, config):
             cos, sin = _columns(_copy(embedding), kind, torch.arange(_SHOWN))
@@ -336,8 +347,8 @@ def _tables(model: PreTrainedModel) -> list[_Table]:
                     lies = "pairs"
             until = _switch(config, kind)
             if until is None:
-                found.append(_Table(embedding, kind, lies))
+                tables.append(_Table(embedding, kind, lies))
             else:
                 again = "dynamic" in _by_kind(config)[kind]["rope_type"]
-                found.append(_Switching(embedding, kind, lies, until=until, again=again))
-    return [*found, *(replace(table, backwards=True) for table in found)]
+                tables.append(_Switching(embedding, kind, lies, until=until, again=again))
+    return [*tables, *(replace(table, backwards=True) for table in tables)]

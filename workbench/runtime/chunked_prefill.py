@@ -142,18 +142,18 @@ class _Probe:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         prefill, count = self.prefill, key.shape[1]
         prefill.progress.check()
-        held = prefill.stores[layer].contents(query.dtype)
-        kv_heads, slots = held.keys.shape[:2]
+        earlier = prefill.stores[layer].contents(query.dtype)
+        kv_heads, slots = earlier.keys.shape[:2]
         probing = torch.arange(prefill.position, prefill.position + count, device=query.device)
         valid = None
-        if held.valid is not None:
-            valid = torch.cat([held.valid, held.valid.new_ones(kv_heads, count)], dim=1)
-        positions = torch.cat([held.positions.expand(kv_heads, -1), probing.expand(kv_heads, -1)], dim=1)
+        if earlier.valid is not None:
+            valid = torch.cat([earlier.valid, earlier.valid.new_ones(kv_heads, count)], dim=1)
+        positions = torch.cat([earlier.positions.expand(kv_heads, -1), probing.expand(kv_heads, -1)], dim=1)
         scored = layer not in prefill.exact
         out, weights = attend(
             query,
-            torch.cat([held.keys, key], dim=1),
-            torch.cat([held.values, value], dim=1),
+            torch.cat([earlier.keys, key], dim=1),
+            torch.cat([earlier.values, value], dim=1),
             scoring,
             visible=seen_by(probing, positions, valid, scoring.window),
             weights=scored,

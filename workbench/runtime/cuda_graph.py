@@ -75,7 +75,7 @@ def device_weight(model: PreTrainedModel) -> Tensor:
     return cast("Tensor", model.get_input_embeddings().weight)
 
 
-class Step:
+class CapturedStep:
     """Greedy decoding, a token a call, on tensors that stay where they are.
 
     Token, position, and the length of each head's rows are on the device and advance there; the stores' own numbers
@@ -121,7 +121,7 @@ class Step:
         self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
         self._launched = self._settled = 0
         self._fused = _Fused(self.model, self._layers) if fused and _Fused.fits(self.model) else None
-        self._replay: Callable[[], Any] | None = None
+        self._replay: Callable[[], object] | None = None
         self.memory = decoder.memory
 
     @property
@@ -150,7 +150,7 @@ class Step:
             self._counters.add_(1)
             return logits
 
-    def prepare(self) -> Callable[[], Any]:
+    def prepare(self) -> Callable[[], object]:
         """What makes one step: the replay of a graph on a CUDA device. Nothing has changed when this returns.
 
         Raises NotApplicable if the model waits for the device in the midst of a step.
@@ -195,7 +195,7 @@ class Step:
         """
         self.prepare()
         kept = 0
-        waiting: tuple[int, int, Any] | None = None
+        waiting: tuple[int, int, torch.cuda.Event | None] | None = None
         try:
             while self._launched < self.steps or waiting is not None:
                 begun = None
@@ -216,7 +216,7 @@ class Step:
         """Steps after which entries have to be quantised before another one."""
         return self._settled + min(layer.until for layer in self._layers) - self._launched
 
-    def launch(self, steps: int) -> tuple[int, int, Any]:
+    def launch(self, steps: int) -> tuple[int, int, torch.cuda.Event | None]:
         """Begin up to `steps` more, quantising first what is due; returns where their tokens will be found."""
         replay = self.prepare()
         if self.due <= 0:
@@ -233,7 +233,7 @@ class Step:
             event.record()
         return first, self._launched, event
 
-    def _tokens(self, first: int, last: int, event: Any) -> list[int]:
+    def _tokens(self, first: int, last: int, event: torch.cuda.Event | None) -> list[int]:
         if event is not None:
             event.synchronize()
         return list(self._seen[first:last].tolist())
@@ -256,9 +256,9 @@ class Step:
             self._catch_up(kept)
 
 
-def captured(decoder: Decoder, token: int, steps: int) -> Step:
+def capture(decoder: Decoder, token: int, steps: int) -> CapturedStep:
     """Captured steps that go on from `token`, the last one chosen. Raises NotApplicable with the reason."""
-    step = Step(decoder, token, steps)
+    step = CapturedStep(decoder, token, steps)
     step.prepare()
     return step
 
@@ -369,8 +369,7 @@ class _Fused:
                 passed += [(layer.self_attn.q_norm, "RMSNorm"), (layer.self_attn.k_norm, "RMSNorm")]
         return all(
             type(module) is getattr(home, family + name)
-            and all(getattr(hook, "__module__", None) == _LISTENERS for hook in module._forward_hooks.values())
-            and not module._forward_pre_hooks
+            and _only_listened_to(module)
             and (name != "RMSNorm" or module.weight.dtype == dtype)
             for module, name in passed
         )
@@ -401,6 +400,12 @@ class _Fused:
 
 def _normed(x: Tensor, norm: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
+
+
+def _only_listened_to(module: nn.Module) -> bool:
+    """Whether no hook changes what goes into a module or comes out of it."""
+    after, before = module._forward_hooks, module._forward_pre_hooks  # noqa: SLF001 (torch tells no other way)
+    return not before and all(getattr(hook, "__module__", None) == _LISTENERS for hook in after.values())
 
 
 class _NoWaiting(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass
+from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
@@ -52,19 +52,19 @@ class Decoder:
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
-    _at: Pass = field(init=False, repr=False)
+    _context: PassContext = field(init=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __post_init__(self) -> None:
-        self._at = Pass(len(self.stores), self.position)
+        self._context = PassContext(len(self.stores), self.position)
         self.memory = dict(self.memory)
         self._causal, self._uncounted = 0, False
         if self.attention is not None:
             self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
             for layer in self.recorded:
-                self._at.layer = layer.index
+                self._context.layer = layer.index
                 if self._attends(layer.index):
-                    self.attention.begin(layer, self._at)
+                    self.attention.begin(layer, self._context)
         self.capacity = [None if store.evictable is None else store.evictable.longest for store in self.stores]
 
     def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:
@@ -97,16 +97,17 @@ class Decoder:
         if evictable is not None:
             self._make_room(evictable, self.capacity[layer] or 0, key.shape[1])
         store.append(key, value, positions)
-        self._at.layer, self._at.positions = layer, positions
+        self._context.layer, self._context.positions = layer, positions
         self._causal += query.shape[0] * int((self._positions + 1).sum())
         weights = None
-        own = self._attends(layer)
-        if own:
-            out = self._own_way(layer, query, positions, scoring)
-        if evictable is not None or not own:  # who evicts by attention needs all its weights, whatever else is computed
+        by_method = self._attends(layer)
+        if by_method:
+            out = self._by_method(layer, query, positions, scoring)
+        # Who evicts by attention needs all its weights, whatever else is computed.
+        if evictable is not None or not by_method:
             self._count_exact(store, query.shape[0], positions, scoring.window)
             exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
-            out = out if own else exact
+            out = out if by_method else exact
         if self.evicting is not None and evictable is not None and weights is not None:
             evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))
         if self.outputs is not None:
@@ -114,16 +115,16 @@ class Decoder:
         self._leave(before)
         return out
 
-    def _own_way(self, layer: int, query: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
+    def _by_method(self, layer: int, query: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """The attention method's output over what the layer's store holds."""
         assert self.attention is not None
         store = self.stores[layer]
-        held = store.contents(query.dtype)
-        shape = (held.keys.shape[0], query.shape[1], held.keys.shape[1])
-        seen = seen_by(positions, held.positions, held.valid, scoring.window)
+        dense = store.contents(query.dtype)
+        shape = (dense.keys.shape[0], query.shape[1], dense.keys.shape[1])
+        seen = seen_by(positions, dense.positions, dense.valid, scoring.window)
         everything = torch.ones(1, dtype=torch.bool, device=query.device)
         visible = (everything if seen is None else seen).expand(shape)
-        return self.attention.decode(query, held, visible, scoring, at=self._at)
+        return self.attention.decode(query, dense, visible, scoring, self._context)
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
@@ -139,23 +140,23 @@ class Decoder:
         if window is not None:
             seen = seen_by(positions, *store.slots(), window)
             assert seen is not None
-            self._at.count_seen(heads, seen.expand(store.kv_heads, -1, -1))
+            self._context.count_seen(heads, seen.expand(store.kv_heads, -1, -1))
             return
         # Of t new tokens the last sees everything, the one before it one entry less.
         new, kv_heads = positions.numel(), store.kv_heads
-        self._at.count(heads // kv_heads * (new * store.entries - kv_heads * (new * (new - 1) // 2)))
+        self._context.count(heads // kv_heads * (new * store.entries - kv_heads * (new * (new - 1) // 2)))
 
     @property
     def score_share(self) -> float | None:
         """Score entries computed since the prompt, of all causal ones; None where nothing was read, or where some were
         computed by a store that looks for what it needs and does not say how many.
         """
-        return None if self._uncounted or not self._causal else sum(self._at.computed) / self._causal
+        return None if self._uncounted or not self._causal else sum(self._context.computed) / self._causal
 
     @property
     def attention_nbytes(self) -> int:
         """Bytes of what the attention method holds beside the stores."""
-        return self._at.left_nbytes
+        return self._context.state_nbytes
 
     @property
     def memory_nbytes(self) -> int:
@@ -170,7 +171,7 @@ class Decoder:
         for layer, store in enumerate(self.stores):
             capturable = store.capturable
             assert capturable is not None
-            self._at.layer, self._at.positions = layer, positions
+            self._context.layer, self._context.positions = layer, positions
             capturable.advance(positions)
             self._causal += heads * int((positions + 1).sum())
             self._count_exact(store, heads, positions, None)
@@ -180,7 +181,7 @@ class Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = cloned(self.stores)
         twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
-        twin._at = Pass(len(stores), self._at.tokens, left=dict(self._at.left))
+        twin._context = PassContext(len(stores), self._context.tokens, state=dict(self._context.state))
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         twin.memory = dict(self.memory)

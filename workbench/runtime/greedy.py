@@ -42,7 +42,7 @@ def greedy(
         left = max_new_tokens - step - 1
         if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
             try:  # the first token has been read as all are without a graph, and was measured
-                following = cuda_graph.captured(decoder, token, left)
+                following = cuda_graph.capture(decoder, token, left)
             except NotApplicable as reason:
                 decoder.notes.append(f"decoded without a CUDA graph: {reason}")
             else:

@@ -13,7 +13,8 @@ from workbench.budget import Budget
 from workbench.core.memo import Memo
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.plan import Plan, plan_of, total_budget, uncompressed_nbytes
+from workbench.kv.plan import Plan, uncompressed_nbytes
+from workbench.kv.selection import plan_of, total_budget
 from workbench.kv.stores import Store, cloned
 from workbench.measure.memory import Timeline
 from workbench.progress import Progress

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
-from workbench.models import Facts, rotation_of
+from workbench.models import Facts, Rotations
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class _Recorder:
     """Computes exact (or the method's) attention over the prompt and keeps each layer's queries, keys and values."""
 
-    plain: PreTrainedModel
+    rotations: Rotations
     facts: Facts
     method: AttentionMethod | None
     progress: Progress
@@ -39,13 +39,13 @@ class _Recorder:
     timeline: Timeline
     weights: int
     live: LiveBytes | CudaBytes
-    at: Pass
+    context: PassContext
     plain_widths: Sequence[tuple[int, int]] | None
     origins: Sequence[int]
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerTrace] = {}
-        self.held = 0
+        self.recorded_nbytes = 0
         self.count = len(self.origins)
         self.memory: dict[Any, Any] = {}
         self.places: dict[tuple[int, torch.Size], int] = {}  # of keys in memory: the layer that showed them first
@@ -57,37 +57,37 @@ class _Recorder:
                 f"layer {layer} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
                 "them apart"
             )
-        tokens, own = query.shape[1], scoring.window
-        window = _combined_window(own, self.method, layer, self.count, tokens)
+        tokens, model_window = query.shape[1], scoring.window
+        window = _combined_window(model_window, self.method, layer, self.count, tokens)
         scoring = replace(scoring, window=window)
-        self.at.layer = layer
+        self.context.layer = layer
         if self.method is None:
-            self.at.count(query.shape[0] * visible_entries(tokens, window))
+            self.context.count(query.shape[0] * visible_entries(tokens, window))
             out = causal_attention(query, key, value, scoring)
         else:
-            out = self.method.attend(query, key, value, scoring, at=self.at)
-        before = self.held if self.home == query.device else 0  # of what is live here, the recording so far
+            out = self.method.attend(query, key, value, scoring, self.context)
+        before = self.recorded_nbytes if self.home == query.device else 0  # of what is live here, the recording so far
         shared = self._shared(layer, key)
-        held = tuple(x.to(self.home) for x in (key, value, query))
+        recorded = tuple(x.to(self.home) for x in (key, value, query))
         if shared is not None:
-            held = (self.layers[shared].keys_held, self.layers[shared].values_held, held[2])
+            recorded = (self.layers[shared].keys_held, self.layers[shared].values_held, recorded[2])
         self.layers[layer] = LayerTrace(
             index=layer,
-            keys_held=held[0],
-            values_held=held[1],
-            queries_held=held[2],
+            keys_held=recorded[0],
+            values_held=recorded[1],
+            queries_held=recorded[2],
             device=query.device,
             scoring=scoring,
-            rotary=partial(rotation_of, self.plain, self.origins[layer]),
-            narrowed_from=min(own or tokens, tokens) if window != own else None,
+            rotary=partial(self.rotations.of, self.origins[layer]),
+            narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
         )
-        self.held += sum(x.nbytes for x in held[0 if shared is None else 2 :])
+        self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
         self.timeline.add(
             "read",
             layer,
-            {"weights": self.weights, "trace": self.held, "activations": max(self.live.peak - before, 0)},
+            {"weights": self.weights, "trace": self.recorded_nbytes, "activations": max(self.live.peak - before, 0)},
         )
         self.live.reset_peak()
         return out
@@ -103,11 +103,11 @@ class _Recorder:
 
 
 def _combined_window(
-    own: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
+    model_window: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
 ) -> int | None:
     """The narrower of the model's own window and the method's."""
     other = method.span(layer, layers, tokens) if method is not None else None
-    given = [width for width in (own, other) if width is not None]
+    given = [width for width in (model_window, other) if width is not None]
     return min(given) if given else None
 
 
@@ -121,15 +121,17 @@ def read(
     weight_nbytes: int = 0,
     plain: PreTrainedModel | None = None,
     plain_widths: Sequence[tuple[int, int]] | None = None,
+    rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """Read a prompt and record it.
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
     host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
-    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model. Raises
-    PromptTooLong, BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt;
-    Cancelled between layers.
+    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model.
+    rotations: those of the plain model, where they are remembered for several readings. Raises PromptTooLong,
+    BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between
+    layers.
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
@@ -145,9 +147,9 @@ def read(
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
     with watch("read"), live_bytes(device) as live:
-        at = Pass(count, tokens)
+        context = PassContext(count, tokens)
         recorder = _Recorder(
-            plain or model,
+            rotations or Rotations(plain or model),
             facts,
             method,
             progress,
@@ -155,7 +157,7 @@ def read(
             timeline,
             weight_nbytes,
             live,
-            at,
+            context,
             plain_widths,
             origin if plain is not None else range(count),
         )
@@ -176,7 +178,15 @@ def read(
     }
     gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
     return Trace(
-        prompt, layers, logits.cpu(), watch.seconds["read"], exact, timeline, tuple(at.computed), gone, recorder.memory
+        prompt,
+        layers,
+        logits.cpu(),
+        watch.seconds["read"],
+        exact,
+        timeline,
+        tuple(context.computed),
+        gone,
+        recorder.memory,
     )
 
 
@@ -207,13 +217,14 @@ def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> 
         raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
 
 
-def take_in(
+def read_unrecorded(
     model: PreTrainedModel,
     facts: Facts,
     prompt: Prompt,
     *,
     keep_on: torch.device | None = None,
     weight_nbytes: int = 0,
+    rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """A trace of the prompt's shapes without data: only its first token is read, to learn them.
@@ -227,6 +238,7 @@ def take_in(
         replace(prompt, ids=prompt.ids[:1]),
         keep_on=keep_on,
         weight_nbytes=weight_nbytes,
+        rotations=rotations,
         progress=progress,
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workbench.engine.attention_hook import device_of
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
 from workbench.files.folders import located, whole
 from workbench.files.paths import regular
@@ -22,19 +24,18 @@ from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
 from workbench.measure.timing import Timing
-from workbench.models import facts, rotation_of
+from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
 from workbench.runtime.evaluate import Evaluation
+from workbench.runtime.readings import Readings
 from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration.texts import Calibration
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from workbench.session import Session
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = "inference-workbench session"
 VERSION = 1  # raise it when an older workbench could no longer read what is written
@@ -43,7 +44,7 @@ DESCRIPTION, TENSORS = "session.json", "trace.safetensors"
 _LARGEST = 1 << 28  # bytes of a description: a hundred long runs take a thousandth
 _SAMPLES = 8  # values of each weight that tell one model from another
 _SHAPE = ("model_type", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "parameters")
-S = TypeVar("S", bound="Session")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -96,16 +97,28 @@ class LoadedRun(Run):
 # -- writing
 
 
-def save(session: Session, folder: Path) -> Path:
-    """Write a session's prompt, trace and runs into `folder`; the model itself is not written.
+def save(folder: Path, readings: Readings, runs: Sequence[Run], *, source: str, seed: int) -> Path:
+    """Write a prompt, its trace and the runs on it into `folder`; the model itself is not written.
+
+    source: where the model comes from. seed: the session's.
 
     Whole or not at all: everything is written beside the folder first. A folder that holds a saved session is replaced;
     any other folder with something in it is refused with InputError.
     """
     folder = located(folder)
-    tensors: dict[str, Tensor] = {"model.samples": _samples(session.model)}
+    tensors: dict[str, Tensor] = {"model.samples": _samples(readings.model)}
     with whole(folder, _is_ours, "a saved session") as work:
-        description = _describe(session, tensors)
+        model = {"source": source, **_describe_model(readings)}
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model,
+            "kv_dtype": _dtype_name(readings.kv_dtype),
+            "seed": seed,
+            "calibration": None if (texts := readings.variants.calibration) is None else texts.to_dict(),
+            "trace": None if readings.plain is None else _describe_trace(readings.plain, tensors),
+            "runs": [_describe_run(index, run, tensors) for index, run in enumerate(runs)],
+        }
         save_file({name: _plain(tensor) for name, tensor in tensors.items()}, work / TENSORS)
         (work / DESCRIPTION).write_text(dumps(description) + "\n", encoding="utf-8")
     return folder
@@ -118,23 +131,12 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-def _describe(session: Session, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Everything that is not a tensor; tensors are added to `tensors` by name."""
-    trace = session.trace
+def _describe_model(readings: Readings) -> dict[str, str | int]:
+    config = facts(readings.model)
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": {
-            "source": session.source,
-            "name": session.facts.name,
-            "dtype": _dtype_name(session.model.dtype),
-            **{name: getattr(facts(session.model), name) for name in _SHAPE},  # as its config has it
-        },
-        "kv_dtype": _dtype_name(session.kv_dtype),
-        "seed": session.seed,
-        "calibration": None if session.calibration is None else session.calibration.to_dict(),
-        "trace": None if trace is None else _describe_trace(trace, tensors),
-        "runs": [_describe_run(index, run, tensors) for index, run in enumerate(session.runs)],
+        "name": readings.facts.name,
+        "dtype": _dtype_name(readings.model.dtype),
+        **{name: getattr(config, name) for name in _SHAPE},  # as its config has it
     }
 
 
@@ -176,18 +178,18 @@ def _plain(tensor: Tensor) -> Tensor:
 # -- reading
 
 
-def load(cls: type[S], folder: Path, **options: Any) -> S:
-    """The session that `save` wrote: its trace, ready for plans and runs without reading again; its runs as records.
+@contextmanager
+def opened(folder: Path) -> Iterator[SavedSession]:
+    """What `save` wrote into a folder, for as long as the block lasts.
 
-    options go to the Session; `model=` gives the model where it is no longer found at its source, and must be the same
-    one. Computes in the precision of the saved session unless `dtype=` says otherwise. Raises InputError for what is no
-    saved session or another model, CheckpointRefused for a damaged one.
+    Raises InputError for what is no saved session or another model, and CheckpointRefused where it turns out in the
+    block that it is damaged.
     """
     folder = located(folder)
     description = _read_description(folder)
     try:
         with safe_open(regular(folder / TENSORS), framework="pt") as tensors:
-            return _restore(cls, folder, description, tensors.get_tensor, options)
+            yield SavedSession(folder, description, tensors.get_tensor)
     except WorkbenchError:
         raise
     except FileNotFoundError:
@@ -196,6 +198,54 @@ def load(cls: type[S], folder: Path, **options: Any) -> S:
         _broken(folder, f"{TENSORS}: {str(error).splitlines()[0]}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         _broken(folder, f"{DESCRIPTION}: {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}")
+
+
+@dataclass(frozen=True)
+class SavedSession:
+    """A saved session before it has a model: its description, and its tensors by name."""
+
+    folder: Path
+    description: dict[str, Any]
+    tensor: Callable[[str], Tensor]
+
+    def on_its_model(self, make: Callable[..., S], options: dict[str, Any]) -> S:
+        """`make(model, ...)` with the model, the precisions and the seed that were saved, or those in `options`.
+
+        `model` there is where it is no longer found at its source; it must be the same one. Raises ModelNotFound.
+        """
+        model = self.description["model"]
+        settings = {"kv_dtype": self.description["kv_dtype"], "seed": self.description["seed"], **options}
+        if "model" in settings:
+            return make(settings.pop("model"), **settings)
+        try:
+            return make(model["source"], **{"dtype": model["dtype"], **settings})
+        except ModelNotFound as error:
+            raise ModelNotFound(
+                f"the session was made with the model {model['source']!r}, which is not found here; give it as model= "
+                f"({error})"
+            ) from error
+
+    def contents(self, readings: Readings) -> tuple[Trace | None, list[Run]]:
+        """The trace, ready for plans and runs without reading again, and the runs as records.
+
+        readings: those of the model; they get the calibration texts. Raises InputError where it is another model.
+        """
+        saved = self.description
+        if saved.get("calibration") is not None:
+            readings.variants.calibrate(Calibration(**saved["calibration"]))  # its file is read when it is needed
+        _check_model(self.folder, saved["model"], self.tensor("model.samples"), readings.model)
+        if saved["trace"] is None:
+            return None, []
+        trace = _trace(saved["trace"], self.tensor, readings)
+        replan = partial(_replan, readings, trace)
+        runs: list[Run] = []
+        for index, record in enumerate(saved["runs"]):
+            evaluation, prompt_ids = _evaluation(record, index, self.tensor), self.tensor(f"runs.{index}.prompt_ids")
+            try:
+                runs.append(LoadedRun.of(record, evaluation, prompt_ids, replan))
+            except UnknownMethod as error:
+                raise InputError(f"{self.folder}: run {index + 1} used a method that is not here ({error})") from error
+        return trace, runs
 
 
 def _broken(folder: Path, reason: str) -> NoReturn:
@@ -234,49 +284,14 @@ def _exists(folder: Path) -> bool:
         return False
 
 
-def _restore(
-    cls: type[S], folder: Path, saved: dict[str, Any], tensor: Callable[[str], Tensor], options: dict[str, Any]
-) -> S:
-    session = _session(cls, saved, options)
-    if saved.get("calibration") is not None:
-        session._variants.calibrate(Calibration(**saved["calibration"]))  # its file is read when it is needed
-    _check_model(folder, saved["model"], tensor("model.samples"), session.model)
-    if saved["trace"] is None:
-        return session
-    trace = _trace(saved["trace"], tensor, session)
-    replan = partial(_replan, session, trace)
-    runs = []
-    for index, record in enumerate(saved["runs"]):
-        evaluation, prompt_ids = _evaluation(record, index, tensor), tensor(f"runs.{index}.prompt_ids")
-        try:
-            runs.append(LoadedRun.of(record, evaluation, prompt_ids, replan))
-        except UnknownMethod as error:
-            raise InputError(f"{folder}: run {index + 1} used a method that is not here ({error})") from error
-    session.restore(trace, runs)
-    return session
-
-
-def _session(cls: type[S], saved: dict[str, Any], options: dict[str, Any]) -> S:
-    source = saved["model"]["source"]
-    given = {"kv_dtype": saved["kv_dtype"], "seed": saved["seed"], **options}
-    if "model" in given:
-        return cls(given.pop("model"), **given)
-    try:
-        return cls(source, **{"dtype": saved["model"]["dtype"], **given})
-    except ModelNotFound as error:
-        raise ModelNotFound(
-            f"the session was made with the model {source!r}, which is not found here; give it as model= ({error})"
-        ) from error
-
-
 def _check_model(folder: Path, saved: dict[str, Any], samples: Tensor, model: PreTrainedModel) -> None:
     """A trace means nothing to another model: the same shape, and the same weights up to rounding."""
-    known = facts(model)
+    config = facts(model)
     for name in _SHAPE:
-        if getattr(known, name) != saved[name]:
+        if getattr(config, name) != saved[name]:
             raise InputError(
                 f"{folder} was made with {saved['name']} ({name} {saved[name]}), but the model given has {name} "
-                f"{getattr(known, name)}; load it with the same model"
+                f"{getattr(config, name)}; load it with the same model"
             )
     here = _samples(model)
     if here.shape != samples.shape or not torch.allclose(here, samples, rtol=0.02, atol=1e-4):
@@ -293,12 +308,12 @@ def _samples(model: PreTrainedModel) -> Tensor:
     return torch.cat(rows)
 
 
-def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Session) -> Trace:
+def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Readings) -> Trace:
     ids = tensor("ids").long()
-    device: torch.device = session.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    home = session._keep_on or device
-    if len(saved["layers"]) != session.facts.layers:
-        raise ValueError(f"{len(saved['layers'])} layers instead of {session.facts.layers}")
+    model, device = readings.model, device_of(readings.model)
+    home = readings.keep_on or device
+    if len(saved["layers"]) != readings.facts.layers:
+        raise ValueError(f"{len(saved['layers'])} layers instead of {readings.facts.layers}")
     layers = []
     for index, fields in enumerate(saved["layers"]):
         keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
@@ -307,17 +322,17 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
         layers.append(
             LayerTrace(
                 index=index,
-                keys_held=keys.to(home, session.model.dtype),
-                values_held=values.to(home, session.model.dtype),
-                queries_held=queries.to(home, session.model.dtype),
+                keys_held=keys.to(home, model.dtype),
+                values_held=values.to(home, model.dtype),
+                queries_held=queries.to(home, model.dtype),
                 device=device,
                 scoring=Scoring(float(fields["scale"]), fields["window"], fields["softcap"]),
                 shared=fields.get("shared"),
-                rotary=partial(rotation_of, session.model, index),
+                rotary=partial(readings.rotations.of, index),
             )
         )
     return Trace(
-        _prompt(saved, ids, session),
+        _prompt(saved, ids, readings.tokenizer),
         tuple(layers),
         tensor("logits"),
         float(saved["read_seconds"]),
@@ -327,26 +342,26 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], session: Sess
     )
 
 
-def _prompt(saved: dict[str, Any], ids: Tensor, session: Session) -> Prompt:
+def _prompt(saved: dict[str, Any], ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     closing = saved.get("closing")
     return Prompt(
         ids,
         bool(saved["chat"]),
         bool(saved["open_turn"]),
-        session.tokenizer,
+        tokenizer,
         closing if closing is None else str(closing),
         str(saved.get("held", "")),
         tuple(str(note) for note in saved.get("prompt_notes", ())),
     )
 
 
-def _replan(session: Session, trace: Trace, recipe: Recipe) -> Plan:
+def _replan(readings: Readings, trace: Trace, recipe: Recipe) -> Plan:
     if recipe.family("weights") or recipe.family("attention"):
         raise NotRead(
             f"this run was loaded from disk; {recipe.label} reads the prompt in its own way, and that reading was not "
             "saved: run the recipe again with session.run(run.recipe, ...)"
         )
-    return session._plan(recipe, trace, None)
+    return readings.plan(recipe, trace)
 
 
 def _evaluation(record: dict[str, Any], index: int, tensor: Callable[[str], Tensor]) -> Evaluation | None:

@@ -1,10 +1,10 @@
 """Weight methods: how the model itself is made smaller.
 
-A method never touches the model: `base.compressed` makes a twin that shares every tensor and puts small layers in the
-place of plain ones. `variants` keeps the last twin, and what was learnt about the model. A budget is a share of the
-16-bit bytes of the decoder's matrices that a method is for; what it cannot take there (fused experts) counts at full
-size. Quantisers are as small as their bits and groups make them, and a budget is only held against that; pruning and
-low rank are as small as their budget says. Scales, zeros, bitmaps and indices are counted.
+A method never touches the model: `compress.compressed` makes a twin that shares every tensor and puts small layers in
+the place of plain ones. `variants` keeps the last twin, and what was learnt about the model. A budget is a share of
+the 16-bit bytes of the decoder's matrices that a method is for; what it cannot take there (fused experts) counts at
+full size. Quantisers are as small as their bits and groups make them, and a budget is only held against that; pruning
+and low rank are as small as their budget says. Scales, zeros, bitmaps and indices are counted.
 
 Layers share bytes out in one of two ways: all get the largest rank within the same share of theirs, or each has a
 ladder of sizes and the next bytes go where they lower the relative error most. A shortened model counts its layers
@@ -12,7 +12,8 @@ from zero, so stores, plans and caches need to know nothing; its config says whe
 (`models.depth`).
 """
 
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
 from workbench.weights.methods.any_size.bitstack import BitStack
 from workbench.weights.methods.any_size.double_rounding import DoubleRounding
 from workbench.weights.methods.any_size.evopress import EvoPress

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from workbench import arguments
 from workbench.core.memo import Memo
 from workbench.measure.memory import tensor_bytes
 from workbench.progress import Progress
@@ -22,7 +26,11 @@ _PATIENCE_S = 0.1  # how often a waiting thread looks whether it was cancelled
 
 
 class Variants:
-    """The plain model and the last compressed one made from it, by the weight methods that made it."""
+    """The plain model and the last compressed one made from it, by the weight methods that made it.
+
+    model: the plain one. tokenizer: of the texts it is calibrated on; None: the model says them itself. calibration:
+    which texts; None: those that are the default.
+    """
 
     def __init__(
         self,
@@ -30,8 +38,8 @@ class Variants:
         tokenizer: PreTrainedTokenizerBase | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        self._plain = model
-        self._tokenizer = tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.calibration = calibration
         self._made: dict[tuple[Method, ...], PreTrainedModel] = {}
         self._nbytes: dict[tuple[Method, ...], int] = {}
@@ -43,10 +51,10 @@ class Variants:
         """The model compressed by `methods`, in order; made once, and remembered until another is asked for."""
         key = tuple(methods)
         if not key:
-            return self._plain
+            return self.model
         with self._alone(progress):
             if key not in self._made:
-                from workbench.weights.base import compressed
+                from workbench.weights.compress import compressed
 
                 self._made = {}  # the last one goes before the next is made: there is never room for two
                 self._measured = {known: memo for known, memo in self._measured.items() if not known}
@@ -56,7 +64,7 @@ class Variants:
                 def study(model: PreTrainedModel, number: int) -> WeightStudy:
                     return self._studies.setdefault(key[:number], self._study(model, plain=not number))
 
-                self._made = {key: compressed(self._plain, key, progress, study)}
+                self._made = {key: compressed(self.model, key, progress, study)}
             return self._made[key]
 
     def measured(self, methods: Sequence[Method]) -> Memo:
@@ -65,12 +73,34 @@ class Variants:
 
     def study(self) -> WeightStudy:
         """Calibration of the plain model: what weight methods know of it."""
-        return self._studies.setdefault((), self._study(self._plain, plain=True))
+        return self._studies.setdefault((), self._study(self.model, plain=True))
+
+    def ids(self, texts: int, tokens: int) -> Tensor:
+        """The beginning of the calibration texts, at most `tokens` of each of `texts`: int64 [t, n]."""
+        texts, tokens = arguments.whole("texts", texts, low=1), arguments.whole("tokens", tokens, low=1)
+        return self.study().ids[:texts, :tokens]
 
     def _study(self, model: PreTrainedModel, *, plain: bool) -> WeightStudy:
         from workbench.weights.calibration.study import WeightStudy
 
-        return WeightStudy(model, self._tokenizer, self.calibration, persistent=plain)
+        return WeightStudy(model, self.tokenizer, self.calibration, persistent=plain)
+
+    def calibrate_on(
+        self, source: str | Path | None = None, *, samples: int = 32, tokens: int = 512, seed: int = 0
+    ) -> WeightStudy:
+        """Choose the texts by where they come from (see `Calibration`), and return the study of the plain model.
+
+        Without a source nothing changes. Raises BadParameter, and InputError for a text that cannot be read.
+        """
+        from workbench.weights.calibration.texts import SAMPLED, SHIPPED, Calibration
+
+        given = SHIPPED if source is None else str(arguments.path("source", source))
+        chosen = Calibration(given, samples, tokens, seed)
+        if source is not None:
+            if chosen.source != SAMPLED and self.tokenizer is not None:
+                chosen.text()  # refused now, and not in the middle of a run
+            self.calibrate(chosen)
+        return self.study()
 
     def calibrate(self, calibration: Calibration) -> None:
         """Look at other texts from now on; what was compressed with the earlier ones is forgotten."""
@@ -95,7 +125,7 @@ class Variants:
     def deployed_nbytes(self, methods: Sequence[Method], progress: Progress | None = None) -> int:
         """Bytes of the weights under `methods` as they would be deployed: what was not compressed at 16 bits."""
         model = self.get(methods, progress)
-        others = {id(buffer) for buffer in self._plain.buffers()}  # rotary frequencies and the like
+        others = {id(buffer) for buffer in self.model.buffers()}  # rotary frequencies and the like
         made = [buffer for buffer in model.buffers() if id(buffer) not in others]
         return sum(2 * weight.numel() for weight in model.parameters()) + tensor_bytes(made)
 

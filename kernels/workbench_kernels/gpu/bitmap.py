@@ -293,9 +293,9 @@ def _unrolled_here(
                 found = found + (tl.load(place + lower, mask=((bits >> bit) & 1) != 0, other=0.0),)
         else:
             for i in tl.static_range(U):
-                set = (bits >> i) & 1
-                found = found + (tl.load(place, mask=set != 0, other=0.0),)
-                place += set
+                bit = (bits >> i) & 1
+                found = found + (tl.load(place, mask=bit != 0, other=0.0),)
+                place += bit
     else:
         place = tl.expand_dims(place, axis) + before * 4
         COUNT: tl.constexpr = U // 4 if axis == 2 else U

@@ -99,6 +99,7 @@ def window_code(bits: int, pairs: bool = False) -> str:
 
 
 def constraints(outputs: int, inputs: int) -> str:
+    """Those of so many 32-bit registers, outputs written before inputs are read."""
     return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 

@@ -5,9 +5,6 @@ after another. Packed bytes hold codes that lie a field of b channels apart: the
 before the first is worked on, so that packing is a sum in registers and nothing moves between threads.
 """
 
-# What @triton.jit compiles is not Python to a type checker.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
-
 from __future__ import annotations
 
 from collections.abc import Sequence

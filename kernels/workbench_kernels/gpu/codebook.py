@@ -61,7 +61,7 @@ def _limit(
         )
     # The largest limit that as many as wanted reach; 0 if there are no more than that.
     limit, bit = tl.full([], 0, tl.uint32), tl.full([], 2147483648, tl.uint32)
-    for _ in range(0, 32):
+    for _ in range(32):
         limit = tl.where(tl.sum(tl.where(key >= (limit | bit), each, 0), 0) >= wanted, limit | bit, limit)
         bit = bit >> 1
     above, equal = key > limit, (key == limit) & (key > 0)
@@ -89,7 +89,7 @@ def _list(
     head, block, query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     code, slot, real = _codes_of(codes, starts, lengths, head, block, C, BLOCK)
     taken = tl.zeros([BLOCK], tl.int32)
-    for turn in range(0, ROWS // QUERIES):
+    for turn in range(ROWS // QUERIES):
         line = (head * ROWS + turn * QUERIES + query).to(tl.int64)
         kind = tl.load(classes + line * C + code, mask=real, other=0).to(tl.int32)
         tie = (kind == 1).to(tl.int32)

@@ -111,7 +111,7 @@ def _attend(
         low = stop
 
 
-def config_for(width: int, rows: int, longest: int) -> Config:
+def config_for(width: int, longest: int) -> Config:
     """What was fastest where it was measured (kernels/bench/decode.py)."""
     if width > 128:
         return Config(4, 16, 2, 1)
@@ -133,7 +133,7 @@ def decode_dense(
     heads = keys.starts.numel()
     width, value_width = keys.data.shape[1], values.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
-    warps, tokens, stages, per_processor = config or config_for(max(width, value_width), rows, keys.longest)
+    warps, tokens, stages, per_processor = config or config_for(max(width, value_width), keys.longest)
     tile = warps * tokens
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
     slots = Slots.of(programs + heads, warps, rows, value_width, query.device)

@@ -1,8 +1,5 @@
 """Triton kernels around a product of integers: inputs are rounded in one pass, and sums scaled in another."""
 
-# What @triton.jit compiles is not Python to a type checker.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
-
 from __future__ import annotations
 
 import torch

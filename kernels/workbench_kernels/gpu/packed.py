@@ -475,7 +475,7 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
-def config_for(bits: int, group: int, longest: int) -> Config:
+def config_for(bits: int, group: int) -> Config:
     """What was fastest where it was measured (kernels/bench/decode.py)."""
     if group % 64 or bits == 8:
         return Config(4, 32, 2 if bits == 8 else 1, 2 if bits == 8 else 3, 2)
@@ -498,7 +498,7 @@ def decode_packed(
     width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
     per_row = keys.axis == "token"
-    warps, tokens, subs, stages, per_processor, registers = config or config_for(keys.bits, keys.group, keys.longest)
+    warps, tokens, subs, stages, per_processor, registers = config or config_for(keys.bits, keys.group)
     key_words = words_at_once(width, keys.bits, keys.group if per_row else None)
     value_words = words_at_once(value_width, values.bits, values.group)
     fast = (

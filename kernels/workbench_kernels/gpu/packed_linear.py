@@ -5,9 +5,6 @@ up once, at the end, always in the same order. Rows are unrolled, and each is as
 so that a thread multiplies what it has loaded itself.
 """
 
-# What @triton.jit compiles is not Python to a type checker.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
-
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -4,9 +4,6 @@ Where outputs are too few to keep a GPU busy, programs share the inputs of one b
 and another kernel adds them up, always in the same order.
 """
 
-# What @triton.jit compiles is not Python to a type checker.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
-
 from __future__ import annotations
 
 import torch

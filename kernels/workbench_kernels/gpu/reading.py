@@ -6,8 +6,6 @@ time. Column sums stay in registers, folded only within a thread; cells of the m
 `_rows` owns a block of rows instead, and finds their log-sum-exp, their entropy, or both in one pass.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -34,7 +32,8 @@ _NEVER = 1 << 30  # a window that hides nothing
 @dataclass(frozen=True)
 class Config:
     """How `_columns` is cut: rows and columns of a tile, warps, stages, how many of four exponentials are polynomials
-    on the multiply-add units instead of the special function units, and the most registers of a thread."""
+    on the multiply-add units instead of the special function units, and the most registers of a thread.
+    """
 
     rows: int = 64
     cols: int = 256

@@ -1,8 +1,5 @@
 """Triton kernel for what `workbench_kernels.sparse_linear` says: a row's values are multiplied where they are found."""
 
-# What @triton.jit compiles is not Python to a type checker.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
-
 from __future__ import annotations
 
 import torch

@@ -4,9 +4,6 @@ A program reads some bytes of some rows, once, and writes the weights of all the
 neighbouring columns, a field of columns for each position within a byte.
 """
 
-# What @triton.jit compiles is not Python to a type checker.
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -14,7 +14,6 @@ from workbench.kv.methods.allocate.evopress import EvoPressKV
 from workbench.kv.plan import rank
 from workbench.models import tiny
 from workbench.runtime.planning import study_of
-from workbench.testing import check_method
 
 IDS = ids_of(96, 3)
 QUICK = {"window": 16, "generations": 8, "offspring": 6, "share": 0.2}
@@ -36,10 +35,6 @@ def session() -> wb.Session:
 
 def counts(session: wb.Session, *recipe: object, budget: float = 0.2) -> Tensor:
     return session.plan(list(recipe) if len(recipe) > 1 else recipe[0], budget=budget).counts[:, 0]
-
-
-def test_evopress_for_caches_keeps_the_promises() -> None:
-    check_method(EvoPressKV, window=8, generations=1, offspring=2)
 
 
 def test_a_layer_whose_attention_adds_nothing_gets_least_room(session: wb.Session) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kv.support import numbers, trace_of
-from workbench.core.rope import Rotation, rotate
+from workbench.core.rope import Rotation
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.kv import AdaKV, FireQ, SnapKV
 from workbench.kv.stores.format import DenseFormat, Shape
@@ -26,6 +26,7 @@ from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
+from workbench_kernels.rotary import rotate
 
 TOKENS = 60
 

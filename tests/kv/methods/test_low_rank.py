@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kv.support import ids_of, random_layer, tiers_of, trace_of
 from workbench.core.causal_attention import causal_attention
-from workbench.core.rope import Rotation, rotate
+from workbench.core.rope import Rotation
 from workbench.errors import BadBudget
 from workbench.kv import CSKV, AdaKV, EigenAttention, SnapKV
 from workbench.kv.base import Study
@@ -22,6 +22,7 @@ from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench_kernels import Scoring
+from workbench_kernels.rotary import rotate
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan

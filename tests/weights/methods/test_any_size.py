@@ -8,41 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import RANDOM_IDS, drawn, logits, studied, with_study
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights import RTN, BitStack, DoubleRounding, WeightMethod, compressed
-from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.calibration.texts import Calibration
+from workbench.weights import RTN, BitStack, DoubleRounding, compressed
 from workbench.weights.layers import BitBlock, BitBlocksLinear, PackedLinear, bit_block_nbytes, packed_nbytes
 from workbench.weights.methods.any_size.bitstack import decompose, leading, scales
 from workbench.weights.methods.any_size.double_rounding import coarser, narrower, rounded
-from workbench.weights.solvers.ladder import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
-
-IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
-
-
-def studied(model: PreTrainedModel) -> WeightStudy:
-    return WeightStudy(model, calibration=Calibration("sampled", samples=4, tokens=32))
-
-
-def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy) -> PreTrainedModel:
-    return compressed(model, [method], study=lambda _, number: study)
-
 
 # --- The order
 
@@ -50,33 +29,33 @@ def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy)
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(0, 200))
 @settings(max_examples=60, deadline=None)
 def test_no_other_choice_of_as_many_equal_steps_loses_less(gains: list[list[int]], room: int) -> None:
-    ladders = {}
+    sizes = {}
     for name, own in enumerate(gains):
         left = [sum(own) - sum(sorted(own, reverse=True)[:level]) for level in range(len(own) + 1)]
-        ladders[str(name)] = [Rung(10 * (level + 1), float(error)) for level, error in enumerate(left)]
-    limit = 10 * len(ladders) + room
-    found = levels(ladders, order(ladders), limit)
+        sizes[str(name)] = [Size(10 * (level + 1), float(error)) for level, error in enumerate(left)]
+    limit = 10 * len(sizes) + room
+    found = sizes_within(sizes, growth_order(sizes), limit)
 
     def lost(chosen: dict[str, int]) -> float:
-        return sum(ladders[name][level].error for name, level in chosen.items())
+        return sum(sizes[name][level].error for name, level in chosen.items())
 
     def size(chosen: dict[str, int]) -> int:
-        return sum(ladders[name][level].nbytes for name, level in chosen.items())
+        return sum(sizes[name][level].nbytes for name, level in chosen.items())
 
-    choices = itertools.product(*(range(len(rungs)) for rungs in ladders.values()))
-    every = (dict(zip(ladders, chosen, strict=True)) for chosen in choices)
+    choices = itertools.product(*(range(len(rungs)) for rungs in sizes.values()))
+    every = (dict(zip(sizes, chosen, strict=True)) for chosen in choices)
     assert size(found) <= limit
     assert lost(found) == min(lost(chosen) for chosen in every if size(chosen) <= limit)
 
 
 def test_a_smaller_limit_takes_a_beginning_of_the_same_order() -> None:
-    ladders = {"a": [Rung(4, 1.0), Rung(8, 0.2), Rung(16, 0.1)], "b": [Rung(10, 0.9), Rung(20, 0.3)]}
-    climbing = order(ladders)
-    assert climbing == ["a", "b", "a"]
-    sizes = {limit: levels(ladders, climbing, limit) for limit in range(14, 40)}
+    sizes = {"a": [Size(4, 1.0), Size(8, 0.2), Size(16, 0.1)], "b": [Size(10, 0.9), Size(20, 0.3)]}
+    order = growth_order(sizes)
+    assert order == ["a", "b", "a"]
+    within = {limit: sizes_within(sizes, order, limit) for limit in range(14, 40)}
     for limit in range(15, 40):
-        assert all(sizes[limit - 1][name] <= sizes[limit][name] for name in ladders)
-    assert sizes[39] == {"a": 2, "b": 1} and sizes[17] == {"a": 0, "b": 0}
+        assert all(within[limit - 1][name] <= within[limit][name] for name in sizes)
+    assert within[39] == {"a": 2, "b": 1} and within[17] == {"a": 0, "b": 0}
 
 
 # --- BitStack
@@ -142,7 +121,7 @@ def test_inputs_that_were_never_seen_still_count() -> None:
 
 def test_a_smaller_stack_lies_inside_every_larger_one_and_nothing_is_cut_again() -> None:
     model = tiny("llama")
-    study, loaded, before = studied(model), [], -1.0
+    study, loaded, before = studied(model, tokens=32), [], -1.0
     for budget in (0.9, 0.2, 0.35, 0.5):
         twin = with_study(model, BitStack(budget=budget), study)
         loaded.append((budget, {name: m for name, m in twin.named_modules() if isinstance(m, BitBlocksLinear)}))
@@ -159,11 +138,11 @@ def test_a_smaller_stack_lies_inside_every_larger_one_and_nothing_is_cut_again()
 
 def test_more_bytes_never_lose_more() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     errors = []
     for budget in (0.15, 0.3, 0.45, 0.6, 0.75, 1.0):
         twin, lost = with_study(model, BitStack(budget=budget), study), 0.0
-        for block, inputs in study.inputs(moments=True):
+        for block, inputs in study.inputs(hessians=True):
             assert block
             for name, stats in inputs.items():
                 weight, made = model.get_submodule(name).weight.detach(), twin.get_submodule(name)
@@ -172,12 +151,12 @@ def test_more_bytes_never_lose_more() -> None:
                 lost += float(change.square().sum() / scale.square().sum())
         errors.append(lost)
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == 0 and torch.equal(logits(twin), logits(model))
+    assert errors[-1] == 0 and torch.equal(logits(twin, RANDOM_IDS), logits(model, RANDOM_IDS))
 
 
 def test_any_number_of_bytes_is_met_to_within_a_block() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     for size in ("60KiB", "75KiB", "90KiB"):
         method = BitStack(budget=size)
         twin = with_study(model, method, study)
@@ -220,7 +199,7 @@ def test_a_code_goes_to_the_nearest_of_the_levels_that_are_left(bits: int) -> No
         for code in range(256):
             nearest = min(range(2**bits), key=lambda level: (abs(code - 100 - levels[level]), -level))  # a half goes up
             assert int(found[0, code]) == nearest
-        far = (grid.values(found) - fine.values(codes)).abs().max()
+        far = (grid.dequantised(found) - fine.dequantised(codes)).abs().max()
         step = 2 ** (8 - bits)
         assert float(far) == ((step - 1) / 2 if not symmetric else max(step - 1, 0))  # symmetric: the top is cut off
 
@@ -242,7 +221,7 @@ def test_weights_come_out_as_close_as_by_rounding_to_nearest_at_once(bits: int) 
 
 def test_every_width_is_made_of_the_eight_bit_codes_alone() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     wide = with_study(model, DoubleRounding(), study)
     for parameter in model.parameters():
         parameter.data = torch.full_like(parameter.data, float("nan"))  # whoever looks at the weights again sees these
@@ -262,7 +241,7 @@ def test_every_width_is_made_of_the_eight_bit_codes_alone() -> None:
 def test_eight_bits_are_those_of_rounding_to_nearest() -> None:
     model = tiny("llama")
     ours, rtn = compressed(model, [DoubleRounding()]), compressed(model, [RTN(bits=8)])
-    assert torch.equal(logits(ours), logits(rtn))
+    assert torch.equal(logits(ours, RANDOM_IDS), logits(rtn, RANDOM_IDS))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
@@ -294,7 +273,7 @@ def test_bytes_are_those_of_the_width_that_is_loaded(bits: int, symmetric: bool)
 
 def test_a_budget_narrows_layers_one_by_one_and_never_beyond_the_widest() -> None:
     model = tiny("llama")
-    study = studied(model)
+    study = studied(model, tokens=32)
     chosen = []
     for budget in (0.2, 0.25, 0.3, 0.4, 0.55):
         twin = with_study(model, DoubleRounding(budget=budget, bits=6), study)
@@ -313,14 +292,14 @@ def test_mixed_widths_lose_less_than_one_width_of_the_same_bytes() -> None:
             weight = linear.weight.detach().clone()
             weight[:, 0] *= 30  # outliers: three bits are far too few here
             linear.weight = nn.Parameter(weight)
-    study = studied(model)
+    study = studied(model, tokens=32)
     uniform = DoubleRounding(bits=3)
     share = uniform.survey(model).nbytes / uniform.survey(model).full_nbytes
     twins = [with_study(model, method, study) for method in (uniform, DoubleRounding(budget=share))]
 
     def lost(twin: PreTrainedModel) -> float:
         total = 0.0
-        for _, inputs in study.inputs(moments=True):
+        for _, inputs in study.inputs(hessians=True):
             for name, stats in inputs.items():
                 weight, layer = model.get_submodule(name).weight.detach(), twin.get_submodule(name)
                 assert isinstance(layer, PackedLinear)
@@ -333,13 +312,13 @@ def test_mixed_widths_lose_less_than_one_width_of_the_same_bytes() -> None:
 
 def test_a_session_cuts_and_rounds_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     session = wb.Session((tiny("llama"), None))
-    session.read(IDS)
+    session.read(RANDOM_IDS)
     session.calibrate("sampled", samples=4, tokens=32)
     for one, other in ((DoubleRounding(bits=8), DoubleRounding(bits=3)), (BitStack(budget=0.6), BitStack(budget=0.2))):
-        large = session.run(one, question=IDS[:3], max_new_tokens=2)
+        large = session.run(one, question=RANDOM_IDS[:3], max_new_tokens=2)
         with monkeypatch.context() as patch:
             for method in (DoubleRounding, BitStack):
                 for name in ("_master", "_stack"):
                     patch.setattr(method, name, None, raising=False)  # whoever makes it again fails
-            small = session.run(other, question=IDS[:3], max_new_tokens=2)
+            small = session.run(other, question=RANDOM_IDS[:3], max_new_tokens=2)
         assert small.memory.peaks["weights"] < large.memory.peaks["weights"]

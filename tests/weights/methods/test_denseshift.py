@@ -8,22 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import workbench as wb
+from tests.weights.support import drawn, layer_of
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.weights import RTN, DenseShift, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SHIPPED, Calibration
 from workbench.weights.layers import ShiftLinear, packed_nbytes
 from workbench.weights.methods.quantise.denseshift import shifts
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def levels(bits: int) -> list[float]:
@@ -33,12 +30,6 @@ def levels(bits: int) -> list[float]:
 
 def error(values: Tensor, weight: Tensor, square: Tensor) -> Tensor:
     return (square * (values - weight).square()).sum(dim=1)
-
-
-def linear(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    made.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return made
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -129,7 +120,7 @@ def test_at_three_bits_and_fewer_it_changes_less_than_rounding_to_even_levels() 
     inputs = InputStats(300, x.mean(0), size.mean(0), size.amax(0), x.square().mean(0), x.T @ x / 300)
     for bits in (2, 3):
         ours, theirs = (
-            inputs.output_error(made.compress(linear(weight), inputs).dequantised() - weight).sum()
+            inputs.output_error(made.compress(layer_of(weight), inputs).dequantised() - weight).sum()
             for made in (DenseShift(bits=bits), RTN(bits=bits, symmetric=True))
         )
         assert float(ours) < float(theirs)

@@ -10,53 +10,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import RANDOM_IDS, correlated, drawn, logits, stats_of, studied, with_study
 from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.weights import FWSVD, SVD, CoSpaDi, Greenformers, MoDeGPT, VQLogits, WeightMethod, compressed
-from workbench.weights.calibration.statistics import InputStats
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.calibration.texts import Calibration
 from workbench.weights.layers import CodebookLinear, DictionaryLinear, codebook_nbytes, dictionary_nbytes
-from workbench.weights.low_rank import LowRankLinear, row_weighted, truncated, whitened
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.layers.narrow_attention import NarrowAttention
 from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
-from workbench.weights.methods.structured.modegpt import leverage, mixtures, refitted, shares, value_moment
+from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, shares, value_moment
+from workbench.weights.solvers.low_rank import row_weighted, truncated, whitened
 from workbench.weights.solvers.whitening import root
-from workbench.weights.surgery.narrow import NarrowAttention
-
-IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
-    """Inputs x [n, i] whose channels vary together, and unevenly."""
-    return drawn(tokens, width, seed=seed) @ drawn(width, width, seed=seed + 1) * torch.linspace(0.1, 3, width)
-
-
-def stats_of(x: Tensor) -> InputStats:
-    size = x.abs()
-    return InputStats(
-        x.shape[0], x.mean(dim=0), size.mean(dim=0), size.amax(dim=0), x.square().mean(dim=0), x.T @ x / x.shape[0]
-    )
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
-
-
-def studied(model: PreTrainedModel) -> WeightStudy:
-    return WeightStudy(model, calibration=Calibration("sampled", samples=4, tokens=64))
-
-
-def with_study(model: PreTrainedModel, method: WeightMethod, study: WeightStudy) -> PreTrainedModel:
-    return compressed(model, [method], study=lambda _, number: study)
 
 
 def small_weight(layer: nn.Module) -> Tensor:
@@ -69,7 +38,7 @@ def small_weight(layer: nn.Module) -> Tensor:
 def output_errors(model: PreTrainedModel, twin: PreTrainedModel, study: WeightStudy) -> dict[str, float]:
     """Of each layer the mean square of what changed in its outputs, relative to them."""
     found = {}
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, stats in inputs.items():
             weight = small_weight(model.get_submodule(name))
             change = small_weight(twin.get_submodule(name)) - weight
@@ -165,7 +134,9 @@ def test_a_row_without_any_gradient_is_kept_in_bounds() -> None:
 
 def test_the_default_solver_is_truncated_svd() -> None:
     model = tiny("llama")
-    assert torch.equal(logits(compressed(model, [Greenformers()])), logits(compressed(model, [SVD()])))
+    assert torch.equal(
+        logits(compressed(model, [Greenformers()]), RANDOM_IDS), logits(compressed(model, [SVD()]), RANDOM_IDS)
+    )
 
 
 def test_one_update_is_that_of_the_paper() -> None:
@@ -207,7 +178,7 @@ def test_more_bytes_never_lose_more_and_all_of_them_lose_nothing(method: type[We
         twin = with_study(model, method(budget=share, **parameters), study)
         errors.append(sum(output_errors(model, twin, study).values()))
     assert errors[0] > errors[1] > errors[2] > errors[3] == 0
-    assert torch.equal(logits(twin), logits(model))
+    assert torch.equal(logits(twin, RANDOM_IDS), logits(model, RANDOM_IDS))
     with pytest.raises(BudgetTooSmall, match="no rank at all"):
         compressed(model, [method(budget=0.01)])
     with pytest.raises(BadBudget, match="share of each layer's bytes"):
@@ -307,12 +278,12 @@ def test_what_follows_the_kept_neurons_is_refitted_by_least_squares() -> None:
     x, weight = correlated(400, 10), drawn(6, 10)
     kept = torch.tensor([0, 3, 4, 8])
     moment = x.T @ x / 400
-    found = refitted(weight, moment, kept)
+    found = nystrom(weight, moment, kept)
     want = torch.linalg.lstsq(x[:, kept].double(), (x @ weight.T).double()).solution.T
     torch.testing.assert_close(found, want.float(), rtol=1e-2, atol=1e-2)
     lost = [float((x @ weight.T - x[:, kept] @ small.T).square().sum()) for small in (found, weight[:, kept])]
     assert lost[0] < lost[1]
-    assert torch.equal(refitted(weight, torch.zeros(10, 10), kept), weight[:, kept])  # nothing was seen
+    assert torch.equal(nystrom(weight, torch.zeros(10, 10), kept), weight[:, kept])  # nothing was seen
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -325,7 +296,7 @@ def test_no_other_mixtures_of_values_keep_more_of_the_outputs(rank: int) -> None
     assert error == pytest.approx(float(tail), rel=1e-2)
     moment = v.T @ v / 500
     for some in itertools.combinations(range(6), rank):  # channels as they are, refitted
-        few = refitted(outputs, moment, torch.tensor(some))
+        few = nystrom(outputs, moment, torch.tensor(some))
         assert error <= float((v @ outputs.T - v[:, list(some)] @ few.T).square().sum()) * 1.001
 
 
@@ -360,7 +331,7 @@ def test_modules_become_narrower_inside_and_fit(architecture: str, budget: float
     slack = sum(m.weight.nbytes // m.weight.shape[0] * 8 for m in survey.linears.values())
     assert budget * survey.full_nbytes - slack < held <= budget * survey.full_nbytes
     assert all(isinstance(layer.self_attn, NarrowAttention) for layer in twin.model.layers)
-    assert bool(logits(twin).isfinite().all())
+    assert bool(logits(twin, RANDOM_IDS).isfinite().all())
     assert {reason for name, reason in survey.left.items() if "q_proj" in name} == {"queries and keys stay whole"}
     layer = twin.model.layers[0].self_attn
     assert torch.equal(layer.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
@@ -370,10 +341,15 @@ def test_mixtures_of_all_channels_and_all_neurons_say_what_the_model_says() -> N
     model = tiny("qwen2")  # with biases
     study = studied(model)
     rank_one_less = with_study(model, MoDeGPT(budget=0.999), study)
-    far = float((logits(rank_one_less) - logits(model)).abs().max() / logits(model).abs().max())
-    much = float((logits(with_study(model, MoDeGPT(budget=0.5), study)) - logits(model)).abs().max())
-    assert 0 < far * float(logits(model).abs().max()) < much
-    assert torch.equal(logits(with_study(model, MoDeGPT(budget=1.0), study)), logits(model))
+    far = float(
+        (logits(rank_one_less, RANDOM_IDS) - logits(model, RANDOM_IDS)).abs().max()
+        / logits(model, RANDOM_IDS).abs().max()
+    )
+    much = float(
+        (logits(with_study(model, MoDeGPT(budget=0.5), study), RANDOM_IDS) - logits(model, RANDOM_IDS)).abs().max()
+    )
+    assert 0 < far * float(logits(model, RANDOM_IDS).abs().max()) < much
+    assert torch.equal(logits(with_study(model, MoDeGPT(budget=1.0), study), RANDOM_IDS), logits(model, RANDOM_IDS))
 
 
 def test_a_module_loses_less_than_by_svd_of_its_matrices_of_the_same_bytes() -> None:
@@ -394,9 +370,11 @@ def test_a_module_loses_less_than_by_svd_of_its_matrices_of_the_same_bytes() -> 
 
 def test_the_cache_becomes_smaller_with_the_values() -> None:
     session = wb.Session((tiny("llama"), None))
-    session.read(IDS)
+    session.read(RANDOM_IDS)
     session.calibrate("sampled", samples=4, tokens=64)
-    whole, small = (session.run(method, question=IDS[:3], max_new_tokens=3) for method in ("full", MoDeGPT(budget=0.5)))
+    whole, small = (
+        session.run(method, question=RANDOM_IDS[:3], max_new_tokens=3) for method in ("full", MoDeGPT(budget=0.5))
+    )
     assert len(small.tokens) == 3
 
     held = [sum(size for name, size in run.memory.peaks.items() if name.startswith("kv")) for run in (whole, small)]
@@ -419,12 +397,12 @@ def test_tokens_of_a_cluster_share_a_logit_and_only_the_head_changes() -> None:
     twin = compressed(model, [VQLogits(budget=0.2)])
     head = twin.lm_head
     assert isinstance(head, CodebookLinear)
-    said = logits(twin)
+    said = logits(twin, RANDOM_IDS)
     for token in range(256):
         same = (head.index == head.index[token]).nonzero()[:, 0]
         assert bool((said[:, same] == said[:, token : token + 1]).all())
     with torch.no_grad():
-        hidden = model.model(IDS[None]).last_hidden_state[0]
+        hidden = model.model(RANDOM_IDS[None]).last_hidden_state[0]
     torch.testing.assert_close(said, hidden @ head.dequantised().T, rtol=1e-3, atol=1e-3)
     assert len({id(p) for p in model.parameters()} - {id(p) for p in twin.parameters()}) == 1
 

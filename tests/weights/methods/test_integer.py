@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.weights.support import seeded, stats_of
 from workbench.measure import kernel_share
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import compressed
-from workbench.weights.calibration.statistics import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import IntegerLinear, packed_nbytes
 from workbench.weights.methods.quantise.crossquant import CrossQuant, channel_factor
 from workbench.weights.methods.quantise.odyssey import Odyssey, clipped
 from workbench.weights.solvers.quantisation_grid import fit
 from workbench_kernels.integer import input_codes, input_step, integer_product
 
-DRAW = torch.Generator().manual_seed(0)
-
-
-def stats(x: Tensor) -> InputStats:
-    return InputStats(len(x), x.mean(0), x.abs().mean(0), x.abs().amax(0), x.square().mean(0), x.T @ x / len(x))
-
-
 # --- Products of integers
 
 
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 8, 8), (5, 63, 7), (3, 1024, 4), (2, 2500, 3)])
 def test_integer_products_are_exact(tokens: int, inputs: int, outputs: int) -> None:
-    x = torch.randint(-127, 128, (tokens, inputs), generator=DRAW).to(torch.int8)
-    weight = torch.randint(-128, 128, (outputs, inputs), generator=DRAW).to(torch.int8)
+    x = torch.randint(-127, 128, (tokens, inputs), generator=seeded(14)).to(torch.int8)
+    weight = torch.randint(-128, 128, (outputs, inputs), generator=seeded(15)).to(torch.int8)
     want = x.long() @ weight.long().T
     assert torch.equal(integer_product(x, weight).long(), want)
 
@@ -46,8 +39,8 @@ def test_the_largest_sums_of_a_slice_are_exact() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_layer_multiplies_whole_numbers_of_both(bits: int) -> None:
-    weight, x = torch.randn(6, 40, generator=DRAW), torch.randn(5, 40, generator=DRAW)
-    bias = nn.Parameter(torch.randn(6, generator=DRAW))
+    weight, x = torch.randn(6, 40, generator=seeded(5)), torch.randn(5, 40, generator=seeded(6))
+    bias = nn.Parameter(torch.randn(6, generator=seeded(7)))
     grid = fit(weight, bits, 40, symmetric=True)
     layer = IntegerLinear(grid.codes(weight), grid.scale, None, bits, bias)
     assert layer.by_token
@@ -64,7 +57,7 @@ def test_a_layer_multiplies_whole_numbers_of_both(bits: int) -> None:
 
 
 def test_groups_are_multiplied_as_what_their_numbers_stand_for() -> None:
-    weight, x = torch.randn(6, 40, generator=DRAW), torch.randn(2, 3, 40, generator=DRAW)
+    weight, x = torch.randn(6, 40, generator=seeded(8)), torch.randn(2, 3, 40, generator=seeded(9))
     grid = fit(weight, 4, 16, symmetric=True)
     layer = IntegerLinear(grid.codes(weight), grid.scale, None, 4, group=16, input_bits=4)
     assert not layer.by_token
@@ -74,15 +67,15 @@ def test_groups_are_multiplied_as_what_their_numbers_stand_for() -> None:
 
 @pytest.mark.parametrize("method", [CrossQuant(), Odyssey()])
 def test_a_token_gets_the_same_numbers_alone_and_among_others(method: CrossQuant | Odyssey) -> None:
-    x = torch.randn(20, 32, generator=DRAW)
-    layer = method.compress(nn.Linear(32, 8), stats(x))
+    x = torch.randn(20, 32, generator=seeded(1))
+    layer = method.compress(nn.Linear(32, 8), stats_of(x))
     together = layer(x)
     for n in range(20):
         torch.testing.assert_close(layer(x[n : n + 1])[0], together[n], rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_of_zeros_stays_one() -> None:
-    layer = Odyssey().compress(nn.Linear(16, 4, bias=False), stats(torch.randn(9, 16, generator=DRAW)))
+    layer = Odyssey().compress(nn.Linear(16, 4, bias=False), stats_of(torch.randn(9, 16, generator=seeded(16))))
     assert torch.equal(layer(torch.zeros(1, 16)), torch.zeros(1, 4))
 
 
@@ -90,7 +83,7 @@ def test_a_token_of_zeros_stays_one() -> None:
 
 
 def test_steps_lie_between_those_of_token_and_channel() -> None:
-    x, seen = torch.randn(4, 12, generator=DRAW), torch.rand(12, generator=DRAW) + 0.5
+    x, seen = torch.randn(4, 12, generator=seeded(10)), torch.rand(12, generator=seeded(17)) + 0.5
     for alpha in (0.0, 0.15, 1.0):
         step = input_step(x, 8, channel_factor(seen, alpha), alpha)
         for n in range(4):
@@ -101,13 +94,13 @@ def test_steps_lie_between_those_of_token_and_channel() -> None:
 
 
 def test_nothing_that_calibration_saw_is_cut() -> None:
-    x = torch.randn(50, 16, generator=DRAW) * torch.logspace(-2, 1, 16)
+    x = torch.randn(50, 16, generator=seeded(11)) * torch.logspace(-2, 1, 16)
     step = input_step(x, 8, channel_factor(x.abs().amax(0), 0.15), 0.15)
     assert float((input_codes(x, step, 8) * step - x).abs().div(step).max()) <= 0.5 + 1e-4
 
 
 def test_the_kernel_is_what_rounds_to_zero_and_cross_steps_make_it_smaller() -> None:
-    x = torch.randn(64, 32, generator=DRAW)
+    x = torch.randn(64, 32, generator=seeded(2))
     x[:, 3] *= 100  # an outlier channel
     x[0, 0] = 0.0
     by_token = input_step(x, 8)
@@ -121,14 +114,14 @@ def test_the_kernel_is_what_rounds_to_zero_and_cross_steps_make_it_smaller() -> 
 
 
 def test_an_outlier_channel_hurts_cross_steps_less_than_those_of_tokens() -> None:
-    x = torch.randn(64, 32, generator=DRAW)
+    x = torch.randn(64, 32, generator=seeded(3))
     x[:, 3] *= 100
     linear = nn.Linear(32, 16, bias=False)
     with torch.no_grad():
         linear.weight[:, 3] *= 0.01  # as large inputs meet small weights
     want = x @ linear.weight.detach().T
     errors = [
-        float((CrossQuant(alpha=alpha).compress(linear, stats(x))(x) - want).norm() / want.norm())
+        float((CrossQuant(alpha=alpha).compress(linear, stats_of(x))(x) - want).norm() / want.norm())
         for alpha in (0.15, 1.0)
     ]
     assert errors[0] < 0.5 * errors[1]
@@ -148,11 +141,11 @@ def test_eight_bits_stay_close_and_four_bits_of_activations_do_not() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_channels_that_were_never_seen_have_some_step(bits: int) -> None:
-    x = torch.randn(30, 16, generator=DRAW)
+    x = torch.randn(30, 16, generator=seeded(4))
     x[:, 7] = 0
-    layer = CrossQuant(bits=bits).compress(nn.Linear(16, 4), stats(x))
+    layer = CrossQuant(bits=bits).compress(nn.Linear(16, 4), stats_of(x))
     assert layer(torch.ones(2, 16)).isfinite().all()
-    unseen = CrossQuant(bits=bits).compress(nn.Linear(16, 4), stats(torch.zeros(3, 16)))
+    unseen = CrossQuant(bits=bits).compress(nn.Linear(16, 4), stats_of(torch.zeros(3, 16)))
     assert unseen(torch.ones(2, 16)).isfinite().all()
 
 
@@ -160,7 +153,7 @@ def test_channels_that_were_never_seen_have_some_step(bits: int) -> None:
 
 
 def test_ranges_are_cut_where_the_error_is_smallest() -> None:
-    weight, square = torch.randn(5, 48, generator=DRAW), torch.rand(48, generator=DRAW)
+    weight, square = torch.randn(5, 48, generator=seeded(12)), torch.rand(48, generator=seeded(13))
     found = clipped(weight, square, 20)
     error = ((found.nearest(weight) - weight).square() * square).sum(dim=1)
     for number in range(20):
@@ -173,7 +166,7 @@ def test_the_recipe_loses_less_than_rounding_rows() -> None:
     model = tiny("llama", layers=2)
     study = WeightStudy(model, calibration=Calibration(SAMPLED, samples=8, tokens=64))
     ours = plain = 0.0
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, seen in inputs.items():
             weight = model.get_submodule(name).weight.detach()
             made = Odyssey().compress(model.get_submodule(name), seen).dequantised()

@@ -5,23 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 import workbench as wb
+from tests.weights.support import RANDOM_IDS, logits
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import LiveBytes
 from workbench.models import tiny
 from workbench.weights import SVD, FlashSVD, compressed
-from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name, truncated
-
-IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(IDS[None]).logits
-    return found
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.layers.streamed_mlp import StreamedMLP, activation_name
+from workbench.weights.solvers.low_rank import truncated
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
@@ -45,7 +39,7 @@ def test_every_layer_gets_the_largest_rank_within_the_share_and_the_error_falls_
                 assert thin.rank * (outputs + inputs) <= share * outputs * inputs < (thin.rank + 1) * (outputs + inputs)
                 lost += float((layer.weight - thin.up.float() @ thin.down.float()).norm())
         errors.append(lost)
-    assert torch.equal(logits(twin), logits(model))  # at a share of 1
+    assert torch.equal(logits(twin, RANDOM_IDS), logits(model, RANDOM_IDS))  # at a share of 1
     assert errors[0] > errors[1] > errors[2] > errors[3] == 0
 
 
@@ -55,7 +49,7 @@ def test_tiles_give_what_whole_layers_give(architecture: str, tile: int) -> None
     model = tiny(architecture)
     plain, streamed = (compressed(model, [m]) for m in (SVD(budget=0.7), FlashSVD(budget=0.7, tile=tile)))
     assert any(isinstance(module, StreamedMLP) for module in streamed.modules())
-    torch.testing.assert_close(logits(streamed), logits(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(streamed, RANDOM_IDS), logits(plain, RANDOM_IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_wide_activations_never_exist_as_a_whole() -> None:
@@ -72,7 +66,7 @@ def test_wide_activations_never_exist_as_a_whole() -> None:
 def test_modules_of_another_form_compute_layer_by_layer() -> None:
     twin = compressed(tiny("phi3"), [FlashSVD(budget=0.7)])  # gate and up are one matrix there
     assert not any(isinstance(module, StreamedMLP) for module in twin.modules())
-    assert bool(logits(twin).isfinite().all())
+    assert bool(logits(twin, RANDOM_IDS).isfinite().all())
 
 
 def test_activations_are_known_by_their_numbers() -> None:

@@ -8,28 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.weights.support import drawn, seeded, stats_of
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import Survey, compressed
-from workbench.weights.calibration.statistics import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.compress import compressed
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes
 from workbench.weights.methods.quantise.easyquant import EasyQuant, fitted, outliers
 from workbench.weights.methods.quantise.pb_llm import PBLLM, binarised, largest
 from workbench.weights.solvers.quantisation_grid import fit
-
-DRAW = torch.Generator().manual_seed(0)
-
-
-def drawn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=DRAW)
-
-
-def stats(x: Tensor) -> InputStats:
-    return InputStats(len(x), x.mean(0), x.abs().mean(0), x.abs().amax(0), x.square().mean(0), x.T @ x / len(x))
-
+from workbench.weights.survey import Survey
 
 # --- The layer
 
@@ -37,11 +27,11 @@ def stats(x: Tensor) -> InputStats:
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])  # columns, and a map
 @pytest.mark.parametrize("whole", [False, True])
 def test_outliers_are_held_in_their_places(share: float, whole: bool) -> None:
-    weight = drawn(13, 44)
-    chosen = torch.rand(13, 44, generator=DRAW) < share
+    weight = drawn(13, 44, seed=1)
+    chosen = torch.rand(13, 44, generator=seeded(10)) < share
     chosen[4] = False  # a row without any
     scale = (weight.abs().amax(dim=1) / 127).half().float() if whole else None
-    bias = nn.Parameter(drawn(13))
+    bias = nn.Parameter(drawn(13, seed=5))
     layer = OutliersLinear(weight, chosen, bias, scale=scale)
     held = layer.dequantised()
     for o in range(13):
@@ -51,20 +41,20 @@ def test_outliers_are_held_in_their_places(share: float, whole: bool) -> None:
             assert abs(float(held[o, i]) - want) <= 0.5 * step + 1e-3 * abs(want)
     assert torch.equal(held[5:9], layer.rows(5, 9, torch.float32))
     for tokens in (1, 500):  # each by itself, and the whole weight
-        x = drawn(tokens, 44)
+        x = drawn(tokens, 44, seed=6)
         torch.testing.assert_close(layer(x), x @ held.T + bias, rtol=1e-4, atol=1e-4)
     assert tensor_bytes(layer.buffers()) == outliers_nbytes(13, 44, int(chosen.sum()), 8 if whole else 16)
     assert (layer.map is None) == (2 * int(chosen.sum()) <= 13 * 6)
 
 
 def test_outliers_of_a_bfloat16_layer_stay_bfloat16() -> None:
-    weight = (drawn(4, 16) * 1e6).bfloat16()  # beyond what float16 holds
+    weight = (drawn(4, 16, seed=11) * 1e6).bfloat16()  # beyond what float16 holds
     layer = OutliersLinear(weight, torch.ones(4, 16, dtype=torch.bool))
     assert torch.equal(layer.dequantised(torch.bfloat16), weight)
 
 
 def test_one_bit_without_a_zero_is_plus_or_minus_half_a_scale() -> None:
-    codes = torch.randint(0, 2, (3, 20), generator=DRAW, dtype=torch.uint8)
+    codes = torch.randint(0, 2, (3, 20), generator=seeded(9), dtype=torch.uint8)
     layer = PackedLinear(codes, torch.full((3, 2), 0.5), None, 1, group=16)
     assert torch.equal(layer.dequantised(), torch.where(codes == 1, 0.25, -0.25))
 
@@ -73,7 +63,7 @@ def test_one_bit_without_a_zero_is_plus_or_minus_half_a_scale() -> None:
 
 
 def test_what_lies_beyond_sigma_is_kept_up_to_a_share() -> None:
-    weight = drawn(40, 50)
+    weight = drawn(40, 50, seed=2)
     weight[3, 7], weight[20, 1] = 9.0, -8.0
     mean, deviation = float(weight.mean()), float(weight.std(correction=0))
     want = [[abs(float(w) - mean) > 3 * deviation for w in row] for row in weight]
@@ -100,7 +90,7 @@ def test_outliers_come_back_exactly_and_the_rest_within_its_grid() -> None:
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, True), (3, 24, True), (2, 32, False), (4, 100, True)])
 def test_ranges_are_nowhere_worse_than_whole_and_nearly_as_good_as_any(bits: int, group: int, symmetric: bool) -> None:
-    weight = drawn(16, 100)
+    weight = drawn(16, 100, seed=3)
     begun = fit(weight, bits, group, symmetric=symmetric)
     ended = fitted(weight, begun, 50)
 
@@ -122,14 +112,14 @@ def test_without_data_it_loses_less_than_rounding_to_nearest() -> None:
         ours = EasyQuant(bits=3, group_size=32).compress(linear).dequantised()
         plain = fit(weight, 3, 32, symmetric=True).nearest(weight)
         assert float((ours - weight).square().sum()) < 0.8 * float((plain - weight).square().sum())
-    assert not EasyQuant.needs_inputs and not EasyQuant.needs_moment
+    assert not EasyQuant.needs_inputs and not EasyQuant.needs_hessian
 
 
 # --- PB-LLM
 
 
 def test_signs_get_the_mean_magnitude_and_salient_weights_eight_bits() -> None:
-    weight, group = drawn(5, 40), 16
+    weight, group = drawn(5, 40, seed=7), 16
     chosen = largest(weight.abs(), 20)
     assert int(chosen.sum()) == 20 and float(weight[chosen].abs().min()) >= float(weight[~chosen].abs().max())
     made = binarised(weight, chosen, torch.eye(40), group)  # inputs that have nothing to do with each other
@@ -148,7 +138,7 @@ def test_signs_get_the_mean_magnitude_and_salient_weights_eight_bits() -> None:
 
 
 def test_no_other_size_of_the_signs_is_closer() -> None:
-    weight = drawn(3, 32)
+    weight = drawn(3, 32, seed=4)
     size = binarised(weight, torch.zeros(3, 32, dtype=torch.bool), torch.eye(32), 32).alpha
 
     def error(by: float) -> Tensor:
@@ -164,7 +154,7 @@ def test_of_equal_weights_exactly_as_many_as_asked_for_are_salient() -> None:  #
 
 def _error(model: Any, study: WeightStudy, method: PBLLM) -> float:
     total = 0.0
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, seen in inputs.items():
             linear = model.get_submodule(name)
             change = method.compress(linear, seen).dequantised() - linear.weight.detach()
@@ -178,8 +168,8 @@ def test_more_salient_weights_lose_less_and_the_hessian_picks_better_ones() -> N
     errors = [_error(model, study, PBLLM(salient=share, group_size=32)) for share in (0.0, 0.05, 0.2)]
     assert errors[0] > errors[1] > errors[2]
     # Columns of unequal weight: what matters is not how large a weight is alone.
-    x = drawn(400, 32) * torch.logspace(-1.5, 0, 32)
-    linear, seen = nn.Linear(32, 24, bias=False), stats(x)
+    x = drawn(400, 32, seed=8) * torch.logspace(-1.5, 0, 32)
+    linear, seen = nn.Linear(32, 24, bias=False), stats_of(x)
     change = [
         PBLLM(salient=0.1, metric=metric, group_size=32).compress(linear, seen).dequantised() - linear.weight.detach()
         for metric in ("hessian", "magnitude")

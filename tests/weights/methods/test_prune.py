@@ -10,37 +10,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tests.weights.support import correlated, drawn, stats_of
 from workbench.errors import BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.base import Survey, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.compress import compressed
 from workbench.weights.layers import SparseLinear, sparse_nbytes
 from workbench.weights.methods.prune.magnitude import Magnitude
 from workbench.weights.methods.prune.sparsegpt import SparseGPT, sparsegpt
 from workbench.weights.methods.prune.wanda import Wanda
-from workbench.weights.methods.quantise.gptq import inverse_factor
-from workbench.weights.pruner import Pattern, Pruner, largest, largest_by_row, largest_in_groups
 from workbench.weights.solvers.compensation import removal_cost
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.sparsity import Pattern, largest, largest_by_row, largest_in_groups
+from workbench.weights.survey import Survey
 
 METHODS = (Magnitude, Wanda, SparseGPT)
 DATA = Path(__file__).parents[1] / "data"
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs_of(x: Tensor) -> InputStats:
-    """What calibration would say of inputs [n, i]."""
-    size = x.abs()
-    return InputStats(len(x), x.mean(0), size.mean(0), size.amax(0), x.square().mean(0), x.T @ x / len(x))
-
-
-def correlated(tokens: int, width: int) -> Tensor:
-    """Inputs of different sizes that depend on each other, [n, i]."""
-    mixed = drawn(tokens, width, seed=1) + 0.1 * drawn(tokens, width, seed=1) @ drawn(width, width, seed=2)
-    return mixed * drawn(width, seed=3).exp()
 
 
 # -- layers
@@ -118,7 +105,7 @@ def test_magnitude_compares_within_the_whole_layer(tiny_llama: PreTrainedModel) 
 
 def test_wanda_keeps_what_plain_loops_over_the_papers_score_keep() -> None:
     weight, x = drawn(6, 32), correlated(50, 32)
-    kept = Wanda().prune(weight, 6 * 16, inputs_of(x))[1]
+    kept = Wanda().prune(weight, 6 * 16, stats_of(x))[1]
     for row in range(6):
         scores = [abs(float(weight[row, j])) * float(x[:, j].double().norm()) for j in range(32)]
         best = sorted(range(32), key=lambda j: scores[j], reverse=True)[:16]
@@ -147,7 +134,7 @@ def loops(weight: Tensor, moment: Tensor, damping: float, kept_of: int) -> tuple
 
 
 def test_removing_a_weight_costs_what_is_left_once_those_to_its_right_have_made_up_for_it() -> None:
-    weight, moment = drawn(4, 6), inputs_of(drawn(50, 6, seed=1)).second_moment
+    weight, moment = drawn(4, 6), stats_of(drawn(50, 6, seed=1)).hessian
     found = removal_cost(weight, inverse_factor(moment, 1e-9).diagonal())
     wide = moment.double()
     for row in range(4):
@@ -159,7 +146,7 @@ def test_removing_a_weight_costs_what_is_left_once_those_to_its_right_have_made_
 
 
 def test_sparsegpt_computes_what_plain_loops_over_the_paper_do() -> None:
-    weight, moment = drawn(5, 16), inputs_of(correlated(40, 16)).second_moment
+    weight, moment = drawn(5, 16), stats_of(correlated(40, 16)).hessian
     want, kept = loops(weight, moment, 0.01, 2)
     for block in (8, 16, 128):
         got, places = sparsegpt(weight, inverse_factor(moment, 0.01), 40, "2:4", block)
@@ -168,7 +155,7 @@ def test_sparsegpt_computes_what_plain_loops_over_the_paper_do() -> None:
 
 
 def test_what_stays_makes_up_for_what_goes() -> None:
-    weight, inputs = drawn(24, 64), inputs_of(correlated(400, 64))
+    weight, inputs = drawn(24, 64), stats_of(correlated(400, 64))
     corrected, kept = SparseGPT().prune(weight, 768, inputs)
     assert int(kept.sum()) == 768 and not bool(corrected[~kept].any())
     same_places = inputs.output_error(weight * kept - weight).sum()
@@ -177,7 +164,7 @@ def test_what_stays_makes_up_for_what_goes() -> None:
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
 def test_sparsegpt_errs_less_than_wanda_and_wanda_less_than_magnitude(pattern: str) -> None:
-    weight, inputs = drawn(32, 128), inputs_of(correlated(600, 128))
+    weight, inputs = drawn(32, 128), stats_of(correlated(600, 128))
     errors = []
     for method in METHODS:
         pruned, kept = method(pattern=pattern).prune(weight, weight.numel() // 2, inputs)
@@ -186,7 +173,7 @@ def test_sparsegpt_errs_less_than_wanda_and_wanda_less_than_magnitude(pattern: s
 
 
 def test_sparsegpt_without_any_calibration_token_is_magnitude() -> None:
-    nothing = InputStats(0, *(torch.zeros(32) for _ in range(4)), moment=torch.zeros(32, 32))
+    nothing = InputStats(0, *(torch.zeros(32) for _ in range(4)), accumulated=torch.zeros(32, 32))
     weight = drawn(8, 32)
     corrected, kept = SparseGPT(block=32).prune(weight, 100, nothing)
     assert torch.equal(kept, largest(weight.abs(), 100))
@@ -195,7 +182,7 @@ def test_sparsegpt_without_any_calibration_token_is_magnitude() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_error_falls_as_the_budget_grows(method: type[Pruner]) -> None:
-    weight, inputs = drawn(16, 64), inputs_of(correlated(300, 64))
+    weight, inputs = drawn(16, 64), stats_of(correlated(300, 64))
     errors = []
     for count in (64, 256, 512, 900, 1023, 1024):
         pruned, kept = method().prune(weight, count, inputs)

@@ -10,53 +10,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.weights.support import correlated, drawn, layer_of, stats_of
 from workbench.errors import CalibrationFailed
 from workbench.models import tiny
 from workbench.weights import AWQ, GPTQ, OWQ, RTN, AbsMax, SliMLLM, compressed
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
-from workbench.weights.methods.quantise import gptq as gptq_module
 from workbench.weights.methods.quantise.awq import awq_columns, group_errors
-from workbench.weights.methods.quantise.gptq import gptq, inverse_factor
 from workbench.weights.methods.quantise.owq import weak_columns
 from workbench.weights.methods.quantise.slim_llm import binary, bits_exchanged, salient_grid
-from workbench.weights.quantiser import Quantiser
+from workbench.weights.solvers import gptq as gptq_module
+from workbench.weights.solvers.gptq import gptq
+from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, squares
 
 METHODS = (AbsMax, GPTQ, AWQ, OWQ, SliMLLM)
 ORACLE = Path(__file__).parents[1] / "data" / "weight_oracle.safetensors"
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seen(x: Tensor) -> InputStats:
-    """What calibration would say of inputs [n, i]."""
-    size = x.abs()
-    return InputStats(len(x), x.mean(0), size.mean(0), size.amax(0), x.square().mean(0), x.T @ x / len(x))
-
-
-def correlated(width: int, tokens: int = 400, seed: int = 1) -> Tensor:
-    """Inputs of different sizes that depend on each other, [n, i]."""
-    mixed = drawn(tokens, width, seed=seed) @ (torch.eye(width) + 0.3 * drawn(width, width, seed=seed + 1))
-    return mixed * drawn(width, seed=seed + 2).exp()
-
-
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return made
-
-
 def loss(method: Quantiser, weight: Tensor, inputs: InputStats) -> float:
     """What the method changes in the outputs, as a share of their mean square."""
-    made = method.compress(linear(weight), inputs)
+    made = method.compress(layer_of(weight), inputs)
     assert isinstance(made, CompactLinear)
     return float(inputs.output_error(made.dequantised() - weight).sum() / inputs.output_error(weight).sum())
 
@@ -99,7 +77,7 @@ def damped(moment: Tensor, share: float = 0.01) -> Tensor:
 
 def by_gptq(weight: Tensor, moment: Tensor, bits: int, group: int, **options: object) -> tuple[Tensor, Tensor]:
     done = gptq(weight, moment, lambda part, _: fit(part, bits, part.shape[1]), group, **options)  # type: ignore[arg-type]
-    return Grid(done.scale, done.zero, bits, group).values(done.codes), done.exact
+    return Grid(done.scale, done.zero, bits, group).dequantised(done.codes), done.exact
 
 
 @pytest.mark.parametrize("block", [4, 8, 128])
@@ -107,7 +85,7 @@ def by_gptq(weight: Tensor, moment: Tensor, bits: int, group: int, **options: ob
 def test_gptq_is_brain_surgery_column_by_column(monkeypatch: pytest.MonkeyPatch, block: int, group: int) -> None:
     # Trap 4: groups shorter and longer than the block that is updated at once give what the plain loop gives.
     monkeypatch.setattr(gptq_module, "_BLOCK", block)
-    weight, moment = drawn(6, 40), seen(correlated(40)).second_moment
+    weight, moment = drawn(6, 40), stats_of(correlated(400, 40)).hessian
     want, _ = one_by_one(weight, damped(moment), 3, group)
     got, _ = by_gptq(weight, moment, 3, group)
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
@@ -118,7 +96,7 @@ def test_gptq_in_the_order_of_activations_keeps_grids_of_neighbours(
     monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(gptq_module, "_BLOCK", block)
-    weight, moment = drawn(6, 30), seen(correlated(30)).second_moment
+    weight, moment = drawn(6, 30), stats_of(correlated(400, 30)).hessian
     order = moment.diagonal().argsort(descending=True).tolist()
     want, _ = one_by_one(weight, damped(moment), 3, 8, order)
     got, _ = by_gptq(weight, moment, 3, 8, act_order=True)
@@ -127,7 +105,7 @@ def test_gptq_in_the_order_of_activations_keeps_grids_of_neighbours(
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_columns_that_stay_exact_take_up_all_that_they_can(act_order: bool) -> None:
-    weight, moment = drawn(5, 24), seen(correlated(24)).second_moment
+    weight, moment = drawn(5, 24), stats_of(correlated(400, 24)).hessian
     rounded, exact = by_gptq(weight, moment, 2, 8, act_order=act_order, exact=4)
     change = torch.cat([rounded, exact], dim=1) - weight
     slope = change.double() @ damped(moment)  # of tr(Δ H Δᵀ); where it is zero, no other values are better
@@ -142,9 +120,9 @@ def test_inputs_that_tell_nothing_about_each_other_make_gptq_round_to_nearest(mo
 
 
 def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> None:  # trap W4
-    x = correlated(24)
+    x = correlated(400, 24)
     x[:, [3, 17]] = 0
-    weight, moment = drawn(5, 24), seen(x).second_moment
+    weight, moment = drawn(5, 24), stats_of(x).hessian
     got, _ = by_gptq(weight, moment, 4, 24, act_order=True)
     want = fit(weight, 4, 24).nearest(weight)
     assert torch.equal(got[:, [3, 17]], want[:, [3, 17]]) and bool(got[:, [3, 17]].abs().min() > 0)
@@ -152,7 +130,7 @@ def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> No
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
-    moment = seen(correlated(20)).second_moment
+    moment = stats_of(correlated(400, 20)).hessian
     factor = inverse_factor(moment, 0.01).double()
     assert torch.equal(factor, factor.triu()) and bool((factor.diagonal() > 0).all())
     torch.testing.assert_close(factor.T @ factor @ damped(moment), torch.eye(20).double(), rtol=0, atol=1e-4)
@@ -184,7 +162,7 @@ def test_a_moment_that_nothing_helps_is_an_error_with_the_layer_and_never_plain_
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), bits=st.sampled_from([2, 3, 4]), columns=st.sampled_from([24, 36, 64]))
 def test_awq_never_changes_outputs_more_than_rounding_to_nearest(seed: int, bits: int, columns: int) -> None:
-    weight, inputs = drawn(16, columns, seed=seed), seen(correlated(columns, seed=seed))
+    weight, inputs = drawn(16, columns, seed=seed), stats_of(correlated(400, columns, seed=seed))
     nearest = loss(RTN(bits=bits, group_size=16), weight, inputs)
     assert loss(AWQ(bits=bits, group_size=16), weight, inputs) <= nearest * 1.0001
 
@@ -194,7 +172,7 @@ def test_awq_never_changes_outputs_more_than_rounding_to_nearest(seed: int, bits
 def test_gptq_changes_outputs_less_than_rounding_to_nearest(bits: int, columns: int) -> None:
     gains = []
     for seed in range(6):  # it goes column by column, so a single small layer may come out no better
-        weight, inputs = drawn(16, columns, seed=seed), seen(correlated(columns, seed=seed))
+        weight, inputs = drawn(16, columns, seed=seed), stats_of(correlated(400, columns, seed=seed))
         nearest = loss(RTN(bits=bits, group_size=16), weight, inputs)
         gains.append(
             [loss(GPTQ(bits=bits, group_size=16, act_order=order), weight, inputs) / nearest for order in (False, True)]
@@ -241,26 +219,26 @@ def by_exponents(weight: Tensor, x: Tensor, bits: int, group: int) -> tuple[Tens
 
 def test_awq_takes_the_exponent_that_changes_outputs_least() -> None:
     for seed in range(4):
-        weight, x = drawn(12, 32, seed=seed), correlated(32, seed=seed + 20)
+        weight, x = drawn(12, 32, seed=seed), correlated(400, 32, seed=seed + 20)
         made, columns = by_exponents(weight, x, 3, 16)
-        layer = AWQ(bits=3, group_size=16, clip=False).compress(linear(weight), seen(x))
+        layer = AWQ(bits=3, group_size=16, clip=False).compress(layer_of(weight), stats_of(x))
         torch.testing.assert_close(layer.columns.float(), columns, rtol=1e-3, atol=0)
         torch.testing.assert_close(layer.dequantised(), made, rtol=1e-3, atol=1e-3)
 
 
 def test_awq_leaves_inputs_of_one_size_unscaled() -> None:
     x = drawn(400, 16)
-    stats = seen(x / x.abs().mean(0))
+    stats = stats_of(x / x.abs().mean(0))
     assert torch.equal(
         awq_columns(drawn(4, 16), stats, lambda scaled: fit(scaled, 3, 8).nearest(scaled)), torch.ones(16)
     )
 
 
 def test_clipping_makes_no_output_worse() -> None:
-    weight, inputs = drawn(24, 40), seen(correlated(40))
+    weight, inputs = drawn(24, 40), stats_of(correlated(400, 40))
     errors = [
         inputs.output_error(
-            AWQ(bits=3, group_size=16, clip=clip).compress(linear(weight), inputs).dequantised() - weight
+            AWQ(bits=3, group_size=16, clip=clip).compress(layer_of(weight), inputs).dequantised() - weight
         )
         for clip in (True, False)
     ]
@@ -268,8 +246,8 @@ def test_clipping_makes_no_output_worse() -> None:
 
 
 def test_errors_of_groups_are_those_of_their_columns_alone() -> None:
-    change, x = drawn(3, 21), correlated(21)
-    got = group_errors(change, seen(x).second_moment, 8)
+    change, x = drawn(3, 21), correlated(400, 21)
+    got = group_errors(change, stats_of(x).hessian, 8)
     for row in range(3):
         for number in range(3):
             own = slice(8 * number, 8 * (number + 1))
@@ -281,7 +259,7 @@ def test_errors_of_groups_are_those_of_their_columns_alone() -> None:
 
 
 def test_weak_columns_are_those_that_rounding_hurts_most() -> None:
-    change, x = drawn(6, 15), correlated(15)
+    change, x = drawn(6, 15), correlated(400, 15)
     hurt = [float(x[:, i].square().mean() * sum(change[row, i] ** 2 for row in range(6))) for i in range(15)]
     want = sorted(sorted(range(15), key=lambda i: -hurt[i])[:4])
     assert weak_columns(change, x.square().mean(0), 4).tolist() == want
@@ -289,35 +267,35 @@ def test_weak_columns_are_those_that_rounding_hurts_most() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weak_columns_are_held_at_16_bits_and_the_rest_is_packed(dtype: torch.dtype) -> None:
-    x = correlated(64)
+    x = correlated(400, 64)
     x[:, [5, 40]] *= 30
     weight = drawn(16, 64).to(dtype)
     method = OWQ(bits=3, group_size=16, weak=2 / 64)
-    layer = method.compress(linear(weight, drawn(16)), seen(x))
+    layer = method.compress(layer_of(weight, drawn(16)), stats_of(x))
     assert isinstance(layer, Parts)
     packed, kept = layer.parts
     assert isinstance(packed, PackedLinear) and packed.in_features == 62
     assert layer.chosen(1).tolist() == [5, 40]
     assert kept.weight.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
-    assert layer.nbytes == method.nbytes(linear(weight))
+    assert layer.nbytes == method.nbytes(layer_of(weight))
     inputs = drawn(3, 64, seed=9)
     torch.testing.assert_close(layer(inputs), inputs @ layer.dequantised().T + layer.bias, rtol=1e-4, atol=1e-4)
 
 
 def test_outliers_of_the_inputs_make_weak_columns_worth_their_bytes() -> None:
-    x = correlated(64)
+    x = correlated(400, 64)
     x[:, [5, 40]] *= 30
-    weight, inputs = drawn(32, 64), seen(x)
+    weight, inputs = drawn(32, 64), stats_of(x)
     assert loss(OWQ(bits=3, group_size=16, weak=2 / 64), weight, inputs) < 0.5 * loss(
         GPTQ(bits=3, group_size=16), weight, inputs
     )
 
 
 def test_without_weak_columns_owq_is_gptq_on_truncated_grids() -> None:
-    weight, inputs = drawn(8, 32), seen(correlated(32))
-    layer = OWQ(bits=3, group_size=16, weak=0.0).compress(linear(weight), inputs)
+    weight, inputs = drawn(8, 32), stats_of(correlated(400, 32))
+    layer = OWQ(bits=3, group_size=16, weak=0.0).compress(layer_of(weight), inputs)
     assert isinstance(layer, PackedLinear)
-    assert layer.nbytes == GPTQ(bits=3, group_size=16).compress(linear(weight), inputs).nbytes
+    assert layer.nbytes == GPTQ(bits=3, group_size=16).compress(layer_of(weight), inputs).nbytes
 
 
 # -- SliM-LLM
@@ -358,7 +336,7 @@ def test_one_bit_is_the_mean_and_the_best_distance_from_it() -> None:
 
 
 def test_the_grid_of_a_group_suits_the_columns_that_cannot_be_made_up_for() -> None:
-    weight, moment = drawn(32, 16), seen(correlated(16)).second_moment
+    weight, moment = drawn(32, 16), stats_of(correlated(400, 16)).hessian
     factor = inverse_factor(moment, 0.01)
     cost = torch.linalg.inv(damped(moment)).diagonal().float()
 
@@ -374,22 +352,22 @@ def test_the_grid_of_a_group_suits_the_columns_that_cannot_be_made_up_for() -> N
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_slim_llm_changes_outputs_less_than_gptq_at_the_same_bits(bits: int) -> None:
     for seed in range(3):
-        x = correlated(136, seed=seed) * torch.linspace(-2, 2, 136).exp()  # groups that matter, and others
-        weight, inputs = drawn(24, 136, seed=seed), seen(x)
+        x = correlated(400, 136, seed=seed) * torch.linspace(-2, 2, 136).exp()  # groups that matter, and others
+        weight, inputs = drawn(24, 136, seed=seed), stats_of(x)
         method = SliMLLM(bits=bits, group_size=16)
         assert loss(method, weight, inputs) < loss(GPTQ(bits=bits, group_size=16), weight, inputs)
-        layer = method.compress(linear(weight), inputs)
+        layer = method.compress(layer_of(weight), inputs)
         assert isinstance(layer, Parts)
         counts = {part.bits: part.in_features for part in layer.parts}
         assert set(counts) <= {bits - 1, bits, bits + 1} and counts[bits - 1] == counts[bits + 1]
         spent = sum(part.bits * part.in_features for part in layer.parts)
         assert spent == bits * 136
-        assert layer.nbytes <= method.nbytes(linear(weight))
+        assert layer.nbytes <= method.nbytes(layer_of(weight))
 
 
 def test_a_shorter_last_group_keeps_the_usual_bits() -> None:
-    x = correlated(72) * torch.linspace(2, -2, 72).exp()
-    layer = SliMLLM(bits=3, group_size=16).compress(linear(drawn(8, 72)), seen(x))
+    x = correlated(400, 72) * torch.linspace(2, -2, 72).exp()
+    layer = SliMLLM(bits=3, group_size=16).compress(layer_of(drawn(8, 72)), stats_of(x))
     assert isinstance(layer, Parts)
     usual = next(index for index, part in enumerate(layer.parts) if part.bits == 3)
     assert set(range(64, 72)) <= set(layer.chosen(usual).tolist())
@@ -402,7 +380,7 @@ def test_a_shorter_last_group_keeps_the_usual_bits() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_absmax_rounds_to_multiples_of_the_largest_magnitudes_share(per: str, group: int, bits: int) -> None:
     weight = drawn(4, 24)
-    layer = AbsMax(bits=bits, per=per, group_size=8).compress(linear(weight))
+    layer = AbsMax(bits=bits, per=per, group_size=8).compress(layer_of(weight))
     got = layer.dequantised()
     most = 2 ** (bits - 1) - 1
     for row in range(4):
@@ -412,7 +390,7 @@ def test_absmax_rounds_to_multiples_of_the_largest_magnitudes_share(per: str, gr
             for column, w in enumerate(own.tolist()):
                 want = max(-most - 1, min(round(w / scale), most)) * scale
                 assert abs(float(got[row, first + column]) - want) < 1e-6
-    assert layer.zero is None and layer.nbytes == AbsMax(bits=bits, per=per, group_size=8).nbytes(linear(weight))
+    assert layer.zero is None and layer.nbytes == AbsMax(bits=bits, per=per, group_size=8).nbytes(layer_of(weight))
 
 
 @settings(max_examples=25, deadline=None)
@@ -448,7 +426,7 @@ def test_errors_are_no_larger_than_those_of_llm_compressor(bits: int) -> None:
         return float(inputs.output_error(made - weight).sum())
 
     def ours(method: Quantiser) -> float:
-        layer = method.compress(linear(weight), inputs)
+        layer = method.compress(layer_of(weight), inputs)
         assert isinstance(layer, PackedLinear)
         return error(layer.dequantised())
 
@@ -456,9 +434,9 @@ def test_errors_are_no_larger_than_those_of_llm_compressor(bits: int) -> None:
     assert ours(RTN(bits=bits, group_size=48)) <= theirs[f"rtn{bits}"] * 1.02
     whole = fit(weight, bits, 48)
     done = gptq(
-        weight, inputs.second_moment, lambda _, number: Grid(*(part[:, [number]] for part in whole[:2]), bits, 48), 48
+        weight, inputs.hessian, lambda _, number: Grid(*(part[:, [number]] for part in whole[:2]), bits, 48), 48
     )
-    assert error(whole.values(done.codes)) <= theirs[f"gptq{bits}"] * 1.002
+    assert error(whole.dequantised(done.codes)) <= theirs[f"gptq{bits}"] * 1.002
     assert ours(GPTQ(bits=bits, group_size=48, act_order=True)) <= theirs[f"gptq{bits}"]
     assert ours(AWQ(bits=bits, group_size=48, clip=False)) <= theirs[f"awq{bits}"] * 1.01
     assert ours(AWQ(bits=bits, group_size=48)) <= min(theirs[f"awq{bits}"], theirs[f"awq{bits}_duo"])

@@ -11,31 +11,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, drawn, logits
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.models.depth import origins
-from workbench.weights.base import WeightMethod, compressed
+from workbench.weights.base import WeightMethod
+from workbench.weights.compress import compressed
+from workbench.weights.layers.core_mlp import CoreMLP, votes
 from workbench.weights.methods.structured import ziplm as ziplm_module
 from workbench.weights.methods.structured.cfsp import CFSP, kept_shares, neuron_scores
 from workbench.weights.methods.structured.comp import COMP, leverage, remaining, tuned
-from workbench.weights.methods.structured.coreinfer import CoreInfer, CoreMLP, votes
+from workbench.weights.methods.structured.coreinfer import CoreInfer
 from workbench.weights.methods.structured.foldgpt import FoldGPT, folding
 from workbench.weights.methods.structured.udfc import UDFC, channels, data_free_scores, gains, overlap, rebuilt
 from workbench.weights.methods.structured.ziplm import ZipLM, removal
-from workbench.weights.structured import refitted, shared_out
+from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.widths import shared_out
 
-IDS = torch.arange(3, 67)
 METHODS: tuple[type[WeightMethod], ...] = (CFSP, COMP, CoreInfer, FoldGPT, UDFC, ZipLM)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
 
 
 @pytest.fixture(autouse=True)
@@ -354,7 +348,7 @@ def test_decoding_uses_the_core_neurons_of_its_own_run_only(tiny_llama: PreTrain
     assert again.tokens == run.tokens and again.decoder.memory is not held
     assert all(torch.equal(again.decoder.memory["votes", i], held["votes", i]) for i in range(3))
     assert run.memory.samples[-1].categories["core neurons"] == run.decoder.memory_nbytes > 0
-    twin = session._variants.get([CoreInfer(share=0.25)])
+    twin = session.readings.variants.get([CoreInfer(share=0.25)])
     assert not any("votes" in vars(module) or "memory" in vars(module) for module in twin.modules())
 
 
@@ -375,7 +369,7 @@ def test_a_step_computes_what_the_core_neurons_alone_give(tiny_llama: PreTrained
     from workbench.engine import attention_hook
 
     mlp: Any = tiny_llama.get_submodule("model.layers.0.mlp")
-    core, handler = CoreMLP(mlp, 0, 0.4, 0.25), Remembering()
+    core, handler = CoreMLP(mlp, mlp.act_fn, 0, 0.4, 0.25), Remembering()
     token = attention_hook._passing.set(attention_hook._Passing(handler, None, plain=True))  # type: ignore[arg-type]
     try:
         read, x = drawn(1, 9, 64), drawn(1, 1, 64, seed=1)

@@ -12,22 +12,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import workbench as wb
+from tests.weights.support import IDS, logits
 from workbench.errors import BadBudget, BudgetTooSmall, Cancelled, InputError, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.measure.quality import output_error
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.weights import HQQ, TransAct, compressed
-from workbench.weights.base import Survey
-from workbench.weights.surgery.narrow import NarrowAttention, narrowed, sampled_texts
+from workbench.weights.calibration.sampled_texts import sampled_texts
+from workbench.weights.layers.narrow_attention import NarrowAttention
+from workbench.weights.surgery.narrow import narrowed
 
-IDS = torch.arange(3, 67)
 NARROWED = ("llama", "mqa", "mha", "qwen2", "qwen3", "mistral", "mixtral", "qwen3-moe")
-
-
-def logits(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        return model(ids[None]).logits[0]
 
 
 def live_bytes(twin: nn.Module, names: list[str]) -> int:
@@ -125,10 +121,10 @@ def test_reading_at_once_and_token_by_token_agree(architecture: str) -> None:
     whole = survey.full_nbytes + survey.fixed_nbytes
     budget = (0.6 * survey.full_nbytes + survey.fixed_nbytes) / whole + 1e-6
     twin = compressed(model, [TransAct(budget=budget, texts=2)])
-    cache, rows = DynamicCache(config=twin.config), []
+    cache = DynamicCache(config=twin.config)
     with torch.no_grad():
-        for token in IDS[:24]:
-            rows.append(twin(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1])
+        steps = [twin(token[None, None], past_key_values=cache, use_cache=True) for token in IDS[:24]]
+    rows = [step.logits[0, -1] for step in steps]
     assert torch.allclose(torch.stack(rows), logits(twin, IDS[:24]), atol=2e-3)
     assert cache.layers[0].values.shape[-1] == 9 and cache.layers[0].keys.shape[-1] == 16
 
@@ -155,7 +151,7 @@ def test_the_budget_is_met_with_live_bytes_and_used(tiny_llama: PreTrainedModel)
     sizes = []
     for budget in (0.1, 0.25, 0.5, 0.77, 0.9, 1.0):
         method = TransAct(budget=budget, texts=2, rounds=1)
-        survey, twin = Survey.of(tiny_llama, method), compressed(tiny_llama, [method])
+        survey, twin = method.survey(tiny_llama), compressed(tiny_llama, [method])
         held = live_bytes(twin, list(survey.linears))
         full = tensor_bytes(linear.weight for linear in survey.linears.values())
         assert held == survey.nbytes <= budget * full == budget * survey.full_nbytes
@@ -169,7 +165,7 @@ def test_the_smallest_budget_is_named_and_works(tiny_llama: PreTrainedModel) -> 
     with pytest.raises(BudgetTooSmall) as refusal:
         compressed(tiny_llama, [TransAct(budget=0.001)])
     method = TransAct(budget=refusal.value.smallest, texts=2)
-    survey = Survey.of(tiny_llama, method)
+    survey = method.survey(tiny_llama)
     assert (
         live_bytes(compressed(tiny_llama, [method]), list(survey.linears))
         <= refusal.value.smallest * survey.full_nbytes
@@ -180,11 +176,11 @@ def test_the_smallest_budget_is_named_and_works(tiny_llama: PreTrainedModel) -> 
 
 def test_two_budgets_on_one_model_do_not_meet(tiny_llama: PreTrainedModel) -> None:
     small, large = TransAct(budget=0.3), TransAct(budget=0.8)
-    surveys = Survey.of(tiny_llama, small), Survey.of(tiny_llama, large)
+    surveys = small.survey(tiny_llama), large.survey(tiny_llama)
     assert surveys[0].nbytes < 0.31 * surveys[0].full_nbytes
     assert 0.75 * surveys[1].full_nbytes < surveys[1].nbytes
     narrow = compressed(tiny_llama, [TransAct(budget=0.5, texts=2)])
-    assert Survey.of(narrow, TransAct(budget=1.0)).nbytes < 0.51 * surveys[0].full_nbytes
+    assert TransAct(budget=1.0).survey(narrow).nbytes < 0.51 * surveys[0].full_nbytes
 
 
 def test_the_cache_of_a_run_is_narrower(tiny_llama: PreTrainedModel) -> None:
@@ -215,7 +211,7 @@ def test_queries_keys_and_unknown_modules_are_left_alone_with_the_reason(
     assert left["model.layers.0.self_attn.q_proj"] == "queries and keys stay whole"
     gemma = TransAct(texts=2)
     assert "model.layers.0.self_attn.v_proj" in gemma.left_alone(tiny_model("gemma3"))
-    assert set(Survey.of(tiny_model("gemma3"), gemma).linears) == {
+    assert set(gemma.survey(tiny_model("gemma3")).linears) == {
         f"model.layers.{layer}.mlp.{name}_proj" for layer in range(3) for name in ("gate", "up", "down")
     }
     assert "fused experts" in TransAct().note(tiny_model("mixtral"))
@@ -228,7 +224,7 @@ def test_what_is_not_pruned_is_shared(tiny_llama: PreTrainedModel) -> None:
     own = {name for name, weight in twin.named_parameters()} - {
         name for name, weight in twin.named_parameters() if any(weight is other for other in tiny_llama.parameters())
     }
-    assert own == {f"{name}.weight" for name in Survey.of(tiny_llama, TransAct()).linears}
+    assert own == {f"{name}.weight" for name in TransAct().survey(tiny_llama).linears}
 
 
 # -- calibration

@@ -9,39 +9,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.weights.support import correlated, drawn, seeded, stats_of
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
 from workbench.weights.layers import Parts, VectorLinear, vector_nbytes
-from workbench.weights.methods.quantise.gptq import gptq, inverse_factor
 from workbench.weights.methods.quantise.vptq import VPTQ
 from workbench.weights.solvers.codebook import codebook, nearest
 from workbench.weights.solvers.compensation import compensated
+from workbench.weights.solvers.gptq import gptq
+from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import fit
-
-DRAW = torch.Generator().manual_seed(0)
-
-
-def drawn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=DRAW)
-
-
-def correlated(tokens: int, channels: int) -> Tensor:
-    return drawn(tokens, channels) @ drawn(channels, channels)
-
-
-def stats(x: Tensor) -> InputStats:
-    return InputStats(len(x), x.mean(0), x.abs().mean(0), x.abs().amax(0), x.square().mean(0), x.T @ x / len(x))
-
 
 # --- Columns that make up for those before them
 
 
 @pytest.mark.parametrize("block", [1, 4, 24])
 def test_later_columns_take_what_is_best_given_those_that_are_fixed(block: int) -> None:
-    weight, x = drawn(3, 24), correlated(200, 24)
+    weight, x = drawn(3, 24, seed=4), correlated(200, 24)
     hessian = (x.T @ x / 200).double()
     seen = torch.empty(3, 24)
 
@@ -62,9 +49,9 @@ def test_later_columns_take_what_is_best_given_those_that_are_fixed(block: int) 
 
 
 def test_on_a_grid_it_is_gptq() -> None:
-    weight, x = drawn(6, 40), correlated(200, 40)
+    weight, x = drawn(6, 40, seed=5), correlated(200, 40)
     moment, grid = x.T @ x / 200, fit(weight, 3, 40, symmetric=True)
-    want = grid.values(gptq(weight, moment, lambda part, number: grid, 40).codes)
+    want = grid.dequantised(gptq(weight, moment, lambda part, number: grid, 40).codes)
     got = compensated(
         weight, inverse_factor(moment, 0.01), lambda first, part: lambda c, n: grid.nearest(c[:, None])[:, 0], 16
     )
@@ -82,7 +69,7 @@ def _cost(points: Tensor, weights: Tensor, book: Tensor) -> float:
 
 
 def test_nearest_counts_the_weights_of_each_number() -> None:
-    points, weights, book = drawn(40, 3), torch.rand(40, 3, generator=DRAW), drawn(7, 3)
+    points, weights, book = drawn(40, 3, seed=6), torch.rand(40, 3, generator=seeded(12)), drawn(7, 3, seed=7)
     found, distance = nearest(weights * points, weights, book)
     for n in range(40):
         costs = [float((weights[n] * (points[n] - entry).square()).sum()) for entry in book]
@@ -92,7 +79,7 @@ def test_nearest_counts_the_weights_of_each_number() -> None:
 
 
 def test_entries_stand_for_what_matters() -> None:
-    points, weights = drawn(300, 2), torch.rand(300, 2, generator=DRAW)
+    points, weights = drawn(300, 2, seed=1), torch.rand(300, 2, generator=seeded(101))
     book = codebook(points, weights, 16, rounds=20)
     assert _cost(points, weights, book) < 0.5 * _cost(points, weights, points[:16])
     assert _cost(points, weights, book) < 0.7 * _cost(points, weights, codebook(points, weights, 8, rounds=20))
@@ -102,13 +89,13 @@ def test_entries_stand_for_what_matters() -> None:
 
 
 def test_as_many_entries_as_points_are_the_points() -> None:
-    points = drawn(12, 4)
+    points = drawn(12, 4, seed=1)
     book = codebook(points, torch.ones(12, 4), 12, rounds=30)
     assert _cost(points, torch.ones(12, 4), book) < 1e-6
 
 
 def test_the_same_seed_gives_the_same_entries_and_leaves_the_random_state_alone() -> None:
-    points, state = drawn(5000, 4), torch.get_rng_state()
+    points, state = drawn(5000, 4, seed=9), torch.get_rng_state()
     one, two = (codebook(points, torch.ones(5000, 4), 8, seed=3) for _ in range(2))
     assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(one, codebook(points, torch.ones(5000, 4), 8, seed=4))
@@ -122,9 +109,12 @@ def test_the_same_seed_gives_the_same_entries_and_leaves_the_random_state_alone(
 )
 def test_vector_layers_are_sums_of_entries(outputs: int, length: int, bits: list[int]) -> None:
     inputs, vectors = 11, -(-outputs // length)
-    indices = [torch.randint(0, 2**wide, (vectors, inputs), generator=DRAW) for wide in bits]
-    books = [drawn(2**wide, length).half().float() for wide in bits]
-    scale, bias = (torch.rand(outputs, generator=DRAW) + 0.5).half().float(), nn.Parameter(drawn(outputs))
+    indices = [torch.randint(0, 2**wide, (vectors, inputs), generator=seeded(14)) for wide in bits]
+    books = [drawn(2**wide, length, seed=15).half().float() for wide in bits]
+    scale, bias = (
+        (torch.rand(outputs, generator=seeded(16)) + 0.5).half().float(),
+        nn.Parameter(drawn(outputs, seed=10)),
+    )
     layer = VectorLinear(indices, books, scale, bits, bias)
     want = torch.empty(outputs, inputs)
     for o in range(outputs):
@@ -133,7 +123,7 @@ def test_vector_layers_are_sums_of_entries(outputs: int, length: int, bits: list
             want[o, i] = entry * float(scale[o])
     torch.testing.assert_close(layer.dequantised(), want)
     torch.testing.assert_close(layer.rows(1, outputs - 1, torch.float32), want[1:-1])
-    x = drawn(3, inputs)
+    x = drawn(3, inputs, seed=2)
     torch.testing.assert_close(layer(x), x @ want.T + bias, rtol=1e-4, atol=1e-4)
     assert tensor_bytes(layer.buffers()) == vector_nbytes(outputs, inputs, length, bits, [2**wide for wide in bits])
 
@@ -150,7 +140,7 @@ def _compress(method: VPTQ, linear: nn.Linear, seen: InputStats) -> tuple[Tensor
 
 @pytest.mark.parametrize("outputs", [48, 46])
 def test_what_is_held_is_what_was_chosen(outputs: int) -> None:
-    linear, seen = nn.Linear(40, outputs), stats(correlated(300, 40))
+    linear, seen = nn.Linear(40, outputs), stats_of(correlated(300, 40))
     method = VPTQ(index_bits=6, residual_bits=4, outliers=0.1)
     made, error = _compress(method, linear, seen)
     layer = method.compress(linear, seen)
@@ -159,7 +149,7 @@ def test_what_is_held_is_what_was_chosen(outputs: int) -> None:
     assert taken is not None and taken.numel() == 4
     costs = seen.square * linear.weight.detach().square().sum(dim=0)
     assert set(taken.tolist()) == set(costs.topk(4).indices.tolist())
-    x = drawn(3, 40)
+    x = drawn(3, 40, seed=3)
     torch.testing.assert_close(layer(x), x @ made.T + linear.bias, rtol=1e-4, atol=1e-4)
     whole = float(seen.output_error(linear.weight.detach()).sum())
     assert error < 0.2 * whole
@@ -170,7 +160,7 @@ def test_making_up_for_errors_a_second_book_and_outliers_each_lose_less() -> Non
     study = WeightStudy(model, calibration=Calibration(SAMPLED, samples=8, tokens=64))
     small: dict[str, Any] = {"index_bits": 6, "outliers": 0.0, "rounds": 6}
     totals = dict.fromkeys(("plain", "ours", "residual", "outliers"), 0.0)
-    for _, inputs in study.inputs(moments=True):
+    for _, inputs in study.inputs(hessians=True):
         for name, seen in inputs.items():
             linear = model.get_submodule(name)
             eye = torch.diag(seen.square)  # nothing is shared with other columns: each takes its nearest entry
@@ -186,7 +176,7 @@ def test_making_up_for_errors_a_second_book_and_outliers_each_lose_less() -> Non
 
 
 def test_books_never_have_more_entries_than_there_are_vectors() -> None:
-    linear, seen = nn.Linear(8, 8, bias=False), stats(drawn(100, 8))
+    linear, seen = nn.Linear(8, 8, bias=False), stats_of(drawn(100, 8, seed=11))
     made, _ = _compress(VPTQ(index_bits=12, outliers=0.0, damping=1e-3), linear, seen)
     torch.testing.assert_close(made, linear.weight.detach(), rtol=1e-2, atol=1e-3)  # each vector has its own
 
@@ -198,5 +188,5 @@ def test_the_default_takes_two_bits_and_a_little_at_the_shapes_it_names() -> Non
 
 def test_a_layer_that_calibration_never_reached_is_compressed_all_the_same() -> None:
     linear = nn.Linear(16, 8, bias=False)
-    made, _ = _compress(VPTQ(index_bits=8, outliers=0.0), linear, stats(torch.zeros(1, 16)))
+    made, _ = _compress(VPTQ(index_bits=8, outliers=0.0), linear, stats_of(torch.zeros(1, 16)))
     assert made.isfinite().all() and float((made - linear.weight.detach()).norm()) < 0.5 * float(linear.weight.norm())

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import os
 
-from workbench_widgets.app.offered import Offered
+import panel as pn
+
 from workbench_widgets.app.page import page
 from workbench_widgets.app.serve import DEFAULT_MODEL
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
 
 more = tuple(filter(None, map(str.strip, os.environ.get("WORKBENCH_MODELS", "").split(","))))
-page(Offered(os.environ.get("WORKBENCH_MODEL", DEFAULT_MODEL), more, anything="*" in more)).servable()
+offered = OfferedModels(os.environ.get("WORKBENCH_MODEL", DEFAULT_MODEL), more, anything="*" in more)
+# This file runs anew for every page; the server keeps the models.
+page(offered, pn.state.as_cached("workbench models", LoadedModels)).servable()

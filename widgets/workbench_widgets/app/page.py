@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import panel as pn
 import panel_material_ui as pmu
@@ -14,21 +14,15 @@ from panel.io.resources import LOCAL_DIST
 from panel.io.state import set_curdoc
 from panel.util.parameters import edit_readonly
 from panel_material_ui.template.base import Page as MaterialPage
+from param.parameterized import Event
 from tornado.ioloop import IOLoop
 
 from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
-from workbench_widgets.app.address import Address, choose_theme
-from workbench_widgets.app.answer import Answer
-from workbench_widgets.app.asked import Asked, asked
-from workbench_widgets.app.budget_bar import BudgetBar
-from workbench_widgets.app.code_dialog import CodeDialog
-from workbench_widgets.app.connection import tell_when_gone
-from workbench_widgets.app.look import EXTENSIONS, THEME, restyle
-from workbench_widgets.app.notice import Notice
-from workbench_widgets.app.offered import Offered
+from workbench_widgets.app.elements.notice import Notice
+from workbench_widgets.app.elements.theme import EXTENSIONS, HEADING_STYLE, theme_config
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -39,18 +33,31 @@ from workbench_widgets.app.panels import (
     TokensPanel,
     WeightsPanel,
 )
-from workbench_widgets.app.prompt_form import PromptForm
-from workbench_widgets.app.recipe_form import SLOTS, RecipeForm
-from workbench_widgets.app.snippet import snippet
-from workbench_widgets.app.state import TEXT_LIMIT, PageState
-from workbench_widgets.app.status_line import StatusLine
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.answer import Answer
+from workbench_widgets.app.parts.budget_bar import BudgetBar
+from workbench_widgets.app.parts.code_dialog import CodeDialog
+from workbench_widgets.app.parts.link_confirmation import LinkConfirmation, awaits_consent
+from workbench_widgets.app.parts.prompt_form import PromptForm
+from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.parts.status_line import StatusLine
+from workbench_widgets.app.server.address import Address, choose_theme
+from workbench_widgets.app.server.connection import tell_when_gone
+from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
+from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS
+from workbench_widgets.app.state.snippet import snippet
+from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.workspace import Workspace
+
+if TYPE_CHECKING:
+    from bokeh.document import Document
+    from bokeh.server.callbacks import TimeoutCallback
 
 _GLANCE_S = 0.1  # how often a page that was sent looks for its browser
 _ADDRESS_MS = 400  # the address follows this long after the last change
 
 
-def page(offered: Offered) -> Any:
+def page(offered: OfferedModels, models: LoadedModels) -> MaterialPage:
     """A fresh page for one tab, in the state that its address describes."""
     if pn.state.curdoc is not None:
         Address.take_over(pn.state.curdoc)
@@ -59,10 +66,10 @@ def page(offered: Offered) -> Any:
     if pn.state.curdoc is not None:
         _style_sheets_at_home(pn.state.curdoc)
         tell_when_gone(pn.state.curdoc)
-    return Page(offered).view
+    return Page(offered, models).view
 
 
-def _style_sheets_at_home(doc: Any) -> None:
+def _style_sheets_at_home(doc: Document) -> None:
     """Panel learns where its style sheets lie when it sends the page as HTML. Where a browser was so slow that its
     session is made anew for the socket alone, it would look for them in the internet.
     """
@@ -74,32 +81,36 @@ class Page:
     """One tab: builds the parts, joins them to the workspace, keeps the address up to date.
 
     A request for the page computes nothing. When its browser has connected, the text is read, unless the address asks
-    for more than everybody gets (`asked`): that waits for a person.
+    for more than everybody gets (`awaits_consent`): that waits for a person.
     """
 
-    def __init__(self, offered: Offered) -> None:
+    def __init__(self, offered: OfferedModels, models: LoadedModels) -> None:
         self._doc = pn.state.curdoc
         self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
         self._drawing = Lock()  # of that list: lanes post from threads of their own
         self._default_model = model = offered.default
         self._begun = False  # whether anything was read, or nothing shall be any more
         state = PageState.read(pn.state.session_args or {})
-        self.workspace = workspace = Workspace(self._post, offered=offered)
+        self.workspace = workspace = Workspace(self._post, models, offered)
         if pn.state.location is not None:
-            pn.state.on_session_destroyed(lambda context: self.close())
-        self._writing: Any = None
+            pn.state.on_session_destroyed(lambda _: self.close())
+        self._writing: TimeoutCallback | None = None  # the change of the address that is due
         self._left_out: list[str] = []  # parts of the page that are too long for its address
 
         self.prompt = PromptForm(workspace, state, state.model or model, self.read)
-        self.recipe = RecipeForm({slot: getattr(state, slot) for slot in SLOTS}, state.values, self._recipe_changed)
+        self.recipe = RecipeForm(
+            {slot: getattr(state, slot) for slot in RECIPE_SLOTS}, state.values, self._recipe_changed
+        )
         self.budget = BudgetBar(
             workspace, state.budget, state.weights_budget, lambda: self.plan(interrupt=False), self._weights_moved
         )
-        self.answer = Answer(workspace, state.question or self.prompt.question, state.tokens, self.run, self._note)
+        self.answer = Answer(
+            workspace, state.question or self.prompt.question, state.tokens, self.run, self._update_address
+        )
         self.status = StatusLine(workspace)
         self.link = Notice(state.complaint, severity="warning", closeable=True, margin=(0, 0, 12, 0))
         self.code = CodeDialog(self.python)
-        self.asked = Asked(things := asked(state, model), self.read)
+        self.confirmation = LinkConfirmation(requests := awaits_consent(state, model), self.read)
         self.panels: list[Panel] = [
             TokensPanel(workspace),
             AttentionPanel(workspace),
@@ -118,23 +129,23 @@ class Page:
         )
         self.tabs.param.watch(self._tab_changed, "active")
         workspace.param.watch(self._was_read, "reading")
-        workspace.param.watch(lambda event: self._note(), "selected")
+        workspace.param.watch(lambda _: self._update_address(), "selected")
         workspace.param.watch(self._follow, "plan")
         self.answer.follows.param.watch(self._follow, "value")
-        self._wanted = (state.layer, state.head)
+        self._linked_head = (state.layer, state.head)
         self._offer()
         self._tab_changed()
         self.view = self._layout()
-        if self._doc is not None and self.prompt.text and not things:
+        if self._doc is not None and self.prompt.text and not requests:
             # The text is read while the browser still draws the page. What comes of it waits until the page is drawn:
             # components that are changed while they are being made send back what they were.
             self._early = []
             pn.state.onload(self._drawn)
             workspace.announce("Reading")
-            self._expect()
+            self._begin_when_connected()
 
-    def _layout(self) -> Any:
-        title = pn.pane.HTML("<h2>Recipe</h2>", stylesheets=[restyle("h2")], margin=(14, 4, 0, 4))
+    def _layout(self) -> MaterialPage:
+        title = pn.pane.HTML("<h2>Recipe</h2>", stylesheets=[HEADING_STYLE], margin=(14, 4, 0, 4))
         details = pmu.Paper(
             self.tabs,
             variant="outlined",
@@ -143,14 +154,14 @@ class Page:
             margin=0,
             sx={"padding": "0 16px 12px"},
         )
-        found = MaterialPage(
+        view = MaterialPage(
             title="Inference workbench",
             header=[self.status.body, self.code.button],
             sidebar=[pn.Column(self.prompt.body, title, self.recipe.body, sizing_mode="stretch_width", margin=(6, 12))],
             main=[
                 pn.Column(
                     self.link,
-                    self.asked.body,
+                    self.confirmation.body,
                     self.status.problem,
                     self.budget.body,
                     self.answer.body,
@@ -163,15 +174,15 @@ class Page:
             sidebar_width=350,
             busy_indicator=None,
             theme_toggle=True,
-            theme_config=THEME,
+            theme_config=theme_config(),
             dark_theme=pn.config.theme == "dark",
         )
-        with edit_readonly(found):
+        with edit_readonly(view):
             # Each page's own follows `pn.state.busy`, which outlives all pages and would keep every one of them.
-            found.busy = self.workspace.param.working
-        self.workspace.dark = found.dark_theme
-        found.param.watch(lambda event: setattr(self.workspace, "dark", event.new), "dark_theme")
-        return found
+            view.busy = self.workspace.param.working
+        self.workspace.dark = view.dark_theme
+        view.param.watch(lambda event: setattr(self.workspace, "dark", event.new), "dark_theme")
+        return view
 
     def close(self) -> None:
         """The tab is gone: its work stops, and nothing that stays refers to it."""
@@ -188,28 +199,28 @@ class Page:
             self._begun = True
             self.workspace.read(self.prompt.model, self.prompt.text)
 
-    def _expect(self) -> None:
+    def _begin_when_connected(self) -> None:
         """Begin as soon as the page's socket is open: nobody is told of that, and a page is drawn seconds later."""
-        context: Any = None if self._doc is None else self._doc.session_context
+        context: Any = None if self._doc is None else self._doc.session_context  # one of a server has a session
         if context is None or self._begun:
             return
         if context.session is not None and context.session.connection_count:
             self.begin()
         else:
-            IOLoop.current().call_later(_GLANCE_S, self._expect)
+            IOLoop.current().call_later(_GLANCE_S, self._begin_when_connected)
 
     # -- what a person does
 
     def read(self) -> None:
         """Read what the form holds."""
         self._begun = True
-        self.asked.settle()
+        self.confirmation.close()
         self.workspace.read(self.prompt.model, self.prompt.text)
-        self._note()
+        self._update_address()
 
     def plan(self, *, interrupt: bool) -> None:
         """Plan the recipe at the budget, and show it when it is there."""
-        self._note()
+        self._update_address()
         self.workspace.stop_following()
         recipe = self._recipe()
         if recipe is not None:
@@ -217,6 +228,7 @@ class Page:
             self.workspace.make_plan(recipe, interrupt=interrupt)
 
     def run(self, follow: bool) -> None:
+        """Answer the question; follow: the one that goes on from the last run's cache."""
         recipe = self._recipe()
         field = self.answer.follow if follow else self.answer.question
         question = field.value.strip() or None
@@ -228,13 +240,14 @@ class Page:
                 field.value = ""
 
     def compare(self, keys: list[str], budgets: list[str]) -> None:
+        """Run every method at every budget, and show what each costs."""
         try:
-            wanted = [Budget.parse(budget) for budget in budgets]
+            parsed = [Budget.parse(budget) for budget in budgets]
             recipes = [Recipe.of(key) for key in keys]
         except WorkbenchError as error:
             self.workspace.problem = str(error)
             return
-        if not recipes or not wanted:
+        if not recipes or not parsed:
             self.workspace.problem = "Choose at least one method and one budget to compare."
             return
         self.workspace.compare(recipes, budgets, self.answer.question.value.strip() or None, self._tokens())
@@ -276,30 +289,30 @@ class Page:
         every = method is not None and issubclass(method, WeightMethod) and method.every_size
         self.plan(interrupt=not every)
 
-    def _follow(self, *events: Any) -> None:
+    def _follow(self, *events: Event) -> None:
         """Answer anew under the plan that has just been made, where that is wanted."""
         recipe = self._recipe() if self.answer.follows.value and self.workspace.plan is not None else None
         if recipe is not None:
             self.workspace.follow(recipe, self.answer.question.value.strip() or None, self._tokens())
 
-    def _was_read(self, event: Any) -> None:
+    def _was_read(self, event: Event) -> None:
         if event.new is None:
             return
         facts = event.new.session.facts
-        layer, head = self._wanted
-        self._wanted = (0, 0)
-        self.workspace.selected = shown = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
-        if shown != (layer, head):
-            said = f"{facts.name} has no layer {layer}, head {head}: layer {shown[0]}, head {shown[1]} is shown."
-            self.link.say(f"{self.link.object} {said}".strip())
+        layer, head = self._linked_head
+        self._linked_head = (0, 0)
+        self.workspace.selected = cell = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        if cell != (layer, head):
+            note = f"{facts.name} has no layer {layer}, head {head}: layer {cell[0]}, head {cell[1]} is shown."
+            self.link.say(f"{self.link.object} {note}".strip())
         if self.prompt.question and self.prompt.fresh:
             self.answer.question.value = self.prompt.question
         self.plan(interrupt=True)
 
-    def _tab_changed(self, *events: Any) -> None:
+    def _tab_changed(self, *events: Event) -> None:
         for number, panel in enumerate(self.panels):
             panel.show(number == self.tabs.active)
-        self._note()
+        self._update_address()
 
     def _tokens(self) -> int:
         return 32 if self.answer.tokens.value is None else int(self.answer.tokens.value)
@@ -307,13 +320,13 @@ class Page:
     @property
     def state(self) -> PageState:
         """What a link to this page says."""
-        selected = self.workspace.selected or self._wanted
+        selected = self.workspace.selected or self._linked_head
         question = self.answer.question.value
         return PageState(
             model="" if self.prompt.model == self._default_model else self.prompt.model,
             example=self.prompt.example or "",
             text="" if self.prompt.example else self.prompt.text,
-            **self.recipe.keys(),  # type: ignore[arg-type]
+            **self.recipe.keys(),  # type: ignore[arg-type]  # the slots are fields of text
             values=self.recipe.values(),
             budget=self.budget.value,
             weights_budget=self.budget.weights,
@@ -324,7 +337,7 @@ class Page:
             tab=self.tabs.active,
         )
 
-    def _note(self) -> None:
+    def _update_address(self) -> None:
         """Bring the address up to date, soon and once: browsers allow only so many changes."""
         if self._doc is None or pn.state.location is None or not hasattr(self, "view"):
             return
@@ -344,8 +357,8 @@ class Page:
     def _tell_left_out(self, parts: list[str]) -> None:
         if parts != self._left_out:
             self._left_out = parts
-            said = f"A link to this page does not hold {' and '.join(parts)}: more than {TEXT_LIMIT:,} characters."
-            self.link.say(said if parts else "", severity="info")
+            note = f"A link to this page does not hold {' and '.join(parts)}: more than {TEXT_LIMIT:,} characters."
+            self.link.say(note if parts else "", severity="info")
 
     def _post(self, show: Callable[[], None]) -> None:
         """Run `show` in the page's own thread, as one message to the browser."""
@@ -370,4 +383,4 @@ class Page:
         for show in early:
             self._post(show)
         self.begin()
-        self._note()
+        self._update_address()

@@ -47,23 +47,24 @@ def serve(
         from workbench_widgets.app.page import page
     except ImportError as error:
         raise MissingExtra(f"the app needs Panel ({error}): pip install 'inference-workbench[app]'") from error
-    from workbench_widgets.app.hosts import Door, Hosts, is_this_machine
-    from workbench_widgets.app.offered import Offered
-    from workbench_widgets.app.shelf import SHELF
+    from workbench_widgets.app.server.hosts import HostCheck, Hosts, is_this_machine, is_unspecified
+    from workbench_widgets.app.work.loaded_models import LoadedModels
+    from workbench_widgets.app.work.offered_models import OfferedModels
 
     port = _check_port(address, port)
-    also = list(hosts)
+    other_hosts = list(hosts)
     for name in ("websocket_origin", "allow_websocket_origin"):
-        given = options.pop(name, None) or ()
-        also += [given] if isinstance(given, str) else given
-    admitted = Hosts.of(address, port, also)
-    here = all(is_this_machine(host) for host in [address, *also])
-    offered = Offered(model, tuple(models), anything=here or "*" in models)
-    SHELF.warm(model)
-    shown = "localhost" if address in ("127.0.0.1", "0.0.0.0", "::", "::1", "") else address
-    print(f"The workbench is at http://{shown}:{port}/ (stop it with Ctrl+C)", flush=True)
+        origins = options.pop(name, None) or ()
+        other_hosts += [origins] if isinstance(origins, str) else origins
+    admitted = Hosts.of(address, port, other_hosts)
+    only_this_machine = all(is_this_machine(host) for host in [address, *other_hosts])
+    offered = OfferedModels(model, tuple(models), anything=only_this_machine or "*" in models)
+    loaded = LoadedModels()
+    loaded.warm(model)
+    name = "localhost" if address in ("127.0.0.1", "::1") or is_unspecified(address) else address
+    print(f"The workbench is at http://{name}:{port}/ (stop it with Ctrl+C)", flush=True)  # noqa: T201  (where it is, for whoever started it)
     return pn.serve(
-        {"/": lambda: page(offered)},
+        {"/": lambda: page(offered, loaded)},
         address=address,
         port=port,
         show=open_browser,
@@ -76,7 +77,7 @@ def serve(
             "http_server_kwargs": {"max_header_size": _LARGEST_ADDRESS},
             "sign_sessions": True,  # sockets belong to pages that this process has sent
             "secret_key": token_bytes(32),
-            "auth_provider": Door(admitted),
+            "auth_provider": HostCheck(admitted),
             "websocket_origin": admitted.origins,
             **options,
         },

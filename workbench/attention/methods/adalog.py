@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from workbench.attention.rounded_weights import RoundedWeights
+from workbench.attention.quantised_softmax import QuantisedSoftmax
 from workbench.registry import Paper, register
 
 _PARTS = 37  # r: bases are powers of the 37th root of 2
@@ -17,7 +17,7 @@ _SMALLEST = 120  # octaves below 1, beyond which a level would be no float32 any
 
 
 @register
-class AdaLog(RoundedWeights):
+class AdaLog(QuantisedSoftmax):
     """Round softmax weights to powers of a base that is searched for each layer.
 
     Softmax weights are a few large ones and a long tail of small ones. The level of a weight w is b ** -k with

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.allowance import allowed_entries, windowed_attention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.entry_budget import allowed_entries, windowed_attention
 from workbench.core.attention_rows import row_blocks
-from workbench.core.partial_softmax import Part
+from workbench.core.partial_softmax import PartialSoftmax, exponentiated, weighted_sum
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
@@ -71,21 +71,21 @@ class BlockSparse(AttentionMethod):
             return layers * _blocks(tokens, allowed, self.block).entries
         return layers * max(allowed, 2 * tokens - 1)  # no less than one probing query and the main diagonal
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         tokens = query.shape[1]
         allowed = self._allowed(tokens)
         if scoring.window is not None or allowed >= visible_entries(tokens):
             most = self.entries(tokens, layers=1)
-            return windowed_attention(query, key, value, scoring, at=at, entries=most)
+            return windowed_attention(query, key, value, scoring, context, most)
         if self.pattern == "block":
             plan = _blocks(tokens, allowed, self.block)
-            at.count(query.shape[0] * plan.entries)
+            context.count(query.shape[0] * plan.entries)
             return block_attention(query, key, value, plan, scoring, sinks=self.sinks)
         # What there has to be at least: on short prompts a budget allows less than every query's own token.
         allowed = self.entries(tokens, layers=1)
         probe = min(self.probe, _widest_probe(tokens, allowed))
         out, computed = vertical_slash_attention(query, key, value, probe, allowed, scoring)
-        at.count(computed)
+        context.count(computed)
         return out
 
     def _allowed(self, tokens: int) -> int:
@@ -108,7 +108,7 @@ def vertical_slash_attention(
     for block in row_blocks(query[:, first:], key, scoring):
         probs = block.probs  # [h, r, n]
         rows = slice(first + block.rows.start, first + block.rows.stop)
-        out[:, rows] = _mixed(probs, value[:, block.keys])
+        out[:, rows] = weighted_sum(probs, value[:, block.keys])
         columns[:, block.keys] += probs.sum(dim=1)
         position = torch.arange(rows.start, rows.stop, device=query.device)[:, None]
         behind = position - torch.arange(block.keys.start, block.keys.stop, device=query.device)
@@ -165,14 +165,14 @@ def _on_lines(
         if len(seen):
             hidden = seen > torch.arange(start, stop, device=query.device)[:, None]
             rows = query[None, start:stop]
-            part = part.joined(Part.of(rows, key[None, seen], value[None, seen], scoring, hidden=hidden))
+            part = part.merged(PartialSoftmax.over(rows, key[None, seen], value[None, seen], scoring, hidden=hidden))
         parts.append(part.output()[0])
     return torch.cat(parts)
 
 
 def _on_diagonals(
     query: Tensor, key: Tensor, value: Tensor, verticals: Tensor, behind: list[int], start: int, scoring: Scoring
-) -> Part:
+) -> PartialSoftmax:
     """What the queries from `start` on get from the keys that lie `behind` them. No scores but these are computed: one
     diagonal is one product of two views, ten times faster than gathering its keys.
     """
@@ -182,12 +182,11 @@ def _on_diagonals(
     for line, (first, keys) in zip(scores, spans, strict=True):
         line[first:] = scoring.cap((query[start + first :] * key[keys]).sum(dim=-1))
         line[first:].masked_fill_(verticals[keys], -torch.inf)  # a crossing belongs to its column
-    highest = scores.amax(dim=0).clamp_min_(torch.finfo(scores.dtype).min)
-    weights = scores.sub_(highest).exp_()
+    maximum, weights = exponentiated(scores, dim=0)
     mixed = value.new_zeros(stop - start, value.shape[-1])
     for line, (first, keys) in zip(weights, spans, strict=True):
         mixed[first:].addcmul_(line[first:, None], value[keys])
-    return Part(highest[None, :, None], weights.sum(dim=0)[None, :, None], mixed[None])
+    return PartialSoftmax(maximum.T[None], weights.sum(dim=0)[None, :, None], mixed[None])
 
 
 def _widest_probe(tokens: int, allowed: int) -> int:
@@ -209,30 +208,30 @@ class _Blocks(NamedTuple):
 
 def _blocks(tokens: int, allowed: int, largest: int) -> _Blocks:
     """The largest blocks of which a query sees several, and as many as allowed; of size 1 if nothing else fits."""
-    size, found = largest, None
+    size, smallest_plan = largest, None
     while size >= 1:
         plan = _most_blocks(tokens, allowed, size)
         if plan is not None and plan.top >= min(_FEWEST, -(-tokens // size)):
             return plan
-        found, size = found or plan, size // 2
-    return found or _Blocks(1, 1, tokens)
+        smallest_plan, size = smallest_plan or plan, size // 2
+    return smallest_plan or _Blocks(1, 1, tokens)
 
 
 def _most_blocks(tokens: int, allowed: int, size: int) -> _Blocks | None:
     whole, rest = divmod(tokens, size)
     number = whole + bool(rest)
-    own = whole * visible_entries(size) + visible_entries(rest)
-    if own > allowed:
+    diagonal = whole * visible_entries(size) + visible_entries(rest)
+    if diagonal > allowed:
         return None
     guesses = number * (number - 1) // 2
     last = rest or size
-    best = _Blocks(size, 1, own)
+    best = _Blocks(size, 1, diagonal)
     others = 0
     for top in range(2, number + 1):  # one block more for every block of queries that has so many before it
         others += (number - top) * size * size + last * size
-        if own + guesses + others > allowed:
+        if diagonal + guesses + others > allowed:
             break
-        best = _Blocks(size, top, own + guesses + others)
+        best = _Blocks(size, top, diagonal + guesses + others)
     return best
 
 
@@ -259,7 +258,7 @@ def block_attention(
         stop = min(start + size, tokens)
         rows = query[:, start:stop].float() * scoring.scale
         ahead = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-        part = Part.of(rows, key[:, start:stop], value[:, start:stop], scoring, hidden=ahead)
+        part = PartialSoftmax.over(rows, key[:, start:stop], value[:, start:stop], scoring, hidden=ahead)
         if top > 1 and number:
             mean = rows.mean(dim=1).view(-1, groups, rows.shape[-1])  # [k, g, d]
             guess = torch.bmm(mean, means[:, :number].transpose(1, 2)).flatten(0, 1)  # [h, b]
@@ -267,12 +266,6 @@ def block_attention(
                 guess[:, 0] = torch.inf
             best = guess.argsort(dim=1, descending=True, stable=True)[:, : top - 1]  # [h, t]
             keys, values = (x[owner, best].flatten(1, 2) for x in blocks)  # [h, t * size, d]
-            part = part.joined(Part.of(rows, keys, values, scoring))
+            part = part.merged(PartialSoftmax.over(rows, keys, values, scoring))
         out[:, start:stop] = part.output()
     return out
-
-
-def _mixed(probs: Tensor, values: Tensor) -> Tensor:
-    """Weights [h, r, c] times values [k, c, dv]: [h, r, dv]."""
-    rows = probs.view(values.shape[0], -1, probs.shape[-1])
-    return torch.bmm(rows, values.float()).view(*probs.shape[:2], -1)

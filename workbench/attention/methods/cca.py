@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.allowance import allowed_entries, windowed_attention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split
-from workbench.attention.store_entries import Seen
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.entry_budget import allowed_entries, windowed_attention
+from workbench.attention.token_groups import groups_behind, split
+from workbench.attention.visible_scores import VisibleScores
 from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
-from workbench.core.partial_softmax import ROWS, Part
+from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
 
 _GROUPS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -70,11 +70,11 @@ class CoreContext(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         shape = self._shape(query.shape[1])
         if scoring.window is not None:
-            return windowed_attention(query, key, value, scoring, at=at, entries=shape.entries)
-        at.count(query.shape[0] * shape.entries)
+            return windowed_attention(query, key, value, scoring, context, shape.entries)
+        context.count(query.shape[0] * shape.entries)
         if shape.whole:
             return causal_attention(query, key, value, scoring)
         return core_attention(
@@ -88,41 +88,43 @@ class CoreContext(AttentionMethod):
             bias=math.log(shape.group) if self.weight == "group" else 0.0,
         )
 
-    def begin(self, layer: LayerTrace, at: Pass) -> None:
-        at.left[self.key, at.layer] = _Cores.none(layer.device, layer)
+    def begin(self, layer: LayerTrace, context: PassContext) -> None:
+        context.state[self.key, context.layer] = _Cores.none(layer.device, layer)
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
-        shape = self._shape(at.tokens)
-        cores = at.left.get((self.key, at.layer)) or _Cores.none(query.device)
-        positions = at.positions.to(query.device)
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
+        shape = self._shape(context.tokens)
+        cores = context.state.get((self.key, context.layer)) or _Cores.none(query.device)
+        positions = context.positions.to(query.device)
         for start in range(0, query.shape[1], ROWS):
             stop = min(start + ROWS, query.shape[1])
             rows = query[:, start:stop].float() * scoring.scale
             seen, at_row = visible[:, start:stop], positions[start:stop]
             if self.whole:
-                at.count_seen(len(query), seen)
-                out[:, start:stop] = Seen.of(rows, held, seen, scoring).part().output()
+                context.count_seen(len(query), seen)
+                out[:, start:stop] = VisibleScores.of(rows, contents, seen, scoring).softmax().output()
                 continue
             old = groups_behind(at_row, shape.group, shape.window, self.sinks)
             cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
             ends = (at_row + 1 - self.sinks) // shape.group - 1  # the group that each query is the last of
             last = ((at_row + 1 - self.sinks) % shape.group == 0) & (ends >= 0)
             known = torch.cat([cores.groups, ends[last]])
-            number = torch.div(held.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
-            coarse = (held.positions >= self.sinks) & torch.isin(number, known)
+            number = torch.div(contents.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
+            coarse = (contents.positions >= self.sinks) & torch.isin(number, known)
             seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-            near = Seen.of(rows, held, seen, scoring)
-            cores = cores.grown(near, held, number, ends, last, query.dtype)
-            at.count_seen(len(query), seen)
-            part = near.part()
+            near = VisibleScores.of(rows, contents, seen, scoring)
+            cores = cores.grown(near, contents, number, ends, last, query.dtype)
+            context.count_seen(len(query), seen)
+            part = near.softmax()
             hidden = cores.groups >= old[:, None]  # [r, m]
             if not bool(hidden.all()):
                 bias = cores.sizes.log() if self.weight == "group" else torch.zeros_like(cores.sizes)
-                part = part.joined(cores.part(rows, hidden, bias, scoring))
-                at.count(len(query) * int((~hidden).sum()))
+                part = part.merged(cores.softmax(rows, hidden, bias, scoring))
+                context.count(len(query) * int((~hidden).sum()))
             out[:, start:stop] = part.output()
-        at.left[self.key, at.layer] = cores
+        context.state[self.key, context.layer] = cores
         return out
 
     def _shape(self, tokens: int) -> _Shape:
@@ -145,8 +147,8 @@ class CoreContext(AttentionMethod):
         return self._with(tokens, group, window).entries <= allowed
 
     def _with(self, tokens: int, group: int, window: int) -> _Shape:
-        found = split(tokens, group, window, self.sinks)
-        return _Shape(group, window, not found.groups, found.coarse + found.exact + found.groups * group)
+        pairs = split(tokens, group, window, self.sinks)
+        return _Shape(group, window, not pairs.groups, pairs.coarse + pairs.exact + pairs.groups * group)
 
 
 class _Shape(NamedTuple):
@@ -198,7 +200,7 @@ class _Cores(NamedTuple):
         return self._with(groups, made[0].to(dtype), made[1].to(dtype), sizes)._replace(ready=ready)
 
     def grown(
-        self, near: Seen, held: Contents, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
+        self, near: VisibleScores, contents: Dequantised, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype
     ) -> _Cores:
         """With those of the groups `ends` [r] where a query is the `last` [r] of its group.
 
@@ -209,11 +211,11 @@ class _Cores(NamedTuple):
         inside = number.expand(kv_heads, -1).gather(1, near.slots)  # [k, c]
         for row in last.nonzero()[:, 0].tolist():
             scores = near.scores[:, row].view(kv_heads, -1, near.slots.shape[1])  # [k, g, c]
-            own = (inside == ends[row])[:, None] & (scores > -torch.inf)
-            weights = scores.masked_fill(~own, -torch.inf).softmax(dim=-1)
-            keys = held.keys.gather(1, near.slots[..., None].expand(-1, -1, held.keys.shape[-1]))
+            members = (inside == ends[row])[:, None] & (scores > -torch.inf)
+            weights = scores.masked_fill(~members, -torch.inf).softmax(dim=-1)
+            keys = contents.keys.gather(1, near.slots[..., None].expand(-1, -1, contents.keys.shape[-1]))
             made = ((weights @ x.float()).flatten(0, 1)[:, None].to(dtype) for x in (keys, near.values))
-            sizes = own.sum(dim=-1).float().reshape(heads, 1)
+            sizes = members.sum(dim=-1).float().reshape(heads, 1)
             cores = cores._with(ends[row : row + 1], next(made), next(made), sizes)
         return cores
 
@@ -229,14 +231,14 @@ class _Cores(NamedTuple):
             sizes=torch.cat([self.sizes, sizes], dim=1)[:, order],
         )
 
-    def part(self, rows: Tensor, hidden: Tensor, bias: Tensor, scoring: Scoring) -> Part:
+    def softmax(self, rows: Tensor, hidden: Tensor, bias: Tensor, scoring: Scoring) -> PartialSoftmax:
         """What scaled rows [h, r, d] get from those not hidden [r, m]; bias [h, m] is added to their scores."""
         most = int((~hidden).any(dim=0).sum())  # those seen come first, for they ascend
         keys, values = self.keys[:, :most], self.values[:, :most]
         scores = torch.bmm(rows, keys.float().transpose(1, 2))  # [h, r, m]
         scores = scoring.cap(scores)
         scores += bias[:, None, :most]
-        return Part.weighing(scores.masked_fill_(hidden[:, :most], -torch.inf), values)
+        return PartialSoftmax.of_scores(scores.masked_fill_(hidden[:, :most], -torch.inf), values)
 
 
 def core_attention(
@@ -267,14 +269,14 @@ def core_attention(
         low, most = int(fresh[0]), int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < fresh[:, None])
-        part = Part.of(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
+        part = PartialSoftmax.over(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
         if most:
             hidden = torch.arange(most, device=device) >= old[:, None]
             keys, values = (x[:, :most] for x in cores)
-            part = part.joined(Part.of(rows, keys, values, scoring, hidden=hidden, bias=bias))
+            part = part.merged(PartialSoftmax.over(rows, keys, values, scoring, hidden=hidden, bias=bias))
         if most and sinks:
             hidden = (old == 0)[:, None]  # seen as neighbours
-            part = part.joined(Part.of(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
+            part = part.merged(PartialSoftmax.over(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
         out[:, start:stop] = part.output()
     return out
 

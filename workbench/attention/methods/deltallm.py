@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.allowance import allowed_entries, windowed_attention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.distant_groups import groups_behind, split
-from workbench.core.partial_softmax import ROWS, Part
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.entry_budget import allowed_entries, windowed_attention
+from workbench.attention.token_groups import groups_behind, split
+from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench.kv.stores.delta import deltas, restored
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 _MOST_ZEROS = 0.9  # beyond it a narrower window, or shorter groups, come first
 
@@ -63,37 +63,40 @@ class DeltaAttention(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         shape, tokens = self._shape(query.shape[1]), query.shape[1]
         if scoring.window is not None or shape.zeros <= 0 or shape.window >= tokens:
-            return windowed_attention(query, key, value, scoring, at=at, entries=shape.entries)
+            return windowed_attention(query, key, value, scoring, context, shape.entries)
         out, computed = delta_attention(query, key, value, shape, scoring)
-        at.count(computed)
+        context.count(computed)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        shape, kv_heads = self._shape(at.tokens), len(held.keys)
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        shape, kv_heads = self._shape(context.tokens), len(contents.keys)
         groups = len(query) // kv_heads
-        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+        out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
         exact = self.whole or shape.zeros <= 0
-        for head, where in enumerate(held.positions.expand(kv_heads, -1)):
-            own = slice(head * groups, (head + 1) * groups)
+        for head, positions in enumerate(contents.positions.expand(kv_heads, -1)):
+            heads = slice(head * groups, (head + 1) * groups)
             slots = visible[head].any(dim=0).nonzero()[:, 0]
-            slots = slots[where[slots].argsort()]  # what is seen, by position
-            keys, values, where = held.keys[head, slots].float(), held.values[head, slots], where[slots]
+            slots = slots[positions[slots].argsort()]  # what is seen, by position
+            keys, values, where = contents.keys[head, slots].float(), contents.values[head, slots], positions[slots]
             seen = visible[head][:, slots]  # [q, c]
-            left = at.left.get((self.key, at.layer, head), ())
+            remembered = context.state.get((self.key, context.layer, head), ())
             for start in range(0, query.shape[1], ROWS):
-                some = seen[start : start + ROWS]
-                place = (some * torch.arange(some.shape[1], device=some.device)).amax(dim=1)  # each query's own
-                old = torch.zeros_like(place) if exact else groups_behind(place, shape.group, shape.window)
-                left = _brought_up(left, keys, where, int(old.amax()), shape)
-                rows = query[own, start : start + ROWS].float() * scoring.scale
-                part, computed = _over(rows, keys, values, some, old, left, shape.group, scoring)
-                at.count(computed)
-                out[own, start : start + ROWS] = part.output()
-            if left:
-                at.left[self.key, at.layer, head] = left
+                visible_rows = seen[start : start + ROWS]
+                numbers = torch.arange(seen.shape[1], device=seen.device)
+                last_seen = (visible_rows * numbers).amax(dim=1)  # each query's own
+                old = torch.zeros_like(last_seen) if exact else groups_behind(last_seen, shape.group, shape.window)
+                remembered = _updated(remembered, keys, where, int(old.amax()), shape)
+                rows = query[heads, start : start + ROWS].float() * scoring.scale
+                part, computed = _over(rows, keys, values, visible_rows, old, remembered, shape.group, scoring)
+                context.count(computed)
+                out[heads, start : start + ROWS] = part.output()
+            if remembered:
+                context.state[self.key, context.layer, head] = remembered
         return out
 
     def _shape(self, tokens: int) -> _Shape:
@@ -129,17 +132,17 @@ class _Shape(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int, group: int, window: int, zeros: float) -> _Shape:
-        found = split(tokens, group, window)
+        pairs = split(tokens, group, window)
         each = 1 + (group - 1) * (1 - zeros)
-        return cls(group, window, zeros, found.exact + math.ceil(found.coarse * each - 1e-6))
+        return cls(group, window, zeros, pairs.exact + math.ceil(pairs.coarse * each - 1e-6))
 
 
 def _fewest_zeros(tokens: int, group: int, window: int, allowed: int) -> float:
     """The smallest share of zeros with which no more entries are computed than allowed; above 1 if none is enough."""
-    found = split(tokens, group, window)
-    if not found.coarse:
-        return 0.0 if found.exact <= allowed else 2.0
-    each = (allowed - found.exact) / found.coarse  # entries for a query and a group
+    pairs = split(tokens, group, window)
+    if not pairs.coarse:
+        return 0.0 if pairs.exact <= allowed else 2.0
+    each = (allowed - pairs.exact) / pairs.coarse  # entries for a query and a group
     return max(0.0, 1 - (each - 1) / (group - 1))
 
 
@@ -162,13 +165,13 @@ def delta_attention(query: Tensor, key: Tensor, value: Tensor, shape: _Shape, sc
         low, most = int(old[0]) * shape.group, int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < old[:, None] * shape.group)
-        part = Part.of(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
+        part = PartialSoftmax.over(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
         if most:
             by_group = rows.reshape(len(changes), -1, width)  # [k, g * r, d]
             scores = torch.stack([_sums(x, held, most) for x, held in zip(by_group, changes, strict=True)])
             scores = scoring.cap(scores.view(heads, len(at_row), -1))
             scores.masked_fill_(torch.arange(scores.shape[-1], device=device) >= old[:, None] * shape.group, -torch.inf)
-            part = part.joined(Part.weighing(scores, value[:, : most * shape.group]))
+            part = part.merged(PartialSoftmax.of_scores(scores, value[:, : most * shape.group]))
             products += groups * sum(int(c.products[old].sum()) for c in changes)
         out[:, start:stop] = part.output()
     exact = heads * split(tokens, shape.group, shape.window).exact
@@ -208,16 +211,16 @@ def _changes_in(blocks: Tensor, shape: _Shape) -> _Changes:
 
 def _sums(rows: Tensor, changes: _Changes, number: int) -> Tensor:
     """Scores [r, number * group] of scaled rows [r, d] over the first groups: only what changed is multiplied."""
-    held = int(changes.products[number])
+    count = int(changes.products[number])
     size = (number * changes.group, rows.shape[1])
     moves = torch.sparse_coo_tensor(
-        changes.where[:, :held], changes.much[:held], size, is_coalesced=True, check_invariants=False
+        changes.where[:, :count], changes.much[:count], size, is_coalesced=True, check_invariants=False
     )
-    steps = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
+    steps: Tensor = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
     return steps.cumsum(dim=1).flatten(0, 1).T.contiguous()
 
 
-class _Left(NamedTuple):
+class _RememberedChanges(NamedTuple):
     """The differences of some groups that follow one another, held from one new token to the next.
 
     places int32 [nnz] (token * d + channel), ascending; much float32 [nnz]; products as in _Changes. positions int
@@ -231,11 +234,11 @@ class _Left(NamedTuple):
     sums: Tensor
 
     @classmethod
-    def of(cls, blocks: Tensor, positions: Tensor, shape: _Shape) -> _Left:
+    def of(cls, blocks: Tensor, positions: Tensor, shape: _Shape) -> _RememberedChanges:
         """Of groups [m, g, d] of float32 keys at positions [m * g]."""
-        found = _changes_in(blocks, shape)
-        places = (found.where[0] * blocks.shape[2] + found.where[1]).to(torch.int32)
-        return cls(places, found.much, found.products, positions.clone(), blocks.sum(dim=1))
+        changes = _changes_in(blocks, shape)
+        places = (changes.where[0] * blocks.shape[2] + changes.where[1]).to(torch.int32)
+        return cls(places, changes.much, changes.products, positions.clone(), blocks.sum(dim=1))
 
     def still(self, blocks: Tensor, positions: Tensor) -> bool:
         """Whether groups that begin where these do are the same."""
@@ -249,23 +252,23 @@ class _Left(NamedTuple):
         return _Changes(where, self.much, self.products, group)
 
 
-def _brought_up(
-    left: tuple[_Left, ...], keys: Tensor, positions: Tensor, number: int, shape: _Shape
-) -> tuple[_Left, ...]:
-    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those are `left`
-    that have been made before; what has changed since is made anew.
+def _updated(
+    remembered: tuple[_RememberedChanges, ...], keys: Tensor, positions: Tensor, number: int, shape: _Shape
+) -> tuple[_RememberedChanges, ...]:
+    """The differences of the first `number` groups of float32 keys [n, d] at positions [n], of which those in
+    `remembered` have been made before; what has changed since is made anew.
     """
     group = shape.group
     blocks, positions = keys[: number * group].view(number, group, keys.shape[1]), positions[: number * group]
-    kept: list[_Left] = []
+    kept: list[_RememberedChanges] = []
     done = 0
-    for some in left:
+    for some in remembered:
         if not some.still(blocks[done:], positions[done * group :]):
             break
         kept.append(some)
         done += len(some.sums)
     if done < number:
-        kept.append(_Left.of(blocks[done:], positions[done * group :], shape))
+        kept.append(_RememberedChanges.of(blocks[done:], positions[done * group :], shape))
     return tuple(kept)
 
 
@@ -275,25 +278,25 @@ def _over(
     values: Tensor,
     seen: Tensor,
     old: Tensor,
-    left: tuple[_Left, ...],
+    remembered: tuple[_RememberedChanges, ...],
     group: int,
     scoring: Scoring,
-) -> tuple[Part, int]:
+) -> tuple[PartialSoftmax, int]:
     """What scaled rows [g, r, d] get from one KV head's float32 keys [c, d] and values [c, dv] by position, where seen
     [r, c], the first old [r] groups by their differences; and how many entries that takes.
     """
     heads, number, width = rows.shape
     low, most = int(old.amin()) * group, int(old.amax()) * group
     fine = seen[:, low:] & (torch.arange(low, len(keys), device=keys.device) >= old[:, None] * group)
-    part = Part.of(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine)
+    part = PartialSoftmax.over(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine)
     computed = heads * int(fine.sum())
     if not most:
         return part, computed
-    changes = [some.changes(group) for some in left]
+    changes = [some.changes(group) for some in remembered]
     scores = torch.cat([_sums(rows.flatten(0, 1), some, len(some.products) - 1) for some in changes], dim=1)
     scores = scoring.cap(scores.view(heads, number, -1)[..., :most])
     coarse = seen[:, :most] & (torch.arange(most, device=keys.device) < old[:, None] * group)
-    part = part.joined(Part.weighing(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
+    part = part.merged(PartialSoftmax.of_scores(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
     each = torch.cat([some.products.diff() for some in changes])
     products = torch.nn.functional.pad(each.cumsum(0), (1, 0))
     return part, computed + -(-heads * int(products[old].sum()) // width)

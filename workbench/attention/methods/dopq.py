@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.rounded_weights import RoundedWeights
+from workbench.attention.quantised_softmax import QuantisedSoftmax
 from workbench.registry import Paper, register
 
 _CENTRES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -28,7 +28,7 @@ class Tangent(NamedTuple):
 
 
 @register
-class DopQ(RoundedWeights):
+class DopQ(QuantisedSoftmax):
     """Round softmax weights to levels that are equally far apart after a tangent: close together near 1 and near 0.
 
     Few weights are near 1, but answers hang on them, and powers of a base leave them few levels. The tangent quantiser

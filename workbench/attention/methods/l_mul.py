@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 _ONE = 0x3F800000  # the bits of 1.0: exponent bias and no mantissa
 _MANTISSA = 23
@@ -44,9 +44,9 @@ class LMul(AttentionMethod):
 
     mantissa: Literal[2, 3, 4, 5, 6, 7, 10, 23] = param(7, unit="bits", help="of each number, the leading one apart")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         tokens, window = query.shape[1], scoring.window
-        at.count(query.shape[0] * visible_entries(tokens, window))
+        context.count(query.shape[0] * visible_entries(tokens, window))
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         keys, values = (number_bits(x, self.mantissa) for x in (key, value))
         for start in range(0, tokens, _ROWS):
@@ -61,9 +61,11 @@ class LMul(AttentionMethod):
             out[:, start:stop] = self._attend(rows, keys[:, low:stop], values[:, low:stop], seen, scoring)
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        at.count_seen(len(query), visible)
-        keys, values = (number_bits(x, self.mantissa) for x in (held.keys, held.values))
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        context.count_seen(len(query), visible)
+        keys, values = (number_bits(x, self.mantissa) for x in (contents.keys, contents.values))
         seen = visible.repeat_interleave(query.shape[0] // len(keys), dim=0)  # [h, q, m]
         return self._attend(query.float() * scoring.scale, keys, values, seen, scoring).to(query.dtype)
 
@@ -75,7 +77,7 @@ class LMul(AttentionMethod):
         weights = scoring.cap(scores).masked_fill_(~seen, -torch.inf).softmax(dim=-1)
         bits = number_bits(weights, self.mantissa).unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * r, c]
         mixed = dots(bits, values.transpose(1, 2).contiguous(), self.mantissa)
-        return mixed.unflatten(1, (groups, -1)).flatten(0, 1)
+        return cast("Tensor", mixed.unflatten(1, (groups, -1))).flatten(0, 1)
 
 
 def offset_bits(mantissa: int) -> int:

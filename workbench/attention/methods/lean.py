@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass
-from workbench.core.partial_softmax import Part
+from workbench.attention.base import AttentionMethod, PassContext
+from workbench.core.partial_softmax import PartialSoftmax
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 
 @register
@@ -38,28 +38,32 @@ class Lean(AttentionMethod):
     )
     claim = "2.6 times faster decode attention than FlashAttention-2"
     decodes: ClassVar[bool] = True
+    changes_prefill: ClassVar[bool] = False
+    softmax_weights: ClassVar[bool] = True
     all_scores: ClassVar[str] = "only shared out"
 
     workers: int = param(8, ge=1, le=4096, help="how many share the work: thread blocks of a GPU")
     tile: int = param(256, ge=1, le=65536, unit="tokens", help="the smallest piece of work")
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        at.count_seen(len(query), visible)
-        heads, tokens, _ = held.keys.shape
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        context.count_seen(len(query), visible)
+        heads, tokens, _ = contents.keys.shape
         rows = query.float() * scoring.scale  # [h, q, d]
         groups = len(query) // heads
-        done: list[Part | None] = [None] * heads
+        done: list[PartialSoftmax | None] = [None] * heads
         for run in schedule(heads, tokens, self.tile, self.workers):
             for head, start, stop in run:
-                part = Part.of(
+                part = PartialSoftmax.over(
                     rows[head * groups : (head + 1) * groups],
-                    held.keys[head, None, start:stop],
-                    held.values[head, None, start:stop],
+                    contents.keys[head, None, start:stop],
+                    contents.values[head, None, start:stop],
                     scoring,
                     hidden=~visible[head, :, start:stop],
                 )
                 before = done[head]
-                done[head] = part if before is None else before.joined(part)
+                done[head] = part if before is None else before.merged(part)
         return torch.cat([part.output() for part in done if part is not None]).to(query.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from workbench.attention.base import AttentionMethod, visible_entries
 from workbench.core.bisection import largest
@@ -27,6 +27,7 @@ class MASFormer(AttentionMethod):
         "2310.12442",
     )
     claim = "up to 75 % less attention cost on 8k tokens"
+    softmax_weights: ClassVar[bool] = True
 
     window: int = param(512, ge=1, le=1_048_576, unit="tokens", help="how far back the other layers look")
     full_layers: float = param(0.25, ge=0, le=1, unit="share", help="share of the layers that see everything")

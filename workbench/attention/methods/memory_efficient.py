@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.core.partial_softmax import PartialSoftmax, scaled_scores
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
@@ -22,12 +25,13 @@ class MemoryEfficient(AttentionMethod):
     title = "Memory-efficient attention"
     paper = Paper("Self-attention Does Not Need O(n^2) Memory", "Rabe and Staats 2021", "2112.05682")
     claim = "59 times less memory for self-attention over 16k tokens"
+    softmax_weights: ClassVar[bool] = True
 
     query_chunk: int = param(128, ge=1, le=65536, unit="tokens", help="queries computed together")
     key_chunk: int = param(256, ge=1, le=65536, unit="tokens", help="keys that they look at in one step")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+        context.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return chunked_attention(
             query,
             key,
@@ -55,35 +59,18 @@ def chunked_attention(
     out = torch.empty(heads, tokens, value.shape[-1], dtype=query.dtype, device=query.device)
     for start in range(0, tokens, query_chunk):
         stop = min(start + query_chunk, tokens)
-        rows = query[:, start:stop].unflatten(0, (key.shape[0], -1)).float() * scoring.scale  # [k, g, q, d]
-        highest = rows.new_full((*rows.shape[:3], 1), torch.finfo(rows.dtype).min)  # finite: exp(-inf - highest) is 0
-        total = torch.zeros_like(highest)
-        mixed = rows.new_zeros(*rows.shape[:3], value.shape[-1])
+        rows = query[:, start:stop].float() * scoring.scale  # [h, q, d]
+        softmax = PartialSoftmax.over_nothing(rows, value.shape[-1])
         first = (
             0 if scoring.window is None else max(0, start - scoring.window + 1)
         )  # the first that the first query sees
         for low in range(first, stop, key_chunk):
             high = min(low + key_chunk, stop)
-            scores = _scores(rows, key[:, low:high], scoring)  # [k, g, q, c]
+            scores = scaled_scores(rows, key[:, low:high], scoring)  # [h, q, c]
             _hide_unseen(scores, start, low, scoring.window)
-            higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
-            weights = scores.sub_(higher).exp_()
-            fade = (highest - higher).exp_()  # what was summed up so far, measured by the new maximum
-            total = total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
-            mixed = mixed.mul_(fade).add_(_mix(weights, value[:, low:high]))
-            highest = higher
-        out[:, start:stop] = (mixed / total).flatten(0, 1)
+            softmax = softmax.extended(scores, value[:, low:high])
+        out[:, start:stop] = softmax.output()
     return out
-
-
-def _scores(rows: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
-    """Scaled rows [k, g, q, d] times keys [k, c, d]: [k, g, q, c]. One product a KV head, its keys read once."""
-    return scoring.cap(torch.bmm(rows.flatten(1, 2), keys.float().transpose(1, 2)).unflatten(1, rows.shape[1:3]))
-
-
-def _mix(weights: Tensor, values: Tensor) -> Tensor:
-    """Weights [k, g, q, c] times values [k, c, dv]: [k, g, q, dv]."""
-    return torch.bmm(weights.flatten(1, 2), values.float()).unflatten(1, weights.shape[1:3])
 
 
 def _hide_unseen(scores: Tensor, start: int, low: int, window: int | None) -> None:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from workbench.attention.allowance import allowed_entries, widest_window, windowed_attention
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
-from workbench.attention.store_entries import Seen
-from workbench.core.partial_softmax import ROWS, Part
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.entry_budget import allowed_entries, widest_window, windowed_attention
+from workbench.attention.visible_scores import VisibleScores
+from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 
 @register
@@ -50,29 +50,31 @@ class StreamingWindow(AttentionMethod):
         sinks = min(self.sinks, width - 1)
         return sinks, width - sinks
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
         if not self.whole:
-            sinks, width = self.widths(at.tokens)
-            where = held.positions[:, None]  # [k or 1, 1, m]
-            visible = visible & ((where < sinks) | (where > at.positions.to(where.device)[:, None] - width))
-        at.count_seen(len(query), visible)
-        out = torch.empty(*query.shape[:2], held.values.shape[-1], dtype=query.dtype, device=query.device)
+            sinks, width = self.widths(context.tokens)
+            where = contents.positions[:, None]  # [k or 1, 1, m]
+            visible = visible & ((where < sinks) | (where > context.positions.to(where.device)[:, None] - width))
+        context.count_seen(len(query), visible)
+        out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
         for start in range(0, query.shape[1], ROWS):
             rows = query[:, start : start + ROWS].float() * scoring.scale
-            near = Seen.of(rows, held, visible[:, start : start + ROWS], scoring)
-            out[:, start : start + ROWS] = near.part().output()
+            near = VisibleScores.of(rows, contents, visible[:, start : start + ROWS], scoring)
+            out[:, start : start + ROWS] = near.softmax().output()
         return out
 
     def entries(self, tokens: int, layers: int) -> int:
         return layers * visible_entries(tokens, sum(self.widths(tokens)))  # each query sees sinks + window positions
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         tokens = query.shape[1]
         sinks, width = self.widths(tokens)
         entries = visible_entries(tokens, sinks + width)
         if scoring.window is not None or sinks + width >= tokens:
-            return windowed_attention(query, key, value, scoring, at=at, entries=entries)
-        at.count(query.shape[0] * entries)
+            return windowed_attention(query, key, value, scoring, context, entries)
+        context.count(query.shape[0] * entries)
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         for start in range(0, tokens, ROWS):
             stop = min(start + ROWS, tokens)
@@ -80,7 +82,7 @@ class StreamingWindow(AttentionMethod):
             rows = query[:, start:stop].float() * scoring.scale
             at_row = torch.arange(start, stop, device=query.device)[:, None]
             near = torch.arange(low, stop, device=query.device)
-            part = Part.of(
+            part = PartialSoftmax.over(
                 rows,
                 key[:, low:stop],
                 value[:, low:stop],
@@ -90,6 +92,6 @@ class StreamingWindow(AttentionMethod):
             far = min(sinks, stop - width)  # first tokens that have left some query's window
             if far > 0:
                 hidden = torch.arange(far, device=query.device) > at_row - width
-                part = part.joined(Part.of(rows, key[:, :far], value[:, :far], scoring, hidden=hidden))
+                part = part.merged(PartialSoftmax.over(rows, key[:, :far], value[:, :far], scoring, hidden=hidden))
             out[:, start:stop] = part.output()
         return out

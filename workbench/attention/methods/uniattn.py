@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, Pass, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.core.attention_rows import row_blocks
 from workbench.core.causal_attention import causal_attention
+from workbench.core.partial_softmax import weighted_sum
 from workbench.errors import NotApplicable
 from workbench.registry import Paper, param, register
 from workbench_kernels import Scoring
 from workbench_kernels.softmax import attention_weights
 
 if TYPE_CHECKING:
-    from workbench.kv.stores import Contents
+    from workbench.kv.stores import Dequantised
 
 _SHARED = "uniattn"
 
@@ -52,11 +53,12 @@ class UniAttn(AttentionMethod):
     claim = "lower inference costs at the quality of post-training"
     default_budget = 0.9
     decodes: ClassVar[bool] = True
+    softmax_weights: ClassVar[bool] = True
 
     size: int = param(8, ge=2, le=256, unit="layers", help="layers that share one softmax, more where the budget asks")
     keep: int = param(2048, ge=1, le=1_048_576, unit="MiB", help="memory that the shared weights of a prompt may take")
 
-    def anchor(self, layer: int, layers: int) -> int:
+    def source_layer(self, layer: int, layers: int) -> int:
         """The layer whose weights this one uses, itself if it computes its own."""
         reusing, size = self._reusing(layers), self._size(layers)
         top = layers - 1 - layer  # how many are above it
@@ -70,42 +72,44 @@ class UniAttn(AttentionMethod):
     def entries(self, tokens: int, layers: int) -> int:
         return (layers - self._reusing(layers)) * visible_entries(tokens)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        anchor = self.anchor(at.layer, at.layers)
-        if anchor != at.layer:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
+        anchor = self.source_layer(context.layer, context.layers)
+        if anchor != context.layer:
             out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
-            for block in at.left[_SHARED]:
+            for block in context.state[_SHARED]:
                 weights = _within(block, scoring.window)
-                out[:, block.rows] = _mixed(weights, value[:, block.keys])
-            if not self._serves(anchor, at.layer + 1, at.layers):
-                del at.left[_SHARED]
+                out[:, block.rows] = weighted_sum(weights, value[:, block.keys])
+            if not self._serves(anchor, context.layer + 1, context.layers):
+                del context.state[_SHARED]
             return out
-        at.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
-        if not self._serves(anchor, anchor + 1, at.layers):
+        context.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
+        if not self._serves(anchor, anchor + 1, context.layers):
             return causal_attention(query, key, value, scoring)
         self._check_room(query, value, scoring.window)
         out, kept = torch.empty_like(query[..., :1].expand(-1, -1, value.shape[-1])), []
         for rows, keys, probs in row_blocks(query, key, scoring):
             kept.append(_Weights(rows, keys, probs.to(value.dtype)))
-            out[:, rows] = _mixed(kept[-1].weights, value[:, keys])
-        at.left[_SHARED] = kept
+            out[:, rows] = weighted_sum(kept[-1].weights, value[:, keys])
+        context.state[_SHARED] = kept
         return out
 
-    def decode(self, query: Tensor, held: Contents, visible: Tensor, scoring: Scoring, *, at: Pass) -> Tensor:
-        anchor = self.anchor(at.layer, at.layers)
-        groups = query.shape[0] // len(held.keys)
+    def decode(
+        self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
+    ) -> Tensor:
+        anchor = self.source_layer(context.layer, context.layers)
+        groups = query.shape[0] // len(contents.keys)
         seen = visible.repeat_interleave(groups, dim=0)  # [h, q, m]
-        left = at.left.get(_SHARED)
-        if anchor != at.layer and left is not None and left.layer == anchor:
-            weights = _moved(left, held.positions).masked_fill(~seen, 0)
+        shared = context.state.get(_SHARED)
+        if anchor != context.layer and shared is not None and shared.layer == anchor:
+            weights = _moved(shared, contents.positions).masked_fill(~seen, 0)
             weights /= weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         else:  # also where the layer that it would follow has a sliding window and did not leave its weights
-            at.count_seen(len(query), visible)
+            context.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
-            scores = torch.bmm(rows, held.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
+            scores = torch.bmm(rows, contents.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
             weights = attention_weights(scores, scoring, seen)
-            at.left[_SHARED] = _Step(at.layer, weights, held.positions)
-        return _mixed(weights.to(held.values.dtype), held.values).to(query.dtype)
+            context.state[_SHARED] = _Step(context.layer, weights, contents.positions)
+        return weighted_sum(weights.to(contents.values.dtype), contents.values).to(query.dtype)
 
     def _reusing(self, layers: int) -> int:
         """How many layers reuse weights; all but one at most."""
@@ -121,7 +125,7 @@ class UniAttn(AttentionMethod):
         return size
 
     def _serves(self, anchor: int, layer: int, layers: int) -> bool:
-        return layer < layers and layer != anchor and self.anchor(layer, layers) == anchor
+        return layer < layers and layer != anchor and self.source_layer(layer, layers) == anchor
 
     def _check_room(self, query: Tensor, value: Tensor, window: int | None) -> None:
         nbytes = query.shape[0] * visible_entries(query.shape[1], window) * value.dtype.itemsize
@@ -171,9 +175,3 @@ def _moved(step: _Step, positions: Tensor) -> Tensor:
     last = max(int(step.positions.max()), int(positions.max()))
     spread = step.weights.new_zeros(heads, rows, last + 1)
     return spread.scatter_add_(2, index(step.positions), step.weights).gather(2, index(positions))
-
-
-def _mixed(weights: Tensor, values: Tensor) -> Tensor:
-    """Weights [h, r, c] times values [k, c, dv]: [h, r, dv]."""
-    rows = weights.reshape(values.shape[0], -1, weights.shape[-1])
-    return torch.bmm(rows, values).view(*weights.shape[:2], -1)

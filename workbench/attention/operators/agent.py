@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workbench.attention.operators.base import Operator, check, chunks, hide_later, per_head
 from workbench.attention.operators.landmarks import epochs, means
+from workbench.core.partial_softmax import PartialSoftmax
 from workbench.registry import Paper, param, register
 
 _GROWTH = 600.0  # exp(709) is the largest number
@@ -108,11 +109,7 @@ def _past(agents: Tensor, key: Tensor, value: Tensor, chunk: int) -> tuple[Tenso
     """What each agent has gathered from the keys: its highest score [h, a, 1] and the sums of values, [h, a, dv + 1],
     weighted by exp(score - highest).
     """
-    highest = agents.new_full((*agents.shape[:2], 1), torch.finfo(torch.float32).min)  # finite: no inf - inf
-    sums = agents.new_zeros(*agents.shape[:2], value.shape[-1])
+    softmax = PartialSoftmax.over_nothing(agents, value.shape[-1])
     for low, high in chunks(0, key.shape[1] if agents.shape[1] else 0, chunk):
-        scores = agents @ key[:, low:high].transpose(1, 2)
-        higher = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        sums = sums * (highest - higher).exp() + (scores - higher).exp() @ value[:, low:high]
-        highest = higher
-    return highest, sums
+        softmax = softmax.extended(agents @ key[:, low:high].transpose(1, 2), value[:, low:high])
+    return softmax.maximum, softmax.weighted

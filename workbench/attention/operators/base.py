@@ -26,6 +26,10 @@ class Operator(Method):
 
     chunk: int = param(128, ge=1, le=65536, unit="tokens", help="queries computed together; the result is the same")
 
+    @classmethod
+    def takes_budget(cls) -> bool:
+        return False
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.budget is not None:

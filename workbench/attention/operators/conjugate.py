@@ -15,9 +15,9 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], target: Tensor, step
 
     Rows that have arrived stay where they are; at most `steps` steps for the others.
     """
-    found = torch.zeros_like(target)
-    left, ahead = target.clone(), target.clone()
-    size = left.square().sum(-1, keepdim=True)
+    solution = torch.zeros_like(target)
+    residual, ahead = target.clone(), target.clone()
+    size = residual.square().sum(-1, keepdim=True)
     enough = size * _TOLERANCE**2
     for _ in range(steps):
         going = size > enough
@@ -25,9 +25,9 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], target: Tensor, step
             break
         turned = matrix(ahead)
         step = torch.where(going, size / (ahead * turned).sum(-1, keepdim=True), 0.0)
-        found = found + step * ahead
-        left = left - step * turned
-        smaller = left.square().sum(-1, keepdim=True)
-        ahead = left + torch.where(going, smaller / size, 0.0) * ahead
+        solution = solution + step * ahead
+        residual = residual - step * turned
+        smaller = residual.square().sum(-1, keepdim=True)
+        ahead = residual + torch.where(going, smaller / size, 0.0) * ahead
         size = torch.where(going, smaller, size)
-    return found
+    return solution

@@ -52,4 +52,5 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None)
 
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (query, key, value))
     out, _ = chunk_simple_gla(q, k, v, scale=1.0, g_gamma=None if slopes is None else -slopes)
-    return out[0].transpose(0, 1)
+    by_head: Tensor = out[0].transpose(0, 1)
+    return by_head

@@ -58,10 +58,11 @@ class LocalLinear(Operator):
         def spread(x: Tensor) -> Tensor:
             """(C + r) x for each query, x [h, r, d]."""
             along = x @ key.transpose(1, 2) - (mean * x).sum(-1, keepdim=True)
-            return along.mul_(probs) @ key + self.ridge * x
+            turned: Tensor = along.mul_(probs) @ key + self.ridge * x
+            return turned
 
         slope = conjugate_gradients(spread, query - mean, self.steps)
-        tilt = slope @ key.transpose(1, 2) - (mean * slope).sum(-1, keepdim=True)
+        tilt: Tensor = slope @ key.transpose(1, 2) - (mean * slope).sum(-1, keepdim=True)
         return tilt.add_(1).mul_(probs)
 
     def _softmax(self, query: Tensor, key: Tensor, first: int) -> Tensor:

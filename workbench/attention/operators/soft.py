@@ -90,7 +90,8 @@ class SOFT(Operator):
 
     @staticmethod
     def _near(x: Tensor, scale: float) -> Tensor:
-        return x.double() * scale**0.5
+        scaled: Tensor = x.double() * scale**0.5
+        return scaled
 
 
 def newton_inverse(matrix: Tensor, iterations: int) -> Tensor:

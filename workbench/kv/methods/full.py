@@ -18,6 +18,10 @@ class Full(KVMethod):
     paper: ClassVar[Paper | None] = None
     claim = "exact"
 
+    @classmethod
+    def takes_budget(cls) -> bool:
+        return False
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.budget is not None:

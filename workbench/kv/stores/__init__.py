@@ -24,11 +24,11 @@ from workbench.kv.stores.dense import DenseStore, SlidingStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.shared import SharedStore, cloned
 from workbench.kv.stores.split import SplitStore
-from workbench.kv.stores.store import Contents, Store, kv_categories
+from workbench.kv.stores.store import Dequantised, Store, kv_categories
 
 __all__ = [
-    "Contents",
     "DenseStore",
+    "Dequantised",
     "PackedStore",
     "SharedStore",
     "SlidingStore",

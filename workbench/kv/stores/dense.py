@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from workbench.core.precision import appended
 from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Evictable, Pin
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, for_kernel
+from workbench.kv.stores.store import Dequantised, Store, for_kernel
 from workbench_kernels import Scoring
 from workbench_kernels.building import kept
 from workbench_kernels.decode import decode_dense
@@ -241,11 +241,13 @@ class SlidingStore(Store):
         self.values = torch.cat([self.values, appended(values, self.values.dtype, "new values")], dim=1)
         self.end = last + 1
 
-    def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        found = super().attend(*args, **options)
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = super().attend(query, query_positions, scoring, weights=weights)
         if not self._for_others and self._cut(self.end - self.window):
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        return found
+        return attended
 
     def _cut(self, begin: int) -> bool:
         """Forget the positions before `begin`; whether there were any."""
@@ -267,8 +269,8 @@ class SlidingStore(Store):
             return self._scattered.long()
         return torch.arange(self.end - self.keys.shape[1], self.end, device=self.keys.device)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        return Contents(self.keys.to(dtype), self.values.to(dtype), self._positions[None], None)
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        return Dequantised(self.keys.to(dtype), self.values.to(dtype), self._positions[None], None)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         tensors = [self.keys, self.values] if self._scattered is None else [self.keys, self.values, self._scattered]

@@ -12,7 +12,7 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import Index, OffloadStore
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Dequantised, Store
 from workbench.trace import LayerTrace
 from workbench_kernels import dequantise, quantise
 
@@ -70,14 +70,14 @@ class EightBitOffloadStore(OffloadStore):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         super().append(to_bytes(keys), to_bytes(values), positions)
 
-    def near_contents(self, dtype: torch.dtype) -> Contents:
+    def near_contents(self, dtype: torch.dtype) -> Dequantised:
         near = self.near.contents(torch.uint8)
         return replace(near, keys=to_numbers(near.keys, dtype), values=to_numbers(near.values, dtype))
 
     def as_numbers(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         return to_numbers(rows, dtype)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         rows = super().contents(torch.uint8)
         return replace(rows, keys=to_numbers(rows.keys, dtype), values=to_numbers(rows.values, dtype))
 

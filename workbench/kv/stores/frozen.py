@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.kv.stores.packed import PackedRows
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Dequantised, Store
 from workbench_kernels import dequantise, pack, quantise, unpack
 
 
@@ -87,10 +87,10 @@ class FrozenStore(Store):
         positions = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1]  # [t], head after head like the rows
         return positions[self.keys.codes.slots()], self.keys.codes.valid()
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         places = self.keys.codes.slots()  # [k, m]
         keys, values = self.keys.dequantised(dtype)[places], self.values.dequantised(dtype)[places]
-        return Contents(keys, values, *self.slots())
+        return Dequantised(keys, values, *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         bitmap = [] if self.bitmap is None else [self.bitmap]

@@ -13,7 +13,7 @@ from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, 
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import QUERIES_AT_ONCE, OffloadStore, Retriever
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, joined_slots, seen_by
+from workbench.kv.stores.store import Dequantised, Store, joined_slots, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
 
@@ -113,9 +113,9 @@ class HostValuesStore(OffloadStore):
             outs.append(out.flatten(0, 1))  # [h, q, dv]
         return torch.cat(outs, dim=1), None
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         near = self.near.contents(dtype)
-        return Contents(
+        return Dequantised(
             torch.cat([near.keys, self.retriever.keys.view().to(dtype)], dim=1),
             torch.cat([near.values, self.far.values.view().to(near.values.device, dtype)], dim=1),
             *self.slots(),

@@ -80,12 +80,13 @@ def rotary_of(layer: LayerTrace) -> Rotation | None:
         return None
 
 
-def turns_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> RotaryTable | None:
+def rotary_table_of(rotary: Rotation, longest: int, channels: int, device: torch.device) -> RotaryTable | None:
     """The rotary embedding of `channels` channels as kernels take it, at all positions below `longest`, rounded up to
     256; remembered with it. None where they cannot.
     """
     count = -(-longest // LOW) * LOW
-    return rotary.latest("turns", (count, channels, device), lambda: RotaryTable.of(rotary, count, channels, device))
+    key = (count, channels, device)
+    return rotary.latest("kernel table", key, lambda: RotaryTable.of(rotary, *key))
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,10 +249,10 @@ class LowRankStore(PositionedStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if scoring.window is None and not weights:
-            found = self._attend_on_gpu(query, query_positions, scoring)
-            if found is not None:
+            out = self._attend_on_gpu(query, query_positions, scoring)
+            if out is not None:
                 self._settle()
-                return found, None
+                return out, None
         positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, scoring.window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
@@ -289,16 +290,16 @@ class LowRankStore(PositionedStore):
             return None
         asked = query_positions.to(query.device) if query_positions.numel() > 1 else None
         older, newer = (rows.ragged() for rows in self._positions) if self._positions else (None, None)
-        turns, turned, (key_basis, value_basis) = None, query, self.bases
+        table, turned, (key_basis, value_basis) = None, query, self.bases
         if self.rotary is not None:
             longest = keys.longest if older is None else int(query_positions.max()) + 1
-            turns = turns_of(self.rotary, longest, query.shape[2], query.device)
-            if turns is None:
+            table = rotary_table_of(self.rotary, longest, query.shape[2], query.device)
+            if table is None:
                 return None
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
         out, sums = decode_lowrank(
             turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
-            positions=older, rotary=turns, lse=True,
+            positions=older, rotary=table, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:
             return out

@@ -46,9 +46,9 @@ class MixedStore(SplitStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        held, exact = self.high.longest + self.low.keys.codes.longest, self.high.longest
+        slots, exact = self.high.longest + self.low.keys.codes.longest, self.high.longest
         received = torch.zeros(self.high.keys.heads, exact, device=query.device)
-        block = max(1, _ROWS_BYTES // (4 * query.shape[0] * held))
+        block = max(1, _ROWS_BYTES // (4 * query.shape[0] * slots))
         outs, rows = [], []
         for part, at in zip(query.split(block, dim=1), query_positions.split(block), strict=True):
             out, probs = Store.attend(self, part, at, scoring, weights=True)

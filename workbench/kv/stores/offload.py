@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
@@ -38,8 +38,10 @@ class Retriever(ABC):
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Entries [k, e, d], [k, e, dv] at positions [k, e] have moved to the next slots of host memory."""
 
-    def watch(self, weights: Tensor, positions: Tensor) -> None:  # noqa: B027 (most need no feedback)
-        """What queries gave to the entries they attended to; computed only for a class that overrides this.
+    observes: ClassVar[bool] = False  # wants to know what queries gave to the entries that they attended to
+
+    def observe(self, weights: Tensor, positions: Tensor) -> None:  # noqa: B027 (most need no feedback)
+        """What queries gave to the entries they attended to; computed only for a class that `observes`.
 
         weights: softmax rows float32 [k, g, q, m], 0 for what a query did not see; positions: int64 [k, m].
         """
@@ -161,7 +163,6 @@ class OffloadStore(TieredStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         outs = []
-        watched = type(self.retriever).watch is not Retriever.watch
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
             slots, chosen = self.distinct(*self.retriever.find_at(part, at, scoring.scale))
             wait = self.far.fetch(slots)
@@ -178,15 +179,15 @@ class OffloadStore(TieredStore):
                 torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
                 scoring,
                 visible=torch.cat([seen, chosen], dim=2),
-                weights=watched,
+                weights=self.retriever.observes,
             )
             outs.append(out)
             if rows is not None:
                 there = near.positions.expand(len(positions), -1).long()
-                self.retriever.watch(rows, torch.cat([there, positions], dim=1))
+                self.retriever.observe(rows, torch.cat([there, positions], dim=1))
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
 
-    def near_contents(self, dtype: torch.dtype) -> Contents:
+    def near_contents(self, dtype: torch.dtype) -> Dequantised:
         """What is on the device, as `dtype`."""
         return self.near.contents(dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -206,10 +206,12 @@ class PackedStore(PositionedStore):
         self.value_tail.append(values)
         self._append_positions(positions)
 
-    def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        found = super().attend(*args, **options)
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = super().attend(query, query_positions, scoring, weights=weights)
         self.settle()
-        return found
+        return attended
 
     def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Quantise and add keys [k, e, d], values [k, e, dv], each head's at positions [k, e] of its own.

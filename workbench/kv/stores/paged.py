@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.rope import Rotation
-from workbench.kv.stores.store import Contents, Store, seen_by
+from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench_kernels import Scoring, attend
 
 
@@ -48,19 +48,19 @@ class PagedStore(Store):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        held = self.near.contents(query.dtype)
-        positions = held.positions[0].long()
+        near = self.near.contents(query.dtype)
+        positions = near.positions[0].long()
         last = int((positions < self.recent).sum())
         numbers = torch.arange(last - self.sinks, device=positions.device) // self.page  # of each long-term slot
         if self.pages is None or query.shape[1] > 1:
             at = query_positions.to(positions.device)
             queries = self.rotation.turned_back(query, at)
-            self.pages = self.find(queries, held.keys, positions, numbers, scoring.scale)
+            self.pages = self.find(queries, near.keys, positions, numbers, scoring.scale)
         open_ = torch.ones_like(positions, dtype=torch.bool)
         open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
         causal = seen_by(query_positions, positions[None], None, scoring.window)
         visible = open_[None, None] if causal is None else causal & open_
-        return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
+        return attend(query, near.keys, near.values, scoring, visible=visible, weights=weights)
 
     def find(self, queries: Tensor, keys: Tensor, positions: Tensor, numbers: Tensor, scale: float) -> tuple[int, ...]:
         """The pages for queries [h, q, d] without rotary embedding; numbers [e]: the page of each long-term slot.
@@ -90,7 +90,7 @@ class PagedStore(Store):
     def slots(self) -> tuple[Tensor, Tensor | None]:
         return self.near.slots()
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         return self.near.contents(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:

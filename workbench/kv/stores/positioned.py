@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Contents, Store, joined_slots
+from workbench.kv.stores.store import Dequantised, Store, joined_slots
 from workbench_kernels.rows import Ragged
 
 
@@ -46,8 +46,8 @@ class PositionedStore(Store):
         stretches = [(rows.view()[..., 0], rows.valid()) for rows in self._positions]
         return stretches[0] if len(stretches) == 1 else joined_slots(stretches, self.kv_heads, self.device)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
-        return Contents(*self.rows_as(dtype), *self.slots())
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        return Dequantised(*self.rows_as(dtype), *self.slots())
 
     def _append_positions(self, positions: Tensor) -> None:
         """The newest entries of every head stand at positions int [q], or each head's at its own [k, q]."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.store import Contents, Store
+from workbench.kv.stores.store import Dequantised, Store
+from workbench_kernels import Scoring
 
 
 class SharedStore(Store):
@@ -28,10 +29,12 @@ class SharedStore(Store):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Nothing: the holder has them."""
 
-    def attend(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        return self._holder.attend(*args, **options)
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._holder.attend(query, query_positions, scoring, weights=weights)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         return self._holder.contents(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:

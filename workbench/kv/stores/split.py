@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.store import Contents, Store, joined_slots
+from workbench.kv.stores.store import Dequantised, Store, joined_slots
 
 
 class SplitStore(Store):
@@ -37,9 +37,9 @@ class SplitStore(Store):
     def slots(self) -> tuple[Tensor, Tensor | None]:
         return joined_slots([part.slots() for part in self.parts], self.kv_heads, self.device)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         parts = [part.contents(dtype) for part in self.parts]
-        return Contents(
+        return Dequantised(
             torch.cat([part.keys for part in parts], dim=1),
             torch.cat([part.values for part in parts], dim=1),
             *joined_slots([(part.positions, part.valid) for part in parts], self.kv_heads, self.device),

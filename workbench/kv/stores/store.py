@@ -21,7 +21,7 @@ _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the fast
 
 
 @dataclass(frozen=True, repr=False)
-class Contents(Brief):
+class Dequantised(Brief):
     """Everything a store holds, dequantised, slot by slot.
 
     keys [k, m, d], values [k, m, dv]; positions int [k or 1, m]; valid bool [k, m] or None: heads with fewer slots are
@@ -60,7 +60,7 @@ class Store(ABC):
         """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
 
     @abstractmethod
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         """Everything held, as `dtype`."""
 
     @abstractmethod
@@ -175,25 +175,25 @@ class Store(ABC):
         Returns the output [h, q, dv] and, if `weights`, the softmax rows [k, g, q, m] by slot.
         """
         if not weights:
-            found = self.by_kernel(query, query_positions, scoring)
-            if found is not None:
-                return found, None
-        held = self.contents(query.dtype)
-        visible = seen_by(query_positions, held.positions, held.valid, scoring.window)
-        return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
+            out = self.by_kernel(query, query_positions, scoring)
+            if out is not None:
+                return out, None
+        dense = self.contents(query.dtype)
+        visible = seen_by(query_positions, dense.positions, dense.valid, scoring.window)
+        return attend(query, dense.keys, dense.values, scoring, visible=visible, weights=weights)
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by a kernel that reads what is held in place; None where there is none."""
         return None
 
 
-def for_kernel(query: Tensor, held: Tensor, query_positions: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
+def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
     """Whether decode kernels take this query [h, q, d] over what a store holds, and the positions that they mask by.
 
     They are for a few queries at 16 bits; the newest token alone sees everything, which needs no mask.
     """
     few = 0 < query.shape[1] <= _FEW_QUERIES
-    if not (few and on_gpu(query, held) and query.dtype.itemsize == 2 and query.dtype == held.dtype):
+    if not (few and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype):
         return False, None
     alone = query.shape[1] == 1 and window is None
     return True, None if alone else query_positions.to(query.device)
@@ -224,7 +224,7 @@ def joined_slots(
 def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, window: int | None) -> Tensor | None:
     """Which slots each query may see, bool [k or 1, q, m]; None when all see all.
 
-    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Contents.
+    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Dequantised.
     """
     real = None if valid is None else valid[:, None]
     if query_positions.numel() == 1 and window is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.host import HostRows
-from workbench.kv.stores.store import Contents, Store, joined_slots
+from workbench.kv.stores.store import Dequantised, Store, joined_slots
 
 
 class TieredStore(Store):
@@ -40,9 +40,9 @@ class TieredStore(Store):
     def slots(self) -> tuple[Tensor, Tensor | None]:
         return joined_slots([self.near.slots(), self.far.slots()], self.kv_heads, self.device)
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         near, device = self.near.contents(dtype), self.device
-        return Contents(
+        return Dequantised(
             torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
             torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
             *self.slots(),

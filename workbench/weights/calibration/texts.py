@@ -15,7 +15,7 @@ from workbench.errors import InputError
 from workbench.files.paths import place, regular
 from workbench.formatting import quoted
 from workbench.models import max_positions
-from workbench.weights.surgery.narrow import sampled_texts
+from workbench.weights.calibration.sampled_texts import sampled_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,15 +64,16 @@ class Calibration:
         tokens = min(self.tokens, max_positions(model))
         if tokenizer is None or self.source == SAMPLED:
             return sampled_texts(model, self.samples, tokens, self.seed).cpu().clone()  # no longer an inference tensor
-        found = tokenizer(self.text(), add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
-        stretches = min(self.samples, found.numel() // tokens)
+        ids = tokenizer(self.text(), add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+        stretches = min(self.samples, ids.numel() // tokens)
         if stretches < 1:
             raise InputError(
-                f"calibration: {self.source!r} has {found.numel()} tokens, fewer than one stretch of {tokens}: give a "
+                f"calibration: {self.source!r} has {ids.numel()} tokens, fewer than one stretch of {tokens}: give a "
                 "longer text or fewer tokens"
             )
-        starts = torch.linspace(0, found.numel() - tokens, stretches, dtype=torch.float64).long()
-        return found[starts[:, None] + torch.arange(tokens)]
+        starts = torch.linspace(0, ids.numel() - tokens, stretches, dtype=torch.float64).long()
+        stretched: Tensor = ids[starts[:, None] + torch.arange(tokens)]
+        return stretched
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; read back by `Calibration(**it)`."""
@@ -96,10 +97,11 @@ def _read(source: str) -> str:
             import json
 
             return "\n\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
-        return text
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise InputError(
             f"calibration: cannot read {quoted(source, 200)} ({reason}); give {SHIPPED!r}, {PYTHON!r}, {SAMPLED!r}, or "
             "a .txt, .md, .jsonl or .parquet file in UTF-8"
         ) from error
+    else:
+        return text

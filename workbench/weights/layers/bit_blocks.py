@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import half
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 from workbench_kernels.packing import pack, unpack
 
 
@@ -59,7 +59,7 @@ class BitBlocksLinear(CompactLinear):
             weight += block.rows(first, last, dtype)
         return weight
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "blocks": self.count}
 
 

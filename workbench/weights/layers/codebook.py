@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from workbench.core.precision import sixteen
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 
 
 class CodebookLinear(CompactLinear):
@@ -34,7 +32,7 @@ class CodebookLinear(CompactLinear):
         out = linear(x, self.codewords.to(x.dtype)).index_select(-1, self.index.int())
         return out if self.bias is None else out + self.bias
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "codewords": self.codewords.shape[0]}
 
 

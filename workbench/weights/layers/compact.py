@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -11,6 +9,9 @@ from torch.nn.functional import linear
 from workbench.measure.memory import tensor_bytes
 
 _TILE = 32 << 20  # bytes of weights made float at a time: a whole layer of a small model, a slice of a large one's
+Description = dict[str, float | str]
+"""What was chosen for a layer, for tables."""
+
 MARK = 256  # slices begin at multiples of so many rows, wherever they are as tall
 
 
@@ -32,7 +33,7 @@ class CompactLinear(nn.Module):
         """The weights of the outputs `first` to before `last`: [last - first, i]."""
         raise NotImplementedError
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """What was chosen for this layer, for tables: `bits` (of each weight, on average, everything counted) and,
         where they apply, `rank` and `density` (share of the weights that are not zero).
         """

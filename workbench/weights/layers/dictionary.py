@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from workbench.core.precision import half, sixteen
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 from workbench_kernels.packing import pack
 from workbench_kernels.weight import sparse_weight
 
@@ -43,7 +41,7 @@ class DictionaryLinear(CompactLinear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.atoms.to(x.dtype)), self.codes(0, self.out_features, x.dtype), self.bias)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         atoms, kept = self.atoms.shape[0], self.coefficients.shape[1]
         return {**super().describe(), "rank": atoms, "coefficients": kept}
 

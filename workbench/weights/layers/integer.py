@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import half
+from workbench.weights.layers.compact import Description
 from workbench.weights.layers.packed import PackedLinear
 from workbench_kernels.integer import input_codes, input_step, integer_linear
 from workbench_kernels.limits import FEW
@@ -67,18 +66,17 @@ class IntegerLinear(PackedLinear):
         codes = input_codes(x, step, self.input_bits)
         if not self.by_token:
             return super().forward((codes * step).to(x.dtype))
-        plane: Any = self.plane0
         few = codes.view(-1, self.in_features)
-        sums = packed_linear(few, plane, self.scale, None, None, self.bits, self.group, self.middle)
+        sums = packed_linear(few, self.plane0, self.scale, None, None, self.bits, self.group, self.middle)
         out = (sums.view(*x.shape[:-1], -1) * step).to(x.dtype)
         return out if self.bias is None else out.add_(self.bias)
 
     def _signed(self) -> tuple[Tensor, int]:
         """The weights' whole numbers as int8 [o, i], and how many times too large they are."""
-        held: Tensor = self.plane0  # type: ignore[assignment]
+        plane = self.plane0
         if self.bits == 8:
-            return (held ^ 128).view(torch.int8), 1
-        return nibbles(held)[:, : self.in_features], 16
+            return (plane ^ 128).view(torch.int8), 1
+        return nibbles(plane)[:, : self.in_features], 16
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "input_bits": self.input_bits}

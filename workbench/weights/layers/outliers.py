@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import checked, half
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.packing import pack
 from workbench_kernels.weight import sparse_weight
@@ -83,7 +83,7 @@ class OutliersLinear(CompactLinear):
         out.index_add_(-1, rows, x.index_select(-1, columns) * values)
         return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "density": self.values.numel() / (self.in_features * self.out_features)}
 
 

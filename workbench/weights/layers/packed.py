@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import half
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 from workbench_kernels.dispatch import learning, on_gpu
 from workbench_kernels.packed_linear import fits, packed_linear
 from workbench_kernels.packing import pack
@@ -27,6 +25,7 @@ class PackedLinear(CompactLinear):
     columns are multiplied besides; None: 1.
     """
 
+    plane0: Tensor
     scale: Tensor
     zero: Tensor | None
     columns: Tensor | None
@@ -90,18 +89,16 @@ class PackedLinear(CompactLinear):
         flat = x.reshape(-1, self.in_features)
         if not self._read_as_it_lies(flat):
             return super().forward(x)
-        plane: Any = self.plane0
-        out = packed_linear(flat, plane, self.scale, self.zero, self.columns, self.bits, self.group, self.middle)
+        out = packed_linear(flat, self.plane0, self.scale, self.zero, self.columns, self.bits, self.group, self.middle)
         out = out.view(*x.shape[:-1], -1)
         return out if self.bias is None else out.add_(self.bias)
 
     def _read_as_it_lies(self, x: Tensor) -> bool:
         """Whether a GPU's kernel multiplies x [n, i] with the packed codes: no weight is made float then."""
-        own = self.plain and len(_PLANES[self.bits]) == 1
-        plane: Any = self.plane0
-        return own and not learning(x) and on_gpu(x, plane) and fits(x, plane, self.bits, self.group)
+        single = self.plain and len(_PLANES[self.bits]) == 1
+        return single and not learning(x) and on_gpu(x, self.plane0) and fits(x, self.plane0, self.bits, self.group)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "code_bits": self.bits, "group": self.group}
 
 

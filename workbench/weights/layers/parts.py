@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 
 
 class Parts(CompactLinear):
@@ -39,17 +38,17 @@ class Parts(CompactLinear):
 
     def chosen(self, index: int) -> Tensor | None:
         """Which columns a part takes, int64; None: all."""
-        held: Tensor | None = getattr(self, f"columns{index}")
-        return None if held is None else held.long()
+        columns: Tensor | None = getattr(self, f"columns{index}")
+        return None if columns is None else columns.long()
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         weight: Tensor | None = None
         for index, part in enumerate(self.parts):
             assert isinstance(part, CompactLinear)
-            own, chosen = part.rows(first, last, dtype), self.chosen(index)
+            part_weight, chosen = part.rows(first, last, dtype), self.chosen(index)
             if chosen is not None:
-                own = own.new_zeros(last - first, self.in_features).index_add_(1, chosen, own)
-            weight = own if weight is None else weight.add_(own)
+                part_weight = part_weight.new_zeros(last - first, self.in_features).index_add_(1, chosen, part_weight)
+            weight = part_weight if weight is None else weight.add_(part_weight)
         assert weight is not None
         return weight
 
@@ -57,11 +56,11 @@ class Parts(CompactLinear):
         out: Tensor | None = None
         for index, part in enumerate(self.parts):
             chosen = self.chosen(index)
-            own = part(x if chosen is None else x.index_select(-1, chosen))
-            out = own if out is None else out.add_(own)
+            part_out = part(x if chosen is None else x.index_select(-1, chosen))
+            out = part_out if out is None else out.add_(part_out)
         assert out is not None
         return out if self.bias is None else out.add_(self.bias)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         kinds = [type(part).__name__.removesuffix("Linear").lower() for part in self.parts]
         return {**super().describe(), "parts": " + ".join(kinds)}

@@ -15,7 +15,7 @@ class ShiftLinear(PackedLinear):
     shift and add inputs, and multiply once; here powers are looked up and multiplied as floating point.
     """
 
-    middle = 0.0  # type: ignore[assignment]
+    middle = 0.0
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bits: int, bias: nn.Parameter | None = None, *, group: int | None = None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import sixteen
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 from workbench.weights.layers.marks import marks, starting
 from workbench_kernels.dispatch import learning, on_gpu
 from workbench_kernels.packing import pack, unpack
@@ -61,7 +59,7 @@ class SparseLinear(CompactLinear):
         out = sparse_linear(flat, self.bitmap, self.values, self.offsets).view(*x.shape[:-1], -1)
         return out if self.bias is None else out.add_(self.bias)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "density": self.values.numel() / (self.in_features * self.out_features)}
 
 

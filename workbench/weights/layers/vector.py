@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import half
-from workbench.weights.layers.compact import CompactLinear
+from workbench.weights.layers.compact import CompactLinear, Description
 from workbench_kernels.packing import pack, unpack
 
 _PLANES = {4: (4,), 6: (4, 2), 8: (8,), 10: (8, 2), 12: (8, 4)}  # how many bits of an index lie in which buffer
@@ -47,13 +45,13 @@ class VectorLinear(CompactLinear):
 
     def indices(self, number: int, first: int, last: int) -> Tensor:
         """The indices into one book of some rows of vectors, int32 [last - first, i]."""
-        found, below = None, 0
+        index, below = None, 0
         for plane, width in enumerate(_PLANES[self.bits[number]]):
             part = unpack(getattr(self, f"plane{number}_{plane}")[first:last], width, self.in_features).int()
-            found = part if found is None else found | part << below
+            index = part if index is None else index | part << below
             below += width
-        assert found is not None
-        return found
+        assert index is not None
+        return index
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         begin, end = first // self.length, -(-last // self.length)
@@ -66,7 +64,7 @@ class VectorLinear(CompactLinear):
         cut = weight.flatten(0, 1)[first - begin * self.length : last - begin * self.length]
         return cut.mul_(self.scale[first:last, None].to(dtype))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return {**super().describe(), "vector": self.length, "index_bits": " + ".join(map(str, self.bits))}
 
 

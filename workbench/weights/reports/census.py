@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor, nn
 
+from workbench import arguments
 from workbench.core.relative_error import ratio, relative_error
 from workbench.measure.memory import tensor_bytes
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.models.linear import linear_of, linear_weight
 from workbench.progress import Progress
-from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.calibration.statistics import InputStats
+from workbench.registry import Method
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.compress import weight_methods
 from workbench.weights.layers import CompactLinear
+from workbench.weights.surgery.linears import weight_of
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +33,21 @@ _COLUMNS = (
 
 
 def census(
+    variants: Variants, methods: Sequence[Method], *, outputs: bool = True, progress: Progress | None = None
+) -> pd.DataFrame:
+    """What weight methods made of each weight: one row a matrix, also of those left as they are; see `census_of`.
+
+    outputs: also the error of each layer's outputs over the calibration texts, whose Hessians are accumulated once for
+    that. Raises BadRecipe for methods of another family, BadParameter, and what compressing raises.
+    """
+    chosen = weight_methods(methods)
+    arguments.flag("outputs", outputs)
+    twin = variants.get(chosen, progress)
+    reasons = {name: why for method in chosen for name, why in method.left_alone(variants.model).items()}
+    return census_of(variants.model, twin, variants.study() if outputs else None, reasons, progress)
+
+
+def census_of(
     model: PreTrainedModel,
     twin: PreTrainedModel,
     study: WeightStudy | None = None,
@@ -48,12 +67,12 @@ def census(
     """
     progress = progress or Progress()
     known = dict(matrices(model))
-    names = list(blocks(model))
+    names = list(decoder_layers(model))
     rows: dict[str, dict[str, Any]] = {}
     changes: dict[str, tuple[Tensor, nn.Module]] = {}
     for full, (module, weight) in progress.track(known.items(), "comparing weights", len(known)):
         layer, short = placed(full, names)
-        row = {"layer": layer, "module": short, "name": full, **_of(twin, full, module, weight)}
+        row = {"layer": layer, "module": short, "name": full, **_of(twin, full, weight)}
         row["share"] = row["bytes"] / (2 * weight.numel())
         row["reason"] = _reason(reasons or {}, full) if row["form"] == "plain" else ""
         rows[full] = row
@@ -61,7 +80,7 @@ def census(
         if row["form"] != "plain" and linear_of(module) is not None and stands is not None:
             changes[full] = (weight, stands)
     if study is not None and changes:
-        for _, inputs in study.inputs(moments=True, progress=progress):
+        for _, inputs in study.inputs(hessians=True, progress=progress):
             for full in changes.keys() & inputs.keys():
                 rows[full]["output_error"] = _output_error(*changes[full], inputs[full])
     for full, row in rows.items():
@@ -80,8 +99,8 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
-        own = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.ndim >= 2}
-        for key, weight in own.items():
+        weights = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.ndim >= 2}
+        for key, weight in weights.items():
             if id(weight) not in seen:
                 seen.add(id(weight))
                 shown = linear_weight(module) if key == "weight" else None
@@ -92,17 +111,17 @@ def _reason(reasons: Mapping[str, str], full: str) -> str:
     return reasons.get(full, reasons.get(f"{full}.weight", ""))
 
 
-def _of(twin: nn.Module, full: str, module: nn.Module, weight: Tensor) -> dict[str, Any]:
+def _of(twin: nn.Module, full: str, weight: Tensor) -> dict[str, Any]:
     """What the twin has in the place of one matrix."""
     stands = _at(twin, full)
     if stands is None:
         return {"form": "gone", "bits": 0.0, "bytes": 0}
-    found = weight_of(stands, full)
-    if found is not None and _same(found, weight):
+    used = weight_of(stands, full)
+    if used is not None and _same(used, weight):
         return {"form": "plain", "bits": 16.0, "bytes": 2 * weight.numel(), "weight_error": 0.0}
     made = _described(stands)
-    if found is not None and found.shape == weight.shape:
-        made["weight_error"] = relative_error(found, weight)
+    if used is not None and used.shape == weight.shape:
+        made["weight_error"] = relative_error(used, weight)
     return made
 
 
@@ -110,41 +129,27 @@ def _at(twin: nn.Module, full: str) -> nn.Module | None:
     """The module of this name, or the one that holds the parameter of this name."""
     for name in (full, full.rpartition(".")[0]):
         try:
-            found = twin.get_submodule(name)
+            stands = twin.get_submodule(name)
         except AttributeError:
             continue
-        if name == full or weight_of(found, full) is not None:
-            return found
+        if name == full or weight_of(stands, full) is not None:
+            return stands
     return None
 
 
-def weight_of(module: nn.Module, full: str = "weight") -> Tensor | None:
-    """The whole weight that a module stands for, in float32 where it is held in another form; None: it has none."""
-    if isinstance(module, CompactLinear):
-        return module.dequantised()
-    linear = linear_weight(module)
-    if linear is not None:
-        return linear
-    for key in (full.rpartition(".")[2], "weight"):
-        found = getattr(module, key, None)
-        if isinstance(found, Tensor):
-            return found
-    return None
-
-
-def _same(found: Tensor, weight: Tensor) -> bool:
+def _same(used: Tensor, weight: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same place."""
-    return found is weight or (
-        found.data_ptr() == weight.data_ptr()
-        and (found.shape, found.stride(), found.dtype) == (weight.shape, weight.stride(), weight.dtype)
+    return used is weight or (
+        used.data_ptr() == weight.data_ptr()
+        and (used.shape, used.stride(), used.dtype) == (weight.shape, weight.stride(), weight.dtype)
     )
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
     said = dict(module.describe()) if isinstance(module, CompactLinear) else {}
-    held = tensor_bytes(module.buffers())
+    buffers = tensor_bytes(module.buffers())
     parameters = sum(2 * weight.numel() for weight in module.parameters() if weight.ndim >= 2)
-    nbytes = module.nbytes if isinstance(module, CompactLinear) else held + parameters
+    nbytes = module.nbytes if isinstance(module, CompactLinear) else buffers + parameters
     row = {"form": type(module).__name__, "bytes": nbytes}
     for key in ("bits", "rank", "density"):
         if key in said:
@@ -153,25 +158,25 @@ def _described(module: nn.Module) -> dict[str, Any]:
 
 
 def _output_error(weight: Tensor, stands: nn.Module, inputs: InputStats) -> float:
-    found = weight_of(stands)
-    if found is None or found.shape != weight.shape or inputs.moment is None:
+    used = weight_of(stands)
+    if used is None or used.shape != weight.shape or inputs.accumulated is None:
         return float("nan")
     plain = weight.detach().float()
-    lost = inputs.output_error(found.to(plain.device).float() - plain).sum().clamp_min(0)
+    lost = inputs.output_error(used.to(plain.device).float() - plain).sum().clamp_min(0)
     return math.sqrt(ratio(float(lost), float(inputs.output_error(plain).sum())))
 
 
-def _besides(model: nn.Module, twin: nn.Module, known: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+def _besides(model: nn.Module, twin: nn.Module, known: Mapping[str, object]) -> Iterator[tuple[str, nn.Module]]:
     """Modules of the twin that hold matrices where the model has none of that name; what the model holds itself, masks
     and tables in its buffers, is no weight of the twin's.
     """
     inside: tuple[str, ...] = ()
-    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    known_tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for name, module in twin.named_modules():
         if name in known or name.startswith(inside or ("\0",)):
             inside = (*inside, f"{name}.") if isinstance(module, CompactLinear) else inside
             continue
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if isinstance(module, CompactLinear) or any(x.ndim >= 2 and id(x) not in held for x in own):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, CompactLinear) or any(x.ndim >= 2 and id(x) not in known_tensors for x in tensors):
             inside = (*inside, f"{name}.")
             yield name, module

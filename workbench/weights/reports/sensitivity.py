@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
 import pandas as pd
 from torch import Tensor, nn
 
+from workbench import arguments
 from workbench.core.relative_error import relative_error
 from workbench.engine.attention_hook import exclusive
 from workbench.errors import NotApplicable
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
-from workbench.weights.base import sharing_copy
-from workbench.weights.calibration.block_by_block import Stream, blocks
-from workbench.weights.calibration.model_head import Ending
-from workbench.weights.surgery.module_data import replaced
+from workbench.registry import Method
+from workbench.weights.calibration.block_runner import BlockRunner
+from workbench.weights.calibration.model_head import ModelHead
+from workbench.weights.compress import weight_methods
+from workbench.weights.surgery.replaced import replaced
+from workbench.weights.surgery.sharing_copy import sharing_copy
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +31,29 @@ ALL = "all"
 
 
 def sensitivity(
+    variants: Variants,
+    methods: Sequence[Method],
+    *,
+    each: Each = "layer",
+    texts: int = 4,
+    tokens: int = 256,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """What weight methods do to the model's predictions in one part of the model alone; see `sensitivity_of`.
+
+    texts, tokens: how much of the calibration texts is read, the beginning of each. Raises BadRecipe for methods of
+    another family, BadParameter, and NotApplicable for methods whose layers only make sense together.
+    """
+    chosen = weight_methods(methods)
+    for method in chosen:
+        if not method.alone:
+            raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
+    arguments.choice("each", each, get_args(Each))
+    ids = variants.ids(texts, tokens)
+    return sensitivity_of(variants.model, variants.get(chosen, progress), ids, each, progress)
+
+
+def sensitivity_of(
     model: PreTrainedModel, twin: PreTrainedModel, ids: Tensor, each: Each = "layer", progress: Progress | None = None
 ) -> pd.DataFrame:
     """What each part of a compressed copy `twin` does by itself, all the rest being the model's own.
@@ -41,55 +68,55 @@ def sensitivity(
     Raises NotApplicable where the copy has other layers than the model.
     """
     progress = progress or Progress()
-    names = list(blocks(model))
-    if list(blocks(twin)) != names:
+    names = list(decoder_layers(model))
+    if list(decoder_layers(twin)) != names:
         raise NotApplicable("layers are compared one by one, but the compressed model has other layers than the model")
     changed = replaced(model, twin)
     inside = {name: [path for path in changed if path.startswith(f"{name}.")] for name in names}
     kinds = list(dict.fromkeys(placed(path, names)[1] for paths in inside.values() for path in paths))
     outside = [path for path in changed if placed(path, names)[0] is None]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     with exclusive(model), exclusive(twin):
-        stream = Stream(model, ids)
-        begin = stream.hidden
-        ending = Ending(model)
+        runner = BlockRunner(model, ids)
+        begin = runner.hidden
+        head = ModelHead(model)
         want = begin
         for name in names:
             progress.check()
-            want = stream.leaving(name, want)
+            want = runner.forward(name, want)
 
-        def row(layer: int | None, module: str, hidden: Tensor, error: float, other: Ending | None = None) -> None:
-            kl = ending.divergence(want, hidden, other)
+        def row(layer: int | None, module: str, hidden: Tensor, error: float, other: ModelHead | None = None) -> None:
+            kl = head.divergence(want, hidden, other)
             rows.append({"layer": layer, "module": module, "kl": kl, "error": error})
 
         for index, name in enumerate(progress.track(names, "measuring layers", len(names))):
-            entering = stream.hidden
-            for _ in stream.through(name):
+            entering = runner.hidden
+            for _ in runner.run(name):
                 progress.check()
-            left = stream.hidden
+            left = runner.hidden
             for module, block in _parts(model, twin, name, inside[name], each):
-                hidden = stream.leaving(name, entering, block)
+                hidden = runner.forward(name, entering, block)
                 error = relative_error(hidden, left)
                 for later in names[index + 1 :]:
                     progress.check()
-                    hidden = stream.leaving(later, hidden)
+                    hidden = runner.forward(later, hidden)
                 row(index, module, hidden, error)
         for kind in progress.track(kinds if each == "layer" else (), "measuring modules", len(kinds)):
             hidden = begin
             for name in names:
                 progress.check()
                 block = _switched(model.get_submodule(name), twin.get_submodule(name), [kind])
-                hidden = stream.leaving(name, hidden, block)
+                hidden = runner.forward(name, hidden, block)
             row(None, kind, hidden, relative_error(hidden, want))
         if outside:
             other = sharing_copy(twin)
             for name in names:
                 other.set_submodule(name, model.get_submodule(name))
-            entering = Stream(other, ids).hidden
+            entering = BlockRunner(other, ids).hidden
             for name in names:
                 progress.check()
-                entering = stream.leaving(name, entering)
-            row(None, ", ".join(outside), entering, relative_error(entering, want), Ending(other))
+                entering = runner.forward(name, entering)
+            row(None, ", ".join(outside), entering, relative_error(entering, want), ModelHead(other))
     return pd.DataFrame(rows, columns=["layer", "module", "kl", "error"]).astype({"layer": "Int64"})
 
 

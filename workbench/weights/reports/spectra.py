@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from workbench import arguments
 from workbench.errors import NotApplicable
 from workbench.formatting import Brief
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
-from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.reports.census import weight_of
-from workbench.weights.surgery.linears import linear_layers
+from workbench.registry import Method
+from workbench.weights.compress import weight_methods
+from workbench.weights.surgery.linears import linear_layers, weight_of
+from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +58,8 @@ class Spectrum(Brief):
         arguments.number("energy", energy, 0, 1)
         if not self.largest:
             return 0
-        held = self.values.double().square().cumsum(0)
-        return min(int((held < energy * held[-1]).sum()) + 1, self.values.numel())
+        energies = self.values.double().square().cumsum(0)
+        return min(int((energies < energy * energies[-1]).sum()) + 1, self.values.numel())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,22 +98,38 @@ def singular_values(weight: Tensor) -> Tensor:
     """
     wide = weight.detach().double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    return values
 
 
 def spectra(
-    model: PreTrainedModel,
-    progress: Progress | None = None,
+    variants: Variants,
+    methods: Sequence[Method] = (),
     *,
     layer: int | None = None,
     module: str | None = None,
+    progress: Progress | None = None,
+) -> Spectra:
+    """The singular values of the weights in the decoder's layers as weight methods made them; without methods, of the
+    model's own. See `spectra_of`. Raises BadRecipe for methods of another family.
+    """
+    twin = variants.get(weight_methods(methods), progress)
+    return spectra_of(twin, layer=layer, module=module, progress=progress)
+
+
+def spectra_of(
+    model: PreTrainedModel,
+    *,
+    layer: int | None = None,
+    module: str | None = None,
+    progress: Progress | None = None,
 ) -> Spectra:
     """The spectra of the weights of all linear layers in the decoder's blocks, compressed ones as they are used.
 
     layer, module: only of that decoder layer, or of the layers of that name inside it. Raises NotApplicable where there
     are none.
     """
-    names = list(blocks(model))
+    names = list(decoder_layers(model))
     linears = {name: placed(name, names) for name in linear_layers(model)}
     if layer is not None:
         layer = arguments.index("layer", layer, len(names), "the model's layers")
@@ -127,12 +145,12 @@ def spectra(
     if not chosen:
         only = "" if layer is None and module is None else f" at layer={layer!r}, module={module!r}"
         raise NotApplicable(f"{type(model).__name__} has no linear layer in its decoder's layers{only}")
-    found = []
+    rows = []
     track = (progress or Progress()).track(chosen.items(), "singular values", len(chosen))
     for name, (where, short, linear) in track:
         weight = weight_of(linear)
         assert weight is not None
         values = singular_values(weight).cpu()
         largest = float(values[0])
-        found.append(Spectrum(name, where, short, largest, (values / (largest or 1.0)).float()))
-    return Spectra(tuple(found))
+        rows.append(Spectrum(name, where, short, largest, (values / (largest or 1.0)).float()))
+    return Spectra(tuple(rows))

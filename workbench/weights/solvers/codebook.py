@@ -24,11 +24,11 @@ def codebook(points: Tensor, weights: Tensor, entries: int, *, rounds: int = 12,
     book = points[torch.multinomial(loss, entries, generator=draw).to(points.device)]
     weighted = weights * points
     for _ in range(rounds):
-        found, distance = nearest(weighted, weights, book)
-        totals = torch.zeros_like(book).index_add_(0, found, weights)
-        sums = torch.zeros_like(book).index_add_(0, found, weighted)
+        index, distance = nearest(weighted, weights, book)
+        totals = torch.zeros_like(book).index_add_(0, index, weights)
+        sums = torch.zeros_like(book).index_add_(0, index, weighted)
         book = torch.where(totals > 0, sums / totals.clamp_min(1e-30), book)
-        empty = (torch.bincount(found, minlength=entries) == 0).nonzero()[:, 0]
+        empty = (torch.bincount(index, minlength=entries) == 0).nonzero()[:, 0]
         if empty.numel():
             lost = distance + (weighted * points).sum(dim=1)
             book[empty] = points[lost.topk(empty.numel()).indices]

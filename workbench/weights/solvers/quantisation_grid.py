@@ -29,14 +29,14 @@ class Grid(NamedTuple):
         scale, zero = (self.spread(part, weight.shape[1]) for part in (self.scale, self.zero))
         return (weight.float() / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
-    def values(self, codes: Tensor) -> Tensor:
+    def dequantised(self, codes: Tensor) -> Tensor:
         """What codes [o, i] stand for, float32."""
         scale, zero = (self.spread(part, codes.shape[1]) for part in (self.scale, self.zero))
         return (codes.float() - zero) * scale
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The nearest levels to weight [o, i], float32."""
-        return self.values(self.codes(weight))
+        return self.dequantised(self.codes(weight))
 
     def spread(self, part: Tensor, columns: int) -> Tensor:
         """A scale or zero for each column: [o, g] to [o, i]."""
@@ -54,9 +54,9 @@ def fit(weight: Tensor, bits: int, group: int, *, symmetric: bool = False, shrin
     steps = 2**bits - 1
     if symmetric:
         middle = 2 ** (bits - 1)
-        scale = held(torch.maximum(high, -low) / max(middle - 1, 0.5))
+        scale = stored_scale(torch.maximum(high, -low) / max(middle - 1, 0.5))
         return Grid(scale, torch.full_like(scale, middle), bits, group)
-    scale = held((high - low) / steps)
+    scale = stored_scale((high - low) / steps)
     return Grid(scale, (-low / scale).round_().clamp_(0, steps), bits, group)
 
 
@@ -85,9 +85,10 @@ def fit_least(
 
 def squares(change: Tensor, group: int) -> Tensor:
     """The sum of squares of a change [o, i] in each group [o, g]."""
-    return pad(change.square(), (0, -change.shape[1] % group)).unflatten(1, (-1, group)).sum(dim=-1)
+    sums: Tensor = pad(change.square(), (0, -change.shape[1] % group)).unflatten(1, (-1, group)).sum(dim=-1)
+    return sums
 
 
-def held(scale: Tensor) -> Tensor:
+def stored_scale(scale: Tensor) -> Tensor:
     """Scales as float16 holds them, never zero: codes are chosen for what is stored. Raises OutOfRange beyond that."""
     return half(scale, "its scales").clamp_min_(torch.finfo(torch.float16).tiny).float()

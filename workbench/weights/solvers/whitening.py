@@ -22,12 +22,14 @@ def root(moment: Tensor) -> Tensor:
         return eye.float()
     damping = _DAMPING
     while True:
-        found, failed = torch.linalg.cholesky_ex(exact + damping * mean * eye)
+        factor, failed = torch.linalg.cholesky_ex(exact + damping * mean * eye)
         if not failed:
-            return found.float()
+            lower: Tensor = factor.float()
+            return lower
         damping *= 10
 
 
 def solved(rows: Tensor, base: Tensor) -> Tensor:
     """rows [r, i] times the inverse of a lower triangular base [i, i]: out of its coordinates."""
-    return torch.linalg.solve_triangular(base.double(), rows.double(), upper=False, left=False).float()
+    inverse: Tensor = torch.linalg.solve_triangular(base.double(), rows.double(), upper=False, left=False).float()
+    return inverse

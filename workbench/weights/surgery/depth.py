@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from workbench.models.decoder import decoder_layers
 from workbench.models.depth import renumber
-from workbench.weights.calibration.block_by_block import blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,12 +20,12 @@ def shorten(model: PreTrainedModel, kept: Sequence[int]) -> None:
     The others are gone, with their part of the cache; what is left counts from zero, as transformers' caches and the
     model's own code expect, and the config says where each layer came from.
     """
-    found = blocks(model)
-    left = [list(found.values())[index] for index in kept]
+    blocks = decoder_layers(model)
+    staying = [list(blocks.values())[index] for index in kept]
     renumber(model, list(kept))
-    for index, block in enumerate(left):
+    for index, block in enumerate(staying):
         parts: list[Any] = list(block.modules())
         for part in parts:
             if getattr(part, "layer_idx", None) is not None:
                 part.layer_idx = index
-    model.set_submodule(next(iter(found)).rpartition(".")[0], nn.ModuleList(left))
+    model.set_submodule(next(iter(blocks)).rpartition(".")[0], nn.ModuleList(staying))

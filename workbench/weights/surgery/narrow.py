@@ -2,124 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
-
-import torch
 from torch import Tensor, nn
 
-from workbench.engine.attention_hook import device_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Classes whose attention is: project, perhaps normalise, rotate, attend, project.
-_KNOWN = (
-    "LlamaAttention",
-    "MistralAttention",
-    "MixtralAttention",
-    "Qwen2Attention",
-    "Qwen3Attention",
-    "Qwen3MoeAttention",
-)
-
-
-def known_attention(module: nn.Module) -> bool:
-    """Whether NarrowAttention computes what this module does."""
-    return type(module).__name__ in _KNOWN or isinstance(module, NarrowAttention)
-
-
-class NarrowAttention(nn.Module):
-    """Attention of a known class with values (and so attention outputs) of any width; keys and queries as they were.
-
-    value_channels int64 [k, dv]: which channels of the original values these are, or, where each is a mixture of them,
-    their numbers.
-    """
-
-    value_channels: Tensor
-
-    def __init__(self, original: nn.Module, v_proj: nn.Linear, o_proj: nn.Linear, value_channels: Tensor) -> None:
-        super().__init__()
-        source: Any = original
-        self.config, self.layer_idx = source.config, source.layer_idx
-        self.head_dim, self.scaling = source.head_dim, source.scaling
-        self.num_key_value_groups, self.is_causal = source.num_key_value_groups, source.is_causal
-        self.attention_dropout = source.attention_dropout
-        self.sliding_window = getattr(source, "sliding_window", getattr(source.config, "sliding_window", None))
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = source.q_proj, source.k_proj, v_proj, o_proj
-        self.q_norm, self.k_norm = getattr(source, "q_norm", None), getattr(source, "k_norm", None)
-        self.value_channels = value_channels  # no buffer: nothing is computed with it
-        # The original's own functions, found where its class was written.
-        self.code: str = original.code if isinstance(original, NarrowAttention) else type(original).__module__
-        self.train(original.training)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [b, n, hidden] to the same; the rest as transformers' attention layers take it."""
-        shape = hidden_states.shape[:-1]
-        kv_heads = self.value_channels.shape[0]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(*shape, kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        value = self.v_proj(hidden_states).view(*shape, kv_heads, -1).transpose(1, 2)  # [b, k, n, dv]
-        code: Any = sys.modules[self.code]
-        query, key = code.apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = code.ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, code.eager_attention_forward
-        )
-        out, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(out.reshape(*shape, -1)), weights
+def linear_like(layer: nn.Linear, weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A plain layer with this weight [o, i] and bias, in the mode of another; a parameter is shared, not copied."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    made.register_parameter("bias", bias)
+    return made.train(layer.training)
 
 
 def narrowed(linear: nn.Linear, kept: Tensor, axis: int) -> nn.Linear:
     """A layer with only the outputs (axis 0) or inputs (axis 1) `kept` int64 [m] of this one."""
-    weight = linear.weight.detach().index_select(axis, kept.to(linear.weight.device))
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if linear.bias is not None:
-        made.bias = linear.bias if axis else nn.Parameter(linear.bias.detach()[kept.to(weight.device)].clone(), False)
-    return made.train(linear.training)
-
-
-def sampled_texts(model: PreTrainedModel, texts: int, tokens: int, seed: int) -> Tensor:
-    """What the model itself says from its first token on, int64 [texts, tokens], drawn at temperature 1.
-
-    The draw depends on the model and `seed` alone, and leaves the global random state as it is. A model without a first
-    token begins with a drawn one.
-    """
-    config: Any = model.config.get_text_config()
-    device = device_of(model)
-    draw = torch.Generator().manual_seed(seed)
-    first = getattr(config, "bos_token_id", None)
-    if first is None:
-        ids = torch.randint(0, config.vocab_size, (texts, 1), generator=draw)
-    else:
-        ids = torch.full((texts, 1), int(first))
-    cache = None
-    with torch.inference_mode():
-        while ids.shape[1] < tokens:
-            given = ids if cache is None else ids[:, -1:]  # models without a cache read all of it again
-            output = model(input_ids=given.to(device), past_key_values=cache, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
-            chances = output.logits[:, -1].float().cpu().softmax(dim=-1)
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=draw)], dim=1)
-    return ids.to(device)
+    weight = linear.weight.detach().index_select(axis, kept.to(linear.weight.device)).contiguous()
+    bias = linear.bias
+    if bias is not None and axis == 0:
+        bias = nn.Parameter(bias.detach()[kept.to(weight.device)].clone(), requires_grad=False)
+    return linear_like(linear, weight, bias)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import checked
-from workbench.weights.surgery.narrow import NarrowAttention, known_attention, narrowed
+from workbench.weights.layers.narrow_attention import NarrowAttention, known_attention
+from workbench.weights.surgery.narrow import narrowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,19 +19,27 @@ _GATED = ["gate_proj", "up_proj", "down_proj"]
 _CLOSE = 0.02  # of the largest output: how far rounding at 16 bits may take two ways of the same product apart
 
 
-class Site:
+class PrunableAxis(NamedTuple):
+    """Which axis of a layer's weight can be narrower, 0 for outputs and 1 for inputs, and into how many heads it
+    divides.
+    """
+
+    axis: int
+    heads: int = 1
+
+
+class PrunableModule:
     """One module with something inside that can be narrower.
 
-    what: such modules in words. name: of the module. out: the layer whose input is inside. places: its layers, and of
-    each the axis along which it can be narrower, whether it belongs to attention, and into how many heads that axis
-    divides. heads: what is inside divides into this many, with `width` dimensions each. dimension_nbytes: what one
-    dimension of each head takes, at `element_size` bytes a weight.
+    what: such modules in words. name: of the module. out: the layer whose input is inside. layers: its layers, and of
+    each which axis can be narrower. heads: what is inside divides into this many, with `width` dimensions each.
+    dimension_nbytes: what one dimension of each head takes, at `element_size` bytes a weight.
     """
 
     what: ClassVar[str]
     name: str
     out: str
-    places: dict[str, tuple[int, bool, int]]
+    layers: dict[str, PrunableAxis]
     heads: int
     width: int
     dimension_nbytes: int
@@ -49,7 +58,7 @@ class Site:
         raise NotImplementedError
 
 
-class Neurons(Site):
+class PrunableMLP(PrunableModule):
     """A gated MLP: act(gate(x)) * up(x), and down."""
 
     what = "a gated MLP (gate_proj, up_proj, down_proj)"
@@ -57,13 +66,13 @@ class Neurons(Site):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.out = name, f"{name}.down_proj"
-        self.places = {
-            f"{name}.gate_proj": (0, False, 1),
-            f"{name}.up_proj": (0, False, 1),
-            f"{name}.down_proj": (1, False, 1),
+        self.layers = {
+            f"{name}.gate_proj": PrunableAxis(0),
+            f"{name}.up_proj": PrunableAxis(0),
+            f"{name}.down_proj": PrunableAxis(1),
         }
         self.width = module.get_submodule("down_proj").in_features  # type: ignore[assignment]
-        self.dimension_nbytes, self.element_size = _nbytes(module, self.places, self.width)
+        self.dimension_nbytes, self.element_size = _nbytes(module, self.layers, self.width)
 
     def by_head(self, squares: Tensor) -> Tensor:
         return squares[None]
@@ -72,14 +81,15 @@ class Neurons(Site):
         return kept[0]
 
     def prune(self, model: PreTrainedModel, kept: Tensor, out: Tensor | None = None) -> None:
-        for name, (axis, _, _) in self.places.items():
-            linear: Any = model.get_submodule(name)
+        for name, (axis, _) in self.layers.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             model.set_submodule(name, narrowed(linear, kept[0], axis))
         if out is not None:
             _replace_weight(model.get_submodule(self.out), out)
 
 
-class Values(Site):
+class PrunableAttention(PrunableModule):
     """Attention of a known class: what each KV head holds as values, and its query heads take out of them."""
 
     what = "attention of a known class"
@@ -88,12 +98,12 @@ class Values(Site):
         self.name, self.out = name, f"{name}.o_proj"
         self.heads = module.k_proj.out_features // module.head_dim
         self.groups = module.num_key_value_groups
-        self.places = {
-            f"{name}.v_proj": (0, True, self.heads),
-            f"{name}.o_proj": (1, True, self.heads * self.groups),
+        self.layers = {
+            f"{name}.v_proj": PrunableAxis(0, self.heads),
+            f"{name}.o_proj": PrunableAxis(1, self.heads * self.groups),
         }
         self.width = module.v_proj.out_features // self.heads
-        self.dimension_nbytes, self.element_size = _nbytes(module, self.places, self.width)
+        self.dimension_nbytes, self.element_size = _nbytes(module, self.layers, self.width)
 
     def by_head(self, squares: Tensor) -> Tensor:
         return squares.view(self.heads, self.groups, -1).sum(dim=1)
@@ -104,7 +114,7 @@ class Values(Site):
 
     def prune(self, model: PreTrainedModel, kept: Tensor, out: Tensor | None = None) -> None:
         attention: Any = model.get_submodule(self.name)
-        now = Values(self.name, attention)  # it may have become narrower since
+        now = PrunableAttention(self.name, attention)  # it may have become narrower since
         kept = kept.cpu()
         heads = torch.arange(self.heads)[:, None]
         channels = getattr(attention, "value_channels", torch.arange(now.width).expand(self.heads, -1))
@@ -119,20 +129,20 @@ class Values(Site):
         model.set_submodule(self.name, narrow)
 
 
-def sites_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Site]:
+def prunable_modules(model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
     """The modules that can be narrower inside, in order. names: only those whose layers are all among these."""
-    found: list[Site] = []
+    modules: list[PrunableModule] = []
     known: dict[type[nn.Module], bool] = {}  # of one class one is tried
     for name, module in model.named_modules():
         projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
         if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
-            found.append(Values(name, module))
+            modules.append(PrunableAttention(name, module))
         elif projections == _GATED:
             if type(module) not in known:
                 known[type(module)] = _gated(module)
             if known[type(module)]:
-                found.append(Neurons(name, module))
-    return [site for site in found if names is None or set(site.places) <= set(names)]
+                modules.append(PrunableMLP(name, module))
+    return [module for module in modules if names is None or set(module.layers) <= set(names)]
 
 
 def activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -148,17 +158,19 @@ def _gated(mlp: nn.Module) -> bool:
     weight = source.gate_proj.weight
     x = torch.linspace(-2, 2, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(1, 2, -1)
     with torch.no_grad():
-        found = mlp(x)
+        out = mlp(x)
         want = source.down_proj(act(source.gate_proj(x)) * source.up_proj(x))
-    return isinstance(found, Tensor) and bool((found - want).abs().max() <= _CLOSE * want.abs().max())
+    return isinstance(out, Tensor) and bool((out - want).abs().max() <= _CLOSE * want.abs().max())
 
 
 def _nbytes(module: nn.Module, places: Iterable[str], width: int) -> tuple[int, int]:
     """Bytes of one of `width` dimensions of a module's layers, and of one weight."""
-    weights: list[Any] = [module.get_submodule(name.rpartition(".")[2]).weight for name in places]
-    size: int = weights[0].element_size()
+    layers = [module.get_submodule(name.rpartition(".")[2]) for name in places]
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    size = weights[0].element_size()
     return sum(weight.numel() for weight in weights) * size // width, size
 
 
-def _replace_weight(linear: Any, weight: Tensor) -> None:
+def _replace_weight(linear: nn.Module, weight: Tensor) -> None:
+    assert isinstance(linear, nn.Linear)
     linear.weight = nn.Parameter(checked(weight, linear.weight.dtype, "its weights").contiguous(), False)

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.core.hadamard import rotate, unrotate
+from workbench.core.hadamard import rotate
 from workbench.errors import NotApplicable
-from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.layers import CompactLinear
+from workbench.models.decoder import decoder_layers
+from workbench.weights.layers.rotated import PlainNorm, RotatedEmbedding, UnrotatedNorm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +30,7 @@ _WIDEST = 100.0  # how far a channel is scaled up or down at most
 
 
 @dataclass(frozen=True)
-class Turn:
+class LayerRotation:
     """What becomes of one layer y = W x + b: x' = (x / entering) rotated, y' = (y * leaving) rotated.
 
     entering [i], leaving [o]: float64. inner, outer: numbers that are rotated together on either side; 1: none. outer
@@ -51,15 +50,15 @@ class Turn:
 
     def out(self, y: Tensor) -> Tensor:
         """Outputs [..., o] as they become."""
-        own = y[..., self.first :] * self.leaving[self.first :]
-        return torch.cat([y[..., : self.first], _rotated(own, self.outer)], dim=-1)
+        behind = y[..., self.first :] * self.leaving[self.first :]
+        return torch.cat([y[..., : self.first], _rotated(behind, self.outer)], dim=-1)
 
-    def moment(self, moment: Tensor) -> Tensor:
-        """The second moment [i, i] of the inputs as they have become, float32."""
+    def hessian(self, hessian: Tensor) -> Tensor:
+        """The Hessian [i, i] of the inputs as they have become, float32."""
         divisor = self.entering
         least = _LEAST * divisor.abs().max()
         divisor = torch.where(divisor.abs() < least, torch.where(divisor < 0, -least, least), divisor)
-        half = _rotated(moment.double() / divisor / divisor[:, None], self.inner)
+        half = _rotated(hessian.double() / divisor / divisor[:, None], self.inner)
         return _rotated(half.T, self.inner).float()
 
     @property
@@ -73,69 +72,7 @@ def _rotated(x: Tensor, size: int) -> Tensor:
     return rotate(x.unflatten(-1, (-1, size))).flatten(-2) if size > 1 else x
 
 
-class TurnedEmbedding(nn.Embedding):
-    """An embedding whose vectors are looked up in the original's own table and then rotated."""
-
-    signs: Tensor
-
-    def __init__(self, original: nn.Embedding, signs: Tensor) -> None:
-        super().__init__(original.num_embeddings, original.embedding_dim, original.padding_idx, device="meta")
-        self.weight = original.weight
-        self.register_buffer("signs", signs)
-
-    def forward(self, input: Tensor) -> Tensor:
-        found = super().forward(input)
-        return rotate(found * self.signs.to(found.dtype))
-
-
-class TurnedBack(nn.Module):
-    """The norm at a decoder's end, which undoes the rotation before it."""
-
-    signs: Tensor
-
-    def __init__(self, norm: nn.Module, signs: Tensor) -> None:
-        super().__init__()
-        self.norm = norm
-        self.register_buffer("signs", signs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(unrotate(x) * self.signs.to(x.dtype))
-        return out
-
-
-class PlainNorm(nn.Module):
-    """x / rms(x): a norm whose weight has gone into the layers behind it."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class TurnedLinear(CompactLinear):
-    """A linear layer that rotates what enters it."""
-
-    def __init__(self, inner: nn.Linear | CompactLinear) -> None:
-        super().__init__(inner.in_features, inner.out_features)
-        self.inner = inner
-
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        inner = self.inner
-        own = inner.rows(first, last, dtype) if isinstance(inner, CompactLinear) else inner.weight[first:last].to(dtype)
-        return unrotate(own)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(rotate(x))
-        return out
-
-    def describe(self) -> dict[str, Any]:
-        return self.inner.describe() if isinstance(self.inner, CompactLinear) else super().describe()
-
-
-class Decoder:
+class DecoderRotation:
     """Where the rotations go in a decoder of a known form.
 
     Raises NotApplicable, with the reason, where the form is another: norms after modules (Gemma), experts, or layers
@@ -143,7 +80,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.blocks = blocks(model)
+        self.blocks = decoder_layers(model)
         self.name = next(iter(self.blocks)).rsplit(".", 2)[0]
         core: Any = model.get_submodule(self.name)
         self.core = core
@@ -170,10 +107,11 @@ class Decoder:
         draw = torch.Generator().manual_seed(seed)
         return (2 * torch.randint(0, 2, (self.width,), generator=draw) - 1).to(torch.int8)
 
-    def turns(self, block: str, signs: Tensor, seen: Mapping[str, InputStats] | None) -> dict[str, Turn]:
+    def rotations(self, block: str, signs: Tensor, squares: Mapping[str, Tensor] | None) -> dict[str, LayerRotation]:
         """What becomes of each linear layer of a block, by its full name.
 
-        seen: what enters the layers, to scale channels of values and neurons by; None: they are not scaled.
+        squares: mean squares [i] of what enters the layers, to scale channels of values and neurons by; None: they are
+        not scaled.
         """
         module: Any = self.blocks[block]
         device = module.self_attn.o_proj.weight.device
@@ -182,41 +120,42 @@ class Decoder:
         groups = (self.kv_heads, self.heads // self.kv_heads, d)  # how the inputs of o_proj divide
         values = torch.ones(self.kv_heads * d, dtype=torch.float64, device=device)
         neurons = torch.ones(mlp.down_proj.in_features, dtype=torch.float64, device=device)
-        if seen is not None:
+        if squares is not None:
             o_proj, down_proj = f"{block}.self_attn.o_proj", f"{block}.mlp.down_proj"
-            squares, weights = seen[o_proj].square, attention.o_proj.weight.detach().float().square().sum(dim=0)
-            values = balance(*(part.view(groups).sum(dim=1).flatten() for part in (squares, weights)))
-            neurons = balance(seen[down_proj].square, mlp.down_proj.weight.detach().float().square().sum(dim=0))
+            weights = attention.o_proj.weight.detach().float().square().sum(dim=0)
+            values = balance(*(part.view(groups).sum(dim=1).flatten() for part in (squares[o_proj], weights)))
+            neurons = balance(squares[down_proj], mlp.down_proj.weight.detach().float().square().sum(dim=0))
         entering = module.input_layernorm.weight.detach().double() * signs
-        made: dict[str, Turn] = {}
+        made: dict[str, LayerRotation] = {}
         for name in _projections("self_attn", attention)[:-1]:
             outputs = getattr(attention, name).out_features
             leaving = torch.ones(outputs, dtype=torch.float64, device=device)
             if name in ("v_proj", "qkv_proj"):
                 leaving[outputs - values.numel() :] = 1 / values
-                turn = Turn(entering, leaving, width, d, outputs - values.numel())
+                rotation = LayerRotation(entering, leaving, width, d, outputs - values.numel())
             else:
-                turn = Turn(entering, leaving, width)
-            made[f"{block}.self_attn.{name}"] = turn
+                rotation = LayerRotation(entering, leaving, width)
+            made[f"{block}.self_attn.{name}"] = rotation
         by_head = values.view(self.kv_heads, 1, d).expand(groups).flatten()
-        made[f"{block}.self_attn.o_proj"] = Turn(by_head, signs, d, width)
+        made[f"{block}.self_attn.o_proj"] = LayerRotation(by_head, signs, d, width)
         entering = module.post_attention_layernorm.weight.detach().double() * signs
         for name in _projections("mlp", mlp)[:-1]:
             outputs = getattr(mlp, name).out_features
             leaving = torch.ones(outputs, dtype=torch.float64, device=device)
             if name != "gate_proj":
                 leaving[outputs - neurons.numel() :] = 1 / neurons
-            made[f"{block}.mlp.{name}"] = Turn(entering, leaving, width)
-        made[f"{block}.mlp.down_proj"] = Turn(neurons, signs, neurons.numel(), width)
+            made[f"{block}.mlp.{name}"] = LayerRotation(entering, leaving, width)
+        made[f"{block}.mlp.down_proj"] = LayerRotation(neurons, signs, neurons.numel(), width)
         return made
 
-    def turn_ends(self, twin: PreTrainedModel, signs: Tensor) -> None:
+    def rotate_ends(self, twin: PreTrainedModel, signs: Tensor) -> None:
         """Rotate what enters the first block of a copy and undo it behind the last; weights of norms go, for they are
-        in what `turns` makes. The tables of the embedding and the head stay the original's own."""
-        own: Any = twin.get_submodule(self.name)
-        signs = signs.to(own.embed_tokens.weight.device)
-        own.embed_tokens = TurnedEmbedding(own.embed_tokens, signs)
-        own.norm = TurnedBack(own.norm, signs)
+        in what `rotations` makes. The tables of the embedding and the head stay the original's own.
+        """
+        core: Any = twin.get_submodule(self.name)
+        signs = signs.to(core.embed_tokens.weight.device)
+        core.embed_tokens = RotatedEmbedding(core.embed_tokens, signs)
+        core.norm = UnrotatedNorm(core.norm, signs)
         for name in self.blocks:
             block: Any = twin.get_submodule(name)
             for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -236,13 +175,13 @@ def balance(inputs: Tensor, weights: Tensor) -> Tensor:
     return (logs - logs.mean()).exp().clamp(1 / _WIDEST, _WIDEST)
 
 
-def turned_linear(linear: nn.Linear, turn: Turn) -> nn.Linear:
+def rotated_linear(linear: nn.Linear, rotation: LayerRotation) -> nn.Linear:
     """The layer as it becomes, in its own dtype, which holds no tensor of the original but a bias that stays."""
     made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(turn.weight(linear.weight).to(linear.weight.dtype), requires_grad=False)
+    made.weight = nn.Parameter(rotation.weight(linear.weight).to(linear.weight.dtype), requires_grad=False)
     bias = linear.bias
-    if bias is not None and turn.moves_bias:
-        bias = nn.Parameter(turn.out(bias.detach().double()).to(bias.dtype), requires_grad=False)
+    if bias is not None and rotation.moves_bias:
+        bias = nn.Parameter(rotation.out(bias.detach().double()).to(bias.dtype), requires_grad=False)
     made.bias = bias
     return made.train(linear.training)
 
@@ -254,9 +193,9 @@ def _projections(place: str, module: nn.Module) -> tuple[str, ...]:
 
 def _unknown(block: nn.Module) -> str | None:
     """Why a block is of no known form; None: it is."""
-    held = {name for name, child in block.named_children() if any(True for _ in child.parameters())}
-    if held != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        return f"holds {', '.join(sorted(held))}"
+    children = {name for name, child in block.named_children() if any(True for _ in child.parameters())}
+    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return f"holds {', '.join(sorted(children))}"
     if not _known_norm(block.input_layernorm) or not _known_norm(block.post_attention_layernorm):
         return f"normalises by {type(block.input_layernorm).__name__}"
     for place in ("self_attn", "mlp"):
@@ -271,5 +210,5 @@ def _unknown(block: nn.Module) -> str | None:
     return None
 
 
-def _known_norm(module: Any) -> bool:
+def _known_norm(module: object) -> bool:
     return type(module).__name__ in _NORMS

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench.progress import Progress
-from workbench_widgets import Heatmap, present
+from workbench_widgets import present
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views import Heatmap
 
 
 class HeadErrorPanel(Panel):
+    """The error of every head, of the plan or of the last run."""
+
     title = "Head error"
     needs = ("plan", "run", "selected")
 
@@ -25,12 +27,12 @@ class HeadErrorPanel(Panel):
             size="small",
             margin=(8, 4),
         )
-        self.source.param.watch(lambda event: self.stale(), "value")
+        self.source.param.watch(lambda _: self.stale(), "value")
         self.map = Heatmap.panel(brush=False, margin=0, visible=False)
         self._hint = hint("The errors come when a prompt has been read and a recipe planned.")
         Heatmap.watch(self.map, "selected", self._choose)
         self.body = pn.Column(self.source, self._hint, self.map, sizing_mode="stretch_width", margin=(6, 0))
-        self._quiet = False
+        self._quiet = Quiet()
         super().__init__(workspace)
 
     def _choose(self, cell: tuple[int, int] | None) -> None:
@@ -51,19 +53,16 @@ class HeadErrorPanel(Panel):
 
         self._hint.object = "<p>The errors are being computed …</p>"  # until they are there
 
-        def work(progress: Progress) -> dict[str, Any]:
+        def work(_progress: Progress) -> dict[str, object]:
             if of_run:
                 assert run is not None
                 return present.head_error(run.verdict.output_error, of="on the answer")
             assert plan is not None
             return present.head_error(plan.error, of="for the prompt's last 64 tokens")
 
-        def show(keywords: dict[str, Any]) -> None:
-            self._quiet = True
-            try:
+        def show(keywords: dict[str, object]) -> None:
+            with self._quiet.setting():
                 Heatmap.update(self.map, **keywords, selected=workspace.selected, dark=workspace.dark)
-            finally:
-                self._quiet = False
             self.map.visible, self._hint.visible = True, False
 
         workspace.look(work, self.in_view(show))

@@ -7,10 +7,12 @@ import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.work.workspace import Workspace
 
 
 class MemoryPanel(Panel):
+    """The timeline of the last run, or of all of them."""
+
     title = "Memory"
     needs = ("reading", "run", "rows")
 
@@ -29,7 +31,7 @@ class MemoryPanel(Panel):
             **slim,
         )
         for widget in (self.scope, self.weights, self.trace):
-            widget.param.watch(lambda event: self.stale(), "value")
+            widget.param.watch(lambda _: self.stale(), "value")
         self.figure = pn.pane.Plotly(
             None, config={"displaylogo": False}, sizing_mode="stretch_width", height=380, visible=False
         )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench.progress import Progress
-from workbench_widgets import Heatmap, figures, present
-from workbench_widgets.app.doing import Doing
+from workbench_widgets import figures, present
 from workbench_widgets.app.panels.panel import UNFINISHED, Panel, hint
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.parts.stage_row import StageRow
+from workbench_widgets.app.work.workspace import Workspace
+from workbench_widgets.views import Heatmap
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 class OutliersPanel(Panel):
+    """The profile by layer, and the map by layer and channel, of keys, values, activations or weights."""
+
     title = "Outliers"
     needs = ("reading",)
 
@@ -26,17 +32,17 @@ class OutliersPanel(Panel):
             size="small",
             margin=(8, 4),
         )
-        self.kind.param.watch(lambda event: self.stale(), "value")
+        self.kind.param.watch(lambda _: self.stale(), "value")
         self.profile = pn.pane.Plotly(
             None, config={"displaylogo": False}, sizing_mode="stretch_width", height=340, visible=False
         )
         self.map = Heatmap.panel(brush=True, margin=(12, 0, 0, 0), visible=False)
         self._hint = hint("The statistics come when a prompt has been read.")
-        self.doing = Doing(workspace, "looking_stage", workspace.looking.cancel)
+        self.doing = StageRow(workspace, "looking_stage", workspace.looking.cancel)
         self.body = pn.Column(
             self.kind, self.doing.body, self._hint, self.profile, self.map, sizing_mode="stretch_width", margin=(6, 0)
         )
-        self._of = ""  # the kind that is shown
+        self._shown_kind = ""  # the kind that is shown
         super().__init__(workspace)
 
     def refresh(self) -> None:
@@ -45,19 +51,18 @@ class OutliersPanel(Panel):
             return
         session, dark = workspace.reading.session, workspace.dark
         self._hint.object = "<p>The statistics are being computed …</p>"  # until they are there
-        if kind != self._of:  # those of another kind would be mistaken for them
+        if kind != self._shown_kind:  # those of another kind would be mistaken for them
             self._hint.visible, self.profile.visible, self.map.visible = True, False, False
 
-        def work(progress: Progress) -> tuple[Any, dict[str, Any] | None]:
+        def work(progress: Progress) -> tuple[go.Figure, dict[str, object] | None]:
             frame = session.outliers(kind, progress=progress)
             title = f"Outliers of the {kind} by layer"
-            return figures.outlier_profile(present.outliers(frame), dark=dark, title=title), present.outlier_map(
-                frame, kind=kind
-            )
+            profile = figures.outlier_profile(present.outliers(frame), dark=dark, title=title)
+            return profile, present.outlier_map(frame, kind=kind)
 
-        def show(found: tuple[Any, dict[str, Any] | None]) -> None:
-            profile, grid = found
-            self._of = kind
+        def show(outcome: tuple[go.Figure, dict[str, object] | None]) -> None:
+            profile, grid = outcome
+            self._shown_kind = kind
             self._hint.visible, self.profile.visible, self.map.visible = False, True, grid is not None
             self.profile.object = profile
             if grid is not None:

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from types import MappingProxyType
 
 import pandas as pd
 import panel as pn
 import panel_material_ui as pmu
 
 from workbench_widgets import figures, present
+from workbench_widgets.app.elements.method_form import method_title
+from workbench_widgets.app.elements.table import csv_of, fill, table
+from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.recipe_form import kv_methods, name
-from workbench_widgets.app.table import fill, table
-from workbench_widgets.app.text_field import TextField
-from workbench_widgets.app.workspace import Workspace
+from workbench_widgets.app.state.recipe_slots import kv_methods
+from workbench_widgets.app.work.workspace import Workspace
 
-_COLUMNS = {  # column -> title, width; the file has all there is
-    "run": ("#", 40),
-    "recipe": ("Recipe", 150),
-    "kv_share": ("Share", 72),
-    "kv_mib": ("KV MiB", 80),
-    "host_mib": ("Host MiB", 86),
-    "score_share": ("Scores", 72),
-    "kl": ("KL", 70),
-    "top1": ("Top-1", 72),
-    "nll_difference": ("NLL diff.", 86),
-    "perplexity": ("Perplexity", 104),
-    "tokens_per_s": ("Tokens/s", 92),
-    "text": ("Answer", 0),
-}
-_MEANINGS = {  # column -> what its title says when it is pointed at
-    "kv_share": "Bytes of the cache, of the uncompressed one's",
-    "score_share": "Attention score entries computed while the prompt was read, of all causal ones",
-    "top1": "Positions at which the most likely token is that of the uncompressed run",
-}
+_COLUMNS = MappingProxyType(
+    {  # column -> title, width; the file has all there is
+        "run": ("#", 40),
+        "recipe": ("Recipe", 150),
+        "kv_share": ("Share", 72),
+        "kv_mib": ("KV MiB", 80),
+        "host_mib": ("Host MiB", 86),
+        "score_share": ("Scores", 72),
+        "kl": ("KL", 70),
+        "top1": ("Top-1", 72),
+        "nll_difference": ("NLL diff.", 86),
+        "perplexity": ("Perplexity", 104),
+        "tokens_per_s": ("Tokens/s", 92),
+        "text": ("Answer", 0),
+    }
+)
+_MEANINGS = MappingProxyType(
+    {  # column -> what its title says when it is pointed at
+        "kv_share": "Bytes of the cache, of the uncompressed one's",
+        "score_share": "Attention score entries computed while the prompt was read, of all causal ones",
+        "top1": "Positions at which the most likely token is that of the uncompressed run",
+    }
+)
 
 
 class RunsPanel(Panel):
@@ -45,7 +50,7 @@ class RunsPanel(Panel):
     needs = ("rows", "working", "reading")
 
     def __init__(self, workspace: Workspace, compare: Callable[[list[str], list[str]], None]) -> None:
-        every = {name(cls): cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
+        every = {method_title(cls): cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
         self.methods = pmu.MultiChoice(
             label="Methods",
             options=every,
@@ -66,7 +71,7 @@ class RunsPanel(Panel):
             label="Compare", icon="compare_arrows", variant="outlined", width=140, margin=(8, 12, 8, 0)
         )
         self.start.on_click(
-            lambda event: compare([str(key) for key in self.methods.value or ()], _split(self.budgets.value))
+            lambda _: compare([str(key) for key in self.methods.value or ()], _split(self.budgets.value))
         )
         self.download = pmu.FileDownload(
             callback=self._csv,
@@ -84,8 +89,8 @@ class RunsPanel(Panel):
             margin=(8, 4),
             visible=False,
         )
-        self.quality.param.watch(lambda event: self.stale(), "value")
-        self.table: Any = None
+        self.quality.param.watch(lambda _: self.stale(), "value")
+        self.table: pn.widgets.Tabulator | None = None
         self._table_at = pn.Column(sizing_mode="stretch_width", margin=0)
         self.figure = pn.pane.Plotly(
             None, config={"displaylogo": False}, sizing_mode="stretch_width", height=420, visible=False
@@ -121,7 +126,7 @@ class RunsPanel(Panel):
                 present.pareto(measured), quality=self.quality.value, lower_is_better=better, dark=workspace.dark
             )
 
-    def _tabulate(self, frame: Any, hidden: list[str]) -> None:
+    def _tabulate(self, frame: pd.DataFrame, hidden: list[str]) -> None:
         dark = self.workspace.dark
         if self.table is None:
             self.table = _table(frame, hidden, dark)
@@ -132,14 +137,11 @@ class RunsPanel(Panel):
         fill(self.table, frame, dark=dark)
 
     def _csv(self) -> io.StringIO:
-        text = io.StringIO()
-        self.workspace.rows.to_csv(text, index=False)
-        text.seek(0)
-        return text
+        return csv_of(self.workspace.rows)
 
 
-def _table(frame: Any, hidden: list[str], dark: bool) -> Any:
-    formats = {name: "0.0%" for name in ("kv_share", "score_share", "top1")}
+def _table(frame: pd.DataFrame, hidden: list[str], dark: bool) -> pn.widgets.Tabulator:
+    formats = dict.fromkeys(("kv_share", "score_share", "top1"), "0.0%")
     formats |= {
         "kv_mib": "0.00",
         "host_mib": "0.00",
@@ -148,7 +150,9 @@ def _table(frame: Any, hidden: list[str], dark: bool) -> Any:
         "perplexity": "0.000",
         "tokens_per_s": "0.0",
     }
-    return table(frame, _COLUMNS, formats, dark=dark, right=("run",), hidden_columns=hidden, header_tooltips=_MEANINGS)
+    return table(
+        frame, _COLUMNS, formats, dark=dark, right=("run",), hidden_columns=hidden, header_tooltips=dict(_MEANINGS)
+    )
 
 
 def _shown(rows: pd.DataFrame) -> pd.DataFrame:

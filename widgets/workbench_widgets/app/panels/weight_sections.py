@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pandas as pd
 
@@ -12,33 +13,42 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.session import Session
 from workbench_widgets import weight_views
-from workbench_widgets.app.recent import Recent
-from workbench_widgets.present import Figure
+from workbench_widgets.app.work.lru_cache import LRUCache
+from workbench_widgets.present import KeyFigure
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from workbench.inspection.channels import Kind
+    from workbench.weights.reports.spectra import Spectrum
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be looked at. recipe: of weight methods only; None: the model as it is. memory: what is known."""
+class WeightQuery:
+    """What is to be looked at.
+
+    recipe: of weight methods only; None: the model as it is. cache: what was computed before.
+    """
 
     session: Session
     recipe: Recipe | None
-    memory: Recent
+    cache: LRUCache
     layer: int
     module: str
     measure: str
-    kind: str
-    each: str
+    kind: Kind
+    each: Literal["layer", "module"]
     dark: bool
 
 
-class Look(NamedTuple):
+class SectionContent(NamedTuple):
     """What a section shows, each part where there is one."""
 
-    numbers: list[Figure] = []  # noqa: RUF012  (nobody adds to it)
-    map: dict[str, Any] | None = None
-    figures: tuple[Any, ...] = ()
+    numbers: Sequence[KeyFigure] = ()
+    map: dict[str, object] | None = None
+    figures: tuple[go.Figure, ...] = ()
     table: pd.DataFrame | None = None
-    said: str = ""
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,126 +56,139 @@ class Section:
     """One section: which choices it has, whether it needs a recipe, and how it is made."""
 
     title: str
-    make: Callable[[Asked, Progress], Look]
+    make: Callable[[WeightQuery, Progress], SectionContent]
     choices: tuple[str, ...] = ()
     needs_recipe: bool = False
-    asks_first: tuple[str, str] = field(default=("", ""))  # the button that starts it, and what it says beside it
+    asks_first: tuple[str, str] = ("", "")  # the button that starts it, and what it says beside it
 
 
-def layers(asked: Asked, progress: Progress) -> Look:
+def layers(query: WeightQuery, progress: Progress) -> SectionContent:
     """Errors, bits, ranks and densities over layers and modules."""
-    census = census_of(asked, progress)
-    measure = asked.measure if asked.measure in weight_views.chosen(census) else weight_views.chosen(census)[0]
-    return Look(weight_views.weight_figures(census), weight_views.weight_map(census, measure), table=_rows(census))
+    census = census_of(query, progress)
+    measure = query.measure if query.measure in weight_views.chosen(census) else weight_views.chosen(census)[0]
+    return SectionContent(
+        weight_views.weight_figures(census), weight_views.weight_map(census, measure), table=_rows(census)
+    )
 
 
-def spectra(asked: Asked, progress: Progress) -> Look:
+def spectra(query: WeightQuery, progress: Progress) -> SectionContent:
     """The singular values of one weight, before and after."""
 
-    def one(recipe: Recipe | None) -> Any:
-        key = ("spectrum", recipe, asked.layer, asked.module)
-        found = asked.memory.once(
-            key, lambda: asked.session.spectra(recipe, layer=asked.layer, module=asked.module, progress=progress)
+    def spectrum(recipe: Recipe | None) -> Spectrum | None:
+        spectra = query.cache.once(
+            ("spectrum", recipe, query.layer, query.module),
+            lambda: query.session.spectra(recipe, layer=query.layer, module=query.module, progress=progress),
         )
-        return found[0] if len(found) else None
+        return spectra[0] if len(spectra) else None
 
-    before, after = one(None), None if asked.recipe is None else one(asked.recipe)
+    before, after = spectrum(None), None if query.recipe is None else spectrum(query.recipe)
     if before is None:
-        return Look(said="This layer has no module of this name.")
-    return Look(weight_views.ranks(before, after), figures=(weight_views.spectrum(before, after, dark=asked.dark),))
+        return SectionContent(remark="This layer has no module of this name.")
+    return SectionContent(
+        weight_views.ranks(before, after), figures=(weight_views.spectrum(before, after, dark=query.dark),)
+    )
 
 
-def outliers(asked: Asked, progress: Progress) -> Look:
+def outliers(query: WeightQuery, progress: Progress) -> SectionContent:
     """Outliers of weights or activations, by layer and by channel, before and after."""
 
-    def one(recipe: Recipe | None) -> pd.DataFrame:
-        frame = asked.memory.once(
-            ("outliers", asked.kind, recipe),
-            lambda: asked.session.outliers(asked.kind, recipe, progress=progress),  # type: ignore[arg-type]
+    def channels(recipe: Recipe | None) -> pd.DataFrame:
+        frame = query.cache.once(
+            ("outliers", query.kind, recipe),
+            lambda: query.session.outliers(query.kind, recipe, progress=progress),
         )
-        return frame[frame.module == asked.module] if "module" in frame else frame
+        return frame[frame.module == query.module] if "module" in frame else frame
 
-    before, after = one(None), None if asked.recipe is None else one(asked.recipe)
-    of = f"the weights of {asked.module}" if asked.kind == "weights" else "what enters the layers"
-    return Look(
+    before, after = channels(None), None if query.recipe is None else channels(query.recipe)
+    of = f"the weights of {query.module}" if query.kind == "weights" else "what enters the layers"
+    return SectionContent(
         figures=(
-            weight_views.outlier_layers(before, after, of=of, dark=asked.dark),
-            weight_views.outlier_channels(before, after, asked.layer, of=of, dark=asked.dark),
+            weight_views.outlier_layers(before, after, of=of, dark=query.dark),
+            weight_views.outlier_channels(before, after, query.layer, of=of, dark=query.dark),
         )
     )
 
 
-def rounding(asked: Asked, progress: Progress) -> Look:
+def rounding(query: WeightQuery, progress: Progress) -> SectionContent:
     """How well inputs lend themselves to rounding, before and after."""
 
-    def one(recipe: Recipe | None) -> pd.DataFrame:
-        return asked.memory.once(("rounding", recipe), lambda: asked.session.rounding(recipe, progress=progress))
+    def figures_of_rounding(recipe: Recipe | None) -> pd.DataFrame:
+        return query.cache.once(("rounding", recipe), lambda: query.session.rounding(recipe, progress=progress))
 
-    before, after = one(None), None if asked.recipe is None else one(asked.recipe)
-    return Look(
+    before, after = figures_of_rounding(None), None if query.recipe is None else figures_of_rounding(query.recipe)
+    return SectionContent(
         figures=(
-            weight_views.kernel_lines(before, after, asked.module, dark=asked.dark),
-            weight_views.space_lines(before, after, asked.module, dark=asked.dark),
+            weight_views.kernel_lines(before, after, query.module, dark=query.dark),
+            weight_views.space_lines(before, after, query.module, dark=query.dark),
         )
     )
 
 
-def sensitivity(asked: Asked, progress: Progress) -> Look:
+def sensitivity(query: WeightQuery, progress: Progress) -> SectionContent:
     """Which layer hurts."""
-    found = asked.memory.once(
-        sensitivity_key(asked),
-        lambda: asked.session.sensitivity(asked.recipe, each=asked.each, progress=progress),  # type: ignore[arg-type]
+    recipe = query.recipe
+    assert recipe is not None
+    frame = query.cache.once(
+        sensitivity_key(query),
+        lambda: query.session.sensitivity(recipe, each=query.each, progress=progress),
     )
-    if asked.each == "module":
-        inside = found[found.layer.notna()]
+    if query.each == "module":
+        inside = frame[frame.layer.notna()]
         names = list(dict.fromkeys(inside.module))
         grid = inside.pivot_table(index="layer", columns="module", values="kl", dropna=False).reindex(columns=names)
         label = "KL of each module compressed alone, nats a token"
-        return Look(map=weight_views.grid_map(grid.to_numpy(float), names, label), table=found)
-    return Look(
+        return SectionContent(map=weight_views.grid_map(grid.to_numpy(float), names, label), table=frame)
+    return SectionContent(
         figures=(
-            weight_views.hurting_layers(found, dark=asked.dark),
-            weight_views.hurting_modules(found, dark=asked.dark),
+            weight_views.hurting_layers(frame, dark=query.dark),
+            weight_views.hurting_modules(frame, dark=query.dark),
         )
     )
 
 
-def left_alone(asked: Asked, progress: Progress) -> Look:
+def left_alone(query: WeightQuery, progress: Progress) -> SectionContent:
     """What keeps its precision, and why."""
-    left = weight_views.left_alone(census_of(asked, progress))
-    said = "" if len(left) else "Every weight matrix is compressed."
-    return Look(table=left if len(left) else None, said=said)
+    left = weight_views.left_alone(census_of(query, progress))
+    if not len(left):
+        return SectionContent(remark="Every weight matrix is compressed.")
+    return SectionContent(table=left)
 
 
-def census_of(asked: Asked, progress: Progress) -> pd.DataFrame:
-    recipe = asked.recipe
+def census_of(query: WeightQuery, progress: Progress) -> pd.DataFrame:
+    """What became of every weight; needs a recipe."""
+    recipe = query.recipe
     assert recipe is not None
-    return asked.memory.once(("census", recipe), lambda: asked.session.census(recipe, progress=progress))
+    return query.cache.once(("census", recipe), lambda: query.session.census(recipe, progress=progress))
 
 
-def sensitivity_key(asked: Asked) -> Any:
-    """Under what the memory knows a sensitivity."""
-    return ("sensitivity", asked.recipe, asked.each)
+def sensitivity_key(query: WeightQuery) -> Hashable:
+    """The key of a sensitivity in the cache."""
+    return ("sensitivity", query.recipe, query.each)
 
 
 def _rows(census: pd.DataFrame) -> pd.DataFrame:
     shown = census.assign(mib=census.bytes / 2**20, rank=census["rank"].astype(float), chosen=census.chosen.fillna(""))
-    kept = ("name", "form", "bits", "rank", "density", "mib", "share", "weight_error", "output_error", "chosen")
-    said = [name for name in kept if shown[name].replace("", None).notna().any()]
-    return shown[said].assign(name=shown.name.str.removeprefix("model."))
+    columns = ("name", "form", "bits", "rank", "density", "mib", "share", "weight_error", "output_error", "chosen")
+    filled = [name for name in columns if shown[name].replace("", None).notna().any()]
+    return shown[filled].assign(name=shown.name.str.removeprefix("model."))
 
 
-SECTIONS = {
-    "layers": Section("Layers", layers, ("measure",), needs_recipe=True),
-    "spectra": Section("Singular values", spectra, ("layer", "module")),
-    "outliers": Section("Outliers", outliers, ("kind", "layer", "module")),
-    "rounding": Section("Rounding", rounding, ("module",)),
-    "sensitivity": Section(
-        "Which layer hurts",
-        sensitivity,
-        ("each",),
-        needs_recipe=True,
-        asks_first=("Measure", "Compresses each part of the model alone and reads a few calibration texts with it."),
-    ),
-    "left": Section("Left alone", left_alone, needs_recipe=True),
-}
+SECTIONS: Mapping[str, Section] = MappingProxyType(
+    {
+        "layers": Section("Layers", layers, ("measure",), needs_recipe=True),
+        "spectra": Section("Singular values", spectra, ("layer", "module")),
+        "outliers": Section("Outliers", outliers, ("kind", "layer", "module")),
+        "rounding": Section("Rounding", rounding, ("module",)),
+        "sensitivity": Section(
+            "Which layer hurts",
+            sensitivity,
+            ("each",),
+            needs_recipe=True,
+            asks_first=(
+                "Measure",
+                "Compresses each part of the model alone and reads a few calibration texts with it.",
+            ),
+        ),
+        "left": Section("Left alone", left_alone, needs_recipe=True),
+    }
+)

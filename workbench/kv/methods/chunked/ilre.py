@@ -11,7 +11,7 @@ from torch.nn.functional import max_pool1d
 
 from workbench.core.attention_rows import row_blocks
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Contents, Store
+from workbench.kv.stores import Dequantised, Store
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.registry import Paper, param, register
 from workbench.trace import LayerTrace
@@ -200,9 +200,9 @@ class KeyStore(Store):
         self.keys[:, self.count : end] = keys
         self.count = end
 
-    def contents(self, dtype: torch.dtype) -> Contents:
+    def contents(self, dtype: torch.dtype) -> Dequantised:
         keys = self.appended.to(dtype)
-        return Contents(keys, keys[..., :0], *self.slots())
+        return Dequantised(keys, keys[..., :0], *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {str(self.keys.dtype).removeprefix("torch."): [self.keys]}

@@ -102,6 +102,8 @@ class RecentAttention(Retriever):
     entries each head fetches.
     """
 
+    observes = True
+
     def __init__(self, rows: Tensor, positions: Rows, counts: tuple[int, ...], oldest: int = 0) -> None:
         self.rows, self.positions, self.counts, self.oldest = rows, positions, counts, oldest
 
@@ -118,7 +120,7 @@ class RecentAttention(Retriever):
         slots, chosen = (x.to(query.device)[:, None].expand(size) for x in (best.indices, chosen))
         return slots, chosen
 
-    def watch(self, weights: Tensor, positions: Tensor) -> None:
+    def observe(self, weights: Tensor, positions: Tensor) -> None:
         weights, positions = weights.sum(dim=1).cpu(), positions.cpu()  # [k, q, m], [k, m]
         self._make_room(int(positions.max()) + 1)
         new = torch.zeros(weights.shape[1], self.rows.shape[1])

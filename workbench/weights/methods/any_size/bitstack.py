@@ -13,7 +13,7 @@ from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import BitBlock, BitBlocksLinear, bit_block_nbytes
-from workbench.weights.solvers.ladder import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,14 +71,14 @@ class BitStack(WeightMethod):
         if limit >= full:
             return
         stack = study.once(self.parameter_key(), lambda: self._stack(linears, study, progress))
-        loaded = levels(stack.ladders, stack.order, limit)
+        loaded = sizes_within(stack.sizes, stack.order, limit)
         for name, linear in linears.items():
             twin.set_submodule(name, BitBlocksLinear(stack.blocks[name][: loaded[name] + 1], linear.bias))
 
     def _stack(self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress) -> _Stack:
         blocks: dict[str, list[BitBlock]] = {}
-        ladders: dict[str, list[Rung]] = {}
-        for _, inputs in study.inputs(moments=False, progress=progress):
+        sizes: dict[str, list[Size]] = {}
+        for _, inputs in study.inputs(hessians=False, progress=progress):
             for name in (name for name in linears if name in inputs):
                 progress.update(f"compressing by {self.key}", len(blocks), len(linears))
                 linear = linears[name]
@@ -86,10 +86,10 @@ class BitStack(WeightMethod):
                 with self.naming(name):
                     blocks[name], errors = decompose(weight, scale, self._rank(linear), self._count(linear))
                 size = self._block(linear)
-                ladders[name] = [Rung(size * (number + 1), error) for number, error in enumerate(errors)]
+                sizes[name] = [Size(size * (number + 1), error) for number, error in enumerate(errors)]
         progress.update(f"compressing by {self.key}", len(linears), len(linears))
-        ladders = {name: ladders[name] for name in linears}
-        return _Stack(blocks, ladders, order(ladders))
+        sizes = {name: sizes[name] for name in linears}
+        return _Stack(blocks, sizes, growth_order(sizes))
 
     def _limit(self, full: int) -> int:
         assert self.effective_budget is not None
@@ -111,7 +111,7 @@ class _Stack(NamedTuple):
     """All blocks of all layers, and in which order they are loaded."""
 
     blocks: dict[str, list[BitBlock]]
-    ladders: dict[str, list[Rung]]
+    sizes: dict[str, list[Size]]
     order: list[str]
 
 
@@ -148,9 +148,9 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     width = min(rank + _SPARE, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0))
-    found = torch.linalg.qr(matrix @ start.to(matrix))[0]
+    basis = torch.linalg.qr(matrix @ start.to(matrix))[0]
     for _ in range(_ROUNDS):
-        found = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ found)[0])[0]
-    left, values, right = torch.linalg.svd(found.T @ matrix, full_matrices=False)
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     share = values[:rank].sqrt()
-    return found @ left[:, :rank] * share, share[:, None] * right[:rank]
+    return basis @ left[:, :rank] * share, share[:, None] * right[:rank]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.solvers.ladder import Rung, levels, order
+from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class DoubleRounding(WeightMethod):
 
     Without a budget every layer has `bits`. With one, that is the widest, and single layers get fewer (the paper's
     mixed precision): bytes go where they lower the error of a layer's outputs most, relative to the outputs and
-    measured by second moments, in place of the paper's traces of Hessians and integer programs (section 3.3). The paper
+    measured by Hessians, in place of the paper's traces of Hessians and integer programs (section 3.3). The paper
     trains the widths together (with learning rates of their own for the steps); here nothing is trained, which is felt
     at 3 bits and below.
     """
@@ -46,7 +46,7 @@ class DoubleRounding(WeightMethod):
     title = "Double Rounding"
     paper = Paper("Nearly Lossless Adaptive Bit Switching", "Huang et al. 2025", "2502.01199")
     claim = "one stored integer model switches between bit-widths nearly without loss"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
     every_size: ClassVar[bool] = True
 
     bits: Literal[2, 3, 4, 5, 6, 8] = param(8, help="bits of each weight; with a budget, the most of any layer")
@@ -74,8 +74,8 @@ class DoubleRounding(WeightMethod):
         if self.budget is None:
             chosen = dict.fromkeys(linears, len(widths) - 1)
         else:
-            ladders = {name: ladder[: len(widths)] for name, ladder in master.ladders.items()}
-            chosen = levels(ladders, order(ladders), self._limit(linears))
+            sizes = {name: layer[: len(widths)] for name, layer in master.sizes.items()}
+            chosen = sizes_within(sizes, growth_order(sizes), self._limit(linears))
         for name, linear in progress.track(linears.items(), f"compressing by {self.key}", len(linears)):
             with self.naming(name):
                 small = narrower(*master.stored[name], widths[chosen[name]], linear.bias, symmetric=self.symmetric)
@@ -83,8 +83,8 @@ class DoubleRounding(WeightMethod):
 
     def _master(self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress) -> _Master:
         stored: dict[str, tuple[Tensor, Grid]] = {}
-        ladders: dict[str, list[Rung]] = {}
-        for _, inputs in study.inputs(moments=True, progress=progress):
+        sizes: dict[str, list[Size]] = {}
+        for _, inputs in study.inputs(hessians=True, progress=progress):
             for name in (name for name in linears if name in inputs):
                 progress.update(f"rounding by {self.key}", len(stored), len(linears))
                 linear = linears[name]
@@ -93,10 +93,10 @@ class DoubleRounding(WeightMethod):
                 with self.naming(name):
                     grid = fit(weight, _MASTER, group, symmetric=self.symmetric)
                 stored[name] = grid.codes(weight), grid
-                found = (lost(weight, *stored[name], b, inputs[name], symmetric=self.symmetric) for b in _WIDTHS)
-                ladders[name] = [Rung(self._nbytes(linear, b), e) for b, e in zip(_WIDTHS, found, strict=True)]
+                errors = (lost(weight, *stored[name], b, inputs[name], symmetric=self.symmetric) for b in _WIDTHS)
+                sizes[name] = [Size(self._nbytes(linear, b), e) for b, e in zip(_WIDTHS, errors, strict=True)]
         progress.update(f"rounding by {self.key}", len(linears), len(linears))
-        return _Master(stored, {name: ladders[name] for name in linears})
+        return _Master(stored, {name: sizes[name] for name in linears})
 
     def _master_key(self) -> tuple[object, ...]:
         return type(self), self.group_size, self.symmetric
@@ -117,7 +117,7 @@ class _Master(NamedTuple):
     """The 8-bit codes [o, i] of every layer with their grid, and what each width of it takes and loses."""
 
     stored: dict[str, tuple[Tensor, Grid]]
-    ladders: dict[str, list[Rung]]
+    sizes: dict[str, list[Size]]
 
 
 def rounded(codes: Tensor, bits: int, *, symmetric: bool = False) -> Tensor:
@@ -143,12 +143,12 @@ def narrower(
     """The layer at `bits` bits that 8-bit codes [o, i] give."""
     coarse = coarser(grid, bits, symmetric=symmetric)
     zero = None if symmetric else coarse.zero.to(torch.uint8 if bits == _MASTER else torch.float16)
-    found = rounded(codes, bits, symmetric=symmetric)
-    return PackedLinear(found, coarse.scale, zero, bits, bias, group=grid.group)
+    few = rounded(codes, bits, symmetric=symmetric)
+    return PackedLinear(few, coarse.scale, zero, bits, bias, group=grid.group)
 
 
 def lost(weight: Tensor, codes: Tensor, grid: Grid, bits: int, inputs: InputStats, *, symmetric: bool = False) -> float:
     """The share of the mean square of a layer's outputs that is lost at `bits` bits of its codes."""
-    found = coarser(grid, bits, symmetric=symmetric).values(rounded(codes, bits, symmetric=symmetric))
+    rounded_weight = coarser(grid, bits, symmetric=symmetric).dequantised(rounded(codes, bits, symmetric=symmetric))
     whole = inputs.output_error(weight).sum()
-    return float(inputs.output_error(found - weight).sum() / whole) if whole > 0 else 0.0
+    return float(inputs.output_error(rounded_weight - weight).sum() / whole) if whole > 0 else 0.0

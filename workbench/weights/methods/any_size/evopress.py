@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.evolution import evolve, exchanges, filled, switched, uniform
-from workbench.engine.attention_hook import exclusive
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Paper, find, param, register
-from workbench.weights.base import WeightMethod, sharing_copy
-from workbench.weights.calibration.block_by_block import Stream, blocks
-from workbench.weights.calibration.model_head import Ending
+from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.layers import CompactLinear
+from workbench.weights.calibration.switched_model import SwitchedModel
+from workbench.weights.compress import compressed_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +44,8 @@ class EvoPress(WeightMethod):
     Each layer is compressed once at every level (bits, or shares of its bytes) by another method; the search then only
     switches between them. It is a (1 + λ) evolution: each child raises the levels of one to three layers and lowers
     others, so that the total stays, and is judged by the divergence of the next token's distribution from the
-    uncompressed model's over calibration texts, in steps of more and more texts (algorithm 1; `workbench.core.evolution`).
-    Nothing is assumed about how the errors of layers add up.
+    uncompressed model's over calibration texts, in steps of more and more texts (algorithm 1;
+    `workbench.core.evolution`). Nothing is assumed about how the errors of layers add up.
 
     The paper searches for hundreds of generations of 64 to 128 children over millions of tokens; the defaults here are
     sized for minutes on two cores. For so few the beginning matters. The paper's is one level everywhere; here each
@@ -114,59 +112,59 @@ class EvoPress(WeightMethod):
         return self.methods()[0].refuses(linear)
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        within = blocks(cast("PreTrainedModel", model))
+        within = decoder_layers(cast("PreTrainedModel", model))
         outside = [name for name in linears if placed(name, within)[0] is None]
         return {
             **self.methods()[0].refused(model, linears),
-            **{name: "it stands in no block, and only blocks are run again" for name in outside},
+            **dict.fromkeys(outside, "it stands in no block, and only blocks are run again"),
         }
 
     def full_nbytes(self, linear: nn.Linear) -> int:
         return self.methods()[0].full_nbytes(linear)
 
     def check(self, linears: Mapping[str, nn.Linear]) -> None:
-        self._possible(linears)
+        self.possible(linears)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
-        possible = self._possible(linears)
-        sizes = _sizes(possible, linears)
+        sizes = _sizes(self.possible(linears), linears)
         least, most = int(sizes.amin(dim=1).sum()), int(sizes.amax(dim=1).sum())
-        limit = self._limit(linears)
+        limit = self.limit(linears)
         return most if limit is None else max(least, min(limit, most))
 
-    def _limit(self, linears: Mapping[str, nn.Linear]) -> int | None:
+    def limit(self, linears: Mapping[str, nn.Linear]) -> int | None:
+        """How many bytes these layers may take together; None: as many as they do."""
         full = sum(self.full_nbytes(linear) for linear in linears.values())
         return None if self.effective_budget is None else self.effective_budget.nbytes(full)
 
-    def _possible(self, linears: Mapping[str, nn.Linear]) -> list[WeightMethod]:
+    def possible(self, linears: Mapping[str, nn.Linear]) -> list[WeightMethod]:
         """The levels that all these layers can have, smallest first. Raises what the last of them raised if none."""
-        found, refusal = [], None
+        methods, refusal = [], None
         for method in self.methods():
             try:
                 method.check(linears)
-                found.append(method)
+                methods.append(method)
             except BudgetTooSmall as error:
                 refusal = error
-        if not found and refusal is not None:
+        if not methods and refusal is not None:
             raise refusal
-        return sorted(found, key=lambda method: sum(method.nbytes(linear) for linear in linears.values()))
+        return sorted(methods, key=lambda method: sum(method.nbytes(linear) for linear in linears.values()))
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        methods = self._possible(linears)
+        methods = self.possible(linears)
         made = [
             compressed_once(study, method, linears, progress.part(index, len(methods), f"compressing by {self.of}"))
             for index, method in enumerate(methods)
         ]
-        sizes, limit = _sizes(methods, linears), self._limit(linears)
+        sizes, limit = _sizes(methods, linears), self.limit(linears)
         if bool((sizes.diff(dim=1) < 0).any()):
             raise NotApplicable(f"{self.key}: the levels of {self.of} are not in the same order for every layer")
         names = list(linears)
         if limit is None:
             levels = torch.full((len(names),), len(methods) - 1)
         else:
-            levels = self._searched(study, names, made, sizes, limit, progress)[0]
+            levels = self.searched(study, names, made, sizes, limit, progress)[0]
         for name, level in zip(names, levels.tolist(), strict=True):
             twin.set_submodule(name, made[level][name])
 
@@ -174,16 +172,16 @@ class EvoPress(WeightMethod):
         """What the search chooses for a model, without a compressed copy of it; found once for each study."""
         survey = self.survey(model)
         asked, linears = cast("EvoPress", survey.method), survey.linears
-        limit = asked._limit(linears)
+        limit = asked.limit(linears)
         assert limit is not None  # there is a default budget
-        methods, progress = asked._possible(linears), progress or Progress()
+        methods, progress = asked.possible(linears), progress or Progress()
         made = [compressed_once(study, method, linears, progress) for method in methods]
-        levels, before, after = asked._searched(study, list(linears), made, _sizes(methods, linears), limit, progress)
+        levels, before, after = asked.searched(study, list(linears), made, _sizes(methods, linears), limit, progress)
         labels = [_label(method) for method in methods]
         chosen = {name: labels[level] for name, level in zip(linears, levels.tolist(), strict=True)}
         return Profile(chosen, before, after)
 
-    def _searched(
+    def searched(
         self,
         study: WeightStudy,
         names: Sequence[str],
@@ -192,13 +190,15 @@ class EvoPress(WeightMethod):
         limit: int,
         progress: Progress,
     ) -> tuple[Tensor, float, float]:
+        """The level of each layer int64 [u], and the divergence before and after the search; once for each study."""
+
         def search() -> tuple[Tensor, float, float]:
             ids = study.ids[: self.texts, : self.tokens]
-            trial = _Trial(study.model, ids, names, made, progress)
+            trial = SwitchedModel(study.model, ids, names, made, progress)
             draw = torch.Generator().manual_seed(self.seed)
             even = filled(uniform(sizes, limit), sizes, limit, draw)
             before = trial.divergence(even, range(ids.shape[0]))
-            found = evolve(
+            fittest = evolve(
                 self._begun(trial, even, before, sizes, limit, progress),
                 lambda parent, draw: switched(parent, sizes, limit, draw),
                 trial.divergence,
@@ -209,12 +209,12 @@ class EvoPress(WeightMethod):
                 progress=progress,
                 stage="searching levels",
             )
-            return found.levels, before, found.unfitness
+            return fittest.levels, before, fittest.unfitness
 
         return study.once((self.parameter_key(), limit), search)
 
     def _begun(
-        self, trial: _Trial, even: Tensor, before: float, sizes: Tensor, limit: int, progress: Progress
+        self, trial: SwitchedModel, even: Tensor, before: float, sizes: Tensor, limit: int, progress: Progress
     ) -> Tensor:
         """Where the search begins: the best of a few levels on the way of exchanges, or the same level everywhere."""
         if not self.slopes:
@@ -224,96 +224,6 @@ class EvoPress(WeightMethod):
         places = sorted({len(way) * part // 8 for part in (1, 2, 4, 8)} - {0})
         tried = [(before, even), *((trial.divergence(way[n - 1], range(trial.texts)), way[n - 1]) for n in places)]
         return min(tried, key=lambda pair: pair[0])[1]
-
-
-class _Trial:
-    """A copy of a model whose layers are switched between levels, and how far it then is from the model."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        names: Sequence[str],
-        made: Sequence[Mapping[str, nn.Module]],
-        progress: Progress,
-    ) -> None:
-        self._names, self._made, self._progress = names, made, progress
-        self._copy = sharing_copy(model)
-        self._levels = torch.full((len(names),), -1)
-        with exclusive(model):
-            self._stream = Stream(model, ids)
-            self._entering = self._stream.hidden
-            for name, _ in progress.track(self._stream, "reading the texts", len(list(self._stream))):
-                for _ in self._stream.through(name):
-                    progress.check()
-            self._want = self._stream.hidden
-        self._ending = Ending(model)
-        self._blocks = [name for name, _ in self._stream]
-
-    @property
-    def texts(self) -> int:
-        return self._entering.shape[0]
-
-    def divergence(self, levels: Tensor, texts: Sequence[int]) -> float:
-        """From the model's distributions to those at these levels, averaged over the tokens of these texts."""
-        for index in (levels != self._levels).nonzero()[:, 0].tolist():
-            self._switch(index, int(levels[index]))
-        self._levels = levels.clone()
-        at = torch.tensor(texts, device=self._entering.device)
-        return self._from(0, self._entering[at], at)
-
-    def slopes(self, levels: Tensor, texts: Sequence[int], progress: Progress) -> Tensor:
-        """How much more the model diverges, float64 [u, 2], when one layer alone is a level lower, and a level higher;
-        infinity where there is no such level. Only what comes after that layer runs again.
-        """
-        base = self.divergence(levels, texts)
-        at = torch.tensor(texts, device=self._entering.device)
-        entering = [self._entering[at]]
-        for name in self._blocks[:-1]:
-            entering.append(self._stream.leaving(name, entering[-1], self._copy.get_submodule(name)))
-        found = torch.full((len(self._names), 2), torch.inf, dtype=torch.float64)
-        for index, name in enumerate(progress.track(self._names, "measuring each layer", len(self._names))):
-            first = placed(name, self._blocks)[0] or 0
-            before = self._copy.get_submodule(name)
-            for side, level in enumerate((int(levels[index]) - 1, int(levels[index]) + 1)):
-                if 0 <= level < len(self._made):
-                    self._switch(index, level)
-                    found[index, side] = self._from(first, entering[first], at) - base
-            self._copy.set_submodule(name, before)
-        return found
-
-    def _switch(self, index: int, level: int) -> None:
-        name = self._names[index]
-        self._copy.set_submodule(name, usable(self._made[level][name], self._copy.dtype))
-
-    def _from(self, first: int, hidden: Tensor, texts: Tensor) -> float:
-        for name in self._blocks[first:]:
-            self._progress.check()
-            hidden = self._stream.leaving(name, hidden, self._copy.get_submodule(name))
-        return self._ending.divergence(self._want[texts], hidden)
-
-
-def usable(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What computes the same as a small layer, and quicker: a plain layer, where that does; else the layer itself."""
-    if not isinstance(layer, CompactLinear) or type(layer).forward is not CompactLinear.forward:
-        return layer
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(layer.dequantised(dtype), requires_grad=False)
-    plain.register_parameter("bias", layer.bias)
-    return plain
-
-
-def compressed_once(
-    study: WeightStudy, method: WeightMethod, linears: Mapping[str, nn.Linear], progress: Progress
-) -> dict[str, nn.Module]:
-    """What a method makes of these layers, by name; kept in the study, for as long as that lives."""
-
-    def make() -> dict[str, nn.Module]:
-        copy = sharing_copy(study.model)
-        method.apply(copy, linears, study, progress)
-        return {name: copy.get_submodule(name) for name in linears}
-
-    return study.once(("compressed", method.parameter_key(), method.effective_budget), make)
 
 
 def _sizes(methods: Sequence[WeightMethod], linears: Mapping[str, nn.Linear]) -> Tensor:

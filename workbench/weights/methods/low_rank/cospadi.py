@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from workbench.core.precision import checked
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.ranked import Ranked
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import DictionaryLinear, dictionary_nbytes
-from workbench.weights.ranked import Ranked
 from workbench.weights.solvers.whitening import root, solved
 
 _REFINING = 3  # conjugate gradient steps on a choice of atoms that may still change,
@@ -45,7 +45,7 @@ class CoSpaDi(Ranked):
     )
     claim = "better than SVD-LLM at 20-50 % compression"
     default_budget = 0.8
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     ratio: float = param(2.0, ge=1.0, le=16.0, help="how many atoms there are for each coefficient of a row")
     rounds: int = param(20, ge=1, le=200, help="how often atoms and coefficients are fitted in turn")
@@ -62,13 +62,16 @@ class CoSpaDi(Ranked):
         if not kept:
             return linear
         assert inputs is not None
-        base = root(inputs.second_moment)
-        found = learn(linear.weight.detach().float() @ base, self.atoms(kept), kept, self.rounds)
-        atoms = solved(found.atoms, base)
+        base = root(inputs.hessian)
+        dictionary = learn(linear.weight.detach().float() @ base, self.atoms(kept), kept, self.rounds)
+        atoms = solved(dictionary.atoms, base)
         size = atoms.abs().amax(dim=1).clamp_min(1e-30)
-        coefficients = (found.codes * size)[found.chosen].view(-1, kept)
+        coefficients = (dictionary.codes * size)[dictionary.chosen].view(-1, kept)
         return DictionaryLinear(
-            checked(atoms / size[:, None], linear.weight.dtype, "its atoms"), found.chosen, coefficients, linear.bias
+            checked(atoms / size[:, None], linear.weight.dtype, "its atoms"),
+            dictionary.chosen,
+            coefficients,
+            linear.bias,
         )
 
 
@@ -85,7 +88,7 @@ def learn(rows: Tensor, atoms: int, kept: int, rounds: int) -> Dictionary:
     basis = _begin(rows, atoms)
     codes, chosen = pursue(rows, basis, None, kept)
     for _ in range(rounds):
-        basis, codes = _fit_atoms(rows, codes, basis)
+        basis, codes = _fit_atoms(rows, codes)
         codes, chosen = pursue(rows, basis, (codes, chosen), kept)
     gram, pull = basis @ basis.T, rows @ basis.T
     return Dictionary(basis, refine(codes, chosen, gram, pull, _FINAL), chosen)
@@ -101,7 +104,7 @@ def _begin(rows: Tensor, atoms: int) -> Tensor:
     return _unit(basis)[0]
 
 
-def _fit_atoms(rows: Tensor, codes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_atoms(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """The atoms of unit length that serve these codes best, and the codes for them (Engan et al. 1999).
 
     An atom that no row uses becomes what is left of the row that is served worst.
@@ -135,8 +138,8 @@ def pursue(rows: Tensor, basis: Tensor, before: tuple[Tensor, Tensor] | None, ke
     codes, chosen = before
     codes = refine(codes, chosen, gram, pull, _REFINING)
     slope = pull - codes @ gram
-    own = slope * chosen if bool((slope * chosen).abs().sum() > 1e-3 * slope.abs().sum()) else slope
-    length = own.square().sum(dim=1) / ((own @ gram) * own).sum(dim=1).clamp_min(1e-30)
+    way = slope * chosen if bool((slope * chosen).abs().sum() > 1e-3 * slope.abs().sum()) else slope
+    length = way.square().sum(dim=1) / ((way @ gram) * way).sum(dim=1).clamp_min(1e-30)
     moved = codes + length[:, None] * slope
     other = _largest(moved, kept)
     tried = refine(moved * other, other, gram, pull, _REFINING)

@@ -9,17 +9,18 @@ from torch import nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.truncated_svd import TruncatedSVD
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.low_rank import LowRankLinear, StreamedMLP, activation_name
-from workbench.weights.methods.low_rank.svd import SVD
-from workbench.weights.surgery.prunable import Neurons, activation, sites_of
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.layers.streamed_mlp import StreamedMLP, activation_name
+from workbench.weights.surgery.prunable import PrunableMLP, activation, prunable_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @register
-class FlashSVD(SVD):
+class FlashSVD(TruncatedSVD):
     """Compute with low-rank weights tile by tile, so that their wide activations never exist as a whole.
 
     Weights as by truncated SVD; a gated feed-forward module then computes `tile` tokens by `tile` neurons at a time
@@ -40,11 +41,11 @@ class FlashSVD(SVD):
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        gated = [site for site in sites_of(twin, tuple(linears)) if isinstance(site, Neurons)]
+        gated = [module for module in prunable_modules(twin, tuple(linears)) if isinstance(module, PrunableMLP)]
         super().apply(twin, linears, study, progress)
-        for site in gated:
-            act = activation(twin.get_submodule(site.name))
-            parts = [twin.get_submodule(name) for name in site.places]
+        for module in gated:
+            act = activation(twin.get_submodule(module.name))
+            parts = [twin.get_submodule(name) for name in module.layers]
             thin = [part for part in parts if isinstance(part, LowRankLinear)]
             if len(thin) == 3 and activation_name(act):
-                twin.set_submodule(site.name, StreamedMLP(thin[0], thin[1], thin[2], act, self.tile))
+                twin.set_submodule(module.name, StreamedMLP(thin[0], thin[1], thin[2], act, self.tile))

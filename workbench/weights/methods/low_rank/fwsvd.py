@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, register
-from workbench.weights.calibration.block_by_block import outside
+from workbench.weights.bases.ranked import Ranked
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.low_rank import LowRankLinear, row_weighted
-from workbench.weights.ranked import Ranked
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.solvers.low_rank import row_weighted
+from workbench.weights.surgery.linears import outside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

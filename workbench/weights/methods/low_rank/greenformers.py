@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.low_rank import LowRankLinear, in_precision, truncated
-from workbench.weights.ranked import Ranked
+from workbench.weights.bases.ranked import Ranked
+from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.layers.low_rank import LowRankLinear
+from workbench.weights.solvers.low_rank import in_precision, truncated
 
 
 @register
@@ -72,4 +73,5 @@ def semi_nonnegative(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor
 def _least_squares(whole: Tensor, down: Tensor) -> Tensor:
     """The up [o, r] for which up @ down is closest to whole [o, i]."""
     wide = down.double()
-    return (whole.double() @ wide.T @ torch.linalg.pinv(wide @ wide.T, hermitian=True)).float()
+    up: Tensor = (whole.double() @ wide.T @ torch.linalg.pinv(wide @ wide.T, hermitian=True)).float()
+    return up

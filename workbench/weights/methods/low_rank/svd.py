@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
-
-from torch import nn
-
-from workbench.progress import Progress
-from workbench.registry import param, register
-from workbench.weights.calibration.block_by_block import outside
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.low_rank import LowRankLinear, truncated, whitened
-from workbench.weights.ranked import Ranked
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from workbench.registry import register
+from workbench.weights.bases.truncated_svd import TruncatedSVD
 
 
 @register
-class SVD(Ranked):
+class SVD(TruncatedSVD):
     """Replace every weight matrix by the closest product of two thin ones.
 
     A matrix [o, i] at rank r holds r (o + i) numbers at 16 bits in place of o i; all layers get the largest rank
@@ -34,29 +21,3 @@ class SVD(Ranked):
     key = "svd"
     title = "Truncated SVD"
     claim = "what low-rank methods are compared with"
-    default_budget = 0.8
-
-    metric: Literal["weights", "outputs"] = param("weights", help="whose squared error is the smallest possible")
-
-    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        return outside(model, linears) if self.metric == "outputs" else {}
-
-    def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
-        rank = self.rank(linear)
-        if not rank:
-            return linear
-        if inputs is None:
-            return LowRankLinear(*truncated(linear.weight, rank), linear.bias)
-        return LowRankLinear(*whitened(linear.weight, rank, inputs.second_moment), linear.bias)
-
-    def apply(
-        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
-    ) -> None:
-        if self.metric == "weights" or self.share >= 1:
-            return super().apply(twin, linears, study, progress)
-        for _, inputs in study.inputs(moments=True, progress=progress):
-            for done, name in enumerate(linears):
-                if name in inputs:
-                    progress.update(f"compressing by {self.key}", done, len(linears))
-                    with self.naming(name):
-                        twin.set_submodule(name, self.compress(linears[name], inputs[name]))

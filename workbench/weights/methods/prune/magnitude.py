@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from workbench.registry import Paper, register
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.pruner import Pruner, largest, largest_in_groups
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.solvers.sparsity import largest, largest_in_groups
 
 
 @register

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from workbench.core.precision import checked
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.methods.quantise.gptq import inverse_factor
-from workbench.weights.pruner import Pattern, Pruner, groups_of, largest, largest_in_groups
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.solvers.compensation import Replacing, compensated, removal_cost
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.sparsity import Pattern, groups_of, largest, largest_in_groups
 
 
 def sparsegpt(
@@ -66,15 +67,15 @@ class SparseGPT(Pruner):
         "2301.00774",
     )
     claim = "at least half of the weights pruned in one shot with minimal loss"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     block: int = param(128, ge=8, le=1024, multiple_of=8, unit="columns", help="how many are chosen together")
     damping: float = param(
-        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' moment, as a share of its mean"
+        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' Hessian, as a share of its mean"
     )
 
     def prune(self, weight: Tensor, count: int, inputs: InputStats | None) -> tuple[Tensor, Tensor]:
         assert inputs is not None
-        factor = inverse_factor(inputs.second_moment, self.damping)
+        factor = inverse_factor(inputs.hessian, self.damping)
         corrected, kept = sparsegpt(weight, factor, count, self.pattern, self.block)
         return checked(corrected, weight.dtype, "its weights"), kept

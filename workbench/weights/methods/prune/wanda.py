@@ -7,8 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from workbench.registry import Paper, register
-from workbench.weights.calibration.statistics import InputStats
-from workbench.weights.pruner import Pruner, largest_by_row, largest_in_groups
+from workbench.weights.bases.pruner import Pruner
+from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.solvers.sparsity import largest_by_row, largest_in_groups
 
 
 def wanda_scores(weight: Tensor, inputs: InputStats) -> Tensor:

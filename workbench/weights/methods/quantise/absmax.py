@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.quantisation_grid import fit
 
 

@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 
 from workbench.core.precision import half
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least
 
 _STEPS = 20  # exponents that are tried, from 0 to below 1
@@ -41,20 +41,22 @@ def awq_columns(weight: Tensor, inputs: InputStats, nearest: Callable[[Tensor], 
     return best
 
 
-def group_errors(change: Tensor, moment: Tensor, group: int) -> Tensor:
+def group_errors(change: Tensor, hessian: Tensor, group: int) -> Tensor:
     """Mean squares of what each group of columns of a change [o, i] adds to an output by itself [o, g].
 
-    moment: of the inputs [i, i], of which only the groups' own blocks are looked at.
+    hessian: of the inputs [i, i], of which only the groups' own blocks are looked at.
     """
-    own = pad(change, (0, -change.shape[1] % group)).unflatten(1, (-1, group)).transpose(0, 1)  # [g, o, c]
-    return ((own @ _own_blocks(moment, group)) * own).sum(dim=-1).T
+    groups = pad(change, (0, -change.shape[1] % group)).unflatten(1, (-1, group)).transpose(0, 1)  # [g, o, c]
+    errors: Tensor = ((groups @ _own_blocks(hessian, group)) * groups).sum(dim=-1).T
+    return errors
 
 
-def _own_blocks(moment: Tensor, group: int) -> Tensor:
-    """The blocks of a moment [i, i] that belong to one group each [g, c, c]; zeros beyond the last column."""
-    more = -len(moment) % group
-    whole = pad(moment, (0, more, 0, more)).unflatten(0, (-1, group)).unflatten(2, (-1, group))  # [g, c, g, c]
-    return whole.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+def _own_blocks(hessian: Tensor, group: int) -> Tensor:
+    """The blocks of a Hessian [i, i] that belong to one group each [g, c, c]; zeros beyond the last column."""
+    more = -len(hessian) % group
+    whole = pad(hessian, (0, more, 0, more)).unflatten(0, (-1, group)).unflatten(2, (-1, group))  # [g, c, g, c]
+    own: Tensor = whole.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return own
 
 
 @register
@@ -64,7 +66,7 @@ class AWQ(Quantiser):
     Every layer searches its own scales, also where several share an input, and keeps them itself (two bytes a column):
     nothing before the layer is touched, and no layer has to suit another. Both searches minimise what rounding changes
     in the outputs over the calibration texts: the scales in all columns together (section 3.2), the clipping (as in the
-    authors' code) group by group, and only in rows whose whole output is the better for it. Moments are those of the
+    authors' code) group by group, and only in rows whose whole output is the better for it. Hessians are those of the
     uncompressed model.
     """
 
@@ -76,7 +78,7 @@ class AWQ(Quantiser):
         "2306.00978",
     )
     claim = "4 bits nearly without loss, by protecting the one percent of channels that matter"
-    needs_moment = True
+    needs_hessian = True
 
     clip: bool = param(True, help="also search how much of each group's range to cover")
 
@@ -97,13 +99,13 @@ class AWQ(Quantiser):
 
     def _clipped(self, scaled: Tensor, columns: Tensor, inputs: InputStats, whole: Grid) -> Grid:
         """A grid for the scaled weight [o, i] that leaves out the ends of groups where that helps their row."""
-        moment = columns[:, None] * inputs.second_moment * columns  # of what the scaled columns meet
+        hessian = columns[:, None] * inputs.hessian * columns  # of what the scaled columns meet
         clipped = fit_least(
             scaled,
             self.bits,
             whole.group,
             _SHRINKS,
-            lambda change: group_errors(change, moment, whole.group),
+            lambda change: group_errors(change, hessian, whole.group),
             symmetric=self.symmetric,
         )
         with_all, without = (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import IntegerLinear, packed_nbytes
 from workbench.weights.solvers.quantisation_grid import fit
 

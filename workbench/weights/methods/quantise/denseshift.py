@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import ShiftLinear
-from workbench.weights.quantiser import Quantiser
-from workbench.weights.solvers.quantisation_grid import held
+from workbench.weights.solvers.quantisation_grid import stored_scale
 
 _STARTS = tuple(2 ** (-step / 4) for step in range(6))  # of the largest magnitude: scales that are tried first
 _ROUNDS = 3
@@ -44,7 +44,7 @@ class DenseShift(Quantiser):
     needs_inputs: ClassVar[bool] = True
     symmetric: ClassVar[bool] = True  # type: ignore[misc]  # no choice here
 
-    bits: Literal[2, 3, 4] = param(4, help="bits of each weight: its sign and its shift")  # type: ignore[assignment]
+    bits: Literal[2, 3, 4] = param(4, help="bits of each weight: its sign and its shift")
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> ShiftLinear:
         assert inputs is not None
@@ -66,16 +66,16 @@ def shifts(weight: Tensor, square: Tensor, bits: int, group: int) -> tuple[Tenso
     counts = torch.where(counts.sum(dim=1, keepdim=True) > 0, counts, inside)
     sizes, largest = blocks.abs(), blocks.abs().amax(dim=-1)
     last = 2 ** (bits - 1) - 1
-    best, least = held(largest), torch.full_like(largest, torch.inf)
+    best, least = stored_scale(largest), torch.full_like(largest, torch.inf)
     for start in _STARTS:
-        scale = held(largest * start)
+        scale = stored_scale(largest * start)
         for _ in range(_ROUNDS):
             level = torch.exp2(-shift_of(sizes / scale[..., None], last))
             error = (counts * (level * scale[..., None] - sizes).square()).sum(dim=-1)
             better = error < least
             best, least = torch.where(better, scale, best), torch.where(better, error, least)
             weighted = counts * level
-            scale = held((weighted * sizes).sum(dim=-1) / (weighted * level).sum(dim=-1))
+            scale = stored_scale((weighted * sizes).sum(dim=-1) / (weighted * level).sum(dim=-1))
     shift = shift_of(sizes / best[..., None], last)
     codes = shift.add_((blocks < 0) * (last + 1.0)).to(torch.uint8)
     return codes.flatten(1)[:, :columns], best

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, Parts, outliers_nbytes
-from workbench.weights.quantiser import Quantiser
-from workbench.weights.solvers.quantisation_grid import Grid, held
+from workbench.weights.solvers.quantisation_grid import Grid, stored_scale
 
 _FIRST_STEP, _LAST_STEP = 0.05, 0.003  # of a range at a time, as a share of it
 
@@ -63,7 +63,8 @@ class EasyQuant(Quantiser):
 
 def outliers(weight: Tensor, sigma: float, most: int) -> Tensor:
     """Which of weight [o, i] lie further than `sigma` standard deviations from the mean of all, bool; at most `most`
-    of them, the furthest."""
+    of them, the furthest.
+    """
     away = (weight.float() - weight.float().mean()).abs()
     beyond = away > sigma * weight.float().std(correction=0)
     if int(beyond.sum()) <= most:
@@ -79,7 +80,7 @@ def fitted(weight: Tensor, grid: Grid, steps: int) -> Grid:
     scale, best = grid.scale, grid.scale
     least = torch.full_like(scale, torch.inf)
     for number in range(steps + 1):
-        now = held(scale)
+        now = stored_scale(scale)
         wholes = (groups / now[..., None]).round_().clamp_(lowest, highest)
         off = wholes.mul(now[..., None]).sub_(groups)
         error = off.square().sum(dim=-1)

@@ -11,7 +11,7 @@ from torch import nn
 from workbench.errors import MissingExtra, NotApplicable
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
 
 _MULTIPLE = 8  # hqq takes groups of multiples of 8

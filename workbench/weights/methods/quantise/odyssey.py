@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import IntegerLinear, packed_nbytes
-from workbench.weights.methods.quantise.gptq import gptq
+from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least
 
 _BITS: Literal[4] = 4
@@ -34,7 +34,7 @@ class Odyssey(WeightMethod):
     title = "OdysseyLLM"
     paper = Paper("A Speed Odyssey for Deployable Quantization of LLMs", "Li et al. 2023", "2311.09550")
     claim = "four times as fast as 16 bits with weights at 4 and activations at 8 bits"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     clips: int = param(20, ge=1, le=100, help="how many ranges are tried for each row")
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
@@ -47,7 +47,7 @@ class Odyssey(WeightMethod):
         assert inputs is not None
         weight = linear.weight.detach().float()
         grid = clipped(weight, inputs.square, self.clips)
-        done = gptq(weight, inputs.second_moment, lambda part, number: grid, weight.shape[1], damping=self.damping)
+        done = gptq(weight, inputs.hessian, lambda *_: grid, weight.shape[1], damping=self.damping)
         return IntegerLinear(done.codes, done.scale, None, _BITS, linear.bias, input_bits=self.input_bits)
 
 

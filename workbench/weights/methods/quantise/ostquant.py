@@ -11,13 +11,14 @@ from torch import nn
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear, IntegerLinear
-from workbench.weights.methods.quantise.gptq import gptq
-from workbench.weights.quantiser import Quantiser
+from workbench.weights.layers.rotated import RotatedLinear
+from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid
-from workbench.weights.surgery.rotation import Decoder, Turn, TurnedLinear, turned_linear
+from workbench.weights.surgery.rotation import DecoderRotation, LayerRotation, rotated_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,12 +33,12 @@ class OSTQuant(Quantiser):
     by Hadamard matrices, as in QuaRot (Ashkboos et al. 2024, arXiv:2404.00456). Sizes that are no powers of two get
     Paley's matrices (576 = 36 * 16, 1536 = 12 * 128), or where there is none, blocks of powers of two side by side. The
     weights of the norms go into the layers behind them; nothing is centred. With `scaling`, channels of values and
-    neurons are scaled by what rounding costs least with (`turning.balance`), in place of the paper's learned factors.
+    neurons are scaled by what rounding costs least with (`rotation.balance`), in place of the paper's learned factors.
     Queries and keys stay as they are: rotating them would help a quantised cache, not these weights. Learned rotations,
     scales behind the norms and the KL-Top loss are not here.
 
     At both ends the rotation is done as the model runs, so that the tables of the embedding and of a tied head stay
-    the original's own; the neurons' too. Weights are then rounded to nearest or by GPTQ on the second moments of the
+    the original's own; the neurons' too. Weights are then rounded to nearest or by GPTQ on the Hessians of the
     rotated inputs, which follow from those of the original; activations too, with `input_bits` below 16, token by
     token. The random signs, one byte a channel, and biases that are rotated are counted.
     """
@@ -64,44 +65,45 @@ class OSTQuant(Quantiser):
 
         if not isinstance(model, PreTrainedModel):
             raise NotApplicable(f"{self.key}: {type(model).__name__} is no transformers model")
-        known = tuple(f"{name}." for name in Decoder(model).blocks)
+        known = tuple(f"{name}." for name in DecoderRotation(model).blocks)
         return {name: "it stands in no block of the decoder" for name in linears if not name.startswith(known)}
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
-        turned = [linear for name, linear in linears.items() if name.endswith(("v_proj", "o_proj", "down_proj"))]
-        biases = sum(linear.bias.nbytes for linear in turned if linear.bias is not None)
+        rotated = [linear for name, linear in linears.items() if name.endswith(("v_proj", "o_proj", "down_proj"))]
+        biases = sum(linear.bias.nbytes for linear in rotated if linear.bias is not None)
         signs = next(linear.out_features for name, linear in linears.items() if name.endswith("o_proj"))
         return super().total_nbytes(linears) + biases + signs
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        decoder = Decoder(twin)
+        decoder = DecoderRotation(twin)
         signs = decoder.signs(self.seed)
         stage, done = f"compressing by {self.key}", 0
-        for block, inputs in study.inputs(moments=self.rounding == "gptq", progress=progress):
-            turns = decoder.turns(block, signs, inputs if self.scaling else None)
-            for name in (name for name in linears if name in turns):
+        for block, inputs in study.inputs(hessians=self.rounding == "gptq", progress=progress):
+            squares = {name: stats.square for name, stats in inputs.items()} if self.scaling else None
+            rotations = decoder.rotations(block, signs, squares)
+            for name in (name for name in linears if name in rotations):
                 progress.update(stage, done, len(linears))
                 with self.naming(name):
-                    small = self.rounded(linears[name], turns[name], inputs[name])
-                twin.set_submodule(name, TurnedLinear(small) if name.endswith("mlp.down_proj") else small)
+                    small = self.rounded(linears[name], rotations[name], inputs[name])
+                twin.set_submodule(name, RotatedLinear(small) if name.endswith("mlp.down_proj") else small)
                 done += 1
-        decoder.turn_ends(twin, signs)
+        decoder.rotate_ends(twin, signs)
         progress.update(stage, done, len(linears))
 
-    def rounded(self, linear: nn.Linear, turn: Turn, inputs: InputStats) -> CompactLinear:
+    def rounded(self, linear: nn.Linear, rotation: LayerRotation, inputs: InputStats) -> CompactLinear:
         """The layer that holds the rounded weights of this one as it becomes."""
-        turned = turned_linear(linear, turn)
-        weight, group = turned.weight.detach().float(), self.group(linear)
+        rotated = rotated_linear(linear, rotation)
+        weight, group = rotated.weight.detach().float(), self.group(linear)
         if self.rounding == "gptq":
-            moment = turn.moment(inputs.second_moment)
-            found = gptq(weight, moment, lambda part, number: self.grid(part), group, damping=self.damping)
-            codes, grid = found.codes, Grid(found.scale, found.zero, self.bits, group)
+            hessian = rotation.hessian(inputs.hessian)
+            done = gptq(weight, hessian, lambda part, _: self.grid(part), group, damping=self.damping)
+            codes, grid = done.codes, Grid(done.scale, done.zero, self.bits, group)
         else:
             grid = self.grid(weight)
             codes = grid.codes(weight)
         if self.input_bits == 16:
-            return self.packed(codes, grid, turned.bias)
+            return self.packed(codes, grid, rotated.bias)
         zero = None if self.symmetric else grid.zero.to(torch.uint8)
-        return IntegerLinear(codes, grid.scale, zero, self.bits, turned.bias, group=group, input_bits=self.input_bits)
+        return IntegerLinear(codes, grid.scale, zero, self.bits, rotated.bias, group=group, input_bits=self.input_bits)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from workbench.core.precision import checked
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, DenseLinear, Parts, packed_nbytes
-from workbench.weights.methods.quantise.gptq import gptq
-from workbench.weights.quantiser import Quantiser
+from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least, squares
 
 _SHRINKS = tuple(1 - step / 25 for step in range(15))  # of the range that a group covers, down to 0.44
@@ -33,7 +33,7 @@ class OWQ(Quantiser):
     The weak columns come last in GPTQ's order, so they also take up what the others lose. The grid of each group covers
     the share of its range that minimises the squared error of its weights (the paper's "quantisation configuration"
     search, whose steps it leaves open: 15, down to 44 %). How many columns are weak is a share of each layer's columns,
-    the same for all layers, as in the paper's experiments. Moments are those of the uncompressed model.
+    the same for all layers, as in the paper's experiments. Hessians are those of the uncompressed model.
     """
 
     key = "owq"
@@ -44,7 +44,7 @@ class OWQ(Quantiser):
         "2306.02272",
     )
     claim = "3.1 bits a weight as good as 4 bits by OPTQ (GPTQ)"
-    needs_moment = True
+    needs_hessian = True
 
     weak: float = param(0.01, ge=0, le=0.5, help="share of each layer's columns that stay at 16 bits")
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
@@ -78,7 +78,7 @@ class OWQ(Quantiser):
         group = min(self.group_size, len(strong))
         done = gptq(
             weight[:, order],
-            inputs.second_moment[order][:, order],
+            inputs.hessian[order][:, order],
             lambda part, _: self.truncated(part),
             group,
             damping=self.damping,

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes, packed_nbytes
 from workbench.weights.layers.outliers import nearest_eight
-from workbench.weights.methods.quantise.gptq import inverse_factor
 from workbench.weights.solvers.compensation import compensated, removal_cost
-from workbench.weights.solvers.quantisation_grid import held
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.quantisation_grid import stored_scale
 
 
 @register
@@ -41,7 +41,7 @@ class PBLLM(WeightMethod):
     title = "PB-LLM"
     paper = Paper("PB-LLM: Partially Binarized Large Language Models", "Shang et al. 2023", "2310.00034")
     claim = "binarised but for a salient few, 2.7 bits a weight at one in ten, and trainable back to use"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     salient: float = param(0.2, ge=0, le=0.5, help="share of the weights that are held at 8 bits")
     metric: Literal["hessian", "magnitude"] = param("hessian", help="what makes a weight salient")
@@ -60,7 +60,7 @@ class PBLLM(WeightMethod):
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         assert inputs is not None
         weight = linear.weight.detach().float()
-        factor = inverse_factor(inputs.second_moment, self.damping)
+        factor = inverse_factor(inputs.hessian, self.damping)
         saliency = weight.abs() if self.metric == "magnitude" else removal_cost(weight, factor.diagonal())
         chosen = largest(saliency, self._count(linear))
         made = binarised(weight, chosen, factor, self.group_size)
@@ -97,13 +97,13 @@ def binarised(weight: Tensor, chosen: Tensor, factor: Tensor, group: int) -> Bin
     is due.
     """
     group = min(group, weight.shape[1])
-    step = held((weight.abs() * chosen).amax(dim=1) / 127)
+    step = stored_scale((weight.abs() * chosen).amax(dim=1) / 127)
     alpha = weight.new_zeros(weight.shape[0], -(-weight.shape[1] // group))
     beyond = torch.zeros_like(weight)
     codes = torch.empty_like(weight, dtype=torch.uint8)
 
     def prepare(first: int, part: Tensor) -> Callable[[Tensor, int], Tensor]:
-        size = held(2 * _mean_size(part, ~chosen[:, first : first + group])) / 2
+        size = stored_scale(2 * _mean_size(part, ~chosen[:, first : first + group])) / 2
         alpha[:, first // group] = size
 
         def replace(column: Tensor, index: int) -> Tensor:
@@ -120,6 +120,6 @@ def binarised(weight: Tensor, chosen: Tensor, factor: Tensor, group: int) -> Bin
 
 
 def _mean_size(part: Tensor, others: Tensor) -> Tensor:
-    """The mean magnitude of part [o, c] over `others`; over all of it where there are none. [o]"""
+    """The mean magnitude [o] of part [o, c] over `others`; over all of it where there are none."""
     others = others | ~others.any(dim=1, keepdim=True)
     return (part.abs() * others).sum(dim=1) / others.sum(dim=1)

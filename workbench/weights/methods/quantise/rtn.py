@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from workbench.registry import register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear
-from workbench.weights.quantiser import Quantiser
 
 
 @register

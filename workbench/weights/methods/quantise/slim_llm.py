@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from workbench.core.precision import half
 from workbench.registry import Paper, param, register
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts, packed_nbytes
-from workbench.weights.methods.quantise.gptq import Rounded, gptq, inverse_factor
-from workbench.weights.quantiser import Quantiser
 from workbench.weights.solvers.compensation import removal_cost
-from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, held, squares
+from workbench.weights.solvers.gptq import Rounded, gptq
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, squares, stored_scale
 
 _SHRINKS = (1.0, 1.03, 1.06, 1.1, *(1 - step / 25 for step in range(1, 13)))  # of a range
 
@@ -31,9 +32,9 @@ def bits_exchanged(losses: Tensor, salience: Tensor) -> Tensor:
     low, high = order[: groups // 2], order.flip(0)[: groups // 2]
     gained = (losses[1] - losses[0])[low] + (losses[1] - losses[2])[high]  # by each pair
     pairs = int(torch.cat([gained.new_zeros(1), gained.cumsum(0)]).argmax())
-    found = torch.zeros_like(order)
-    found[low[:pairs]], found[high[:pairs]] = -1, 1
-    return found
+    more = torch.zeros_like(order)
+    more[low[:pairs]], more[high[:pairs]] = -1, 1
+    return more
 
 
 def binary(weight: Tensor, group: int) -> Grid:
@@ -41,7 +42,7 @@ def binary(weight: Tensor, group: int) -> Grid:
     rows = weight.float().unflatten(1, (-1, group))
     mean = rows.mean(dim=-1)
     distance = (rows - mean[..., None]).abs().mean(dim=-1)
-    scale = held(2 * distance)
+    scale = stored_scale(2 * distance)
     return Grid(scale, half(0.5 - mean / scale, "its zeros").float(), 1, group)
 
 
@@ -68,7 +69,7 @@ class SliMLLM(Quantiser):
     error the columns after it cannot make up for: summed, that is what GPTQ changes in the layer's outputs. (The paper
     compares outputs of rounded layers by their Kullback-Leibler divergence, for which it has to keep outputs.) Groups
     of equal bits are one part of the layer, and say which columns they have. A shorter last group keeps the usual bits.
-    At 2 bits the less salient groups have one: a mean, and a distance from it. Moments are those of the uncompressed
+    At 2 bits the less salient groups have one: a mean, and a distance from it. Hessians are those of the uncompressed
     model.
     """
 
@@ -80,10 +81,10 @@ class SliMLLM(Quantiser):
         "2405.14917",
     )
     claim = "LLaMA-7B at 2 bits: perplexity 48 % lower than other methods without gradients"
-    needs_moment = True
+    needs_hessian = True
     symmetric: ClassVar[bool] = False  # type: ignore[misc]  # no choice here
 
-    bits: Literal[2, 3, 4] = param(3, help="bits of each weight on average")  # type: ignore[assignment]
+    bits: Literal[2, 3, 4] = param(3, help="bits of each weight on average")
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
 
     def nbytes(self, linear: nn.Linear) -> int:
@@ -94,12 +95,12 @@ class SliMLLM(Quantiser):
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> CompactLinear:
         assert inputs is not None
-        weight, moment, group = linear.weight.detach().float(), inputs.second_moment, self.group(linear)
-        factor = inverse_factor(moment, self.damping)
+        weight, hessian, group = linear.weight.detach().float(), inputs.hessian, self.group(linear)
+        factor = inverse_factor(hessian, self.damping)
         bits = self.bits + self._exchanged(weight, factor, group)  # [g], the last group's too
         done = gptq(
             weight,
-            moment,
+            hessian,
             lambda part, number: salient_grid(
                 part, factor[:, number * group : (number + 1) * group], int(bits[number])
             ),
@@ -123,16 +124,16 @@ class SliMLLM(Quantiser):
         for bits in range(self.bits - 1, self.bits + 2):
             grid = binary(weight, group) if bits == 1 else fit(weight, bits, group)
             losses.append(squares((grid.nearest(weight) - weight) / pivots, group).sum(dim=0))
-        found = bits_exchanged(torch.stack(losses), matters)
-        return torch.cat([found, found.new_zeros(-(-len(factor) // group) - whole)])
+        more = bits_exchanged(torch.stack(losses), matters)
+        return torch.cat([more, more.new_zeros(-(-len(factor) // group) - whole)])
 
     def _part(self, done: Rounded, bits: Tensor, owners: Tensor, width: int, bias: nn.Parameter | None) -> PackedLinear:
         """The groups of this many bits."""
-        own = bits == width  # [g]
-        zero = done.zero[:, own]
+        groups = bits == width  # [g]
+        zero = done.zero[:, groups]
         return PackedLinear(
-            done.codes[:, own[owners]],
-            done.scale[:, own],
+            done.codes[:, groups[owners]],
+            done.scale[:, groups],
             zero if width == 1 else zero.to(torch.uint8),
             width,
             bias,

@@ -12,12 +12,12 @@ from torch.nn.functional import pad
 from workbench.core.precision import half
 from workbench.registry import Paper, param, register
 from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, Parts, VectorLinear, packed_nbytes, vector_nbytes
-from workbench.weights.methods.quantise.gptq import inverse_factor
 from workbench.weights.solvers.codebook import codebook, nearest
 from workbench.weights.solvers.compensation import compensated
-from workbench.weights.solvers.quantisation_grid import Grid, fit, held
+from workbench.weights.solvers.inverse_hessian import inverse_factor
+from workbench.weights.solvers.quantisation_grid import Grid, fit, stored_scale
 
 _BLOCK = 128  # columns between two updates of everything that follows
 _OUTLIER_BITS: Literal[8] = 8
@@ -47,7 +47,7 @@ class VPTQ(WeightMethod):
         "2409.17066",
     )
     claim = "two bits a weight, near 16-bit quality on large models"
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     vector_length: int = param(4, ge=2, le=16, unit="weights", help="how many share one index")
     index_bits: Literal[4, 6, 8, 10, 12] = param(8, help="bits of an index: the codebook has 2 to that power entries")
@@ -77,19 +77,19 @@ class VPTQ(WeightMethod):
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         assert inputs is not None
-        weight, moment = linear.weight.detach().float(), inputs.second_moment
-        costs = _diagonal(moment)
+        weight, hessian = linear.weight.detach().float(), inputs.hessian
+        costs = _diagonal(hessian)
         bits, entries = self._books(linear)
         taken = (costs * weight.square().sum(dim=0)).argsort(descending=True, stable=True)
         taken = taken[: self._outliers(weight.shape[1])].sort().values
-        factor = inverse_factor(moment, self.damping)
+        factor = inverse_factor(hessian, self.damping)
         made = vectors(weight, costs, factor, taken, self.vector_length, entries, rounds=self.rounds, seed=self.seed)
-        own = VectorLinear(made.indices, made.books, made.scale, bits, None if taken.numel() else linear.bias)
+        indexed = VectorLinear(made.indices, made.books, made.scale, bits, None if taken.numel() else linear.bias)
         if not taken.numel():
-            return own
+            return indexed
         rest = _others(taken, weight.shape[1])
         beside = PackedLinear(made.codes, made.grid.scale, None, _OUTLIER_BITS, group=made.grid.group)
-        return Parts([own, beside], [rest, taken], linear.in_features, linear.bias)
+        return Parts([indexed, beside], [rest, taken], linear.in_features, linear.bias)
 
 
 class Vectors(NamedTuple):
@@ -119,14 +119,15 @@ def vectors(
     """
     outputs, columns = weight.shape
     rest = _others(taken, columns)
-    scale = held(weight[:, rest].square().mean(dim=1).sqrt())
+    scale = stored_scale(weight[:, rest].square().mean(dim=1).sqrt())
     spare = -outputs % length  # the last vectors are filled up with what costs nothing
     importance = pad(scale.square(), (0, spare)).view(-1, length)  # [p, v]
     divisor = pad(scale, (0, spare), value=1.0).view(-1, length)
 
     def split(column: Tensor) -> Tensor:
         """[..., o] to vectors [..., p, v]."""
-        return pad(column, (0, spare)).unflatten(-1, (-1, length)) / divisor
+        divided: Tensor = pad(column, (0, spare)).unflatten(-1, (-1, length)) / divisor
+        return divided
 
     points = split(weight.T[rest]).flatten(0, 1)  # [(i - e) p, v]
     weights = (costs[rest][:, None, None] * importance).flatten(0, 1)
@@ -146,18 +147,18 @@ def vectors(
 
     def replace(column: Tensor, number: int) -> Tensor:
         if number in apart:
-            own = grid.codes(column[:, None])
-            codes[:, apart[number]] = own[:, 0]
-            return grid.values(own)[:, 0]
+            rounded = grid.codes(column[:, None])
+            codes[:, apart[number]] = rounded[:, 0]
+            return grid.dequantised(rounded)[:, 0]
         left = split(column)
-        found = torch.zeros_like(left)
+        sum_ = torch.zeros_like(left)
         for book, squares, index in zip(books, lengths, indices, strict=True):
-            best = torch.addmm(squares, importance * (left - found), book.T, alpha=-2).argmin(dim=1)
+            best = torch.addmm(squares, importance * (left - sum_), book.T, alpha=-2).argmin(dim=1)
             index[:, places[number]] = best
-            found = found + book[best]
-        return found.flatten()[:outputs] * scale
+            sum_ = sum_ + book[best]
+        return sum_.flatten()[:outputs] * scale
 
-    def prepare(first: int, part: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def prepare(_first: int, _part: Tensor) -> Callable[[Tensor, int], Tensor]:
         return replace
 
     compensated(weight, factor, prepare, _BLOCK)
@@ -167,9 +168,9 @@ def vectors(
 _NONE = Grid(torch.empty(0, 0), torch.empty(0, 0), _OUTLIER_BITS, 1)
 
 
-def _diagonal(moment: Tensor) -> Tensor:
+def _diagonal(hessian: Tensor) -> Tensor:
     """What each column costs [i]: the diagonal, and a little for columns that were never seen."""
-    costs = moment.diagonal().float()
+    costs = hessian.diagonal().float()
     return costs + 1e-4 * costs.mean() if float(costs.sum()) > 0 else torch.ones_like(costs)
 
 

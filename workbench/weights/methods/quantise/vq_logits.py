@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import Survey, WeightMethod
-from workbench.weights.calibration.block_by_block import output_head
+from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CodebookLinear, codebook_nbytes
+from workbench.weights.surgery.linears import output_head
+from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,12 +52,12 @@ class VQLogits(WeightMethod):
         name, head = _head(model, self.key)
         left = {}
         for other, module in model.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
+            for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim < 2 or module is head:
                     continue
                 tied = parameter is head.weight
                 reason = "tied to the head: tokens still look up their own rows" if tied else "not the output head"
-                left[other if own == "weight" else f"{other}.{own}"] = reason
+                left[other if key == "weight" else f"{other}.{key}"] = reason
         return Survey(self, {name: head}, left)
 
     def nbytes(self, linear: nn.Linear) -> int:
@@ -72,9 +73,9 @@ class VQLogits(WeightMethod):
         if limit is None or limit >= full:
             return 0
         for wide, most in ((4, outputs), (2, 2**15)):  # the index takes 4 bytes a token, or 2 with few codewords
-            found = min((limit - wide * outputs) // (2 * inputs), most, outputs)
-            if wide == 2 or found > 2**15:
-                return max(found, 1)
+            count = min((limit - wide * outputs) // (2 * inputs), most, outputs)
+            if wide == 2 or count > 2**15:
+                return max(count, 1)
         return 1
 
     def apply(
@@ -112,10 +113,10 @@ def clusters(
     index = rows.new_full((rows.shape[0],), -1, dtype=torch.int64)
     for done in range(rounds):
         progress.update("clustering the output head", done, rounds)
-        found, distances = nearest(rows, codewords, progress)
-        if torch.equal(found, index):
+        closest, distances = nearest(rows, codewords, progress)
+        if torch.equal(closest, index):
             break
-        index = found
+        index = closest
         sizes = index.bincount(minlength=count)
         sums = torch.zeros_like(codewords).index_add_(0, index, rows)
         codewords = torch.where(sizes[:, None] > 0, sums / sizes.clamp_min(1)[:, None], codewords)
@@ -127,10 +128,10 @@ def clusters(
 def nearest(rows: Tensor, codewords: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """Of each row [v, i] the nearest codeword of [c, i], the first of several, and its squared distance: [v] each."""
     half = codewords.square().sum(dim=1) / 2
-    found, distances = [], []
+    indices, distances = [], []
     for part in rows.split(max(_TILE // (4 * codewords.shape[0]), 1)):
         progress.check()
         apart, index = torch.addmm(half, part, codewords.T, alpha=-1).min(dim=1)
-        found.append(index)
+        indices.append(index)
         distances.append((2 * apart + part.square().sum(dim=1)).clamp_min_(0))
-    return torch.cat(found), torch.cat(distances)
+    return torch.cat(indices), torch.cat(distances)

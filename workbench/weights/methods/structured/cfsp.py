@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from workbench.models.decoder import placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.structured import StructuredPruner, shared_out
-from workbench.weights.surgery.prunable import Site
+from workbench.weights.solvers.widths import shared_out
+from workbench.weights.surgery.prunable import PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,24 +79,30 @@ class CFSP(StructuredPruner):
         limit = self.limit(linears)
         if limit is None:
             return
-        sites = self.sites(twin, tuple(linears))
-        ranked = study.once("cfsp scores", lambda: self._scores(sites, linears, study, progress))
-        full = sum(self.site_nbytes(site, site.width) for site in sites)
+        modules = self.prunable_modules(twin, tuple(linears))
+        ranked = study.once("cfsp scores", lambda: self._scores(modules, linears, study, progress))
+        full = sum(self.module_nbytes(module, module.width) for module in modules)
         similarity = study.similarity(progress)
-        of = [placed(site.name, study.blocks)[0] or 0 for site in sites]
+        of = [placed(module.name, study.blocks)[0] or 0 for module in modules]
         shares = kept_shares(similarity[of], self.sharpness, limit / full)
-        widths = [site.width for site in sites]
-        counts = shared_out(shares, widths, lambda index, width: self.site_nbytes(sites[index], width), limit)
-        for site, count in progress.track(zip(sites, counts, strict=True), f"compressing by {self.key}", len(sites)):
-            if count < site.width:
-                site.prune(twin, ranked[site.name].topk(count).indices.sort().values[None])
+        widths = [module.width for module in modules]
+        counts = shared_out(shares, widths, lambda index, width: self.module_nbytes(modules[index], width), limit)
+        for module, count in progress.track(
+            zip(modules, counts, strict=True), f"compressing by {self.key}", len(modules)
+        ):
+            if count < module.width:
+                module.prune(twin, ranked[module.name].topk(count).indices.sort().values[None])
 
     def _scores(
-        self, sites: Sequence[Site], linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+        self,
+        modules: Sequence[PrunableModule],
+        linears: Mapping[str, nn.Linear],
+        study: WeightStudy,
+        progress: Progress,
     ) -> dict[str, Tensor]:
-        found = {}
-        for _, inputs in study.inputs(moments=False, progress=progress):
-            for site in (site for site in sites if site.out in inputs):
-                gate, up, down = (linears[name].weight.detach() for name in site.places)
-                found[site.name] = neuron_scores(gate, up, down, inputs[site.out].square)
-        return found
+        scores = {}
+        for _, inputs in study.inputs(hessians=False, progress=progress):
+            for module in (module for module in modules if module.out in inputs):
+                gate, up, down = (linears[name].weight.detach() for name in module.layers)
+                scores[module.name] = neuron_scores(gate, up, down, inputs[module.out].square)
+        return scores

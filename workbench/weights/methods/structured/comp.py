@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import NotApplicable
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import Survey
-from workbench.weights.calibration.block_by_block import blocks
+from workbench.weights.bases.block_pruner import BlockPruner
+from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.methods.structured.foldgpt import block_nbytes, within_blocks
-from workbench.weights.structured import StructuredPruner, damped, shared_out
+from workbench.weights.solvers.least_squares import damped
+from workbench.weights.solvers.widths import shared_out
 from workbench.weights.surgery.depth import shorten
-from workbench.weights.surgery.prunable import Neurons
+from workbench.weights.surgery.prunable import PrunableMLP, PrunableModule, prunable_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,19 +35,21 @@ def leverage(down: Tensor, squares: Tensor) -> Tensor:
     gram = scaled @ scaled.T
     mean = gram.diagonal().mean().clamp_min(1e-30)
     solved = torch.linalg.solve(gram + mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), scaled)
-    return (scaled * solved).sum(dim=0)
+    values: Tensor = (scaled * solved).sum(dim=0)
+    return values
 
 
-def tuned(down: Tensor, moment: Tensor, kept: Tensor, damping: float) -> Tensor:
+def tuned(down: Tensor, hessian: Tensor, kept: Tensor, damping: float) -> Tensor:
     """By how much each neuron that stays is multiplied so that the outputs are closest to those of all, float64 [m].
 
     The mask that minimises the mean square of W x - W_K diag(mask) x_K; `damping` of the mean diagonal holds it at 1.
-    moment: the mean of x xᵀ [i, i].
+    hessian: the mean of x xᵀ [i, i].
     """
-    products = (down.double().T @ down.double()) * moment.double()
-    own = products[kept][:, kept]
-    missing = products[kept].sum(dim=1) - own.sum(dim=1)
-    return 1 + torch.linalg.solve(damped(own, damping), missing)
+    products = (down.double().T @ down.double()) * hessian.double()
+    gram = products[kept][:, kept]
+    missing = products[kept].sum(dim=1) - gram.sum(dim=1)
+    mask: Tensor = 1 + torch.linalg.solve(damped(gram, damping), missing)
+    return mask
 
 
 def remaining(order: Sequence[int], sizes: Sequence[int], spare: Sequence[int], limit: int, coarse: float) -> list[int]:
@@ -67,7 +69,7 @@ def remaining(order: Sequence[int], sizes: Sequence[int], spare: Sequence[int], 
 
 
 @register
-class COMP(StructuredPruner):
+class COMP(BlockPruner):
     """Remove the least important blocks, then neurons of the others by matrix condition, and tune a mask for the rest.
 
     Blocks go by the mean cosine between what enters and leaves them over calibration, until the share `coarse` of what
@@ -87,21 +89,18 @@ class COMP(StructuredPruner):
     )
     claim = "6 % better than LLM-Pruner at 20 % pruned, without training and with 80 % less memory"
     default_budget = 0.85
-    needs_moment: ClassVar[bool] = True
+    needs_hessian: ClassVar[bool] = True
 
     coarse: float = param(0.3, ge=0, le=1, help="of the bytes that have to go, how many go as whole blocks, at most")
     damping: float = param(0.01, ge=1e-6, le=1, help="how strongly the mask is held at 1")
 
-    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        return super(StructuredPruner, self).refused(model, linears)  # whole blocks go, whatever is in them
-
-    def survey(self, model: nn.Module) -> Survey:
-        found = within_blocks(self, model)
-        if not self.sites(model, tuple(found.linears)):
+    def survey(self, model: nn.Module) -> WithinBudget:
+        survey = super().survey(model)
+        if not _mlps(model, survey.linears):
             raise NotApplicable(
-                f"{self.key}: no layer of this {type(model).__name__} has {Neurons.what}, whose neurons could go"
+                f"{self.key}: no layer of this {type(model).__name__} has {PrunableMLP.what}, whose neurons could go"
             )
-        return found
+        return survey
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -109,27 +108,34 @@ class COMP(StructuredPruner):
         limit = self.limit(linears)
         if limit is None:
             return
-        names = list(blocks(twin))
-        sizes = block_nbytes(self, twin, linears)
-        sites = {placed(site.name, names)[0]: site for site in self.sites(twin, tuple(linears))}
-        spare = [sites[at].dimension_nbytes * (sites[at].width - 1) if at in sites else 0 for at in range(len(names))]
+        names = list(decoder_layers(twin))
+        sizes = self.block_nbytes(twin, linears)
+        modules = {placed(module.name, names)[0]: module for module in _mlps(twin, linears)}
+        spare = [
+            modules[at].dimension_nbytes * (modules[at].width - 1) if at in modules else 0 for at in range(len(names))
+        ]
         order = study.similarity(progress).argsort(descending=True).tolist()
         staying = remaining(order, sizes, spare, limit, self.coarse)
-        narrow = [sites[index] for index in staying if index in sites]
+        narrow = [modules[index] for index in staying if index in modules]
         room = limit - sum(sizes[index] for index in staying) + sum(x.dimension_nbytes * x.width for x in narrow)
-        each, widths = [site.dimension_nbytes for site in narrow], [site.width for site in narrow]
-        found = shared_out([1.0] * len(narrow), widths, lambda index, width: each[index] * width, room)
-        counts = {site.out: count for site, count in zip(narrow, found, strict=True)}
+        each, widths = [module.dimension_nbytes for module in narrow], [module.width for module in narrow]
+        kept_widths = shared_out([1.0] * len(narrow), widths, lambda index, width: each[index] * width, room)
+        counts = {module.out: count for module, count in zip(narrow, kept_widths, strict=True)}
         done = 0
-        for _, inputs in study.inputs(moments=True, progress=progress):
-            for site in (site for site in narrow if site.out in inputs):
+        for _, inputs in study.inputs(hessians=True, progress=progress):
+            for module in (module for module in narrow if module.out in inputs):
                 progress.update(f"compressing by {self.key}", done, len(narrow))
-                if counts[site.out] < site.width:
-                    down, seen = linears[site.out].weight.detach(), inputs[site.out]
-                    kept = leverage(down, seen.square).topk(counts[site.out]).indices.sort().values
-                    mask = tuned(down, seen.second_moment, kept, self.damping)
-                    with self.naming(site.out):
-                        site.prune(twin, kept[None], down[:, kept].double() * mask)
+                if counts[module.out] < module.width:
+                    down, seen = linears[module.out].weight.detach(), inputs[module.out]
+                    kept = leverage(down, seen.square).topk(counts[module.out]).indices.sort().values
+                    mask = tuned(down, seen.hessian, kept, self.damping)
+                    with self.naming(module.out):
+                        module.prune(twin, kept[None], down[:, kept].double() * mask)
                 done += 1
         progress.update(f"compressing by {self.key}", len(narrow), len(narrow))
         shorten(twin, staying)
+
+
+def _mlps(model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[PrunableModule]:
+    """The gated MLPs all of whose layers are among these."""
+    return [module for module in prunable_modules(model, tuple(linears)) if isinstance(module, PrunableMLP)]

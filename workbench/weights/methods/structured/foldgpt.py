@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from workbench.models.decoder import placed
+from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import Survey
-from workbench.weights.calibration.block_by_block import blocks, outside
+from workbench.weights.bases.block_pruner import BlockPruner
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.structured import Smaller, Within
 from workbench.weights.surgery.depth import shorten
+from workbench.weights.surgery.narrow import linear_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,24 +29,24 @@ def folding(
     kind, and lends them to fewer than `group` - 1 others; the rest are removed. sizes: bytes of each block.
     """
     order = sorted(range(len(sizes)), key=lambda index: importance[index])
-    own, nbytes = set(order), sum(sizes)
+    whole, nbytes = set(order), sum(sizes)
     for index in order[:-1]:
         if nbytes <= limit:
             break
-        own.remove(index)
+        whole.remove(index)
         nbytes -= sizes[index]
-    without = [index for index in order if index not in own]
+    without = [index for index in order if index not in whole]
     folding = set(without[round((1 - folded) * len(without)) :])
-    found: list[int | None] = [index if index in own else None for index in range(len(sizes))]
+    users: list[int | None] = [index if index in whole else None for index in range(len(sizes))]
     for index in sorted(folding):
-        earlier = max((other for other in own if other < index and kinds[other] == kinds[index]), default=None)
-        if earlier is not None and found.count(earlier) < group:
-            found[index] = earlier
-    return found
+        earlier = max((other for other in whole if other < index and kinds[other] == kinds[index]), default=None)
+        if earlier is not None and users.count(earlier) < group:
+            users[index] = earlier
+    return users
 
 
 @register
-class FoldGPT(Smaller):
+class FoldGPT(BlockPruner):
     """Remove the blocks that change little, and let groups of others share one block's weights.
 
     A block's importance is one minus the mean cosine between what enters and leaves it over calibration. The paper
@@ -68,53 +67,24 @@ class FoldGPT(Smaller):
     folded: float = param(0.5, ge=0, le=1, help="of the blocks without weights of their own, how many use another's")
     group: int = param(3, ge=2, le=32, unit="blocks", help="how many share the same weights at most")
 
-    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        return outside(model, linears)
-
-    def survey(self, model: nn.Module) -> Survey:
-        return within_blocks(self, model)
-
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
         limit = self.limit(linears)
         if limit is None:
             return
-        names = list(blocks(twin))
+        names = list(decoder_layers(twin))
         importance = (1 - study.similarity(progress)).tolist()
-        sizes = block_nbytes(self, twin, linears)
+        sizes = self.block_nbytes(twin, linears)
         kinds = [_kind(name, linears) for name in names]
-        found = folding(importance, sizes, kinds, limit, self.folded, self.group)
-        steps = progress.track(list(enumerate(found)), f"compressing by {self.key}", len(found))
+        users = folding(importance, sizes, kinds, limit, self.folded, self.group)
+        steps = progress.track(list(enumerate(users)), f"compressing by {self.key}", len(users))
         for index, other in steps:
             if other is not None and other != index:
                 for name in [name for name in linears if name.startswith(f"{names[index]}.")]:
                     lender = linears[names[other] + name.removeprefix(names[index])]
-                    twin.set_submodule(name, lent(lender))
-        shorten(twin, [index for index, other in enumerate(found) if other is not None])
-
-
-def within_blocks(method: Smaller, model: nn.Module) -> Within:
-    """What a method that removes whole blocks finds: at least the largest of them stays."""
-    found = Survey.of(model, method)
-    sizes = [size for size in block_nbytes(method, model, found.linears) if size]
-    return Within(**vars(found), whole=sum(sizes), least=max(sizes))
-
-
-def block_nbytes(method: Smaller, model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[int]:
-    """What the layers of each block take, of those that a method takes."""
-    names = list(blocks(model))
-    sizes = [0] * len(names)
-    for name, linear in linears.items():
-        sizes[cast("int", placed(name, names)[0])] += method.full_nbytes(linear)
-    return sizes
-
-
-def lent(linear: nn.Linear) -> nn.Linear:
-    """Another layer with the same weight and bias: not copies of them."""
-    made: Any = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    made.weight, made.bias = linear.weight, linear.bias
-    return cast("nn.Linear", made.train(linear.training))
+                    twin.set_submodule(name, linear_like(lender, lender.weight, lender.bias))
+        shorten(twin, [index for index, other in enumerate(users) if other is not None])
 
 
 def _kind(block: str, linears: Mapping[str, nn.Linear]) -> object:

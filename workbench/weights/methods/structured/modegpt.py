@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from workbench.core.bisection import boundary
 from workbench.core.precision import checked
+from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import WeightMethod
-from workbench.weights.calibration.block_by_block import blocks
-from workbench.weights.calibration.statistics import InputStats
+from workbench.weights.bases.structured_pruner import IntraModulePruner
+from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.layers.narrow_attention import NarrowAttention
 from workbench.weights.solvers.whitening import root
-from workbench.weights.surgery.narrow import NarrowAttention, known_attention, narrowed
-from workbench.weights.surgery.prunable import Values, sites_of
+from workbench.weights.surgery.narrow import linear_like
+from workbench.weights.surgery.prunable import PrunableAttention, PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class _Module:
-    """A pair of layers, or three, with dimensions between them: `heads` times `width`; each of the widths, taken from
-    all heads, costs `nbytes`.
-    """
-
-    name: str
-    into: tuple[str, ...]  # layers that lead into it,
-    out: str  # and the one that leads out
-    heads: int
-    width: int
-    nbytes: int
-
-
-# How many rows or columns stand for one width of a layer, found when a model is looked through: (axis, number).
-_places: WeakKeyDictionary[nn.Linear, tuple[int, int]] = WeakKeyDictionary()
-
-
 @register
-class MoDeGPT(WeightMethod):
+class MoDeGPT(IntraModulePruner):
     """Make modules narrower inside, each kind by its own decomposition, most of all in blocks that do little.
 
     Feed-forward modules (Nyström approximation): the neurons with the largest ridge leverage in the correlation C of
@@ -70,82 +51,57 @@ class MoDeGPT(WeightMethod):
     )
     claim = "90-95 % of zero-shot accuracy at 25-30 % compression, without training"
     default_budget = 0.75
-    measure: ClassVar[str] = "size"
-    needs_moment: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
+    needs_hessian: ClassVar[bool] = True
 
     temperature: float = param(0.1, gt=0, le=100, help="ε: the lower, the more blocks differ in what they lose")
     ridge: float = param(
         0.01, gt=0, le=100, help="λ of the leverage, in mean squares of a neuron: below it, directions count for little"
     )
 
-    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        taken = set()
-        for module in (module for parts in _modules(model).values() for module in parts):
-            names = (*module.into, module.out)
-            if all(name in linears for name in names):
-                taken |= set(names)
-                for name in names:
-                    linear, axis = linears[name], int(name == module.out)
-                    _places[linear] = axis, linear.weight.shape[axis] // module.width
-        return {name: _why(name) for name in linears if name not in taken}
-
-    def full_nbytes(self, linear: nn.Linear) -> int:
-        return linear.weight.numel() * linear.weight.element_size()
-
-    def nbytes(self, linear: nn.Linear) -> int:
-        return self.full_nbytes(linear)
-
-    def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
-        smallest = 0
-        for linear in linears.values():
-            axis, count = _places[linear]
-            smallest += self.full_nbytes(linear) // linear.weight.shape[axis] * count
-        return max(smallest, self._limit(linears))
-
-    def _limit(self, linears: Mapping[str, nn.Linear]) -> int:
-        assert self.effective_budget is not None
-        full = sum(map(self.full_nbytes, linears.values()))
-        limit = self.effective_budget.nbytes(full)
-        return full if limit is None else min(limit, full)
-
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        limit = self._limit(linears)
-        if limit >= sum(map(self.full_nbytes, linears.values())):
+        limit = self.limit(linears)
+        if limit is None:
             return
-        found = {name: [module for module in parts if module.out in linears] for name, parts in _modules(twin).items()}
-        for _ in study.inputs(moments=True, progress=progress):
+        modules = by_block(self.prunable_modules(twin, tuple(linears)), list(decoder_layers(twin)))
+        for _ in study.inputs(hessians=True, progress=progress):
             pass  # one pass over the texts, which tells how much each block does, too
         losses = shares(1 - study.similarity(progress), self.temperature)
-        widths = dict(zip(found, allocate(list(found.values()), losses.tolist(), limit), strict=True))
-        steps = progress.track(study.inputs(moments=True), f"compressing by {self.key}", len(found))
-        for name, inputs in steps:
-            for module, width in zip(found[name], widths[name], strict=True):
-                if width == module.width:
-                    continue
-                with self.naming(module.out):
-                    if known_attention(twin.get_submodule(module.name)):
-                        _narrow_values(twin, module, width, inputs)
-                    else:
-                        self._narrow_neurons(twin, module, width, inputs)
+        widths = dict(zip(modules, allocate(list(modules.values()), losses.tolist(), limit), strict=True))
+        steps = progress.track(study.inputs(hessians=True), f"compressing by {self.key}", len(modules))
+        for block, inputs in steps:
+            for module, width in zip(modules[block], widths[block], strict=True):
+                if width < module.width:
+                    with self.naming(module.out):
+                        self._narrow(twin, module, width, inputs)
 
-    def _narrow_neurons(
-        self, twin: PreTrainedModel, module: _Module, width: int, inputs: Mapping[str, InputStats]
+    def _narrow(
+        self, twin: PreTrainedModel, module: PrunableModule, width: int, inputs: Mapping[str, InputStats]
     ) -> None:
-        moment = inputs[module.out].second_moment
-        kept = leverage(moment, self.ridge).topk(width).indices.sort().values
-        for name in module.into:
-            twin.set_submodule(name, narrowed(_linear(twin, name), kept, 0))
-        out = _linear(twin, module.out)
-        twin.set_submodule(module.out, _made(refitted(out.weight.detach(), moment, kept), out.bias, out))
+        if isinstance(module, PrunableAttention):
+            mix_values(twin, module, width, inputs)
+            return
+        hessian = inputs[module.out].hessian
+        kept = leverage(hessian, self.ridge).topk(width).indices.sort().values
+        out = twin.get_submodule(module.out)
+        assert isinstance(out, nn.Linear)
+        module.prune(twin, kept[None], nystrom(out.weight.detach(), hessian, kept))
 
 
-def _narrow_values(twin: PreTrainedModel, module: _Module, width: int, inputs: Mapping[str, InputStats]) -> None:
+def by_block(modules: Sequence[PrunableModule], blocks: Sequence[str]) -> dict[str, list[PrunableModule]]:
+    """Which of these modules stand in each block, attention first."""
+    ordered = sorted(modules, key=lambda module: not isinstance(module, PrunableAttention))
+    return {block: [module for module in ordered if module.name.startswith(f"{block}.")] for block in blocks}
+
+
+def mix_values(twin: PreTrainedModel, module: PrunableAttention, width: int, inputs: Mapping[str, InputStats]) -> None:
+    """Replace each KV head's values by `width` mixtures of them, and the layer behind them by what makes of these what
+    its query heads made of the values.
+    """
     attention: Any = twin.get_submodule(module.name)
     value, out = attention.v_proj, attention.o_proj
-    stats = inputs[module.into[0]]
+    stats = inputs[f"{module.name}.v_proj"]
     rows = value.weight.detach().float().unflatten(0, (module.heads, -1))  # [k, d, i]
     bias = torch.zeros_like(rows[..., 0]) if value.bias is None else value.bias.detach().float().view_as(rows[..., 0])
     columns = out.weight.detach().float().unflatten(1, (module.heads, -1, module.width))  # [o, k, g, d]
@@ -158,8 +114,8 @@ def _narrow_values(twin: PreTrainedModel, module: _Module, width: int, inputs: M
         new_bias.append(mixing @ bias[head])
         new_columns.append(outputs.unflatten(0, (-1, out.out_features)).permute(1, 0, 2))  # [o, g, r]
     v_bias = None if value.bias is None else nn.Parameter(torch.cat(new_bias).to(value.bias.dtype), False)
-    v_proj = _made(torch.cat(new_rows), v_bias, value)
-    o_proj = _made(torch.stack(new_columns, dim=1).flatten(1), out.bias, out)
+    v_proj = _like(value, torch.cat(new_rows), v_bias)
+    o_proj = _like(out, torch.stack(new_columns, dim=1).flatten(1), out.bias)
     channels = torch.arange(width).expand(module.heads, -1)
     twin.set_submodule(module.name, NarrowAttention(attention, v_proj, o_proj, channels))
 
@@ -169,7 +125,7 @@ def shares(importance: Tensor, temperature: float) -> Tensor:
     return importance.numel() * (-importance.double() / temperature).softmax(dim=0)
 
 
-def allocate(modules: Sequence[Sequence[_Module]], losses: Sequence[float], limit: int) -> list[list[int]]:
+def allocate(modules: Sequence[Sequence[PrunableModule]], losses: Sequence[float], limit: int) -> list[list[int]]:
     """How wide the modules of each block become, within `limit` bytes together.
 
     Blocks lose in proportion to `losses` as far as they can: at least one width of each module stays. Within a block,
@@ -179,23 +135,25 @@ def allocate(modules: Sequence[Sequence[_Module]], losses: Sequence[float], limi
     def widths(factor: float) -> list[list[int]]:
         return [_within(parts, 1 - min(factor * loss, 1.0)) for parts, loss in zip(modules, losses, strict=True)]
 
-    def nbytes(found: Sequence[Sequence[int]]) -> int:
-        pairs = [pair for parts, own in zip(modules, found, strict=True) for pair in zip(parts, own, strict=True)]
-        return sum(module.nbytes * width for module, width in pairs)
+    def nbytes(widths: Sequence[Sequence[int]]) -> int:
+        pairs = [
+            pair for parts, counts in zip(modules, widths, strict=True) for pair in zip(parts, counts, strict=True)
+        ]
+        return sum(module.dimension_nbytes * width for module, width in pairs)
 
     narrowest = 1 / max(min(losses), 1e-12)  # nothing but the smallest widths stays
     return widths(boundary(lambda factor: nbytes(widths(factor)) <= limit, narrowest, 0.0))
 
 
-def _within(modules: Sequence[_Module], share: float) -> list[int]:
+def _within(modules: Sequence[PrunableModule], share: float) -> list[int]:
     """The widths of a block's modules at this share of its bytes; the last module takes what is left of them."""
-    room = share * sum(module.width * module.nbytes for module in modules)
-    found = []
+    room = share * sum(module.width * module.dimension_nbytes for module in modules)
+    widths = []
     for number, module in enumerate(modules, 1):
-        part = share * module.width if number < len(modules) else room / module.nbytes
-        found.append(min(max(int(part + 1e-9), 1), module.width))
-        room -= found[-1] * module.nbytes
-    return found
+        part = share * module.width if number < len(modules) else room / module.dimension_nbytes
+        widths.append(min(max(int(part + 1e-9), 1), module.width))
+        room -= widths[-1] * module.dimension_nbytes
+    return widths
 
 
 def leverage(moment: Tensor, ridge: float) -> Tensor:
@@ -208,7 +166,7 @@ def leverage(moment: Tensor, ridge: float) -> Tensor:
     return (1 - ridge * mean * torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()).float()
 
 
-def refitted(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
+def nystrom(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
     """The weight [o, m] that makes of the kept inputs what comes closest to the outputs of weight [o, i]."""
     if not moment.diagonal().sum() > 0:
         return weight[:, kept]
@@ -220,7 +178,7 @@ def refitted(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
 def value_moment(rows: Tensor, bias: Tensor, inputs: InputStats) -> Tensor:
     """The mean of v vᵀ [d, d] for values v = rows x + bias, rows [d, i]."""
     mean = torch.outer(rows @ inputs.mean, bias)
-    return rows @ inputs.second_moment @ rows.T + mean + mean.T + torch.outer(bias, bias)
+    return rows @ inputs.hessian @ rows.T + mean + mean.T + torch.outer(bias, bias)
 
 
 def mixtures(outputs: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -235,33 +193,6 @@ def mixtures(outputs: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor
     return mixing.float(), (seen @ chosen).float()
 
 
-def _modules(model: nn.Module) -> dict[str, list[_Module]]:
-    """What can be narrower in each block, attention first."""
-    names = blocks(model)
-    found: dict[str, list[_Module]] = {name: [] for name in names}
-    for site in sorted(sites_of(model), key=lambda site: not isinstance(site, Values)):
-        block = next((name for name in names if site.name.startswith(f"{name}.")), None)
-        if block is not None:
-            into = tuple(name for name in site.places if name != site.out)
-            found[block].append(_Module(site.name, into, site.out, site.heads, site.width, site.dimension_nbytes))
-    return found
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    found = model.get_submodule(name)
-    assert isinstance(found, nn.Linear)
-    return found
-
-
-def _made(weight: Tensor, bias: nn.Parameter | None, like: nn.Linear) -> nn.Linear:
-    """A plain layer with this weight [o, i], in the precision and mode of another."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(checked(weight, like.weight.dtype, "its weights").contiguous(), False)
-    made.bias = bias  # type: ignore[assignment]
-    return made.train(like.training)
-
-
-def _why(name: str) -> str:
-    if name.endswith(("q_proj", "k_proj")):
-        return "queries and keys stay whole"
-    return "it stands in no module whose inside is known"
+def _like(layer: nn.Linear, weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A plain layer with this weight [o, i], in the precision of another."""
+    return linear_like(layer, checked(weight, layer.weight.dtype, "its weights").contiguous(), bias)

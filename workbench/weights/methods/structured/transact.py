@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
-from workbench.weights.base import WeightMethod
+from workbench.weights.bases.structured import WithinBudget
+from workbench.weights.bases.structured_pruner import IntraModulePruner
+from workbench.weights.calibration.sampled_texts import sampled_texts
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.surgery.narrow import sampled_texts
-from workbench.weights.surgery.prunable import Site, Values, sites_of
+from workbench.weights.surgery.prunable import PrunableAttention, PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,29 +26,8 @@ if TYPE_CHECKING:
 _TEXT = 32  # tokens of each calibration text
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a layer stands: in whose modules, which side of it is inside, and how the whole model divides.
-
-    axis: 0 for layers that lead into a module, 1 for those that lead out of it. heads: parts of this many dimensions,
-    `width`. whole: bytes of all layers that are pruned; values: of those in attention, whose heads have `value_width`.
-    """
-
-    axis: int
-    in_attention: bool
-    heads: int
-    width: int
-    whole: int
-    values: int
-    value_width: int
-
-
-# Found when a model is looked through, and the same for every budget.
-_places: WeakKeyDictionary[nn.Linear, _Place] = WeakKeyDictionary()
-
-
 @register
-class TransAct(WeightMethod):
+class TransAct(IntraModulePruner):
     """Leave out dimensions inside attention and MLP modules that carry little, and keep what flows between modules.
 
     Inside a module lie its transitional activations: the neurons of an MLP, and in attention what each head takes out
@@ -73,96 +52,79 @@ class TransAct(WeightMethod):
     )
     claim = "smaller weights, KV cache and attention at high compression, with training after pruning"
     default_budget = 0.9
-    measure: ClassVar[str] = "size"
-    alone: ClassVar[bool] = False
 
     texts: int = param(24, ge=1, le=256, help=f"texts of {_TEXT} tokens over which activations are measured")
     rounds: int = param(2, ge=1, le=16, help="in how many steps the dimensions go")
     seed: int = param(0, ge=0, le=2**31 - 1, help="which texts the model says")
 
-    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        sites = sites_of(model)
-        places = {name: place for site in sites for name, place in site.places.items()}
-        taken = {name: linear for name, linear in linears.items() if name in places}
-        whole = sum(self.full_nbytes(linear) for linear in taken.values())
-        values = sum(self.full_nbytes(linear) for name, linear in taken.items() if places[name][1])
-        value_width = next((site.width for site in sites if isinstance(site, Values)), 1)
-        for name, linear in taken.items():
-            axis, in_attention, heads = places[name]
-            width = linear.weight.shape[axis] // heads
-            _places[linear] = _Place(axis, in_attention, heads, width, whole, values, value_width)
-        return {name: _why(name) for name in linears if name not in taken}
+    def survey(self, model: nn.Module) -> WithinBudget:
+        survey = super().survey(model)
+        assert isinstance(survey.method, TransAct)  # with the budget that is left for these layers
+        modules = self.prunable_modules(model, tuple(survey.linears))
+        widths = survey.method.widths(modules)
+        nbytes = sum(module.dimension_nbytes * width for module, width in zip(modules, widths, strict=True))
+        return replace(survey, whole=nbytes, least=nbytes)
 
-    def nbytes(self, linear: nn.Linear) -> int:
-        place = _places[linear]
-        return self.full_nbytes(linear) // linear.weight.shape[place.axis] * self._kept(place) * place.heads
+    def widths(self, modules: Sequence[PrunableModule]) -> list[int]:
+        """How many dimensions of each head, or neurons, each module keeps.
 
-    def full_nbytes(self, linear: nn.Linear) -> int:
-        return linear.weight.numel() * linear.weight.element_size()
-
-    def _kept(self, place: _Place) -> int:
-        """How many dimensions of each head, or neurons, stay."""
+        Each head keeps the budget's share of its channels, at least one; neurons take what is left of the budget.
+        """
         assert self.effective_budget is not None
-        limit = self.effective_budget.nbytes(place.whole)
-        if limit is None:
-            return place.width  # a budget in tokens, which is refused
-        # Each head keeps at least one channel; neurons take what is left of the budget.
-        channels = _within(place.value_width, limit / place.whole)
-        if place.in_attention:
-            return _within(place.width, limit / place.whole)
-        room = limit - place.values * channels // place.value_width
-        return _within(place.width, room / (place.whole - place.values))
+        attention = [module for module in modules if isinstance(module, PrunableAttention)]
+        whole, values = (sum(module.dimension_nbytes * module.width for module in m) for m in (modules, attention))
+        limit = self.effective_budget.nbytes(whole)
+        if limit is None:  # a budget in tokens, which is refused
+            return [module.width for module in modules]
+        room = limit
+        if attention:
+            room -= values * _within(attention[0].width, limit / whole) // attention[0].width
+        return [
+            _within(module.width, limit / whole if module in attention else room / (whole - values))
+            for module in modules
+        ]
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        sites = [site for site in sites_of(twin) if any(name in linears for name in site.places)]
-        targets = [self._kept(_places[linears[next(iter(site.places))]]) for site in sites]
-        begun = [site.width for site in sites]
+        modules = self.prunable_modules(twin, tuple(linears))
+        targets, begun = self.widths(modules), [module.width for module in modules]
         if begun == targets:
             return
         ids = sampled_texts(twin, self.texts, _TEXT, self.seed)
-        steps = progress.track(range(self.rounds * len(sites)), f"compressing by {self.key}", self.rounds * len(sites))
-        for step in steps:
-            done, index = divmod(step, len(sites))
+        count = self.rounds * len(modules)
+        for step in progress.track(range(count), f"compressing by {self.key}", count):
+            done, index = divmod(step, len(modules))
             if index == 0:
-                sizes = activations(twin, sites, ids)
-            left = self.rounds - done - 1
-            count = targets[index] + math.ceil((begun[index] - targets[index]) * left / self.rounds)
-            sites[index].prune(twin, sizes[index].topk(count, dim=-1).indices.sort(dim=-1).values)
+                sizes = activations(twin, modules, ids)
+            ahead = self.rounds - done - 1
+            width = targets[index] + math.ceil((begun[index] - targets[index]) * ahead / self.rounds)
+            modules[index].prune(twin, sizes[index].topk(width, dim=-1).indices.sort(dim=-1).values)
 
 
 def _within(width: int, share: float) -> int:
     return min(max(int(width * share + 1e-9), 1), width)
 
 
-def _why(name: str) -> str:
-    if name.endswith(("q_proj", "k_proj")):
-        return "queries and keys stay whole"
-    return "it stands in no module whose inside is known"
-
-
-def activations(model: PreTrainedModel, sites: list[Site], ids: Tensor) -> list[Tensor]:
-    """Root mean square of each site's transitional activations over texts ids [t, n], float32 [heads, width] each."""
+def activations(model: PreTrainedModel, modules: list[PrunableModule], ids: Tensor) -> list[Tensor]:
+    """Root mean square of each module's transitional activations over texts ids [t, n], float32 [heads, width] each."""
     sums: dict[str, Tensor] = {}
-    with _listening(model, [site.out for site in sites], sums), torch.inference_mode():
+    with _observing(model, [module.out for module in modules], sums), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
-    return [site.by_head(sums[site.out] / ids.numel()).sqrt() for site in sites]
+    return [module.by_head(sums[module.out] / ids.numel()).sqrt() for module in modules]
 
 
 @contextmanager
-def _listening(model: PreTrainedModel, names: list[str], sums: dict[str, Tensor]) -> Iterator[None]:
+def _observing(model: PreTrainedModel, names: list[str], sums: dict[str, Tensor]) -> Iterator[None]:
     """Until the block ends, add the squares of what enters these layers, over all tokens, to `sums`."""
 
-    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def add(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         squares = inputs[0].float().square().flatten(0, -2).sum(dim=0)
         sums[name] = sums[name] + squares if name in sums else squares
 
-    hooks: list[Callable[[], None]] = []
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in names]
     try:
-        for name in names:
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(partial(add, name)).remove)
         yield
     finally:
-        for remove in hooks:
-            remove()
+        for handle in handles:
+            handle.remove()

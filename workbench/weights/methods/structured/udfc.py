@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import PackedLinear, packed_nbytes
+from workbench.weights.solvers.least_squares import damped
 from workbench.weights.solvers.quantisation_grid import Grid, fit
-from workbench.weights.structured import StructuredPruner, damped, shared_out
-from workbench.weights.surgery.prunable import Site, activation
+from workbench.weights.solvers.widths import shared_out
+from workbench.weights.surgery.prunable import PrunableModule, activation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +40,7 @@ class Channels(NamedTuple):
 
 
 def channels(gate: Tensor, up: Tensor, squares: Tensor, act: Callable[[Tensor], Tensor]) -> Channels:
-    """Neurons under inputs that are normal, independent, and have the mean squares `squares` [hidden]."""
+    """PrunableMLP under inputs that are normal, independent, and have the mean squares `squares` [hidden]."""
     gate, up = gate.float(), up.float()
     spread = (gate.square() @ squares).sqrt().clamp_min(1e-12)  # [i]
     points = torch.tensor(_POINTS, dtype=gate.dtype, device=gate.device)
@@ -55,8 +57,8 @@ def overlap(one: Channels, other: Channels, squares: Tensor) -> Tensor:
     """
     gg, uu = (one.gate * squares) @ other.gate.T, (one.up * squares) @ other.up.T
     gu, ug = (one.gate * squares) @ other.up.T, (one.up * squares) @ other.gate.T
-    own = [(x.gate * squares * x.up).sum(dim=1) for x in (one, other)]
-    fourth = own[0][:, None] * own[1] + gg * uu + gu * ug
+    products = [(x.gate * squares * x.up).sum(dim=1) for x in (one, other)]
+    fourth = products[0][:, None] * products[1] + gg * uu + gu * ug
     return one.level[:, None] * other.level * uu + one.slope[:, None] * other.slope * fourth
 
 
@@ -64,7 +66,8 @@ def data_free_scores(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """How much each neuron may matter, float32 [i]: the largest entry of its row of gate and of up, times the norm of
     its column of down. A few channels carry most of what language models pass on, so that peaks tell more than norms.
     """
-    return gate.float().abs().amax(dim=1) * up.float().abs().amax(dim=1) * down.float().norm(dim=0)
+    scores: Tensor = gate.float().abs().amax(dim=1) * up.float().abs().amax(dim=1) * down.float().norm(dim=0)
+    return scores
 
 
 def rebuilt(down: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
@@ -75,7 +78,8 @@ def rebuilt(down: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: fl
     """
     old = down.double()[:, kept]
     missing = down.double() @ cross.double() - old @ gram.double()
-    return old + torch.linalg.solve(damped(gram, damping), missing.T).T
+    fitted: Tensor = old + torch.linalg.solve(damped(gram, damping), missing.T).T
+    return fitted
 
 
 @register
@@ -114,44 +118,46 @@ class UDFC(StructuredPruner):
     def full_nbytes(self, linear: nn.Linear) -> int:
         return 2 * linear.weight.numel()
 
-    def site_nbytes(self, site: Site, width: int) -> int:
-        hidden = site.dimension_nbytes // site.element_size // len(site.places)
+    def module_nbytes(self, module: PrunableModule, width: int) -> int:
+        hidden = module.dimension_nbytes // module.element_size // len(module.layers)
         sides = ((width, hidden), (width, hidden), (hidden, width))
         return sum(packed_nbytes(*side, self.bits, min(self.group_size, side[1]), zero_bytes=0) for side in sides)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        sites = self.sites(twin, tuple(linears))
-        widths = [site.width for site in sites]
+        modules = self.prunable_modules(twin, tuple(linears))
+        widths = [module.width for module in modules]
         counts, limit = widths, self.limit(linears)
         if limit is not None:
-            even = [1.0] * len(sites)
-            counts = shared_out(even, widths, lambda index, width: self.site_nbytes(sites[index], width), limit)
-        for site, count in progress.track(zip(sites, counts, strict=True), f"compressing by {self.key}", len(sites)):
-            with self.naming(site.name):
-                self._rebuild(twin, site, count)
+            even = [1.0] * len(modules)
+            counts = shared_out(even, widths, lambda index, width: self.module_nbytes(modules[index], width), limit)
+        for module, count in progress.track(
+            zip(modules, counts, strict=True), f"compressing by {self.key}", len(modules)
+        ):
+            with self.naming(module.name):
+                self._rebuild(twin, module, count)
 
-    def _rebuild(self, twin: PreTrainedModel, site: Site, count: int) -> None:
-        act = activation(twin.get_submodule(site.name))
-        assert act is not None  # a site of gated neurons has one
-        layers: list[Any] = [twin.get_submodule(name) for name in site.places]  # gate, up, down
+    def _rebuild(self, twin: PreTrainedModel, module: PrunableModule, count: int) -> None:
+        act = activation(twin.get_submodule(module.name))
+        assert act is not None  # a module of gated neurons has one
+        layers: list[Any] = [twin.get_submodule(name) for name in module.layers]  # gate, up, down
         weights = [layer.weight.detach() for layer in layers]
-        squares = gains(twin, site.name, weights[0].shape[1]).square()
+        squares = gains(twin, module.name, weights[0].shape[1]).square()
         whole = channels(weights[0], weights[1], squares, act)
         kept = data_free_scores(*weights).topk(count).indices.sort().values
-        site.prune(twin, kept[None])
+        module.prune(twin, kept[None])
         first, grids = [], []
         for weight in weights[:2]:
             grid = self._grid(weight[kept])
             first.append(grid.codes(weight[kept]))
             grids.append(grid)
-        damaged = channels(grids[0].values(first[0]), grids[1].values(first[1]), squares, act)
+        damaged = channels(grids[0].dequantised(first[0]), grids[1].dequantised(first[1]), squares, act)
         cross, gram = overlap(whole, damaged, squares), overlap(damaged, damaged, squares)
         last = rebuilt(weights[2], kept, cross, gram, self.damping).float()
         grids.append(self._grid(last))
         codes = [*first, grids[2].codes(last)]
-        for name, code, grid in zip(site.places, codes, grids, strict=True):
+        for name, code, grid in zip(module.layers, codes, grids, strict=True):
             bias: Any = twin.get_submodule(name).bias
             twin.set_submodule(name, PackedLinear(code, grid.scale, None, self.bits, bias, group=grid.group))
 
@@ -171,4 +177,5 @@ def gains(model: nn.Module, mlp: str, hidden: int) -> Tensor:
     )  # mean square 1, and mean 0 for norms that centre
     signs[1::2] = -1
     with torch.no_grad():
-        return norm(signs).float().abs()
+        sizes: Tensor = norm(signs).float().abs()
+        return sizes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Paper, param, register
+from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.solvers.latency import product_seconds
-from workbench.weights.structured import StructuredPruner, damped, refitted
-from workbench.weights.surgery.prunable import Neurons, Site, Values
+from workbench.weights.solvers.least_squares import damped, refitted
+from workbench.weights.surgery.prunable import PrunableAttention, PrunableMLP, PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,18 +36,18 @@ class Removal:
     errors: Tensor
 
 
-def removal(weight: Tensor, moment: Tensor, columns: Tensor, damping: float, together: int = 1) -> Removal:
+def removal(weight: Tensor, hessian: Tensor, columns: Tensor, damping: float, together: int = 1) -> Removal:
     """Leave out structures of a weight [o, i] one after another, each time those that cost least, until none is left.
 
     columns: int64 [heads, width, c], the inputs that make up each structure; one of every head goes in each step, or
     `together` of them. The cost of a structure S is tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ); what stays makes up for it, W and H⁻¹ are
-    brought up to date (Kurtic et al. 2023, arXiv:2302.04089, equations 2 and 3, algorithm 1). moment: the mean of
+    brought up to date (Kurtic et al. 2023, arXiv:2302.04089, equations 2 and 3, algorithm 1). hessian: the mean of
     x xᵀ [i, i], damped as `refitted` does.
     """
     left = weight.double().clone()
-    hessian = damped(moment, damping)
-    inverse = torch.linalg.inv(hessian)
-    scale = float(((left @ hessian) * left).sum().clamp_min(1e-30))
+    whole = damped(hessian, damping)
+    inverse = torch.linalg.inv(whole)
+    scale = float(((left @ whole) * left).sum().clamp_min(1e-30))
     heads, width, _ = columns.shape
     present = torch.ones(heads, width, dtype=torch.bool, device=columns.device)
     order: list[Tensor] = []
@@ -86,9 +88,10 @@ def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
     if columns.shape[2] == 1:
         flat = columns[..., 0]
         return weight.square().sum(dim=0)[flat] / inverse.diagonal()[flat]
-    own = inverse[columns[..., :, None], columns[..., None, :]]  # [heads, width, c, c]
+    pivots = inverse[columns[..., :, None], columns[..., None, :]]  # [heads, width, c, c]
     part = weight.T[columns]  # [heads, width, c, o]
-    return (torch.linalg.solve(own, part) * part).sum(dim=(-1, -2))
+    costs: Tensor = (torch.linalg.solve(pivots, part) * part).sum(dim=(-1, -2))
+    return costs
 
 
 @register
@@ -96,10 +99,10 @@ class ZipLM(StructuredPruner):
     """Leave out MLP neurons and channels of attention's values where least is lost for the time that is saved.
 
     Each module's structures go in the order of structured second-order pruning, the rest making up for them (Kurtic et
-    al. 2023); how long a module takes at each of some widths is measured on this machine, once a process, for `tokens`
-    tokens at once. From the whole model on, the module whose next step loses least for each second it saves takes it,
-    until the bytes are within the budget and, where `speedup` is given, the measured products of all pruned modules
-    are that much faster together.
+    al. 2023); how long a module takes at each of some widths is measured on this machine, once for each study, for
+    `tokens` tokens at once. From the whole model on, the module whose next step loses least for each second it saves
+    takes it, until the bytes are within the budget and, where `speedup` is given, the measured products of all pruned
+    modules are that much faster together.
 
     The paper prunes whole heads; here every layer's cache needs as many KV heads as the others, so that each head gets
     narrower values instead. It searches widths by SPDY with trials on the whole model; here the error of each module's
@@ -111,14 +114,14 @@ class ZipLM(StructuredPruner):
     paper = Paper("ZipLM: Inference-Aware Structured Pruning of Language Models", "Kurtic et al. 2023", "2302.04089")
     claim = "structured pruning that hits a target speed-up on the hardware at hand"
     default_budget = 0.8
-    needs_moment: ClassVar[bool] = True
-    takes = (Neurons, Values)
+    needs_hessian: ClassVar[bool] = True
+    narrows = (PrunableMLP, PrunableAttention)
 
     speedup: float = param(1.0, ge=1, le=50, help="how much faster the pruned products have to be; 1: as they come")
     tokens: int = param(1, ge=1, le=8192, unit="tokens", help="how many are computed at once where time is measured")
     steps: int = param(16, ge=2, le=128, help="into how many widths each module is divided")
     damping: float = param(
-        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' moment, as a share of its mean"
+        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' Hessian, as a share of its mean"
     )
 
     def apply(
@@ -127,62 +130,73 @@ class ZipLM(StructuredPruner):
         limit = self.limit(linears)
         if limit is None and self.speedup == 1:
             return
-        sites = self.sites(twin, tuple(linears))
+        modules = self.prunable_modules(twin, tuple(linears))
         key = ("ziplm", self.damping)
-        removals = study.once(key, lambda: self._removals(sites, linears, study, progress))
-        counts = self._searched(twin, sites, removals, limit)
+        removals = study.once(key, lambda: self._removals(modules, linears, study, progress))
+        counts = self._searched(twin, modules, removals, limit, study)
         done = 0
-        for _, inputs in study.inputs(moments=True, progress=progress):
-            for site in (site for site in sites if site.out in inputs):
-                progress.update(f"compressing by {self.key}", done, len(sites))
-                if counts[site.name] < site.width:
-                    kept = removals[site.name].order[:, site.width - counts[site.name] :].sort(dim=1).values
-                    weight, moment = linears[site.out].weight.detach(), inputs[site.out].second_moment
-                    columns = site.columns(kept).to(moment.device)
-                    with self.naming(site.out):
-                        site.prune(twin, kept, refitted(weight, moment, columns, self.damping))
+        for _, inputs in study.inputs(hessians=True, progress=progress):
+            for module in (module for module in modules if module.out in inputs):
+                progress.update(f"compressing by {self.key}", done, len(modules))
+                if counts[module.name] < module.width:
+                    kept = removals[module.name].order[:, module.width - counts[module.name] :].sort(dim=1).values
+                    weight, hessian = linears[module.out].weight.detach(), inputs[module.out].hessian
+                    columns = module.columns(kept).to(hessian.device)
+                    with self.naming(module.out):
+                        module.prune(twin, kept, refitted(weight, hessian, columns, self.damping))
                 done += 1
-        progress.update(f"compressing by {self.key}", len(sites), len(sites))
+        progress.update(f"compressing by {self.key}", len(modules), len(modules))
 
     def _removals(
-        self, sites: Sequence[Site], linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+        self,
+        modules: Sequence[PrunableModule],
+        linears: Mapping[str, nn.Linear],
+        study: WeightStudy,
+        progress: Progress,
     ) -> dict[str, Removal]:
-        found: dict[str, Removal] = {}
-        for _, inputs in study.inputs(moments=True, progress=progress):
-            for site in (site for site in sites if site.out in inputs):
-                progress.update("finding what costs least", len(found), len(sites))
-                each = torch.arange(site.width).expand(site.heads, -1)
-                structures = site.columns(each).view(site.heads, -1, site.width).transpose(1, 2)  # [heads, width, c]
-                moment = inputs[site.out].second_moment
-                together = max(site.width // _ROUNDS, 1)
-                weight = linears[site.out].weight.detach()
-                found[site.name] = removal(weight, moment, structures.to(moment.device), self.damping, together)
-        return found
+        removals: dict[str, Removal] = {}
+        for _, inputs in study.inputs(hessians=True, progress=progress):
+            for module in (module for module in modules if module.out in inputs):
+                progress.update("finding what costs least", len(removals), len(modules))
+                each = torch.arange(module.width).expand(module.heads, -1)
+                structures = (
+                    module.columns(each).view(module.heads, -1, module.width).transpose(1, 2)
+                )  # [heads, width, c]
+                hessian = inputs[module.out].hessian
+                together = max(module.width // _ROUNDS, 1)
+                weight = linears[module.out].weight.detach()
+                removals[module.name] = removal(weight, hessian, structures.to(hessian.device), self.damping, together)
+        return removals
 
     def _searched(
-        self, twin: PreTrainedModel, sites: Sequence[Site], removals: Mapping[str, Removal], limit: int | None
+        self,
+        twin: PreTrainedModel,
+        modules: Sequence[PrunableModule],
+        removals: Mapping[str, Removal],
+        limit: int | None,
+        study: WeightStudy,
     ) -> dict[str, int]:
         """How many dimensions each module keeps."""
-        levels = [_levels(site.width, self.steps) for site in sites]  # widest first
-        seconds = [self._seconds(twin, site, widths) for site, widths in zip(sites, levels, strict=True)]
-        errors = [removals[site.name].errors for site in sites]
-        at = [0] * len(sites)
-        nbytes = sum(self.site_nbytes(site, site.width) for site in sites)
+        levels = [_levels(module.width, self.steps) for module in modules]  # widest first
+        seconds = [self._seconds(twin, module, widths, study) for module, widths in zip(modules, levels, strict=True)]
+        errors = [removals[module.name].errors for module in modules]
+        at = [0] * len(modules)
+        nbytes = sum(self.module_nbytes(module, module.width) for module in modules)
         whole = time = sum(row[0] for row in seconds)
 
         def loss(index: int) -> float:
             """What the next step of a module loses, for each second that it saves."""
             width, less = levels[index][at[index] : at[index] + 2]
-            lost = float(errors[index][sites[index].width - less] - errors[index][sites[index].width - width])
+            lost = float(errors[index][modules[index].width - less] - errors[index][modules[index].width - width])
             return lost / max(seconds[index][at[index]] - seconds[index][at[index] + 1], 1e-12)
 
         while (limit is not None and nbytes > limit) or time > whole / self.speedup:
-            open_ = [index for index in range(len(sites)) if at[index] + 1 < len(levels[index])]
+            open_ = [index for index in range(len(modules)) if at[index] + 1 < len(levels[index])]
             if not open_:
                 break
             index = min(open_, key=loss)
             before, after = levels[index][at[index]], levels[index][at[index] + 1]
-            nbytes -= sites[index].dimension_nbytes * (before - after)
+            nbytes -= modules[index].dimension_nbytes * (before - after)
             time -= seconds[index][at[index]] - seconds[index][at[index] + 1]
             at[index] += 1
         if time > whole / self.speedup * (1 + 1e-9):
@@ -190,20 +204,25 @@ class ZipLM(StructuredPruner):
                 f"{self.key}: the products that can be pruned get at most {whole / time:.3g} times as fast on this "
                 f"machine, not {self.speedup:g} times"
             )
-        return {site.name: levels[index][at[index]] for index, site in enumerate(sites)}
+        return {module.name: levels[index][at[index]] for index, module in enumerate(modules)}
 
-    def _seconds(self, twin: PreTrainedModel, site: Site, widths: Sequence[int]) -> list[float]:
+    def _seconds(
+        self, twin: PreTrainedModel, module: PrunableModule, widths: Sequence[int], study: WeightStudy
+    ) -> list[float]:
         """How long a module's layers take at these widths, never longer when narrower."""
-        found: list[float] = []
+        seconds: list[float] = []
         for width in widths:
             total = 0.0
-            for name, (axis, _, heads) in site.places.items():
-                weight: Any = twin.get_submodule(name).weight
-                shape = [weight.shape[0], weight.shape[1]]
-                shape[axis] = heads * width
-                total += product_seconds(*shape, self.tokens, weight.device, weight.dtype)
-            found.append(min(total, found[-1]) if found else total)
-        return found
+            for name, (axis, heads) in module.layers.items():
+                layer = twin.get_submodule(name)
+                assert isinstance(layer, nn.Linear)
+                weight = layer.weight
+                narrow = heads * width
+                shape = (narrow, weight.shape[1]) if axis == 0 else (weight.shape[0], narrow)
+                product = (*shape, self.tokens, weight.device, weight.dtype)
+                total += study.once(("product seconds", *product), partial(product_seconds, *product))
+            seconds.append(min(total, seconds[-1]) if seconds else total)
+        return seconds
 
 
 def _levels(width: int, steps: int) -> list[int]:

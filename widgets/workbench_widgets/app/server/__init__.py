@@ -1,0 +1,1 @@
+"""Where a server answers, and what it tells a page of its address and its connection."""

@@ -1,0 +1,1 @@
+"""One tab's work off the event loop, and the models that tabs share."""

@@ -1,0 +1,69 @@
+"""The MIME bundles by which a plan, a run or a session shows itself in a notebook.
+
+`workbench.display` finds `views` through an entry point.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import ipywidgets
+
+from workbench.display import Bundle
+from workbench.formatting import mib
+from workbench.kv.plan import Plan
+from workbench.measure.memory import Timeline
+from workbench.runtime.run import Run
+from workbench.session import Session
+from workbench_widgets import figures, present
+from workbench_widgets.colours import LIGHT
+from workbench_widgets.notebook.html_summaries import session_html
+from workbench_widgets.notebook.plan_view import PlanView
+from workbench_widgets.notebook.run_view import RunView
+from workbench_widgets.plain_text import out_of_markup
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+def views(thing: object) -> Iterator[Bundle]:
+    """MIME bundles for `thing`: its view first, then the figures that `show()` adds. Nothing for an unknown type."""
+    if isinstance(thing, Plan):
+        yield view(PlanView(thing))
+    elif isinstance(thing, Run):
+        yield view(RunView(thing))
+        yield figure(memory_figure(thing.memory, f"Memory of {thing.recipe.label}"))
+    elif isinstance(thing, Session):
+        yield view(ipywidgets.HTML(session_html(thing)))
+        if thing.runs:
+            yield figure(memory_figure(thing.memory, "Memory of all runs"))
+
+
+def view(widget: ipywidgets.DOMWidget) -> Bundle:
+    """The bundle that shows a widget."""
+    bundle = widget._repr_mimebundle_()
+    return dict(bundle[0] if isinstance(bundle, tuple) else bundle)
+
+
+def figure(plot: go.Figure) -> Bundle:
+    """The bundle that shows a Plotly figure in light and dark notebooks alike, without plotly.js in the file."""
+    colours = {LIGHT.surface: "rgba(0,0,0,0)", LIGHT.ink: "#808080", LIGHT.muted: "#808080", LIGHT.line: "#80808055"}
+    text = plot.to_json()
+    for colour, neutral in colours.items():
+        text = text.replace(f'"{colour}"', f'"{neutral}"')
+    content = json.loads(text)
+    content["layout"]["hoverlabel"] = {"bgcolor": LIGHT.surface, "font": {"color": LIGHT.ink}, "namelength": -1}
+    content["config"] = {"displaylogo": False, "responsive": True}
+    return {PLOTLY: content, "text/plain": f"Figure: {out_of_markup(plot.layout.title.text)}"}
+
+
+def memory_figure(timeline: Timeline, title: str) -> go.Figure:
+    """Live bytes over the steps of a timeline, without the weights: they would dwarf everything else."""
+    frame = present.memory(timeline).drop(columns="time")
+    weights = frame.pop("weights") if "weights" in frame else None
+    beside = "" if weights is None or not weights.max() else f", beside {mib(weights.max())} of weights"
+    return figures.memory_timeline(frame, title=title + beside)

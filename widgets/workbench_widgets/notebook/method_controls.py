@@ -1,0 +1,103 @@
+"""Controls for notebooks, made from the methods' own descriptions: a method that is registered has its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import ipywidgets as w
+
+from workbench.registry import Method, Parameter, find
+from workbench_widgets.plain_text import in_markup
+
+NONE = ""  # the choice "none" of a dropdown
+
+
+class MethodControls(w.VBox):
+    """A dropdown of methods and, below it, one control for each parameter of the chosen one.
+
+    optional: whether "none" can be chosen. values: parameters of the method that is chosen at the beginning.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        methods: tuple[type[Method], ...],
+        key: str,
+        on_change: Callable[[], None],
+        *,
+        optional: bool,
+        values: Mapping[str, object] | None = None,
+    ) -> None:
+        self._on_change = on_change
+        self._controls: dict[str, w.DOMWidget] = {}
+        none = [("none", NONE)] if optional else []
+        options = none + [(cls.title or cls.key, cls.key) for cls in methods]
+        self.choice = w.Dropdown(options=options, value=key, layout=w.Layout(width="100%"))
+        self.parameters = w.VBox()
+        self._claim = w.HTML()
+        self.choice.observe(self._rebuild, names="value")
+        heading = w.HTML(f'<div style="font-weight:600;line-height:1.4">{in_markup(name)}</div>')
+        super().__init__([heading, self.choice, self._claim, self.parameters], layout=w.Layout(width="190px"))
+        self._fill(values or {})
+
+    def __repr__(self) -> str:
+        return f"MethodControls({self.choice.value!r})"
+
+    def method(self) -> Method | None:
+        """What is chosen, without a budget; None for "none". Raises BadParameter for values that do not fit."""
+        if self.choice.value == NONE:
+            return None
+        return find(self.choice.value)(**{name: control.value for name, control in self._controls.items()})
+
+    def _rebuild(self, change: object) -> None:
+        self._fill({})
+        self._on_change()
+
+    def _fill(self, values: Mapping[str, object]) -> None:
+        for old in self.parameters.children:
+            old.close_all()
+        cls = None if self.choice.value == NONE else find(self.choice.value)
+        self._controls = {} if cls is None else {p.name: control(p) for p in cls.parameters()}
+        for name, widget in self._controls.items():
+            widget.value = values.get(name, widget.value)
+            widget.observe(lambda _: self._on_change(), names="value")
+        self._claim.value = "" if cls is None else _small(cls.summary())
+        described = [] if cls is None else cls.parameters()
+        self.parameters.children = [_LabelledControl(p, self._controls[p.name]) for p in described]
+
+
+class _LabelledControl(w.VBox):
+    """A parameter's control between its name with the unit and its help."""
+
+    def __init__(self, parameter: Parameter, widget: w.DOMWidget) -> None:
+        name = parameter.name.replace("_", " ") + (f" ({parameter.unit})" if parameter.unit else "")
+        label = w.HTML(f'<div style="line-height:1.4">{in_markup(name)}</div>')
+        super().__init__([label, widget, w.HTML(_small(parameter.help))])
+
+    def close_all(self) -> None:
+        """Close this and what it holds: a closed box alone would leave them in the kernel."""
+        for child in self.children:
+            child.close()
+        self.close()
+
+
+def control(parameter: Parameter) -> w.DOMWidget:
+    """The control for one parameter, with its default, its bounds, and its help on hover."""
+    shared = {"value": parameter.default, "tooltip": parameter.help, "layout": w.Layout(width="100%")}
+    if parameter.choices:
+        return w.Dropdown(options=list(parameter.choices), **shared)
+    if parameter.kind == "bool":
+        return w.Checkbox(indent=False, **shared)
+    if parameter.kind == "text":
+        return w.Text(**shared | {"value": "" if parameter.default is None else str(parameter.default)})
+    whole = parameter.kind == "int"
+    if parameter.low is None or parameter.high is None:
+        return (w.IntText if whole else w.FloatText)(**shared)
+    bounds = {"min": parameter.low, "max": parameter.high}
+    if whole:
+        return w.BoundedIntText(**bounds, **shared)
+    return w.BoundedFloatText(**bounds, step=(parameter.high - parameter.low) / 20, **shared)
+
+
+def _small(text: str) -> str:
+    return f'<div style="opacity:.7;font-size:11px;line-height:1.35;white-space:normal">{in_markup(text)}</div>'

@@ -1,0 +1,68 @@
+"""Compressed copies of a model, made without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from workbench.errors import BadRecipe
+from workbench.progress import Progress
+from workbench.registry import Method
+from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.surgery.sharing_copy import sharing_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+SHORT = Calibration(SAMPLED, samples=16, tokens=64)  # where nobody says on what to calibrate
+
+
+def compressed(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    progress: Progress | None = None,
+    study: Callable[[PreTrainedModel, int], WeightStudy] | None = None,
+) -> PreTrainedModel:
+    """A copy of the model compressed by `methods`, one after another.
+
+    It shares every tensor that they leave unchanged; the model itself is never written to. progress: one step a layer.
+    study: gives the calibration of the model as it is before the method of that number (default: on a few short texts
+    that the model itself says). Raises NotApplicable, BudgetTooSmall, MissingExtra, Cancelled; then no copy remains.
+    """
+    progress = progress or Progress()
+    twin = model
+    for number, method in enumerate(methods):
+        if not isinstance(method, WeightMethod):
+            raise BadRecipe(f"{method.key} is no weight method: it is of the family {method.family!r}")
+        before, twin = twin, sharing_copy(twin)
+        survey = method.survey(twin)
+        survey.check()
+        known = study(before, number) if study else WeightStudy(before, calibration=SHORT)
+        survey.method.apply(twin, survey.linears, known, progress)
+    return twin if methods else sharing_copy(model)
+
+
+def weight_methods(methods: Sequence[Method]) -> list[WeightMethod]:
+    """The same methods, all of which change weights. Raises BadRecipe, naming them, where there are others."""
+    others = [method.key for method in methods if not isinstance(method, WeightMethod)]
+    if others:
+        raise BadRecipe(f"{', '.join(others)}: only weight methods change the model's weights; leave the others out")
+    return [method for method in methods if isinstance(method, WeightMethod)]
+
+
+def compressed_once(
+    study: WeightStudy, method: WeightMethod, linears: Mapping[str, nn.Linear], progress: Progress
+) -> dict[str, nn.Module]:
+    """What a method makes of these layers, by name; kept in the study, for as long as that lives."""
+
+    def make() -> dict[str, nn.Module]:
+        copy = sharing_copy(study.model)
+        method.apply(copy, linears, study, progress)
+        return {name: copy.get_submodule(name) for name in linears}
+
+    return study.once(("compressed", method.parameter_key(), method.effective_budget), make)
