@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
+from tests import byte_tokens
 from tests.widgets.browser import chromium, served_app  # noqa: F401  fixtures
 from workbench.models import cached, tiny
 from workbench.testing import Subjects
@@ -49,13 +50,7 @@ def subjects() -> Subjects:
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, as many as a tiny model knows; "~" ends a turn of its chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~", clean_up_tokenization_spaces=False)
+    made = byte_tokens.byte_tokenizer(eos_token="~", clean_up_tokenization_spaces=False)
     made.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}~\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"

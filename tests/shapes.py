@@ -408,7 +408,7 @@ class OfInputStats:
         absmean: Float32[Tensor, "i"],
         absmax: Float32[Tensor, "i"],
         square: Float32[Tensor, "i"],
-        moment: Float32[Tensor, "i i"] | None = None,
+        accumulated: Float32[Tensor, "i i"] | None = None,
     ) -> None: ...
 
     def output_error(self, change: Float[Tensor, "o i"]) -> Float32[Tensor, "o"]: ...
@@ -434,6 +434,8 @@ class OfPartialSoftmax:
     def __init__(
         self, maximum: Float[Tensor, "h r 1"], total: Float[Tensor, "h r 1"], weighted: Float[Tensor, "h r dv"]
     ) -> None: ...
+
+    def extended(self, scores: Float[Tensor, "h r c"], values: Float[Tensor, "k c dv"]) -> PartialSoftmax: ...
 
     def merged(self, other: PartialSoftmax) -> PartialSoftmax: ...
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.readings import session_on
 from workbench import arguments
 from workbench.budget import Budget
 from workbench.errors import BadBudget, BadParameter, InputError
@@ -34,9 +35,7 @@ NO_PATH = [None, 5, 0.0, True, "a\0b", "", b"folder", ["folder"]]
 
 @pytest.fixture(scope="module")
 def session(tiny_llama: PreTrainedModel) -> wb.Session:
-    made = wb.Session((tiny_llama, None))
-    made.read(torch.arange(TOKENS))
-    return made
+    return session_on(tiny_llama, torch.arange(TOKENS))
 
 
 COUNTS: dict[str, tuple[str, Callable[[wb.Session, Any], Any]]] = {

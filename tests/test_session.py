@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import workbench as wb
+from tests.readings import ids_of, session_on
 from tests.runtime.memory_reach import within_reach
 from workbench.errors import (
     BadBudget,
@@ -51,15 +52,9 @@ COMPRESSING = [cls.key for cls in registered("kv") if cls.key != "full"]
 TEXT = "The lamp stands on the hill ~ and the key lies under the third hive."
 
 
-def ids(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def session(tiny_llama: PreTrainedModel) -> wb.Session:
-    made = wb.Session((tiny_llama, None))
-    made.read(ids(60))
-    return made
+    return session_on(tiny_llama, ids_of(60, 0))
 
 
 @pytest.fixture
@@ -192,7 +187,7 @@ def test_a_cache_precision_that_does_not_exist_is_refused(dtype: Any, tiny_llama
 
 def test_the_longest_prompt_that_fits_is_read(tiny_llama: PreTrainedModel) -> None:
     made = wb.Session((tiny_llama, None))
-    made.read(ids(2046))
+    made.read(ids_of(2046, 0))
     assert len(made.run("snapkv", budget=0.1, max_new_tokens=2).tokens) == 2
 
 
@@ -200,13 +195,16 @@ def test_asking_on_the_full_cache_equals_generate_on_everything_so_far(tiny_mode
     for architecture in ("llama", "gemma3"):
         model = tiny_model(architecture)
         made = wb.Session((model, None), kv_dtype="float32")
-        made.read(ids(30))
-        run, sequence = made.run("full", question=ids(5, 1), max_new_tokens=6), torch.cat([ids(30), ids(5, 1)])
+        made.read(ids_of(30, 0))
+        run, sequence = (
+            made.run("full", question=ids_of(5, 1), max_new_tokens=6),
+            torch.cat([ids_of(30, 0), ids_of(5, 1)]),
+        )
         for turn in range(3):
             assert run.tokens == generated(model, sequence, 6)
             assert torch.equal(run.prompt_ids, sequence)
-            sequence = torch.cat([sequence, torch.tensor(run.tokens), ids(4, 10 + turn)])
-            run = run.ask(ids(4, 10 + turn), max_new_tokens=6)
+            sequence = torch.cat([sequence, torch.tensor(run.tokens), ids_of(4, 10 + turn)])
+            run = run.ask(ids_of(4, 10 + turn), max_new_tokens=6)
 
 
 @pytest.mark.parametrize("key", ["full", "h2o", "kivi"])  # of every method it is a promise
@@ -283,7 +281,7 @@ def test_generation_stops_at_the_token_that_ends_it(session: wb.Session) -> None
     model = tiny()
     model.generation_config.eos_token_id = [free[4]]
     made = wb.Session((model, None))
-    made.read(ids(60))
+    made.read(ids_of(60, 0))
     stop = free.index(free[4])
     assert made.run("full", max_new_tokens=12).tokens == free[: stop + 1]
 
@@ -322,7 +320,7 @@ def test_reading_can_be_cancelled_and_the_earlier_prompt_stays(session: wb.Sessi
     progress = Progress()
     progress = Progress(lambda stage, done, total: progress.cancel() if done == 1 else None)
     with pytest.raises(Cancelled):
-        session.read(ids(30, 5), progress=progress)
+        session.read(ids_of(30, 5), progress=progress)
     assert session.trace is trace
     assert len(session.run("snapkv", budget=0.5, max_new_tokens=2).tokens) == 2
 
@@ -359,7 +357,7 @@ def test_an_abandoned_stream_changes_nothing(session: wb.Session) -> None:
     stream_run = session.run("kivi", budget=0.7, max_new_tokens=10)
     assert first.id == stream_run.tokens[0] and session.runs == [stream_run]
     with torch.inference_mode():
-        assert session.model(ids(5)[None]).logits.isfinite().all()
+        assert session.model(ids_of(5, 0)[None]).logits.isfinite().all()
     assert stream.run.tokens == stream_run.tokens  # and may still be finished
 
 
@@ -384,7 +382,7 @@ def test_quality_is_finite_and_belongs_to_the_runs_own_prompt(key: str, session:
     assert all(value is None or math.isfinite(value) for value in figures.to_dict().values())
     assert early.verdict.output_error.shape == (3, 4) and bool(early.verdict.output_error.isfinite().all())
     asked = late.ask([6], max_new_tokens=2)
-    session.read(ids(33, 9))
+    session.read(ids_of(33, 9))
     assert late.quality == figures  # measured only now, against the prompt it was made from
     assert math.isfinite(asked.quality.kl)
 
@@ -392,7 +390,7 @@ def test_quality_is_finite_and_belongs_to_the_runs_own_prompt(key: str, session:
 @pytest.mark.parametrize("key", COMPRESSING)
 def test_less_room_costs_more(key: str, tiny_llama: PreTrainedModel) -> None:
     made = wb.Session((tiny_llama, None), kv_dtype="float32")
-    made.read(ids(200))
+    made.read(ids_of(200, 0))
     least = max(within_reach(key, 0.4), moderate(key, made, 0.4)["budget"])
     errors = [float(made.plan(key, budget=budget).error.mean()) for budget in (1.0, 0.75, least)]
     assert errors[0] <= 1e-3
@@ -424,7 +422,7 @@ def test_comparing_one_recipe_needs_no_list(session: wb.Session) -> None:
 @pytest.mark.parametrize("recipe", ["full", "h2o", "kivi", "mikv", "adakv"])
 def test_the_timelines_bytes_are_the_live_stores(recipe: str, tiny_llama: PreTrainedModel) -> None:
     made = wb.Session((tiny_llama, None))
-    made.read(ids(200))
+    made.read(ids_of(200, 0))
     budget = {} if recipe == "full" else {"budget": 0.5}
     run = made.run(recipe, question=[4, 5], max_new_tokens=5, **budget)
     planned = next(sample for sample in run.memory.samples if sample.phase == "plan")
@@ -495,7 +493,7 @@ def test_the_default_model_is_exact_over_a_chat(default_session: wb.Session) -> 
 
 def test_measuring_can_be_cancelled_and_is_not_remembered(tiny_model: ModelOf) -> None:
     made = wb.Session((tiny_model("llama"), None))
-    made.read(ids(60))
+    made.read(ids_of(60, 0))
     run = made.run("snapkv", budget=0.5, max_new_tokens=4)
     progress = Progress(lambda stage, done, total: progress.cancel())
     with pytest.raises(Cancelled):
@@ -506,20 +504,20 @@ def test_measuring_can_be_cancelled_and_is_not_remembered(tiny_model: ModelOf) -
 
 def test_only_the_last_runs_keep_their_caches(tiny_model: ModelOf) -> None:
     made = wb.Session((tiny_model("llama"), None))
-    made.read(ids(60))
+    made.read(ids_of(60, 0))
     runs = [made.run("snapkv", budget=0.5, max_new_tokens=2) for _ in range(6)]
     assert [run.decoder is None for run in runs] == [True, True, False, False, False, False]
     with pytest.raises(NotRead, match="released"):
         runs[0].ask("again")
     assert runs[0].quality.tokens == 2 and runs[0].kv_nbytes == runs[0].plan.nbytes
-    made.read(ids(50))
+    made.read(ids_of(50, 0))
     assert made.runs == [] and len(made.memory) > 0
 
 
 def test_perplexity_of_a_given_text_is_that_of_plain_transformers(tiny_model: ModelOf) -> None:
     model = tiny_model("llama")
     made = wb.Session((model, None), kv_dtype="float32")
-    prompt, question, text = ids(60), ids(5), ids(20)
+    prompt, question, text = ids_of(60, 0), ids_of(5, 0), ids_of(20, 0)
     made.read(prompt)
     run = made.run("full", question=question, max_new_tokens=2)
     figures = run.measure(text).figures

@@ -8,9 +8,11 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests import shapes
 from tests.kv.test_methods import described
+from tests.readings import decoder_of
 from tests.test_promises import SMALL
 from workbench import testing
 from workbench.attention.base import AttentionMethod
@@ -27,6 +29,7 @@ from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
+from workbench.testing import Subjects
 from workbench.trace import LayerTrace
 from workbench.weights.base import WeightMethod
 from workbench.weights.compress import compressed
@@ -48,10 +51,9 @@ def keys_of(family: str) -> list[str]:
     return [cls.key for cls in registered(family)]
 
 
-def went_on(plan: Plan) -> Decoder:
+def went_on(plan: Plan, model: PreTrainedModel) -> Decoder:
     """A run over what was planned: some tokens together, then one by one."""
-    found = testing.reading()
-    decoder = Decoder(found.model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
+    decoder = decoder_of(model, plan)
     decoder.feed(NEW[:5], logits=5)
     for token in NEW[5:]:
         decoder.feed(token[None])
@@ -59,11 +61,11 @@ def went_on(plan: Plan) -> Decoder:
 
 
 @pytest.mark.parametrize("key", keys_of("kv"))
-def test_kv_stages_and_stores_give_the_shapes_they_say(key: str, called: set[str]) -> None:
-    method, found = described(key), testing.reading()
+def test_kv_stages_and_stores_give_the_shapes_they_say(key: str, called: set[str], subjects: Subjects) -> None:
+    method, found = described(key), subjects.reading()
     for dtype in (torch.bfloat16, torch.float32):
         plan = testing.plan_on(found, method, dtype=dtype)
-        decoder = went_on(plan)
+        decoder = went_on(plan, found.model)
         for store in decoder.clone().stores:
             assert store.entries > 0 and len(store.positions) == store.kv_heads
             store.contents(torch.float32)
@@ -76,15 +78,15 @@ def test_kv_stages_and_stores_give_the_shapes_they_say(key: str, called: set[str
 
 
 @pytest.mark.parametrize("key", keys_of("attention"))
-def test_attention_methods_give_the_shapes_they_say(key: str, called: set[str]) -> None:
-    method, found = find(key)(), testing.reading()
+def test_attention_methods_give_the_shapes_they_say(key: str, called: set[str], subjects: Subjects) -> None:
+    method, found = find(key)(), subjects.reading()
     assert isinstance(method, AttentionMethod)
     try:
         method.check(testing.TOKENS, len(found.trace.layers))
     except BudgetTooSmall as refusal:
         method = method.with_budget(refusal.smallest)
     for architecture in ("llama", "gemma3"):
-        model, trace = testing.reading(architecture)
+        model, trace = subjects.reading(architecture)
         read(model, facts(model), trace.prompt, method=method)
     decoding = method if method.decodes else None
     for budget in (1.0, 0.6):  # heads of equal and of unequal length
@@ -96,7 +98,7 @@ def test_attention_methods_give_the_shapes_they_say(key: str, called: set[str]) 
 
 
 @pytest.mark.parametrize("key", keys_of("operator"))
-def test_operators_give_the_shapes_they_say(key: str, called: set[str]) -> None:
+def test_operators_give_the_shapes_they_say(key: str, called: set[str], subjects: Subjects) -> None:
     operator = find(key)()
     assert isinstance(operator, Operator)
     generator = torch.Generator().manual_seed(0)
@@ -110,10 +112,12 @@ def test_operators_give_the_shapes_they_say(key: str, called: set[str]) -> None:
 
 
 @pytest.mark.parametrize("key", keys_of("weights"))
-def test_weight_methods_and_their_layers_give_the_shapes_they_say(key: str, called: set[str]) -> None:
+def test_weight_methods_and_their_layers_give_the_shapes_they_say(
+    key: str, called: set[str], subjects: Subjects
+) -> None:
     method = find(key)(**SMALL.get(key, {}))
     assert isinstance(method, WeightMethod)
-    model, _ = testing.reading()
+    model, _ = subjects.reading()
     twin = compressed(model, [method])
     with torch.no_grad():
         logits = twin(NEW[None]).logits
@@ -159,18 +163,18 @@ class ForgetsAHead(H2O):
 
 
 @pytest.mark.parametrize("cls", [OfOneHead, InDouble, OfLayersAlone, ByToken, ForgetsAHead])
-def test_a_kv_method_that_gives_another_shape_or_dtype_is_caught(cls: type[KVMethod]) -> None:
-    (stage,) = shapes.declared_of(cls)
+def test_a_kv_method_that_gives_another_shape_or_dtype_is_caught(cls: type[KVMethod], subjects: Subjects) -> None:
+    (stage,), found = shapes.declared_of(cls), subjects.reading()
     with shapes.watched(KVMethod), pytest.raises(TypeCheckError, match=rf"return value of {stage}\."):
-        went_on(testing.plan_on(testing.reading(), cls(budget=0.5)))
+        went_on(testing.plan_on(found, cls(budget=0.5)), found.model)
 
 
-def test_a_store_that_ignores_the_dtype_asked_for_is_caught() -> None:
+def test_a_store_that_ignores_the_dtype_asked_for_is_caught(subjects: Subjects) -> None:
     class Deaf(DenseStore):
         def contents(self, dtype: torch.dtype) -> Dequantised:
             return super().contents(torch.float64)
 
-    layer = testing.reading().trace.layers[0]
+    layer = subjects.reading().trace.layers[0]
     everything = torch.ones(layer.kv_heads, layer.tokens, dtype=torch.bool)
     store = Deaf.where(layer.keys, layer.values, everything, torch.float32)
     with shapes.watched(Store), pytest.raises(shapes.WrongDtype, match=r"Deaf\.contents"):

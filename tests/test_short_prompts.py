@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.readings import session_on
 from workbench.errors import InputError
 from workbench.registry import registered
 
@@ -20,9 +21,7 @@ RUN = [cls.key for family in ("kv", "attention") for cls in registered(family)]
 def session(request: pytest.FixtureRequest, tiny_model: Callable[[str], PreTrainedModel]) -> wb.Session:
     """A model of whole attention, and one whose every other layer slides, with a short prompt read."""
     kind, tokens = request.param
-    made = wb.Session((tiny_model(kind), None))
-    made.read(torch.arange(7, 7 + tokens))
-    return made
+    return session_on(tiny_model(kind), torch.arange(7, 7 + tokens))
 
 
 @pytest.mark.parametrize("key", RUN)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from tests.attention.support import alike
+from tests.readings import ids_of, session_on
 from workbench.attention import CoreContext, DeltaAttention, LMul, StreamingWindow
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.visible_scores import VisibleScores, visible_slots
@@ -36,10 +37,6 @@ SPARSE: list[AttentionMethod] = [
     DeltaAttention(group=16, window=8),
     DeltaAttention(group=16, window=1, sparsity=90),
 ]
-
-
-def ids(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def recorded(tensors: tuple[Tensor, Tensor, Tensor], tokens: int, softcap: float | None = None) -> LayerTrace:
@@ -291,9 +288,7 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
 
 
 def session_of(model: PreTrainedModel, tokens: int = 90, dtype: str = "float32") -> wb.Session:
-    session = wb.Session((model, None), kv_dtype=dtype)
-    session.read(ids(tokens))
-    return session
+    return session_on(model, ids_of(tokens, 0), kv_dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -303,12 +298,12 @@ def session(tiny_llama: PreTrainedModel) -> wb.Session:
 
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_a_model_decodes_as_it_would_have_read(session: wb.Session, method: AttentionMethod) -> None:
-    rest = ids(20, 1)
+    rest = ids_of(20, 1)
     plan = session.plan(method)
     decoder = Decoder(session.model, plan.stores(), plan.position, None, method, plan.trace.layers)
     got = [decoder.feed(rest[:9])[-1], *[decoder.feed(token[None])[-1] for token in rest[9:]]]
     whole = wb.Session((session.model, None), kv_dtype="float32")
-    whole.read(torch.cat([ids(90), rest]))
+    whole.read(torch.cat([ids_of(90, 0), rest]))
     assert (got[-1] - whole.plan(method).trace.logits).abs().max() < 1e-4
     assert decoder.score_share is not None and decoder.score_share < 0.8
 
@@ -317,12 +312,12 @@ def test_a_model_decodes_as_it_would_have_read(session: wb.Session, method: Atte
 def test_a_copy_goes_its_own_way(session: wb.Session, method: AttentionMethod) -> None:
     plan = session.plan(method)
     decoder = Decoder(session.model, plan.stores(), plan.position, None, method, plan.trace.layers)
-    decoder.feed(ids(5, 1))
+    decoder.feed(ids_of(5, 1))
     twin = decoder.clone()
     assert twin.score_share is None and twin.attention_nbytes == decoder.attention_nbytes
-    twin.feed(ids(40, 2))
+    twin.feed(ids_of(40, 2))
     again = decoder.clone()
-    assert torch.equal(decoder.feed(ids(9, 3), logits=9), again.feed(ids(9, 3), logits=9))
+    assert torch.equal(decoder.feed(ids_of(9, 3), logits=9), again.feed(ids_of(9, 3), logits=9))
 
 
 @pytest.mark.parametrize(
@@ -344,8 +339,8 @@ def test_a_copy_goes_its_own_way(session: wb.Session, method: AttentionMethod) -
 def test_recipes_with_a_kv_method_run_and_go_on(
     session: wb.Session, method: AttentionMethod, recipe: Callable[[], list[wb.Method]]
 ) -> None:
-    run = session.run([*recipe(), method], question=ids(6, 4), max_new_tokens=5)
-    again = run.ask(ids(4, 5), max_new_tokens=3)
+    run = session.run([*recipe(), method], question=ids_of(6, 4), max_new_tokens=5)
+    again = run.ask(ids_of(4, 5), max_new_tokens=3)
     assert len(run.tokens) == 5 and len(again.tokens) == 3
     assert run.quality.kl >= 0
     assert math.isfinite(run.quality.kl)
@@ -355,51 +350,51 @@ def test_recipes_with_a_kv_method_run_and_go_on(
 
 
 def test_the_record_says_what_decoding_computed(session: wb.Session) -> None:
-    full = session.run("full", question=ids(6, 4), max_new_tokens=5)
+    full = session.run("full", question=ids_of(6, 4), max_new_tokens=5)
     assert full.decode_score_share == 1
-    run = session.run(StreamingWindow(sinks=4, window=16), question=ids(6, 4), max_new_tokens=5)
+    run = session.run(StreamingWindow(sinks=4, window=16), question=ids_of(6, 4), max_new_tokens=5)
     assert run.decode_score_share == pytest.approx(sum([20] * 10) / sum(range(91, 101)))
     assert run.to_dict(quality=False)["score_share"] == run.plan.trace.score_share
     assert f"{run.decode_score_share:.1%} while decoding" in run.summary()
-    half = session.run("snapkv", budget=0.5, question=ids(6, 4), max_new_tokens=5)
+    half = session.run("snapkv", budget=0.5, question=ids_of(6, 4), max_new_tokens=5)
     held = int(half.plan.counts.sum()) / half.plan.counts.numel()
     assert half.decode_score_share == pytest.approx(sum(held + i for i in range(1, 11)) / sum(range(91, 101)))
-    packed = session.run("kivi", question=ids(6, 4), max_new_tokens=5)
+    packed = session.run("kivi", question=ids_of(6, 4), max_new_tokens=5)
     assert packed.decode_score_share == 1
     assert session.run("full", max_new_tokens=1).decode_score_share is None  # nothing was read after the prompt
 
 
 def test_dense_reading_methods_decode_everything(session: wb.Session) -> None:
-    run = session.run("block-sparse", budget=0.5, question=ids(6, 4), max_new_tokens=5)
+    run = session.run("block-sparse", budget=0.5, question=ids_of(6, 4), max_new_tokens=5)
     assert run.decode_score_share == 1 and run.to_dict(quality=False)["score_share"] <= 0.5
 
 
 def test_layers_with_a_window_of_their_own_count_their_window() -> None:
     session = session_of(tiny("gemma3", window=16))  # layers 0 and 2 slide
     for method in ("full", LMul()):
-        run = session.run(method, question=ids(6, 4), max_new_tokens=5)
+        run = session.run(method, question=ids_of(6, 4), max_new_tokens=5)
         causal = sum(range(91, 101))
         assert run.decode_score_share == pytest.approx((2 * 160 + causal) / (3 * causal))
 
 
 def test_stores_that_look_for_what_a_query_needs_attend_themselves(session: wb.Session) -> None:
     methods = [wb.method("kcache"), StreamingWindow(sinks=4, window=16)]
-    run = session.run(methods, question=ids(6, 4), max_new_tokens=5)
+    run = session.run(methods, question=ids_of(6, 4), max_new_tokens=5)
     assert run.decode_score_share is None
     (note,) = [note for note in run.notes if "streaming-window" in note]
     assert note.startswith("layers 0, 1, 2")
-    assert not session.run(methods[0], question=ids(6, 4), max_new_tokens=5).notes
+    assert not session.run(methods[0], question=ids_of(6, 4), max_new_tokens=5).notes
 
 
 def test_what_attention_holds_is_on_the_timeline(session: wb.Session) -> None:
-    run = session.run(CoreContext(group=4, window=9, sinks=3), question=ids(6, 4), max_new_tokens=5)
+    run = session.run(CoreContext(group=4, window=9, sinks=3), question=ids_of(6, 4), max_new_tokens=5)
     assert run.decoder is not None
     held = run.memory.samples[-1].categories["attention"]
     assert held == run.decoder.attention_nbytes > 0
     facts = session.facts
     groups = (90 + 10 - 3) // 4 - (9 - 1) // 4  # those made as they passed, and those of the prompt now old
     assert held >= facts.layers * facts.heads * (groups - 2) * 2 * facts.head_dim * 4
-    plain = session.run("full", question=ids(6, 4), max_new_tokens=5)
+    plain = session.run("full", question=ids_of(6, 4), max_new_tokens=5)
     assert "attention" not in plain.memory.samples[-1].categories
 
 
@@ -410,7 +405,7 @@ def test_evidence_for_eviction_is_there_and_its_scores_are_counted(session: wb.S
         for method in (None, StreamingWindow(sinks=4, window=16), StreamingWindow(budget=1.0))
     ]
     for decoder in decoders:
-        for token in ids(20, 6):
+        for token in ids_of(20, 6):
             decoder.feed(token[None])
     plain, near, whole = (decoder.score_share for decoder in decoders)
     assert plain is not None and near is not None and whole == pytest.approx(2 * plain)

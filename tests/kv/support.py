@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.readings import ids_of
 from workbench import testing
 from workbench.errors import BudgetTooSmall
 from workbench.kv.ranking import Ranking
@@ -57,12 +58,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "sentencekv": {"fetch": 8, "longest": 8, "window": 8},
 }
 """Parameters that suit prompts of a few dozen tokens, by method."""
-
-
-def ids_of(count: int, seed: int | None = None, *, low: int = 0, high: int = 256) -> Tensor:
-    """Random ids [count] of a tiny model's vocabulary."""
-    generator = torch.Generator().manual_seed(count + low if seed is None else seed)
-    return torch.randint(low, high, (count,), generator=generator)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 import workbench as wb
+from tests.readings import session_on
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
 from workbench.errors import NoRotation, NotApplicable
@@ -191,9 +192,7 @@ def test_what_was_found_dies_with_the_model() -> None:
 
 
 def session_of(model: Any, tokens: int = 90) -> wb.Session:
-    session = wb.Session((model, None), kv_dtype="float32")
-    session.read(IDS[:tokens])
-    return session
+    return session_on(model, IDS[:tokens], kv_dtype="float32")
 
 
 @cache

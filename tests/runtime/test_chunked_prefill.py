@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import workbench as wb
 from tests.kv.support import reading
+from tests.readings import ids_of
 from workbench import testing
 from workbench.errors import BadRecipe, BudgetTooSmall, Cancelled, NotRead, PromptTooLong
 from workbench.kv import SnapKV
@@ -40,10 +40,6 @@ class Newest(KVMethod):
                     prefill.keep(layer.index, slots)
             prefill.feed(piece)
         return prefill.result()
-
-
-def ids_of(count: int) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def test_a_method_that_reads_by_itself_keeps_every_promise() -> None:

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
+from tests.readings import decoder_of, ids_of, session_on
 from workbench.errors import NotApplicable
 from workbench.kv.stores.packed import WHOLE, PackedStore
 from workbench.models import tiny
@@ -32,17 +32,11 @@ RECIPES = {
 }
 
 
-def ids(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def decoder_of(model: PreTrainedModel, recipe: object, tokens: int = 150) -> tuple[Decoder, int]:
+def answering(model: PreTrainedModel, recipe: object, tokens: int = 150) -> tuple[Decoder, int]:
     """A decoder that has read a prompt and a question, and the first token of its answer."""
-    session = wb.Session((model, None), kv_dtype="float32")
-    session.read(ids(tokens))
-    plan = session.plan(recipe)
-    decoder = Decoder(model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
-    return decoder, int(decoder.feed(ids(9, 1))[-1].argmax())
+    session = session_on(model, ids_of(tokens, 0), kv_dtype="float32")
+    decoder = decoder_of(model, session.plan(recipe))
+    return decoder, int(decoder.feed(ids_of(9, 1))[-1].argmax())
 
 
 def plain(decoder: Decoder, token: int, count: int) -> list[int]:
@@ -74,14 +68,14 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_and_contents_are_the_plain_ones(
     name: str, fused: bool, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, token = decoder_of(tiny_llama, RECIPES[name])
+    decoder, token = answering(tiny_llama, RECIPES[name])
     in_blocks(monkeypatch)
     twin = decoder.clone()
     step = CapturedStep(decoder, token, 48, fused=fused)
     assert step.fused == fused
     assert list(step.answer(())) == plain(twin, token, 48)
     assert decoder.position == twin.position and decoder.score_share is not None
-    more, same = (d.feed(ids(3, 5)) for d in (decoder, twin))
+    more, same = (d.feed(ids_of(3, 5)) for d in (decoder, twin))
     assert (more - same).abs().max() < 1e-4
     for mine, other in zip(decoder.stores, twin.stores, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine.positions, other.positions, strict=True))
@@ -89,7 +83,7 @@ def test_tokens_and_contents_are_the_plain_ones(
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "qwen2", "qwen3", "phi3"])
 def test_architectures(architecture: str, tiny_model: ModelOf) -> None:
-    decoder, token = decoder_of(tiny_model(architecture), "full", 40)
+    decoder, token = answering(tiny_model(architecture), "full", 40)
     twin = decoder.clone()
     step = CapturedStep(decoder, token, 20)
     assert step.fused == (architecture != "phi3")
@@ -98,15 +92,15 @@ def test_architectures(architecture: str, tiny_model: ModelOf) -> None:
 
 def test_a_model_once_asked_for_hidden_states_is_fused_all_the_same() -> None:
     model = tiny()
-    model(ids(3)[None], output_hidden_states=True, output_attentions=True)
-    decoder, token = decoder_of(model, "full", 40)
+    model(ids_of(3, 0)[None], output_hidden_states=True, output_attentions=True)
+    decoder, token = answering(model, "full", 40)
     assert CapturedStep(decoder, token, 4).fused
     model.model.layers[0].register_forward_hook(partial(lambda *_: None))
     assert not CapturedStep(decoder, token, 4).fused
 
 
 def test_values_that_wait_change_logits_little(tiny_llama: PreTrainedModel) -> None:
-    decoder, token = decoder_of(tiny_llama, RECIPES["kivi 4"])
+    decoder, token = answering(tiny_llama, RECIPES["kivi 4"])
     twin = decoder.clone()
     step = CapturedStep(decoder, token, 20)
     want = twin.feed(torch.tensor([token]))[-1]
@@ -118,35 +112,35 @@ def test_what_was_generated_after_the_end_is_taken_back(
     name: str, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_blocks(monkeypatch)
-    decoder, token = decoder_of(tiny_llama, RECIPES[name])
+    decoder, token = answering(tiny_llama, RECIPES[name])
     twin, wanted = decoder.clone(), plain(decoder.clone(), token, 40)
     last = next(i for i in range(10, 40) if wanted[i] not in wanted[:i])
     assert list(CapturedStep(decoder, token, 40).answer([wanted[last]])) == wanted[: last + 1]
     plain(twin, token, last + 1)
     assert decoder.position == twin.position
-    assert (decoder.feed(ids(3, 5)) - twin.feed(ids(3, 5))).abs().max() < 1e-4
+    assert (decoder.feed(ids_of(3, 5)) - twin.feed(ids_of(3, 5))).abs().max() < 1e-4
 
 
 def test_stopping_in_the_middle_leaves_what_was_yielded(tiny_llama: PreTrainedModel) -> None:
-    decoder, token = decoder_of(tiny_llama, "full")
+    decoder, token = answering(tiny_llama, "full")
     twin = decoder.clone()
     answer = CapturedStep(decoder, token, 40).answer(())
     got = [next(answer) for _ in range(5)]
     answer.close()
     assert got == plain(twin, token, 5) and decoder.position == twin.position
-    assert (decoder.feed(ids(3, 5)) - twin.feed(ids(3, 5))).abs().max() < 1e-4
+    assert (decoder.feed(ids_of(3, 5)) - twin.feed(ids_of(3, 5))).abs().max() < 1e-4
 
 
 def test_trying_a_step_changes_nothing(tiny_llama: PreTrainedModel) -> None:
-    decoder, token = decoder_of(tiny_llama, RECIPES["ragged"])
+    decoder, token = answering(tiny_llama, RECIPES["ragged"])
     twin = decoder.clone()
     CapturedStep(decoder, token, 20).prepare()
-    assert torch.equal(decoder.feed(ids(4, 3)), twin.feed(ids(4, 3)))
+    assert torch.equal(decoder.feed(ids_of(4, 3)), twin.feed(ids_of(4, 3)))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: PreTrainedModel) -> None:
-    decoder, token = decoder_of(tiny_llama, RECIPES[name])
+    decoder, token = answering(tiny_llama, RECIPES[name])
     predicted = predicted_nbytes(decoder, 40)
     held = sum(store.nbytes for store in decoder.stores)
     list(CapturedStep(decoder, token, 40).answer(()))
@@ -167,17 +161,17 @@ def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: Pr
     ],
 )
 def test_what_cannot_be_captured_says_why(architecture: str, recipe: object, reason: str, tiny_model: ModelOf) -> None:
-    decoder, token = decoder_of(tiny_model(architecture), recipe)
+    decoder, token = answering(tiny_model(architecture), recipe)
     with pytest.raises(NotApplicable, match=reason):
         CapturedStep(decoder, token, 20).prepare()
     assert (refusal(decoder) is None) == (architecture == "mixtral")
 
 
 def test_greedy_decodes_plainly_where_there_is_no_gpu(tiny_llama: PreTrainedModel) -> None:
-    decoder, _ = decoder_of(tiny_llama, "full")
+    decoder, _ = answering(tiny_llama, "full")
     twin = decoder.clone()
     got, want = (
-        list(greedy(d, ids(4, 2), torch.empty(0), max_new_tokens=24, eos=(), graphs=g))
+        list(greedy(d, ids_of(4, 2), torch.empty(0), max_new_tokens=24, eos=(), graphs=g))
         for d, g in ((decoder, True), (twin, False))
     )
     assert got == want and decoder.notes == []

@@ -12,28 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import workbench as wb
-from workbench.kv.plan import Plan
+from tests.readings import decoder_of, ids_of, session_on
 from workbench.models import TINY_ARCHITECTURES
 from workbench.registry import registered
-from workbench.runtime.decode import Decoder
 
 ModelOf = Callable[[str], PreTrainedModel]
 EVICTING = [cls.key for cls in registered("kv") if "decode" in cls.model_fields]
 TOLERANCE = 1e-4
-
-
-def ids(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def exact_session(model: PreTrainedModel, prompt: Tensor) -> wb.Session:
-    session = wb.Session((model, None), kv_dtype="float32")
-    session.read(prompt)
-    return session
-
-
-def decoder_of(session: wb.Session, plan: Plan) -> Decoder:
-    return Decoder(session.model, plan.stores(), plan.trace.tokens, plan.stages.evict if plan.evicts else None)
 
 
 def plain_logits(model: PreTrainedModel, sequence: Tensor) -> Tensor:
@@ -90,17 +75,17 @@ def masked_logits(
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 def test_the_full_float32_cache_gives_plain_logits(architecture: str, length: int, tiny_model: ModelOf) -> None:
     model = tiny_model(architecture)
-    prompt, question, answer = ids(length), ids(7, 1), ids(5, 2)
+    prompt, question, answer = ids_of(length, 0), ids_of(7, 1), ids_of(5, 2)
     want = plain_logits(model, torch.cat([prompt, question, answer]))
-    session = exact_session(model, prompt)
+    session = session_on(model, prompt, kv_dtype="float32")
     assert session.trace is not None
     assert (session.trace.logits - want[length - 1]).abs().max() < TOLERANCE
 
-    with_question = decoder_of(session, session.plan("full"))
+    with_question = decoder_of(session.model, session.plan("full"))
     got = torch.cat([with_question.feed(question, logits=7), *[with_question.feed(t[None]) for t in answer]])
     assert (got - want[length:]).abs().max() < TOLERANCE
 
-    one_by_one = decoder_of(session, session.plan("full"))
+    one_by_one = decoder_of(session.model, session.plan("full"))
     got = torch.cat([one_by_one.feed(t[None]) for t in question])
     assert (got - want[length : length + 7]).abs().max() < TOLERANCE
 
@@ -108,10 +93,10 @@ def test_the_full_float32_cache_gives_plain_logits(architecture: str, length: in
 @pytest.mark.parametrize("key", [cls.key for cls in registered("kv") if cls.key != "full"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
 def test_budget_one_is_exact_for_every_method(architecture: str, key: str, tiny_model: ModelOf) -> None:
-    model, prompt, question = tiny_model(architecture), ids(60), ids(7, 1)
-    session = exact_session(model, prompt)
+    model, prompt, question = tiny_model(architecture), ids_of(60, 0), ids_of(7, 1)
+    session = session_on(model, prompt, kv_dtype="float32")
     plan = session.plan(key, budget=1.0)
-    got = decoder_of(session, plan).feed(question, logits=7)
+    got = decoder_of(session.model, plan).feed(question, logits=7)
     assert (got - plain_logits(model, torch.cat([prompt, question]))[60:]).abs().max() < TOLERANCE
     assert plan.error.max() <= 1e-3
 
@@ -119,9 +104,9 @@ def test_budget_one_is_exact_for_every_method(architecture: str, key: str, tiny_
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 @pytest.mark.parametrize("asked", [0, 7])
 def test_run_full_equals_generate(architecture: str, asked: int, tiny_model: ModelOf) -> None:
-    model, prompt = tiny_model(architecture), ids(30)
-    question = ids(asked, 1) if asked else None
-    run = exact_session(model, prompt).run("full", question=question, max_new_tokens=24)
+    model, prompt = tiny_model(architecture), ids_of(30, 0)
+    question = ids_of(asked, 1) if asked else None
+    run = session_on(model, prompt, kv_dtype="float32").run("full", question=question, max_new_tokens=24)
     sequence = prompt if question is None else torch.cat([prompt, question])
     made = model.generate(
         sequence[None], attention_mask=torch.ones(1, sequence.numel()), max_new_tokens=24, do_sample=False
@@ -132,11 +117,11 @@ def test_run_full_equals_generate(architecture: str, asked: int, tiny_model: Mod
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 def test_sixteen_bits_stay_close_to_exact(architecture: str, tiny_model: ModelOf) -> None:
-    model, prompt, question = tiny_model(architecture), ids(60), ids(7, 1)
+    model, prompt, question = tiny_model(architecture), ids_of(60, 0), ids_of(7, 1)
     session = wb.Session((model, None))
     session.read(prompt)
     assert session.kv_dtype == torch.bfloat16  # a checkpoint of 32 bits says nothing about deployment
-    got = decoder_of(session, session.plan("full")).feed(question, logits=7)
+    got = decoder_of(session.model, session.plan("full")).feed(question, logits=7)
     want = plain_logits(model, torch.cat([prompt, question]))[60:]
     assert 0 < (got - want).norm() / want.norm() < 0.1
 
@@ -146,9 +131,9 @@ def test_sixteen_bits_stay_close_to_exact(architecture: str, tiny_model: ModelOf
 def test_sliding_windows_are_exact_on_both_sides_of_the_window(  # trap 13
     architecture: str, length: int, tiny_model: ModelOf
 ) -> None:
-    model, prompt, rest = tiny_model(architecture), ids(length), ids(40, 1)
-    session = exact_session(model, prompt)
-    decoder = decoder_of(session, session.plan("full"))
+    model, prompt, rest = tiny_model(architecture), ids_of(length, 0), ids_of(40, 1)
+    session = session_on(model, prompt, kv_dtype="float32")
+    decoder = decoder_of(session.model, session.plan("full"))
     got = torch.cat([decoder.feed(rest[:5], logits=5), *[decoder.feed(t[None]) for t in rest[5:]]])
     assert (got - plain_logits(model, torch.cat([prompt, rest]))[length:]).abs().max() < TOLERANCE
     for layer in session.trace.layers if session.trace else ():
@@ -174,8 +159,8 @@ def test_sliding_windows_are_exact_on_both_sides_of_the_window(  # trap 13
 def test_after_eviction_tokens_keep_their_true_positions(  # traps 8, 9, 11, 12
     architecture: str, recipe: tuple[str, dict[str, Any]], tiny_model: ModelOf
 ) -> None:
-    model, prompt, question, answer = tiny_model(architecture), ids(100), ids(6, 1), ids(4, 2)
-    session = exact_session(model, prompt)
+    model, prompt, question, answer = tiny_model(architecture), ids_of(100, 0), ids_of(6, 1), ids_of(4, 2)
+    session = session_on(model, prompt, kv_dtype="float32")
     key, parameters = recipe
     plan = session.plan(key, **parameters)
     groups = session.facts.group
@@ -190,7 +175,7 @@ def test_after_eviction_tokens_keep_their_true_positions(  # traps 8, 9, 11, 12
             out[head][:, plan.kept(layer, head // groups)] = False
         return out
 
-    decoder = decoder_of(session, plan)
+    decoder = decoder_of(session.model, plan)
     got = torch.cat([decoder.feed(question, logits=6), *[decoder.feed(t[None]) for t in answer]])
     want = masked_logits(model, prompt, [question, *answer[:, None]], hidden)
     assert (got - want).abs().max() < TOLERANCE
@@ -198,8 +183,8 @@ def test_after_eviction_tokens_keep_their_true_positions(  # traps 8, 9, 11, 12
 
 
 def test_streaming_llm_rolls_as_the_paper_says(tiny_llama: PreTrainedModel) -> None:  # traps 7, 8, 9
-    prompt, rest = ids(50), ids(60, 1)
-    session = exact_session(tiny_llama, prompt)
+    prompt, rest = ids_of(50, 0), ids_of(60, 1)
+    session = session_on(tiny_llama, prompt, kv_dtype="float32")
     plan = session.plan("streaming-llm", budget=0.4)
     capacity = plan.kept(0, 0).numel()
 
@@ -207,18 +192,18 @@ def test_streaming_llm_rolls_as_the_paper_says(tiny_llama: PreTrainedModel) -> N
         recent = slots > queries[:, None] - (capacity - 4)
         return ~((slots < 4) | recent)[None]
 
-    decoder = decoder_of(session, plan)
+    decoder = decoder_of(session.model, plan)
     got = torch.cat([decoder.feed(token[None]) for token in rest])
     want = masked_logits(tiny_llama, prompt, rest[:, None].unbind(), hidden)
     assert (got - want).abs().max() < TOLERANCE
 
 
 def test_sinks_survive_hundreds_of_decode_steps(tiny_llama: PreTrainedModel) -> None:  # trap 7
-    session = exact_session(tiny_llama, ids(64))
+    session = session_on(tiny_llama, ids_of(64, 0), kv_dtype="float32")
     plan = session.plan("streaming-llm", budget=0.5)
     capacity = plan.kept(0, 0).numel()
-    decoder = decoder_of(session, plan)
-    for token in ids(300, 1):
+    decoder = decoder_of(session.model, plan)
+    for token in ids_of(300, 1):
         decoder.feed(token[None])
     expected = [0, 1, 2, 3, *range(364 - capacity + 4, 364)]
     for store in decoder.stores:
@@ -229,12 +214,12 @@ def test_sinks_survive_hundreds_of_decode_steps(tiny_llama: PreTrainedModel) -> 
 @pytest.mark.parametrize("recipe", [*EVICTING, "h2o+adakv"])
 def test_evicting_methods_hold_their_bytes_at_every_step(recipe: str, architecture: str, tiny_model: ModelOf) -> None:
     session = wb.Session((tiny_model(architecture), None))
-    session.read(ids(80))
+    session.read(ids_of(80, 0))
     methods = ["h2o", "adakv"] if "+" in recipe else recipe
     plan = session.plan(methods, budget=0.5)
-    decoder = decoder_of(session, plan)
+    decoder = decoder_of(session.model, plan)
     before = [set(positions.tolist()) for positions in decoder.stores[1].positions]
-    for step, token in enumerate(ids(210, 3)):
+    for step, token in enumerate(ids_of(210, 3)):
         decoder.feed(token[None])
         assert sum(store.nbytes for store in decoder.stores) <= plan.nbytes, f"step {step}"
         after = [set(positions.tolist()) for positions in decoder.stores[1].positions]
@@ -247,9 +232,9 @@ def test_evicting_methods_hold_their_bytes_at_every_step(recipe: str, architectu
 @pytest.mark.parametrize("recipe", [*EVICTING, "h2o+adakv"])
 def test_a_question_longer_than_the_cache_enters_in_parts(recipe: str, architecture: str, tiny_model: ModelOf) -> None:
     session = wb.Session((tiny_model(architecture), None))
-    session.read(ids(80))
+    session.read(ids_of(80, 0))
     methods = ["h2o", "adakv"] if "+" in recipe else recipe
-    run = session.run(methods, budget=0.4, question=ids(150, 4), max_new_tokens=4)
+    run = session.run(methods, budget=0.4, question=ids_of(150, 4), max_new_tokens=4)
     assert len(run.tokens) == 4
     assert run.kv_nbytes <= run.plan.nbytes
     newest = 80 + 150 + 3 - 1
@@ -260,10 +245,10 @@ def test_a_question_longer_than_the_cache_enters_in_parts(recipe: str, architect
 
 @pytest.mark.parametrize("key", EVICTING)
 def test_a_question_in_parts_fills_the_same_cache_as_token_by_token(key: str, tiny_llama: PreTrainedModel) -> None:
-    session = exact_session(tiny_llama, ids(80))
+    session = session_on(tiny_llama, ids_of(80, 0), kv_dtype="float32")
     plan = session.plan(key, budget=0.5)
-    whole, single = decoder_of(session, plan), decoder_of(session, plan)
-    question = ids(90, 4)
+    whole, single = decoder_of(session.model, plan), decoder_of(session.model, plan)
+    question = ids_of(90, 4)
     whole.feed(question)
     for token in question:
         single.feed(token[None])
@@ -274,14 +259,14 @@ def test_a_question_in_parts_fills_the_same_cache_as_token_by_token(key: str, ti
 
 
 def test_a_copy_goes_its_own_way(tiny_llama: PreTrainedModel) -> None:
-    session = exact_session(tiny_llama, ids(80))
+    session = session_on(tiny_llama, ids_of(80, 0), kv_dtype="float32")
     for recipe, budget in (("h2o", 0.5), ("adakv", 0.5), ("kivi", 0.4), ("mikv", 0.5), ("full", None)):
-        decoder = decoder_of(session, session.plan(recipe, budget=budget))
+        decoder = decoder_of(session.model, session.plan(recipe, budget=budget))
         decoder.reserve(64)
-        decoder.feed(ids(3, 7))
+        decoder.feed(ids_of(3, 7))
         twin = decoder.clone()
-        twin.feed(ids(40, 8))
+        twin.feed(ids_of(40, 8))
         held = [positions.clone() for positions in decoder.stores[0].positions]
         again = decoder.clone()
-        assert torch.equal(decoder.feed(ids(5, 9), logits=5), again.feed(ids(5, 9), logits=5)), recipe
+        assert torch.equal(decoder.feed(ids_of(5, 9), logits=5), again.feed(ids_of(5, 9), logits=5)), recipe
         assert all(int(p[-1]) == 82 for p in held), recipe

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.readings import session_on
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, WorkbenchError
 from workbench.models import tiny
 from workbench.storage import sessions
@@ -20,9 +21,7 @@ QUESTION = [5, 9, 200]
 
 
 def made(architecture: str = "llama", **options: Any) -> wb.Session:
-    session = wb.Session((tiny(architecture), None), **options)
-    session.read(IDS)
-    return session
+    return session_on(tiny(architecture), IDS, **options)
 
 
 def run(session: wb.Session, recipe: Any = "snapkv") -> Any:

@@ -11,6 +11,7 @@ import pytest
 
 import workbench as wb
 from tests.waiting import until
+from tests.widgets.workspaces import Ready, now
 from workbench.errors import BadParameter, BadRecipe, Cancelled, ModelNotFound, WorkbenchError
 from workbench.progress import Progress
 from workbench.recipe import Recipe
@@ -31,11 +32,6 @@ from workbench_widgets.app.work.worker import Worker
 from workbench_widgets.app.work.workspace import Workspace
 
 EVERY = [(cls, p) for cls in registered() for p in cls.parameters()]
-
-
-def now(show: Callable[[], None]) -> None:
-    """A page whose own thread is whichever comes."""
-    show()
 
 
 def another(parameter: Parameter) -> Any:
@@ -331,15 +327,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again() -> None:
 
 @pytest.fixture
 def workspace(tiny_llama: Any, byte_tokenizer: Any) -> Any:
-    from workbench.models import LoadedModel, facts
-
-    class Ready(LoadedModels):
-        def get(self, name: str, progress: Progress) -> LoadedModel:
-            if name == "missing":
-                raise ModelNotFound("no model 'missing'")
-            return LoadedModel(tiny_llama, byte_tokenizer, "tiny", facts(tiny_llama))
-
-    made = Workspace(now, Ready())
+    made = Workspace(now, Ready(tiny_llama, byte_tokenizer))
     yield made
     made.close()
 

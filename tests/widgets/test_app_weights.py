@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ import pytest
 
 import workbench as wb
 from tests.waiting import until
+from tests.widgets.workspaces import Ready, now
 from workbench.errors import BadBudget
-from workbench.models import LoadedModel, facts
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import registered
@@ -27,7 +26,6 @@ from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
 from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.parts.recipe_form import RecipeForm
-from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.views.wire import unpack
 
@@ -35,21 +33,12 @@ TEXT = "the needle lies under the stone " * 4
 STACK = wb.weights.BitStack(budget=0.3, rank=2, blocks=4)
 
 
-def now(show: Callable[[], None]) -> None:
-    """A page whose own thread is whichever comes."""
-    show()
-
-
 @pytest.fixture
 def workspace(tiny_llama: Any, byte_tokenizer: Any, tmp_path: Any, monkeypatch: Any) -> Any:
     """A text that was read by a tiny model, calibrated on little."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
 
-    class Ready(LoadedModels):
-        def get(self, name: str, progress: Progress) -> LoadedModel:
-            return LoadedModel(tiny_llama, byte_tokenizer, "tiny", facts(tiny_llama))
-
-    made = Workspace(now, Ready())
+    made = Workspace(now, Ready(tiny_llama, byte_tokenizer))
     made.read("tiny", TEXT)
     until(lambda: made.reading is not None)
     made.reading.session.calibrate("sampled", samples=4, tokens=32)
