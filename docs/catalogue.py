@@ -120,7 +120,7 @@ def _budget(method: type[Method]) -> str:
         return f"{method.default_budget:g} unless another is given"
     if issubclass(method, AttentionMethod):
         return f"none: all scores are computed{', ' if method.all_scores else ''}{prose(method.all_scores)}"
-    if issubclass(method, WeightMethod) and method.takes_size():
+    if issubclass(method, WeightMethod) and method.takes_budget():
         return "any size"
     return "none by default: its size follows from its parameters"
 

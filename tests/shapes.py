@@ -32,7 +32,7 @@ from workbench.core.causal_attention import causal_attention
 from workbench.core.kmeans import kmeans
 from workbench.core.nearest import nearest_kept
 from workbench.core.partial_softmax import PartialSoftmax
-from workbench.core.rope import Rotation, rotate
+from workbench.core.rope import Rotation
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 from workbench.kv.plan import Plan
@@ -50,6 +50,7 @@ from workbench.weights.bases.pruner import Pruner
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers.compact import CompactLinear
 from workbench_kernels import Scoring
+from workbench_kernels.rotary import rotate
 
 Declared = Callable[..., Any]
 

@@ -17,6 +17,7 @@ from workbench.errors import BadParameter, ModelNotFound
 from workbench.formatting import mib
 from workbench.inspection import attention as maps
 from workbench.inspection import heads, operators, outliers
+from workbench.inspection.channels import Kind as Outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from workbench.attention.operators import Study as OperatorStudy
     from workbench.budget import BudgetLike
     from workbench.export.model import Exported, Format
-    from workbench.inspection.channels import Kind
     from workbench.measure.attention import PooledMap, Pooling, Span
     from workbench.measure.grid import GridOfMaps
     from workbench.measure.heads import HeadStats
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from workbench.weights.calibration.texts import Calibration
     from workbench.weights.reports.spectra import Spectra
 
-__all__ = ["COLUMNS", "Session", "Spec", "row_of"]
+__all__ = ["COLUMNS", "Outliers", "Session", "Spec", "row_of"]
 
 _KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CACHES = 4  # runs whose caches stay, so that more can be asked of them
@@ -553,7 +553,7 @@ class Session(Shown):
 
     def outliers(
         self,
-        kind: Kind = "keys",
+        kind: Outliers = "keys",
         recipe: Spec | None = None,
         *,
         budget: BudgetLike | None = None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from workbench import testing
+from tests.kv.support import reading
 from workbench.attention import BlockSparse, MemoryEfficient, StreamingWindow, UniAttn
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.attention.quantised_softmax import QuantisedSoftmax
@@ -37,7 +37,7 @@ def made(key: str) -> AttentionMethod:
 
 def under(method: AttentionMethod, architecture: str = "llama") -> Trace:
     """A reading of 70 tokens under the method."""
-    found = testing.reading(architecture)
+    found = reading(architecture)
     return read(found.model, wb.models.facts(found.model), found.trace.prompt, method=method)
 
 
@@ -97,7 +97,7 @@ def test_pooled_and_zoomed_maps_are_pools_and_parts_of_the_whole(pooling: str) -
 
 
 def test_what_a_sparse_method_leaves_out_is_empty() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     (window,) = Implied(StreamingWindow(budget=0.3), layer, 3, 0).maps(pixels=70)
     (exact,) = Implied(MemoryEfficient(), layer, 3, 0).maps(pixels=70)
     assert int((window.values > 0).sum()) < 0.4 * int((exact.values > 0).sum())
@@ -208,7 +208,7 @@ def test_a_layer_that_reuses_weights_shows_those_it_takes(architecture: str) -> 
 
 @pytest.fixture(scope="module")
 def session() -> wb.Session:
-    found = testing.reading()
+    found = reading()
     session = wb.Session((found.model, None))
     session.read(found.trace.ids)
     return session

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from workbench.kv.plan import Plan
 
 TOKENS = testing.TOKENS
+reading = testing.Subjects().reading  # made when first asked for, and shared by all tests of KV methods
 SHORT: dict[str, dict[str, Any]] = {
     "evopress-kv": {"window": 8, "generations": 1, "offspring": 2},
     "snapkv": {"window": 8},
@@ -69,9 +70,16 @@ def traced(model: PreTrainedModel, prompt: Prompt | int = TOKENS) -> Trace:
     return read(model, facts(model), Prompt(ids_of(prompt), chat=False) if isinstance(prompt, int) else prompt)
 
 
-def trace_of(architecture: str = "llama", tokens: int = TOKENS) -> Trace:
-    """What a tiny model recorded of random ids, read once."""
-    return testing.reading(architecture, tokens).trace
+def trace_of(architecture: str = "llama", tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> Trace:
+    """What a tiny model recorded of random ids, read once; `model_of` gives the model."""
+    made = reading(architecture, tokens, dtype)
+    made.trace.once("model", lambda: made.model)
+    return made.trace
+
+
+def model_of(trace: Trace) -> PreTrainedModel | None:
+    """The model that read a trace of `trace_of`, for methods that let it read again."""
+    return trace.once("model", lambda: None)
 
 
 def random_layer(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kv.support import SHORT, TOKENS, feasible, kept_sets, random_ranking, softmax_rows, trace_of
+from tests.kv.support import SHORT, TOKENS, feasible, kept_sets, model_of, random_ranking, softmax_rows, trace_of
 from workbench import testing
 from workbench.budget import Budget
 from workbench.core.rope import Rotation
@@ -38,7 +38,7 @@ from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.prompt import Prompt
 from workbench.registry import find, registered
 from workbench.runtime.decode import Decoder
-from workbench.runtime.planning import make_plan
+from workbench.runtime.planning import make_plan, study_of
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -56,14 +56,10 @@ def described(key: str, **parameters: Any) -> KVMethod:
     return found
 
 
-def study_of(trace: Trace) -> Study:
-    return Study(trace, trace.once("model", lambda: None))
-
-
 def plan_of(key: str, budget: Any, trace: Trace, dtype: torch.dtype = torch.bfloat16, **parameters: Any) -> Plan:
     asked = described(key, **parameters)
     methods: Any = [asked if budget is None else asked.with_budget(budget)]
-    return make_plan(trace, methods, dtype, model=study_of(trace).model)
+    return make_plan(trace, methods, dtype, model=model_of(trace))
 
 
 def within(key: str, budget: float, trace: Trace, dtype: torch.dtype = torch.bfloat16) -> Plan:
@@ -104,7 +100,7 @@ def test_scores_of_a_bfloat16_model_do_not_tie(key: str) -> None:
     # Trap 20: three quarters of a head's scores tie in bfloat16.
     plan = plan_of(key, None, trace_of(dtype=torch.bfloat16))
     if plan.stages.score is not None:
-        scores = plan.stages.score.scores(study_of(plan.trace))[1, 0]
+        scores = plan.stages.score.scores(study_of(plan.trace, model_of(plan.trace)))[1, 0]
         finite = scores[scores.isfinite()]
         assert len(finite.unique()) > 0.9 * finite.numel()
 

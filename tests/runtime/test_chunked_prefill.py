@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.kv.support import reading
 from tests.readings import ids_of
 from workbench import testing
 from workbench.errors import BadRecipe, BudgetTooSmall, Cancelled, NotRead, PromptTooLong
@@ -48,7 +49,7 @@ def test_a_method_that_reads_by_itself_keeps_every_promise() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "gemma3"])
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
 def test_the_caches_never_outgrow_the_limit(architecture: str, budget: float) -> None:
-    found = testing.reading(architecture, 90)
+    found = reading(architecture, 90)
     try:
         plan = make_plan(found.trace, [Newest(budget=budget)], torch.bfloat16, model=found.model)
     except BudgetTooSmall as refusal:

@@ -65,7 +65,7 @@ class Rotation:
         return self.by(x.float(), cos / size, -sin / size)
 
     def by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., n, d] turned by a table of another making: [n, r], or [1, r] for all, such as a mean over positions."""
+        """x [..., n, d] rotated by another table: [n, r], or [1, r] for all, such as a mean over positions."""
         return self.unhalved(rotate(self.halved(x), cos, sin))
 
     def latest(self, what: str, key: object, compute: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import ids_of
+from tests.kv.support import ids_of, reading
 from workbench import testing
 from workbench.kv import A2ATS, AdaKV, SnapKV
 from workbench.kv.stores.codebook import Codebook, k_means, query_factor
@@ -35,7 +35,7 @@ def turning(layer: LayerTrace, at: int) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_scores_are_those_at_a_fixed_distance_of_the_codebooks_keys(architecture: str) -> None:
-    layer, distance = testing.reading(architecture).trace.layers[1], 37
+    layer, distance = reading(architecture).trace.layers[1], 37
     book = Codebook.of(layer, 8, distance)
     codes = book.encode(layer.keys, torch.arange(layer.tokens))
     positions = torch.tensor([60, 69])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import ids_of
+from tests.kv.support import ids_of, reading
 from workbench import testing
 from workbench.kv import ALISA, AdaKV, SnapKV
 from workbench.kv.stores import DenseStore
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def plan_of(dtype: torch.dtype = torch.float32, tokens: int = 70, **parameters: Any) -> Plan:
-    return make_plan(testing.reading(tokens=tokens).trace, [ALISA(**parameters)], dtype)
+    return make_plan(reading(tokens=tokens).trace, [ALISA(**parameters)], dtype)
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -151,7 +151,7 @@ def test_everything_that_fits_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_another_method_may_choose_what_is_near(bits: int) -> None:
-    found = testing.reading()
+    found = reading()
     methods = [SnapKV(budget=0.3, window=8), AdaKV(window=8), ALISA(bits=bits)]
     plan = make_plan(found.trace, methods, torch.bfloat16)
     testing.check_plan(plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import SHORT, ids_of
+from tests.kv.support import SHORT, ids_of, reading
 from workbench import testing
 from workbench.engine.attention_hook import forward
 from workbench.errors import BudgetTooSmall, PromptTooLong
@@ -17,10 +17,10 @@ from workbench.kv import ILRe
 from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
-from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
+    from workbench_kernels import Scoring
 
 QUICK = SHORT["ilre"]
 
@@ -53,7 +53,7 @@ def test_every_width_chooses_in_turns_from_its_highest_pooled_score_down(count: 
 
 
 def test_scores_are_the_mean_of_the_softmax_over_the_context() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     queries = layer.queries[:, -6:]
     got = attention_to(queries, layer.keys, torch.arange(64, 70), layer)
     expected = torch.zeros(70)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import ids_of
-from workbench import testing
+from tests.kv.support import ids_of, reading
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import InfLLM
 from workbench.kv.stores import DenseStore
@@ -90,7 +89,7 @@ def by_hand(layer: LayerTrace, pieces: list[tuple[int, int]]) -> tuple[Tensor, l
 def test_each_pass_attends_to_sinks_window_and_its_best_blocks_at_clipped_distances(
     pieces: list[tuple[int, int]],
 ) -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     store = store_of(layer)
     want, blocks = by_hand(layer, pieces)
     got = fed(layer, store, pieces)
@@ -102,7 +101,7 @@ def test_each_pass_attends_to_sinks_window_and_its_best_blocks_at_clipped_distan
 
 
 def test_while_everything_fits_attention_is_the_models_own() -> None:
-    layer = testing.reading().trace.layers[0]
+    layer = reading().trace.layers[0]
     wide = BlockStore.empty(
         layer.keys[:, :0], layer.values[:, :0], layer.rotation, **{**SIZES, "room": 70, "window": 70}
     )
@@ -115,7 +114,7 @@ def test_while_everything_fits_attention_is_the_models_own() -> None:
 
 def test_answers_do_not_depend_on_how_far_away_distant_context_is() -> None:
     # The same sinks, blocks and window, with a gap of any length behind the sinks: the same output.
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     everywhere = torch.arange(70)
     keys, queries = (layer.rotation.turned_back(x, everywhere) for x in (layer.keys, layer.queries))
 
@@ -177,7 +176,7 @@ def test_a_text_whose_index_alone_outgrows_the_budget_is_refused_with_the_smalle
 
 
 def test_blocks_leave_the_window_while_answering_too() -> None:
-    found = testing.reading()
+    found = reading()
     plan = make_plan(found.trace, [InfLLM(budget=0.5, block=4, sinks=2)], torch.float32, model=found.model)
     store = plan.stores()[0]
     assert isinstance(store, BlockStore)

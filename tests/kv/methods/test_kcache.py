@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.kv.support import ids_of
-from workbench import testing
+from tests.kv.support import ids_of, reading
 from workbench.kv import AdaKV, KCache, SnapKV
 from workbench.kv.stores.host_values import HostValuesStore
 from workbench.models import tiny
@@ -18,7 +17,7 @@ from workbench.runtime.planning import make_plan
 
 @pytest.mark.parametrize("fetch", [1, 5])
 def test_what_comes_out_is_the_softmax_over_all_keys_times_the_largest_few_and_near_values(fetch: int) -> None:
-    trace = testing.reading().trace
+    trace = reading().trace
     plan = make_plan(trace, [KCache(budget=0.7, fetch=fetch)], torch.float32)
     layer, store = trace.layers[1], plan.stores()[1]
     assert isinstance(store, HostValuesStore)
@@ -51,7 +50,7 @@ def test_fetching_every_value_is_exact_whichever_stay(recipe: list[wb.kv.SnapKV]
 
 
 def test_half_of_the_cache_is_its_keys_and_less_is_refused() -> None:
-    found = testing.reading()
+    found = reading()
     with pytest.raises(wb.errors.BudgetTooSmall) as refusal:
         make_plan(found.trace, [KCache(budget=0.4)], torch.bfloat16)
     assert 0.5 < refusal.value.smallest < 0.65

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.kv.support import SHORT, ids_of
-from workbench import testing
+from tests.kv.support import SHORT, ids_of, reading
 from workbench.kv import LiveVLM
 from workbench.kv.methods.chunked.livevlm import bucketed
 from workbench.kv.stores import DenseStore
@@ -60,7 +59,7 @@ def paged(layer: LayerTrace, share: float = 0.4) -> PagedStore:
 
 
 def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_to_most() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     store = paged(layer)
     where = store.positions[0].tolist()
     memory = [p for p in where if 2 <= p < 60]
@@ -90,7 +89,7 @@ def test_a_question_opens_the_pages_whose_mean_keys_without_position_it_attends_
 
 
 def test_the_answer_stays_with_the_pages_of_its_question_and_another_question_opens_others() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     store = paged(layer)
     store.attend(layer.queries[:, 61:64], torch.arange(61, 64), layer.scoring)
     opened = store.pages
@@ -103,7 +102,7 @@ def test_the_answer_stays_with_the_pages_of_its_question_and_another_question_op
 
 
 def test_all_pages_open_is_plain_attention() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     store = paged(layer, share=1.0)
     at = torch.arange(66, 70)
     got, _ = store.attend(layer.queries[:, 66:], at, layer.scoring)
@@ -113,7 +112,7 @@ def test_all_pages_open_is_plain_attention() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa"])
 def test_what_is_held_covers_the_whole_text_and_ends_with_all_of_the_recent_tokens(architecture: str) -> None:
-    found = testing.reading(architecture)
+    found = reading(architecture)
     plan = make_plan(found.trace, [LiveVLM(budget=0.5, **QUICK)], torch.bfloat16, model=found.model)
     for store in plan.stores():
         assert isinstance(store, PagedStore)

@@ -19,10 +19,10 @@ from workbench.kv.stores import DenseStore
 from workbench.models import tiny
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
-from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.trace import Trace
+    from workbench_kernels import Scoring
 
 TOKENS = 60
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import SHORT, ids_of
+from tests.kv.support import SHORT, ids_of, reading
 from workbench import testing
 from workbench.kv import SentenceKV, SnapKV
 from workbench.kv.base import Study
@@ -60,7 +60,7 @@ def test_sentences_end_at_their_marks_and_at_the_latest_after_so_many_tokens() -
 @pytest.mark.parametrize("factor", [1.0, 2.0, 100.0])
 @pytest.mark.parametrize("equal", [True, False])
 def test_the_best_sentences_are_fetched_until_there_are_enough_tokens(factor: float, equal: bool) -> None:
-    found = testing.reading()
+    found = reading()
     index, layer = index_of(found, factor=factor), found.trace.layers[1]
     others = random_others(2, 70, equal=equal)
     retriever = index.build(layer, others)
@@ -85,7 +85,7 @@ def test_the_best_sentences_are_fetched_until_there_are_enough_tokens(factor: fl
 
 
 def test_votes_are_the_pooled_attention_of_the_prompts_last_queries() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     rows = torch.zeros(2, 70)
     for head in range(4):
         for query in range(62, 70):
@@ -97,7 +97,7 @@ def test_votes_are_the_pooled_attention_of_the_prompts_last_queries() -> None:
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_an_index_takes_the_bytes_foretold(equal: bool) -> None:
-    found = testing.reading()
+    found = reading()
     for parameters in ({}, {"factor": 100.0}, {"longest": 3}):
         index, layer = index_of(found, **parameters), found.trace.layers[1]
         others = random_others(2, 70, equal=equal)
@@ -106,7 +106,7 @@ def test_an_index_takes_the_bytes_foretold(equal: bool) -> None:
 
 
 def test_what_moves_out_while_decoding_becomes_sentences_that_are_found() -> None:
-    found = testing.reading()
+    found = reading()
     layer = found.trace.layers[1]
     others = random_others(2, 70)
     retriever = index_of(found, fetch=8, longest=8).build(layer, others)
@@ -126,7 +126,7 @@ def test_what_moves_out_while_decoding_becomes_sentences_that_are_found() -> Non
 
 
 def test_the_query_is_the_mean_of_the_sentence_in_progress() -> None:
-    found = testing.reading()
+    found = reading()
     retriever = index_of(found, longest=4).build(found.trace.layers[1], random_others(2, 70))
     assert isinstance(retriever, Sentences)
     queries = torch.randn(4, 11, 16, generator=torch.Generator().manual_seed(5))

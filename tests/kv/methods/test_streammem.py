@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import ids_of, numbers
+from tests.kv.support import ids_of, numbers, reading
 from workbench import testing
 from workbench.errors import BudgetTooSmall
 from workbench.kv import StreamMem
@@ -73,7 +73,7 @@ def test_without_frames_only_the_best_stay() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
 def test_a_prototype_is_the_weighted_mean_of_its_frame_at_its_own_position(architecture: str) -> None:
-    layer = testing.reading(architecture).trace.compressible[0]
+    layer = reading(architecture).trace.compressible[0]
     keys, values = layer.keys[:, 20:50].float(), layer.values[:, 20:50].float()
     positions = torch.arange(20, 50)[None]
     scores = numbers(keys.shape[0], 30).softmax(dim=-1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.kv.support import ids_of
+from tests.kv.support import ids_of, reading
 from workbench import testing
 from workbench.kv import AdaKV, SnapKV, TailorKV
 from workbench.kv.base import KVMethod, Study
@@ -47,7 +47,7 @@ def between(values: list[float]) -> float:
 
 @pytest.mark.parametrize(("tokens", "share"), [(70, 0.05), (70, 0.4), (20, 0.05), (1, 0.05)])
 def test_the_dense_preference_is_what_the_largest_weights_leave_over(tokens: int, share: float) -> None:
-    trace = testing.reading(tokens=tokens).trace
+    trace = reading(tokens=tokens).trace
     for layer, found in zip(trace.layers, preferences(trace, share), strict=True):
         queries, left = range(max(tokens - 32, 0), tokens), 0.0
         for head in range(layer.heads):
@@ -71,7 +71,7 @@ def test_one_that_looks_at_everything_is_denser_than_one_that_looks_at_one_token
 
 
 def test_dense_layers_are_quantised_whole_and_the_others_lie_in_host_memory() -> None:
-    trace = testing.reading(tokens=200).trace
+    trace = reading(tokens=200).trace
     dense = preferences(trace)
     plan = plan_of(trace, budget=0.4, threshold=between(dense), bits=2)
     testing.check_plan(plan)
@@ -91,7 +91,7 @@ def test_dense_layers_are_quantised_whole_and_the_others_lie_in_host_memory() ->
 @pytest.mark.parametrize("added", [0, 3])
 @pytest.mark.parametrize("uneven", [False, True])
 def test_a_query_fetches_the_largest_products_in_its_dominant_channels(uneven: bool, added: int) -> None:
-    layer, fetch, channels = testing.reading().trace.layers[1], 5, 4
+    layer, fetch, channels = reading().trace.layers[1], 5, 4
     others = torch.zeros(2, 70, dtype=torch.bool)
     others[0, 8:60] = True
     others[1, 8 : 40 if uneven else 60] = True
@@ -127,7 +127,7 @@ def test_where_no_layer_is_dense_and_everything_is_fetched_nothing_is_lost(archi
 
 
 def test_new_tokens_of_a_quantised_layer_are_exact_until_they_fill_a_group() -> None:
-    trace = testing.reading(tokens=200).trace
+    trace = reading(tokens=200).trace
     plan = plan_of(trace, budget=0.6, threshold=0.0, bits=2)
     store, layer = plan.stores()[0], trace.layers[0]
     assert isinstance(store, SplitStore)
@@ -167,7 +167,7 @@ def test_the_budget_goes_to_the_residual_then_to_sparse_layers_then_to_dense_one
 
 
 def test_bits_follow_from_what_the_quantised_layers_may_take() -> None:
-    trace = testing.reading(tokens=200).trace
+    trace = reading(tokens=200).trace
     with pytest.raises(wb.errors.BudgetTooSmall) as refusal:
         plan_of(trace, budget=0.05, threshold=0.0)
     smallest = refusal.value.smallest
@@ -181,7 +181,7 @@ def test_bits_follow_from_what_the_quantised_layers_may_take() -> None:
 
 @pytest.mark.parametrize("others", [[SnapKV(budget=0.3, window=8)], [SnapKV(budget=0.3, window=8), AdaKV(window=8)]])
 def test_other_methods_may_choose_what_stays_exact(others: list[KVMethod]) -> None:
-    found = testing.reading(tokens=200)
+    found = reading(tokens=200)
     tailor = TailorKV(threshold=between(preferences(found.trace)), group=8, residual=16)
     plan = make_plan(found.trace, [*others, tailor], torch.bfloat16)
     testing.check_plan(plan)

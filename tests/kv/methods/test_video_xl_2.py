@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import ids_of
-from workbench import testing
+from tests.kv.support import ids_of, reading
 from workbench.errors import BadParameter
 from workbench.kv import VideoXL2
 from workbench.kv.stores.levels import LevelStore
@@ -41,7 +40,7 @@ def attended(layer: LayerTrace, head: int, query: Tensor, keys: Tensor, values: 
 
 
 def test_while_reading_a_token_sees_its_chunk_the_one_before_and_the_marks_of_all() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     _, got = read(layer)
     for p in range(64):
         seen = [j for j in range(p + 1) if j % 8 < 2 or p // 8 - j // 8 <= 1]
@@ -52,7 +51,7 @@ def test_while_reading_a_token_sees_its_chunk_the_one_before_and_the_marks_of_al
 
 
 def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_of_the_rest() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     store, _ = read(layer)
     # 8 chunks and room for 34 entries: 5 chunks left 2 marks each, 3 are whole.
     assert store.coarse == 5 and store.near.longest == 5 * 2 + 3 * 8
@@ -95,7 +94,7 @@ def test_a_question_sees_first_newest_and_most_relevant_chunks_whole_and_means_o
 
 
 def test_with_every_chunk_fetched_a_question_attends_to_all_that_was_read() -> None:
-    layer = testing.reading().trace.layers[1]
+    layer = reading().trace.layers[1]
     store, _ = read(layer)
     store.whole = 8
     got, _ = store.attend(layer.queries[:, 64:65], torch.tensor([64]), layer.scoring)
@@ -106,7 +105,7 @@ def test_with_every_chunk_fetched_a_question_attends_to_all_that_was_read() -> N
 
 
 def test_nothing_is_lost_and_small_budgets_pool_more() -> None:
-    found = testing.reading()
+    found = reading()
     pools = []
     for budget in (0.4, 0.7):
         method = VideoXL2(budget=budget, chunk=8, marks=1, pool=2)
@@ -132,4 +131,4 @@ def test_a_text_ten_times_the_bound_is_read_within_it() -> None:
 
 def test_marks_have_to_fit_into_a_chunk() -> None:
     with pytest.raises(BadParameter, match="fewer than a chunk"):
-        make_plan(testing.reading().trace, [VideoXL2(chunk=4)], torch.float32, model=testing.reading().model)
+        make_plan(reading().trace, [VideoXL2(chunk=4)], torch.float32, model=reading().model)

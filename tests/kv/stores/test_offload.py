@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from tests.kv.support import ids_of
+from tests.kv.support import ids_of, reading
 from workbench import testing
 from workbench.errors import BadRecipe
 from workbench.kv import KIVI, AdaKV, SnapKV
@@ -119,7 +119,7 @@ def test_host_bytes_are_on_the_timeline_and_in_every_record() -> None:
 
 
 def test_host_memory_is_counted_apart_from_the_budget() -> None:
-    plan = make_plan(testing.reading().trace, [FetchAll(budget=0.25)], torch.bfloat16)
+    plan = make_plan(reading().trace, [FetchAll(budget=0.25)], torch.bfloat16)
     assert plan.nbytes <= 0.25 * plan.full_nbytes
     assert set(plan.tiers.unique().tolist()) == {1, 2} and plan.precisions == ("bfloat16", "host")
     assert all(isinstance(store, OffloadStore | DenseStore) for store in plan.stores())

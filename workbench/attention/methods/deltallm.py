@@ -213,9 +213,8 @@ def _sums(rows: Tensor, changes: _Changes, number: int) -> Tensor:
     """Scores [r, number * group] of scaled rows [r, d] over the first groups: only what changed is multiplied."""
     count = int(changes.products[number])
     size = (number * changes.group, rows.shape[1])
-    moves = torch.sparse_coo_tensor(
-        changes.where[:, :count], changes.much[:count], size, is_coalesced=True, check_invariants=False
-    )
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said in so many words, or torch 2.11 warns
+        moves = torch.sparse_coo_tensor(changes.where[:, :count], changes.much[:count], size, is_coalesced=True)
     steps: Tensor = torch.sparse.mm(moves, rows.T).view(number, changes.group, -1)
     return steps.cumsum(dim=1).flatten(0, 1).T.contiguous()
 

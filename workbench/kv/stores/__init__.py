@@ -26,7 +26,10 @@ from workbench.kv.stores.shared import SharedStore, cloned
 from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.store import Dequantised, Store, kv_categories
 
+Contents = Dequantised  # as it was called before
+
 __all__ = [
+    "Contents",
     "DenseStore",
     "Dequantised",
     "PackedStore",
