@@ -161,7 +161,7 @@ def test_the_candidate_found_changes_the_output_about_as_little_as_any(
     method: type[QuantisedSoftmax], bits: int
 ) -> None:
     made = method(bits=bits)
-    weights, values = weights_of(3, rows=40, columns=64)[None], torch.randn(1, 64, 5, generator=torch.Generator().manual_seed(0))
+    weights, values = weights_of(3, rows=40, columns=64)[None], torch.randn(1, 64, 5)
 
     def change(candidate: object) -> float:
         total = 0.0
