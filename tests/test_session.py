@@ -628,3 +628,12 @@ def test_what_is_wrong_with_all_rows_is_refused_before_the_first(
 def test_one_budget_needs_no_list(session: wb.Session) -> None:
     for budget in (0.6, "60%"):
         assert session.compare("snapkv", budgets=budget, max_new_tokens=2)["budget"].tolist() == [0.6]
+
+
+def test_a_model_of_ones_own_is_taken_to_the_precision_that_is_named() -> None:
+    session = wb.Session((tiny("llama"), None), dtype="bfloat16", device="cpu")
+    assert session.model.dtype == torch.bfloat16
+    session.read(ids_of(20))
+    for wrong in ({"dtype": "bfloat17"}, {"device": "cuda:99"}, {"device": "abacus"}):
+        with pytest.raises(BadParameter):
+            wb.Session((tiny("llama"), None), **wrong)

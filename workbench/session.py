@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench import arguments
 from workbench.display import Shown, controls
@@ -21,6 +21,7 @@ from workbench.inspection.channels import Kind as Outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
+from workbench.models.load import device_for, dtype_for
 from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
 from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
@@ -639,8 +640,10 @@ def _loaded(
             raise ModelNotFound(
                 f"{type(network).__name__} has weights without data (on the meta device): load it whole"
             )
-        if device is not None or dtype is not None:
-            network = network.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it untyped
+        if device is not None:
+            nn.Module.to(network, device_for(device))
+        if dtype is not None:
+            nn.Module.to(network, dtype_for(dtype, network.device))
         known = facts(network)
         return LoadedModel(network.eval(), tokenizer, known.name, known)
     raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer or None)")
