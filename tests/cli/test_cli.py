@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +370,7 @@ def test_a_reader_who_leaves_early_is_no_error(arguments: list[str]) -> None:
 def test_the_app_without_panel_says_which_extra_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "panel" else find(name, *rest))
+    monkeypatch.setattr("workbench.cli.commands.find_spec", lambda name: None if name == "panel" else find_spec(name))
     assert main(["app"]) == 2
     assert "inference-workbench[app]" in capsys.readouterr().err
 

@@ -5,18 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from torch import nn
 
 from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
 from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of, multiplied_weights
-from workbench.registry import Method
 from workbench.weights.surgery.linears import output_head
 
 if TYPE_CHECKING:
-    from workbench.weights.base import WeightMethod
+    from transformers import PreTrainedModel
+
+    from workbench.budget import Budget, BudgetLike
+    from workbench.progress import Progress
+    from workbench.registry import Parameter
+    from workbench.weights.calibration.study import WeightStudy
+
+
+class Surveying(Protocol):
+    """What a survey asks of a weight method (`workbench.weights.base`)."""
+
+    key: ClassVar[str]
+    measure: ClassVar[str]
+
+    @property
+    def budget(self) -> Budget | None: ...
+    @property
+    def effective_budget(self) -> Budget | None: ...
+    @classmethod
+    def parameters(cls) -> tuple[Parameter, ...]: ...
+    def with_budget(self, budget: BudgetLike | None) -> Self: ...
+    def refuses(self, linear: nn.Linear) -> str | None: ...
+    def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]: ...
+    def check(self, linears: Mapping[str, nn.Linear]) -> None: ...
+    def full_nbytes(self, linear: nn.Linear) -> int: ...
+    def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int: ...
+    def apply(
+        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -29,14 +56,14 @@ class Survey:
     method: with the budget that is left for the layers; asked: as it was asked for.
     """
 
-    method: WeightMethod
+    method: Surveying
     linears: dict[str, nn.Linear]
     left: dict[str, str]
     fixed: dict[str, int] = field(default_factory=dict, kw_only=True)
-    asked: WeightMethod | None = field(default=None, kw_only=True)
+    asked: Surveying | None = field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, model: nn.Module, method: WeightMethod) -> Survey:
+    def of(cls, model: nn.Module, method: Surveying) -> Survey:
         """Look through a model. Raises NotApplicable where the method finds nothing to compress."""
         owners: dict[int, str] = {}  # of each weight matrix: the first module that has it
         counts: dict[int, int] = {}
@@ -135,7 +162,7 @@ class Survey:
 _LEAST = 1e-6  # the share that is asked of layers which have nothing left of the budget: less than any method can
 
 
-def _within(method: WeightMethod, linears: Mapping[str, nn.Linear], fixed: int) -> WeightMethod:
+def _within(method: Surveying, linears: Mapping[str, nn.Linear], fixed: int) -> Surveying:
     """The method with the part of its budget that so many `fixed` numbers beside its layers leave for these."""
     budget = method.effective_budget
     if budget is None or not fixed or budget.kind == "tokens":
@@ -149,7 +176,7 @@ def _within(method: WeightMethod, linears: Mapping[str, nn.Linear], fixed: int) 
     return method.with_budget(max(room / full, _LEAST) if budget.kind == "share" else f"{max(room, 1)} bytes")
 
 
-def _measured(method: WeightMethod, linears: Mapping[str, nn.Linear], numbers: int) -> int:
+def _measured(method: Surveying, linears: Mapping[str, nn.Linear], numbers: int) -> int:
     """Bytes of so many numbers as the method measures those of its layers."""
     weights = sum(linear.weight.numel() for linear in linears.values())
     return numbers * sum(map(method.full_nbytes, linears.values())) // weights
@@ -171,6 +198,6 @@ def grouped(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{same[0]}{more[reason]} ({reason})" for reason, same in names.items())
 
 
-def _settings(method: Method) -> str:
+def _settings(method: Surveying) -> str:
     settings = ", ".join(f"{parameter.name}={getattr(method, parameter.name)}" for parameter in method.parameters())
     return f" with {settings}" if settings else ""
