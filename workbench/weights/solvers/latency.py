@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 from torch.nn.functional import linear
@@ -10,8 +11,9 @@ from torch.nn.functional import linear
 _REPEATS, _SECONDS = 15, 0.02  # each shape is tried so often, and not much longer than this
 
 
+@cache
 def product_seconds(outputs: int, inputs: int, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of one product of inputs [tokens, inputs] with a weight [outputs, inputs].
+    """Seconds of one product of inputs [tokens, inputs] with a weight [outputs, inputs]; measured once a process.
 
     The median of several tries after one that is not counted, on the threads that torch has.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -99,7 +98,7 @@ class ZipLM(StructuredPruner):
     """Leave out MLP neurons and channels of attention's values where least is lost for the time that is saved.
 
     Each module's structures go in the order of structured second-order pruning, the rest making up for them (Kurtic et
-    al. 2023); how long a module takes at each of some widths is measured on this machine, once for each study, for
+    al. 2023); how long a module takes at each of some widths is measured on this machine, once a process, for
     `tokens` tokens at once. From the whole model on, the module whose next step loses least for each second it saves
     takes it, until the bytes are within the budget and, where `speedup` is given, the measured products of all pruned
     modules are that much faster together.
@@ -133,7 +132,7 @@ class ZipLM(StructuredPruner):
         modules = self.prunable_modules(twin, tuple(linears))
         key = ("ziplm", self.damping)
         removals = study.once(key, lambda: self._removals(modules, linears, study, progress))
-        counts = self._searched(twin, modules, removals, limit, study)
+        counts = self._searched(twin, modules, removals, limit)
         done = 0
         for _, inputs in study.inputs(hessians=True, progress=progress):
             for module in (module for module in modules if module.out in inputs):
@@ -174,11 +173,10 @@ class ZipLM(StructuredPruner):
         modules: Sequence[PrunableModule],
         removals: Mapping[str, Removal],
         limit: int | None,
-        study: WeightStudy,
     ) -> dict[str, int]:
         """How many dimensions each module keeps."""
         levels = [_levels(module.width, self.steps) for module in modules]  # widest first
-        seconds = [self._seconds(twin, module, widths, study) for module, widths in zip(modules, levels, strict=True)]
+        seconds = [self._seconds(twin, module, widths) for module, widths in zip(modules, levels, strict=True)]
         errors = [removals[module.name].errors for module in modules]
         at = [0] * len(modules)
         nbytes = sum(self.module_nbytes(module, module.width) for module in modules)
@@ -206,9 +204,7 @@ class ZipLM(StructuredPruner):
             )
         return {module.name: levels[index][at[index]] for index, module in enumerate(modules)}
 
-    def _seconds(
-        self, twin: PreTrainedModel, module: PrunableModule, widths: Sequence[int], study: WeightStudy
-    ) -> list[float]:
+    def _seconds(self, twin: PreTrainedModel, module: PrunableModule, widths: Sequence[int]) -> list[float]:
         """How long a module's layers take at these widths, never longer when narrower."""
         seconds: list[float] = []
         for width in widths:
@@ -219,8 +215,7 @@ class ZipLM(StructuredPruner):
                 weight = layer.weight
                 narrow = heads * width
                 shape = (narrow, weight.shape[1]) if axis == 0 else (weight.shape[0], narrow)
-                product = (*shape, self.tokens, weight.device, weight.dtype)
-                total += study.once(("product seconds", *product), partial(product_seconds, *product))
+                total += product_seconds(*shape, self.tokens, weight.device, weight.dtype)
             seconds.append(min(total, seconds[-1]) if seconds else total)
         return seconds
 
