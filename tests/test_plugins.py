@@ -394,3 +394,9 @@ def test_what_modules_compute_of_plain_values_may_stay(monkeypatch: pytest.Monke
     state = "import torch\n@cache\ndef ramp(size):\n    return torch.arange(size)"
     exec(FORGETFUL.format(state=state, use="scores = scores + 0 * ramp(layer.tokens)"), vars(made))
     check_promise(nothing_is_left_on_the_method_the_model_or_the_trace, made.Chosen)
+
+
+@pytest.mark.parametrize(("former", "name"), [("watch", "update_state"), ("evidence", "eviction_state")])
+def test_a_stage_under_a_former_name_is_refused_with_the_name_it_has(former: str, name: str) -> None:
+    with pytest.raises(TypeError, match=f"defines `{former}`, which is called `{name}` now"):
+        type("Old", (KVMethod,), {former: lambda self, *given: None, "__module__": __name__})

@@ -6,11 +6,12 @@ Controls, JSON, URLs, sweeps and cache keys all come from the one description.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -78,8 +79,15 @@ class Method(BaseModel):
     paper: ClassVar[Paper | None] = None
     claim: ClassVar[str] = ""
     default_budget: ClassVar[float | None] = None
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})  # what subclasses once declared or defined -> its name
 
     budget: Budget | None = param(None, help="share of the uncompressed bytes, or a size")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for former, name in cls.renamed.items():
+            if hasattr(cls, former):  # it would be passed over without a word
+                raise TypeError(f"{cls.__name__} defines `{former}`, which is called `{name}` now")
 
     def __init__(self, **values: Any) -> None:
         for name, field in type(self).model_fields.items():

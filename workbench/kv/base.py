@@ -14,8 +14,9 @@ method of the recipe that contributes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -95,6 +96,16 @@ class KVMethod(Method):
     """Base of all methods that decide what the KV cache keeps, and how."""
 
     family: ClassVar[Family] = "kv"
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "evidence": "eviction_state",
+            "watch": "update_state",
+            "aligned": "evicts_layerwise",
+            "uneven": "head_adaptive",
+            "remembers": "state_width",
+            "asks": "question_aware",
+        }
+    )
     evicts_layerwise: ClassVar[bool] = False  # evicts the same positions from all heads of a layer
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
@@ -34,6 +35,9 @@ class WeightMethod(Method):
     """
 
     family: ClassVar[Family] = "weights"
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"needs_moment": "needs_hessian", "takes_size": "takes_budget"}
+    )
     measure: ClassVar[str] = "16-bit size"  # what `full_nbytes` counts, in words
     needs_inputs: ClassVar[bool] = False  # `compress` is given what calibration saw of the layer's input ...
     needs_hessian: ClassVar[bool] = False  # ... with its second moment [i, i]
