@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 _NUMBER = re.compile(r"(?<![\w.])([-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)(%?)")
-_RELATIVE = 0.03
+_RELATIVE, _ABSOLUTE = 0.1, 1e-3  # the latter for differences of two figures that are nearly equal
 _COUNT = re.compile(r"[-+]?[\d,]+")
 _PICTURES = ("application/vnd.plotly.v1+json",)
 
@@ -50,7 +50,7 @@ def _close(one: tuple[str, str], other: tuple[str, str]) -> bool:
     if not one[1] and _COUNT.fullmatch(one[0]) and _COUNT.fullmatch(other[0]):
         return a == b
     last_digit = max(_last_digit(one[0]), _last_digit(other[0]))
-    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=1.01 * last_digit)
+    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=max(1.01 * last_digit, _ABSOLUTE))
 
 
 def _last_digit(number: str) -> float:

@@ -267,13 +267,17 @@ def register(cls: M) -> M:
 
 
 def registered(family: str | None = None) -> tuple[type[Method], ...]:
-    """All method classes, of one family if given, in the order of the catalogue."""
+    """All method classes, of one family if given, in the order of the catalogue: by family and key, plugins last."""
     if family is not None and family not in FAMILIES:
         raise UnknownMethod(f"unknown family {quoted(family)}: there are {', '.join(FAMILIES)}")
     for name in FAMILIES:
         import_module(_HOMES.get(name, f"workbench.{name}"))
     _load_plugins()
-    return tuple(cls for cls in _METHODS.values() if family in (None, cls.family))
+    return tuple(sorted((cls for cls in _METHODS.values() if family in (None, cls.family)), key=_place))
+
+
+def _place(cls: type[Method]) -> tuple[int, bool, str]:
+    return FAMILIES.index(cls.family), not cls.__module__.startswith("workbench."), cls.key
 
 
 @cache
