@@ -7,7 +7,6 @@ import torch
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan, rank
-from workbench.kv.stores import SlidingStore
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import study_of
 from workbench.runtime.run import Run
@@ -190,7 +189,7 @@ def sliding_layers_stay_exact(method: KVMethod, subjects: Subjects) -> None:
             continue
         newest = list(range(TOKENS - window, TOKENS))
         store, where = stores[layer], f"layer {layer} slides"
-        must(isinstance(store, SlidingStore) and layer in plan.exact, f"{where}, but is compressed")
+        must(store.sliding_window == window and layer in plan.exact, f"{where}, but is compressed")
         must(all(row.tolist() == newest for row in store.positions), f"{where}, but does not hold its window")
         must(float(plan.error[layer].max()) < 0.02, f"{where}, but is not exact")
     sliding = subjects.reading("mistral")
