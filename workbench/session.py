@@ -26,7 +26,7 @@ from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
 from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
 from workbench.runtime.conversation import Conversation
-from workbench.runtime.readings import Readings, recorded
+from workbench.runtime.readings import Readings
 from workbench.runtime.run import Question, Run, Stream
 from workbench.weights.base import WeightMethod
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
@@ -581,7 +581,7 @@ class Session(Shown):
         from workbench.storage.sessions import save
 
         if self.trace is not None:
-            recorded(self.trace)
+            self.trace.need_recording()
         return save(arguments.path("path", path), self.readings, self.runs, source=self.source, seed=self.seed)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.core.attention_rows import attention_rows
 from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
-from workbench.errors import NoRotation
+from workbench.errors import NoRotation, NotRead
 from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
@@ -190,6 +190,12 @@ class Trace:
     def recorded(self) -> bool:
         """Whether keys, values and queries are there; without them only methods that read by themselves can be used."""
         return self.layers[0].keys_held.device.type != "meta"
+
+    def need_recording(self) -> Trace:
+        """The trace itself. Raises NotRead where keys, values and queries are not there."""
+        if not self.recorded:
+            raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
+        return self
 
     @property
     def compressible(self) -> tuple[LayerTrace, ...]:

@@ -10,7 +10,6 @@ from workbench.errors import BadParameter
 from workbench.formatting import quoted
 from workbench.inspection.attention import check_window
 from workbench.registry import Method, find
-from workbench.runtime.readings import recorded
 
 if TYPE_CHECKING:
     from workbench.measure.attention import Pooling, Span
@@ -49,4 +48,4 @@ def operator_study(
     """The errors of some heads and the maps of `head` on one layer; see `Session.operator`."""
     trace = readings.of_prompt()
     check_window(readings, view.get("pixels", 512), view.get("pooling", "max"), view.get("rows"), view.get("cols"))
-    return study_operator(recorded(trace), operator, layer, head, progress=progress, **view)
+    return study_operator(trace, operator, layer, head, progress=progress, **view)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from workbench import arguments
-from workbench.inspection.captured import Captured, as_read, capture, changes_reading
+from workbench.inspection.captured import Captured, as_read, capture
 from workbench.inspection.implied import Implied
 from workbench.progress import Progress
 from workbench.recipe import Recipe
@@ -46,7 +46,7 @@ def _viewer(
 ) -> Callable[[int, int | None], View]:
     """What gives the view of a layer and a query head (None: all)."""
     method = attention_method(recipe)
-    if method is not None and changes_reading(method):
+    if method is not None and method.changes_prefill:
         check_together(method, kv_methods(recipe))
         return partial(as_read, method, trace.layers)
     plan = readings.plan(recipe, trace, progress)

@@ -134,7 +134,7 @@ class Readings:
 
     def recorded(self, recipe: Recipe, progress: Progress | None = None) -> Trace:
         """The same, with queries, keys and values. Raises NotRead where the prompt was read without a recording."""
-        return recorded(self.trace(recipe, progress))
+        return self.trace(recipe, progress).need_recording()
 
     def plan(
         self, recipe: Recipe, trace: Trace, progress: Progress | None = None, question: Tensor | None = None
@@ -158,13 +158,6 @@ class Readings:
             for key in [key for key in self._others if key[0]]:
                 del self._others[key]
         return study
-
-
-def recorded(trace: Trace) -> Trace:
-    """The trace, if its queries, keys and values are there. Raises NotRead where they are not."""
-    if not trace.recorded:
-        raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
-    return trace
 
 
 def kv_methods(recipe: Recipe) -> list[KVMethod]:

@@ -13,7 +13,7 @@ from workbench import arguments
 from workbench.attention.operators.base import Operator, chunks
 from workbench.core.attention_rows import RowBlock
 from workbench.core.causal_attention import causal_attention
-from workbench.errors import NotApplicable, NotRead
+from workbench.errors import NotApplicable
 from workbench.formatting import Brief, quoted
 from workbench.measure.attention import PooledMap, Pooling, Span, pool_rows, pooled_map
 from workbench.measure.quality import output_error
@@ -105,8 +105,7 @@ def study_operator(
     """
     if not isinstance(operator, Operator):
         raise NotApplicable(f"{quoted(operator)} is no operator: wb.methods('operator') lists them")
-    if not trace.recorded:
-        raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
+    trace.need_recording()
     at = arguments.index("layer", layer, len(trace.layers), "the model's layers")
     return study(operator, trace.layers[at], head, pixels=pixels, **view)
 
