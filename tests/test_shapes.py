@@ -47,6 +47,12 @@ def called() -> Iterator[set[str]]:
         yield called
 
 
+@pytest.fixture(scope="module")
+def subjects() -> Subjects:
+    """Of this file alone: what another file's tests made a trace remember would not be called again."""
+    return Subjects()
+
+
 def keys_of(family: str) -> list[str]:
     return [cls.key for cls in registered(family)]
 
