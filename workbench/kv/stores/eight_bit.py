@@ -33,6 +33,7 @@ class EightBitOffloadFormat(Format):
     recent: int = 32
 
     tiers = (NAME, "host")
+    attends = True
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         split = (selected < shape.tokens).any(dim=1)

@@ -48,11 +48,13 @@ class Shape:
 class Format(ABC):
     """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
 
-    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer.
+    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends: whether
+    its stores attend in a way of their own, so that no other may choose what is attended to.
     """
 
     tiers: tuple[str, ...]
     by_layer: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
 
     @property
     def keeps_rest(self) -> bool:
@@ -187,6 +189,7 @@ class MixedFormat(Format):
     group: int
     balance: bool = False
     recent: float = 0.5
+    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

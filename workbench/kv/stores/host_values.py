@@ -29,6 +29,7 @@ class HostValuesFormat(Format):
     fetch: int
     sinks: int = 4
     recent: int = 32
+    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -90,6 +90,7 @@ class OffloadFormat(Format):
     index: Index
     sinks: int = 4
     recent: int = 32
+    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

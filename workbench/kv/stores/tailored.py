@@ -31,6 +31,7 @@ class TailoredFormat(Format):
     index: Index
     sinks: int
     by_layer = True
+    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
