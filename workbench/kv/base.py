@@ -6,7 +6,8 @@
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
     evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
-    read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest
+    read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
+               what it leaves is stored
 
 A stage that a class defines in its own body is its contribution; an inherited one is borrowed, and yields to another
 method of the recipe that contributes it.
@@ -110,6 +111,8 @@ class KVMethod(Method):
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    own_stores: ClassVar[bool] = False  # what it has read lies in stores of its own kind, which no other can replace
+    of_entries: ClassVar[bool] = False  # its `store` needs entries alone: it can hold what a reading method leaves
     contributed: ClassVar[frozenset[str]] = frozenset()  # the stages that the class's own body defines
     supplied: ClassVar[frozenset[str]] = frozenset()  # those and the inherited ones
 
@@ -227,11 +230,8 @@ class Stages:
         """Resolve the stages of a recipe. Raises BadRecipe if two methods contribute the same one."""
         chosen = {stage: cls._supplier(stage, methods) for stage in STAGES}
         stages = cls(**chosen)
-        if stages.read is not None and len(methods) > 1:
-            others = " and ".join(method.key for method in methods if method is not stages.read)
-            raise BadRecipe(
-                f"{stages.read.key} decides while it reads, in bounded memory, what stays and how: leave out {others}"
-            )
+        if stages.read is not None:
+            return cls._reading(stages.read, [method for method in methods if method is not stages.read])
         if stages.retrieve is not None:
             for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
                 if other is not None:
@@ -268,6 +268,27 @@ class Stages:
                     f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
                 )
         return stages
+
+    @classmethod
+    def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:
+        """The stages of a recipe whose prompt `read` reads: of all others only `store` is left."""
+        for other in others:
+            if not other.contributes("store"):
+                raise BadRecipe(
+                    f"{read.key} decides while it reads, in bounded memory, what stays: only a method that stores it "
+                    f"in fewer bytes can join; leave out {other.key}"
+                )
+            if read.own_stores:
+                raise BadRecipe(
+                    f"{read.key} holds what it has read in stores of its own, which the store of {other.key} cannot "
+                    "replace: use one of the two"
+                )
+            if not other.of_entries:
+                raise BadRecipe(
+                    f"{other.key} goes by a recording of the whole prompt (its queries, scores or every position), "
+                    f"which {read.key} does not leave: use one of the two"
+                )
+        return cls(read=read, store=others[0] if others else None)
 
     @staticmethod
     def _supplier(stage: str, methods: Sequence[KVMethod]) -> KVMethod | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,8 @@ from workbench.core.memo import Memo
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, uncompressed_nbytes
-from workbench.kv.selection import plan_of, total_budget
+from workbench.kv.read_and_stored import notes_on, read_and_stored
+from workbench.kv.selection import plan_of
 from workbench.kv.stores import Store, cloned
 from workbench.measure.memory import Timeline
 from workbench.progress import Progress
@@ -107,12 +108,18 @@ def make_plan(
     if stages.read is None or not trace.compressible:
         return plan_of(study, methods, dtype, budget)
 
-    full, limited = uncompressed_nbytes(trace, dtype), total_budget(methods, stages, budget)
+    full = uncompressed_nbytes(trace, dtype)
+    limited = stages.read.effective_budget if budget is None else budget
     limit = None if limited is None else limited.nbytes(full)
     if limited is not None and limited.kind == "tokens":
         limit = min(int(limited.amount * full / trace.tokens), full)
     finished = chunked_prefill(study, stages.read, dtype, limit, question)
     result = finished.result
+    if stages.store is not None:
+        form, made = read_and_stored(trace, result.stores, stages.store, dtype, full)
+        notes = notes_on(trace.compressible, result.stores, made, stages.store)
+        result = replace(result, stores=made, format=form, notes=(*result.notes, *notes))
+        finished = replace(finished, result=result)
     tiers = result.tiers
     if tiers is None:
         tiers = torch.stack([store.tiers(trace.tokens) for store in result.stores])
