@@ -6,6 +6,7 @@
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
     evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
+    place      at which positions entries stand when they are attended to: their true ones, or closed up
     read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
                what it leaves is stored
 
@@ -46,6 +47,7 @@ _METHODS_OF = {
     "store": ("store", "layout"),
     "retrieve": ("retrieve",),
     "evict": ("evict",),
+    "place": ("closes_up",),
     "read": ("read",),
 }
 STAGES = tuple(_METHODS_OF)
@@ -203,6 +205,13 @@ class KVMethod(Method):
         """Whether a method that has the stage `evict` uses it; one with a parameter for that says so here."""
         return True
 
+    @property
+    def closes_up(self) -> bool:
+        """Whether entries stand by their place in the cache, closed up wherever others have left, and not at their true
+        positions: then no distance is larger than the cache, and one that evicts while decoding has no end.
+        """
+        return False
+
     @classmethod
     def contributes(cls, stage: str) -> bool:
         """Whether the stage is this class's own."""
@@ -210,7 +219,9 @@ class KVMethod(Method):
 
     def supplies(self, stage: str) -> bool:
         """Whether this method, with its parameters, has more than the frame's default for the stage."""
-        return stage in self.supplied and (stage != "evict" or self.evicts_while_decoding)
+        if stage == "evict" and not self.evicts_while_decoding:
+            return False
+        return stage in self.supplied and (stage != "place" or self.closes_up)
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,7 @@ class Stages:
     store: KVMethod | None = None
     retrieve: KVMethod | None = None
     evict: KVMethod | None = None
+    place: KVMethod | None = None
     read: KVMethod | None = None
 
     @classmethod
@@ -239,6 +251,11 @@ class Stages:
                         f"{stages.retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use "
                         "one of the two"
                     )
+        if stages.place is not None and stages.retrieve is not None:
+            raise BadRecipe(
+                f"{stages.retrieve.key} finds entries by where they stand in the text, but {stages.place.key} closes "
+                f"them up: use {stages.place.key} with true positions"
+            )
         for lost in (stages.allocate, stages.merge):
             if lost is not None and stages.score is None:
                 raise BadRecipe(
