@@ -107,11 +107,17 @@ def section(method: type[Method], evidence: str | None = None, head: str = "##")
     parts = [f"{head} {method.title} {{ #{method.key} }}", f"**{prose(summary)}**", prose(rest.strip())]
     facts = [f"- **Paper**: {_long(method.paper)}"] if method.paper else []
     facts += [f"- **Its claim**: {_cell(method.claim)}"]
+    facts += [f"- **Here**: {_cell(str(method.fidelity))}"] if method.fidelity else []
     facts += [f"- **Measured here**: {evidence}"] if evidence else []
     facts += [f'- **Use**: `{CODE[method.family]}.{method.__name__}(...)` or `wb.method("{method.key}", ...)`']
     facts += [f"- **Budget**: {_budget(method)}"] if method.family != "operator" else []
     facts += [f"- **Stages**: {stages(method)}"] if issubclass(method, KVMethod) else []
-    parts += ["\n".join(facts), parameters(method), _weight_rows(method.key) if method.family == "weights" else ""]
+    parts += [
+        "\n".join(facts),
+        parameters(method),
+        presets(method),
+        _weight_rows(method.key) if method.family == "weights" else "",
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -144,6 +150,16 @@ def parameters(method: type[Method]) -> str:
     if not rows:
         return "No parameters."
     return "\n".join(["| parameter | default | bounds | unit | what it is |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def presets(method: type[Method]) -> str:
+    """Where published values of the parameters come from, and why a default is none of them."""
+    told = [
+        f"- preset `{p.name}` ({_cell(p.source)}): {', '.join(f'`{n}={v!r}`' for n, v in p.values.items())}"
+        for p in method.presets
+    ]
+    told += [f"- `{p.name}` is our own: {_cell(p.own)}" for p in method.parameters() if p.own]
+    return "\n".join(told)
 
 
 def _default(parameter: Parameter) -> str:

@@ -33,6 +33,7 @@ class Parameter:
     high: float | None = None
     choices: tuple[Any, ...] | None = None
     step: float | None = None  # values lie this far apart, counted from `low`: 2 for odd ones
+    own: str = ""  # why the default is none that the authors published
 
     @classmethod
     def of(cls, name: str, field: FieldInfo) -> Parameter:
@@ -55,16 +56,20 @@ class Parameter:
             high=bounds.get("le", bounds.get("lt")),
             choices=choices or None,
             step=2 if extra.get("odd") else bounds.get("multiple_of"),
+            own=extra.get("own", ""),
         )
 
 
-def param(default: Any, *, help: str, unit: str | None = None, odd: bool = False, **bounds: Any) -> Any:
-    """Declare a method's parameter: its default, bounds (`ge`, `gt`, `le`, `lt`), unit and one line of help."""
-    return Field(default, description=help, json_schema_extra={"unit": unit, "odd": odd}, **bounds)
+def param(default: Any, *, help: str, unit: str | None = None, odd: bool = False, own: str = "", **bounds: Any) -> Any:
+    """Declare a method's parameter: its default, bounds (`ge`, `gt`, `le`, `lt`), unit and one line of help.
+
+    own: why the default is not what the first of the method's presets to name it has, or that no source gives one.
+    """
+    return Field(default, description=help, json_schema_extra={"unit": unit, "odd": odd, "own": own}, **bounds)
 
 
 def declared(field: FieldInfo) -> dict[str, Any]:
-    """The unit of a parameter, and whether it must be odd, as `param` was told."""
+    """The unit of a parameter, whether it must be odd and why its default is our own, as `param` was told."""
     return cast("dict[str, Any]", field.json_schema_extra or {})
 
 

@@ -21,6 +21,7 @@ from workbench.budget import Budget, BudgetLike
 from workbench.errors import BadBudget, BadParameter, BadRecipe, PluginConflict, UnknownMethod
 from workbench.formatting import quoted
 from workbench.parameters import Parameter, choices_of, closest, declared, explained, param, plain_number
+from workbench.published import OURS, Fidelity, Preset
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "Family",
+    "Fidelity",
     "Method",
     "Paper",
     "Parameter",
+    "Preset",
     "Recipe",
     "Spec",
     "find",
@@ -65,9 +68,9 @@ class Paper:
 class Method(BaseModel):
     """A description of one compression method: family, budget, parameters. Immutable and hashable.
 
-    A subclass sets `key`, `title`, `paper` and `claim`, and declares its parameters with `param`. Its docstring's first
-    line says in one sentence what the method does. Unknown or out-of-bounds parameters raise BadParameter, a bad budget
-    BadBudget.
+    A subclass sets `key`, `title`, `paper`, `claim`, `fidelity` and `presets`, and declares its parameters with
+    `param`. Its docstring's first line says in one sentence what the method does. Unknown or out-of-bounds parameters
+    raise BadParameter, a bad budget BadBudget.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
@@ -78,6 +81,8 @@ class Method(BaseModel):
     ring: ClassVar[int] = 1
     paper: ClassVar[Paper | None] = None
     claim: ClassVar[str] = ""
+    fidelity: ClassVar[Fidelity | None] = None  # how true it is to its paper; None: a plugin does not say
+    presets: ClassVar[tuple[Preset, ...]] = ()  # published values; the first to name a parameter gives its default
     default_budget: ClassVar[float | None] = None
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})  # what subclasses once declared or defined -> its name
 
@@ -151,6 +156,14 @@ class Method(BaseModel):
         return tuple(Parameter.of(name, field) for name, field in cls.model_fields.items() if name != "budget")
 
     @classmethod
+    def preset(cls, name: str) -> Mapping[str, Any]:
+        """The values of a preset; "ours": none, all parameters at their defaults. Raises BadParameter."""
+        known = {OURS: MappingProxyType({}), **{preset.name: preset.values for preset in cls.presets}}
+        if not isinstance(name, str) or name not in known:
+            raise BadParameter(f"{cls.key}: preset {quoted(name)}: there are {', '.join(known)}")
+        return known[name]
+
+    @classmethod
     def _default(cls, name: str) -> Any:
         return cls.model_fields[name].default
 
@@ -179,14 +192,15 @@ class Recipe:
     def of(cls, spec: Spec, *, budget: BudgetLike | None = None, **parameters: Any) -> Recipe:
         """Read a recipe from a key, a method, a list of either, or a recipe.
 
-        budget: of the method, or with several of all together (None: as `spec` has it). parameters: of the one method.
-        Raises UnknownMethod, BadParameter, BadBudget or BadRecipe.
+        budget: of the method, or with several of all together (None: as `spec` has it). parameters: of the one method,
+        and `preset` for published ones. Raises UnknownMethod, BadParameter, BadBudget or BadRecipe.
         """
-        changes = parameters if budget is None else {**parameters, "budget": budget}
+        changes = dict(parameters) if budget is None else {**parameters, "budget": budget}
         if isinstance(spec, str):
             return cls((method(spec, **changes),))
         if isinstance(spec, Method):
-            return cls((type(spec)(**{**dict(spec), **changes}) if changes else spec,))
+            values = {**type(spec).preset(changes.pop("preset", OURS)), **changes}
+            return cls((type(spec)(**{**dict(spec), **values}) if values else spec,))
         if isinstance(spec, Recipe):
             return cls.of(spec.methods, budget=spec.budget if budget is None else budget, **parameters)
         if not isinstance(spec, Sequence):
@@ -323,9 +337,13 @@ def find(key: str) -> type[Method]:
     return known[key]
 
 
-def method(key: str, **parameters: Any) -> Method:
-    """Build a method from its key: `method("snapkv", budget=0.25, window=16)`."""
-    return find(key)(**parameters)
+def method(key: str, *, preset: str = OURS, **parameters: Any) -> Method:
+    """Build a method from its key: `method("snapkv", budget=0.25, window=16)`.
+
+    preset: from which published values to begin, for instance "paper"; default: the method's defaults.
+    """
+    cls = find(key)
+    return cls(**{**cls.preset(preset), **parameters})
 
 
 def from_dict(description: dict[str, Any]) -> Method:
@@ -338,10 +356,12 @@ def from_dict(description: dict[str, Any]) -> Method:
 
 
 def methods(family: str | None = None) -> pd.DataFrame:
-    """The catalogue: one row a method, with key, name, family, ring, paper, claim and parameters."""
+    """The catalogue: one row a method, with key, name, family, ring, paper, claim, how true it is to the paper,
+    parameters and the names of its presets.
+    """
     import pandas as pd
 
-    columns = ["key", "name", "family", "ring", "summary", "paper", "claim", "parameters"]
+    columns = ["key", "name", "family", "ring", "summary", "paper", "claim", "fidelity", "parameters", "presets"]
     return pd.DataFrame([_row(cls) for cls in registered(family)], columns=columns)
 
 
@@ -354,5 +374,7 @@ def _row(cls: type[Method]) -> dict[str, Any]:
         "summary": cls.summary(),
         "paper": str(cls.paper) if cls.paper else "",
         "claim": cls.claim,
+        "fidelity": str(cls.fidelity or ""),
         "parameters": ", ".join(f"{parameter.name}={parameter.default}" for parameter in cls.parameters()),
+        "presets": ", ".join(preset.name for preset in cls.presets),
     }

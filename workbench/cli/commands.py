@@ -318,9 +318,14 @@ def list_methods(
         for row, cls in zip(rows, registered(family), strict=True):
             row["default_budget"] = cls.default_budget
             row["parameters"] = [asdict(parameter) for parameter in cls.parameters()]
+            row["fidelity"] = None if cls.fidelity is None else asdict(cls.fidelity)
+            row["presets"] = [{"name": p.name, "source": p.source, "values": dict(p.values)} for p in cls.presets]
         terminal.document(rows)
         return
-    terminal.table(rows, {"key": "key", "family": "family", "summary": "what it does", "parameters": "parameters"})
+    for row, cls in zip(rows, registered(family), strict=True):
+        row["standing"] = cls.fidelity.standing if cls.fidelity else ""
+    shown = {"key": "key", "family": "family", "summary": "what it does", "standing": "fidelity"}
+    terminal.table(rows, {**shown, "parameters": "parameters"})
 
 
 @models_app.callback(invoke_without_command=True)

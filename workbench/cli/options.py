@@ -27,7 +27,11 @@ Methods = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="a method's parameter, as window=16 or snapkv.window=16"),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="a method's parameter, as window=16 or snapkv.window=16; preset=paper: published ones",
+    ),
 ]
 Budget = Annotated[str | None, typer.Option("--budget", help='share or size: 0.25, 25%, 64MiB, "512 tokens"')]
 Calibration = Annotated[
