@@ -56,7 +56,7 @@ class CrossQuant(WeightMethod):
     channels: Literal["calibration", "text"] = param(
         "calibration",
         help="whose largest magnitudes are those of a channel: calibration's, or those of the tokens computed together",
-        own="with the paper's, a token's numbers depend on which are read with it. Divergence (nats) on workbench-tiny: "
+        own="with the paper's, a token's numbers depend on which are read with it. Divergence on workbench-tiny: "
         "0.0034, the paper's 0.0018, steps of a token alone 0.0052; on the default model 0.0071, 0.0041 and 0.0322",
     )
     group_size: int = param(
