@@ -23,8 +23,8 @@ class HQQ(WeightMethod):
 
     Each group of `group_size` neighbouring input columns has a scale and a zero point. Half-quadratic splitting moves
     the zero point so that an l_p norm of the rounding error with p < 1 shrinks: outliers weigh less than in a
-    least-squares fit. The work is done by the hqq library (extra `weights`), at every width that it has but 1.58 bits.
-    Codes are packed at just these bits (the library holds 5 and 6 as 8, and 3 in a little more), scales and zeros at 16.
+    least-squares fit. The work is done by the hqq library (extra `weights`), at every width that it has but 1.58.
+    Codes are packed at just these bits (the library holds 3, 5 and 6 in wider fields), scales and zeros at 16.
     """
 
     key = "hqq"
