@@ -7,6 +7,7 @@
     retrieve   how entries in host memory are found again, where those that are not selected go there
     select     what of the device's entries each new token attends to, where that is not everything
     evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
+    place      at which positions entries stand when they are attended to: their true ones, or closed up
     read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
                what it leaves is stored
 
@@ -49,6 +50,7 @@ _METHODS_OF = {
     "retrieve": ("retrieve",),
     "select": ("select",),
     "evict": ("evict",),
+    "place": ("closes_up",),
     "read": ("read",),
 }
 STAGES = tuple(_METHODS_OF)
@@ -213,6 +215,13 @@ class KVMethod(Method):
         """Whether a method that has the stage `evict` uses it; one with a parameter for that says so here."""
         return True
 
+    @property
+    def closes_up(self) -> bool:
+        """Whether entries stand by their place in the cache, closed up wherever others have left, and not at their true
+        positions: then no distance is larger than the cache, and one that evicts while decoding has no end.
+        """
+        return False
+
     @classmethod
     def contributes(cls, stage: str) -> bool:
         """Whether the stage is this class's own."""
@@ -220,7 +229,9 @@ class KVMethod(Method):
 
     def supplies(self, stage: str) -> bool:
         """Whether this method, with its parameters, has more than the frame's default for the stage."""
-        return stage in self.supplied and (stage != "evict" or self.evicts_while_decoding)
+        if stage == "evict" and not self.evicts_while_decoding:
+            return False
+        return stage in self.supplied and (stage != "place" or self.closes_up)
 
 
 @dataclass(frozen=True)
@@ -234,6 +245,7 @@ class Stages:
     retrieve: KVMethod | None = None
     select: KVMethod | None = None
     evict: KVMethod | None = None
+    place: KVMethod | None = None
     read: KVMethod | None = None
 
     @classmethod
@@ -243,11 +255,6 @@ class Stages:
         stages = cls(**chosen)
         if stages.read is not None:
             return cls._reading(stages.read, [method for method in methods if method is not stages.read])
-        if stages.select is not None and stages.retrieve is not None:
-            raise BadRecipe(
-                f"{stages.select.key} selects among what is on the device, {stages.retrieve.key} fetches from host "
-                "memory: use one of the two"
-            )
         if stages.retrieve is not None:
             for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
                 if other is not None:
@@ -255,6 +262,11 @@ class Stages:
                         f"{stages.retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use "
                         "one of the two"
                     )
+        if stages.place is not None and stages.retrieve is not None:
+            raise BadRecipe(
+                f"{stages.retrieve.key} finds entries by where they stand in the text, but {stages.place.key} closes "
+                f"them up: use {stages.place.key} with true positions"
+            )
         for lost in (stages.allocate, stages.merge):
             if lost is not None and stages.score is None:
                 raise BadRecipe(
@@ -273,22 +285,39 @@ class Stages:
                 f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
                 f"use {stages.evict.key} with decode=False"
             )
-        if stages.evict is not None and stages.select is not None:
-            raise BadRecipe(
-                f"{stages.evict.key} evicts while decoding what {stages.select.key} has summed up with others; use "
-                f"{stages.evict.key} with decode=False"
-            )
         if stages.evict and stages.evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
             raise BadRecipe(
                 f"{stages.evict.key} evicts the same positions from all heads of a layer, to which "
                 f"{stages.allocate.key} gives different lengths; use {stages.evict.key} with decode=False"
             )
+        stages._check_selecting()
         for method in methods if len(methods) > 1 else ():
             if not any(getattr(stages, stage) is method for stage in STAGES):
                 raise BadRecipe(
                     f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
                 )
         return stages
+
+    def _check_selecting(self) -> None:
+        """Raise BadRecipe where what selects by query meets what moves entries, or finds them by itself."""
+        select = self.select
+        if select is None:
+            return
+        if self.retrieve is not None:
+            raise BadRecipe(
+                f"{select.key} selects among what is on the device, {self.retrieve.key} fetches from host memory: use "
+                "one of the two"
+            )
+        if self.place is not None:
+            raise BadRecipe(
+                f"{select.key} selects by keys as they stand in the text, but {self.place.key} closes them up: use "
+                f"{self.place.key} with true positions"
+            )
+        if self.evict is not None:
+            raise BadRecipe(
+                f"{self.evict.key} evicts while decoding what {select.key} has summed up with others; use "
+                f"{self.evict.key} with decode=False"
+            )
 
     @classmethod
     def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:

@@ -114,6 +114,11 @@ def _fit(
             f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
             "could merge; use one of the two"
         )
+    if stages.place is not None and storing is not None and form.attends_itself:
+        raise BadRecipe(
+            f"{storing.key} attends to what it stores in its own way, where {stages.place.key} cannot close it up: use "
+            f"{stages.place.key} with true positions"
+        )
     selected_budget = None if budget is not None else _selecting_budget(methods, stages)
 
     def selection(entries: int) -> Tensor:
@@ -162,7 +167,7 @@ def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[S
         every = (torch.full((1, shape.kv_heads), shape.tokens) for shape in shapes)
         room -= sum(selection.nbytes(shape, held) for shape, held in zip(shapes, every, strict=True))
     form = storing.layout(study, dtype, shapes, room)
-    if form.attends:
+    if form.attends_itself:
         raise BadRecipe(
             f"{selecting.key} selects what is attended to, but the store of {storing.key} attends in its own way: use "
             "one of the two"

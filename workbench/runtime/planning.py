@@ -18,6 +18,7 @@ from workbench.kv.read_and_stored import notes_on, read_and_stored
 from workbench.kv.selection import plan_of
 from workbench.kv.stores import Store, cloned
 from workbench.measure.memory import Timeline
+from workbench.models.rotary import switch
 from workbench.progress import Progress
 from workbench.runtime.chunked_prefill import FinishedPrefill, chunked_prefill
 from workbench.runtime.decode import Decoder
@@ -106,7 +107,10 @@ def make_plan(
             f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
         )
     if stages.read is None or not trace.compressible:
-        return plan_of(study, methods, dtype, budget)
+        plan = plan_of(study, methods, dtype, budget)
+        if plan.closes_up and model is not None:
+            _check_turning(plan, model)
+        return plan
 
     full = uncompressed_nbytes(trace, dtype)
     limited = stages.read.effective_budget if budget is None else budget
@@ -136,3 +140,18 @@ def make_plan(
         host_nbytes=sum(store.host_nbytes for store in copies),
         prefill=finished,
     )
+
+
+def _check_turning(plan: Plan, model: PreTrainedModel) -> None:
+    """Raise NotApplicable where keys cannot be turned to their place in the cache."""
+    assert plan.stages.place is not None
+    key, until = plan.stages.place.key, switch(model)
+    if until is not None:
+        raise NotApplicable(
+            f"{key} closes positions up, but {type(model).__name__} rotates by another table beyond {until} tokens, "
+            "and what a key was turned by depends on what was read with it; use true positions"
+        )
+    for layer in plan.trace.compressible:
+        if layer.rotary is None:
+            raise NotApplicable(f"{key} closes positions up, but layer {layer.index} has none that could be turned")
+        layer.rotary(0)  # says why, where it cannot be turned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,13 +28,14 @@ class EightBitOffloadFormat(Format):
     Each entry's key, and its value, has a scale and a zero of its own, so entries can move one by one.
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     index: Index
     sinks: int = 0
     recent: int = 32
 
     tiers = (NAME, "host")
-    attends = True
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         split = (selected < shape.tokens).any(dim=1)

@@ -48,13 +48,13 @@ class Shape:
 class Format(ABC):
     """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
 
-    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends: whether
-    its stores attend in a way of their own, so that no other may choose what is attended to.
+    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
+    whether no attention but that of its stores will do, so that keys cannot be turned for it, nor entries selected.
     """
 
     tiers: tuple[str, ...]
     by_layer: ClassVar[bool] = False
-    attends: ClassVar[bool] = False
+    attends_itself: ClassVar[bool] = False
 
     @property
     def keeps_rest(self) -> bool:
@@ -184,12 +184,13 @@ class MixedFormat(Format):
     balanced channel by channel before they are quantised (see `balancer`).
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     bits: int
     group: int
     balance: bool = False
     recent: float = 0.5
-    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -86,11 +86,12 @@ class OffloadFormat(Format):
     positions, move to host memory until it is as large as planned.
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     index: Index
     sinks: int = 4
     recent: int = 32
-    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

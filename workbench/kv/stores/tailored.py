@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class TailoredFormat(Format):
     In quantised layers the newest tokens stay exact while decoding until they fill a group.
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     quantised: frozenset[int]
     bits: int
@@ -31,7 +34,6 @@ class TailoredFormat(Format):
     index: Index
     sinks: int
     by_layer = True
-    attends = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
