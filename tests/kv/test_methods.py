@@ -304,6 +304,27 @@ def test_adakv_of_kvpress_takes_the_best_of_the_layer_beyond_what_every_head_is_
                 assert certain + surely <= counts[layer, head] <= certain + surely + ties
 
 
+def test_adakv_gives_no_less_than_what_is_certain_where_heads_differ_in_it() -> None:
+    scores = random_ranking(2, 3, 40).scores.clone()
+    scores[0, 0, 20:] = torch.inf  # one head must keep more than an equal split
+    ranking = Ranking(scores)
+    for each in (2, 7, 12, 19, 30, 40):
+        counts = AdaKV().allocate(ranking, each * 6)
+        assert counts.sum(dim=1).tolist() == [3 * each] * 2 and 1 <= int(counts.min()) <= int(counts.max()) <= 40
+        if each >= 12:
+            assert int(counts[0, 0]) >= 20
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_expected_attention_shares_a_layer_out_as_adakv_of_kvpress_does(share: float) -> None:
+    ranking = random_ranking(3, 4, 50, window=2)
+    for entries in (12, 100, 333, 600):
+        got = ExpectedAttention(safeguard=share).allocate(ranking, entries)
+        assert torch.equal(got, AdaKV(safeguard=share, floor="least").allocate(ranking, entries))
+        equal = ExpectedAttention(heads="equal").allocate(ranking, entries)
+        assert bool((equal == entries // 12).all())
+
+
 def test_adakv_with_certainty_for_all_is_an_equal_split() -> None:
     counts = AdaKV(safeguard=1.0).allocate(random_ranking(3, 4, 50), 3 * 4 * 20)
     assert bool((counts == 20).all())
