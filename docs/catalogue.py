@@ -40,6 +40,7 @@ KINDS = {
     "sparse": "Sparse storage",
     "low_rank": "Low rank",
     "offload": "Host memory",
+    "select": "Selection on the device",
     "chunked": "Chunked prefill in bounded memory",
     "prune": "Pruning",
     "structured": "Structured pruning",
@@ -51,6 +52,7 @@ DOES = {
     "merge": "what becomes of the dropped",
     "store": "precision and layout",
     "retrieve": "how entries in host memory are found again",
+    "select": "what of the device's entries a new token attends to",
     "evict": "who leaves while decoding",
     "read": "how the prompt is read in bounded memory",
 }

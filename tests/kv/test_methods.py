@@ -44,7 +44,7 @@ from workbench_kernels import Scoring
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 KEYS = [cls.key for cls in registered("kv")]
-BUDGETED = [key for key in KEYS if key != "full"]
+BUDGETED = [key for key in KEYS if find(key).takes_budget()]
 SELECTING = [key for key in BUDGETED if find(key)().supplies("score")]
 # ZipCache's budget raises the bits of both tiers before it makes more tokens salient.
 FIXED = [key for key in SELECTING if not find(key)().supplies("allocate") and key != "zipcache"]

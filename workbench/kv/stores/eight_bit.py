@@ -36,6 +36,7 @@ class EightBitOffloadFormat(Format):
     recent: int = 32
 
     tiers = (NAME, "host")
+    attends_itself = True
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         split = (selected < shape.tokens).any(dim=1)
