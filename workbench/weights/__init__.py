@@ -48,6 +48,7 @@ from workbench.weights.methods.structured.modegpt import MoDeGPT
 from workbench.weights.methods.structured.transact import TransAct
 from workbench.weights.methods.structured.udfc import UDFC
 from workbench.weights.methods.structured.ziplm import ZipLM
+from workbench.weights.methods.transform.quarot import QuaRot
 
 __all__ = [
     "AWQ",
@@ -78,6 +79,7 @@ __all__ = [
     "MoDeGPT",
     "OSTQuant",
     "Odyssey",
+    "QuaRot",
     "SliMLLM",
     "SparseGPT",
     "TransAct",
