@@ -48,6 +48,7 @@ from workbench.weights.methods.structured.modegpt import MoDeGPT
 from workbench.weights.methods.structured.transact import TransAct
 from workbench.weights.methods.structured.udfc import UDFC
 from workbench.weights.methods.structured.ziplm import ZipLM
+from workbench.weights.reports.product_times import recorded_times
 
 __all__ = [
     "AWQ",
@@ -86,4 +87,5 @@ __all__ = [
     "WeightMethod",
     "ZipLM",
     "compressed",
+    "recorded_times",
 ]
