@@ -48,10 +48,8 @@ def specs(tasks: Sequence[str], lengths: Sequence[int], draws: int) -> list[Spec
     for draw in range(draws):
         for length in lengths:
             for task in tasks:
-                if task == "needle":
+                if task in ("needle", ASKED_FIRST):
                     found += [Spec(task, length, depth, draw) for depth in DEPTHS]
-                elif task == ASKED_FIRST:
-                    found.append(Spec(task, length, DEPTHS[draw % len(DEPTHS)], draw))
                 elif task != HELD or (length <= 1024 and draw < len(examples())):  # no ready text is longer
                     found.append(Spec(task, length, None, draw))
     return found

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from benchmarks.claims import Claim, claims
 from benchmarks.kv_cases import ASKED_FIRST, ASKED_LATER, HELD, TASKS
-from benchmarks.kv_recipes import OWN
+from benchmarks.kv_recipes import NOTES, OWN
 from benchmarks.parts import Row
 from benchmarks.record import markdown
 from workbench.registry import registered
 
-NOTES = Path(__file__).with_name("kv_quality_notes.toml")
 NEAR = 0.1  # nats a token: what "near lossless" may cost
 SMALL = 0.3  # budgets below this one are small
 
@@ -34,6 +31,22 @@ What each KV method costs the answer at equal bytes. Every figure is a mean over
 - **text, nats lost**: the same for the next 63 tokens of a held text; e to its power is the factor by which perplexity
   grows.
 - **KL, top-1**: over all tokens of the right reply but the first, against the full cache.
+"""
+
+_CLAIMS = """
+## Claims
+
+Each paper's claim, how true the entry is to its paper, and the measurement on {model} that comes closest to the claim.
+Where it fails, the reason is one that rows of this benchmark show: each ablation named beside it loses less by more
+than the standard error of the difference; otherwise it says that it is not known. Claims about what these texts cannot
+tell (images, millions of tokens, throughput) are not judged by them.
+"""
+
+_DIRECTIONS = """
+## Directions
+
+Differences are paired over the cases that both have; a difference within its standard error is undecided. Tasks are
+those whose question comes after compression unless others are named.
 """
 
 
@@ -82,9 +95,14 @@ class Rows:
     def mean(self, recipe: str, budget: str, tasks: Sequence[str], figure: str = "nll") -> Mean | None:
         return Mean.of(row[figure] for row in self.of(recipe, budget, tasks) if figure in row)
 
-    def advantage(self, recipe: str, other: str, budget: str, tasks: Sequence[str] = ASKED_LATER) -> Mean | None:
-        """By how many nats a token `recipe` loses less than `other`, paired over the cases that both have."""
-        others = {row["case"]: row["nll"] for row in self.of(other, budget, tasks)}
+    def advantage(
+        self, recipe: str, other: str, budget: str, tasks: Sequence[str] = ASKED_LATER, at: str | None = None
+    ) -> Mean | None:
+        """By how many nats a token `recipe` loses less than `other`, paired over the cases that both have.
+
+        at: the other's budget, if it is not the same.
+        """
+        others = {row["case"]: row["nll"] for row in self.of(other, at or budget, tasks)}
         rows = self.of(recipe, budget, tasks)
         return Mean.of(others[row["case"]] - row["nll"] for row in rows if row["case"] in others)
 
@@ -177,41 +195,54 @@ def direction_checks(rows: Rows) -> list[Check]:
     ]
 
 
-def claim_check(rows: Rows, key: str, note: dict[str, Any]) -> Check:
-    """The measurement closest to what a method's paper claims, as its note describes it.
+def claim_check(rows: Rows, claim: Claim) -> Check:
+    """The measurement that comes closest to what a method's paper claims."""
+    tasks = claim.tasks or ASKED_LATER
+    if claim.near is not None:
+        return Check.near(rows, claim.judged, claim.at, tasks, claim.near)
+    return Check.better(rows, claim.judged, claim.against, claim.at, tasks)
 
-    near: the loss that the claim allows; against: the recipe that it says to beat; at: the budget ("own": the size
-    that it has without one); tasks: on which (those asked after compression); recipe: under which name (the key).
-    Without a note, a method with a size of its own should be near lossless, another better than a window.
+
+def reason(rows: Rows, claim: Claim) -> str:
+    """Why a claim fails, with the ablations that show it; "not known" where none of those tried does.
+
+    An ablation shows it if it loses less than what is judged, by more than the standard error of the difference.
     """
-    own = (key, OWN) in rows.found and "against" not in note
-    recipe, budget = note.get("recipe", key), str(note.get("at", OWN if own else "0.25"))
-    tasks = tuple(note.get("tasks", ASKED_LATER))
-    if "near" in note or (own and budget == OWN):
-        return Check.near(rows, recipe, budget, tasks, note.get("near", NEAR))
-    return Check.better(rows, recipe, note.get("against", "streaming-llm"), budget, tasks)
+    tasks = claim.tasks or ASKED_LATER
+    told, shown = [], set()
+    for name in claim.ablations:
+        budget = claim.budget(name)
+        lost = rows.mean(claim.row(name), budget, tasks)
+        gained = rows.advantage(claim.row(name), claim.judged, budget, tasks, claim.at)
+        if lost is None or gained is None:
+            continue
+        told.append(f"{name}{_at(budget) if budget != claim.at else ''} {lost.value:+.3f}")
+        if _verdict(gained.value, gained.error) == "holds":
+            shown.add(name)
+    if claim.why and set(claim.shown_by) <= shown:
+        return f"{claim.why} ({', '.join(told)})"
+    return f"not known (tried: {', '.join(told)})" if told else "not known"
 
 
-def report(measured: Iterable[Row], notes: dict[str, Any] | None = None) -> str:
-    """The whole report as Markdown. notes: by method, those beside this file unless given."""
-    rows = Rows(measured)
-    sections = [
-        _HEAD,
-        "## At equal bytes\n",
-        markdown(_figures(rows)),
-        "\n## Needles by length and depth, nats lost\n",
-        markdown(_needles(rows)),
-        "\n## Directions\n",
-        (
-            "Differences are paired over the cases that both have; a difference within its standard error is "
-            "undecided. Tasks are those whose question comes after compression unless others are named.\n"
-        ),
-        markdown(_checks(direction_checks(rows))),
-        "\n## Claims\n",
-        "Each paper's claim, the measurement here that comes closest to it, and why it fails where it does.\n",
-        markdown(_claims(rows, tomllib.loads(NOTES.read_text()) if notes is None else notes)),
-        *_gaps(rows),
-    ]
+def report(measured: Iterable[Row], notes: Mapping[str, Claim] | None = None) -> str:
+    """The whole report as Markdown, model by model; claims are judged on the first. notes: unless given, those of
+    NOTES.
+    """
+    by_model: dict[str, list[Row]] = {}
+    for row in measured:
+        by_model.setdefault(row["model"], []).append(row)
+    notes = claims(NOTES) if notes is None else notes
+    ablations = {claim.row(name) for claim in notes.values() for name in claim.ablations}
+    sections = [_HEAD]
+    for model, found in by_model.items():
+        rows = Rows(found)
+        if len(sections) == 1:
+            sections += [_CLAIMS.format(model=model), markdown(_claims(rows, notes))]
+            sections += [_DIRECTIONS, markdown(_checks(direction_checks(rows)))]
+        plain = Rows(row for row in found if row["recipe"] not in ablations)
+        sections += [f"\n## {model}, at equal bytes\n", markdown(_figures(plain))]
+        sections += [f"\n## {model}, needles by length and depth, nats lost\n", markdown(_needles(plain))]
+        sections += _gaps(rows, model)
     return "\n".join(sections) + "\n"
 
 
@@ -276,24 +307,29 @@ def _checks(checks: Iterable[Check]) -> list[list[str]]:
     return [["expected", "measured", "verdict"], *([c.expected, c.numbers, c.verdict] for c in checks)]
 
 
-def _claims(rows: Rows, notes: dict[str, Any]) -> list[list[str]]:
-    table = [["method", "the paper claims", "tested here", "measured", "verdict", "why"]]
+def _claims(rows: Rows, notes: Mapping[str, Claim]) -> list[list[str]]:
+    table = [["method", "the paper claims", "here it is", "tested here", "measured", "verdict", "why"]]
     for cls in registered("kv"):
         if cls.key == "full":
             continue
-        note = notes.get(cls.key, {})
-        check = claim_check(rows, cls.key, note)
-        why = note.get("why", "") if check.verdict in ("undecided", "does not hold", "not possible") else ""
-        table.append([f"{cls.title} (`{cls.key}`)", cls.claim, check.expected, check.numbers, check.verdict, why])
+        claim = notes.get(cls.key)
+        check = Check("", "", "not measured") if claim is None else claim_check(rows, claim)
+        verdict, why = check.verdict, ""
+        if claim is not None and claim.elsewhere:
+            verdict, why = "not judged", claim.elsewhere
+        elif claim is not None and verdict in ("undecided", "does not hold", "not possible"):
+            why = reason(rows, claim)
+        name = f"{cls.title} (`{cls.key}`)"
+        table.append([name, cls.claim, str(cls.fidelity or ""), check.expected, check.numbers, verdict, why])
     return table
 
 
-def _gaps(rows: Rows) -> list[str]:
+def _gaps(rows: Rows, model: str) -> list[str]:
     found = []
     if rows.gaps:
         lines = [f"- {recipe} at {budget}: {gaps[0]['gap']}" for (recipe, budget), gaps in rows.gaps.items()]
-        found += ["\n## Gaps\n", *lines]
+        found += [f"\n## {model}, gaps\n", *lines]
     if rows.errors:
         lines = [f"- {row['recipe']} at {row['budget']}, {row['case']}: {row['error']}" for row in rows.errors]
-        found += ["\n## Failures\n", *lines]
+        found += [f"\n## {model}, failures\n", *lines]
     return found

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -36,10 +36,12 @@ from workbench.prompt import text_ids
 from workbench.runtime.run import Run
 
 BUDGETS = (0.5, 0.25, 0.1)
-LENGTHS = (512, 1024, 2048)
+LENGTHS = (512, 1024)
+MODELS = ("smollm2-135m", "workbench-tiny")
 JSON = RESULTS / "kv_quality.json"
 COLUMNS = (  # of the rows in the results
     *(
+        "model",
         "case",
         "task",
         "length",
@@ -61,23 +63,39 @@ COLUMNS = (  # of the rows in the results
 
 @dataclass(frozen=True)
 class Item:
-    """What a worker takes at once: a case, and some of the recipes on its reading."""
+    """What a worker takes at once: a case for a model, and some of the recipes on its reading."""
 
+    model: str
     spec: Spec
     recipes: tuple[str, ...]
     budgets: tuple[float, ...]
 
 
-def items(cases: Sequence[Spec], names: Sequence[str], budgets: Sequence[float], chunk: int) -> list[Item]:
-    """All work, case after case; recipes that are neighbours, and cost alike, go to different items."""
-    parts = -(-len(names) // chunk)
-    return [Item(spec, tuple(names[part::parts]), tuple(budgets)) for spec in cases for part in range(parts)]
+def items(
+    models: Sequence[str], cases: Sequence[Spec], known: Mapping[str, Entry], budgets: Sequence[float], chunk: int
+) -> list[Item]:
+    """All work, model by model and case after case; recipes that are neighbours, and cost alike, go to different
+    items.
+    """
+    found = []
+    for model in models:
+        for spec in cases:
+            names = [name for name, entry in known.items() if spec.task in entry.tasks]
+            parts = -(-len(names) // chunk)
+            found += [Item(model, spec, tuple(names[part::parts]), tuple(budgets)) for part in range(parts)]
+    return found
 
 
 def missing(item: Item, known: dict[str, Entry], done: set[tuple[str, str, str]]) -> list[tuple[str, str]]:
     """The (recipe, budget) of an item that have not been measured yet."""
     wanted = [(name, budget) for name in item.recipes for budget in known[name].budgets(item.budgets)]
-    return [(name, budget) for name, budget in wanted if (item.spec.key, name, budget) not in done]
+    case = case_of(item.model, item.spec)
+    return [(name, budget) for name, budget in wanted if (case, name, budget) not in done]
+
+
+def case_of(model: str, spec: Spec) -> str:
+    """The name of a case that a model reads."""
+    return f"{model}/{spec.key}"
 
 
 class Bench:
@@ -88,7 +106,7 @@ class Bench:
         self.session = wb.Session(model, device=device, dtype="float32")
         assert self.session.tokenizer is not None
         self.tokenizer: Any = self.session.tokenizer
-        self.progress, self.device = progress, device
+        self.model, self.progress, self.device = model, progress, device
         self.spec: Spec | None = None
 
     def read(self, spec: Spec) -> None:
@@ -115,8 +133,14 @@ class Bench:
         assert self.spec is not None
         assert self.session.trace is not None
         spec, began = self.spec, time.perf_counter()
-        about = {"case": spec.key, "task": spec.task, "length": spec.length, "depth": spec.depth, "recipe": name}
-        about |= {"budget": budget, "device": self.device, "tokens": self.session.trace.tokens}
+        about = {"model": self.model, "case": case_of(self.model, spec), "task": spec.task, "length": spec.length}
+        about |= {
+            "depth": spec.depth,
+            "recipe": name,
+            "budget": budget,
+            "device": self.device,
+            "tokens": self.session.trace.tokens,
+        }
         try:
             logits, run = self._reply(entry, budget)
         except (BudgetTooSmall, NotApplicable) as problem:
@@ -140,7 +164,7 @@ class Bench:
 
         What comes before the answer is read at once: it is given, as the question is, and costs one pass.
         """
-        run = self.session.run(entry.at(budget), question=self.question, max_new_tokens=1, progress=self.progress)
+        run = self.session.run(entry.under(budget), question=self.question, max_new_tokens=1, progress=self.progress)
         self.session.runs.clear()  # nothing more is asked of it
         decoder, given = run.decoder, len(self.targets) - self.counted
         assert decoder is not None
@@ -159,16 +183,21 @@ def work(options: argparse.Namespace, device: str, taken: Synchronized[int], end
     known = entries(options.methods)
     done = settled(read_parts(options.parts)) if options.resume else set()
     todo = _items(options, known)
-    bench, part = Bench(options.model, device, progress), Part(options.parts)
+    bench: Bench | None = None
+    part = Part(options.parts)
     try:
         while time.time() < ends:
             with taken.get_lock():
                 number, taken.value = taken.value, taken.value + 1
             if number >= len(todo):
                 return
-            rest = missing(todo[number], known, done)
-            if rest:
-                bench.read(todo[number].spec)
+            item = todo[number]
+            rest = missing(item, known, done)
+            if not rest:
+                continue
+            if bench is None or bench.model != item.model:
+                bench = Bench(item.model, device, progress)
+            bench.read(item.spec)
             for name, budget in rest:
                 progress.check()
                 part.add(bench.row(name, known[name], budget))
@@ -178,7 +207,7 @@ def work(options: argparse.Namespace, device: str, taken: Synchronized[int], end
 
 def _items(options: argparse.Namespace, known: dict[str, Entry]) -> list[Item]:
     cases = specs(options.tasks, options.lengths, options.draws)
-    return items(cases, list(known), options.budgets, options.chunk)
+    return items(options.models, cases, known, options.budgets, options.chunk)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -186,7 +215,7 @@ def measure(options: argparse.Namespace) -> None:
     ends = time.time() + (options.limit_s or 1e9)
     options.parts.mkdir(parents=True, exist_ok=True)
     before = environment() | {"command": " ".join(["python -m benchmarks.kv_quality", *sys.argv[1:]])}
-    (options.parts / "environment.json").write_text(json.dumps({"model": options.model, **before}))
+    (options.parts / "environment.json").write_text(json.dumps(before))
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
     context = multiprocessing.get_context("spawn")
     taken: Synchronized[int] = context.Value("l", 0)
@@ -231,11 +260,11 @@ def _short(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="recipes (all); the full cache is always measured")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, metavar="SHARE")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--draws", type=int, default=4, help="how many of each kind of case")
+    parser.add_argument("--draws", type=int, default=1, help="how many of each kind of case")
     parser.add_argument("--chunk", type=int, default=12, help="recipes that a worker takes at once")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument(

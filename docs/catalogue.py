@@ -199,10 +199,10 @@ def _cell(text: str) -> str:
 
 def _claims() -> Iterator[tuple[str, str]]:
     """Of each method that benchmarks/results/kv_quality.md has a claim of: what was tested, and what came of it."""
-    for cells in _rows(RESULTS / "kv_quality.md", "method", "the paper claims"):
+    for cells in _rows(RESULTS / "kv_quality.md", "method", "the paper claims", "here it is"):
         key = cells[0].rsplit("`", 2)[1]
-        why = f": {cells[5]}" if cells[5] else ""
-        yield key, f"*{cells[2]}*, {cells[3]}: **{cells[4]}**{why} ([figures](../benchmarks/kv_quality.md#claims))"
+        why = f": {cells[6]}" if cells[6] else ""
+        yield key, f"*{cells[3]}*, {cells[4]}: **{cells[5]}**{why} ([figures](../benchmarks/kv_quality.md#claims))"
 
 
 def _weight_rows(key: str) -> str:

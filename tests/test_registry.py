@@ -107,7 +107,18 @@ def test_a_share_never_allows_more_bytes_than_it_says(share: float, full: int) -
 
 def test_the_catalogue_describes_every_method() -> None:
     table = wb.methods()
-    assert list(table.columns) == ["key", "name", "family", "ring", "summary", "paper", "claim", "fidelity", "parameters", "presets"]
+    assert list(table.columns) == [
+        "key",
+        "name",
+        "family",
+        "ring",
+        "summary",
+        "paper",
+        "claim",
+        "fidelity",
+        "parameters",
+        "presets",
+    ]
     assert list(table["key"]) == KEYS and table["key"].is_unique
     assert (table[["name", "summary", "claim"]].map(len) > 0).all().all()
     assert set(wb.methods("kv")["key"]) <= set(KEYS)

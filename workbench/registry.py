@@ -164,6 +164,15 @@ class Method(BaseModel):
         return known[name]
 
     @classmethod
+    def preset_of(cls, values: Mapping[str, Any]) -> str | None:
+        """The preset that gives all of the method's parameters these values, "ours" first; None: they were changed."""
+        defaults = {parameter.name: parameter.default for parameter in cls.parameters()}
+        for name in (OURS, *(preset.name for preset in cls.presets)):
+            if {**defaults, **values} == {**defaults, **cls.preset(name)}:
+                return name
+        return None
+
+    @classmethod
     def _default(cls, name: str) -> Any:
         return cls.model_fields[name].default
 

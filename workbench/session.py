@@ -28,7 +28,6 @@ from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabul
 from workbench.runtime.conversation import Conversation
 from workbench.runtime.readings import Readings
 from workbench.runtime.run import Question, Run, Stream
-from workbench.weights.base import WeightMethod
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
 
 if TYPE_CHECKING:
@@ -380,7 +379,6 @@ class Session(Shown):
 
     def _conversation(self, recipe: Recipe, plan: Plan) -> Conversation:
         prompt, variants, weights = self.readings.of_prompt(), self.readings.variants, recipe.family("weights")
-        weight_notes = [method.note(self.model) for method in weights if isinstance(method, WeightMethod)]
         return Conversation(
             recipe=recipe,
             plan=plan,
@@ -390,7 +388,7 @@ class Session(Shown):
             plain_model=self.model,
             facts=self.facts,
             tokenizer=self.tokenizer,
-            notes=(*prompt.prompt.notes, *plan.notes, *weight_notes, *variants.notes),
+            notes=(*prompt.prompt.notes, *plan.notes, *variants.said(weights), *variants.notes),
             on_run=partial(self._remember, prompt),
             graphs=self.graphs,
         )

@@ -30,19 +30,36 @@ def integer_linear(x: Tensor, weight: Tensor, scale: Tensor, bits: int, bias: Te
     return out if bias is None else out.add_(bias)
 
 
-def input_step(x: Tensor, bits: int, inputs: Tensor | None = None, exponent: float = 1.0) -> Tensor:
-    """The step by which inputs x [..., i] are rounded to `bits` bits: float32, [..., 1], or [..., i] with `inputs`.
+def input_step(x: Tensor, bits: int, profile: Tensor | None = None) -> Tensor:
+    """The step by which inputs x [..., i] are rounded to `bits` bits: float32, [..., 1], or [..., i] with a profile.
 
-    The largest |x| of each token, to the power `exponent`, times `inputs` [i] (default: 1), over 2 ** (bits - 1) - 1.
+    The largest |x| of each token over 2 ** (bits - 1) - 1. With `profile` [i], above zero, a token's steps are to each
+    other as these numbers are, and the smallest such that reach all its inputs: the largest |x| / profile, times
+    profile.
     """
-    largest = x.detach().float().abs().amax(dim=-1, keepdim=True)
-    step = largest.pow(exponent) if exponent != 1 else largest
-    if inputs is not None:
-        step = step * inputs.float()
+    size = x.detach().float().abs()
+    if profile is None:
+        return _step(size.amax(dim=-1, keepdim=True), bits)
+    profile = profile.float()
+    return _step((size / profile).amax(dim=-1, keepdim=True) * profile, bits)
+
+
+def cross_step(x: Tensor, bits: int, alpha: float) -> Tensor:
+    """The step of inputs x [..., i] that are rounded together to `bits` bits: float32 [..., i].
+
+    The largest |x| of its token to the power `alpha` times the largest of its column to the power 1 - alpha, over
+    2 ** (bits - 1) - 1 (CrossQuant, Liu et al. 2024, arXiv:2410.07505).
+    """
+    size = x.detach().float().abs()
+    column = size.flatten(0, -2).amax(dim=0)
+    return _step(size.amax(dim=-1, keepdim=True).pow(alpha) * column.pow(1 - alpha), bits)
+
+
+def _step(reach: Tensor, bits: int) -> Tensor:
     # Times the reciprocal, which is what a GPU makes of a division by a number: so steps are the same to the bit
     # everywhere, and ties, frequent at few bits of 16-bit inputs, fall to the same side.
     most: int = 2 ** (bits - 1) - 1
-    return (step * (1 / most)).clamp_min(LEAST_STEP)
+    return (reach * (1 / most)).clamp_min(LEAST_STEP)
 
 
 def input_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:

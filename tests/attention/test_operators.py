@@ -32,6 +32,7 @@ from workbench.attention.operators import (
     study,
     study_operator,
 )
+from workbench.attention.operators.hashing import Hash, affinity, fitted
 from workbench.attention.operators.landmarks import epochs
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import BadBudget, BadParameter, BadRecipe, Cancelled, InputError, NotApplicable, NotRead
@@ -86,6 +87,7 @@ def ecoformer_weights(op: EcoFormer, q: Tensor, k: Tensor, head: int, heads: int
     generator = torch.Generator().manual_seed(op.seed)
     anchors = normalize(torch.randn(op.anchors, q.shape[1], generator=generator, dtype=torch.float64), dim=-1)
     projections = torch.randn(op.anchors, op.bits, generator=generator, dtype=torch.float64)
+    fit = op.fit or len(q)
 
     def code(x: Tensor, i: int) -> Tensor:
         unit = x / x.norm(dim=-1, keepdim=True)
@@ -95,10 +97,47 @@ def ecoformer_weights(op: EcoFormer, q: Tensor, k: Tensor, head: int, heads: int
 
     weights = torch.zeros(len(q), len(q), dtype=torch.float64)
     for i in range(len(q)):
-        products = [float(code(q, i) @ code(k, j)) + op.bits + 1 for j in range(i + 1)]
+        if i < fit:
+            codes, own = [code(k, j) for j in range(i + 1)], code(q, i)
+        else:
+            ours, theirs = fitted_codes(op, q, k, projections)
+            codes, own = list(theirs[: i + 1]), ours[i]
+        products = [float(own @ other) + op.bits + 1 for other in codes]
         assert min(products) >= 1
         weights[i, : i + 1] = torch.tensor(products) / sum(products)
     return weights
+
+
+def fitted_codes(op: EcoFormer, q: Tensor, k: Tensor, projections: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [n, bits] of q and k by a hash fitted on the first `fit` of them, by torch's own descent."""
+    fit, (q, k) = op.fit, (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    points = torch.cat([q[:fit], k[:fit]])
+    places = torch.randperm(2 * fit, generator=torch.Generator().manual_seed(op.seed))[: op.anchors]
+    distance = torch.cdist(points, points[places]).square()
+    near = [torch.exp(-torch.cdist(x, points[places]).square() / (2 * distance.mean())) for x in (q, k)]
+    near = [x - x[:fit].mean(0) for x in near]
+    left = torch.zeros(fit, fit, dtype=torch.float64)
+    for i in range(fit):
+        each, order = min(op.like, (i + 1) // 2), (k[: i + 1] @ q[i]).argsort(descending=True).tolist()
+        for j in order[:each]:
+            left[i, j] = op.bits
+        for j in order[len(order) - each :]:
+            left[i, j] = -op.bits
+    ours, theirs = (x[:fit] for x in near)
+    found = []
+    for bit in range(op.bits):
+        start = projections[: len(places), bit]
+        moved = start.clone().requires_grad_()
+        descent = torch.optim.SGD([moved], lr=5e-4, momentum=0.9, nesterov=True)
+        for _ in range(op.steps):
+            descent.zero_grad()
+            y, z = (2 / (1 + torch.exp(-x @ moved)) - 1 for x in (ours, theirs))
+            (-(y @ left @ z) / (fit * op.bits)).backward()
+            descent.step()
+        gains = [float((ours @ a).sign() @ left @ (theirs @ a).sign()) for a in (start, moved.detach())]
+        found.append(moved.detach() if gains[1] > gains[0] else start)
+        left = left - (ours @ found[-1]).sign()[:, None] * (theirs @ found[-1]).sign()
+    return (near[0] @ torch.stack(found, 1)).sign(), (near[1] @ torch.stack(found, 1)).sign()
 
 
 def landmarks_of(i: int, x: Tensor, segment: int, most: int) -> Tensor:
@@ -153,6 +192,9 @@ ORACLES: list[tuple[Operator, Callable[..., Tensor]]] = [
     (InLine(chunk=5), inline_weights),
     (EcoFormer(chunk=5, bits=8, anchors=6), ecoformer_weights),
     (EcoFormer(chunk=5, seed=3), ecoformer_weights),
+    (EcoFormer(chunk=5, fit=0), ecoformer_weights),
+    (EcoFormer(chunk=5, fit=14, bits=5, anchors=9, like=3, steps=60), ecoformer_weights),
+    (EcoFormer(chunk=5, fit=8, bits=4, steps=10), ecoformer_weights),
     (AgentAttention(chunk=5, segment=3, agents=4), agent_weights),
     (AgentAttention(chunk=5, segment=1, agents=5), agent_weights),
     (SOFT(chunk=5, segment=3, landmarks=4, iterations=60), soft_weights),
@@ -416,9 +458,36 @@ def test_lightnings_slopes_are_those_of_its_authors(heads: int, want: list[float
 
 def test_more_bits_bring_ecoformers_weights_closer_to_the_angle_between_codes() -> None:
     q, k, _ = drawn(40, 1, 1)
-    fine = EcoFormer(bits=1024, anchors=256).weights(q, k, 1.0)
+    fine = EcoFormer(bits=1024, anchors=256).weights(q, k, 1.0)  # none is fitted on so few tokens
     coarse = [(EcoFormer(bits=bits, anchors=256).weights(q, k, 1.0) - fine).norm() for bits in (4, 32, 256)]
     assert coarse[0] > coarse[1] > coarse[2]
+
+
+def test_fitting_brings_codes_closer_to_what_attends_to_what() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(4, 100, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    drawn_, places = torch.randn(20, 8, generator=generator, dtype=torch.float64), torch.arange(0, 200, 10)
+    wanted = affinity(normalize(q, dim=-1), normalize(k, dim=-1), 10)
+
+    def apart(steps: int) -> Tensor:
+        found = fitted(q, k, drawn_, places, 10, steps)
+        return (8 * wanted - found.queries(q).double() @ found.keys(k).double().transpose(1, 2)).norm(dim=(1, 2))
+
+    assert (apart(100) < apart(0)).all()
+
+
+def test_a_hash_is_fitted_once_for_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(*arguments: Tensor) -> Hash:
+        calls.append(len(arguments[0]))
+        return fitted(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("workbench.attention.operators.ecoformer.fitted", counted)
+    q, k, v = drawn(40, 1, 1)
+    layer = LayerTrace(0, k, v, q, torch.device("cpu"), Scoring(0.25))
+    study(EcoFormer(chunk=4, fit=10, steps=3), layer, pixels=40, heads=())
+    assert calls == [1]
 
 
 # --- landmarks

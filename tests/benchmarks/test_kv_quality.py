@@ -13,16 +13,27 @@ import pytest
 
 from benchmarks import attention_view
 from benchmarks.attention_view import VIEWS, amount, cell, comparison, expected_bytes, longest
+from benchmarks.claims import Ablation, Claim, claims
 from benchmarks.kv_cases import ASKED_FIRST, HELD, TASKS, build, specs
-from benchmarks.kv_evidence import NEAR, Check, Mean, Rows, claim_check, direction_checks, report
-from benchmarks.kv_quality import items, missing
-from benchmarks.kv_recipes import OWN, entries
+from benchmarks.kv_evidence import NEAR, Check, Mean, Rows, claim_check, direction_checks, reason, report
+from benchmarks.kv_quality import case_of, items, missing
+from benchmarks.kv_recipes import NOTES, OWN, entries
 from benchmarks.parts import Part, Row, identity, read_parts, settled
+from workbench.recipe import Recipe
+from workbench.registry import registered
 
 
 def row(recipe: str, nll: float, case: str = "needle/512/0.5/0", budget: str = "0.25", **others: object) -> Row:
     task = case.split("/", 1)[0]
-    found = {"case": case, "task": task, "length": 512, "depth": 0.5, "recipe": recipe, "budget": budget}
+    found = {
+        "model": "small",
+        "case": case,
+        "task": task,
+        "length": 512,
+        "depth": 0.5,
+        "recipe": recipe,
+        "budget": budget,
+    }
     return {**found, "share": 0.25, "nll": nll, "kl": nll, "top1": 0.5, "right": float(nll < 0.1), **others}
 
 
@@ -88,7 +99,7 @@ def test_cases_are_balanced_from_the_beginning_and_never_repeat() -> None:
         length for draw in range(4) for length in (512, 1024, 2048) for spec in found
         if (spec.draw, spec.length) == (draw, length)
     ]  # fmt: skip
-    assert {spec.task for spec in found[:7]} == set(TASKS) and all(spec.length == 512 for spec in found[:7])
+    assert {spec.task for spec in found[:9]} == set(TASKS) and all(spec.length == 512 for spec in found[:9])
     assert max(spec.length for spec in found if spec.task == HELD) == 1024
 
 
@@ -103,23 +114,31 @@ def test_a_case_is_the_same_every_time_and_holds_its_answer() -> None:
         assert (case.question is None) == (spec.task == ASKED_FIRST)
 
 
-def test_items_cover_every_recipe_of_every_case_once() -> None:
-    cases = specs(("needle",), (512,), 1)
-    names = [f"m{number}" for number in range(7)]
-    work = items(cases, names, (0.5,), chunk=3)
-    assert sorted((item.spec.key, name) for item in work for name in item.recipes) == sorted(
-        (spec.key, name) for spec in cases for name in names
-    )
+def test_items_cover_every_recipe_of_every_case_and_model_once() -> None:
+    cases = specs(("needle", ASKED_FIRST), (512,), 1)
+    known = entries(["snapkv", "h2o", "kivi", "knorm"])
+    work = items(("a", "b"), cases, known, (0.5,), chunk=3)
+    assert sorted((item.model, item.spec.key, name) for item in work for name in item.recipes) == sorted(
+        (model, spec.key, name)
+        for model in ("a", "b") for spec in cases for name, entry in known.items() if spec.task in entry.tasks
+    )  # fmt: skip
     assert max(len(item.recipes) for item in work) == 3
 
 
 def test_resuming_leaves_out_exactly_what_is_settled() -> None:
-    known = entries(["snapkv", "kivi 4-bit"])
-    (item, *_) = items(specs(("needle",), (512,), 1), list(known), (0.5, 0.25), chunk=10)
+    known = {name: entry for name, entry in entries(["fireq", "pyramidkv"]).items() if ":" not in name}
+    (item, *_) = items(("m",), specs(("needle",), (512,), 1), known, (0.5, 0.25), chunk=10)
     every = missing(item, known, set())
-    assert sorted(every) == [("full", OWN), ("kivi 4-bit", OWN), ("snapkv", "0.25"), ("snapkv", "0.5")]
-    done = {(item.spec.key, "snapkv", "0.5"), ("another case", "full", OWN)}
-    assert missing(item, known, done) == [pair for pair in every if pair != ("snapkv", "0.5")]
+    assert ("full", OWN) in every and ("fireq", OWN) in every
+    assert {budget for name, budget in every if name == "pyramidkv"} == {"0.5", "0.25", "0.12"}  # that of its claim too
+    done = {(case_of("m", item.spec), "pyramidkv", "0.5"), ("another case", "full", OWN)}
+    assert missing(item, known, done) == [pair for pair in every if pair != ("pyramidkv", "0.5")]
+
+
+def test_ablations_are_measured_where_their_claim_is() -> None:
+    entry = entries()["snapkv: at half"]
+    assert entry.budgets((0.25, 0.1)) == ["0.5"] and entry.tasks == (ASKED_FIRST,)
+    assert {"snapkv", "snapkv: at half", "full"} <= set(entries(["snapkv"]))
 
 
 def test_an_unknown_recipe_is_named() -> None:
@@ -178,19 +197,47 @@ def test_mikv_is_compared_with_eviction_at_small_budgets_only() -> None:
 
 
 def test_a_claim_is_tested_as_its_note_says() -> None:
-    rows = Rows([*rows_of("kivi", [0.3, 0.3], OWN), {**row("think", 0.0), "gap": "the smallest is 0.7"}])
-    assert claim_check(rows, "kivi", {"near": 0.5}).verdict == "holds"
-    assert claim_check(rows, "kivi", {"near": 0.2}).verdict == "does not hold"
-    impossible = claim_check(rows, "think", {"near": 0.1})
+    rows = Rows([*rows_of("kivi", [0.3, 0.3], OWN), {**row("think", 0.0, budget=OWN), "gap": "the smallest is 0.7"}])
+    assert claim_check(rows, Claim("kivi", near=0.5)).verdict == "holds"
+    assert claim_check(rows, Claim("kivi", near=0.2)).verdict == "does not hold"
+    impossible = claim_check(rows, Claim("think", near=0.1))
     assert (impossible.verdict, impossible.numbers) == ("not possible", "the smallest is 0.7")
-    assert claim_check(rows, "h2o", {}).verdict == "not measured"
+    assert claim_check(rows, Claim("h2o", at="0.25", against="snapkv")).verdict == "not measured"
 
 
-def test_the_report_gives_the_reason_only_where_a_claim_fails() -> None:
-    notes = {"snapkv": {"near": 0.1, "why": "too small a model"}, "h2o": {"near": 9.0, "why": "never shown"}}
-    text = report([*rows_of("snapkv", [1.0, 1.2]), *rows_of("h2o", [1.0, 1.2])], notes)
-    assert "too small a model" in text and "never shown" not in text
-    assert "| snapkv | 0.25 | 25.0% |  | 0/2 |" in text
+SMALLER = Claim(
+    "snapkv", at="0.25", near=0.1, why="its window is too wide", shown_by=("window 8",),
+    ablations={"window 8": Ablation.of("snapkv", {"window": 8}), "half": Ablation.of("snapkv", {"at": 0.5})},
+)  # fmt: skip
+
+
+def test_a_reason_is_given_only_where_an_ablation_shows_it() -> None:
+    lost = rows_of("snapkv", [1.0, 1.2, 1.1])
+    half = rows_of("snapkv: half", [0.5, 0.7, 0.6], "0.5")
+    shown = Rows([*lost, *half, *rows_of("snapkv: window 8", [0.1, 0.2, 0.1])])
+    assert reason(shown, SMALLER) == "its window is too wide (window 8 +0.133, half at 50% +0.600)"
+    refuted = Rows([*lost, *half, *rows_of("snapkv: window 8", [1.1, 1.2, 1.0])])
+    assert reason(refuted, SMALLER) == "not known (tried: window 8 +1.100, half at 50% +0.600)"
+    assert reason(Rows(lost), SMALLER) == "not known"
+
+
+def test_the_report_gives_a_reason_only_where_a_claim_fails() -> None:
+    notes = {"snapkv": SMALLER, "h2o": Claim("h2o", at="0.25", near=9.0, elsewhere="")}
+    text = report(
+        [*rows_of("snapkv", [1.0, 1.2]), *rows_of("h2o", [1.0, 1.2]), *rows_of("snapkv: window 8", [0.1, 0.2])], notes
+    )
+    assert text.count("too wide") == 1 and "| snapkv | 0.25 | 25.0% |  | 0/2 |" in text
+    assert "| snapkv: window 8 | 0.25" not in text  # an ablation stands where it is named
+    elsewhere = {"snapkv": Claim("snapkv", at="0.25", near=0.1, elsewhere="these are no images")}
+    text = report(rows_of("snapkv", [1.0, 1.2]), elsewhere)
+    assert "not judged | these are no images" in text
+
+
+def test_claims_are_judged_on_the_first_model_only() -> None:
+    small, other = rows_of("snapkv", [1.0, 1.2]), [{**one, "model": "other"} for one in rows_of("snapkv", [0.0, 0.0])]
+    text = report([*small, *other], {"snapkv": SMALLER})
+    assert text.count("## Claims") == 1 and "does not hold" in text.partition("## small")[0]
+    assert "## other, at equal bytes" in text
 
 
 def test_gaps_and_failures_are_reported() -> None:
@@ -199,18 +246,34 @@ def test_gaps_and_failures_are_reported() -> None:
     assert "think at 0.25: no room" in text and "tova at 0.25, needle/512/0.5/0: broken" in text
 
 
-def test_every_note_is_about_a_registered_method_and_can_be_read() -> None:
-    import tomllib
+def test_every_method_has_a_claim_that_can_be_read() -> None:
+    notes, known = claims(NOTES), entries()
+    assert set(notes) == {cls.key for cls in registered("kv")} - {"full"}
+    for key, claim in notes.items():
+        assert set(claim.tasks) <= set(TASKS), key
+        assert {claim.against or "full", claim.judged} <= set(known), key
+        assert claim.against != "streaming-llm", key  # no method claims no more than to beat a window
 
-    from benchmarks.kv_evidence import NOTES
-    from workbench.registry import registered
 
-    notes = tomllib.loads(NOTES.read_text(encoding="utf-8"))
-    assert set(notes) <= {cls.key for cls in registered("kv")}
-    for key, note in notes.items():
-        assert set(note) <= {"near", "against", "at", "tasks", "recipe", "why"}, key
-        assert set(note.get("tasks", ())) <= set(TASKS), key
-        assert {note.get("against", "full"), note.get("recipe", "full")} <= set(entries()), key
+def test_a_claim_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    def refused(text: str) -> str:
+        file = tmp_path / "notes.toml"
+        file.write_text(text)
+        with pytest.raises(ValueError) as error:
+            claims(file)
+        return str(error.value)
+
+    assert "near a figure or against" in refused("[h2o]\nat = 0.1")
+    assert "names the ablations" in refused('[h2o]\nnear = 0.1\nwhy = "of course"')
+    assert "no ablation is called x" in refused('[h2o]\nnear = 0.1\nwhy = "of course"\nshown_by = ["x"]')
+    assert "unknown becuase" in refused('[h2o]\nnear = 0.1\nbecuase = "of course"')
+
+
+def test_an_ablation_may_be_a_recipe_of_several_methods() -> None:
+    found = Ablation.of("adakv", {"recipe": [{"method": "kvzip", "heads": "equal"}, "adakv"], "at": 0.25})
+    assert found.at == "0.25"
+    assert [item.key for item in found.recipe.methods] == ["kvzip", "adakv"]
+    assert Ablation.of("snapkv", {"window": 8}).recipe == Recipe.of("snapkv", window=8)
 
 
 # -- attention views in a browser

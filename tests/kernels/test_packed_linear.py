@@ -157,7 +157,7 @@ def test_layers_on_a_gpu_multiply_one_token_by_the_kernel_and_many_by_tiles(monk
     x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
     shifted = ShiftLinear(codes % 8, scale, 3, group=512)  # codes that stand for other numbers
     torch.testing.assert_close(shifted(x), linear(x, shifted.dequantised()), rtol=1e-4, atol=1e-4)
-    rounding = IntegerLinear(codes, scale, None, 4, group=512, inputs=torch.ones(512), exponent=0.5)
+    rounding = IntegerLinear(codes, scale, None, 4, group=512, profile=torch.ones(512))
     asked.clear()
     found = rounding(x)
     assert not asked

@@ -36,7 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "mustafar": {"recent": 8},
     "deltallm": {"window": 8, "group": 16},
     "think": {"window": 8, "recent": 8},
-    "vkv-1bit": {"group": 8, "recent": 8},
+    "vkv-1bit": {"recent": 8},
     "zipcache": {"budget": 0.5},  # its default is for heads of 64 channels and more
     "scalekv": {"window": 8, "current": 16},
     "uncomp": {"rank": 8},

@@ -191,7 +191,8 @@ INTEGERS: dict[str, Callable[[nn.Parameter], IntegerLinear]] = {
     "W8A8": lambda bias: integer(8, bias),
     "W4A8": lambda bias: integer(4, bias),
     "W4A4": lambda bias: integer(4, bias, input_bits=4),
-    "by column": lambda bias: integer(8, bias, inputs=drawn(INPUTS, seed=6).abs() + 0.1, exponent=0.15),
+    "by column": lambda bias: integer(8, bias, profile=drawn(INPUTS, seed=6).abs() + 0.1),
+    "crossed": lambda bias: integer(8, bias, alpha=0.15),
 }
 
 

@@ -101,7 +101,7 @@ def test_two_sessions_on_one_model_do_not_meet() -> None:
 # --- Bytes
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_live_bytes_are_what_the_method_claims(tiny_llama: PreTrainedModel, bits: int) -> None:
     method = HQQ(bits=bits, group_size=32)
     survey = Survey.of(tiny_llama, method)
@@ -111,15 +111,17 @@ def test_live_bytes_are_what_the_method_claims(tiny_llama: PreTrainedModel, bits
     assert survey.nbytes == survey.full_nbytes * (bits + 1) // 16  # scale and zero: 32 bits for 32 weights
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_layers_hold_exactly_what_hqq_holds(tiny_llama: PreTrainedModel, bits: int) -> None:
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_layers_hold_what_hqq_holds_in_as_many_bits_as_they_say(tiny_llama: PreTrainedModel, bits: int) -> None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     linear = tiny_llama.get_submodule("model.layers.1.mlp.down_proj")
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
     theirs = HQQLinear(linear, config, del_orig=False, compute_dtype=torch.float16, device="cpu")
     ours = HQQ(bits=bits, group_size=64).compress(linear)
-    assert tensor_bytes(ours.buffers()) == tensor_bytes([theirs.W_q, theirs.meta["scale"], theirs.meta["zero"]])
+    held = tensor_bytes([theirs.W_q, theirs.meta["scale"], theirs.meta["zero"]])
+    assert tensor_bytes(ours.buffers()) == HQQ(bits=bits, group_size=64).nbytes(linear)
+    assert (tensor_bytes(ours.buffers()) == held) == (bits not in (3, 5, 6))  # which hqq holds in wider fields
     theirs.meta["compute_dtype"] = torch.float32  # theirs multiplies in the type of the scales otherwise
     torch.testing.assert_close(ours.dequantised(), theirs.dequantize().float(), rtol=1e-5, atol=1e-6)
 
@@ -283,7 +285,7 @@ def test_compressing_twice_is_refused(tiny_llama: PreTrainedModel) -> None:
         compressed(tiny_llama, [HQQ(bits=8), HQQ(bits=4)])
 
 
-@pytest.mark.parametrize("values", [{"bits": 5}, {"group_size": 12}, {"group_size": 0}])
+@pytest.mark.parametrize("values", [{"bits": 7}, {"group_size": 12}, {"group_size": 0}])
 def test_parameters_out_of_bounds_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(BadParameter, match="hqq"):
         HQQ(**values)

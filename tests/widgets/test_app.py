@@ -13,15 +13,17 @@ import workbench as wb
 from tests.waiting import until
 from tests.widgets.workspaces import Ready, now
 from workbench.errors import BadParameter, BadRecipe, Cancelled, ModelNotFound, WorkbenchError
+from workbench.kv.base import KVMethod
+from workbench.kv.methods.full import Full
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.registry import Method, Parameter, registered
+from workbench.registry import Fidelity, Method, Parameter, Preset, param, registered
 
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 
 from workbench_widgets.app.elements.method_form import Menu, MethodForm, control
-from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.parts.recipe_form import RecipeForm, _description
 from workbench_widgets.app.serve import _check_port
 from workbench_widgets.app.state.page_state import PageState
 from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, RECIPE_SLOTS, kv_methods
@@ -85,6 +87,38 @@ def test_a_value_set_in_a_control_arrives_in_the_method(cls: type[Method], param
     assert form.values == {parameter.name: value}
     assert changes
     assert getattr(MethodForm(cls, lambda: None, form.values).method(), parameter.name) == value
+
+
+class Windowed(KVMethod):
+    """Keeps a window."""
+
+    key, title, claim = "windowed", "Windowed", "none"
+    fidelity = Fidelity("deviates", "MInference is not K-means")
+    presets = (Preset("paper", "section 3", window=32), Preset("code", "who/what, run.py, 1234567", window=8, step=3))
+    window: int = param(32, ge=1, le=64, help="how many stay")
+    step: int = param(2, ge=1, le=9, help="how far apart", own="no source names it")
+
+
+def test_published_values_are_chosen_by_name_in_one_change() -> None:
+    changes: list[int] = []
+    form = MethodForm(Windowed, lambda: changes.append(1))
+    assert form.preset is not None and form.controls[0] is form.preset
+    assert list(form.preset.options) == ["the defaults", "paper", "code", "changed"]
+    form.preset.value = "code"
+    assert (form.method(), changes) == (Windowed(window=8, step=3), [1])
+    form.widgets["step"].value = 5
+    assert (form.preset.value, form.method()) == ("", Windowed(window=8, step=5))
+    form.widgets["step"].value = 3
+    assert form.preset.value == "code"
+    form.preset.value = "ours"
+    assert form.method() == Windowed()
+    assert MethodForm(Windowed, lambda: None, {"window": 8, "step": 3}).preset.value == "code"
+    assert len(changes) == 4
+
+
+def test_how_true_a_method_is_to_its_paper_stands_beside_what_it_does() -> None:
+    assert "<b>Deviates</b>: MInference is not K-means." in _description(Windowed)
+    assert MethodForm(Full, lambda: None).preset is None
 
 
 def test_choices_that_a_slow_browser_sends_back_do_not_stay() -> None:

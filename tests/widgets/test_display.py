@@ -17,7 +17,8 @@ import workbench as wb
 from tests.waiting import until
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
-from workbench.registry import registered
+from workbench.kv.base import KVMethod
+from workbench.registry import _METHODS, Fidelity, Preset, param, registered
 from workbench_widgets.control_panel import Controls
 from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure
 from workbench_widgets.notebook.latest_job import LatestJob
@@ -149,6 +150,31 @@ def test_controls_build_the_method_they_show():
     made.choice.value = ""
     assert made.method() is None
     assert not made.parameters.children
+
+
+class Windowed(KVMethod):
+    """Keeps a window."""
+
+    key, title, claim = "windowed", "Windowed", "none"
+    fidelity = Fidelity("deviates", "MInference is not K-means")
+    presets = (Preset("paper", "section 3", window=32), Preset("code", "who/what, run.py, 1234567", window=8, step=3))
+    window: int = param(32, ge=1, le=64, help="how many stay")
+    step: int = param(2, ge=1, le=9, help="how far apart", own="no source names it")
+
+
+def test_published_values_are_chosen_by_name_in_one_change(monkeypatch):
+    monkeypatch.setitem(_METHODS, Windowed.key, Windowed)
+    seen = []
+    made = MethodControls("Cache", registered("kv"), "windowed", lambda: seen.append(1), optional=True)
+    assert "Deviates: MInference is not K-means." in made._about.value
+    made.preset.value = "code"
+    assert (made.method(), seen) == (Windowed(window=8, step=3), [1])
+    made._controls["step"].value = 5
+    assert made.preset.value == "" and made.method() == Windowed(window=8, step=5)
+    made.preset.value = "ours"
+    assert made.method() == Windowed()
+    made.choice.value = "full"
+    assert made.preset.layout.display == "none"
 
 
 def test_a_thread_for_plans_runs_the_newest_job_and_skips_the_rest():

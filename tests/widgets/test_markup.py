@@ -27,7 +27,7 @@ from tests.widgets.browser import Watched, watched_page
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.models import tiny
-from workbench.registry import _METHODS, Method, Paper, param, registered
+from workbench.registry import _METHODS, Fidelity, Method, Paper, Preset, param, registered
 from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, figures
 from workbench_widgets.control_panel import Controls
 from workbench_widgets.notebook import PlanView, RunView, memory_figure, session_html
@@ -197,7 +197,9 @@ class Planted(KVMethod):
     __doc__ = f"Keep {EVERY}."
     key, title, claim = PLANTED[2], EVERY, "none"
     paper = Paper(EVERY, EVERY, '"onmouseover="planted()"><b class=planted>')
-    word: str = param(EVERY, help=EVERY, unit=EVERY)
+    fidelity = Fidelity("deviates", EVERY)
+    presets = (Preset(EVERY, EVERY, word=EVERY),)
+    word: str = param(EVERY, help=EVERY, unit=EVERY, own=EVERY)
 
     def score(self, layer: Any) -> Any:
         if self.word == "fail":

@@ -98,7 +98,8 @@ def export(
     chosen, folder = weight_methods(methods), arguments.path("path", path)
     arguments.choice("format", format, get_args(Format))
     twin = variants.get(chosen, progress)
-    return export_twin(variants.model, twin, chosen, known, variants.tokenizer, folder, format, dtype)
+    said = variants.said(chosen)
+    return export_twin(variants.model, twin, chosen, known, variants.tokenizer, folder, format, dtype, said)
 
 
 def export_twin(
@@ -110,10 +111,11 @@ def export_twin(
     folder: Path,
     format: Format = "auto",
     dtype: str | torch.dtype | None = None,
+    notes: Sequence[str] = (),
 ) -> Exported:
     """Write `twin`, the model compressed by `methods`, into a folder; whole or not at all.
 
-    known: the facts of the model. format: "auto" takes compressed-tensors where the layers have a place in it and the
+    known: the facts of the model. notes: lines about how it was compressed. format: "auto" takes compressed-tensors where the layers have a place in it and the
     library is here. dtype: in which the tensors that are not compressed are written: "float16", "bfloat16" or
     "float32"; by default as the model holds them. What of the generation config is not valid goes back to its default,
     and the result says so. Raises NotApplicable where the format asked for has no place for a layer, a weight is too
@@ -143,7 +145,7 @@ def export_twin(
             "version": VERSION,
             "kind": "workbench" if ours else compressed_tensors.NAME,
             "methods": [method.to_dict() for method in methods],
-            "notes": [method.note(model) for method in methods],
+            "notes": list(notes),
             "model": known.name,
             "parameters": known.parameters,
             "checkpoint_dtype": None if known.checkpoint_dtype is None else _name(known.checkpoint_dtype),

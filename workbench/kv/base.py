@@ -6,7 +6,9 @@
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
     evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
-    read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest
+    place      at which positions entries stand when they are attended to: their true ones, or closed up
+    read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
+               what it leaves is stored
 
 A stage that a class defines in its own body is its contribution; an inherited one is borrowed, and yields to another
 method of the recipe that contributes it.
@@ -45,6 +47,7 @@ _METHODS_OF = {
     "store": ("store", "layout"),
     "retrieve": ("retrieve",),
     "evict": ("evict",),
+    "place": ("closes_up",),
     "read": ("read",),
 }
 STAGES = tuple(_METHODS_OF)
@@ -110,6 +113,8 @@ class KVMethod(Method):
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    own_stores: ClassVar[bool] = False  # what it has read lies in stores of its own kind, which no other can replace
+    of_entries: ClassVar[bool] = False  # its `store` needs entries alone: it can hold what a reading method leaves
     contributed: ClassVar[frozenset[str]] = frozenset()  # the stages that the class's own body defines
     supplied: ClassVar[frozenset[str]] = frozenset()  # those and the inherited ones
 
@@ -200,6 +205,13 @@ class KVMethod(Method):
         """Whether a method that has the stage `evict` uses it; one with a parameter for that says so here."""
         return True
 
+    @property
+    def closes_up(self) -> bool:
+        """Whether entries stand by their place in the cache, closed up wherever others have left, and not at their true
+        positions: then no distance is larger than the cache, and one that evicts while decoding has no end.
+        """
+        return False
+
     @classmethod
     def contributes(cls, stage: str) -> bool:
         """Whether the stage is this class's own."""
@@ -207,7 +219,9 @@ class KVMethod(Method):
 
     def supplies(self, stage: str) -> bool:
         """Whether this method, with its parameters, has more than the frame's default for the stage."""
-        return stage in self.supplied and (stage != "evict" or self.evicts_while_decoding)
+        if stage == "evict" and not self.evicts_while_decoding:
+            return False
+        return stage in self.supplied and (stage != "place" or self.closes_up)
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,7 @@ class Stages:
     store: KVMethod | None = None
     retrieve: KVMethod | None = None
     evict: KVMethod | None = None
+    place: KVMethod | None = None
     read: KVMethod | None = None
 
     @classmethod
@@ -227,11 +242,8 @@ class Stages:
         """Resolve the stages of a recipe. Raises BadRecipe if two methods contribute the same one."""
         chosen = {stage: cls._supplier(stage, methods) for stage in STAGES}
         stages = cls(**chosen)
-        if stages.read is not None and len(methods) > 1:
-            others = " and ".join(method.key for method in methods if method is not stages.read)
-            raise BadRecipe(
-                f"{stages.read.key} decides while it reads, in bounded memory, what stays and how: leave out {others}"
-            )
+        if stages.read is not None:
+            return cls._reading(stages.read, [method for method in methods if method is not stages.read])
         if stages.retrieve is not None:
             for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
                 if other is not None:
@@ -239,6 +251,11 @@ class Stages:
                         f"{stages.retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use "
                         "one of the two"
                     )
+        if stages.place is not None and stages.retrieve is not None:
+            raise BadRecipe(
+                f"{stages.retrieve.key} finds entries by where they stand in the text, but {stages.place.key} closes "
+                f"them up: use {stages.place.key} with true positions"
+            )
         for lost in (stages.allocate, stages.merge):
             if lost is not None and stages.score is None:
                 raise BadRecipe(
@@ -268,6 +285,27 @@ class Stages:
                     f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
                 )
         return stages
+
+    @classmethod
+    def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:
+        """The stages of a recipe whose prompt `read` reads: of all others only `store` is left."""
+        for other in others:
+            if not other.contributes("store"):
+                raise BadRecipe(
+                    f"{read.key} decides while it reads, in bounded memory, what stays: only a method that stores it "
+                    f"in fewer bytes can join; leave out {other.key}"
+                )
+            if read.own_stores:
+                raise BadRecipe(
+                    f"{read.key} holds what it has read in stores of its own, which the store of {other.key} cannot "
+                    "replace: use one of the two"
+                )
+            if not other.of_entries:
+                raise BadRecipe(
+                    f"{other.key} goes by a recording of the whole prompt (its queries, scores or every position), "
+                    f"which {read.key} does not leave: use one of the two"
+                )
+        return cls(read=read, store=others[0] if others else None)
 
     @staticmethod
     def _supplier(stage: str, methods: Sequence[KVMethod]) -> KVMethod | None:

@@ -14,7 +14,7 @@ from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import SharedStore, SlidingStore, Store
+from workbench.kv.stores import ClosedUpStore, SharedStore, SlidingStore, Store
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
@@ -66,7 +66,17 @@ class Plan(Shown):
     @property
     def endless(self) -> bool:
         """Whether what follows may stand beyond the model's positions."""
-        return False
+        bounded = (layer.window is not None or layer.shared is not None for layer in self.trace.layers)
+        return (
+            self.evicts
+            and self.closes_up
+            and all(index not in self.exact or short for index, short in enumerate(bounded))
+        )
+
+    @property
+    def closes_up(self) -> bool:
+        """Whether entries stand by their place in the cache and not at their true positions."""
+        return self.stages.place is not None and not self.keeps_all
 
     @property
     def chunked(self) -> bool:
@@ -160,7 +170,8 @@ class Plan(Shown):
             state = self.trace.once(
                 ("eviction state", evicting.parameter_key(), layer.index), lambda: evicting.eviction_state(layer)
             )
-        return self.format.build(layer, tiers, state)
+        store = self.format.build(layer, tiers, state)
+        return ClosedUpStore(store, layer.rotation) if self.closes_up else store
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""

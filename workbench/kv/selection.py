@@ -112,6 +112,11 @@ def _fit(
             f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
             "could merge; use one of the two"
         )
+    if stages.place is not None and storing is not None and form.attends_itself:
+        raise BadRecipe(
+            f"{storing.key} attends to what it stores in its own way, where {stages.place.key} cannot close it up: use "
+            f"{stages.place.key} with true positions"
+        )
     selected_budget = None if budget is not None else _selecting_budget(methods, stages)
 
     def selection(entries: int) -> Tensor:

@@ -169,6 +169,12 @@ class Conversation:
         given = None if continuation is None else text_ids(continuation, self.tokenizer)
         if given is not None:
             self._check(run.prompt_ids.numel(), given, 1)
+        most = run.prompt_ids.numel() + (run.max_new_tokens if given is None else given.numel())
+        if most > self.facts.max_positions:  # where the recipe has no end
+            raise PromptTooLong(
+                f"a run of {most} tokens cannot be compared with the uncompressed {self.facts.name}, which has only "
+                f"{self.facts.room}"
+            )
 
         def plain_decoder() -> Decoder:
             return Decoder(self.plain_model, plain.stores(), plain.position)

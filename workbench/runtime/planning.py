@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +14,11 @@ from workbench.core.memo import Memo
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, uncompressed_nbytes
-from workbench.kv.selection import plan_of, total_budget
+from workbench.kv.read_and_stored import notes_on, read_and_stored
+from workbench.kv.selection import plan_of
 from workbench.kv.stores import Store, cloned
 from workbench.measure.memory import Timeline
+from workbench.models.rotary import switch
 from workbench.progress import Progress
 from workbench.runtime.chunked_prefill import FinishedPrefill, chunked_prefill
 from workbench.runtime.decode import Decoder
@@ -105,14 +107,23 @@ def make_plan(
             f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
         )
     if stages.read is None or not trace.compressible:
-        return plan_of(study, methods, dtype, budget)
+        plan = plan_of(study, methods, dtype, budget)
+        if plan.closes_up and model is not None:
+            _check_turning(plan, model)
+        return plan
 
-    full, limited = uncompressed_nbytes(trace, dtype), total_budget(methods, stages, budget)
+    full = uncompressed_nbytes(trace, dtype)
+    limited = stages.read.effective_budget if budget is None else budget
     limit = None if limited is None else limited.nbytes(full)
     if limited is not None and limited.kind == "tokens":
         limit = min(int(limited.amount * full / trace.tokens), full)
     finished = chunked_prefill(study, stages.read, dtype, limit, question)
     result = finished.result
+    if stages.store is not None:
+        form, made = read_and_stored(trace, result.stores, stages.store, dtype, full)
+        notes = notes_on(trace.compressible, result.stores, made, stages.store)
+        result = replace(result, stores=made, format=form, notes=(*result.notes, *notes))
+        finished = replace(finished, result=result)
     tiers = result.tiers
     if tiers is None:
         tiers = torch.stack([store.tiers(trace.tokens) for store in result.stores])
@@ -129,3 +140,18 @@ def make_plan(
         host_nbytes=sum(store.host_nbytes for store in copies),
         prefill=finished,
     )
+
+
+def _check_turning(plan: Plan, model: PreTrainedModel) -> None:
+    """Raise NotApplicable where keys cannot be turned to their place in the cache."""
+    assert plan.stages.place is not None
+    key, until = plan.stages.place.key, switch(model)
+    if until is not None:
+        raise NotApplicable(
+            f"{key} closes positions up, but {type(model).__name__} rotates by another table beyond {until} tokens, "
+            "and what a key was turned by depends on what was read with it; use true positions"
+        )
+    for layer in plan.trace.compressible:
+        if layer.rotary is None:
+            raise NotApplicable(f"{key} closes positions up, but layer {layer.index} has none that could be turned")
+        layer.rotary(0)  # says why, where it cannot be turned

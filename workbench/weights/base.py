@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from workbench.weights.survey import Survey, grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Stage = Literal["structure", "transform", "factor", "select", "round", "activations"]
+"""What a method does in a recipe of several weight methods (`workbench.weights.stages`)."""
 
 
 class WeightMethod(Method):
@@ -41,6 +44,8 @@ class WeightMethod(Method):
     measure: ClassVar[str] = "16-bit size"  # what `full_nbytes` counts, in words
     needs_inputs: ClassVar[bool] = False  # `compress` is given what calibration saw of the layer's input ...
     needs_hessian: ClassVar[bool] = False  # ... with its second moment [i, i]
+    stage: ClassVar[Stage] = "round"  # the methods of a recipe are applied in this order
+    takes_pruned: ClassVar[bool] = False  # keeps weights at zero that a method before it left out (`kept_of`)
     every_size: ClassVar[bool] = False  # made once for all budgets: another one only loads more or less of it
     alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
@@ -90,7 +95,7 @@ class WeightMethod(Method):
         study: calibration of the model as it was before this method. What does not depend on the budget may be kept
         there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
         """
-        for name, linear, inputs in self.visit(linears, study, progress):
+        for name, linear, inputs in self.visit(linears, study, progress, twin if self.recalibrates else None):
             with self.naming(name):
                 twin.set_submodule(name, self.compress(linear, inputs))
 
@@ -106,17 +111,29 @@ class WeightMethod(Method):
                 f"{self.key}, {name}: {failure}; a method that holds it in another form may do"
             ) from failure
 
+    @property
+    def recalibrates(self) -> bool:
+        """Whether each block is calibrated on what the compressed blocks before it make of the texts."""
+        return False
+
     def visit(
-        self, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+        self,
+        linears: Mapping[str, nn.Linear],
+        study: WeightStudy,
+        progress: Progress,
+        behind: PreTrainedModel | None = None,
     ) -> Iterator[tuple[str, nn.Linear, InputStats | None]]:
-        """Each of these layers, with what calibration saw of its input where the method needs that; reports each."""
+        """Each of these layers, with what calibration saw of its input where the method needs that; reports each.
+
+        behind: the copy whose compressed blocks come before (see `WeightStudy.inputs`); None: the model's own do.
+        """
         stage = f"compressing by {self.key}"
         if not (self.needs_inputs or self.needs_hessian):
             for name, linear in progress.track(linears.items(), stage, len(linears)):
                 yield name, linear, None
             return
         done = 0
-        for _, inputs in study.inputs(hessians=self.needs_hessian, progress=progress):
+        for _, inputs in study.inputs(hessians=self.needs_hessian, progress=progress, behind=behind):
             for name in (name for name in linears if name in inputs):
                 progress.update(stage, done, len(linears))
                 yield name, linears[name], inputs[name]

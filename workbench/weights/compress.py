@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from workbench.errors import BadRecipe
+from workbench.errors import BadRecipe, NotApplicable
 from workbench.progress import Progress
 from workbench.registry import Method
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
+from workbench.weights.stages import clash, ordered
+from workbench.weights.surgery.opened import closed, opened
 from workbench.weights.surgery.sharing_copy import sharing_copy
 
 if TYPE_CHECKING:
@@ -27,24 +29,34 @@ def compressed(
     methods: Sequence[Method],
     progress: Progress | None = None,
     study: Callable[[PreTrainedModel, int], WeightStudy] | None = None,
+    noted: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """A copy of the model compressed by `methods`, one after another.
+    """A copy of the model compressed by `methods`, one after another in the order of their stages.
 
-    It shares every tensor that they leave unchanged; the model itself is never written to. progress: one step a layer.
-    study: gives the calibration of the model as it is before the method of that number (default: on a few short texts
-    that the model itself says). Raises NotApplicable, BudgetTooSmall, MissingExtra, Cancelled; then no copy remains.
+    It shares every tensor that they leave unchanged; the model itself is never written to. Each method is given what
+    those before it left: factors and pruned weights as plain layers (`opened`), calibrated anew. progress: one step a
+    layer. study: gives the calibration of the model as it is before the method of that number (default: on a few short
+    texts that the model itself says). noted: is told one line for each method. Raises NotApplicable, BadRecipe,
+    BudgetTooSmall, MissingExtra, Cancelled; then no copy remains.
     """
     progress = progress or Progress()
+    chosen = ordered(weight_methods(methods))
     twin = model
-    for number, method in enumerate(methods):
-        if not isinstance(method, WeightMethod):
-            raise BadRecipe(f"{method.key} is no weight method: it is of the family {method.family!r}")
-        before, twin = twin, sharing_copy(twin)
-        survey = method.survey(twin)
+    for number, method in enumerate(chosen):
+        before = opened(twin)
+        twin = sharing_copy(before)
+        try:
+            survey = method.survey(twin)
+        except NotApplicable as failure:
+            if not number:
+                raise
+            raise clash(method, chosen[:number], str(failure)) from failure
         survey.check()
+        if noted is not None:
+            noted(method.note(twin))
         known = study(before, number) if study else WeightStudy(before, calibration=SHORT)
         survey.method.apply(twin, survey.linears, known, progress)
-    return twin if methods else sharing_copy(model)
+    return closed(twin) if methods else sharing_copy(model)
 
 
 def weight_methods(methods: Sequence[Method]) -> list[WeightMethod]:

@@ -42,6 +42,7 @@ class Variants:
         self.tokenizer = tokenizer
         self.calibration = calibration
         self._made: dict[tuple[Method, ...], PreTrainedModel] = {}
+        self._said: dict[tuple[Method, ...], tuple[str, ...]] = {}
         self._nbytes: dict[tuple[Method, ...], int] = {}
         self._studies: dict[tuple[Method, ...], WeightStudy] = {}
         self._measured: dict[tuple[Method, ...], Memo] = {}
@@ -54,18 +55,27 @@ class Variants:
             return self.model
         with self._alone(progress):
             if key not in self._made:
-                from workbench.weights.compress import compressed
+                from workbench.weights.compress import compressed, weight_methods
+                from workbench.weights.stages import ordered
 
+                steps = ordered(weight_methods(key))
                 self._made = {}  # the last one goes before the next is made: there is never room for two
                 self._measured = {known: memo for known, memo in self._measured.items() if not known}
-                before = {key[:number] for number in range(len(key))}
+                before = {steps[:number] for number in range(len(steps))}
                 self._studies = {known: study for known, study in self._studies.items() if known in before}
 
                 def study(model: PreTrainedModel, number: int) -> WeightStudy:
-                    return self._studies.setdefault(key[:number], self._study(model, plain=not number))
+                    return self._studies.setdefault(steps[:number], self._study(model, plain=not number))
 
-                self._made = {key: compressed(self.model, key, progress, study)}
+                said: list[str] = []
+                self._made = {key: compressed(self.model, steps, progress, study, said.append)}
+                self._said = {key: tuple(said)}
             return self._made[key]
+
+    def said(self, methods: Sequence[Method]) -> tuple[str, ...]:
+        """One line for each of these methods: what was compressed to which size, and what was left alone."""
+        self.get(methods)
+        return self._said.get(tuple(methods), ())
 
     def measured(self, methods: Sequence[Method]) -> Memo:
         """What was measured of the model under `methods`, whatever it read; forgotten with the model."""
@@ -106,7 +116,7 @@ class Variants:
         """Look at other texts from now on; what was compressed with the earlier ones is forgotten."""
         with self._alone(None):
             self.calibration = calibration
-            self._made, self._nbytes, self._studies = {}, {}, {}
+            self._made, self._said, self._nbytes, self._studies = {}, {}, {}, {}
             self._measured = {known: memo for known, memo in self._measured.items() if not known}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from workbench.kv import KIVI, AdaKV, MiKV, Mustafar, SnapKV, ThinK, VisualKV1Bi
 from workbench.kv.fitting import pruning_steps
 from workbench.kv.stores import DenseStore, PackedStore, SplitStore, Store
 from workbench.kv.stores.bitmap import BitmapFormat, BitmapStore, SparseRows
+from workbench.kv.stores.calibrated import CalibratedFormat, lowered
 from workbench.kv.stores.format import DenseFormat, Format, MixedFormat, PackedFormat, Shape, balancer
 from workbench.kv.stores.frozen import FrozenStore
 from workbench.kv.stores.mixed import MixedStore, weakest
-from workbench.kv.stores.one_bit import OneBitFormat
 from workbench.kv.stores.pruned import PrunedFormat, PrunedStore, channel_scores
 from workbench.kv.stores.salient import SalientFormat, channel_factors
 from workbench.models import tiny
@@ -34,7 +35,7 @@ FORMATS: dict[str, Format] = {
     "narrow keys": PrunedFormat(torch.bfloat16, 0.4, recent=8, queries=8),
     "sparse rows": BitmapFormat(torch.bfloat16, 0.7, recent=8),
     "two tiers": SalientFormat(torch.bfloat16, 4, 2),
-    "one bit": OneBitFormat(torch.bfloat16, 8, 0.2, start=5, length=None, recent=8),
+    "one bit": CalibratedFormat(torch.bfloat16, 1, 0.5, 0.3, drop=0.0, start=5, length=None, recent=8),
 }
 
 
@@ -128,7 +129,7 @@ def test_attention_is_that_over_what_the_store_holds(name: str, softcap: float |
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "gemma3"])
-@pytest.mark.parametrize("method", [ThinK(), Mustafar(), ZipCache(budget=0.5), VisualKV1Bit(group=8)])
+@pytest.mark.parametrize("method", [ThinK(), Mustafar(), ZipCache(budget=0.5), VisualKV1Bit()])
 def test_a_model_decodes_on_the_store_and_its_bytes_grow_by_new_tokens_only(method: Any, architecture: str) -> None:
     trace, model = trace_of(architecture, TOKENS), tiny(architecture)
     plan = make_plan(trace, [method], torch.bfloat16)
@@ -141,7 +142,7 @@ def test_a_model_decodes_on_the_store_and_its_bytes_grow_by_new_tokens_only(meth
     assert full and all(row[-1] == TOKENS + 5 for store in full for row in store.positions)
 
 
-@pytest.mark.parametrize("store", [ThinK(), Mustafar(), VisualKV1Bit(group=8, recent=4), ZipCache()])
+@pytest.mark.parametrize("store", [ThinK(), Mustafar(), VisualKV1Bit(recent=4), ZipCache()])
 def test_a_store_combines_with_any_selection_and_division(store: Any) -> None:
     trace = trace_of(tokens=TOKENS)
     plan = make_plan(trace, [SnapKV(window=8, budget=0.5), AdaKV(), store], torch.bfloat16)
@@ -160,9 +161,8 @@ def test_methods_that_keep_every_token_refuse_a_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("method", [ThinK, Mustafar, ZipCache, VisualKV1Bit])
 def test_a_larger_budget_is_never_further_off(method: Any) -> None:
-    extra = {"group": 8} if method is VisualKV1Bit else {}
     errors = [
-        float(make_plan(trace_of(tokens=TOKENS), [method(budget=budget, **extra)], torch.bfloat16).error.mean())
+        float(make_plan(trace_of(tokens=TOKENS), [method(budget=budget)], torch.bfloat16).error.mean())
         for budget in (0.6, 0.8, 1.0)
     ]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.004 < errors[0]
@@ -440,26 +440,66 @@ def test_quantiles_are_closer_than_extremes_at_one_bit() -> None:
     assert min(errors, key=errors.__getitem__) == 0.2 and errors[0.2] < 0.6 * errors[0.0]
 
 
-def test_only_the_given_stretch_is_at_one_bit_group_by_group() -> None:
+def test_only_the_given_stretch_is_at_one_bit_with_two_levels_a_channel() -> None:
     layer, trace = trace_of(tokens=TOKENS).layers[1], trace_of(tokens=TOKENS)
-    method = VisualKV1Bit(start=7, length=37, group=16, quantile=0.25)
+    method = VisualKV1Bit(start=7, length=37, key_share=0.4, value_share=0.25)
     held = make_plan(trace, [method], torch.float32).store(layer).contents(torch.float32)
     rows = held.positions.expand(2, -1)
-    for whole, got in ((layer.keys, held.keys), (layer.values, held.values)):
+    for whole, got, share in ((layer.keys, held.keys, 0.4), (layer.values, held.values, 0.25)):
         for head in range(2):
             ordered = got[head][rows[head].argsort()]
-            for position in [*range(7), *range(7 + 32, TOKENS)]:  # 37 tokens are two groups of 16
+            for position in [*range(7), *range(44, TOKENS)]:
                 assert torch.equal(ordered[position], whole[head, position])
-            for begin in (7, 23):
-                for channel in range(16):
-                    numbers = whole[head, begin : begin + 16, channel]
-                    low, high = torch.quantile(numbers, 0.25), torch.quantile(numbers, 0.75)
-                    expected = torch.where((numbers - low).abs() < (numbers - high).abs(), low, high)
-                    assert torch.allclose(ordered[begin : begin + 16, channel], expected, atol=2e-3)
+            for channel in range(16):
+                numbers = whole[head, 7:44, channel]
+                low, high = share * numbers.min(), share * numbers.max()
+                expected = torch.where((numbers - low).abs() < (numbers - high).abs(), low, high)
+                assert torch.allclose(ordered[7:44, channel], expected, atol=2e-3)
+
+
+def test_scores_of_the_stretch_are_drawn_together_and_no_others() -> None:
+    # By the formula of the authors' code: (s - min) / (max - min) * (max - 3 - min) + min, for each query and head.
+    layer = random_layer()
+    form = CalibratedFormat(torch.float32, 1, 0.5, 0.3, drop=3.0, start=5, length=30, recent=0)
+    store = form.build(layer, tiers_for(form, [60, 60]), None)
+    query = 3 * torch.randn(4, 2, 20, generator=torch.Generator().manual_seed(4))
+    got, weights = store.attend(query, torch.tensor([57, 64]), Scoring(1.0), weights=True)
+    assert weights is not None
+    held = store.contents(torch.float32)
+    where = held.positions.expand(2, -1)
+    for head in range(4):
+        for q, position in enumerate((57, 64)):
+            scores = held.keys[head // 2] @ query[head, q]
+            inside = (where[head // 2] >= 5) & (where[head // 2] < 35)
+            low, high = scores[inside].min(), scores[inside].max()
+            assert high - low > 3
+            scores[inside] = (scores[inside] - low) / (high - low) * (high - 3 - low) + low
+            expected = scores.masked_fill(where[head // 2] > position, -torch.inf).softmax(dim=0)
+            assert torch.allclose(weights[head // 2, head % 2, q], expected, atol=1e-6)
+            assert torch.allclose(got[head, q], expected @ held.values[head // 2], atol=1e-5)
+
+
+def test_lowered_scores_keep_their_order_and_what_is_hidden() -> None:
+    scores = torch.tensor([[0.0, 4.0, 2.0, -torch.inf], [1.0, 2.0, 1.5, -torch.inf], [5.0, -torch.inf, 5.0, 5.0]])
+    expected = torch.tensor([[0.0, 1.0, 0.5, -torch.inf], [1.0, 1.0, 1.0, -torch.inf], [5.0, -torch.inf, 5.0, 5.0]])
+    assert torch.allclose(lowered(scores, 3.0), expected)
+    assert torch.equal(lowered(torch.full((2, 5), -torch.inf), 3.0), torch.full((2, 5), -torch.inf))
+
+
+@pytest.mark.parametrize("tokens", [512, 8192])
+def test_a_stretch_is_sixteen_times_smaller_but_for_two_numbers_a_channel(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, tokens, 64, generator=draw).bfloat16()
+    layer = LayerTrace(0, keys, values, keys, torch.device("cpu"), Scoring(0.125))
+    form = VisualKV1Bit(length=tokens).store(torch.bfloat16, [Shape(2, tokens, 64, 64, 2)], None)
+    store = form.build(layer, torch.ones(2, tokens, dtype=torch.uint8), None)
+    full = keys.nbytes + values.nbytes
+    assert store.nbytes == full // 16 + 2 * 2 * (64 + 64) * 2
+    assert full / store.nbytes == pytest.approx(16 * tokens / (tokens + 32))
 
 
 def test_without_a_stretch_all_but_the_newest_tokens_are_at_one_bit() -> None:
-    plan = make_plan(trace_of(tokens=TOKENS), [VisualKV1Bit(group=8, recent=10)], torch.bfloat16)
+    plan = make_plan(trace_of(tokens=TOKENS), [VisualKV1Bit(recent=10)], torch.bfloat16)
     store = plan.store(trace_of(tokens=TOKENS).layers[0])
     assert isinstance(store, SplitStore)
     settled = store.parts[1]
@@ -471,10 +511,10 @@ def test_without_a_stretch_all_but_the_newest_tokens_are_at_one_bit() -> None:
 def test_a_budget_leaves_as_many_newest_tokens_exact_as_fit() -> None:
     lengths = []
     for budget in (0.5, 0.7, 0.9):
-        plan = make_plan(trace_of(tokens=TOKENS), [VisualKV1Bit(group=8, budget=budget)], torch.bfloat16)
+        plan = make_plan(trace_of(tokens=TOKENS), [VisualKV1Bit(budget=budget)], torch.bfloat16)
         form = plan.format
-        assert isinstance(form, OneBitFormat)
-        longer = OneBitFormat(form.dtype, 8, form.quantile, 0, None, form.recent + 8)
+        assert isinstance(form, CalibratedFormat)
+        longer = replace(form, recent=form.recent + 1)
         counts = torch.full((3, 2), TOKENS)
         assert plan.nbytes == form.nbytes(Shape(2, TOKENS, 16, 16, 2), counts) <= budget * plan.full_nbytes
         assert longer.nbytes(Shape(2, TOKENS, 16, 16, 2), counts) > budget * plan.full_nbytes
@@ -484,8 +524,8 @@ def test_a_budget_leaves_as_many_newest_tokens_exact_as_fit() -> None:
 
 def test_parameters_out_of_bounds_are_refused() -> None:
     refused: list[tuple[Any, dict[str, Any]]] = [
-        (VisualKV1Bit, {"quantile": 0.5}),
-        (VisualKV1Bit, {"group": 4}),
+        (VisualKV1Bit, {"key_share": 0.0}),
+        (VisualKV1Bit, {"bits": 3}),
         (VisualKV1Bit, {"start": -1}),
         (ThinK, {"pruned": 45}),
         (Mustafar, {"sparsity": 100}),

@@ -14,10 +14,10 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import SAMPLED, Calibration
 from workbench.weights.compress import compressed
 from workbench.weights.layers import IntegerLinear, packed_nbytes
-from workbench.weights.methods.quantise.crossquant import CrossQuant, channel_factor
+from workbench.weights.methods.quantise.crossquant import CrossQuant, profile
 from workbench.weights.methods.quantise.odyssey import Odyssey, clipped
 from workbench.weights.solvers.quantisation_grid import fit
-from workbench_kernels.integer import input_codes, input_step, integer_product
+from workbench_kernels.integer import cross_step, input_codes, input_step, integer_product
 
 # --- Products of integers
 
@@ -82,21 +82,28 @@ def test_a_token_of_zeros_stays_one() -> None:
 # --- CrossQuant
 
 
-def test_steps_lie_between_those_of_token_and_channel() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.15, 1.0])
+def test_steps_lie_between_those_of_token_and_channel(alpha: float) -> None:
+    x = torch.randn(2, 4, 12, generator=seeded(10))  # of two texts that are computed together
+    step, rows = cross_step(x, 8, alpha).flatten(0, 1), x.flatten(0, 1).tolist()
+    for n, row in enumerate(rows):
+        for j in range(12):
+            channel = max(abs(other[j]) for other in rows)
+            want = max(map(abs, row)) ** alpha * channel ** (1 - alpha) / 127
+            assert float(step[n, j]) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.15, 1.0])
+def test_steps_by_calibration_are_the_smallest_of_their_profile_that_cut_nothing(alpha: float) -> None:
     x, seen = torch.randn(4, 12, generator=seeded(10)), torch.rand(12, generator=seeded(17)) + 0.5
-    for alpha in (0.0, 0.15, 1.0):
-        step = input_step(x, 8, channel_factor(seen, alpha), alpha)
-        for n in range(4):
-            largest = max(abs(float(v)) for v in x[n])
-            for j in range(12):
-                want = largest**alpha * float(seen[j]) ** (1 - alpha) / 127
-                assert float(step[n, j]) == pytest.approx(want, rel=1e-5)
-
-
-def test_nothing_that_calibration_saw_is_cut() -> None:
-    x = torch.randn(50, 16, generator=seeded(11)) * torch.logspace(-2, 1, 16)
-    step = input_step(x, 8, channel_factor(x.abs().amax(0), 0.15), 0.15)
+    x[1] *= 100  # far beyond what was seen
+    step = input_step(x, 8, profile(seen, alpha))
+    for n in range(4):
+        reach = max(abs(float(x[n, j])) / float(seen[j]) ** (1 - alpha) for j in range(12))
+        for j in range(12):
+            assert float(step[n, j]) == pytest.approx(reach * float(seen[j]) ** (1 - alpha) / 127, rel=1e-5)
     assert float((input_codes(x, step, 8) * step - x).abs().div(step).max()) <= 0.5 + 1e-4
+    assert torch.allclose(step, input_step(x, 8).expand_as(step)) == (alpha == 1)
 
 
 def test_the_kernel_is_what_rounds_to_zero_and_cross_steps_make_it_smaller() -> None:
@@ -108,8 +115,8 @@ def test_the_kernel_is_what_rounds_to_zero_and_cross_steps_make_it_smaller() -> 
         float(x[n, j]) != 0 and round(float(x[n, j]) / float(by_token[n, 0])) == 0 for n in range(64) for j in range(32)
     )
     assert kernel_share(x, by_token) == pytest.approx(count / x.numel(), abs=1e-3)
-    crossed = input_step(x, 8, channel_factor(x.abs().amax(0), 0.15), 0.15)
-    assert kernel_share(x, crossed) < 0.1 * kernel_share(x, by_token)
+    for crossed in (cross_step(x, 8, 0.15), input_step(x, 8, profile(x.abs().amax(0), 0.15))):
+        assert kernel_share(x, crossed) < 0.1 * kernel_share(x, by_token)
     assert kernel_share(x, 1e-9) == 0
 
 
@@ -120,11 +127,23 @@ def test_an_outlier_channel_hurts_cross_steps_less_than_those_of_tokens() -> Non
     with torch.no_grad():
         linear.weight[:, 3] *= 0.01  # as large inputs meet small weights
     want = x @ linear.weight.detach().T
-    errors = [
-        float((CrossQuant(alpha=alpha).compress(linear, stats_of(x))(x) - want).norm() / want.norm())
-        for alpha in (0.15, 1.0)
-    ]
-    assert errors[0] < 0.5 * errors[1]
+    plain, calibrated, published = (
+        float((method.compress(linear, stats_of(x))(x) - want).norm() / want.norm())
+        for method in (CrossQuant(alpha=1.0), CrossQuant(), CrossQuant(channels="text"))
+    )
+    assert calibrated < 0.5 * plain and published < 0.5 * plain
+
+
+def test_steps_of_the_text_are_those_of_what_is_computed_together() -> None:
+    x, linear = torch.randn(6, 32, generator=seeded(3)), nn.Linear(32, 8)
+    method = CrossQuant(channels="text")
+    layer = method.compress(linear, stats_of(torch.zeros(1, 32)))  # calibration says nothing
+    step = cross_step(x, 8, 0.15)
+    torch.testing.assert_close(
+        layer(x), (x / step).round() * step @ layer.dequantised().T + linear.bias, rtol=1e-4, atol=1e-5
+    )
+    assert not torch.allclose(layer(x[:1])[0], layer(x)[0], rtol=1e-6, atol=1e-7)
+    assert tensor_bytes(layer.buffers()) == method.nbytes(linear) == CrossQuant().nbytes(linear) - 2 * 32
 
 
 def test_eight_bits_stay_close_and_four_bits_of_activations_do_not() -> None:

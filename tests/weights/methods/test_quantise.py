@@ -99,14 +99,14 @@ def test_gptq_in_the_order_of_activations_keeps_grids_of_neighbours(
     weight, moment = drawn(6, 30), stats_of(correlated(400, 30)).hessian
     order = moment.diagonal().argsort(descending=True).tolist()
     want, _ = one_by_one(weight, damped(moment), 3, 8, order)
-    got, _ = by_gptq(weight, moment, 3, 8, act_order=True)
+    got, _ = by_gptq(weight, moment, 3, 8, order="activations")
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_columns_that_stay_exact_take_up_all_that_they_can(act_order: bool) -> None:
+@pytest.mark.parametrize("order", ["columns", "activations", "groups"])
+def test_columns_that_stay_exact_take_up_all_that_they_can(order: str) -> None:
     weight, moment = drawn(5, 24), stats_of(correlated(400, 24)).hessian
-    rounded, exact = by_gptq(weight, moment, 2, 8, act_order=act_order, exact=4)
+    rounded, exact = by_gptq(weight, moment, 2, 8, order=order, exact=4)
     change = torch.cat([rounded, exact], dim=1) - weight
     slope = change.double() @ damped(moment)  # of tr(Δ H Δᵀ); where it is zero, no other values are better
     assert slope[:, 20:].abs().max() < 1e-4 * slope[:, :20].abs().max()
@@ -123,7 +123,7 @@ def test_channels_that_were_never_seen_are_rounded_to_nearest_not_zeroed() -> No
     x = correlated(400, 24)
     x[:, [3, 17]] = 0
     weight, moment = drawn(5, 24), stats_of(x).hessian
-    got, _ = by_gptq(weight, moment, 4, 24, act_order=True)
+    got, _ = by_gptq(weight, moment, 4, 24, order="activations")
     want = fit(weight, 4, 24).nearest(weight)
     assert torch.equal(got[:, [3, 17]], want[:, [3, 17]]) and bool(got[:, [3, 17]].abs().min() > 0)
     assert not torch.equal(got, want)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import ipywidgets as w
 
+from workbench.published import OURS
 from workbench.registry import Method, Parameter, find
 from workbench_widgets.plain_text import in_markup
 
@@ -33,11 +34,16 @@ class MethodControls(w.VBox):
         none = [("none", NONE)] if optional else []
         options = none + [(cls.title or cls.key, cls.key) for cls in methods]
         self.choice = w.Dropdown(options=options, value=key, layout=w.Layout(width="100%"))
+        self.preset = w.Dropdown(description="values", layout=w.Layout(width="100%"))
         self.parameters = w.VBox()
-        self._claim = w.HTML()
+        self._about = w.HTML()
+        self._following = False
         self.choice.observe(self._rebuild, names="value")
+        self.preset.observe(self._preset_chosen, names="value")
         heading = w.HTML(f'<div style="font-weight:600;line-height:1.4">{in_markup(name)}</div>')
-        super().__init__([heading, self.choice, self._claim, self.parameters], layout=w.Layout(width="190px"))
+        super().__init__(
+            [heading, self.choice, self._about, self.preset, self.parameters], layout=w.Layout(width="190px")
+        )
         self._fill(values or {})
 
     def __repr__(self) -> str:
@@ -60,10 +66,47 @@ class MethodControls(w.VBox):
         self._controls = {} if cls is None else {p.name: control(p) for p in cls.parameters()}
         for name, widget in self._controls.items():
             widget.value = values.get(name, widget.value)
-            widget.observe(lambda _: self._on_change(), names="value")
-        self._claim.value = "" if cls is None else _small(cls.summary())
+            widget.observe(self._edited, names="value")
+        self._about.value = "" if cls is None else _small(_about(cls))
+        self._offer(cls)
         described = [] if cls is None else cls.parameters()
         self.parameters.children = [_LabelledControl(p, self._controls[p.name]) for p in described]
+
+    def _offer(self, cls: type[Method] | None) -> None:
+        """The published values of the chosen method, and which of them its controls have."""
+        self._following = True
+        presets = () if cls is None else cls.presets
+        self.preset.options = [
+            ("the defaults", OURS), *((preset.name, preset.name) for preset in presets), ("changed", NONE)
+        ]  # fmt: skip
+        self.preset.layout.display = "" if presets else "none"
+        self._following = False
+        self._follow()
+
+    def _follow(self) -> None:
+        cls = None if self.choice.value == NONE else find(self.choice.value)
+        if cls is not None:
+            self._following = True
+            values = {name: control.value for name, control in self._controls.items()}
+            self.preset.value = cls.preset_of(values) or NONE
+            self._following = False
+
+    def _edited(self, change: object) -> None:
+        if not self._following:
+            self._follow()
+            self._on_change()
+
+    def _preset_chosen(self, change: Mapping[str, object]) -> None:
+        """All controls at the values of the preset, in one change."""
+        if self._following or change["new"] == NONE:
+            return
+        cls = find(self.choice.value)
+        given = cls.preset(str(change["new"]))
+        self._following = True
+        for parameter in cls.parameters():
+            self._controls[parameter.name].value = given.get(parameter.name, parameter.default)
+        self._following = False
+        self._on_change()
 
 
 class _LabelledControl(w.VBox):
@@ -97,6 +140,14 @@ def control(parameter: Parameter) -> w.DOMWidget:
     if whole:
         return w.BoundedIntText(**bounds, **shared)
     return w.BoundedFloatText(**bounds, step=(parameter.high - parameter.low) / 20, **shared)
+
+
+def _about(cls: type[Method]) -> str:
+    """What a method does, and how true it is to its paper."""
+    if cls.fidelity is None or cls.fidelity.standing == "baseline":
+        return f"{cls.summary()}."
+    said = str(cls.fidelity)
+    return f"{cls.summary()}. {said[:1].upper()}{said[1:]}."
 
 
 def _small(text: str) -> str:

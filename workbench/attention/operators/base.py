@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +26,14 @@ class Operator(Method):
 
     family: ClassVar[Family] = "operator"
 
-    chunk: int = param(128, ge=1, le=65536, unit="tokens", help="queries computed together; the result is the same")
+    chunk: int = param(
+        128,
+        ge=1,
+        le=65536,
+        unit="tokens",
+        help="queries computed together; the result is the same",
+        own="how it is computed, not what",
+    )
 
     @classmethod
     def takes_budget(cls) -> bool:
@@ -44,6 +53,10 @@ class Operator(Method):
         Memory grows with (stop - first) * stop.
         """
 
+    def prepared(self, q: Tensor, k: Tensor, scale: float) -> Callable[[int, int], Tensor]:
+        """`rows` of one recording, to be asked for chunk after chunk: what they have in common is computed once."""
+        return partial(self.rows, q, k, scale)
+
     def weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The whole implied attention map, [h, n, n] float32: n * n numbers a head."""
         return self.rows(q, k, scale, 0, q.shape[1])
@@ -56,10 +69,10 @@ class Operator(Method):
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """The output [h, n, dv] in the queries' precision, chunk by chunk: memory grows with n, not with n * n."""
         check(q, k, v)
-        values = per_head(v, len(q)).float()
+        values, rows = per_head(v, len(q)).float(), self.prepared(q, k, scale)
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
         for first, stop in chunks(0, q.shape[1], self.chunk):
-            out[:, first:stop] = self.rows(q, k, scale, first, stop) @ values[:, :stop]
+            out[:, first:stop] = rows(first, stop) @ values[:, :stop]
         return out
 
     def for_head(self, head: int, heads: int) -> Operator:

@@ -122,14 +122,13 @@ def implied_map(
     progress: Progress | None = None,
 ) -> PooledMap:
     """The map of weights that an operator implies for one query head, pooled; see `study`."""
-    alone = operator.for_head(head, layer.heads)
     query, key, _ = _one_head(layer, head)
+    of_head = operator.for_head(head, layer.heads).prepared(query[None], key[None], layer.scale)
 
     def blocks(first: int, stop: int) -> Iterator[RowBlock]:
         pieces = chunks(first, stop, operator.chunk)
         for low, high in pieces if progress is None else progress.track(pieces, "implied attention", len(pieces)):
-            weights = alone.rows(query[None], key[None], layer.scale, low, high)
-            yield RowBlock(slice(low - first, high - first), slice(0, high), weights)
+            yield RowBlock(slice(low - first, high - first), slice(0, high), of_head(low, high))
 
     at = torch.arange(layer.tokens)
     return pool_rows(blocks, at, at, pixels=pixels, pooling=pooling, rows=rows, cols=cols)

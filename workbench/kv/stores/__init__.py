@@ -9,7 +9,8 @@ starts and lengths are int32 tensors, as a kernel wants them. Nothing loops over
 never move; `BitmapStore` the largest numbers of every row (Mustafar); `PrunedStore` keys without their least used
 channels (ThinK); `MixedStore` important entries exact and the others at few bits; `SmoothedStore` smoothed integers
 (FireQ); `DeltaStore` differences between neighbours (DeltaLLM); `LowRankStore` coefficients (Eigen Attention, CSKV);
-`SplitStore` several stores over different positions; `SharedStore` nothing, for it attends to another layer's store.
+`SplitStore` several stores over different positions; `SharedStore` nothing, for it attends to another layer's store;
+`ClosedUpStore` any of them whose entries stand by their place in the cache (StreamingLLM).
 
 What has a part in host memory is a `TieredStore`: `OffloadStore` with an index that finds what a query needs,
 `HostValuesStore` (KCache), `BlockStore` and `LevelStore` (InfLLM, Video-XL-2). `PagedStore` has pages of which a
@@ -20,6 +21,7 @@ On a CPU a store dequantises and calls the reference in `workbench_kernels`. On 
 takes its place where the model computes in 16 bits.
 """
 
+from workbench.kv.stores.closed_up import ClosedUpStore
 from workbench.kv.stores.dense import DenseStore, SlidingStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.shared import SharedStore, cloned
@@ -29,6 +31,7 @@ from workbench.kv.stores.store import Dequantised, Store, kv_categories
 Contents = Dequantised  # as it was called before
 
 __all__ = [
+    "ClosedUpStore",
     "Contents",
     "DenseStore",
     "Dequantised",

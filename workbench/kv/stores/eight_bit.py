@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class EightBitOffloadFormat(Format):
 
     Each entry's key, and its value, has a scale and a zero of its own, so entries can move one by one.
     """
+
+    attends_itself: ClassVar[bool] = True
 
     dtype: torch.dtype
     index: Index

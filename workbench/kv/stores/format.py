@@ -48,11 +48,13 @@ class Shape:
 class Format(ABC):
     """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
 
-    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer.
+    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
+    whether no attention but that of its stores will do, so that keys cannot be turned for it.
     """
 
     tiers: tuple[str, ...]
     by_layer: ClassVar[bool] = False
+    attends_itself: ClassVar[bool] = False
 
     @property
     def keeps_rest(self) -> bool:
@@ -181,6 +183,8 @@ class MixedFormat(Format):
     of them received is remembered; the newest `recent` part of them is safe. With `balance` the others' keys are
     balanced channel by channel before they are quantised (see `balancer`).
     """
+
+    attends_itself: ClassVar[bool] = True
 
     dtype: torch.dtype
     bits: int

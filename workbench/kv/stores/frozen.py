@@ -10,7 +10,7 @@ from torch import Tensor
 from workbench.kv.stores.packed import PackedRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store
-from workbench_kernels import dequantise, pack, quantise, unpack
+from workbench_kernels import dequantise, pack, unpack
 
 
 class ChannelRows:
@@ -21,8 +21,12 @@ class ChannelRows:
         self.codes, self.scale, self.zero, self.bits = codes, scale, zero, bits
 
     @classmethod
-    def of(cls, x: Tensor, lengths: Tensor, bits: int) -> ChannelRows:
-        """Quantise x [t, d], head after head with `lengths` [k] rows each."""
+    def of(cls, x: Tensor, lengths: Tensor, bits: int, share: float = 1.0) -> ChannelRows:
+        """Quantise x [t, d], head after head with `lengths` [k] rows each.
+
+        share: the levels of a channel reach from that much of its minimum to that much of its maximum; what lies beyond
+        is rounded to the ends.
+        """
         heads, channels = lengths.numel(), x.shape[1]
         codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
         scale = torch.zeros(heads, channels, dtype=torch.float16, device=x.device)
@@ -31,8 +35,7 @@ class ChannelRows:
         for head, length in enumerate(lengths.tolist()):
             if length:
                 rows = slice(begin, begin + length)
-                quantised, scale[head], zero[head] = quantise(x[rows].T, bits)
-                codes[rows] = quantised.T
+                codes[rows], scale[head], zero[head] = _by_channel(x[rows], bits, share)
             begin += length
         return cls(Rows(pack(codes, bits), heads, lengths), scale, zero, bits)
 
@@ -49,17 +52,33 @@ class ChannelRows:
         return ChannelRows(self.codes.clone(), self.scale.clone(), self.zero.clone(), self.bits)
 
 
+def _by_channel(x: Tensor, bits: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [n, d] of x [n, d], scale and zero float16 [d], rounded before the codes are chosen."""
+    steps = 2**bits - 1
+    zero = (x.amin(dim=0) * share).to(torch.float16)
+    scale = ((x.amax(dim=0) * share - zero.float()) / steps).to(torch.float16)
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    return ((x - zero.float()) / divisor).round_().clamp_(0, steps).to(torch.uint8), scale, zero
+
+
 class FrozenStore(Store):
     """Quantised keys and values at fixed positions; new tokens belong to another part of a SplitStore.
 
-    Nothing moves here, so one bit for each position of the prompt says what is held.
+    Nothing moves here, so one bit for each position of the prompt says what is held, or nothing where it is a stretch.
     """
 
     def __init__(
-        self, keys: PackedRows | ChannelRows, values: PackedRows | ChannelRows, bitmap: Tensor | None, tokens: int
+        self,
+        keys: PackedRows | ChannelRows,
+        values: PackedRows | ChannelRows,
+        bitmap: Tensor | None,
+        tokens: int,
+        first: int = 0,
     ) -> None:
-        """bitmap: packed bits of the positions held, uint8 [k, ceil(tokens / 8)]; None if every one is."""
-        self.keys, self.values, self.bitmap, self.tokens = keys, values, bitmap, tokens
+        """bitmap: packed bits of the positions held, uint8 [k, ceil(tokens / 8)]; None if every one from `first` on is,
+        up to the number of `tokens`.
+        """
+        self.keys, self.values, self.bitmap, self.tokens, self.first = keys, values, bitmap, tokens, first
 
     @classmethod
     def where(cls, keys: PackedRows | ChannelRows, values: PackedRows | ChannelRows, keep: Tensor) -> FrozenStore:
@@ -83,7 +102,7 @@ class FrozenStore(Store):
 
     def slots(self) -> tuple[Tensor, Tensor | None]:
         if self.bitmap is None:
-            return torch.arange(self.tokens, device=self.device)[None], None
+            return torch.arange(self.first, self.tokens, device=self.device)[None], None
         positions = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1]  # [t], head after head like the rows
         return positions[self.keys.codes.slots()], self.keys.codes.valid()
 
@@ -98,7 +117,7 @@ class FrozenStore(Store):
 
     def clone(self) -> Self:
         bitmap = None if self.bitmap is None else self.bitmap.clone()
-        return type(self)(self.keys.clone(), self.values.clone(), bitmap, self.tokens)
+        return type(self)(self.keys.clone(), self.values.clone(), bitmap, self.tokens, self.first)
 
 
 def bitmap_nbytes(counts: Tensor, tokens: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class HostValuesFormat(Format):
 
     fetch: how many of those values each query of a KV head gets. sinks, recent: as in `OffloadFormat`.
     """
+
+    attends_itself: ClassVar[bool] = True
 
     dtype: torch.dtype
     fetch: int

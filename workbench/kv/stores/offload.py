@@ -86,6 +86,8 @@ class OffloadFormat(Format):
     positions, move to host memory until it is as large as planned.
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     index: Index
     sinks: int = 4

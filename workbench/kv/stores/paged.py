@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -41,6 +42,11 @@ class PagedStore(Store):
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.near.append(keys, values, positions)
+
+    def rebuilt(self, build: Callable[[Store], Store]) -> Store:
+        twin = self.clone()
+        twin.near = build(self.near)
+        return twin
 
     def reserve(self, tokens: int) -> None:
         self.near.reserve(tokens)

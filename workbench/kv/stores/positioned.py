@@ -46,6 +46,12 @@ class PositionedStore(Store):
         stretches = [(rows.view()[..., 0], rows.valid()) for rows in self._positions]
         return stretches[0] if len(stretches) == 1 else joined_slots(stretches, self.kv_heads, self.device)
 
+    def stand_at(self, where: Tensor) -> None:
+        if not self._positions:
+            raise ValueError("a store that holds everything from position 0 on notes no positions")
+        for rows in self._positions:
+            rows.data = where.to(rows.data)[rows.data.long()]
+
     def contents(self, dtype: torch.dtype) -> Dequantised:
         return Dequantised(*self.rows_as(dtype), *self.slots())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -73,6 +73,14 @@ class Store(ABC):
 
     def reserve(self, tokens: int) -> None:  # noqa: B027 (some stores need nothing)
         """Make room for `tokens` more, so that appending them moves nothing."""
+
+    def stand_at(self, where: Tensor) -> None:
+        """Let each entry said to stand at position i stand at where[i], int64 [n]; for stores that note positions."""
+        raise NotImplementedError(f"{type(self).__name__} does not note the position of each entry")
+
+    def rebuilt(self, build: Callable[[Store], Store]) -> Store:
+        """The same with its entries in the store that `build` makes of one that only holds them."""
+        return build(self)
 
     # Declarations of what some stores do that others do not; ask those of the `holder` where a layer may share.
 

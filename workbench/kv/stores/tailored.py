@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class TailoredFormat(Format):
 
     In quantised layers the newest tokens stay exact while decoding until they fill a group.
     """
+
+    attends_itself: ClassVar[bool] = True
 
     dtype: torch.dtype
     quantised: frozenset[int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class TieredStore(Store):
 @dataclass(frozen=True)
 class TieredFormat(DenseFormat):
     """Entries at `dtype`, on the device or in host memory, as a method that reads by itself left them."""
+
+    attends_itself: ClassVar[bool] = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

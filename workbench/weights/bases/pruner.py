@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from workbench.errors import BudgetTooSmall
 from workbench.registry import param
-from workbench.weights.base import WeightMethod
+from workbench.weights.base import Stage, WeightMethod
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import SparseLinear, sparse_nbytes
 from workbench.weights.solvers.sparsity import Pattern, groups_of
@@ -26,6 +27,7 @@ class Pruner(WeightMethod):
     """
 
     default_budget = 0.5625
+    stage: ClassVar[Stage] = "select"
 
     pattern: Pattern = param(
         "unstructured", help="which weights may be left out: any, or 2 in every 4, or 4 in every 8"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from workbench.core.bisection import largest
 from workbench.errors import BadBudget, BudgetTooSmall
-from workbench.weights.base import WeightMethod
+from workbench.weights.base import Stage, WeightMethod
 
 
 class Ranked(WeightMethod):
@@ -18,6 +18,8 @@ class Ranked(WeightMethod):
 
     From a share of 1 on the weights stay as they are.
     """
+
+    stage: ClassVar[Stage] = "factor"
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from workbench.weights.base import WeightMethod
+from workbench.weights.base import Stage, WeightMethod
 from workbench.weights.survey import Survey
 
 
@@ -20,6 +20,7 @@ class StructuredMethod(WeightMethod):
 
     measure: ClassVar[str] = "size"
     alone: ClassVar[bool] = False
+    stage: ClassVar[Stage] = "structure"
 
     def full_nbytes(self, linear: nn.Linear) -> int:
         return linear.weight.numel() * linear.weight.element_size()

@@ -36,7 +36,7 @@ class WeightStudy:
     GiB, written to the cache folder under the model's and the texts' fingerprints: the next session reads them there.
     With `persistent=False` (a model that is compressed already) they live in a temporary folder that goes with this
     object; so they do where the cache folder cannot be written to, which `notes` then say. What is damaged is measured
-    again. Inputs are those of the model as it is: layers compressed on the way do not change what later ones are shown.
+    again. Inputs are those of the model as it is, unless a copy is named behind whose compressed blocks they are taken.
     """
 
     def __init__(
@@ -84,13 +84,18 @@ class WeightStudy:
     # -- inputs
 
     def inputs(
-        self, *, hessians: bool, progress: Progress | None = None
+        self, *, hessians: bool, progress: Progress | None = None, behind: PreTrainedModel | None = None
     ) -> Iterator[tuple[str, dict[str, InputStats]]]:
         """Block after block: its name, and what enters each of its linear layers, by the layer's full name.
 
-        hessians: with Hessians [i, i]. Only one block's statistics are in memory at a time.
+        hessians: with Hessians [i, i]. Only one block's statistics are in memory at a time. behind: a copy of the model
+        that is being compressed block by block: each block is shown what the copy's blocks before it make of the texts,
+        as they are once the next is asked for. Nothing is kept then, for it holds for this copy alone.
         """
         progress = progress or Progress()
+        if behind is not None:
+            yield from self._behind(behind, hessians, progress)
+            return
         for name in (self._cache_name(hessians), self._cache_name(True)):  # Hessians come with all the rest
             folder = self._cache.folder(name)
             if folder is not None and similarity_in(folder, len(self.blocks)) is not None:
@@ -130,6 +135,21 @@ class WeightStudy:
                 yield name, stats
             self._similarity = torch.tensor(similarities)
             writer.finish(self._similarity)
+
+    def _behind(
+        self, twin: PreTrainedModel, hessians: bool, progress: Progress
+    ) -> Iterator[tuple[str, dict[str, InputStats]]]:
+        runner = self.block_runner()
+        hidden = runner.hidden
+        for name, _ in progress.track(runner, "calibrating", len(self.blocks)):
+            block = twin.get_submodule(name)
+            linears = _linears(block, name)
+            observer = InputObserver(hessians=hessians)
+            with exclusive(twin), observer.observing({full: twin.get_submodule(full) for full in linears}):
+                runner.forward(name, hidden, block)
+            yield name, observer.stats(linears)
+            with exclusive(twin):
+                hidden = runner.forward(name, hidden, twin.get_submodule(name))
 
     def similarity(self, progress: Progress | None = None) -> Tensor:
         """For each block the mean cosine between what enters and leaves it, float32 [l]: near 1, it does little."""

@@ -12,12 +12,14 @@ from workbench.weights.layers.codebook import CodebookLinear, codebook_nbytes
 from workbench.weights.layers.compact import CompactLinear
 from workbench.weights.layers.dense import DenseLinear
 from workbench.weights.layers.dictionary import DictionaryLinear, dictionary_nbytes
+from workbench.weights.layers.factored import FactoredLinear
 from workbench.weights.layers.integer import IntegerLinear
 from workbench.weights.layers.outliers import OutliersLinear, outliers_nbytes
 from workbench.weights.layers.packed import PackedLinear, packed_nbytes
 from workbench.weights.layers.parts import Parts
 from workbench.weights.layers.shift import ShiftLinear
 from workbench.weights.layers.sparse import SparseLinear, sparse_nbytes
+from workbench.weights.layers.sparse_packed import SparsePackedLinear, sparse_packed_nbytes
 from workbench.weights.layers.vector import VectorLinear, vector_nbytes
 
 __all__ = [
@@ -27,12 +29,14 @@ __all__ = [
     "CompactLinear",
     "DenseLinear",
     "DictionaryLinear",
+    "FactoredLinear",
     "IntegerLinear",
     "OutliersLinear",
     "PackedLinear",
     "Parts",
     "ShiftLinear",
     "SparseLinear",
+    "SparsePackedLinear",
     "VectorLinear",
     "bit_block_nbytes",
     "codebook_nbytes",
@@ -40,5 +44,6 @@ __all__ = [
     "outliers_nbytes",
     "packed_nbytes",
     "sparse_nbytes",
+    "sparse_packed_nbytes",
     "vector_nbytes",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from workbench.core.precision import half
 from workbench.weights.layers.compact import Description
 from workbench.weights.layers.packed import PackedLinear
-from workbench_kernels.integer import input_codes, input_step, integer_linear
+from workbench_kernels.integer import cross_step, input_codes, input_step, integer_linear
 from workbench_kernels.limits import FEW
 from workbench_kernels.packed_linear import packed_linear
 from workbench_kernels.weight import nibbles
@@ -17,9 +17,10 @@ from workbench_kernels.weight import nibbles
 class IntegerLinear(PackedLinear):
     """A packed linear layer that rounds each token of its input [n, i] to integers.
 
-    input_bits: of each input, 2 to 8. The step of an input x is the largest |x| of its token over 2 ** (input_bits - 1)
-    - 1; with `inputs` float16 [i], the step of x_j is that to the power `exponent`, times inputs_j. So a token's
-    numbers depend on itself alone, however many others are computed with it.
+    input_bits: of each input, 2 to 8. The step of an input is the largest |x| of its token over 2 ** (input_bits - 1) -
+    1; with `profile` float16 [i], those of a token are to each other as these are, and reach all its inputs. So a
+    token's numbers depend on itself alone, however many others are computed with it. Not so with `alpha`: steps are
+    then those of `cross_step`, of tokens and of the columns of all that are computed together.
 
     Where steps are one for each token and scales one for each output (groups as wide as the layer, without zeros, of 4
     or 8 bits), integers are multiplied and summed exactly (`integer_product`), 4-bit ones as their codes stand in the
@@ -28,7 +29,7 @@ class IntegerLinear(PackedLinear):
     of each column or group stands inside the sum, and the rounded numbers are multiplied as floating point.
     """
 
-    inputs: Tensor | None
+    profile: Tensor | None
 
     def __init__(
         self,
@@ -40,21 +41,25 @@ class IntegerLinear(PackedLinear):
         *,
         group: int | None = None,
         input_bits: int = 8,
-        inputs: Tensor | None = None,
-        exponent: float = 1.0,
+        profile: Tensor | None = None,
+        alpha: float | None = None,
     ) -> None:
         super().__init__(codes, scale, zero, bits, bias, group=group)
-        self.input_bits, self.exponent = input_bits, exponent
-        self.register_buffer("inputs", None if inputs is None else half(inputs, "the factors of its inputs"))
+        self.input_bits, self.alpha = input_bits, alpha
+        held = None if profile is None else half(profile, "the profile of its steps")
+        self.register_buffer("profile", held)
 
     @property
     def by_token(self) -> bool:
         """Whether nothing but whole numbers stands inside the sums."""
-        return self.inputs is None and self.zero is None and self.scale.shape[1] == 1 and self.bits in (4, 8)
+        whole = self.zero is None and self.scale.shape[1] == 1 and self.bits in (4, 8)
+        return whole and self.profile is None and self.alpha is None
 
     def step(self, x: Tensor) -> Tensor:
         """The step of each input x [..., i]: float32 [..., 1] or [..., i]."""
-        return input_step(x, self.input_bits, self.inputs, self.exponent)
+        if self.alpha is not None:
+            return cross_step(x, self.input_bits, self.alpha)
+        return input_step(x, self.input_bits, self.profile)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)

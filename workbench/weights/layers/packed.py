@@ -12,7 +12,7 @@ from workbench_kernels.packed_linear import fits, packed_linear
 from workbench_kernels.packing import pack
 from workbench_kernels.weight import packed_codes, packed_weight, scaled_weight
 
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # how many bits lie in which buffer
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # how many bits lie in which buffer
 
 
 class PackedLinear(CompactLinear):
@@ -48,7 +48,7 @@ class PackedLinear(CompactLinear):
         if -(-self.in_features // self.group) != scale.shape[1]:
             raise ValueError(f"{scale.shape[1]} scales a row for {self.in_features} columns in groups of {self.group}")
         below = 0
-        for index, width in enumerate(_PLANES[bits]):
+        for index, width in enumerate(PLANES[bits]):
             self.register_buffer(f"plane{index}", pack(codes >> below & 2**width - 1, width).contiguous().clone())
             below += width
         self.register_buffer("scale", half(scale, "its scales"))
@@ -57,11 +57,11 @@ class PackedLinear(CompactLinear):
 
     def planes(self, first: int = 0, last: int | None = None) -> list[Tensor]:
         """The packed bytes of some outputs (default: of all), uint8 [last - first, b] each."""
-        return [getattr(self, f"plane{index}")[first:last] for index in range(len(_PLANES[self.bits]))]
+        return [getattr(self, f"plane{index}")[first:last] for index in range(len(PLANES[self.bits]))]
 
     def codes(self, first: int = 0, last: int | None = None) -> Tensor:
         """The codes of some outputs (default: of all), uint8 [last - first, i]."""
-        return packed_codes(self.planes(first, last), _PLANES[self.bits], self.in_features)
+        return packed_codes(self.planes(first, last), PLANES[self.bits], self.in_features)
 
     def numbers(self, first: int, last: int) -> Tensor:
         """What the codes of some outputs stand for before zeros and scales: [last - first, i], the codes themselves."""
@@ -82,7 +82,7 @@ class PackedLinear(CompactLinear):
         scale, columns, group, middle = self.scale[first:last], self.columns, self.group, self.middle
         if not self.plain:
             return scaled_weight(self.numbers(first, last), scale, zero, columns, group, middle, dtype)
-        planes, widths = self.planes(first, last), _PLANES[self.bits]
+        planes, widths = self.planes(first, last), PLANES[self.bits]
         return packed_weight(planes, widths, scale, zero, columns, group, middle, self.in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class PackedLinear(CompactLinear):
 
     def _read_as_it_lies(self, x: Tensor) -> bool:
         """Whether a GPU's kernel multiplies x [n, i] with the packed codes: no weight is made float then."""
-        single = self.plain and len(_PLANES[self.bits]) == 1
+        single = self.plain and len(PLANES[self.bits]) == 1
         return single and not learning(x) and on_gpu(x, self.plane0) and fits(x, self.plane0, self.bits, self.group)
 
     def describe(self) -> Description:
@@ -112,5 +112,5 @@ def packed_nbytes(
     out_features: int, in_features: int, bits: int, group: int, *, zero_bytes: int = 2, columns: bool = False
 ) -> int:
     """Bytes of a PackedLinear: codes, scales, zeros of `zero_bytes` (2: float16, 1: uint8, 0: none), and `columns`."""
-    codes = sum(-(-in_features * width // 8) for width in _PLANES[bits])
+    codes = sum(-(-in_features * width // 8) for width in PLANES[bits])
     return out_features * (codes + -(-in_features // group) * (2 + zero_bytes)) + 2 * in_features * columns

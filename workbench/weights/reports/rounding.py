@@ -22,7 +22,7 @@ from workbench.weights.compress import weight_methods
 from workbench.weights.layers.rotated import RotatedLinear
 from workbench.weights.surgery.linears import linear_layers
 from workbench.weights.variants import Variants
-from workbench_kernels.integer import input_step
+from workbench_kernels.integer import cross_step, input_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,9 +98,8 @@ def _hear(heard: dict[str, list[Tensor]], name: str, _module: nn.Module, inputs:
 
 def _figures(x: Tensor, bits: int) -> dict[str, float]:
     flat = x.flatten(0, -2).float()  # [n, i]
-    channels = flat.abs().amax(dim=0).clamp_min(1e-12).pow(1 - _ALPHA)
     return {
         "kernel": kernel_share(flat, input_step(flat, bits)),
-        "kernel_cross": kernel_share(flat, input_step(flat, bits, channels, _ALPHA)),
+        "kernel_cross": kernel_share(flat, cross_step(flat, bits, _ALPHA)),
         "space": space_used(flat.double().T @ flat.double() / flat.shape[0]),
     }

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 
 import panel_material_ui as pmu
 from panel_material_ui.widgets.base import MaterialWidget
+from param.parameterized import Event
 
+from workbench.published import OURS
 from workbench.registry import Method, Parameter
 from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.plain_text import in_label
+
+CHANGED = ""  # the choice of presets where values are those of none
 
 
 def control(parameter: Parameter, value: object = None) -> MaterialWidget:
@@ -66,7 +70,10 @@ def method_title(cls: type[Method]) -> str:
 
 
 class MethodForm:
-    """The controls of one method, and the method they describe."""
+    """The controls of one method, and the method they describe.
+
+    preset: a choice of the published values, where the method has any; it follows what is changed by hand.
+    """
 
     def __init__(
         self, cls: type[Method], changed: Callable[[], None], values: Mapping[str, object] | None = None
@@ -74,8 +81,41 @@ class MethodForm:
         start = values or {}
         self.cls = cls
         self.widgets = {p.name: control(p, start.get(p.name)) for p in cls.parameters()}
+        self.preset = _preset_menu(cls) if cls.presets else None
+        self._changed, self._following = changed, False
+        self._follow()
         for widget in self.widgets.values():
-            widget.param.watch(lambda _: changed(), "value")
+            widget.param.watch(self._edited, "value")
+        if self.preset is not None:
+            self.preset.param.watch(self._chosen, "value")
+
+    @property
+    def controls(self) -> list[MaterialWidget]:
+        """All of them, in the order in which they are shown."""
+        return [*([] if self.preset is None else [self.preset]), *self.widgets.values()]
+
+    def _edited(self, event: Event) -> None:
+        if not self._following:
+            self._follow()
+            self._changed()
+
+    def _follow(self) -> None:
+        """Let the choice of presets say what the controls have."""
+        if self.preset is not None:
+            self._following = True
+            self.preset.value = self.cls.preset_of(self.values) or CHANGED
+            self._following = False
+
+    def _chosen(self, event: Event) -> None:
+        """All controls at the values of the preset, in one change."""
+        if self._following or event.new == CHANGED:
+            return
+        self._following = True
+        given = self.cls.preset(event.new)
+        for parameter in self.cls.parameters():
+            self.widgets[parameter.name].value = given.get(parameter.name, parameter.default)
+        self._following = False
+        self._changed()
 
     @property
     def values(self) -> dict[str, object]:
@@ -87,6 +127,21 @@ class MethodForm:
     def method(self) -> Method:
         """The method as the controls describe it. Raises BadParameter where they contradict each other."""
         return self.cls(**self.values)
+
+
+def _preset_menu(cls: type[Method]) -> MaterialWidget:
+    """A choice of where a method's parameters come from."""
+    sources = "; ".join(f"{preset.name}: {preset.source}" for preset in cls.presets)
+    return pmu.Select(
+        label="Values",
+        options={"the defaults": OURS, **{in_label(p.name): p.name for p in cls.presets}, "changed": CHANGED},
+        value=OURS,
+        description=in_label(sources),
+        size="small",
+        sizing_mode="stretch_width",
+        margin=(6, 4),
+        styles={"grid-column": "1 / -1"},
+    )
 
 
 def _options(choices: tuple[object, ...]) -> dict[str, object]:

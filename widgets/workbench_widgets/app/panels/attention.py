@@ -157,7 +157,7 @@ class AttentionPanel(Panel):
             self._values[self.form.cls.key] = self.form.values
         if key != ("" if self.form is None else self.form.cls.key):
             self.form = MethodForm(find(key), self._changed, self._values.get(key)) if key else None
-            widgets = [] if self.form is None else list(self.form.widgets.values())
+            widgets = [] if self.form is None else self.form.controls
             for widget in widgets:
                 widget.param.update(sizing_mode="fixed", width=150, margin=(8, 4, 4, 8))
             self._parameters.objects = widgets

@@ -104,7 +104,7 @@ class SlotForm:
     def _build(self) -> None:
         cls = self.classes.get(self.key)
         self.form = None if cls is None else MethodForm(cls, self._changed, self._values.get(cls.key))
-        self._grid.objects = [] if self.form is None else list(self.form.widgets.values())
+        self._grid.objects = [] if self.form is None else self.form.controls
         self._grid.visible = bool(self._grid.objects)
         self._about.object = "" if cls is None else f"<div>{_description(cls)}</div>"
         self._about.visible = cls is not None
@@ -120,15 +120,17 @@ def _grouped(classes: list[type[Method]]) -> dict[str, dict[str, str]]:
 
 
 def _description(cls: type[Method]) -> str:
-    """What a method does, as markup, with a link to its paper."""
-    summary = in_markup(f"{cls.summary()}.")
-    if cls.paper is None:
-        return summary
-    authors = in_markup(cls.paper.authors)
-    if not cls.paper.arxiv:
-        return f"{summary} {authors}"
-    link = f"https://arxiv.org/abs/{quote(cls.paper.arxiv)}"
-    return f'{summary} <a href="{link}" target="_blank" rel="noopener" style="color: inherit">{authors}</a>'
+    """What a method does and how true it is to its paper, as markup, with a link to that."""
+    parts = [in_markup(f"{cls.summary()}.")]
+    if cls.paper is not None:
+        authors = in_markup(cls.paper.authors)
+        link = f"https://arxiv.org/abs/{quote(cls.paper.arxiv)}" if cls.paper.arxiv else ""
+        style = "color: inherit"
+        parts += [f'<a href="{link}" target="_blank" rel="noopener" style="{style}">{authors}</a>' if link else authors]
+    if cls.fidelity is not None and cls.fidelity.standing != "baseline":
+        standing, how = in_markup(cls.fidelity.standing.capitalize()), in_markup(cls.fidelity.how)
+        parts += [f"<br><b>{standing}</b>{f': {how}' if how else ''}."]
+    return " ".join(parts)
 
 
 class RecipeForm:

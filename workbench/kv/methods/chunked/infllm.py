@@ -40,6 +40,7 @@ class InfLLM(KVMethod):
     )
     claim = "models trained on a few thousand tokens read 1,024K tokens without training"
     default_budget = 0.25
+    own_stores = True
 
     sinks: int = param(16, ge=0, le=256, unit="tokens", help="tokens at the beginning that every query sees")
     block: int = param(32, ge=1, le=512, unit="tokens", help="tokens that go to host memory, and come back, together")

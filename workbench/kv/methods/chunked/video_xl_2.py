@@ -42,6 +42,7 @@ class VideoXL2(KVMethod):
     )
     claim = "over 10,000 frames on one 80 GB card"
     default_budget = 0.5
+    own_stores = True
 
     chunk: int = param(64, ge=2, le=4096, unit="tokens", help="tokens that are read, and later fetched, together")
     marks: int = param(4, ge=1, le=64, unit="tokens", help="first tokens of a chunk, which all later ones see")

@@ -40,6 +40,7 @@ class FireQ(KVMethod):
         "2505.20839",
     )
     claim = "1.68 times faster feed-forward and 1.26 times faster prefill than QServe, with INT4 weights and cache"
+    of_entries = True
 
     bits: Literal["auto", 4, 8] = param("auto", help="bits of each number, or the most that fit into the budget")
     group: int = param(128, ge=4, le=256, unit="channels", help="how many numbers of a token share a scale")

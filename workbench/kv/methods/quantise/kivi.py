@@ -34,6 +34,7 @@ class KIVI(KVMethod):
     title = "KIVI"
     paper = Paper("KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", "Liu et al. 2024", "2402.02750")
     claim = "2 bits with almost the same quality, 2.6 times less peak memory"
+    of_entries = True
 
     bits: Literal["auto", 2, 4, 8] = param("auto", help="bits of each number, or the most that fit into the budget")
     group: int = param(32, ge=4, le=256, unit="numbers", help="how many numbers share a scale and a zero")

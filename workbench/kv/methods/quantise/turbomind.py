@@ -39,6 +39,7 @@ class TurboMind(KVMethod):
         "Efficient Mixed-Precision Large Language Model Inference with TurboMind", "Zhang et al. 2025", "2508.15601"
     )
     claim = "up to 61 % lower latency than other mixed-precision frameworks"
+    of_entries = True
 
     key_bits: Literal["auto", 2, 4, 8, 16] = param("auto", help="bits of the keys, or the most that fit the budget")
     value_bits: Literal["auto", 2, 4, 8, 16] = param("auto", help="bits of the values, or the most that fit the budget")

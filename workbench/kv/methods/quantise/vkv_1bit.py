@@ -1,15 +1,16 @@
-"""From 16-bit to 1-bit."""
+"""CalibQuant, once called From 16-bit to 1-bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
+from workbench.core.bisection import largest
 from workbench.kv.base import KVMethod
-from workbench.kv.fitting import first_fitting
-from workbench.kv.stores.format import DenseFormat, Format, Shape
-from workbench.kv.stores.one_bit import OneBitFormat
+from workbench.kv.stores.calibrated import CalibratedFormat
+from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
 from workbench.registry import Paper, param, register
 
 
@@ -17,28 +18,27 @@ from workbench.registry import Paper, param, register
 class VisualKV1Bit(KVMethod):
     """Keep every token, but those of one stretch, such as an image, at one bit a number.
 
-    Group-specific: every channel of a KV head has its own two values for each `group` of consecutive tokens, keys and
-    values alike. Quantile-based: these are the channel's quantiles `quantile` and 1 - quantile in the group, not its
-    extremes, which few numbers come near; each number becomes the nearer one. Text, and every token of the answer,
-    stays exact. The paper's abstract names both ideas but we know of no published defaults: 32 tokens and the quantile
-    0.2, which is near the best pair for normally distributed numbers, are ours.
+    Every channel of a KV head has one scale and one zero for the whole stretch, so that nothing but the bits grows with
+    it. Calibration, as in the authors' code: the two levels are not the channel's extremes, which few numbers come
+    near, but `key_share` or `value_share` of them; and because levels that far apart make the largest scores too large,
+    the scores of the stretch are drawn together for each query, so that their maximum falls by `drop` and their minimum
+    stays. The prompt is read exactly; text, and every token of the answer, stays as it is.
 
     The stretch is `length` tokens from position `start` on (counted among the tokens kept, where another method drops
-    some). Without a length it is all but the newest `recent` tokens; with a budget then as few as it asks for, counted
-    from `start`.
+    some). Chosen here: without a length it is all but the newest `recent` tokens; with a budget then as few as it asks
+    for, counted from `start`. Scores that span less than `drop` all fall to their minimum, where the code's formula
+    would turn their order round. A question of several tokens is read with lowered scores too, each for itself.
     """
 
     key = "vkv-1bit"
-    title = "From 16-bit to 1-bit"
-    paper = Paper(
-        "From 16-Bit to 1-Bit: Visual KV Cache Quantization for Memory-Efficient Multimodal Large Language Models",
-        "Zhang et al. 2025",
-        "2502.14882",
-    )
+    title = "CalibQuant"
+    paper = Paper("CalibQuant: 1-Bit KV Cache Quantization for Multimodal LLMs", "Han, Zhang et al. 2025", "2502.14882")
     claim = "16 times smaller on visual tokens"
 
-    group: int = param(32, ge=8, le=1024, unit="tokens", help="how many numbers of a channel share their two values")
-    quantile: float = param(0.2, ge=0, lt=0.5, help="where the two values lie; 0 is the smallest and the largest")
+    bits: Literal[1, 2, 4, 8] = param(1, help="bits of each number in the stretch")
+    key_share: float = param(0.5, gt=0, le=1, help="part of a channel's range over which the levels of keys reach")
+    value_share: float = param(0.3, gt=0, le=1, help="the same for values")
+    drop: float = param(3.0, ge=0, le=100, help="by how much the largest score in the stretch falls")
     start: int = param(0, ge=0, le=2**20, unit="tokens", help="first token of the stretch")
     length: int = param(0, ge=0, le=2**20, unit="tokens", help="tokens in the stretch; 0: all but the newest")
     recent: int = param(32, ge=0, le=4096, unit="tokens", help="newest tokens that stay exact where no length is set")
@@ -48,12 +48,17 @@ class VisualKV1Bit(KVMethod):
             return self._format(dtype, recent=0)
         if limit is None:
             return self._format(dtype, self.recent)
-        return first_fitting(self._formats(dtype, max(shape.tokens for shape in shapes)), shapes, limit)
+        everything = torch.tensor([[shape.tokens] * shape.kv_heads for shape in shapes])
 
-    def _formats(self, dtype: torch.dtype, tokens: int) -> Iterator[Format]:
-        yield DenseFormat(dtype)
-        for quantised in range(self.group, tokens - self.start + 1, self.group):
-            yield self._format(dtype, tokens - self.start - quantised)
+        def nbytes(recent: int) -> int:
+            return stored_nbytes(self._format(dtype, recent), shapes, everything)
+
+        most = max(shape.tokens for shape in shapes) - self.start
+        recent = largest(lambda recent: nbytes(recent) <= limit, 0, most)
+        full = sum(shape.full_nbytes for shape in shapes)
+        # In a stretch of a few tokens the levels take more than the bits save.
+        return DenseFormat(dtype) if full <= max(limit, nbytes(recent)) else self._format(dtype, recent)
 
     def _format(self, dtype: torch.dtype, recent: int) -> Format:
-        return OneBitFormat(dtype, self.group, self.quantile, self.start, self.length or None, recent)
+        shares = self.key_share, self.value_share
+        return CalibratedFormat(dtype, self.bits, *shares, self.drop, self.start, self.length or None, recent)

@@ -34,6 +34,7 @@ class Mustafar(KVMethod):
         "2505.22913",
     )
     claim = "70 % of the numbers pruned, the cache at 45 %, 2.23 times the throughput"
+    of_entries = True
 
     sparsity: Literal["auto", 30, 40, 50, 60, 70, 80, 90] = param(
         "auto", unit="%", help="share of a token's numbers that go, or as few as the budget asks for"

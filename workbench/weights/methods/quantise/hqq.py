@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from workbench.errors import MissingExtra, NotApplicable
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
@@ -23,7 +23,8 @@ class HQQ(WeightMethod):
 
     Each group of `group_size` neighbouring input columns has a scale and a zero point. Half-quadratic splitting moves
     the zero point so that an l_p norm of the rounding error with p < 1 shrinks: outliers weigh less than in a
-    least-squares fit. The work is done by the hqq library (extra `weights`); scales and zeros are kept at 16 bits.
+    least-squares fit. The work is done by the hqq library (extra `weights`), at every width that it has but 1.58.
+    Codes are packed at just these bits (the library holds 3, 5 and 6 in wider fields), scales and zeros at 16.
     """
 
     key = "hqq"
@@ -33,7 +34,10 @@ class HQQ(WeightMethod):
     )
     claim = "quality of calibrated 4-bit methods without calibration, quantised over 50 times faster"
 
-    bits: Literal[4, 8] = param(4, help="bits of each weight")
+    fidelity = Fidelity("as published")
+    presets = (Preset("library", "hqq 0.2.8, hqq/core/quantize.py, hqq_base_quant_config", bits=4, group_size=64),)
+
+    bits: Literal[1, 2, 3, 4, 5, 6, 8] = param(4, help="bits of each weight")
     group_size: int = param(
         64, ge=8, le=1024, multiple_of=8, unit="columns", help="how many columns share a scale and a zero"
     )
