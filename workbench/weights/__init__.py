@@ -22,6 +22,7 @@ from workbench.weights.methods.low_rank.flashsvd import FlashSVD
 from workbench.weights.methods.low_rank.fwsvd import FWSVD
 from workbench.weights.methods.low_rank.greenformers import Greenformers
 from workbench.weights.methods.low_rank.svd import SVD
+from workbench.weights.methods.low_rank.svd_llm import SVDLLM
 from workbench.weights.methods.prune.magnitude import Magnitude
 from workbench.weights.methods.prune.sparsegpt import SparseGPT
 from workbench.weights.methods.prune.wanda import Wanda
@@ -61,6 +62,7 @@ __all__ = [
     "PBLLM",
     "RTN",
     "SVD",
+    "SVDLLM",
     "UDFC",
     "VPTQ",
     "AbsMax",
