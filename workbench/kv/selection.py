@@ -109,6 +109,11 @@ def _fit(
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
     elif stages.retrieve is not None:
         form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
+    if form.needs_all and storing is not None:
+        raise BadRecipe(
+            f"{storing.key} needs the same tokens of several layers, of which {selecting.key} drops some: use one of "
+            "the two"
+        )
     if form.keeps_rest and storing is not None and stages.merge is not None:
         raise BadRecipe(
             f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
