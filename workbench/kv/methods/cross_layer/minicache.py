@@ -8,7 +8,7 @@ import torch
 
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.fitting import first_fitting
-from workbench.kv.stores.format import DenseFormat, Format, Shape
+from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.merged_layers import MergedLayersFormat
 from workbench.registry import Fidelity, Paper, Preset, param, register
 
@@ -55,6 +55,11 @@ class MiniCache(KVMethod):
 
     def layout(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         pairs = pairs_of(shapes)
+        every = torch.tensor([[shape.tokens] * shape.kv_heads for shape in shapes])
+        if stored_nbytes(self._merging(dtype, pairs), shapes, every) >= stored_nbytes(
+            DenseFormat(dtype), shapes, every
+        ):
+            return DenseFormat(dtype)  # so few tokens that those retained cost more than the others save
         if limit is None:
             start = int(self.start * len(study.trace.layers))
             return self._merging(dtype, [pair for pair in pairs if pair[0] >= start])
