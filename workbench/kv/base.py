@@ -5,7 +5,8 @@
     merge      what of the dropped positions goes into kept ones
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
-    evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
+    evict      who leaves while decoding when a new token needs room: by an eviction state kept beside the entries, or
+               by the recipe's scores of what is held then (`rescores`)
     place      at which positions entries stand when they are attended to: their true ones, or closed up
     read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
                what it leaves is stored
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+    from workbench.kv.held import HeldLayer
     from workbench.kv.stores import Store
     from workbench.kv.stores.offload import Index
 
@@ -46,7 +48,7 @@ _METHODS_OF = {
     "merge": ("merge",),
     "store": ("store", "layout"),
     "retrieve": ("retrieve",),
-    "evict": ("evict",),
+    "evict": ("evict", "rescore", "leaving_at_once"),
     "place": ("closes_up",),
     "read": ("read",),
 }
@@ -113,6 +115,7 @@ class KVMethod(Method):
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    rescores: ClassVar[bool] = False  # evicts by scores of what is held, the recipe's, and not by an eviction state
     own_stores: ClassVar[bool] = False  # what it has read lies in stores of its own kind, which no other can replace
     of_entries: ClassVar[bool] = False  # its `store` needs entries alone: it can hold what a reading method leaves
     contributed: ClassVar[frozenset[str]] = frozenset()  # the stages that the class's own body defines
@@ -201,6 +204,23 @@ class KVMethod(Method):
         raise NotImplementedError
 
     @property
+    def observes(self) -> int:
+        """How many of the last queries are held beside the entries while decoding, for a method that `rescores`; they
+        count in its budget.
+        """
+        return 0
+
+    def leaving_at_once(self, entries: int, room: int) -> int:
+        """How many entries of each head leave when its shortest holds `entries` and so many new tokens need room; asked
+        of methods that `rescores` before every pass, where room is 0 or less if there is enough.
+        """
+        return max(room, 0)
+
+    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Tensor:
+        """Importance of each entry held, float [k, m], by which the lowest leave; `scorer` is the recipe's."""
+        return scorer.score(held)
+
+    @property
     def evicts_while_decoding(self) -> bool:
         """Whether a method that has the stage `evict` uses it; one with a parameter for that says so here."""
         return True
@@ -262,14 +282,16 @@ class Stages:
                     f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a "
                     "method that does, for instance snapkv"
                 )
-        if stages.evict is not None and stages.evict is not stages.score:
+        if stages.evict is not None and stages.evict.rescores:
+            cls._check_rescoring(stages.evict, stages)
+        elif stages.evict is not None and stages.evict is not stages.score:
             # Evicting while decoding continues the score it began with; a borrowed one goes with its scorer.
             if stages.evict.contributes("evict"):
                 scorer = stages.score.key if stages.score else "nothing"
                 raise BadRecipe(f"{stages.evict.key} evicts while decoding by its own scores, but {scorer} scores here")
             stages = cls(**{**chosen, "evict": None})
         keeping = stages.store or stages.retrieve
-        if stages.evict is not None and keeping is not None:
+        if stages.evict is not None and keeping is not None and not (stages.evict.rescores and stages.store):
             raise BadRecipe(
                 f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
                 f"use {stages.evict.key} with decode=False"
@@ -285,6 +307,25 @@ class Stages:
                     f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
                 )
         return stages
+
+    @staticmethod
+    def _check_rescoring(evicting: KVMethod, stages: Stages) -> None:
+        """Raise BadRecipe where what is held cannot be scored anew while decoding."""
+        scorer = stages.score
+        if scorer is None:
+            raise BadRecipe(
+                f"{evicting.key} scores what is held anew while decoding, but nothing here scores: add snapkv"
+            )
+        if type(scorer).score is KVMethod.score and not evicting.contributes("score"):
+            raise BadRecipe(
+                f"{evicting.key} scores each layer anew while decoding, but {scorer.key} scores all layers of a "
+                "reading together; use another scorer"
+            )
+        for other, does in ((stages.place, "closes positions up"), (stages.retrieve, "moves entries to host memory")):
+            if other is not None:
+                raise BadRecipe(
+                    f"{evicting.key} scores entries by where they stand, but {other.key} {does}: leave one out"
+                )
 
     @classmethod
     def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:
