@@ -180,7 +180,7 @@ class ObservedStore(Store):
         leaving = evicting.leaving_at_once(fewest, room)
         if leaving <= 0:
             return
-        if leaving >= fewest:
+        if leaving > fewest:
             raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
         held = self.inner.contents(self.queries.dtype)
         kept = self.asked >= 0
