@@ -5,6 +5,7 @@
     merge      what of the dropped positions goes into kept ones
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
+    select     what of the device's entries each new token attends to, where that is not everything
     evict      who leaves while decoding when a new token needs room: by an eviction state kept beside the entries, or
                by the recipe's scores of what is held then (`rescores`)
     place      at which positions entries stand when they are attended to: their true ones, or closed up
@@ -28,6 +29,7 @@ from torch import Tensor
 from workbench.core.memo import Memo
 from workbench.errors import BadRecipe, NotApplicable
 from workbench.kv.ranking import Ranking
+from workbench.kv.refusals import contradictions
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.progress import Progress
 from workbench.registry import Family, Method
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from workbench.kv.held import HeldLayer
     from workbench.kv.stores import Store
     from workbench.kv.stores.offload import Index
+    from workbench.kv.stores.selected import Selection
 
 # The stages, and the methods of a class any of which supplies one.
 _METHODS_OF = {
@@ -48,6 +51,7 @@ _METHODS_OF = {
     "merge": ("merge",),
     "store": ("store", "layout"),
     "retrieve": ("retrieve",),
+    "select": ("select",),
     "evict": ("evict", "rescore", "leaving_at_once"),
     "place": ("closes_up",),
     "read": ("read",),
@@ -181,6 +185,13 @@ class KVMethod(Method):
         """
         raise NotImplementedError
 
+    def select(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape]) -> Selection:
+        """What of all that is held on the device a new token attends to, chosen by its query; `dtype` is the cache's.
+
+        Nothing is saved so, and what is held to choose by comes on top of the entries.
+        """
+        raise NotImplementedError
+
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         """Read the prompt so that the caches never outgrow `prefill.limit` bytes, and return what is left of it."""
         raise NotImplementedError
@@ -232,6 +243,11 @@ class KVMethod(Method):
         """
         return False
 
+    @property
+    def scores_by_layer(self) -> bool:
+        """Whether `score` alone says what a layer's entries are worth."""
+        return type(self).score is not KVMethod.score
+
     @classmethod
     def contributes(cls, stage: str) -> bool:
         """Whether the stage is this class's own."""
@@ -253,6 +269,7 @@ class Stages:
     merge: KVMethod | None = None
     store: KVMethod | None = None
     retrieve: KVMethod | None = None
+    select: KVMethod | None = None
     evict: KVMethod | None = None
     place: KVMethod | None = None
     read: KVMethod | None = None
@@ -264,68 +281,16 @@ class Stages:
         stages = cls(**chosen)
         if stages.read is not None:
             return cls._reading(stages.read, [method for method in methods if method is not stages.read])
-        if stages.retrieve is not None:
-            for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
-                if other is not None:
-                    raise BadRecipe(
-                        f"{stages.retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use "
-                        "one of the two"
-                    )
-        if stages.place is not None and stages.retrieve is not None:
-            raise BadRecipe(
-                f"{stages.retrieve.key} finds entries by where they stand in the text, but {stages.place.key} closes "
-                f"them up: use {stages.place.key} with true positions"
-            )
-        for lost in (stages.allocate, stages.merge):
-            if lost is not None and stages.score is None:
-                raise BadRecipe(
-                    f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a "
-                    "method that does, for instance snapkv"
-                )
-        if stages.evict is not None and stages.evict.rescores:
-            cls._check_rescoring(stages.evict, stages)
-        elif stages.evict is not None and stages.evict is not stages.score:
-            # Evicting while decoding continues the score it began with; a borrowed one goes with its scorer.
-            if stages.evict.contributes("evict"):
-                scorer = stages.score.key if stages.score else "nothing"
-                raise BadRecipe(f"{stages.evict.key} evicts while decoding by its own scores, but {scorer} scores here")
-            stages = cls(**{**chosen, "evict": None})
-        keeping = stages.store or stages.retrieve
-        if stages.evict is not None and keeping is not None and not (stages.evict.rescores and stages.store):
-            raise BadRecipe(
-                f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
-                f"use {stages.evict.key} with decode=False"
-            )
-        if stages.evict and stages.evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
-            raise BadRecipe(
-                f"{stages.evict.key} evicts the same positions from all heads of a layer, to which "
-                f"{stages.allocate.key} gives different lengths; use {stages.evict.key} with decode=False"
-            )
+        if stages.evict is not None and stages.evict is not stages.score and not stages.evict.contributes("evict"):
+            stages = cls(**{**chosen, "evict": None})  # a borrowed one goes with its scorer, whose score it continues
+        for contradiction in contradictions(stages):
+            raise BadRecipe(contradiction)
         for method in methods if len(methods) > 1 else ():
             if not any(getattr(stages, stage) is method for stage in STAGES):
                 raise BadRecipe(
                     f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
                 )
         return stages
-
-    @staticmethod
-    def _check_rescoring(evicting: KVMethod, stages: Stages) -> None:
-        """Raise BadRecipe where what is held cannot be scored anew while decoding."""
-        scorer = stages.score
-        if scorer is None:
-            raise BadRecipe(
-                f"{evicting.key} scores what is held anew while decoding, but nothing here scores: add snapkv"
-            )
-        if type(scorer).score is KVMethod.score and not evicting.contributes("score"):
-            raise BadRecipe(
-                f"{evicting.key} scores each layer anew while decoding, but {scorer.key} scores all layers of a "
-                "reading together; use another scorer"
-            )
-        for other, does in ((stages.place, "closes positions up"), (stages.retrieve, "moves entries to host memory")):
-            if other is not None:
-                raise BadRecipe(
-                    f"{evicting.key} scores entries by where they stand, but {other.key} {does}: leave one out"
-                )
 
     @classmethod
     def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:

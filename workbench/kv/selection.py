@@ -17,6 +17,7 @@ from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
 from workbench.kv.rescoring import observing
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
+from workbench.kv.stores.selected import SelectingFormat
 
 
 def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budget: Budget | None = None) -> Plan:
@@ -87,7 +88,8 @@ def _fit(
     selecting = stages.score
     storing = stages.store
     observed = observing(study, stages, dtype)
-    dense = observed(DenseFormat(dtype, state=stages.evict.state_width if stages.evict else 0))
+    state = stages.evict.state_width if stages.evict else 0
+    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state)))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -96,7 +98,7 @@ def _fit(
     form = dense
     if selecting is None:
         if storing is not None:
-            form = storing.layout(study, dtype, shapes, room)
+            form = _stored(stages, study, dtype, shapes, room)
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
@@ -106,7 +108,7 @@ def _fit(
     ranking = rank(study, selecting).beside(_importance(study, allocating, selecting))
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
-        form = storing.layout(study, dtype, shapes, room if storing is selecting else None)
+        form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
         _check_stored(form, storing, stages)
         form = observed(form)
     elif stages.retrieve is not None:
@@ -139,9 +141,33 @@ def _fit(
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
-        form = observed(storing.layout(study, dtype, chosen, room - beside))
+        form = observed(_stored(stages, study, dtype, chosen, room - beside))
         _check(measured(form)(entries), room, full, fixed, label)
     return form, selection(entries)
+
+
+def _attended(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], stored: Format) -> Format:
+    """The format together with what queries select by, where they do."""
+    return stored if stages.select is None else SelectingFormat(stored, stages.select.select(study, dtype, shapes))
+
+
+def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], room: int | None) -> Format:
+    """The format of the recipe's storage method within `room` bytes, what queries select by included."""
+    storing, selecting = stages.store, stages.select
+    assert storing is not None
+    if selecting is None:
+        return storing.layout(study, dtype, shapes, room)
+    selection = selecting.select(study, dtype, shapes)
+    if room is not None:
+        every = (torch.full((1, shape.kv_heads), shape.tokens) for shape in shapes)
+        room -= sum(selection.nbytes(shape, held) for shape, held in zip(shapes, every, strict=True))
+    form = storing.layout(study, dtype, shapes, room)
+    if form.attends_itself:
+        raise BadRecipe(
+            f"{selecting.key} selects what is attended to, but the store of {storing.key} attends in its own way: use "
+            "one of the two"
+        )
+    return SelectingFormat(form, selection)
 
 
 def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
