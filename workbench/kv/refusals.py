@@ -24,8 +24,8 @@ def _in_host_memory(stages: Stages) -> Iterator[str]:
     retrieve, place = stages.retrieve, stages.place
     if stages.select is not None and retrieve is not None:
         yield (
-            f"{stages.select.key} selects among what is on the device, {retrieve.key} fetches from host memory: use one "
-            "of the two"
+            f"{stages.select.key} selects among what is on the device, {retrieve.key} fetches from host memory: use "
+            "one of the two"
         )
     for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
         if retrieve is not None and other is not None:
@@ -44,8 +44,8 @@ def _without_scores(stages: Stages) -> Iterator[str]:
     for lost in (stages.allocate, stages.merge):
         if lost is not None and stages.score is None:
             yield (
-                f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a method "
-                "that does, for instance snapkv"
+                f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a "
+                "method that does, for instance snapkv"
             )
 
 
@@ -60,8 +60,8 @@ def _evicting(stages: Stages) -> Iterator[str]:
     keeping = stages.store or stages.retrieve
     if keeping is not None:
         yield (
-            f"{evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; use {evict.key} "
-            "with decode=False"
+            f"{evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; use "
+            f"{evict.key} with decode=False"
         )
     if evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
         yield (
