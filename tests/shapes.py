@@ -35,6 +35,7 @@ from workbench.core.partial_softmax import PartialSoftmax
 from workbench.core.rope import Rotation
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+from workbench.kv.held import HeldLayer
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import Dequantised, Store
@@ -114,6 +115,8 @@ class OfKVMethod:
 
     def evict(self, state: State, positions: Int[Tensor, "k m"], room: int) -> Int64[Tensor, "k leaving"]: ...
 
+    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
+
 
 class OfRanking:
     def __init__(self, scores: Float[Tensor, "l k n"]) -> None: ...
@@ -178,7 +181,7 @@ class OfLayerTrace:
         index: int,
         keys_held: Float[Tensor, "k n d"],
         values_held: Float[Tensor, "k n dv"],
-        queries_held: Float[Tensor, "h n d"],
+        queries_held: Float[Tensor, "h asked d"],  # n, but of what is held only the last
         device: torch.device,
         scoring: Scoring,
         *rest: Any,
