@@ -79,6 +79,8 @@ class Decoder:
             positions = torch.arange(self.position, self.position + ids.numel())
         size = self._at_once(ids.numel())
         for part, self._positions in zip(ids.split(size), positions.split(size), strict=True):
+            for store in self.stores:
+                store.reads(part, self._positions)
             if measure:
                 rows.append(self._measured(part, logits))
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class CalibratedFormat(Format):
     start: int
     length: int | None
     recent: int
+    attends_itself: ClassVar[bool] = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
