@@ -14,10 +14,12 @@ from workbench.testing import Subjects, check_promise, promises
 
 SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
     "evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
     "cospadi": {"rounds": 2},
 }
 OTHERWISE: list[tuple[str, dict[str, Any]]] = [  # parameters that take another way through a method
-    ("svd", {"metric": "outputs"}),
+    ("svd-llm", {"update": True}),
+    ("flashsvd", {"metric": "outputs"}),
     ("greenformers", {"solver": "snmf", "iterations": 3}),
     ("easyquant", {"symmetric": False, "bits": 3}),
     ("vptq", {"index_bits": 6, "residual_bits": 4, "vector_length": 3, "rounds": 3}),

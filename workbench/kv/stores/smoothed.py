@@ -160,6 +160,7 @@ class SmoothedFormat(Format):
     outliers: int
     fp8_query: bool
     scales: torch.dtype = torch.bfloat16
+    attends_itself = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
