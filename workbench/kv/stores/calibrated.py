@@ -30,6 +30,8 @@ class CalibratedFormat(Format):
     drop: by how much the largest score of the stretch falls (see `lowered`).
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     bits: int
     key_share: float
