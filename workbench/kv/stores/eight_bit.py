@@ -36,7 +36,6 @@ class EightBitOffloadFormat(Format):
     recent: int = 32
 
     tiers = (NAME, "host")
-    attends_itself = True
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         split = (selected < shape.tokens).any(dim=1)

@@ -191,7 +191,6 @@ class MixedFormat(Format):
     group: int
     balance: bool = False
     recent: float = 0.5
-    attends_itself = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -31,7 +31,6 @@ class HostValuesFormat(Format):
     fetch: int
     sinks: int = 4
     recent: int = 32
-    attends_itself = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -92,7 +92,6 @@ class OffloadFormat(Format):
     index: Index
     sinks: int = 4
     recent: int = 32
-    attends_itself = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

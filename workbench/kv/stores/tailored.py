@@ -34,7 +34,6 @@ class TailoredFormat(Format):
     index: Index
     sinks: int
     by_layer = True
-    attends_itself = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
