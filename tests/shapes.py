@@ -370,6 +370,16 @@ class OfAttentionMethod:
         **options: Any,
     ) -> Float[Tensor, "h n dv"]: ...
 
+    @in_dtype_of("query")
+    def learn(
+        self,
+        query: Float[Tensor, "h n d"],
+        key: Float[Tensor, "k n d"],
+        value: Float[Tensor, "k n dv"],
+        *rest: Any,
+        **options: Any,
+    ) -> Float[Tensor, "h n dv"]: ...
+
     def begin(self, layer: LayerTrace, context: PassContext) -> None: ...
 
     @in_dtype_of("query")
@@ -394,6 +404,10 @@ class OfVisibleScores:
 
 
 class OfOperator:
+    def prepared(
+        self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float
+    ) -> Callable[[int, int], Tensor]: ...
+
     def rows(
         self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float, first: int, stop: int
     ) -> Float32[Tensor, "h {stop-first} {stop}"]: ...
