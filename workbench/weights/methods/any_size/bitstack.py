@@ -71,8 +71,8 @@ class BitStack(WeightMethod):
     order: Literal["error", "perplexity"] = param(
         "error",
         help="which layer gets its next block first",
-        own="perplexity reads texts once for each block: 240 seconds, not 5, of workbench-tiny on a CPU. Divergence there "
-        "at budgets of 0.4, 0.3 and 0.2: 0.20, 0.29 and 0.73; by errors 0.20, 0.32 and 0.77",
+        own="perplexity reads texts once for each block: 240 seconds of workbench-tiny on a CPU, not 5. Divergence "
+        "there at 0.4, 0.3 and 0.2: 0.20, 0.29 and 0.73; by errors 0.20, 0.32 and 0.77",
     )
     texts: int = param(
         4,
