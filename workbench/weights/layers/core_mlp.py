@@ -41,7 +41,7 @@ def chosen_set(counts: Tensor, count: int) -> Tensor:
 class Groups(nn.Module):
     """The core neurons of groups of texts that are alike.
 
-    neurons: int64 [c, count], of each group, in this MLP. centres: float32 [c, i], the groups' mean sets of core
+    neurons: int32 [c, count], of each group, in this MLP. centres: float32 [c, i], the groups' mean sets of core
     neurons, in the one MLP that judges which group a text is of; None in the others.
     """
 
@@ -49,6 +49,11 @@ class Groups(nn.Module):
         super().__init__()
         self.register_buffer("neurons", neurons)
         self.register_buffer("centres", centres)
+
+    def of(self, group: Tensor) -> Tensor:
+        """The core neurons of this group int64 [], ascending."""
+        assert isinstance(self.neurons, Tensor)
+        return self.neurons[group].long()
 
     def judged(self, counts: Tensor) -> Tensor:
         """Which group these votes [i] are nearest to, int64 []."""
@@ -90,7 +95,7 @@ class CoreMLP(nn.Module):
         known = votes_key if self.groups is None else _GROUP
         if memory is not None and x.shape[-2] == 1 and known in memory:
             if core_key not in memory:
-                kept = self._most(memory[votes_key]) if self.groups is None else self.groups.neurons[memory[_GROUP]]
+                kept = self._most(memory[votes_key]) if self.groups is None else self.groups.of(memory[_GROUP])
                 memory[core_key] = self._core(kept, x.dtype)
             gate, up, down, gate_bias, up_bias = memory[core_key]
             inside = self.act_fn(linear(x, gate, gate_bias)) * linear(x, up, up_bias)

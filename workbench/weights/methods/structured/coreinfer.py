@@ -59,7 +59,8 @@ class CoreInfer(StructuredPruner):
             share=0.4, token_share=0.2, first=0.1875, last=0.15625, prediction="stability", groups=4,
         ),
         Preset(
-            "similarity", "wangqinsi1/CoreInfer, cluster.py, 38de332", prediction="similarity", share=0.4, token_share=0.4
+            "similarity", "wangqinsi1/CoreInfer, cluster.py, 38de332",
+            prediction="similarity", share=0.4, token_share=0.4,
         ),
     )  # fmt: skip
     default_budget: ClassVar[float | None] = None
@@ -75,15 +76,28 @@ class CoreInfer(StructuredPruner):
 
     def survey(self, model: nn.Module) -> WithinBudget:
         survey = super().survey(model)
-        return replace(survey, least=survey.whole)
+        whole = survey.whole + self._groups_nbytes(self.prunable_modules(model, tuple(survey.linears)))
+        return replace(survey, whole=whole, least=whole)
+
+    def _taken(self, modules: Sequence[PrunableModule]) -> Sequence[PrunableModule]:
+        """The modules that decode with core neurons."""
+        return modules[round(self.first * len(modules)) : len(modules) - round(self.last * len(modules))]
+
+    def _groups_nbytes(self, modules: Sequence[PrunableModule]) -> int:
+        """What is stored to know the groups by, at most."""
+        taken = self._taken(modules)
+        if self.prediction == "stability" or not taken:
+            return 0
+        neurons = sum(4 * max(int(self.share * module.width), 1) for module in taken)
+        return self.groups * (neurons + 4 * max(module.width for module in taken))
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        modules = self.prunable_modules(twin, tuple(linears))
-        taken = range(round(self.first * len(modules)), len(modules) - round(self.last * len(modules)))
-        modules = [modules[index] for index in taken]
-        alike = self._groups(modules, study, progress) if self.prediction == "similarity" else [None] * len(modules)
+        modules = self._taken(self.prunable_modules(twin, tuple(linears)))
+        alike: Sequence[Groups | None] = [None] * len(modules)
+        if self.prediction == "similarity" and modules:
+            alike = self._groups(modules, study, progress)
         for number, module in enumerate(progress.track(modules, f"compressing by {self.key}", len(modules))):
             original = twin.get_submodule(module.name)
             act = activation(original)
@@ -106,7 +120,7 @@ class CoreInfer(StructuredPruner):
         for index, counts in enumerate(found):
             total = torch.zeros(len(centres), counts.shape[1], device=counts.device).index_add_(0, member, counts)
             kept = max(int(self.share * counts.shape[1]), 1)
-            neurons = total.topk(kept, dim=1).indices.sort(dim=1).values
+            neurons = total.topk(kept, dim=1).indices.sort(dim=1).values.int()
             made.append(Groups(neurons, centres if index == at else None))
         return made
 
