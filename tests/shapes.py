@@ -41,6 +41,7 @@ from workbench.kv.stores import Dequantised, Store
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.offload import Index, Retriever
+from workbench.kv.stores.selected import Selection, Selector
 from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.attention import column_sums, row_entropy, sink_mass
 from workbench.measure.quality import output_error
@@ -100,6 +101,8 @@ class OfKVMethod:
     def layout(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format: ...
 
     def retrieve(self, study: Study, shapes: Sequence[Shape]) -> Index: ...
+
+    def select(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape]) -> Selection: ...
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult: ...
 
@@ -328,6 +331,24 @@ class OfRetriever:
     def clone(self) -> Retriever: ...
 
 
+class OfSelection:
+    def nbytes(self, shape: Shape, held: Int64[Tensor, "l {shape.kv_heads}"]) -> int: ...
+
+    def build(self, layer: LayerTrace, held: Bool[Tensor, "{layer.kv_heads} {layer.tokens}"]) -> Selector | None: ...
+
+
+class OfSelector:
+    def choose(
+        self, query: Float32[Tensor, "k g d"], order: Int64[Tensor, "k m"], seen: Bool[Tensor, "k m"]
+    ) -> Bool[Tensor, "k g m"]: ...
+
+    def append(self, keys: Float[Tensor, "k q d"]) -> None: ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+    def clone(self) -> Selector: ...
+
+
 # -- attention methods and operators
 
 
@@ -535,6 +556,8 @@ OF_CLASSES: dict[type, type] = {
     Format: OfFormat,
     Index: OfIndex,
     Retriever: OfRetriever,
+    Selection: OfSelection,
+    Selector: OfSelector,
     AttentionMethod: OfAttentionMethod,
     VisibleScores: OfVisibleScores,
     Operator: OfOperator,

@@ -42,6 +42,7 @@ from workbench.kv.methods.quantise.mikv import MiKV
 from workbench.kv.methods.quantise.turbomind import TurboMind
 from workbench.kv.methods.quantise.vkv_1bit import VisualKV1Bit
 from workbench.kv.methods.quantise.zipcache import ZipCache
+from workbench.kv.methods.select.quest import Quest
 from workbench.kv.methods.sparse.deltallm import DeltaLLM
 from workbench.kv.methods.sparse.mustafar import Mustafar
 from workbench.kv.methods.sparse.think import ThinK
@@ -80,6 +81,7 @@ __all__ = [
     "Mustafar",
     "PrefixKV",
     "PyramidKV",
+    "Quest",
     "RetrievalAttention",
     "ScaleKV",
     "SentenceKV",

@@ -5,6 +5,7 @@
     merge      what of the dropped positions goes into kept ones
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
+    select     what of the device's entries each new token attends to, where that is not everything
     evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
     place      at which positions entries stand when they are attended to: their true ones, or closed up
     read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
     from workbench.kv.stores import Store
     from workbench.kv.stores.offload import Index
+    from workbench.kv.stores.selected import Selection
 
 # The stages, and the methods of a class any of which supplies one.
 _METHODS_OF = {
@@ -46,6 +48,7 @@ _METHODS_OF = {
     "merge": ("merge",),
     "store": ("store", "layout"),
     "retrieve": ("retrieve",),
+    "select": ("select",),
     "evict": ("evict",),
     "place": ("closes_up",),
     "read": ("read",),
@@ -178,6 +181,13 @@ class KVMethod(Method):
         """
         raise NotImplementedError
 
+    def select(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape]) -> Selection:
+        """What of all that is held on the device a new token attends to, chosen by its query; `dtype` is the cache's.
+
+        Nothing is saved so, and what is held to choose by comes on top of the entries.
+        """
+        raise NotImplementedError
+
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         """Read the prompt so that the caches never outgrow `prefill.limit` bytes, and return what is left of it."""
         raise NotImplementedError
@@ -233,6 +243,7 @@ class Stages:
     merge: KVMethod | None = None
     store: KVMethod | None = None
     retrieve: KVMethod | None = None
+    select: KVMethod | None = None
     evict: KVMethod | None = None
     place: KVMethod | None = None
     read: KVMethod | None = None
@@ -244,6 +255,11 @@ class Stages:
         stages = cls(**chosen)
         if stages.read is not None:
             return cls._reading(stages.read, [method for method in methods if method is not stages.read])
+        if stages.select is not None and stages.retrieve is not None:
+            raise BadRecipe(
+                f"{stages.select.key} selects among what is on the device, {stages.retrieve.key} fetches from host "
+                "memory: use one of the two"
+            )
         if stages.retrieve is not None:
             for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
                 if other is not None:
@@ -273,6 +289,11 @@ class Stages:
             raise BadRecipe(
                 f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
                 f"use {stages.evict.key} with decode=False"
+            )
+        if stages.evict is not None and stages.select is not None:
+            raise BadRecipe(
+                f"{stages.evict.key} evicts while decoding what {stages.select.key} has summed up with others; use "
+                f"{stages.evict.key} with decode=False"
             )
         if stages.evict and stages.evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
             raise BadRecipe(

@@ -16,6 +16,7 @@ from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
+from workbench.kv.stores.selected import SelectingFormat
 
 
 def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budget: Budget | None = None) -> Plan:
@@ -85,7 +86,8 @@ def _fit(
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
-    dense = DenseFormat(dtype, state=stages.evict.state_width if stages.evict else 0)
+    state = stages.evict.state_width if stages.evict else 0
+    dense = _attended(stages, study, dtype, shapes, DenseFormat(dtype, state))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -94,7 +96,7 @@ def _fit(
     form: Format = dense
     if selecting is None:
         if storing is not None:
-            form = storing.layout(study, dtype, shapes, room)
+            form = _stored(stages, study, dtype, shapes, room)
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
@@ -104,7 +106,7 @@ def _fit(
     ranking = rank(study, selecting).beside(_importance(study, allocating, selecting))
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
-        form = storing.layout(study, dtype, shapes, room if storing is selecting else None)
+        form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
     elif stages.retrieve is not None:
         form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
     if form.keeps_rest and storing is not None and stages.merge is not None:
@@ -144,9 +146,33 @@ def _fit(
     if room is not None and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
-        form = storing.layout(study, dtype, chosen, room - entries * INDEX_BYTES)
+        form = _stored(stages, study, dtype, chosen, room - entries * INDEX_BYTES)
         _check(measured(form)(entries), room, full, fixed, label)
     return form, selection(entries)
+
+
+def _attended(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], stored: Format) -> Format:
+    """The format together with what queries select by, where they do."""
+    return stored if stages.select is None else SelectingFormat(stored, stages.select.select(study, dtype, shapes))
+
+
+def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], room: int | None) -> Format:
+    """The format of the recipe's storage method within `room` bytes, what queries select by included."""
+    storing, selecting = stages.store, stages.select
+    assert storing is not None
+    if selecting is None:
+        return storing.layout(study, dtype, shapes, room)
+    selection = selecting.select(study, dtype, shapes)
+    if room is not None:
+        every = (torch.full((1, shape.kv_heads), shape.tokens) for shape in shapes)
+        room -= sum(selection.nbytes(shape, held) for shape, held in zip(shapes, every, strict=True))
+    form = storing.layout(study, dtype, shapes, room)
+    if form.attends_itself:
+        raise BadRecipe(
+            f"{selecting.key} selects what is attended to, but the store of {storing.key} attends in its own way: use "
+            "one of the two"
+        )
+    return SelectingFormat(form, selection)
 
 
 def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:

@@ -105,8 +105,11 @@ class Decoder:
             out = self._by_method(layer, query, positions, scoring)
         # Who evicts by attention needs all its weights, whatever else is computed.
         if evictable is not None or not by_method:
+            counted = self._context.computed[layer]
             self._count_exact(store, query.shape[0], positions, scoring.window)
             exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
+            if (selected := store.holder.scores_computed) is not None:
+                self._context.computed[layer] = counted + selected
             out = out if by_method else exact
         if self.evicting is not None and evictable is not None and weights is not None:
             evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))

@@ -50,6 +50,7 @@ from workbench.weights.methods.structured.modegpt import MoDeGPT
 from workbench.weights.methods.structured.transact import TransAct
 from workbench.weights.methods.structured.udfc import UDFC
 from workbench.weights.methods.structured.ziplm import ZipLM
+from workbench.weights.methods.transform.quarot import QuaRot
 from workbench.weights.reports.product_times import recorded_times
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "MoDeGPT",
     "OSTQuant",
     "Odyssey",
+    "QuaRot",
     "SliMLLM",
     "SparseGPT",
     "TransAct",

@@ -49,7 +49,7 @@ class Format(ABC):
     """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
 
     by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
-    whether no attention but that of its stores will do, so that keys cannot be turned for it.
+    whether its stores attend in a way of their own: keys cannot be turned for them, nor what they attend to be chosen.
     """
 
     tiers: tuple[str, ...]

@@ -107,6 +107,10 @@ class Rows:
         """Each head's rows number `rows` [k, e], copied: [k, e, d]."""
         return self.data[self.slots()[:, :1] + rows]
 
+    def put(self, rows: Tensor, x: Tensor) -> None:
+        """Write x [k, e, d] over each head's rows number `rows` [k, e]."""
+        self.data[self.slots()[:, :1] + rows] = x.to(self.data.dtype)
+
     def slots(self) -> Tensor:
         """Where in the buffer each row lies, int64 [k, longest]; beyond a head's length, the place of some row."""
         steps = torch.arange(self.longest, device=self.data.device)

@@ -158,6 +158,7 @@ class SmoothedFormat(Format):
     group: int
     outliers: int
     fp8_query: bool
+    attends_itself = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -86,11 +86,17 @@ class Store(ABC):
 
     retrieves: ClassVar[bool] = False  # looks for what a query needs: how many scores it computes is its own affair
     moves_by_attention: ClassVar[bool] = False  # moves entries by the attention that they got
+    selects: ClassVar[bool] = False  # of what it holds, a token that comes alone attends to a part
 
     @property
     def attends_itself(self) -> bool:
         """Whether no attention but the store's own will do."""
-        return self.retrieves or self.moves_by_attention
+        return self.retrieves or self.moves_by_attention or self.selects
+
+    @property
+    def scores_computed(self) -> int | None:
+        """How many scores the last pass took, over all query heads, by a store that selected; None: all there are."""
+        return None
 
     @property
     def sliding_window(self) -> int | None:
