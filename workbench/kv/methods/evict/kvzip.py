@@ -57,11 +57,11 @@ class KVzip(GlobalHeads):
     positions, the piece and the pass's own tokens only, which makes the cost linear in the context, while what the
     model computes attends to the whole cache. Room is shared by one threshold over all layers and heads.
 
-    Chosen here: the first `sinks` positions always stay, in place of the paper's system prompt; the instruction closes
-    the open turn with the chat template where the prompt has one; passes stand at the positions after the prompt. A
-    session without a tokenizer has no words for an instruction: there each piece follows the last tokens of the one
-    before, and the model is left to continue. Costs about two readings of the prompt, once; any budget is then
-    immediate.
+    Chosen here: the instruction's words; the first `sinks` positions always stay, in place of the paper's system
+    prompt; the instruction closes the open turn with the chat template where the prompt has one; passes stand at the
+    positions after the prompt. A session without a tokenizer has no words for an instruction: there each piece follows
+    the last tokens of the one before, and the model is left to continue. Costs about two readings of the prompt, once;
+    any budget is then immediate.
     """
 
     key = "kvzip"
