@@ -73,7 +73,7 @@ class KVzip(GlobalHeads):
     fidelity = Fidelity("as published")
     presets = (
         Preset("code", "snu-mllab/KVzip, model/wrapper.py and attention/score.py, 5d84729", chunk=2000, heads="global"),
-        Preset("code, uniform", "snu-mllab/KVzip, attention/score.py, _threshold_uniform, 5d84729", heads="equal"),
+        Preset("uniform", "snu-mllab/KVzip, attention/score.py, _threshold_uniform, 5d84729", heads="equal"),
         Preset("kvpress", "NVIDIA/kvpress, presses/kvzip_press.py, 8bb29b9", sinks=4, heads="global"),
     )
     default_budget = 0.5
