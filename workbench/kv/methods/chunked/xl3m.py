@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.kv.asked import asked
 from workbench.kv.base import KVMethod
-from workbench.registry import Fidelity, Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
@@ -28,7 +28,10 @@ class XL3M(KVMethod):
     together in the order of the text and read once more, and that cache is what remains. No cache ever holds more than
     the key context, however long the text is.
 
-    Choices where the paper's text was not at hand: segments do not overlap; at least two fit into the room, and the
+    Segments overlap, so that what one cuts another has whole. The question is judged in its words alone: what a chat
+    template puts after them would ask for the first word of a reply, which the paper's questions do not.
+
+    Choices where the paper's text was not at hand: how far segments overlap; at least two fit into the room, and the
     last one that fits only in part gives its beginning; the first `sinks` tokens stand before every segment and stay,
     and so do the prompt's last `query` tokens, which stand for a question that is not known, as in the paper, where the
     question ends the prompt. Layers that slide need their whole last window, so it stays too. Segments alone are read
@@ -45,6 +48,7 @@ class XL3M(KVMethod):
     )
     claim = "a model of 4,096 positions reasons over 20 million tokens"
     fidelity = Fidelity("reconstructed from the abstract", "how long segments are, and how they overlap; sinks")
+    presets = (Preset("paper", "abstract: the question is a few tokens from the end of the text", template=False),)
     default_budget = 0.5
     question_aware = True
 
