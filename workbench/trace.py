@@ -86,6 +86,16 @@ class LayerTrace(Brief):
         return self.keys_held.shape[1]
 
     @property
+    def positions(self) -> Tensor:
+        """Where keys and values stand, int64 [k or 1, n], ascending."""
+        return torch.arange(self.tokens, device=self.device)[None]
+
+    @property
+    def end(self) -> int:
+        """Where the next token stands."""
+        return self.tokens
+
+    @property
     def kv_heads(self) -> int:
         return self.keys_held.shape[0]
 
