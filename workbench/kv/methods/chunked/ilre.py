@@ -66,8 +66,8 @@ class ILRe(KVMethod):
         le=1.0,
         unit="of the depth",
         help="where tokens are recalled; depends on the model",
-        own="found for each model: on smollm2-135m 0.6 loses 0.01 nats in half of the cache and finds 3 of 3 needles in "
-        "512 tokens, layer 3 of 32 loses 1.44 and finds 1",
+        own="found for each model: on smollm2-135m 0.6 loses 0.01 nats in half of the cache and finds 3 of 3 needles "
+        "in 512 tokens, layer 3 of 32 loses 1.44 and finds 1",
     )
     query: int = param(
         32,
