@@ -109,7 +109,7 @@ def _fit(
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
-        _check_stored(form, storing, stages)
+        _check_stored(form, storing, selecting, stages)
         form = observed(form)
     elif stages.retrieve is not None:
         form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
@@ -170,8 +170,13 @@ def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[S
     return SelectingFormat(form, selection)
 
 
-def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
+def _check_stored(form: Format, storing: KVMethod, selecting: KVMethod, stages: Stages) -> None:
     """Raise BadRecipe where other stages cannot do their work on what `storing` stores in this format."""
+    if form.needs_all:
+        raise BadRecipe(
+            f"{storing.key} needs the same tokens of several layers, of which {selecting.key} drops some: use one of "
+            "the two"
+        )
     rescores = stages.evict is not None and stages.evict.rescores
     for other in (stages.merge, stages.evict if rescores else None):
         if other is not None and form.keeps_rest:
