@@ -12,15 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import workbench as wb
-from tests.weights.support import RANDOM_IDS, drawn, logits, studied, with_study
+from tests.weights.support import RANDOM_IDS, drawn, layer_of, logits, studied, with_study
 from workbench.errors import BadBudget, BudgetTooSmall
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
+from workbench.progress import Progress
 from workbench.weights import RTN, BitStack, DoubleRounding, compressed
+from workbench.weights.calibration.step_losses import step_losses
 from workbench.weights.layers import BitBlock, BitBlocksLinear, PackedLinear, bit_block_nbytes, packed_nbytes
-from workbench.weights.methods.any_size.bitstack import decompose, leading, scales
 from workbench.weights.methods.any_size.double_rounding import coarser, narrower, rounded
-from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
+from workbench.weights.solvers.absolute_value import decompose, leading, scales
+from workbench.weights.solvers.greedy_allocation import Size, growth_order, level_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 # --- The order
@@ -56,6 +58,33 @@ def test_a_smaller_limit_takes_a_beginning_of_the_same_order() -> None:
     for limit in range(15, 40):
         assert all(within[limit - 1][name] <= within[limit][name] for name in sizes)
     assert within[39] == {"a": 2, "b": 1} and within[17] == {"a": 0, "b": 0}
+
+
+def test_no_layer_takes_its_second_step_before_all_took_their_first() -> None:
+    after = {"a": [3.0, 1.0, 5.0], "b": [2.0], "c": [3.0, 0.5]}
+    assert level_order(after) == ["b", "a", "c", "c", "a", "a"]
+    assert level_order({}) == [] and level_order({"a": []}) == []
+
+
+def test_a_steps_loss_is_that_of_the_model_with_all_other_layers_a_step_behind() -> None:
+    model = tiny("llama")
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    made = {name: [layer_of(model.get_submodule(name).weight * share) for share in (0.0, 0.5, 1.0)] for name in names}
+    made[names[1]] = made[names[1]][:2]
+    ids = torch.stack([RANDOM_IDS[:40], RANDOM_IDS[20:60]])
+    found = step_losses(model, ids, made, Progress())
+    assert {name: len(losses) for name, losses in found.items()} == {names[0]: 2, names[1]: 1}
+
+    def loss(first: int, second: int) -> float:
+        twin = compressed(model, [])
+        twin.set_submodule(names[0], made[names[0]][first])
+        twin.set_submodule(names[1], made[names[1]][second])
+        logs = [logits(twin, text).log_softmax(-1) for text in ids]
+        told = [-log[place, text[place + 1]] for log, text in zip(logs, ids, strict=True) for place in range(39)]
+        return float(torch.stack(told).mean())
+
+    assert found[names[0]] == pytest.approx([loss(1, 0), loss(2, 1)], abs=1e-5)
+    assert found[names[1]] == pytest.approx([loss(0, 1)], abs=1e-5)
 
 
 # --- BitStack
@@ -152,6 +181,26 @@ def test_more_bytes_never_lose_more() -> None:
         errors.append(lost)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0 and torch.equal(logits(twin, RANDOM_IDS), logits(model, RANDOM_IDS))
+
+
+@pytest.mark.parametrize("order", ["error", "perplexity"])
+def test_layers_never_differ_by_more_than_a_block_but_for_those_that_have_all(order: str) -> None:
+    model = tiny("llama")
+    study = studied(model, tokens=32)
+    method = BitStack(order=order, texts=1)
+    whole = {name: method._count(linear) for name, linear in method.survey(model).linears.items()}
+    for budget in (0.25, 0.4, 0.55):
+        twin = with_study(model, BitStack(budget=budget, order=order, texts=1), study)
+        counts = {name: m.count for name, m in twin.named_modules() if isinstance(m, BitBlocksLinear)}
+        growing = [count for name, count in counts.items() if count < whole[name]]
+        assert max(counts.values()) - min(growing, default=max(counts.values())) <= 1
+
+
+def test_the_published_rank_and_one_by_the_layers_size() -> None:
+    large, small = nn.Linear(4096, 4096, bias=False, device="meta"), nn.Linear(576, 576, bias=False, device="meta")
+    assert BitStack().nbytes(large) == BitStack(rank=16).nbytes(large)
+    assert BitStack(blocks=1).nbytes(small) == bit_block_nbytes(576, 576, 2)
+    assert BitStack(blocks=1, rank=16).nbytes(small) == bit_block_nbytes(576, 576, 16)
 
 
 def test_any_number_of_bytes_is_met_to_within_a_block() -> None:

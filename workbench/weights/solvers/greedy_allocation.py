@@ -44,6 +44,20 @@ def growth_order(sizes: Sizes) -> list[str]:
     return order
 
 
+def level_order(after: Mapping[str, Sequence[float]]) -> list[str]:
+    """The layers in the order in which they grow when all take their first step before any takes its second.
+
+    after: for each layer and step, how bad it is once that is taken and all others are a step behind; of each round,
+    the smallest comes first, of equals the earlier.
+    """
+    rounds = range(max(map(len, after.values()), default=0))
+    return [
+        name
+        for step in rounds
+        for name in sorted((name for name in after if len(after[name]) > step), key=lambda name: after[name][step])
+    ]
+
+
 def sizes_within(sizes: Sizes, order: Sequence[str], limit: int) -> dict[str, int]:
     """The place of each layer's size after the longest beginning of `order` that takes at most `limit` bytes; all are
     at 0 where not even one step fits.
