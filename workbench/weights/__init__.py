@@ -28,6 +28,7 @@ from workbench.weights.methods.prune.magnitude import Magnitude
 from workbench.weights.methods.prune.sparsegpt import SparseGPT
 from workbench.weights.methods.prune.wanda import Wanda
 from workbench.weights.methods.quantise.absmax import AbsMax
+from workbench.weights.methods.quantise.activations import Activations
 from workbench.weights.methods.quantise.awq import AWQ
 from workbench.weights.methods.quantise.crossquant import CrossQuant
 from workbench.weights.methods.quantise.denseshift import DenseShift
@@ -68,6 +69,7 @@ __all__ = [
     "UDFC",
     "VPTQ",
     "AbsMax",
+    "Activations",
     "BitStack",
     "CoSpaDi",
     "CoreInfer",
