@@ -55,7 +55,7 @@ class Activations(WeightMethod):
     static: bool = param(
         False,
         help="one step for each layer, from calibration; else one for each token",
-        own="per token is the baseline",
+        own="per token is the usual baseline",
     )
 
     def survey(self, model: nn.Module) -> Survey:
@@ -65,9 +65,8 @@ class Activations(WeightMethod):
         left = {name: "it rounds its inputs already" for name in found if name not in taken}
         left |= {name: "it stands in no block" for name, _ in _multiplying(model) if name not in found}
         if not taken:
-            raise NotApplicable(
-                f"{self.key}: no linear layer of {type(model).__name__}'s blocks takes inputs as they are"
-            )
+            what = type(model).__name__
+            raise NotApplicable(f"{self.key}: no linear layer of this {what}'s blocks takes inputs as they are")
         return Survey(self, taken, left)
 
     def full_nbytes(self, linear: nn.Linear) -> int:
