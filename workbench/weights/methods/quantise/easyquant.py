@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, Parts, outliers_nbytes
 from workbench.weights.solvers.quantisation_grid import Grid, stored_scale
 
+_RANGE = "the paper fits one range for each row, from minus to plus"
 _FIRST_STEP, _LAST_STEP = 0.05, 0.003  # of a range at a time, as a share of it
 
 
@@ -33,12 +34,25 @@ class EasyQuant(Quantiser):
     paper = Paper("EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs", "Tang et al. 2023", "2403.02775")
     claim = "nearly lossless at 4 bits without any data, ten times faster than methods that calibrate"
 
-    symmetric: bool = param(True, help="levels from minus to plus the largest magnitude, without a zero of their own")
+    fidelity = Fidelity(
+        "deviates", "a range for each group of columns, not for each row, and steps of the gradient's sign"
+    )
+    presets = (Preset("abstract", "outliers less than 1 %; 4 bits", outliers=0.01, bits=4),)
+
+    symmetric: bool = param(
+        True, help="levels from minus to plus the largest magnitude, without a zero of their own", own=_RANGE
+    )
     sigma: float = param(
-        3.0, gt=0, le=20, help="standard deviations from the layer's mean beyond which weights are kept"
+        3.0,
+        gt=0,
+        le=20,
+        help="standard deviations from the layer's mean beyond which weights are kept",
+        own="the paper's n could not be read; of normal weights three are beyond in a thousand",
     )
     outliers: float = param(0.01, ge=0, le=0.1, help="share of a layer's weights that are kept, at most")
-    steps: int = param(50, ge=0, le=1000, help="by which the ranges are fitted")
+    steps: int = param(
+        50, ge=0, le=1000, help="by which the ranges are fitted", own="the paper's number could not be read"
+    )
 
     def nbytes(self, linear: nn.Linear) -> int:
         count = int(self.chosen(linear.weight.detach()).sum())
