@@ -12,13 +12,14 @@ A claim is a table of a TOML file:
     elsewhere what these rows cannot judge, and why
 
 and [KEY.ablations] has, by name, the parameters that an ablation changes: those of the method, or with `recipe` a list
-of keys or of descriptions of methods as `to_dict` writes them; `at` gives it another budget.
+of keys or of descriptions of methods as `to_dict` writes them; `at` gives it another budget. KEY is a method's, or the
+name of a row that begins with it.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Ablation:
     def of(cls, key: str, changes: Mapping[str, Any]) -> Ablation:
         changed = dict(changes)
         at = changed.pop("at", None)
-        spec = changed.pop("recipe", key)
+        spec = changed.pop("recipe", key.split(maxsplit=1)[0])
         if not isinstance(spec, str):
             spec = [from_dict(dict(part)) if isinstance(part, Mapping) else part for part in spec]
         return cls(Recipe.of(spec, **changed), None if at is None else str(at))
@@ -62,7 +63,7 @@ class Claim:
     ablations: Mapping[str, Ablation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.near is None) == (not self.against):
+        if (self.near is not None and self.against) or not (self.near is not None or self.against or self.elsewhere):
             raise ValueError(f"{self.key}: a claim is near a figure or against a recipe")
         if bool(self.why) != bool(self.shown_by):
             raise ValueError(f"{self.key}: a reason names the ablations that show it, and nothing else does")
@@ -81,6 +82,13 @@ class Claim:
     def budget(self, ablation: str) -> str:
         """The budget of an ablation's row."""
         return self.ablations[ablation].at or self.at
+
+    def reason(self, told: Mapping[str, str], shown: Collection[str]) -> str:
+        """Why it fails. told: the figures of its ablations; shown: those that lose less than what is judged."""
+        tried = ", ".join(f"{name} {figure}" for name, figure in told.items())
+        if self.why and set(self.shown_by) <= set(shown):
+            return f"{self.why} ({tried})"
+        return f"not known (tried: {tried})" if tried else "not known"
 
 
 def claims(file: Path) -> dict[str, Claim]:

@@ -200,6 +200,8 @@ def claim_check(rows: Rows, claim: Claim) -> Check:
     tasks = claim.tasks or ASKED_LATER
     if claim.near is not None:
         return Check.near(rows, claim.judged, claim.at, tasks, claim.near)
+    if not claim.against:
+        return Check("", "", "not judged")
     return Check.better(rows, claim.judged, claim.against, claim.at, tasks)
 
 
@@ -209,19 +211,17 @@ def reason(rows: Rows, claim: Claim) -> str:
     An ablation shows it if it loses less than what is judged, by more than the standard error of the difference.
     """
     tasks = claim.tasks or ASKED_LATER
-    told, shown = [], set()
+    told, shown = {}, set()
     for name in claim.ablations:
         budget = claim.budget(name)
         lost = rows.mean(claim.row(name), budget, tasks)
         gained = rows.advantage(claim.row(name), claim.judged, budget, tasks, claim.at)
         if lost is None or gained is None:
             continue
-        told.append(f"{name}{_at(budget) if budget != claim.at else ''} {lost.value:+.3f}")
+        told[name] = f"{lost.value:+.3f}"
         if _verdict(gained.value, gained.error) == "holds":
             shown.add(name)
-    if claim.why and set(claim.shown_by) <= shown:
-        return f"{claim.why} ({', '.join(told)})"
-    return f"not known (tried: {', '.join(told)})" if told else "not known"
+    return claim.reason(told, shown)
 
 
 def report(measured: Iterable[Row], notes: Mapping[str, Claim] | None = None) -> str:

@@ -67,6 +67,7 @@ def entries(names: Sequence[str] = ()) -> dict[str, Entry]:
     found |= {
         "kivi 4-bit": fixed(Recipe.of("kivi", bits=4)),
         "kivi 2-bit, no residual": fixed(Recipe.of("kivi", bits=2, residual=0)),
+        "quest, 128 tokens": fixed(Recipe.of("quest", tokens=128)),  # at its default these texts are read whole
         "per-token 2-bit": fixed(Recipe((PerToken2Bit(),))),
         "kvzip, equal heads": Entry(Recipe.of("kvzip", heads="equal")),
         "snapkv + adakv + mikv": Entry(Recipe.of([method("snapkv"), method("adakv"), method("mikv")])),

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
 from benchmarks.record import environment, write
-from benchmarks.weight_quality import name_of
+from benchmarks.weight_quality import name_of, one
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
@@ -76,7 +76,7 @@ def measure(key: str, settings: dict[str, Any], name: str, device: str, calibrat
         else torch.cuda.max_memory_allocated()
     )
     return {
-        "method": name_of(key, settings),
+        "method": name_of(one(key, **settings)),
         "load_s": round(loaded - began, 1),
         "calibrate_s": round(calibrated - loaded, 1),
         "compress_s": round(done - calibrated, 1),

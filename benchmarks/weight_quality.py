@@ -13,100 +13,90 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
 import workbench as wb
+from benchmarks.claims import Claim, claims
 from benchmarks.parts import Part, Row, identity, read_parts, settled
 from benchmarks.record import RESULTS, environment, markdown, where
 from workbench.engine.attention_hook import device_of, exclusive
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models.decoder import decoder_layers
+from workbench.recipe import Recipe
+from workbench.registry import find
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.block_runner import BlockRunner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import PYTHON, SHIPPED, Calibration
-from workbench.weights.compress import compressed
+from workbench.weights.compress import compressed, weight_methods
 from workbench.weights.layers import CompactLinear
-from workbench.weights.survey import Survey
 
 JSON = RESULTS / "weight_quality.json"
+TURNED = ("ostquant",)  # beside those that transform weights: hidden states are in another basis, so that single layers
+# and blocks cannot be compared
 PRUNED = {50: 0.5625, 30: 0.7625, 20: 0.8625}  # share of zeros in percent -> of the bytes, with one bit a weight more
-TURNED = ("ostquant",)  # the hidden states are in another basis, so that single layers and blocks cannot be compared
 OWN = "own"
 TAUGHT = ("workbench-tiny",)  # trained on Python's documentation: it knows that text, and not the project's
+CLAIMS = Path(__file__).with_name("weight_quality_notes.toml")
 
 Settings = Mapping[str, Any]
-
-# What is measured, the most telling first. Other methods are added here.
-ENTRIES: tuple[tuple[str, Settings], ...] = (
-    *((key, {"bits": bits}) for bits in (4, 3, 2) for key in ("rtn", "gptq", "awq")),
-    ("hqq", {"bits": 4}),
-    *((key, {"budget": PRUNED[50]}) for key in ("magnitude", "wanda", "sparsegpt")),
-    *((key, {"budget": 0.8}) for key in ("svd", "fwsvd", "modegpt")),
-    *(("slim-llm", {"bits": bits}) for bits in (3, 2)),
-    *(("owq", {"bits": bits}) for bits in (3, 2)),
-    *(("bitstack", {"budget": budget}) for budget in (0.4, 0.3, 0.2)),
-    ("ostquant", {"bits": 4}),
-    ("vptq", {}),
-    ("pb-llm", {}),
-    ("easyquant", {"bits": 4}),
-    *(("denseshift", {"bits": bits}) for bits in (4, 3)),
-    ("double-rounding", {"bits": 4}),
-    ("odyssey", {}),
-    ("absmax", {"bits": 8}),
-    ("rtn", {"bits": 8}),
-    ("hqq", {"bits": 8}),
-    ("crossquant", {}),
-    ("cospadi", {"budget": 0.8}),
-    ("greenformers", {"budget": 0.8}),
-    *((key, {"budget": PRUNED[zeros]}) for zeros in (30, 20) for key in ("magnitude", "wanda", "sparsegpt")),
-    *((key, {"budget": 0.9}) for key in ("cfsp", "ziplm", "comp", "foldgpt", "transact")),
-    ("udfc", {}),
-    ("vq-logits", {}),
-    ("gptq", {"bits": 4, "act_order": True}),
-    ("gptq", {"bits": 3, "act_order": True}),
-)
+Entry = tuple[tuple[str, Settings], ...]  # of a recipe's methods: key and what the table sets
 
 
-@dataclass(frozen=True)
-class Check:
-    """What must hold: of two entries at the same size, the first has the smaller figure."""
-
-    better: str
-    worse: str
-    metric: str
+def one(key: str, **settings: Any) -> Entry:
+    """A recipe of one method."""
+    return ((key, settings),)
 
 
-# The metric that the better one's paper minimises; modules that became narrower are compared by what leaves the block.
-CHECKS = (
-    *(Check(f"gptq bits={bits}", f"rtn bits={bits}", "output") for bits in (4, 3, 2)),
-    Check("gptq bits=4", "hqq bits=4", "output"),
-    *(Check(f"awq bits={bits}", f"rtn bits={bits}", "output") for bits in (4, 3, 2)),
-    *(
-        Check(f"{better} budget={PRUNED[zeros]}", f"{worse} budget={PRUNED[zeros]}", "output")
-        for zeros in PRUNED
-        for better, worse in (("sparsegpt", "wanda"), ("wanda", "magnitude"))
-    ),
-    Check("fwsvd budget=0.8", "svd budget=0.8", "fisher"),
-    Check("modegpt budget=0.8", "svd budget=0.8", "block"),
+# What is measured, the most telling first; the ablations of the claims come after these.
+ENTRIES: tuple[Entry, ...] = (
+    *(one(key, bits=bits) for bits in (4, 3, 2) for key in ("rtn", "gptq", "awq")),
+    one("absmax", bits=8),
+    one("rtn", bits=8),
+    one("crossquant"),
+    *(one("hqq", bits=bits) for bits in (8, 4, 3, 2)),
+    *(one(key, budget=PRUNED[50]) for key in ("magnitude", "wanda", "sparsegpt")),
+    *(one(key, pattern="2:4", budget=PRUNED[50]) for key in ("magnitude", "wanda", "sparsegpt")),
+    *(one(key, budget=0.8) for key in ("svd", "svd-llm", "fwsvd", "modegpt", "cospadi", "greenformers", "flashsvd")),
+    *(one("slim-llm", bits=bits) for bits in (3, 2)),
+    *(one("owq", bits=bits) for bits in (3, 2)),
+    *(one("bitstack", budget=budget) for budget in (0.4, 0.3, 0.2)),
+    one("ostquant", bits=4),
+    *((("quarot", {}), (key, {"bits": 4})) for key in ("rtn", "gptq")),
+    one("vptq"),
+    one("pb-llm"),
+    one("easyquant", bits=4),
+    *(one("denseshift", bits=bits) for bits in (4, 3)),
+    one("double-rounding", bits=4),
+    one("odyssey"),
+    one("evopress"),
+    *(one(key, budget=PRUNED[zeros]) for zeros in (30, 20) for key in ("magnitude", "wanda", "sparsegpt")),
+    *(one(key, budget=0.9) for key in ("cfsp", "ziplm", "comp", "foldgpt", "transact")),
+    one("udfc"),
+    one("coreinfer"),
+    one("vq-logits"),
+    *((("wanda", {"budget": PRUNED[50]}), (key, {"bits": 4})) for key in ("rtn", "gptq")),
+    (("sparsegpt", {"pattern": "2:4", "budget": PRUNED[50]}), ("rtn", {"bits": 4})),
 )
 
 NOTES = """\
-Methods looked at the text that ships with the project (32 x 512 tokens); perplexity, divergence (nats a token) and
+Methods looked at the text that ships with the project (32 x 512 tokens); perplexity, divergence (KL, nats a token) and
 agreement are on the running Python's documentation of its topics. *Output* is the mean over layers of
 tr(Δ M Δᵀ) / tr(W M Wᵀ), the share of a layer's output that is changed, with the moments M of its inputs over the
 calibration text; *Fisher* the same with each row of Δ and W weighted by its Fisher information instead of M; *block*
 what is changed of what a block adds to the hidden states, given what entered it in the uncompressed model. Bytes are
-those held for the weights that the method takes. Seconds are for compressing alone, calibration being kept.
+those held for the weights that the recipe takes. Seconds are for compressing alone, calibration being kept.
+
+Claims are judged by the divergence. Where one fails, the reason is one that rows of this benchmark show: each ablation
+named beside it diverges less; otherwise it says that it is not known.
 """
 EXCHANGED = """\
 This model was trained on Python's documentation: here methods looked at that, and figures are on the project's text.
@@ -118,9 +108,17 @@ nothing. Compare its rows at 4 bits and more with those of a model that never wa
 """
 
 
-def name_of(key: str, settings: Settings) -> str:
-    """How an entry is called: its key and everything that the table sets."""
-    return " ".join([key, *(f"{name}={value}" for name, value in settings.items())])
+def name_of(entry: Entry) -> str:
+    """How an entry is called: its keys and everything that the table sets."""
+    return " + ".join(" ".join([key, *(f"{name}={value}" for name, value in sets.items())]) for key, sets in entry)
+
+
+def recipes() -> dict[str, Recipe]:
+    """All that is measured by name, ablations of claims too."""
+    found = {name_of(entry): Recipe.of([wb.method(key, **sets) for key, sets in entry]) for entry in ENTRIES}
+    for claim in claims(CLAIMS).values():
+        found |= {claim.row(name): ablation.recipe for name, ablation in claim.ablations.items()}
+    return found
 
 
 class Bench:
@@ -130,29 +128,36 @@ class Bench:
         """ids: the held-out text [t, n]."""
         self.name = name
         self.model: PreTrainedModel = session.model
+        self.tokenizer = session.tokenizer
         self.study: WeightStudy = session.calibrate()
         self.ids = ids.to(device_of(self.model))
         self.device = str(self.ids.device)
         self._full = [self._logits(self.model, ids).half() for ids in self.ids]  # [n - 1, v]
 
-    def row(self, key: str, settings: Settings) -> Row:
+    def row(self, name: str, recipe: Recipe) -> Row:
         """One measurement; see NOTES for what its figures mean."""
-        about = {"case": self.name, "recipe": name_of(key, settings), "budget": OWN, "device": self.device}
+        about = {"case": self.name, "recipe": name, "budget": OWN, "device": self.device}
+        methods = weight_methods(recipe.methods)
         try:
-            method = wb.method(key, **settings)
-            assert isinstance(method, WeightMethod)
-            for _ in self.study.inputs(hessians=True) if method.needs_inputs or method.needs_hessian else ():
+            for _ in (
+                self.study.inputs(hessians=True) if any(m.needs_inputs or m.needs_hessian for m in methods) else ()
+            ):
                 break  # gathered before the clock starts
             began = time.perf_counter()
-            twin = compressed(self.model, [method], study=lambda *_: self.study)
+            twin = compressed(self.model, methods, study=self._study)
             seconds = time.perf_counter() - began
-            survey = method.survey(self.model)
-            figures = {"held": held(survey, self.model, twin), "full": survey.full_nbytes, "seconds": round(seconds, 1)}
-            return {**about, **figures, **self.text(twin), **self.errors(key, survey, twin)}
+            linears = {name: linear for m in methods for name, linear in m.survey(self.model).linears.items()}
+            full = sum(2 * linear.weight.numel() for linear in linears.values())
+            figures = {"held": held(linears, self.model, twin), "full": full, "seconds": round(seconds, 1)}
+            return {**about, **figures, **self.text(twin), **self.errors(methods, linears, twin)}
         except (BudgetTooSmall, NotApplicable) as problem:
             return {**about, "gap": str(problem)}
         except Exception as problem:  # noqa: BLE001  one method's defect must not take the others with it
             return {**about, "error": f"{type(problem).__name__}: {problem}"}
+
+    def _study(self, model: PreTrainedModel, number: int) -> WeightStudy:
+        """Calibration before the method of that number: of the plain model once for all entries."""
+        return WeightStudy(model, self.tokenizer, self.study.calibration) if number else self.study
 
     def plain(self) -> Row:
         """The uncompressed model's own row."""
@@ -170,22 +175,24 @@ class Bench:
         count = self.ids.shape[0] * (self.ids.shape[1] - 1)
         return {"ppl": math.exp(nll / count), "kl": kl / count, "top1": same / count}
 
-    def errors(self, key: str, survey: Survey, twin: PreTrainedModel) -> dict[str, float]:
+    def errors(
+        self, methods: Sequence[WeightMethod], linears: Mapping[str, nn.Linear], twin: PreTrainedModel
+    ) -> dict[str, float]:
         """The errors of layers and blocks, those of them that can be told."""
-        if key in TURNED:
+        if any(method.stage == "transform" or method.key in TURNED for method in methods):
             return {}
         # Of a model that lost blocks, the others have other names.
         found = (
             {"block": self._blocks(twin)} if decoder_layers(twin).keys() == decoder_layers(self.model).keys() else {}
         )
         new = dict(twin.named_modules())
-        if any(not same_shape(new.get(name), linear.weight) for name, linear in survey.linears.items()):
+        if any(not same_shape(new.get(name), linear.weight) for name, linear in linears.items()):
             return found
         outputs, fisher = [], []
-        gradients = self.study.gradients() if "svd" in key else {}
+        gradients = self.study.gradients() if any("svd" in method.key for method in methods) else {}
         for _, inputs in self.study.inputs(hessians=True):
-            for name in (name for name in survey.linears if name in inputs):
-                weight = survey.linears[name].weight.detach().float()
+            for name in (name for name in linears if name in inputs):
+                weight = linears[name].weight.detach().float()
                 made = new[name]
                 change = made.dequantised() - weight if isinstance(made, CompactLinear) else torch.zeros_like(weight)
                 outputs.append(share(inputs[name].output_error, change, weight))
@@ -229,14 +236,14 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def held(survey: Survey, model: PreTrainedModel, twin: PreTrainedModel) -> int:
-    """Live bytes of what stands in the twin for the weights that the method takes."""
+def held(linears: Mapping[str, nn.Linear], model: PreTrainedModel, twin: PreTrainedModel) -> int:
+    """Live bytes of what stands in the twin for these weights of the model."""
     theirs = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     tensors = [*twin.parameters(), *twin.buffers()]
     present = {id(tensor) for tensor in tensors}
-    left = [linear for linear in survey.linears.values() if id(linear.weight) in present]
+    left = [linear for linear in linears.values() if id(linear.weight) in present]
     new = tensor_bytes(tensor for tensor in tensors if id(tensor) not in theirs)
-    return new + sum(map(survey.method.full_nbytes, left))
+    return new + sum(2 * linear.weight.numel() for linear in left)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -249,7 +256,7 @@ def measure(options: argparse.Namespace) -> None:
     done = settled(read_parts(options.parts)) if options.resume else set()
     part = Part(options.parts)
     for model in options.models:
-        todo = [entry for entry in wanted(options.methods) if (model, name_of(*entry), OWN) not in done]
+        todo = {name: recipe for name, recipe in wanted(options.methods).items() if (model, name, OWN) not in done}
         full = (model, "full", OWN) not in done
         if not todo and not full:
             continue
@@ -259,41 +266,55 @@ def measure(options: argparse.Namespace) -> None:
         bench = Bench(model, session, text.ids(session.model, session.tokenizer))
         if full:
             part.add(bench.plain())
-        for entry in todo:
+        for number, (name, recipe) in enumerate(todo.items()):
             if time.time() > ends:
-                print(f"{model}: {len(todo)} entries left when the time was up", file=sys.stderr)
+                print(f"{model}: {len(todo) - number} entries left when the time was up", file=sys.stderr)
                 return
-            row = bench.row(*entry)
+            row = bench.row(name, recipe)
             part.add(row)
             print(json.dumps(row), file=sys.stderr)
 
 
-def wanted(names: Sequence[str]) -> list[tuple[str, Settings]]:
-    """The entries of these methods or names, or all."""
-    found = [entry for entry in ENTRIES if not names or entry[0] in names or name_of(*entry) in names]
-    unknown = [name for name in names if not any(name in (entry[0], name_of(*entry)) for entry in ENTRIES)]
+def wanted(names: Sequence[str]) -> dict[str, Recipe]:
+    """The entries that these methods have part in, or of these names, or all."""
+    known = recipes()
+    keys = {name: {method.key for method in recipe.methods} for name, recipe in known.items()}
+    unknown = [name for name in names if name not in known and not any(name in own for own in keys.values())]
     if unknown:
-        raise SystemExit(f"no entry {', '.join(unknown)}: there are {', '.join(name_of(*entry) for entry in ENTRIES)}")
-    return found
+        raise SystemExit(f"no entry {', '.join(unknown)}: there are {', '.join(known)}")
+    return {name: recipe for name, recipe in known.items() if not names or {name, *keys[name]} & set(names)}
 
 
-def verdict(check: Check, rows: Mapping[str, Row]) -> tuple[str, str]:
-    """Whether a check holds, and the two figures."""
-    better, worse = (rows.get(name, {}).get(check.metric) for name in (check.better, check.worse))
-    if better is None or worse is None:
-        return "not measured", ""
-    return ("holds" if better <= worse else "does not hold"), f"{better:.4g} and {worse:.4g}"
+def judged(claim: Claim, rows: Mapping[str, Row]) -> list[str]:
+    """What was tested of a claim, the figures, the verdict, and the reason where it fails."""
+    row = rows.get(claim.judged, {})
+    own, gap = row.get("kl"), row.get("gap", "")
+    if claim.elsewhere or (claim.near is None and not claim.against):
+        return ["", "" if own is None else f"{own:.4g}", "not judged", claim.elsewhere]
+    limit = claim.near if claim.near is not None else rows.get(claim.against, {}).get("kl")
+    tested = f"{claim.judged} ≤ {claim.against or f'{claim.near:g}'}"
+    if own is None or limit is None:
+        return [tested, gap, "not possible" if gap else "not measured", ""]
+    figures = f"{own:.4g}" if claim.near is not None else f"{own:.4g} and {limit:.4g}"
+    if own <= limit:
+        return [tested, figures, "holds", ""]
+    tried = {name: rows[claim.row(name)]["kl"] for name in claim.ablations if "kl" in rows.get(claim.row(name), {})}
+    told = {name: f"{value:.4g}" for name, value in tried.items()}
+    return [tested, figures, "does not hold", claim.reason(told, {name for name in tried if tried[name] < own})]
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The page: a table and the checks for each model, and what could not be measured."""
+def report(rows: Sequence[Row], notes: Mapping[str, Claim] | None = None) -> str:
+    """The page: for each model its claims, a table, and what could not be measured. notes: unless given, CLAIMS."""
+    notes = claims(CLAIMS) if notes is None else notes
     lines = ["# Weights: what each method costs at which size", "", NOTES]
     for model in dict.fromkeys(row["case"] for row in rows):
         own = {row["recipe"]: row for row in rows if row["case"] == model}
         lines += [f"## {model}", "", *([QUANTISED] if model == wb.models.catalogue()[0].name else [])]
         lines += [EXCHANGED] if model in TAUGHT else []
+        head = ["method", "the paper claims", "here it is", "tested here", "measured", "verdict", "why"]
+        lines += [markdown([head, *([*_claimed(key), *judged(claim, own)] for key, claim in notes.items())]), ""]
         head = [
-            "method",
+            "recipe",
             "bytes",
             "bits",
             "perplexity",
@@ -304,14 +325,18 @@ def report(rows: Sequence[Row]) -> str:
             "block",
             "seconds",
         ]
-        names = ["full", *(name_of(*entry) for entry in ENTRIES)]
+        names = ["full", *map(name_of, ENTRIES)]
         measured = [own[name] for name in names if "ppl" in own.get(name, {})]
         lines += [markdown([head, *map(_cells, measured)]), ""]
-        checks = [[f"{c.better} ≤ {c.worse}", c.metric, *verdict(c, own)] for c in CHECKS]
-        lines += [markdown([["must hold", "in", "verdict", "figures"], *checks]), ""]
         lines += [f"- {name}: {row.get('gap') or row['error']}" for name, row in own.items() if "ppl" not in row]
         lines += [""] if any("ppl" not in row for row in own.values()) else []
     return "\n".join(lines)
+
+
+def _claimed(key: str) -> list[str]:
+    """The method of a claim, what its paper claims, and how true the entry is to that."""
+    cls = find(key.split(maxsplit=1)[0])
+    return [f"{cls.title} (`{key}`)", cls.claim, str(cls.fidelity or "")]
 
 
 def _cells(row: Row) -> list[str]:
@@ -344,7 +369,7 @@ def _short(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help='methods ("gptq") or entries ("gptq bits=4"); all')
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m"])
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "workbench-tiny"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--texts", type=int, default=8, help="stretches of held-out text")
     parser.add_argument("--tokens", type=int, default=256, help="length of each")

@@ -40,6 +40,7 @@ KINDS = {
     "sparse": "Sparse storage",
     "low_rank": "Low rank",
     "offload": "Host memory",
+    "select": "Selection on the device",
     "chunked": "Chunked prefill in bounded memory",
     "prune": "Pruning",
     "structured": "Structured pruning",
@@ -51,6 +52,7 @@ DOES = {
     "merge": "what becomes of the dropped",
     "store": "precision and layout",
     "retrieve": "how entries in host memory are found again",
+    "select": "what of the device's entries a new token attends to",
     "evict": "who leaves while decoding",
     "read": "how the prompt is read in bounded memory",
 }
@@ -78,7 +80,7 @@ def family_page(family: str) -> str:
     groups: dict[str, list[type[Method]]] = {}
     for method in methods:
         groups.setdefault(kind(method), []).append(method)
-    evidence = dict(_claims()) if family == "kv" else {}
+    evidence = {"kv": _kv_claims, "weights": _weight_claims}.get(family, dict)()
     for title, members in sorted(groups.items(), key=lambda group: _place(group[0])):
         parts += [f"## {title}"] if title else []
         parts += [section(method, evidence.get(method.key), "###" if title else "##") for method in members]
@@ -197,12 +199,28 @@ def _cell(text: str) -> str:
     return str(prose(" ".join(text.split()))).replace("|", "\\|")
 
 
-def _claims() -> Iterator[tuple[str, str]]:
+def _kv_claims() -> dict[str, str]:
     """Of each method that benchmarks/results/kv_quality.md has a claim of: what was tested, and what came of it."""
-    for cells in _rows(RESULTS / "kv_quality.md", "method", "the paper claims", "here it is"):
-        key = cells[0].rsplit("`", 2)[1]
+    found = _claims(_text("kv_quality"))
+    return {key: f"{told} ([figures](../benchmarks/kv_quality.md#claims))" for key, told in found}
+
+
+def _weight_claims() -> dict[str, str]:
+    """The same of benchmarks/results/weight_quality.md, for each model."""
+    told: dict[str, list[str]] = {}
+    for model, part in _models():
+        for key, claim in _claims(part):
+            told.setdefault(key.split()[0], []).append(f"{model}, {claim}")
+    figures = "([figures](../benchmarks/weight_quality.md))"
+    return {key: f"{'; '.join(claims)} {figures}" for key, claims in told.items()}
+
+
+def _claims(text: str) -> Iterator[tuple[str, str]]:
+    """What a table of claims says of each row that it judges."""
+    for cells in _table(text, "method", "the paper claims", "here it is"):
         why = f": {cells[6]}" if cells[6] else ""
-        yield key, f"*{cells[3]}*, {cells[4]}: **{cells[5]}**{why} ([figures](../benchmarks/kv_quality.md#claims))"
+        measured = ", ".join(filter(None, (f"*{cells[3]}*" if cells[3] else "", cells[4])))
+        yield cells[0].rsplit("`", 2)[1], f"{measured}{': ' if measured else ''}**{cells[5]}**{why}"
 
 
 def _weight_rows(key: str) -> str:
@@ -220,14 +238,18 @@ def _weight_rows(key: str) -> str:
 
 
 def _weight_quality() -> Iterator[tuple[str, list[str]]]:
-    text = (RESULTS / "weight_quality.md").read_text(encoding="utf-8")
-    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        model = part.split("\n", 1)[0]
-        yield from ((model, cells) for cells in _table(part, "method", "bytes"))
+    for model, part in _models():
+        yield from ((model, cells) for cells in _table(part, "recipe", "bytes"))
 
 
-def _rows(path: Path, *head: str) -> Iterator[list[str]]:
-    yield from _table(path.read_text(encoding="utf-8"), *head)
+def _models() -> Iterator[tuple[str, str]]:
+    """The part of benchmarks/results/weight_quality.md about each model."""
+    for part in re.split(r"^## ", _text("weight_quality"), flags=re.MULTILINE)[1:]:
+        yield part.split("\n", 1)[0], part
+
+
+def _text(benchmark: str) -> str:
+    return (RESULTS / f"{benchmark}.md").read_text(encoding="utf-8")
 
 
 def _table(text: str, *head: str) -> Iterator[list[str]]:

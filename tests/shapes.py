@@ -35,12 +35,14 @@ from workbench.core.partial_softmax import PartialSoftmax
 from workbench.core.rope import Rotation
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+from workbench.kv.held import HeldLayer
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import Dequantised, Store
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.offload import Index, Retriever
+from workbench.kv.stores.selected import Selection, Selector
 from workbench.kv.stores.tiered import TieredStore
 from workbench.measure.attention import column_sums, row_entropy, sink_mass
 from workbench.measure.quality import output_error
@@ -101,6 +103,8 @@ class OfKVMethod:
 
     def retrieve(self, study: Study, shapes: Sequence[Shape]) -> Index: ...
 
+    def select(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape]) -> Selection: ...
+
     def read(self, prefill: ChunkedPrefill) -> PrefillResult: ...
 
     def eviction_state(
@@ -110,6 +114,8 @@ class OfKVMethod:
     def update_state(self, state: State, weights: Float32[Tensor, "k g q m"]) -> State: ...
 
     def evict(self, state: State, positions: Int[Tensor, "k m"], room: int) -> Int64[Tensor, "k leaving"]: ...
+
+    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
 
 
 class OfRanking:
@@ -175,7 +181,7 @@ class OfLayerTrace:
         index: int,
         keys_held: Float[Tensor, "k n d"],
         values_held: Float[Tensor, "k n dv"],
-        queries_held: Float[Tensor, "h n d"],
+        queries_held: Float[Tensor, "h asked d"],  # n, but of what is held only the last
         device: torch.device,
         scoring: Scoring,
         *rest: Any,
@@ -214,6 +220,8 @@ class OfStore:
         values: Float[Tensor, "{self.kv_heads} q dv"] | UInt8[Tensor, "{self.kv_heads} q dv"],
         positions: Int64[Tensor, "q"],
     ) -> None: ...
+
+    def reads(self, ids: Int64[Tensor, "q"], positions: Int64[Tensor, "q"]) -> None: ...
 
     def slots(self) -> tuple[Positions, Valid]: ...
 
@@ -319,7 +327,9 @@ class OfRetriever:
         self, keys: Float[Tensor, "k e d"], values: Float[Tensor, "k e dv"], positions: Int[Tensor, "k e"]
     ) -> None: ...
 
-    def watch(self, weights: Float32[Tensor, "k g q m"], positions: Int64[Tensor, "k m"]) -> None: ...
+    def reads(self, ids: Int64[Tensor, "q"], positions: Int64[Tensor, "q"]) -> None: ...
+
+    def observe(self, weights: Float32[Tensor, "k g q m"], positions: Int64[Tensor, "k m"]) -> None: ...
 
     def tensors(self) -> list[Tensor]: ...
 
@@ -328,12 +338,40 @@ class OfRetriever:
     def clone(self) -> Retriever: ...
 
 
+class OfSelection:
+    def nbytes(self, shape: Shape, held: Int64[Tensor, "l {shape.kv_heads}"]) -> int: ...
+
+    def build(self, layer: LayerTrace, held: Bool[Tensor, "{layer.kv_heads} {layer.tokens}"]) -> Selector | None: ...
+
+
+class OfSelector:
+    def choose(
+        self, query: Float32[Tensor, "k g d"], order: Int64[Tensor, "k m"], seen: Bool[Tensor, "k m"]
+    ) -> Bool[Tensor, "k g m"]: ...
+
+    def append(self, keys: Float[Tensor, "k q d"]) -> None: ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+    def clone(self) -> Selector: ...
+
+
 # -- attention methods and operators
 
 
 class OfAttentionMethod:
     @in_dtype_of("query")
     def attend(
+        self,
+        query: Float[Tensor, "h n d"],
+        key: Float[Tensor, "k n d"],
+        value: Float[Tensor, "k n dv"],
+        *rest: Any,
+        **options: Any,
+    ) -> Float[Tensor, "h n dv"]: ...
+
+    @in_dtype_of("query")
+    def learn(
         self,
         query: Float[Tensor, "h n d"],
         key: Float[Tensor, "k n d"],
@@ -366,6 +404,10 @@ class OfVisibleScores:
 
 
 class OfOperator:
+    def prepared(
+        self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float
+    ) -> Callable[[int, int], Tensor]: ...
+
     def rows(
         self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float, first: int, stop: int
     ) -> Float32[Tensor, "h {stop-first} {stop}"]: ...
@@ -535,6 +577,8 @@ OF_CLASSES: dict[type, type] = {
     Format: OfFormat,
     Index: OfIndex,
     Retriever: OfRetriever,
+    Selection: OfSelection,
+    Selector: OfSelector,
     AttentionMethod: OfAttentionMethod,
     VisibleScores: OfVisibleScores,
     Operator: OfOperator,

@@ -215,9 +215,9 @@ def test_a_reason_is_given_only_where_an_ablation_shows_it() -> None:
     lost = rows_of("snapkv", [1.0, 1.2, 1.1])
     half = rows_of("snapkv: half", [0.5, 0.7, 0.6], "0.5")
     shown = Rows([*lost, *half, *rows_of("snapkv: window 8", [0.1, 0.2, 0.1])])
-    assert reason(shown, SMALLER) == "its window is too wide (window 8 +0.133, half at 50% +0.600)"
+    assert reason(shown, SMALLER) == "its window is too wide (window 8 +0.133, half +0.600)"
     refuted = Rows([*lost, *half, *rows_of("snapkv: window 8", [1.1, 1.2, 1.0])])
-    assert reason(refuted, SMALLER) == "not known (tried: window 8 +1.100, half at 50% +0.600)"
+    assert reason(refuted, SMALLER) == "not known (tried: window 8 +1.100, half +0.600)"
     assert reason(Rows(lost), SMALLER) == "not known"
 
 

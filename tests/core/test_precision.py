@@ -18,6 +18,10 @@ from workbench.weights.variants import Variants
 
 _LAYER = "model.layers.0.mlp.down_proj"
 _IDS = torch.arange(64)
+_SHORT: dict[str, dict[str, Any]] = {
+    "evopress": {"generations": 1, "offspring": 2},
+    "ziplm": {"starts": 2, "patience": 1},
+}
 
 
 def test_a_cast_names_the_largest_number_and_where_the_form_ends() -> None:
@@ -43,7 +47,7 @@ def test_every_weight_method_holds_a_large_weight_or_names_layer_and_value(kind:
             weight.mul_(1e6 / weight.abs().max())
         else:
             weight[(3, 5) if kind == "one" else 3] = 7e4
-        settings: dict[str, Any] = {"generations": 1, "offspring": 2} if cls.key == "evopress" else {}
+        settings: dict[str, Any] = _SHORT.get(cls.key, {})
         try:
             twin = Variants(model, None, Calibration(SAMPLED, samples=2, tokens=16)).get((cls(**settings),))
         except OutOfRange as failure:

@@ -44,7 +44,7 @@ from workbench_kernels import Scoring
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)
 KEYS = [cls.key for cls in registered("kv")]
-BUDGETED = [key for key in KEYS if key != "full"]
+BUDGETED = [key for key in KEYS if find(key).takes_budget()]
 SELECTING = [key for key in BUDGETED if find(key)().supplies("score")]
 # ZipCache's budget raises the bits of both tiers before it makes more tokens salient.
 FIXED = [key for key in SELECTING if not find(key)().supplies("allocate") and key != "zipcache"]
@@ -98,7 +98,9 @@ TYING = ("h2o", "lagkv", "look-m", "lazyeviction")
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in TYING])
 def test_scores_of_a_bfloat16_model_do_not_tie(key: str) -> None:
     # Trap 20: three quarters of a head's scores tie in bfloat16.
-    plan = plan_of(key, None, trace_of(dtype=torch.bfloat16))
+    # The maximum over neighbours is theirs too.
+    unpooled = {"kernel": 1} if "kernel" in find(key).model_fields else {}
+    plan = plan_of(key, None, trace_of(dtype=torch.bfloat16), **unpooled)
     if plan.stages.score is not None:
         scores = plan.stages.score.scores(study_of(plan.trace, model_of(plan.trace)))[1, 0]
         finite = scores[scores.isfinite()]
@@ -122,7 +124,7 @@ def test_a_number_of_tokens_is_met_to_the_token() -> None:
 
 def test_snapkv_scores_are_pooled_votes_of_the_window() -> None:
     layer, window = trace_of().layers[1], 8
-    rows, got = softmax_rows(layer), described("snapkv", kernel=3).score(layer)
+    rows, got = softmax_rows(layer), described("snapkv", kernel=3, pooling="avg").score(layer)
     for head in range(layer.kv_heads):
         votes = rows[2 * head : 2 * head + 2, -window:, :-window].mean(dim=(0, 1)).tolist()
         padded = [0.0, *votes, 0.0]
@@ -178,7 +180,7 @@ def test_streaming_llm_keeps_sinks_then_the_most_recent() -> None:
 
 def test_lagkv_keeps_the_same_share_of_every_stretch() -> None:
     trace, lag, sinks = trace_of(tokens=84), 16, 4  # sinks and five stretches, of which four have a next one
-    plan = plan_of("lagkv", f"{sinks + lag + 4 * 5} tokens", trace)
+    plan = plan_of("lagkv", f"{sinks + lag + 4 * 5} tokens", trace, sinks=sinks)
     for layer in trace.layers:
         for head in range(2):
             kept = plan.kept(layer.index, head).tolist()
@@ -193,7 +195,7 @@ def test_lagkv_keeps_the_same_share_of_every_stretch() -> None:
 
 
 def test_lagkv_without_a_stretch_to_compare_keeps_sinks_and_the_most_recent() -> None:
-    plan = plan_of("lagkv", "10 tokens", trace_of(tokens=30), lag=16)
+    plan = plan_of("lagkv", "10 tokens", trace_of(tokens=30), lag=16, sinks=4)
     assert plan.kept(0, 0).tolist() == [0, 1, 2, 3, *range(24, 30)]
 
 
@@ -223,7 +225,7 @@ def test_expected_attention_is_the_mean_of_a_gaussian_of_queries_to_come(archite
         for at in range(TOKENS + ahead)
     ]
     mean_rotation = torch.stack(matrices[TOKENS:]).mean(dim=0)
-    got = ExpectedAttention(n_future_positions=ahead, sinks=sinks).score(layer)
+    got = ExpectedAttention(n_future_positions=ahead, sinks=sinks, epsilon=0.03).score(layer)
     groups = layer.heads // layer.kv_heads
     for head in range(layer.kv_heads):
         total = torch.zeros(TOKENS - sinks)
@@ -236,7 +238,8 @@ def test_expected_attention_is_the_mean_of_a_gaussian_of_queries_to_come(archite
             keys = layer.keys[head, sinks:]
             logits = torch.stack([k @ mean * layer.scale + k @ spread @ k * layer.scale**2 / 2 for k in keys])
             total += logits.softmax(dim=0) / groups
-        assert torch.allclose(got[head, sinks:], total * layer.values[head, sinks:].norm(dim=-1), rtol=1e-3, atol=1e-6)
+        weighted = (total + 0.03) * layer.values[head, sinks:].norm(dim=-1)
+        assert torch.allclose(got[head, sinks:], weighted, rtol=1e-3, atol=1e-6)
     assert bool(got[:, :sinks].isinf().all())
 
 
@@ -262,11 +265,33 @@ def test_the_pyramid_falls_linearly_and_costs_what_equal_layers_cost(share: floa
     assert float((beyond - expected).abs().max()) <= 1
 
 
-def test_adakv_takes_the_best_of_the_layer_beyond_what_every_head_is_certain_of() -> None:
+def test_adakv_mixes_the_best_of_the_layer_with_an_equal_split_beyond_the_window() -> None:
+    layers, heads, tokens, window, share = 3, 4, 50, 4, 0.2
+    ranking = random_ranking(layers, heads, tokens, window=window)
+    for each in (5, 6, 13, 21, 40, 49, 50):
+        counts = AdaKV(safeguard=share).allocate(ranking, each * layers * heads)
+        assert counts.sum(dim=1).tolist() == [each * heads] * layers and int(counts.max()) <= tokens
+        base = each - window
+        for layer in range(layers):
+            older = [(float(s), head) for head in range(heads) for s in ranking.scores[layer, head, : tokens - window]]
+            best = [head for _, head in sorted(older, reverse=True)[: base * heads]]
+            for head in range(heads):  # as the authors' code rounds, to one entry: it leaves a few unused
+                published = round((1 - share) * best.count(head) + int(share * base))
+                assert abs(int(counts[layer, head]) - window - published) <= 1
+
+
+def test_adakv_with_little_more_than_the_window_gives_every_head_something() -> None:
+    ranking = random_ranking(3, 4, 50, window=6)
+    for each in range(1, 8):
+        counts = AdaKV().allocate(ranking, each * 3 * 4)
+        assert counts.sum(dim=1).tolist() == [4 * each] * 3 and int(counts.min()) >= 1
+
+
+def test_adakv_of_kvpress_takes_the_best_of_the_layer_beyond_what_every_head_is_certain_of() -> None:
     layers, heads, tokens = 3, 4, 50
     ranking = random_ranking(layers, heads, tokens, window=4)
     for each in (1, 3, 5, 13, 40, 50):
-        counts = AdaKV(safeguard=0.3).allocate(ranking, each * layers * heads)
+        counts = AdaKV(safeguard=0.3, floor="least").allocate(ranking, each * layers * heads)
         certain = max(int(0.3 * each), 1)
         assert counts.sum(dim=1).tolist() == [each * heads] * layers and int(counts.min()) >= certain
         for layer in range(layers):
@@ -277,6 +302,27 @@ def test_adakv_takes_the_best_of_the_layer_beyond_what_every_head_is_certain_of(
                 surely = sum(float(s) > last for s in best[head][certain:])
                 ties = sum(float(s) == last for s in best[head][certain:])
                 assert certain + surely <= counts[layer, head] <= certain + surely + ties
+
+
+def test_adakv_gives_no_less_than_what_is_certain_where_heads_differ_in_it() -> None:
+    scores = random_ranking(2, 3, 40).scores.clone()
+    scores[0, 0, 20:] = torch.inf  # one head must keep more than an equal split
+    ranking = Ranking(scores)
+    for each in (2, 7, 12, 19, 30, 40):
+        counts = AdaKV().allocate(ranking, each * 6)
+        assert counts.sum(dim=1).tolist() == [3 * each] * 2 and 1 <= int(counts.min()) <= int(counts.max()) <= 40
+        if each >= 12:
+            assert int(counts[0, 0]) >= 20
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_expected_attention_shares_a_layer_out_as_adakv_of_kvpress_does(share: float) -> None:
+    ranking = random_ranking(3, 4, 50, window=2)
+    for entries in (12, 100, 333, 600):
+        got = ExpectedAttention(safeguard=share).allocate(ranking, entries)
+        assert torch.equal(got, AdaKV(safeguard=share, floor="least").allocate(ranking, entries))
+        equal = ExpectedAttention(heads="equal").allocate(ranking, entries)
+        assert bool((equal == entries // 12).all())
 
 
 def test_adakv_with_certainty_for_all_is_an_equal_split() -> None:

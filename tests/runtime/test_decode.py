@@ -90,7 +90,7 @@ def test_the_full_float32_cache_gives_plain_logits(architecture: str, length: in
     assert (got - want[length : length + 7]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("key", [cls.key for cls in registered("kv") if cls.key != "full"])
+@pytest.mark.parametrize("key", [cls.key for cls in registered("kv") if cls.takes_budget()])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
 def test_budget_one_is_exact_for_every_method(architecture: str, key: str, tiny_model: ModelOf) -> None:
     model, prompt, question = tiny_model(architecture), ids_of(60, 0), ids_of(7, 1)

@@ -115,11 +115,12 @@ def export_twin(
 ) -> Exported:
     """Write `twin`, the model compressed by `methods`, into a folder; whole or not at all.
 
-    known: the facts of the model. notes: lines about how it was compressed. format: "auto" takes compressed-tensors where the layers have a place in it and the
-    library is here. dtype: in which the tensors that are not compressed are written: "float16", "bfloat16" or
-    "float32"; by default as the model holds them. What of the generation config is not valid goes back to its default,
-    and the result says so. Raises NotApplicable where the format asked for has no place for a layer, a weight is too
-    large for the dtype, or the configuration or the tokenizer cannot be written; MissingExtra; InputError for a folder
+    known: the facts of the model. notes: lines about how it was compressed. format: "auto" takes compressed-tensors
+    where the layers have a place in it and the library is here. dtype: in which the tensors that are not compressed are
+    written: "float16", "bfloat16" or "float32"; by default as the model holds them. What of the generation config is
+    not valid goes back to its default, and the result says so. Raises NotApplicable where the format asked for has no
+    place for a layer, a weight is too large for the dtype, or the configuration or the tokenizer cannot be written;
+    MissingExtra; InputError for a folder
     that holds something else or cannot be written to.
     """
     folder = located(folder)

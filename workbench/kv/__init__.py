@@ -15,6 +15,7 @@ from workbench.kv.methods.chunked.livevlm import LiveVLM
 from workbench.kv.methods.chunked.streammem import StreamMem
 from workbench.kv.methods.chunked.video_xl_2 import VideoXL2
 from workbench.kv.methods.chunked.xl3m import XL3M
+from workbench.kv.methods.evict.decoding import Decoding
 from workbench.kv.methods.evict.expected_attention import ExpectedAttention
 from workbench.kv.methods.evict.h2o import H2O
 from workbench.kv.methods.evict.keydiff import KeyDiff
@@ -42,6 +43,7 @@ from workbench.kv.methods.quantise.mikv import MiKV
 from workbench.kv.methods.quantise.turbomind import TurboMind
 from workbench.kv.methods.quantise.vkv_1bit import VisualKV1Bit
 from workbench.kv.methods.quantise.zipcache import ZipCache
+from workbench.kv.methods.select.quest import Quest
 from workbench.kv.methods.sparse.deltallm import DeltaLLM
 from workbench.kv.methods.sparse.mustafar import Mustafar
 from workbench.kv.methods.sparse.think import ThinK
@@ -57,6 +59,7 @@ __all__ = [
     "TOVA",
     "XL3M",
     "AdaKV",
+    "Decoding",
     "DeltaLLM",
     "EigenAttention",
     "EpiCache",
@@ -80,6 +83,7 @@ __all__ = [
     "Mustafar",
     "PrefixKV",
     "PyramidKV",
+    "Quest",
     "RetrievalAttention",
     "ScaleKV",
     "SentenceKV",

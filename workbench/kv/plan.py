@@ -20,6 +20,7 @@ from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import output_error
 from workbench.trace import LayerTrace, Trace
+from workbench_kernels import Scoring
 
 _PROBES = 64  # queries at the end of the prompt with which a plan's error is measured
 
@@ -109,7 +110,9 @@ class Plan(Shown):
     @property
     def evicts(self) -> bool:
         """Whether entries are also evicted while decoding, so that the cache never outgrows the plan."""
-        return self.stages.evict is not None and not self.keeps_all
+        if self.stages.evict is None:
+            return False
+        return not self.keeps_all or self.format.of_everything() == self.format  # which kept what evicting needs
 
     @cached_property
     def keeps_all(self) -> bool:
@@ -165,7 +168,7 @@ class Plan(Shown):
         if self.keeps_all:
             return self.format.of_everything().build(layer, tiers, None)
         state = None
-        if self.evicts and self.stages.evict is not None:
+        if self.evicts and self.stages.evict is not None and not self.stages.evict.rescores:
             evicting = self.stages.evict
             state = self.trace.once(
                 ("eviction state", evicting.parameter_key(), layer.index), lambda: evicting.eviction_state(layer)
@@ -238,11 +241,17 @@ class Plan(Shown):
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
             store = DenseFormat(self.dtype).build(layer, everything, None) if complete else self.store(layer)
-            got, _ = store.attend(probes, positions, layer.scoring)
-            got = got.nan_to_num(0.0)
+            got = _attended(store, probes, positions, layer.scoring).nan_to_num(0.0)
             want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
+
+
+def _attended(store: Store, queries: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
+    """What queries [h, q, d] at positions [q] get, [h, q, dv]: each alone, where that is how a store selects."""
+    at_once = 1 if store.selects else len(positions)
+    parts = zip(queries.split(at_once, dim=1), positions.split(at_once), strict=True)
+    return torch.cat([store.attend(part, at, scoring)[0] for part, at in parts], dim=1)
 
 
 def uncompressed_nbytes(trace: Trace, dtype: torch.dtype) -> int:

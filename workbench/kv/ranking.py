@@ -54,29 +54,6 @@ class Ranking:
         together = Ranking(self.scores.view(1, -1, self.tokens))
         return together.in_layer.view(self.layers, self.kv_heads, self.tokens)
 
-    @cached_property
-    def in_prefix(self) -> Tensor:
-        """The places of each layer's positions, best first, when a prefix of all layers grows: int64 [l, n], ascending.
-
-        A position joins when the prefix passes the share of the layer's importance held by those before it: scores
-        sorted, cumulated and normalised in each head, and averaged over the heads. Every layer's first position, then
-        what is certain to stay, layer by layer in turns, join before all others.
-        """
-        best_first = self.scores.sort(dim=-1, descending=True).values  # [l, k, n]
-        certain = best_first.isinf() & (best_first > 0)
-        known = best_first.masked_fill(best_first.isinf(), 0)
-        lowest = torch.where(best_first.isinf(), torch.inf, best_first).amin(dim=-1, keepdim=True)
-        known = torch.where(best_first.isinf(), 0, known - lowest.clamp_max(0))
-        sums = known.double().cumsum(dim=-1)
-        share = (sums / sums[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)).mean(dim=1)  # [l, n]
-        before = torch.cat([torch.zeros_like(share[:, :1]), share[:, :-1]], dim=1)
-        steps = torch.arange(self.tokens, device=share.device, dtype=share.dtype)
-        first = certain.any(dim=1) | (steps == 0)
-        joins = torch.where(first, steps / self.tokens - 1, before)  # the certain below 0
-        order = torch.argsort(joins.T.flatten(), stable=True)  # ties in turns
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return place.view(self.tokens, self.layers).T.contiguous()
-
     def selected(self, counts: Tensor) -> Tensor:
         """The best counts [l, k] entries of each head, bool [l, k, n]."""
         return self.in_head < counts[..., None]

@@ -180,8 +180,8 @@ def check_together(attention: AttentionMethod | None, methods: Sequence[KVMethod
     for method in methods:
         if method.supplies("read"):
             raise BadRecipe(f"{method.key} reads the prompt in its own way, and so does {attention.key}: use one")
-        if attention.decodes and (method.supplies("evict") or method.supplies("retrieve")):
+        if attention.decodes and any(method.supplies(stage) for stage in ("evict", "retrieve", "select")):
             raise BadRecipe(
-                f"{attention.key} attends in its own way while decoding, where {method.key} watches or fetches: use "
-                "one of the two"
+                f"{attention.key} attends in its own way while decoding, where {method.key} watches, fetches or "
+                "selects: use one of the two"
             )

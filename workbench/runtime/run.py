@@ -14,6 +14,7 @@ from workbench import arguments
 from workbench.display import Shown
 from workbench.errors import NotRead
 from workbench.formatting import mib
+from workbench.kv.base import KVMethod
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
@@ -188,7 +189,7 @@ class Run(Shown):
         scores, later = record["score_share"], record.get("decode_score_share")
         attended = (
             []
-            if scores is None or not self.recipe.family("attention")
+            if scores is None or not (self.recipe.family("attention") or self._selects)
             else [f"  scores   {scores:.1%} computed" + (f", {later:.1%} while decoding" if later is not None else "")]
         )
         lines = [
@@ -202,6 +203,11 @@ class Run(Shown):
         if self.measured:
             lines.append(f"  quality  {self.quality}")
         return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+
+    @property
+    def _selects(self) -> bool:
+        """Whether new tokens attended to a part of the cache only."""
+        return any(isinstance(m, KVMethod) and m.supplies("select") for m in self.recipe.family("kv"))
 
     def numbers(self) -> dict[str, Any]:
         """The record without what differs from one machine to the next: no timings, no live bytes of workspace."""

@@ -108,6 +108,8 @@ def within(reading: Reading, method: KVMethod, budget: float, dtype: torch.dtype
         except BudgetTooSmall as again:
             raise MethodProblem(f"the budget {smallest}, named as the smallest, is refused too: {again}") from again
         budget = smallest
+    if method.supplies("select"):  # nothing is saved, and what it selects by comes on top
+        return plan
     if not method.takes_budget():
         budget = 1.0
     taken = f"{plan.nbytes} of {plan.full_nbytes} bytes"

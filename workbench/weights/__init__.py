@@ -17,11 +17,13 @@ from workbench.weights.compress import compressed
 from workbench.weights.methods.any_size.bitstack import BitStack
 from workbench.weights.methods.any_size.double_rounding import DoubleRounding
 from workbench.weights.methods.any_size.evopress import EvoPress
+from workbench.weights.methods.any_size.evopress_depth import EvoPressDepth
 from workbench.weights.methods.low_rank.cospadi import CoSpaDi
 from workbench.weights.methods.low_rank.flashsvd import FlashSVD
 from workbench.weights.methods.low_rank.fwsvd import FWSVD
 from workbench.weights.methods.low_rank.greenformers import Greenformers
 from workbench.weights.methods.low_rank.svd import SVD
+from workbench.weights.methods.low_rank.svd_llm import SVDLLM
 from workbench.weights.methods.prune.magnitude import Magnitude
 from workbench.weights.methods.prune.sparsegpt import SparseGPT
 from workbench.weights.methods.prune.wanda import Wanda
@@ -48,6 +50,8 @@ from workbench.weights.methods.structured.modegpt import MoDeGPT
 from workbench.weights.methods.structured.transact import TransAct
 from workbench.weights.methods.structured.udfc import UDFC
 from workbench.weights.methods.structured.ziplm import ZipLM
+from workbench.weights.methods.transform.quarot import QuaRot
+from workbench.weights.reports.product_times import recorded_times
 
 __all__ = [
     "AWQ",
@@ -60,6 +64,7 @@ __all__ = [
     "PBLLM",
     "RTN",
     "SVD",
+    "SVDLLM",
     "UDFC",
     "VPTQ",
     "AbsMax",
@@ -71,6 +76,7 @@ __all__ = [
     "DoubleRounding",
     "EasyQuant",
     "EvoPress",
+    "EvoPressDepth",
     "FlashSVD",
     "FoldGPT",
     "Greenformers",
@@ -78,6 +84,7 @@ __all__ = [
     "MoDeGPT",
     "OSTQuant",
     "Odyssey",
+    "QuaRot",
     "SliMLLM",
     "SparseGPT",
     "TransAct",
@@ -86,4 +93,5 @@ __all__ = [
     "WeightMethod",
     "ZipLM",
     "compressed",
+    "recorded_times",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from workbench.models import tiny
 from workbench.runtime.planning import study_of
 
 IDS = ids_of(96, 3)
-QUICK = {"window": 16, "generations": 8, "offspring": 6, "share": 0.2}
+PLAIN: dict[str, Any] = {"window": 16, "kernel": 5, "pooling": "avg"}
+QUICK = {**PLAIN, "generations": 8, "offspring": 6, "share": 0.2}
 
 
 def idle_layer() -> PreTrainedModel:

@@ -34,6 +34,8 @@ FORMATS = {
     "window": LowRankFormat(torch.bfloat16, Ranks(3, 6), window=8),
     "4-bit": LowRankFormat(torch.bfloat16, Ranks(9, 7), window=5, bits=4, group=8),
     "4-bit, no window": LowRankFormat(torch.bfloat16, Ranks(1, 1), bits=4, group=4),
+    "joint": LowRankFormat(torch.bfloat16, Ranks(4, 3), window=8, joint=True),
+    "joint, 4-bit": LowRankFormat(torch.bfloat16, Ranks(5, 4), bits=4, group=16, joint=True),
 }
 COUNTS = [[60, 60], [60, 41], [5, 52], [33, 33], [1, 9], [0, 60]]
 
@@ -81,7 +83,10 @@ def test_predicted_bytes_are_live_bytes_bases_included(name: str, counts: list[i
     assert isinstance(store, LowRankStore)
     assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 2), torch.tensor([counts]))
     assert [row.tolist() for row in store.positions] == [row.nonzero()[:, 0].tolist() for row in tiers_of(counts)]
-    assert sum(t.nbytes for t in store.bases) == 2 * (form.ranks_of(0).keys * 20 + form.ranks_of(0).values * 18) * 2
+    together = 2 if store.joint else 1
+    assert store.joint == (form.joint and counts == [60, 60])
+    numbers = 2 * together * (form.ranks_of(0).keys * 20 + form.ranks_of(0).values * 18)
+    assert sum(t.nbytes for t in store.bases) == 2 * numbers
 
 
 def test_each_layer_has_ranks_of_its_own() -> None:
@@ -261,6 +266,55 @@ def test_queries_shape_the_space_only_where_nothing_rotates() -> None:
     assert rotary_of(layer) is None and rotary_of(turning) is turning.rotation
 
 
+def test_a_joint_space_is_that_of_all_heads_side_by_side() -> None:
+    layer = trace_of(tokens=TOKENS).layers[1]
+    spaces = spaces_of(layer, joint=True)
+    assert spaces.joint and spaces_of(layer, joint=True) is spaces and spaces_of(layer) is not spaces
+    for x, basis, energy in (
+        (layer.values, spaces.values, spaces.energy_values),
+        (turned_back(layer), spaces.keys, spaces.energy_keys),
+    ):
+        beside = torch.cat([x[0], x[1]], dim=1)  # [n, 2 * d]
+        _, sizes, vectors = torch.linalg.svd(beside.double())
+        assert basis.shape == (2, 32, 16) and energy.shape == (1, 32)
+        assert torch.allclose(energy[0], sizes.square().float(), rtol=1e-3, atol=1e-5)
+        rows = torch.cat([basis[0], basis[1]], dim=1)
+        assert torch.allclose(rows.norm(dim=1), (sizes / TOKENS**0.5).float(), rtol=1e-3)
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        assert torch.allclose((unit @ vectors.float().T).abs(), torch.eye(32), atol=2e-2)
+
+
+@pytest.mark.parametrize("rotary", [None, table])
+def test_a_joint_space_holds_one_row_a_token_nearest_to_all_heads_together(rotary: Any) -> None:
+    layer = rotated_layer(rotary)
+    store = LowRankFormat(torch.float32, Ranks(4, 3), window=8, joint=True).build(layer, tiers_of([60, 60]), None)
+    assert isinstance(store, LowRankStore) and store.older[0].view().shape == (1, 52, 8)  # type: ignore[union-attr]
+    twin = store.clone()
+    more = torch.randn(2, 2, 9, 20, generator=torch.Generator().manual_seed(3))
+    store.append(more[0], more[1, ..., :18], torch.arange(60, 69))
+    store.attend(torch.zeros(4, 1, 20), torch.tensor([68]), Scoring(1.0))
+    keys, values = torch.cat([layer.keys, more[0]], dim=1), torch.cat([layer.values, more[1, ..., :18]], dim=1)
+    plain = torch.stack([turned(head, list(range(69)), back=True) for head in keys]) if rotary else keys
+    found = store.contents(torch.float32)
+    for x, ranks, got in ((plain, 8, found.keys), (values, 6, found.values)):
+        beside = torch.cat([x[0], x[1]], dim=1)
+        basis = torch.linalg.svd(beside[:60], full_matrices=False).Vh[:ranks]
+        want = torch.stack(nearest(beside[:61], basis).split(x.shape[-1], dim=1))
+        if got is found.keys and rotary:
+            want = torch.stack([turned(head, list(range(61))) for head in want])
+        assert torch.allclose(got[:, :61], want, atol=1e-3)
+    assert torch.equal(found.keys[:, 61:], keys[:, 61:]) and torch.equal(found.values[:, 61:], values[:, 61:])
+    assert twin.entries == 120 and store.entries == 138
+
+
+def test_heads_that_may_hold_different_tokens_have_spaces_of_their_own() -> None:
+    form = FORMATS["joint"]
+    stores = [form.build(rotated_layer(), tiers_of(counts), None) for counts in ([60, 60], [60, 41])]
+    assert [store.joint for store in stores if isinstance(store, LowRankStore)] == [True, False]
+    both = torch.tensor([[60, 60], [60, 41]])
+    assert sum(store.nbytes for store in stores) == form.nbytes(Shape(2, 60, 20, 18, 2), both)
+
+
 # -- Eigen Attention
 
 
@@ -347,22 +401,37 @@ def test_without_a_model_the_error_is_what_the_threshold_leaves_out() -> None:
 # -- CSKV
 
 
-def test_cskv_keeps_a_fifth_of_older_channels_and_the_window_whole() -> None:
-    plan = plan_of(CSKV(window=10), dtype=torch.float32)
+def test_cskv_keeps_a_fifth_of_older_channels_and_what_fills_no_window_whole() -> None:
+    plan = plan_of(CSKV(window=20), dtype=torch.float32)
     layer = plan.trace.layers[1]
     store = plan.store(layer)
     assert isinstance(store, LowRankStore)
-    assert store.older[0].view().shape == (2, TOKENS - 10, 4)  # type: ignore[union-attr]
-    assert torch.equal(store.newer[0].view(), layer.keys[:, -10:])
-    assert torch.equal(store.newer[1].view(), layer.values[:, -10:])
+    assert store.older[0].view().shape == (1, 80, 2 * 3)  # type: ignore[union-attr]
+    assert torch.equal(store.newer[0].view(), layer.keys[:, 80:])
+    assert torch.equal(store.newer[1].view(), layer.values[:, 80:])
+
+
+def test_cskv_lets_a_window_fill_and_leave_together() -> None:
+    # As in the authors' code: the token that fills the window still attends to it whole.
+    plan = plan_of(CSKV(window=20), dtype=torch.float32)
+    store = plan.store(plan.trace.layers[1])
+    assert isinstance(store, LowRankStore)
+    lengths = []
+    for step in range(22):
+        keys = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(step))
+        store.append(keys[0], keys[1], torch.tensor([TOKENS + step]))
+        assert torch.equal(store.contents(torch.float32).keys[:, -1], keys[0, :, 0])
+        store.attend(torch.zeros(4, 1, 16), torch.tensor([TOKENS + step]), Scoring(1.0))
+        lengths.append(store.newer[0].longest)
+    assert lengths == [*range(11, 20), *range(20), *range(3)][:22]
 
 
 def test_cskv_shortens_its_window_when_a_fifth_of_the_channels_is_too_much() -> None:
-    forms = [plan_of(CSKV(budget=budget), tokens=200).format for budget in (0.8, 0.5, 0.3, 0.2)]
-    found = [(form.ranks_of(0).keys, form.window) for form in forms if isinstance(form, LowRankFormat)]
+    forms = [plan_of(CSKV(budget=budget), tokens=220).format for budget in (0.8, 0.5, 0.35, 0.15)]
+    found = [(form.ranks_of(0).keys, form.group) for form in forms if isinstance(form, LowRankFormat)]
     assert len(found) == 4 and found[0][1] == found[1][1] == 32 and found[0][0] > found[1][0] and found[3][1] < 32
-    fixed = plan_of(CSKV(kept=20, budget=0.3), tokens=200).format
-    assert isinstance(fixed, LowRankFormat) and fixed.ranks == Ranks(4, 4) and fixed.window < 32
+    fixed = plan_of(CSKV(kept=20, budget=0.3), tokens=220).format
+    assert isinstance(fixed, LowRankFormat) and fixed.ranks == Ranks(3, 3) and fixed.group < 32
 
 
 def test_four_bits_hold_more_ranks_in_the_same_bytes_and_lose_less() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kv.support import softmax_rows, trace_of
+from tests.kv.support import random_ranking, softmax_rows, trace_of
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
+from workbench.kv.methods.allocate.prefixkv import held_before
 from workbench.kv.methods.evict.lazyeviction import mri_score, track_recurrence
 from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
@@ -30,62 +31,60 @@ TOKENS = 60
 # -- PrefixKV
 
 
-def peaked(layers: int = 5, heads: int = 2, tokens: int = 80, certain: int = 0) -> Ranking:
-    """Scores that concentrate more and more from layer to layer."""
-    uniform = torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(3))
-    scores = uniform ** (1 + 3 * torch.arange(layers)[:, None, None])
-    if certain:
-        scores[..., -certain:] = torch.inf
-    return Ranking(scores)
+def peaked(layers: int = 5, heads: int = 2, tokens: int = 80) -> tuple[Ranking, Tensor]:
+    """Importance [l, n] that concentrates more and more from layer to layer, and a ranking beside its curves."""
+    uniform = torch.rand(layers, tokens, generator=torch.Generator().manual_seed(3))
+    importance = uniform ** (1 + 3 * torch.arange(layers)[:, None])
+    curves = torch.stack([held_before(layer) for layer in importance])
+    return random_ranking(layers, heads, tokens).beside(curves), importance
 
 
-def size_at(curve: list[float], prefix: float) -> int:
-    """The fewest best positions that hold the prefix."""
-    held = 0.0
-    for count, share in enumerate(curve, 1):
-        held += share
+def size_at(importance: list[float], prefix: float, protected: int) -> int:
+    """The fewest best positions that hold the prefix, and the protected ones on top."""
+    held, total = 0.0, sum(importance)
+    for count, part in enumerate(sorted(importance, reverse=True), 1):
+        held += part / total
         if held >= prefix:
-            return count
-    return len(curve)
+            return min(count + protected, len(importance))
+    return len(importance)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 0.95])
 def test_sizes_are_those_that_a_binary_search_for_the_prefix_finds(share: float) -> None:
-    ranking = peaked()
+    (ranking, importance), protected = peaked(), 5
     entries = int(share * ranking.scores.numel())
     total = entries // ranking.kv_heads
-    curves = []
-    for layer in ranking.scores.double():
-        heads = [(head.sort(descending=True).values / head.sum()).tolist() for head in layer]
-        curves.append([sum(shares) / len(heads) for shares in zip(*heads, strict=True)])
+    curves = importance.double().tolist()
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        if sum(size_at(curve, middle) for curve in curves) <= total:
+        if sum(size_at(curve, middle, protected) for curve in curves) <= total:
             low = middle
         else:
             high = middle
-    counts = PrefixKV().allocate(ranking, entries)
-    expected = [size_at(curve, low) for curve in curves]
+    counts = PrefixKV(sinks=4, recent=1).allocate(ranking, entries)
+    expected = [size_at(curve, low, protected) for curve in curves]
     assert bool((counts[:, :1] == counts).all()) and int(counts.sum()) == total * ranking.kv_heads
     spare = total - sum(expected)  # of layers that pass the prefix together
     assert 0 <= spare < ranking.layers
     assert sum(abs(int(count) - size) for count, size in zip(counts[:, 0], expected, strict=True)) == spare
-    if share >= 0.1:
+    if 0.2 < share < 0.9:
         assert int(counts[0, 0]) > int(counts[-1, 0])  # a layer that concentrates needs less
 
 
 def test_every_layer_holds_nearly_the_same_share_of_its_importance() -> None:
-    ranking = peaked(tokens=2000)
-    counts = PrefixKV().allocate(ranking, ranking.scores.numel() // 5)
-    kept = ranking.selected(counts)
-    held = (ranking.scores * kept).sum(-1) / ranking.scores.sum(-1)
-    assert float(held.mean(1).max() - held.mean(1).min()) < 2e-3
-    assert len(counts[:, 0].unique()) == ranking.layers
+    ranking, importance = peaked(tokens=2000)
+    counts = PrefixKV(sinks=0, recent=1).allocate(ranking, ranking.scores.numel() // 5)[:, 0]
+    best = importance.sort(descending=True).values
+    held = [float(layer[: int(count)].sum() / layer.sum()) for layer, count in zip(best, counts, strict=True)]
+    assert max(held) - min(held) < 4e-3
+    assert len(counts.unique()) == ranking.layers
 
 
 def test_sizes_only_grow_with_the_budget_and_are_met_to_the_entry() -> None:
-    for ranking in (peaked(), peaked(certain=6), Ranking(-torch.rand(4, 3, 50)), Ranking(torch.zeros(4, 2, 30))):
+    uniform = random_ranking(4, 2, 30).beside(torch.stack([held_before(torch.ones(30))] * 4))
+    nothing = random_ranking(4, 2, 30).beside(torch.stack([held_before(torch.eye(30)[layer]) for layer in range(4)]))
+    for ranking in (peaked()[0], uniform, nothing):
         before = torch.zeros(ranking.layers, ranking.kv_heads, dtype=torch.long)
         for total in range(ranking.layers, ranking.layers * ranking.tokens + 1, 3):
             counts = PrefixKV().allocate(ranking, total * ranking.kv_heads)
@@ -94,12 +93,12 @@ def test_sizes_only_grow_with_the_budget_and_are_met_to_the_entry() -> None:
             before = counts
 
 
-def test_what_is_certain_to_stay_comes_first_in_all_layers() -> None:
-    ranking = peaked(certain=6)
+def test_sinks_and_the_last_token_come_first_in_all_layers() -> None:
+    ranking, _ = peaked()
     for total in (5, 12, 30):
-        counts = PrefixKV().allocate(ranking, total * ranking.kv_heads)[:, 0]
+        counts = PrefixKV(sinks=4, recent=2).allocate(ranking, total * ranking.kv_heads)[:, 0]
         assert int(counts.max() - counts.min()) <= 1
-    assert int(PrefixKV().allocate(ranking, 60 * ranking.kv_heads).min()) >= 6
+    assert int(PrefixKV(sinks=4, recent=2).allocate(ranking, 60 * ranking.kv_heads).min()) >= 6
 
 
 def test_prefixkv_scores_by_attention_averaged_over_heads() -> None:

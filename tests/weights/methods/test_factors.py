@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from tests.weights.support import RANDOM_IDS, correlated, drawn, logits, stats_of, studied, with_study
-from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
+from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
-from workbench.weights import FWSVD, SVD, CoSpaDi, Greenformers, MoDeGPT, VQLogits, WeightMethod, compressed
+from workbench.weights import FWSVD, SVD, SVDLLM, CoSpaDi, Greenformers, MoDeGPT, VQLogits, WeightMethod, compressed
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CodebookLinear, DictionaryLinear, codebook_nbytes, dictionary_nbytes
 from workbench.weights.layers.low_rank import LowRankLinear
@@ -24,8 +24,9 @@ from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
 from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, shares, value_moment
-from workbench.weights.solvers.low_rank import row_weighted, truncated, whitened
+from workbench.weights.solvers.low_rank import row_weighted, truncated, updated, whitened
 from workbench.weights.solvers.whitening import root
+from workbench.weights.surgery.sharing_copy import sharing_copy
 
 
 def small_weight(layer: nn.Module) -> Tensor:
@@ -77,15 +78,44 @@ def test_no_product_of_that_rank_changes_the_outputs_less(rank: int) -> None:
     assert error <= float((x @ (weight - plain[1] @ plain[0]).T).square().sum())
 
 
-def test_svd_by_outputs_loses_less_of_every_output_than_svd_by_weights() -> None:
+def test_svd_llm_loses_less_of_every_output_than_svd() -> None:
     model = tiny("llama")
     study = studied(model)
     by_weights, by_outputs = (
-        output_errors(model, with_study(model, SVD(budget=0.6, metric=metric), study), study)
-        for metric in ("weights", "outputs")
+        output_errors(model, with_study(model, method, study), study)
+        for method in (SVD(budget=0.6), SVDLLM(budget=0.6))
     )
     assert all(by_outputs[name] <= by_weights[name] * 1.001 for name in by_weights)
     assert sum(by_outputs.values()) < 0.9 * sum(by_weights.values())
+
+
+def test_what_was_a_metric_of_svd_is_refused_with_the_name_of_the_method_it_is() -> None:
+    with pytest.raises(BadParameter, match="svd-llm"):
+        wb.method("svd", metric="outputs")
+
+
+def test_no_left_factor_errs_less_than_the_updated_one() -> None:
+    x, weight = correlated(300, 12), drawn(20, 12)
+    down = whitened(weight, 4, torch.eye(12))[0]
+    up = updated(weight, down, x.T @ x / 300)
+    want = torch.linalg.lstsq((x @ down.T).double(), (x @ weight.T).double()).solution.T
+    torch.testing.assert_close(up, want.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_updated_layer_errs_less_on_what_the_compressed_blocks_before_it_give() -> None:
+    model = tiny("llama", layers=2)
+    study = studied(model)
+    plain, updated = (with_study(model, SVDLLM(budget=0.5, update=update), study) for update in (False, True))
+    half = sharing_copy(model)  # the first block compressed, the second as it was
+    half.set_submodule("model.layers.0", updated.get_submodule("model.layers.0"))
+    for block, inputs in study.inputs(hessians=True, behind=half):
+        for name, stats in inputs.items() if block == "model.layers.1" else ():
+            weight = small_weight(model.get_submodule(name))
+            lost = [
+                float(stats.output_error(small_weight(twin.get_submodule(name)) - weight).sum())
+                for twin in (updated, plain)
+            ]
+            assert lost[0] < lost[1], name
 
 
 # --- FWSVD

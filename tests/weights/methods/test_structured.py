@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,31 +14,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from tests.weights.support import IDS, drawn, logits
-from workbench.errors import BudgetTooSmall, NotApplicable
+from tests.weights.support import IDS, RANDOM_IDS, drawn, logits, studied, with_study
+from workbench.errors import BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.models.depth import origins
+from workbench.weights import recorded_times
 from workbench.weights.base import WeightMethod
 from workbench.weights.compress import compressed
 from workbench.weights.layers.core_mlp import CoreMLP, votes
-from workbench.weights.methods.structured import ziplm as ziplm_module
 from workbench.weights.methods.structured.cfsp import CFSP, kept_shares, neuron_scores
 from workbench.weights.methods.structured.comp import COMP, leverage, remaining, tuned
 from workbench.weights.methods.structured.coreinfer import CoreInfer
 from workbench.weights.methods.structured.foldgpt import FoldGPT, folding
 from workbench.weights.methods.structured.udfc import UDFC, channels, data_free_scores, gains, overlap, rebuilt
-from workbench.weights.methods.structured.ziplm import ZipLM, removal
+from workbench.weights.methods.structured.ziplm import ZipLM
 from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.structure_removal import removal
 from workbench.weights.solvers.widths import shared_out
 
 METHODS: tuple[type[WeightMethod], ...] = (CFSP, COMP, CoreInfer, FoldGPT, UDFC, ZipLM)
-
-
-@pytest.fixture(autouse=True)
-def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products take as long as they have weights, on every machine."""
-    monkeypatch.setattr(ziplm_module, "product_seconds", lambda outputs, inputs, *_: outputs * inputs * 1e-9)
 
 
 # -- sharing out
@@ -52,7 +50,7 @@ def test_widths_fill_the_limit_and_never_exceed_it() -> None:
 @pytest.mark.parametrize("method", [CFSP, COMP, ZipLM])
 def test_what_stays_is_smaller_and_fills_the_budget(method: type[WeightMethod]) -> None:
     model = tiny("qwen2")  # with biases
-    asked = method(budget=0.7)
+    asked = method(budget=0.7, **(QUICK if method is ZipLM else {}))
     survey, twin = asked.survey(model), compressed(model, [asked])
     held = tensor_bytes(
         parameter
@@ -103,7 +101,7 @@ def test_structures_go_in_the_order_and_at_the_cost_of_plain_loops() -> None:
     moment = (x.T @ x / 60).double()
     hessian = moment + 0.01 * moment.diagonal().mean() * torch.eye(8)
     columns = torch.arange(8).view(1, 4, 2)  # four structures of two columns each
-    found = removal(weight, moment, columns, 0.01)
+    found = removal(weight, moment, columns, 0.01, keep=(3, 1))
     left, present, order, error = weight.clone(), list(range(4)), [], [0.0]
     scale = float((weight @ hessian * weight).sum())
     while present:
@@ -122,6 +120,8 @@ def test_structures_go_in_the_order_and_at_the_cost_of_plain_loops() -> None:
         left = torch.zeros_like(weight)
         if kept:  # what is left makes up for all that is gone
             left[:, kept] = weight @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
+        if len(present) in (3, 1):
+            torch.testing.assert_close(found.weights[len(present)].double(), left[:, kept], rtol=1e-2, atol=1e-2)
     assert found.order[0].tolist() == order
     assert torch.allclose(found.errors, torch.tensor(error).double(), rtol=1e-6, atol=1e-9)
     assert float(found.errors[-1]) == pytest.approx(1.0)  # nothing is left
@@ -140,35 +140,96 @@ def test_no_weights_on_what_stays_err_less_than_refitted_ones() -> None:
         assert error(best) < error(best + 0.01 * drawn(4, 4, seed=seed))
 
 
-def test_a_target_speed_is_reached_by_the_table_and_an_impossible_one_refused(
-    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    twin: Any = compressed(tiny_llama, [ZipLM(budget=1.0, speedup=2.0)])
+SHAPES = [(o, i) for o in (1, 16, 32, 64, 128) for i in (1, 16, 32, 64, 128)]
+QUICK = {"starts": 2, "patience": 1, "texts": 2, "tokens": 16}
+
+
+def test_a_target_speed_is_reached_by_multiply_adds_and_an_impossible_one_refused(tiny_llama: PreTrainedModel) -> None:
+    twin: Any = compressed(tiny_llama, [ZipLM(budget=1.0, speedup=2.0, **QUICK)])
     pruned = ("gate_proj", "up_proj", "down_proj", "v_proj", "o_proj")
     sizes = [
         sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in pruned)
         for model in (tiny_llama, twin)
     ]
-    assert sizes[1] <= sizes[0] / 2 < sizes[1] * 1.1  # a product takes as long as it has weights
-    monkeypatch.setattr(ziplm_module, "product_seconds", lambda *_: 1e-5)
+    assert sizes[1] <= sizes[0] / 2 < sizes[1] * 1.1
+    alike = json.dumps({f"{o}x{i}": 1e-5 for o, i in SHAPES})
     with pytest.raises(NotApplicable, match="at most 1 times as fast"):
-        compressed(tiny_llama, [ZipLM(speedup=2.0)])
+        compressed(tiny_llama, [ZipLM(speedup=2.0, table=alike, **QUICK)])
 
 
-def test_layers_that_take_no_time_are_not_pruned(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(outputs: int, inputs: int, *_: Any) -> float:
+def test_layers_that_take_no_time_are_not_pruned(tiny_llama: PreTrainedModel) -> None:
+    def seconds(outputs: int, inputs: int) -> float:
         return outputs * inputs * (1e-9 if max(outputs, inputs) == 64 else 1e-3)  # attention takes next to none
 
-    monkeypatch.setattr(ziplm_module, "product_seconds", seconds)
-    twin: Any = compressed(tiny_llama, [ZipLM(budget=0.9)])
+    table = json.dumps({f"{o}x{i}": seconds(o, i) for o, i in SHAPES})
+    twin: Any = compressed(tiny_llama, [ZipLM(budget=0.9, table=table, **QUICK)])
     assert all(layer.self_attn.v_proj.out_features == 32 for layer in twin.model.layers)
     assert any(layer.mlp.up_proj.out_features < 128 for layer in twin.model.layers)
+
+
+def test_a_search_loses_no_more_than_the_dynamic_programme_alone_and_is_the_same_again() -> None:
+    model = tiny("llama")
+    study = studied(model)
+    kl = []
+    for settings in ({"starts": 0, "patience": 0}, {"starts": 8, "patience": 4}):
+        twins = [with_study(model, ZipLM(budget=0.6, texts=4, tokens=64, **settings), studied(model)) for _ in range(2)]
+        assert all(torch.equal(one, other) for one, other in zip(*(twin.parameters() for twin in twins), strict=True))
+        p, q = (logits(each, study.ids).log_softmax(-1) for each in (model, twins[0]))
+        kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert kl[1] < kl[0]
+
+
+_IN_A_PROCESS = """
+import hashlib, torch
+from workbench.models import tiny
+from workbench.weights import ZipLM, compressed
+twin = compressed(tiny("llama"), [ZipLM(budget=0.6, starts=6, patience=2, texts=2, tokens=16)])
+print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in twin.parameters())).hexdigest())
+"""
+
+
+def test_three_processes_make_the_same_model() -> None:
+    """Nothing is measured on the clock, and nothing depends on what a process did before."""
+    command = [sys.executable, "-c", _IN_A_PROCESS]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+    assert len(said[0].strip()) == 64 and said[0] == said[1] == said[2]
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("fast", "is JSON"),
+        ("[1]", "a JSON object is expected"),
+        ('{"64": 1}', "outputs and inputs"),
+        ('{"64x-1": 1}', "outputs and inputs"),
+        ('{"64x64": 0}', "takes some seconds"),
+        ('{"64x64": true}', "takes some seconds"),
+        ('{"64x64": "1"}', "takes some seconds"),
+        ('{"64x64": NaN}', "takes some seconds"),
+    ],
+)
+def test_what_is_no_table_of_times_is_refused(table: str, problem: str) -> None:
+    with pytest.raises(BadParameter, match=problem):
+        ZipLM(table=table)
+
+
+def test_a_table_that_knows_other_shapes_is_refused_and_one_recorded_for_the_model_serves(
+    tiny_llama: PreTrainedModel,
+) -> None:
+    with pytest.raises(NotApplicable, match="no shapes between which"):
+        compressed(tiny_llama, [ZipLM(table='{"3x3": 1.0}', **QUICK)])
+    table = recorded_times(tiny_llama)
+    assert {f"{width}x64" for width in (128, 1)} | {"64x128"} <= set(json.loads(table))
+    method = ZipLM(budget=0.7, table=table, **QUICK)
+    survey, twin = method.survey(tiny_llama), compressed(tiny_llama, [method])
+    held = tensor_bytes(twin.get_parameter(f"{name}.weight") for name in survey.linears)
+    assert held <= 0.7 * survey.full_nbytes
 
 
 def test_narrower_values_make_the_cache_narrower_and_any_cache_method_works(tiny_llama: PreTrainedModel) -> None:
     session = wb.Session((tiny_llama, None))
     session.read(IDS)
-    run = session.run([ZipLM(budget=0.5), wb.kv.SnapKV(budget=0.5, window=8)], max_new_tokens=3)
+    run = session.run([ZipLM(budget=0.5, **QUICK), wb.kv.SnapKV(budget=0.5, window=8)], max_new_tokens=3)
     assert len(run.tokens) == 3 and run.plan.share < 0.5
 
 
@@ -326,15 +387,47 @@ def test_eight_bits_of_all_neurons_lose_little(tiny_llama: PreTrainedModel) -> N
 
 
 def test_neurons_get_the_votes_of_tokens_that_activate_them_most() -> None:
-    acts = torch.tensor([[5.0, -4, 1, 0], [0, 9, 1, 2], [-3, 1, 0, 2]])
-    assert votes(acts, 0.5).floor().tolist() == [2, 2, 0, 2]
-    assert votes(acts, 0.5)[1] > votes(acts, 0.5)[0]  # the same votes, but larger
+    acts = torch.tensor([[5.0, 4, -1, 0], [0, 9, 1, 2], [-3, 1, 0, 2]])  # 2, 3 and 2 positive: 7 / 3 on average
+    assert votes(acts, 0.9).floor().tolist() == [1, 3, 0, 2]
+    assert votes(acts, 0.5).floor().tolist() == [1, 1, 0, 1]
+    assert votes(acts, 0.5)[1] > votes(acts, 0.5)[0] > votes(acts, 0.5)[3]  # the same votes, but larger
+
+
+def test_a_text_decodes_with_the_neurons_of_the_texts_that_are_like_it() -> None:
+    model: Any = tiny("llama", layers=2)
+    ids = torch.stack([IDS[:24] if text % 2 else RANDOM_IDS[:24] for text in range(6)])
+    study = studied(model, samples=6, tokens=24)
+    study.ids = ids
+    method = CoreInfer(share=0.25, first=0, last=0, prediction="similarity", groups=2)
+    twin: Any = with_study(model, method, study)
+    judge = twin.model.layers[1].mlp
+    assert judge.groups.centres is not None and twin.model.layers[0].mlp.groups.centres is None
+    own = []
+    for text in (IDS[:24], RANDOM_IDS[:24]):
+        inside: list[Tensor] = []
+        handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs, inside=inside: inside.append(inputs[0][0])
+        )
+        logits(model, text)
+        handle.remove()
+        counts = votes(inside[0], method.token_share)
+        group = judge.groups.judged(counts)
+        assert judge.groups.neurons[group].tolist() == sorted((3 * counts).topk(32).indices.tolist())  # three like it
+        own.append(int(group))
+    assert own[0] != own[1]
+    session = wb.Session((twin, None), kv_dtype="float32")
+    session.read(IDS[:24])
+    run = session.run("full", max_new_tokens=3)
+    assert int(run.decoder.memory["group"]) == own[0]
+    assert torch.equal(run.decoder.memory["core", 0][0], model.model.layers[0].mlp.gate_proj.weight[
+        twin.model.layers[0].mlp.groups.neurons[own[0]]
+    ])  # fmt: skip
 
 
 def core_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Any, Any]:
     session = wb.Session((model, None), kv_dtype="float32")
     session.read(ids)
-    return session, session.run(CoreInfer(share=0.25), question=torch.tensor([5, 6]), max_new_tokens=4)
+    return session, session.run(CoreInfer(share=0.25, first=0, last=0), question=torch.tensor([5, 6]), max_new_tokens=4)
 
 
 def test_decoding_uses_the_core_neurons_of_its_own_run_only(tiny_llama: PreTrainedModel) -> None:
@@ -344,11 +437,11 @@ def test_decoding_uses_the_core_neurons_of_its_own_run_only(tiny_llama: PreTrain
     assert set(held) == {(what, layer) for what in ("votes", "core") for layer in range(3)}
     assert held["core", 0][0].shape == (32, 64) and held["core", 0][2].shape == (64, 32)
     assert not torch.equal(held["votes", 1], other.decoder.memory["votes", 1])
-    again = session.run(CoreInfer(share=0.25), question=torch.tensor([5, 6]), max_new_tokens=4)
+    again = session.run(CoreInfer(share=0.25, first=0, last=0), question=torch.tensor([5, 6]), max_new_tokens=4)
     assert again.tokens == run.tokens and again.decoder.memory is not held
     assert all(torch.equal(again.decoder.memory["votes", i], held["votes", i]) for i in range(3))
     assert run.memory.samples[-1].categories["core neurons"] == run.decoder.memory_nbytes > 0
-    twin = session.readings.variants.get([CoreInfer(share=0.25)])
+    twin = session.readings.variants.get([CoreInfer(share=0.25, first=0, last=0)])
     assert not any("votes" in vars(module) or "memory" in vars(module) for module in twin.modules())
 
 
@@ -358,7 +451,7 @@ def test_all_neurons_are_the_model_itself(tiny_llama: PreTrainedModel) -> None:
     run = session.run(CoreInfer(share=1.0), max_new_tokens=6)
     assert run.tokens == session.run("full", max_new_tokens=6).tokens
     assert run.quality.kl < 1e-6
-    assert session.run(CoreInfer(share=0.1), max_new_tokens=6).quality.kl > 1e-4
+    assert session.run(CoreInfer(share=0.1, first=0, last=0), max_new_tokens=6).quality.kl > 1e-4
 
 
 def test_a_step_computes_what_the_core_neurons_alone_give(tiny_llama: PreTrainedModel) -> None:

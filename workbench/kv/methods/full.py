@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from workbench.errors import BadParameter
 from workbench.kv.base import KVMethod
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, register
 
 
 @register
@@ -17,6 +17,7 @@ class Full(KVMethod):
     title = "Full cache"
     paper: ClassVar[Paper | None] = None
     claim = "exact"
+    fidelity = Fidelity("baseline")
 
     @classmethod
     def takes_budget(cls) -> bool:

@@ -14,8 +14,9 @@ channels (ThinK); `MixedStore` important entries exact and the others at few bit
 
 What has a part in host memory is a `TieredStore`: `OffloadStore` with an index that finds what a query needs,
 `HostValuesStore` (KCache), `BlockStore` and `LevelStore` (InfLLM, Video-XL-2). `PagedStore` has pages of which a
-question opens some (LiveVLM). Budgets limit the device; host memory is counted apart, in categories that begin with
-"host ", is pinned where a GPU works, and is copied on a stream of its own.
+question opens some (LiveVLM); of what a `SelectingStore` holds each new token attends to a part (Quest). Budgets limit
+the device; host memory is counted apart, in categories that begin with "host ", is pinned where a GPU works, and is
+copied on a stream of its own.
 
 On a CPU a store dequantises and calls the reference in `workbench_kernels`. On a GPU a kernel of the same signature
 takes its place where the model computes in 16 bits.

@@ -1,4 +1,4 @@
-"""Keys and values as coefficients in a low-rank space: few numbers a token, and a basis for each KV head."""
+"""Keys and values as coefficients in a low-rank space: few numbers a token, and a basis for each KV head or for all."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ class Spaces(NamedTuple):
     their row, have the root mean square 1 whatever the direction. energy_keys, energy_values float32 [k, d]: what each
     adds to the squared norm of all vectors it was found on. rotary: how keys are rotated after they left the space;
     None where the space is that of the keys as they are attended to.
+
+    joint: there is one space for the vectors of all heads side by side. A direction is then each head's part of it,
+    [k, k * d, d], of which all parts together are that long, and energies are [1, k * d].
     """
 
     keys: Tensor
@@ -42,34 +45,37 @@ class Spaces(NamedTuple):
     energy_keys: Tensor
     energy_values: Tensor
     rotary: Rotation | None
+    joint: bool = False
 
 
 class Ranks(NamedTuple):
-    """How many directions the keys and the values of a layer keep."""
+    """How many directions the keys and the values of a layer keep for each of its heads."""
 
     keys: int
     values: int
 
 
-def spaces_of(layer: LayerTrace, queries: bool = False) -> Spaces:
+def spaces_of(layer: LayerTrace, queries: bool = False, *, joint: bool = False) -> Spaces:
     """The spaces of a layer, found on all that was read of the prompt, and remembered with it.
 
     By singular value decomposition of the n vectors of each KV head, without centring. Keys are taken before rotary
     embedding, where they fill fewer directions. queries: find the keys' space on keys and the queries of their group
-    together where the model does not rotate; where it does, on keys alone.
+    together where the model does not rotate; where it does, on keys alone. joint: one space for all heads, of keys
+    alone.
     """
 
     def compute() -> Spaces:
         keys, rotary = layer.keys.float(), rotary_of(layer)
         if rotary is not None:
             keys = rotary.undo(keys, torch.arange(layer.tokens, device=layer.device))
-        elif queries:
+        elif queries and not joint:
             keys = torch.cat([keys, layer.queries.float().unflatten(0, (layer.kv_heads, -1)).flatten(1, 2)], dim=1)
-        basis_keys, energy_keys = _principal(keys)
-        basis_values, energy_values = _principal(layer.values.float())
-        return Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary)
+        principal = _principal_of_all if joint else _principal
+        basis_keys, energy_keys = principal(keys)
+        basis_values, energy_values = principal(layer.values.float())
+        return Spaces(basis_keys, basis_values, energy_keys, energy_values, rotary, joint)
 
-    return layer.once(("spaces", queries), compute)
+    return layer.once(("spaces", queries, joint), compute)
 
 
 def rotary_of(layer: LayerTrace) -> Rotation | None:
@@ -101,10 +107,23 @@ def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * sign * length[..., None]).float(), energy.float()
 
 
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    """Coefficients [k, m, r] of x [k, m, d] in units of the rows of basis [k, r, d], which are orthogonal."""
+def _principal_of_all(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the vectors of all heads side by side: each head's part of the rows [k, k * d, d], and the squares
+    [1, k * d].
+    """
+    basis, energy = _principal(x.transpose(0, 1).flatten(1)[None])
+    return basis[0].unflatten(1, (x.shape[0], -1)).transpose(0, 1).contiguous(), energy
+
+
+def project(x: Tensor, basis: Tensor, *, joint: bool = False) -> Tensor:
+    """Coefficients [k, m, r] of x [k, m, d] in units of the rows of basis [k, r, d], which are orthogonal; [1, m, r]
+    where each row has a part for every head.
+    """
     basis = basis.float()
-    return x.float() @ (basis / basis.square().sum(dim=-1, keepdim=True)).transpose(1, 2)
+    squares = basis.square().sum(dim=-1, keepdim=True)
+    if joint:
+        return torch.einsum("kmd,krd->mr", x.float(), basis / squares.sum(dim=0))[None]
+    return x.float() @ (basis / squares).transpose(1, 2)
 
 
 class LowRankStore(PositionedStore):
@@ -116,6 +135,8 @@ class LowRankStore(PositionedStore):
 
     Values are weighted in their space and the sum leaves it. Keys are attended to in theirs, by queries projected into
     it, unless they have to be rotated to their positions first.
+
+    In a joint space a token has one row of coefficients for all heads, so that these hold the same tokens.
     """
 
     def __init__(
@@ -128,11 +149,12 @@ class LowRankStore(PositionedStore):
         window: int,
         group: int,
     ) -> None:
-        """bases [k, r, d] of keys and [k, r, dv] of values; older: their coefficients; newer: keys and values;
-        positions of both parts, or None if every position from 0 on is held.
+        """bases [k, r, d] of keys and [k, r, dv] of values; older: their coefficients, of one head where the space is
+        joint; newer: keys and values; positions of both parts, or None if every position from 0 on is held.
         """
         super().__init__(*positions or ())
         self.bases, self.older, self.newer = bases, older, newer
+        self.joint = _rows(older[0]).heads < newer[0].heads
         self.rotary, self.window, self.group = rotary, window, group
 
     @classmethod
@@ -151,23 +173,26 @@ class LowRankStore(PositionedStore):
         """The entries of the layer at which keep [k, n] is True; coefficients at `bits` bits, None: at `dtype`."""
         everywhere = torch.arange(layer.tokens, device=layer.device)
         keys, values = layer.keys, layer.values
+        together = layer.kv_heads if spaces.joint else 1
         bases = (
-            spaces.keys[:, : ranks.keys].to(dtype, copy=True).contiguous(),
-            spaces.values[:, : ranks.values].to(dtype, copy=True).contiguous(),
+            spaces.keys[:, : ranks.keys * together].to(dtype, copy=True).contiguous(),
+            spaces.values[:, : ranks.values * together].to(dtype, copy=True).contiguous(),
         )
         plain = keys.float() if spaces.rotary is None else spaces.rotary.undo(keys.float(), everywhere)
         lengths = keep.sum(dim=1)
         old = first_of(keep, older_of(lengths, window, group))
         new = keep & ~old
 
+        held = old[:1] if spaces.joint else old
+
         def older_rows(x: Tensor, basis: Tensor, per_channel: bool) -> Rows | PackedRows:
-            coefficients = project(x, basis)
+            coefficients = project(x, basis, joint=spaces.joint)
             if bits is None:
-                return Rows.where(coefficients, old, dtype)
-            counts, rank = old.sum(dim=1), coefficients.shape[-1]
+                return Rows.where(coefficients, held, dtype)
+            counts, rank = held.sum(dim=1), coefficients.shape[-1] // together
             if per_channel:
-                return PackedRows.of(coefficients[old], counts, bits, group, "channel")
-            return PackedRows.of(coefficients[old], counts, bits, rank, "token")
+                return PackedRows.of(coefficients[held], counts, bits, group, "channel")
+            return PackedRows.of(coefficients[held], counts, bits, rank, "token")
 
         return cls(
             bases,
@@ -205,8 +230,8 @@ class LowRankStore(PositionedStore):
         """Add keys [k, q, d], values [k, q, dv] at positions [k or 1, q] to the older part."""
         if self.rotary is not None:
             keys = self.rotary.undo(keys, where)
-        self.older[0].append(project(keys, self.bases[0]))
-        self.older[1].append(project(values, self.bases[1]))
+        self.older[0].append(project(keys, self.bases[0], joint=self.joint))
+        self.older[1].append(project(values, self.bases[1], joint=self.joint))
         if self._positions:
             self._positions[0].append(where.to(torch.int32)[..., None])
 
@@ -257,10 +282,10 @@ class LowRankStore(PositionedStore):
         visible = seen_by(query_positions, positions, valid, scoring.window)
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
         whole, values = (_view(rows, query.dtype) for rows in self.newer)
-        coefficients = _view(self.older[1], query.dtype)  # [k, older, r]
+        coefficients = _view(self.older[1], query.dtype)  # [k or 1, older, r]
         in_space = self.rotary is None
         old_keys = _view(self.older[0], query.dtype) if in_space else self._older_keys(positions, query.dtype)
-        kv_heads, older = coefficients.shape[:2]
+        kv_heads, older = self.kv_heads, coefficients.shape[1]
         heads, count = query.shape[:2]
         grouped = query.reshape(kv_heads, heads // kv_heads, count, -1)  # [k, g, q, d]
         slots = older + whole.shape[1]
@@ -284,7 +309,7 @@ class LowRankStore(PositionedStore):
     def _attend_on_gpu(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by kernels, without anything leaving its space in memory; None where they cannot."""
         keys, values = self.older
-        if not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
+        if self.joint or not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
             return None
         if query.dtype != keys.data.dtype or query.dtype.itemsize != 2 or not keys.longest:
             return None
@@ -335,7 +360,8 @@ class LowRankFormat(Format):
     """Kept entries as coefficients in the spaces of `spaces_of`, all but the newest `window` or a few more.
 
     ranks: by number of layer, or one pair for all layers. bits: of a coefficient, keys grouped over `group` tokens of a
-    direction and values over the directions of a token; None: at `dtype`, with a group of 1. queries: see `spaces_of`.
+    direction and values over as many directions of a token as their rank; None: at `dtype`. queries: see `spaces_of`.
+    joint: one space for all heads of a layer, unless these may hold different tokens because some were dropped.
     """
 
     dtype: torch.dtype
@@ -344,6 +370,7 @@ class LowRankFormat(Format):
     bits: int | None = None
     group: int = 1
     queries: bool = False
+    joint: bool = False
 
     @property
     def by_layer(self) -> bool:  # type: ignore[override]
@@ -364,23 +391,30 @@ class LowRankFormat(Format):
         older = older_of(selected, self.window, self.group)
         newer = selected - older
         partial = (selected < shape.tokens).any(dim=1)  # these need positions
-        keys, values = self.ranks_of(shape.layer)
-        bases = selected.numel() * (keys * shape.key_width + values * shape.value_width) * shape.itemsize
-        rows = int(older.sum())
-        if self.bits is None:
-            coefficients, parts = rows * (keys + values) * shape.itemsize, 2
-        else:
-            codes = -(-keys * self.bits // 8) + -(-values * self.bits // 8)
-            coefficients, parts = rows * codes + _SCALE_BYTES * (rows // self.group * keys + rows), 6
-        indices = parts * index_nbytes(older) + 2 * index_nbytes(newer)
-        indices += index_nbytes(older[partial]) + index_nbytes(newer[partial])
         whole, positions = int(newer.sum()) * shape.entry_nbytes, int(selected[partial].sum()) * INDEX_BYTES
-        return bases + coefficients + whole + positions + indices
+        indices = 2 * index_nbytes(newer) + index_nbytes(older[partial]) + index_nbytes(newer[partial])
+        together = older[~partial, :1] if self.joint else older[:0]
+        in_spaces = self._in_spaces(shape, together, shape.kv_heads)
+        in_spaces += self._in_spaces(shape, older[partial] if self.joint else older, 1)
+        return in_spaces + whole + positions + indices
+
+    def _in_spaces(self, shape: Shape, older: Tensor, heads: int) -> int:
+        """The bytes of bases, and of coefficients of which older [l, s] rows lie in each space of so many heads."""
+        keys, values = (rank * heads for rank in self.ranks_of(shape.layer))
+        numbers = heads * (keys * shape.key_width + values * shape.value_width)
+        bases, rows = older.numel() * numbers * shape.itemsize, int(older.sum())
+        if self.bits is None:
+            return bases + rows * (keys + values) * shape.itemsize + 2 * index_nbytes(older)
+        codes = -(-keys * self.bits // 8) + -(-values * self.bits // 8)
+        scales = _SCALE_BYTES * (rows // self.group * keys + rows * heads)
+        return bases + rows * codes + scales + 6 * index_nbytes(older)
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
-        ranks, spaces = self.ranks_of(layer.index), spaces_of(layer, self.queries)
+        keep = tiers > 0
+        spaces = spaces_of(layer, self.queries, joint=self.joint and bool(keep.all()))
+        ranks = self.ranks_of(layer.index)
         return LowRankStore.where(
-            layer, tiers > 0, spaces, ranks, self.dtype, window=self.window, bits=self.bits, group=self.group
+            layer, keep, spaces, ranks, self.dtype, window=self.window, bits=self.bits, group=self.group
         )
 
 

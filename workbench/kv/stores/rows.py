@@ -107,6 +107,10 @@ class Rows:
         """Each head's rows number `rows` [k, e], copied: [k, e, d]."""
         return self.data[self.slots()[:, :1] + rows]
 
+    def put(self, rows: Tensor, x: Tensor) -> None:
+        """Write x [k, e, d] over each head's rows number `rows` [k, e]."""
+        self.data[self.slots()[:, :1] + rows] = x.to(self.data.dtype)
+
     def slots(self) -> Tensor:
         """Where in the buffer each row lies, int64 [k, longest]; beyond a head's length, the place of some row."""
         steps = torch.arange(self.longest, device=self.data.device)
@@ -195,6 +199,18 @@ class Rows:
             at = (self.starts + self.lengths).long()[:, None] + torch.arange(count, device=x.device)
             self.data[at] = x
         self.grow(count)
+
+    def only(self, keep: Tensor) -> Rows:
+        """The rows at which keep [k, longest] is True, in a buffer with no room to spare."""
+        return Rows(self.data[self.slots()[keep]], self.heads, keep.sum(dim=1))
+
+    def tight(self) -> Rows:
+        """The same rows in a buffer with no room to spare."""
+        if self.data.shape[0] == self.total:
+            return self
+        valid = self.valid()
+        every = torch.ones(self.heads, self.longest, dtype=torch.bool, device=self.data.device)
+        return self.only(every if valid is None else valid)
 
     def move(self, source: Tensor, target: Tensor, drop: int) -> None:
         """Copy each head's rows source [k, s] over its rows target [k, s], then cut the last `drop` rows of every

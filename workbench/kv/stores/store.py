@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
-from workbench.kv.stores.capabilities import Capturable, Evictable
+from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Rescored, Rewritable
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -86,11 +86,17 @@ class Store(ABC):
 
     retrieves: ClassVar[bool] = False  # looks for what a query needs: how many scores it computes is its own affair
     moves_by_attention: ClassVar[bool] = False  # moves entries by the attention that they got
+    selects: ClassVar[bool] = False  # of what it holds, a token that comes alone attends to a part
 
     @property
     def attends_itself(self) -> bool:
         """Whether no attention but the store's own will do."""
-        return self.retrieves or self.moves_by_attention
+        return self.retrieves or self.moves_by_attention or self.selects
+
+    @property
+    def scores_computed(self) -> int | None:
+        """How many scores the last pass took, over all query heads, by a store that selected; None: all there are."""
+        return None
 
     @property
     def sliding_window(self) -> int | None:
@@ -103,6 +109,21 @@ class Store(ABC):
         return None
 
     @property
+    def droppable(self) -> Droppable | None:
+        """The store as one from which single entries can leave; None where entries are stored together."""
+        return None
+
+    @property
+    def rescored(self) -> Rescored | None:
+        """The store as one that scores its entries anew when room is needed; None where it cannot."""
+        return None
+
+    @property
+    def rewritable(self) -> Rewritable | None:
+        """The store as one whose entries can be changed; None where they are rounded when they come."""
+        return None
+
+    @property
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
@@ -111,6 +132,9 @@ class Store(ABC):
     def holder(self) -> Store:
         """The store that holds what this layer attends to: itself, or that of the layer whose keys it reads."""
         return self
+
+    def reads(self, ids: Tensor, positions: Tensor) -> None:  # noqa: B027 (most go by keys and values alone)
+        """Know the tokens, ids [q] at positions [q], that the next pass reads, before any of their keys come."""
 
     def keep_for_others(self) -> None:  # noqa: B027 (most hold all that they are asked for anyway)
         """Know that other layers attend to this store after its own has."""

@@ -30,7 +30,9 @@ class Pruner(WeightMethod):
     stage: ClassVar[Stage] = "select"
 
     pattern: Pattern = param(
-        "unstructured", help="which weights may be left out: any, or 2 in every 4, or 4 in every 8"
+        "unstructured",
+        help="which weights may be left out: any, or 2 in every 4, or 4 in every 8",
+        own="papers give tables for each pattern",
     )
 
     def refuses(self, linear: nn.Linear) -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from workbench.progress import Progress
-from workbench.registry import param
 from workbench.weights.bases.ranked import Ranked
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
@@ -21,16 +20,19 @@ if TYPE_CHECKING:
 
 
 class TruncatedSVD(Ranked):
-    """Base of methods whose weights are the closest products of two thin matrices, by the error of the weights or of
-    the outputs.
+    """Base of methods whose weights are the closest products of two thin matrices, by the error of the weights or,
+    where `whitens`, of the outputs.
     """
 
     default_budget = 0.8
 
-    metric: Literal["weights", "outputs"] = param("weights", help="whose squared error is the smallest possible")
+    @property
+    def whitens(self) -> bool:
+        """Whether the error of the outputs over calibration texts counts, not that of the weights."""
+        return False
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        return outside(model, linears) if self.metric == "outputs" else {}
+        return outside(model, linears) if self.whitens else {}
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
         rank = self.rank(linear)
@@ -43,7 +45,7 @@ class TruncatedSVD(Ranked):
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
     ) -> None:
-        if self.metric == "weights" or self.share >= 1:
+        if not self.whitens or self.share >= 1:
             super().apply(twin, linears, study, progress)
             return
         for _, inputs in study.inputs(hessians=True, progress=progress):

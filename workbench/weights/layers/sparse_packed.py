@@ -21,8 +21,8 @@ class SparsePackedLinear(CompactLinear):
 
     bitmap: uint8 [o, ceil(i / 8)]. plane0, plane1: uint8 [c, w], the codes row after row in chunks of 8, split into
     planes as `PackedLinear` does. scale, zero: [o, g] for each `group` neighbouring columns, those left out included;
-    zero None: 2 ** (bits - 1) everywhere. offsets: int32 [o + 1], where each row's codes begin; None where all rows hold
-    equally many, as by the patterns 2:4 and 4:8 (the places of what stays would take as many bits as the bitmap).
+    zero None: 2 ** (bits - 1) everywhere. offsets: int32 [o + 1], where each row's codes begin; None where all rows
+    hold equally many, as by the patterns 2:4 and 4:8 (the places of what stays would take as many bits as the bitmap).
     """
 
     bitmap: Tensor

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import checked
+from workbench.weights.solvers.least_squares import damped
 from workbench.weights.solvers.whitening import root, solved
+
+_HELD = 1e-9  # of the mean of the diagonal, where inputs hardly vary in some direction
 
 
 def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -26,6 +29,16 @@ def whitened(weight: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]
     base = root(moment)
     down, up = truncated(weight.detach().float() @ base, rank)
     return in_precision(weight, solved(down, base), up)
+
+
+def updated(weight: Tensor, down: Tensor, moment: Tensor) -> Tensor:
+    """The up [o, r] that makes of x through `down` [r, i] what comes closest to the outputs of weight [o, i], in the
+    mean square over inputs x of this second moment [i, i]: W M Dᵀ (D M Dᵀ)⁻¹.
+    """
+    seen = down.double() @ moment.double()  # [r, i]
+    gram = damped(seen @ down.double().T, _HELD)
+    up: Tensor = torch.linalg.solve(gram, seen @ weight.detach().double().T).T
+    return checked(up.float(), weight.dtype, "its factors")
 
 
 def row_weighted(weight: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor]:

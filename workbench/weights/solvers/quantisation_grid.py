@@ -59,7 +59,7 @@ def fit(
     """The grid between each group's own ends: its minimum and maximum, zero always among the levels.
 
     weight: [o, i]. symmetric: from minus to plus the largest magnitude, which is the highest level; so the lowest of
-    the 2 ** bits, beyond minus that magnitude, stays unused. every_level: all of a symmetric grid's are used, with steps
+    the 2 ** bits, beyond minus that magnitude, stays unused. every_level: a symmetric grid uses all of them, with steps
     of twice the largest magnitude over 2 ** bits - 1 (GPTQ's code, compressed-tensors): the largest magnitude itself is
     half a step beyond the highest level, or short of the lowest. shrink: the share of that range which is covered, one
     number or [o, g]: what lies beyond is rounded to the ends.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from workbench.core.bisection import boundary
 
+_NARROWEST = 0.01  # of a module's width: narrower levels on the way to 1 would hardly save anything
+
 
 def shared_out(
     shares: Sequence[float], widths: Sequence[int], nbytes: Callable[[int, int], int], limit: int
@@ -37,3 +39,20 @@ def shared_out(
             counts[index] += 1
             room -= more
     return counts
+
+
+def ladders(widths: Sequence[int], shrink: float) -> list[list[int]]:
+    """The widths that each module can have, as many of each: all of it first, then `shrink` times the one before,
+    and 1 last, after about a hundredth.
+
+        >>> ladders([8, 3], 0.5)
+        [[8, 4, 2, 1], [3, 2, 1, 1]]
+    """
+    found = []
+    for width in widths:
+        row = [width]
+        while (narrower := min(round(row[-1] * shrink), row[-1] - 1)) > max(_NARROWEST * width, 1):
+            row.append(narrower)
+        found.append([*row, 1])
+    longest = max(map(len, found))
+    return [row + [1] * (longest - len(row)) for row in found]

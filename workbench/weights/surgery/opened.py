@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def opened(model: PreTrainedModel) -> PreTrainedModel:
-    """A model whose factors are plain layers and whose pruned weights are plain layers with zeros; it computes the same.
+    """A model that computes the same, with factors as plain layers and pruned weights as plain layers with zeros.
 
     The model itself where it has none of either.
     """

@@ -7,7 +7,7 @@ Everything else goes into the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from workbench.core.hadamard import rotate
 from workbench.errors import NotApplicable
 from workbench.models.decoder import decoder_layers
-from workbench.weights.layers.rotated import PlainNorm, RotatedEmbedding, UnrotatedNorm
+from workbench.weights.layers.rotated import PlainNorm, RotatedEmbedding, UnrotatedNorm, across
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,8 @@ class LayerRotation:
     """What becomes of one layer y = W x + b: x' = (x / entering) rotated, y' = (y * leaving) rotated.
 
     entering [i], leaving [o]: float64. inner, outer: numbers that are rotated together on either side; 1: none. outer
-    begins with the output `first`; those before are neither scaled nor rotated.
+    begins with the output `first`; those before are neither scaled nor rotated. heads: the parts of what enters that
+    are rotated across each other besides; 1: they are not.
     """
 
     entering: Tensor
@@ -42,11 +43,12 @@ class LayerRotation:
     inner: int
     outer: int = 1
     first: int = 0
+    heads: int = 1
 
     def weight(self, weight: Tensor) -> Tensor:
         """The weight [o, i] between what enters and leaves as they have become, float32."""
         wide = self.out(weight.detach().double().T).T
-        return _rotated(wide * self.entering, self.inner).float()
+        return self._entered(wide * self.entering).float()
 
     def out(self, y: Tensor) -> Tensor:
         """Outputs [..., o] as they become."""
@@ -58,8 +60,12 @@ class LayerRotation:
         divisor = self.entering
         least = _LEAST * divisor.abs().max()
         divisor = torch.where(divisor.abs() < least, torch.where(divisor < 0, -least, least), divisor)
-        half = _rotated(hessian.double() / divisor / divisor[:, None], self.inner)
-        return _rotated(half.T, self.inner).float()
+        return self._entered(self._entered(hessian.double() / divisor / divisor[:, None]).T).float()
+
+    def _entered(self, x: Tensor) -> Tensor:
+        """Inputs [..., i] rotated."""
+        turned = _rotated(x, self.inner)
+        return turned if self.heads == 1 else across(turned, self.heads, rotate)
 
     @property
     def moves_bias(self) -> bool:
@@ -107,11 +113,14 @@ class DecoderRotation:
         draw = torch.Generator().manual_seed(seed)
         return (2 * torch.randint(0, 2, (self.width,), generator=draw) - 1).to(torch.int8)
 
-    def rotations(self, block: str, signs: Tensor, squares: Mapping[str, Tensor] | None) -> dict[str, LayerRotation]:
+    def rotations(
+        self, block: str, signs: Tensor, squares: Mapping[str, Tensor] | None = None, *, heads: int = 1
+    ) -> dict[str, LayerRotation]:
         """What becomes of each linear layer of a block, by its full name.
 
         squares: mean squares [i] of what enters the layers, to scale channels of values and neurons by; None: they are
-        not scaled.
+        not scaled. heads: how many heads of attention's outputs are rotated across each other before `o_proj`, as the
+        model runs; 1: none.
         """
         module: Any = self.blocks[block]
         device = module.self_attn.o_proj.weight.device
@@ -137,7 +146,7 @@ class DecoderRotation:
                 rotation = LayerRotation(entering, leaving, width)
             made[f"{block}.self_attn.{name}"] = rotation
         by_head = values.view(self.kv_heads, 1, d).expand(groups).flatten()
-        made[f"{block}.self_attn.o_proj"] = LayerRotation(by_head, signs, d, width)
+        made[f"{block}.self_attn.o_proj"] = LayerRotation(by_head, signs, d, width, heads=heads)
         entering = module.post_attention_layernorm.weight.detach().double() * signs
         for name in _projections("mlp", mlp)[:-1]:
             outputs = getattr(mlp, name).out_features
@@ -155,11 +164,32 @@ class DecoderRotation:
         core: Any = twin.get_submodule(self.name)
         signs = signs.to(core.embed_tokens.weight.device)
         core.embed_tokens = RotatedEmbedding(core.embed_tokens, signs)
-        core.norm = UnrotatedNorm(core.norm, signs)
+        core.norm = UnrotatedNorm(core.norm.weight, core.norm.variance_epsilon, signs)
         for name in self.blocks:
             block: Any = twin.get_submodule(name)
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 setattr(block, norm, PlainNorm(getattr(block, norm).variance_epsilon))
+
+
+def unrotatable(key: str, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Which of these layers of a model the method of this key cannot rotate, with the reason.
+
+    Raises NotApplicable for a model of no known form.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise NotApplicable(f"{key}: {type(model).__name__} is no transformers model")
+    known = tuple(f"{name}." for name in DecoderRotation(model).blocks)
+    return {name: "it stands in no block of the decoder" for name in names if not name.startswith(known)}
+
+
+def rotation_nbytes(linears: Mapping[str, nn.Linear]) -> int:
+    """Bytes that a rotation of these layers takes beside their weights: random signs, and biases that are rotated."""
+    ends = ("v_proj", "qkv_proj", "o_proj", "down_proj")
+    turned = [linear for name, linear in linears.items() if name.endswith(ends)]
+    biases = sum(linear.bias.nbytes for linear in turned if linear.bias is not None)
+    return biases + next(linear.out_features for name, linear in linears.items() if name.endswith("o_proj"))
 
 
 def balance(inputs: Tensor, weights: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class RunsPanel(Panel):
     needs = ("rows", "working", "reading")
 
     def __init__(self, workspace: Workspace, compare: Callable[[list[str], list[str]], None]) -> None:
-        every = {method_title(cls): cls.key for slot in ("kv", "store", "retrieve") for cls in kv_methods(slot)}
+        every = {
+            method_title(cls): cls.key for slot in ("kv", "store", "retrieve", "select") for cls in kv_methods(slot)
+        }
         self.methods = pmu.MultiChoice(
             label="Methods",
             options=every,

@@ -33,6 +33,11 @@ _CHOICES = MappingProxyType(
             "Dropped",
             "A method that moves what is not kept to host memory and fetches what a query needs.",
         ),
+        "select": (
+            "Attended to by a new token",
+            "All that is on the device",
+            "A method that chooses by each query what it attends to. It saves reading, no memory.",
+        ),
         "weights": (
             "Weights",
             "As they are",

@@ -6,18 +6,20 @@ from workbench.kv.base import KVMethod
 from workbench.kv.methods.full import Full
 from workbench.registry import Method, registered
 
-CACHE_SLOTS = ("kv", "allocate", "store", "retrieve")
+CACHE_SLOTS = ("kv", "allocate", "store", "retrieve", "select")
 RECIPE_SLOTS = (*CACHE_SLOTS, "weights", "attention")
 
 
 def kv_methods(slot: str) -> list[type[Method]]:
-    """The KV methods for one place: "kv" (which tokens stay), "allocate" (how many each head), "store", "retrieve"."""
+    """The KV methods for one place: "kv" (which tokens stay), "allocate" (how many each head), "store", "retrieve",
+    "select" (what a new token attends to).
+    """
     methods: list[type[Method]] = []
     for cls in registered("kv"):
         assert issubclass(cls, KVMethod)
         fits = cls.contributes(slot)
         if slot == "kv":
-            fits = cls.contributes("score") or not (cls.contributes("store") or cls.contributes("retrieve"))
+            fits = cls.contributes("score") or not any(map(cls.contributes, ("store", "retrieve", "select")))
         if fits:
             methods.append(cls)
     return sorted(methods, key=lambda cls: cls.key != Full.key)  # the uncompressed cache first

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Literal
+
 from torch import Tensor
 
-from workbench.core.bisection import largest_each
+from workbench.kv.adaptive_heads import best_and_equal, best_beyond_least
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
 class AdaKV(SnapKV):
     """Give more room to the heads of a layer that spread their attention, less to those that concentrate it.
 
-    Every layer has the same room. Each head is certain of a `safeguard` share of an equal split; the rest goes to the
-    best scores over all heads of the layer (algorithm 1). Scores are SnapKV's, or those of any other method in the
-    recipe.
+    Every layer has the same room. A head gets a `safeguard` share of an equal split, and the rest of what the best
+    scores over all heads of the layer would give it (algorithm 1); what stays in any case, SnapKV's window, is no part
+    of either. With `floor="least"`, as in kvpress, the safeguard is only the least that a head gets: where the best
+    scores give it more, they decide alone. Scores are SnapKV's, or those of any other method in the recipe.
     """
 
     key = "adakv"
@@ -28,21 +30,27 @@ class AdaKV(SnapKV):
         "2407.11550",
     )
     claim = "better quality than an equal split at the same size"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset(
+            "longbench", "FFY0/AdaKV, experiments/LongBench/GQA_eval_longbench.sh and snapkv_utils.py, efe4e2e",
+            window=32, kernel=7, pooling="max", safeguard=0.2, floor="added",
+        ),
+        Preset(
+            "kvcache-factory", "Zefan-Cai/KVCache-Factory, run_longbench.py, c97f9d7",
+            window=8, kernel=7, pooling="max", safeguard=0.2, floor="added",
+        ),
+        Preset(
+            "kvpress", "NVIDIA/kvpress, presses/adakv_press.py and snapkv_press.py, 8bb29b9",
+            window=64, kernel=5, pooling="avg", safeguard=0.2, floor="least",
+        ),
+    )  # fmt: skip
     default_budget = 0.5
     head_adaptive = True
 
     safeguard: float = param(0.2, ge=0, le=1, help="share of an equal split that every head is certain of")
+    floor: Literal["added", "least"] = param("added", help="whether the best scores share out the rest or everything")
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
-        heads = ranking.kv_heads
-        total = min(max(entries // ranking.layers, heads), heads * ranking.tokens)  # of a layer
-        certain = max(int(self.safeguard * (total // heads)), 1)
-
-        def counts(taken: Tensor) -> Tensor:  # [l] best entries of a layer taken -> [l, k] of each head
-            limits = taken[:, None, None].expand(-1, heads, 1).contiguous()
-            return torch.searchsorted(ranking.in_layer, limits)[..., 0].clamp_min(certain)
-
-        # What is certain counts against the total: the larger it is, the fewer of the layer's best are taken.
-        none = torch.zeros(ranking.layers, dtype=torch.int64, device=ranking.in_layer.device)
-        beyond = heads * ranking.tokens + 1
-        return counts(largest_each(lambda taken: counts(taken).sum(dim=1) <= total, none, beyond))
+        divide = best_and_equal if self.floor == "added" else best_beyond_least
+        return divide(ranking, entries, self.safeguard)

@@ -14,8 +14,9 @@ from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import DenseStore, SlidingStore, Store
 from workbench.measure.quality import divergence
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
+_SHORT = "the authors search for hours; here a prompt waits for it, at one reading of its last tokens a candidate"
 _EVEN = 4  # levels up to an equal share: sizes are searched in steps of a quarter of it
 
 
@@ -38,12 +39,25 @@ class EvoPressKV(SnapKV):
         "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", "Sieberling et al. 2025", "2410.14649"
     )
     claim = "room for each layer by what the whole model loses, not by how layers look"
+    fidelity = Fidelity(
+        "deviates", "the paper searches the sizes of weights; its search is carried over to caches here"
+    )
+    presets = (
+        Preset(
+            "quantisation", "IST-DASLab/EvoPress, scripts/run_quant_search.sh, 50888a0", generations=150, offspring=128
+        ),
+        Preset("pruning", "IST-DASLab/EvoPress, scripts/run_prune_search.sh, 50888a0", generations=400, offspring=64),
+        SnapKV.presets[0],
+    )
     default_budget = 0.5
 
-    share: float = param(0.25, gt=0, le=1, help="the share of all positions at which layers are compared")
-    generations: int = param(6, ge=0, le=1000, help="how often the fittest has children")
-    offspring: int = param(6, ge=1, le=256, help="children in each generation")
-    seed: int = param(0, ge=0, le=2**31 - 1, help="of all that is drawn")
+    share: float = param(
+        0.25, gt=0, le=1, help="the share of all positions at which layers are compared",
+        own="the paper has no caches",
+    )  # fmt: skip
+    generations: int = param(6, ge=0, le=1000, help="how often the fittest has children", own=_SHORT)
+    offspring: int = param(6, ge=1, le=256, help="children in each generation", own=_SHORT)
+    seed: int = param(0, ge=0, le=2**31 - 1, help="of all that is drawn", own="any number will do")
 
     def importance(self, study: Study) -> Tensor | None:
         """How much room each compressible layer gets, float64 [l], 1 on average."""

@@ -10,8 +10,11 @@ from workbench.core.attention_rows import attention_rows
 from workbench.kv.base import KVMethod, Study, keep_first, keep_last
 from workbench.kv.ranking import Ranking
 from workbench.measure.heads import contextual, probe_positions
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.trace import LayerTrace
+
+_TEXT = "stands for what text has not: scales of an image"
+_UNREAD = "no source was to be read: own choice"
 
 
 @register
@@ -37,14 +40,23 @@ class HACK(KVMethod):
         "Head-Aware KV Cache Compression for Efficient Visual Autoregressive Modeling", "Qin et al. 2025", "2504.09261"
     )
     claim = "50-70 % less cache at near-lossless quality of visual autoregressive models"
+    fidelity = Fidelity("deviates", "on text, heads told apart on the prompt itself; dropped entries are not merged")
     default_budget = 0.5
     head_adaptive = True
 
-    probes: int = param(32, ge=1, le=1024, unit="tokens", help="queries by which heads and positions are judged")
-    contextual: float = param(0.5, ge=0, le=1, help="share of the heads that count as contextual")
-    contextual_room: float = param(0.4, gt=0, le=1, help="what a contextual head gets, as a share of an equal split")
-    first: int = param(4, ge=0, le=1024, unit="tokens", help="first positions that structural heads always keep")
-    recent: int = param(32, ge=1, le=4096, unit="tokens", help="last positions that structural heads always keep")
+    probes: int = param(
+        32, ge=1, le=1024, unit="tokens", help="queries by which heads and positions are judged", own=_TEXT
+    )
+    contextual: float = param(0.5, ge=0, le=1, help="share of the heads that count as contextual", own=_UNREAD)
+    contextual_room: float = param(
+        0.4, gt=0, le=1, help="what a contextual head gets, as a share of an equal split", own=_UNREAD
+    )
+    first: int = param(
+        4, ge=0, le=1024, unit="tokens", help="first positions that structural heads always keep", own=_TEXT
+    )
+    recent: int = param(
+        32, ge=1, le=4096, unit="tokens", help="last positions that structural heads always keep", own=_TEXT
+    )
 
     def scores(self, study: Study) -> Tensor:
         probed = self._probed(study)

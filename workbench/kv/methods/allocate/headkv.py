@@ -21,7 +21,7 @@ from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
 from workbench.models import max_positions
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
@@ -55,12 +55,30 @@ Score = Callable[[Tensor, Task], Tensor]
 class MeasuredHeads(SnapKV):
     """What HeadKV and HeadKV-R2 share: the measurement and the division; they differ in task and score."""
 
+    fidelity = Fidelity("deviates", "heads are measured on short tasks of our own, with the answer given")
+    presets = (
+        Preset(
+            "longbench", "FYYFU/HeadKV, run_longbench.py, 0862a09",
+            window=8, kernel=7, pooling="max", beta=1.5,
+        ),
+        Preset(
+            "kvcache-factory", "Zefan-Cai/KVCache-Factory, run_longbench.py, c97f9d7",
+            window=8, kernel=7, pooling="max", beta=1.01,
+        ),
+    )  # fmt: skip
     head_adaptive = True
     reasoning: ClassVar[bool]
 
+    window: int = param(8, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that vote")
     beta: float = param(1.5, ge=1, le=10, help="an equal split, divided by this, goes into the pool that heads share")
-    tasks: int = param(6, ge=1, le=100, help="needle tasks by which the model's heads are measured, once")
-    task_tokens: int = param(320, ge=64, le=8192, unit="tokens", help="about how long each needle task is")
+    tasks: int = param(
+        6, ge=1, le=100, help="needle tasks by which the model's heads are measured, once",
+        own="the authors measure at 5 lengths and 10 depths, once for all; here a session waits for it",
+    )  # fmt: skip
+    task_tokens: int = param(
+        320, ge=64, le=8192, unit="tokens", help="about how long each needle task is",
+        own="the authors measure on 1,000 to 10,000 tokens, which models with a short context cannot read",
+    )  # fmt: skip
 
     def importance(self, study: Study) -> Tensor:
         """How much each head of the compressible layers retrieves, averaged over the tasks, float32 [l, k]."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from workbench.kv.accumulated_attention import AccumulatedAttention
-from workbench.kv.base import keep_first, keep_last
+from workbench.kv.base import Study, keep_first, keep_last
 from workbench.kv.ranking import Ranking
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 
@@ -18,24 +18,28 @@ class SharedAttention(AccumulatedAttention):
     sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
     recent: int = param(1, ge=1, le=1024, unit="tokens", help="tokens at the end that always stay")
 
+    def shared(self, layer: LayerTrace) -> Tensor:
+        """What each position received of a head on average, float32 [n]."""
+        return layer.received().sum(dim=0) / layer.heads
+
     def score(self, layer: LayerTrace) -> Tensor:
-        mean = super().score(layer).sum(dim=0, keepdim=True) / layer.heads
-        return keep_last(keep_first(mean.expand(layer.kv_heads, -1), self.sinks), self.recent)
+        return keep_last(keep_first(self.shared(layer).expand(layer.kv_heads, -1), self.sinks), self.recent)
 
 
 @register
 class PrefixKV(SharedAttention):
     """Give each layer as many positions as it takes to hold the same share of its importance in all layers.
 
-    The best c positions of a layer hold P(c) of its importance, its scores sorted, normalised and cumulated. One
-    global prefix configuration p, the same for all layers, fixes how many positions each keeps, the fewest that reach
-    p; the paper finds the p that meets the budget by binary search. Here the p at which each position joins is put in
-    order once, so that a size is looked up, the same one, and met to the position. The heads of a layer have one size.
+    The best c positions of a layer hold P(c) of its importance: the attention that positions received, averaged over
+    heads, sorted, normalised and cumulated. One global prefix configuration p, the same for all layers, fixes how many
+    positions each keeps: the fewest that reach p and, as in the authors' code, as many more as there are sinks and
+    last tokens. The paper finds the p that meets the budget by binary search; here the p at which each position joins
+    is put in order, so that a size is looked up, the same one, and met to the position. The heads of a layer have one
+    size.
 
-    Scores are the paper's, accumulated attention averaged over heads, with the sinks and the last token always kept
-    (on plain text raise `recent`: queries look back a few tokens), or those of any other scorer in the recipe. P is
-    the mean over the heads, of scores counted from the smallest where some are negative; what is certain to stay comes
-    first and counts nothing. The authors' code may take sizes found on other prompts; here every prompt has its own.
+    Positions are chosen by the same attention, with the sinks and the last token always kept, or by any other scorer in
+    the recipe. The authors' code takes sizes found on other prompts for its results, and finds them by the same rule;
+    here every prompt has its own.
     """
 
     key = "prefixkv"
@@ -46,9 +50,38 @@ class PrefixKV(SharedAttention):
         "2412.03409",
     )
     claim = "best quality for a given total budget"
+    fidelity = Fidelity("deviates", "sizes are found on the prompt itself, and nothing is evicted while decoding")
+    presets = (Preset("code", "THU-MIG/PrefixKV, prefixkv.py, 39b7265", sinks=4, recent=1),)
     default_budget = 0.5
+
+    def importance(self, study: Study) -> Tensor:
+        """The share of its importance that a layer's best positions hold before each, float64 [l, n], ascending."""
+        return torch.stack([held_before(self.shared(layer)) for layer in study.trace.compressible]).cpu()
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
         total = min(entries // ranking.kv_heads, ranking.layers * ranking.tokens)  # over all layers, of one head
-        limits = torch.full((ranking.layers, 1), total, device=ranking.in_prefix.device)
-        return torch.searchsorted(ranking.in_prefix, limits).expand(-1, ranking.kv_heads)
+        if ranking.importance is None or total < ranking.layers:
+            return super().allocate(ranking, entries)
+        sizes = prefix_sizes(ranking.importance, total, self.sinks + self.recent)
+        return sizes[:, None].expand(-1, ranking.kv_heads)
+
+
+def held_before(importance: Tensor) -> Tensor:
+    """The share of importance [n] that those before it hold, for each position from the best on: float64 [n]."""
+    best_first = importance.double().sort(descending=True).values
+    sums = best_first.cumsum(dim=0)
+    return (sums - best_first) / sums[-1:]
+
+
+def prefix_sizes(before: Tensor, total: int, protected: int) -> Tensor:
+    """The sizes [l], `total` together, at which all layers hold the same prefix: int64.
+
+    before: the share held before each position, float64 [l, n], ascending. Every layer's first one and `protected` more
+    come before all others, layer by layer in turns.
+    """
+    layers, tokens = before.shape
+    certain = min(protected, tokens - 1)
+    turns = torch.arange(certain, dtype=before.dtype).expand(layers, -1) / tokens - 1  # below 0
+    joins = torch.cat([turns, before[:, : tokens - certain]], dim=1)
+    chosen = joins.T.flatten().argsort(stable=True)[:total]  # ties in turns
+    return torch.bincount(chosen % layers, minlength=layers)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
@@ -28,8 +28,20 @@ class PyramidKV(SnapKV):
         "2406.02069",
     )
     claim = "12 % of the cache matches all of it on LongBench"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset(
+            "longbench", "Zefan-Cai/KVCache-Factory, the authors': run_longbench.py and pyramidkv_utils.py, c97f9d7",
+            window=8, kernel=7, pooling="max", beta=20,
+        ),
+        Preset(
+            "kvpress", "NVIDIA/kvpress, presses/pyramidkv_press.py, 8bb29b9",
+            window=64, kernel=5, pooling="avg", beta=20,
+        ),
+    )  # fmt: skip
     default_budget = 0.5
 
+    window: int = param(8, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that vote")
     beta: int = param(20, ge=1, le=100, help="how steep: the last layer gets its equal share divided by this")
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from workbench.core.apportion import apportion
 from workbench.kv.base import Study
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 
@@ -27,8 +25,9 @@ class ScaleKV(SnapKV):
 
     On text there is one scale, and the map in hand is the last `current` tokens; layers are told apart on the prompt
     itself instead of ten calibration prompts, and ranked as by Z-scores, which keep the order within one scale. The
-    observation window is the last tokens instead of the centres of patches. The default shares are near those of the
-    authors' configurations. What drafters cannot use because the prompt is short goes back to the refiners.
+    observation window is the last tokens instead of the centres of patches, and its scores go through the softmax,
+    which the released code leaves out. Shares are those of the authors' configurations. What drafters cannot use
+    because the prompt is short goes back to the refiners.
     """
 
     key = "scalekv"
@@ -39,14 +38,33 @@ class ScaleKV(SnapKV):
         "2505.19602",
     )
     claim = "10 % of the cache keeps pixel-level fidelity of visual autoregressive models"
+    fidelity = Fidelity(
+        "deviates", "on text: one scale, the last tokens as the map in hand, layers told apart on the prompt"
+    )
+    presets = (
+        Preset(
+            "infinity-2b", "StargazerX0/ScaleKV, infer_2b.py and budgets/2b_10%_budget.json (scale 12), eb0615a",
+            window=16, kernel=5, pooling="max", drafters=0.0625, refiner_room=0.65,
+        ),
+        Preset(
+            "infinity-8b", "StargazerX0/ScaleKV, budgets/8b_10%_budget.json (scale 12), eb0615a",
+            window=16, kernel=5, pooling="max", drafters=0.075, refiner_room=0.58,
+        ),
+    )  # fmt: skip
     default_budget = 0.5
 
     window: int = param(16, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that vote")
-    pooling: Literal["avg", "max"] = param("avg", help="how neighbouring scores are pooled")
-    current: int = param(64, ge=1, le=1024, unit="tokens", help="the end of the prompt that stands for the map in hand")
-    selective: int = param(16, ge=1, le=1024, unit="tokens", help="how many of the history's largest weights count")
-    drafters: float = param(0.1, ge=0, le=1, help="share of the layers that are drafters, at least one")
-    refiner_room: float = param(0.7, ge=0, le=1, help="what a refiner gets, as a share of an equal split")
+    kernel: int = param(5, ge=1, le=63, odd=True, unit="tokens", help="width of the pooling along the sequence")
+    current: int = param(
+        64, ge=1, le=1024, unit="tokens", help="the end of the prompt that stands for the map in hand",
+        own="text has no maps",
+    )  # fmt: skip
+    selective: int = param(
+        16, ge=1, le=1024, unit="tokens", help="how many of the history's largest weights count",
+        own="the code ships the layers that it found, not how",
+    )  # fmt: skip
+    drafters: float = param(0.0625, ge=0, le=1, help="share of the layers that are drafters, at least one")
+    refiner_room: float = param(0.65, ge=0, le=1, help="what a refiner gets, as a share of an equal split")
 
     def importance(self, study: Study) -> Tensor:
         """The attention selectivity index of each compressible layer, float32 [l]."""

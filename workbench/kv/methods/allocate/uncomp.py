@@ -11,7 +11,7 @@ from workbench.core.apportion import apportion
 from workbench.kv.base import Study
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 def truncated_entropy(vectors: Tensor, rank: int) -> Tensor:
@@ -53,15 +53,36 @@ class UNComp(SnapKV):
         "2410.03090",
     )
     claim = "4.74 % of the cache, 6.4x throughput"
+    fidelity = Fidelity("deviates", "hidden states are not evicted while the prompt is read")
+    presets = (
+        Preset(
+            "longbench", "menik1126/UNComp, run_longbench.py and uncomp_utils.py: sizes 512 and 256, b3e9f7b",
+            window=8, kernel=7, pooling="max", rank=32, groups=2, spread=0.3333,
+        ),
+        Preset(
+            "four groups", "menik1126/UNComp, uncomp_utils.py: sizes 512, 427, 341 and 256, b3e9f7b",
+            groups=4, spread=0.3333,
+        ),
+        Preset(
+            "4.7 %", "menik1126/UNComp, uncomp_utils.py: sizes 112 and 16, b3e9f7b",
+            groups=2, spread=0.75,
+        ),
+    )  # fmt: skip
     default_budget = 0.5
     head_adaptive = True
 
     window: int = param(8, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that vote")
     rank: int = param(32, ge=1, le=512, help="eigenvalues before the elbow of the spectrum")
-    groups: int = param(4, ge=1, le=64, help="groups of heads in a layer, at most one a KV head")
-    spread: float = param(0.6, ge=0, lt=1, help="how far the outer groups are from the layer's average room")
-    fall: float = param(0.02, ge=0, le=1, help="fall of the entropy that begins a new stage of layers")
-    decay: float = param(0.9, gt=0, le=1, help="room of a stage, as a share of that of the stage before")
+    groups: int = param(2, ge=1, le=64, help="groups of heads in a layer, at most one a KV head")
+    spread: float = param(0.3333, ge=0, lt=1, help="how far the outer groups are from the layer's average room")
+    fall: float = param(
+        0.02, ge=0, le=1, help="fall of the entropy that begins a new stage of layers",
+        own="the code divides the layers of two models by a fall of 1 in another measure of hidden states",
+    )  # fmt: skip
+    decay: float = param(
+        0.9, gt=0, le=1, help="room of a stage, as a share of that of the stage before",
+        own="the code has sizes by hand for two models",
+    )  # fmt: skip
 
     def importance(self, study: Study) -> Tensor:
         """The truncated matrix entropy of each KV head's queries, float64 [l, k], 0 to 1."""

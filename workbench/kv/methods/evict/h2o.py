@@ -6,7 +6,7 @@ from torch import Tensor
 
 from workbench.kv.accumulated_attention import AccumulatedAttention, heavy_or_recent
 from workbench.kv.stores.mixed import weakest
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 
@@ -27,6 +27,10 @@ class H2O(AccumulatedAttention):
         "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs", "Zhang et al. 2023", "2306.14048"
     )
     claim = "a budget of 20 % comes near full quality"
+    fidelity = Fidelity("deviates", "a recent heavy hitter counts once, so both halves reach a little further")
+    presets = (
+        Preset("code", "FMInference/H2O, h2o_hf/scripts/lm_eval/h2o.sh, ac75c2a", recent_share=0.5, decode=True),
+    )
     default_budget = 0.5
 
     recent_share: float = param(0.5, ge=0, le=1, help="part of the kept positions that are simply the last ones")

@@ -16,7 +16,7 @@ from workbench.kv.ranking import Ranking
 from workbench.models import max_positions
 from workbench.progress import Progress
 from workbench.prompt import Prompt
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -70,6 +70,12 @@ class KVzip(GlobalHeads):
         "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", "Kim et al. 2025", "2505.23416"
     )
     claim = "3-4x smaller cache, reusable over many queries, about 2x faster decoding"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset("code", "snu-mllab/KVzip, model/wrapper.py and attention/score.py, 5d84729", chunk=2000, heads="global"),
+        Preset("code, uniform", "snu-mllab/KVzip, attention/score.py, _threshold_uniform, 5d84729", heads="equal"),
+        Preset("kvpress", "NVIDIA/kvpress, presses/kvzip_press.py, 8bb29b9", sinks=4, heads="global"),
+    )
     default_budget = 0.5
 
     chunk: int = param(2000, ge=16, le=16384, unit="tokens", help="how much of the context is repeated in one pass")

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from workbench.kv.base import KVMethod, keep_first
 from workbench.kv.ranking import places
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 
@@ -30,9 +30,15 @@ class LagKV(KVMethod):
         "2504.04704",
     )
     claim = "nearly no loss at half the cache, without looking at attention"
+    fidelity = Fidelity("deviates", "what is generated is not compressed, only the prompt")
+    presets = (
+        Preset("readme", "AI-Lab-China-Merchants-Bank/LagKV, README.md and lag_kv.py, 2a9d19e", lag=128, sinks=16),
+        Preset("code", "AI-Lab-China-Merchants-Bank/LagKV, lag_kv.py, 2a9d19e", lag=1024, sinks=16),
+        Preset("kvpress", "NVIDIA/kvpress, presses/lagkv_press.py, 8bb29b9", lag=128, sinks=4),
+    )
     default_budget = 0.5
 
-    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
+    sinks: int = param(16, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
     lag: int = param(128, ge=2, le=4096, unit="tokens", help="length of the stretches that are compared")
 
     def score(self, layer: LayerTrace) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import KVMethod, Study, keep_last
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.trace import LayerTrace
+
+_UNREAD = "the authors' value was not to be read: own choice"
 
 
 @register
@@ -40,13 +42,27 @@ class LazyEviction(KVMethod):
         "2506.15969",
     )
     claim = "half of the cache, the same accuracy in mathematical reasoning"
+    fidelity = Fidelity("deviates", "the prompt is compressed too, by what its last queries saw recur")
     default_budget = 0.5
     state_width = 2
 
-    window: int = param(32, ge=1, le=1024, unit="tokens", help="steps between evictions, and recent tokens that stay")
-    threshold: float = param(1e-4, ge=0, le=1, help="attention from which on a token counts as used again")
-    observed: int = param(256, ge=1, le=8192, unit="tokens", help="queries at the end of the prompt that are observed")
-    decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
+    window: int = param(
+        32, ge=1, le=1024, unit="tokens", help="steps between evictions, and recent tokens that stay", own=_UNREAD
+    )
+    threshold: float = param(1e-4, ge=0, le=1, help="attention from which on a token counts as used again", own=_UNREAD)
+    observed: int = param(
+        256,
+        ge=1,
+        le=8192,
+        unit="tokens",
+        help="queries at the end of the prompt that are observed",
+        own="the paper leaves the prompt whole",
+    )
+    decode: bool = param(
+        True,
+        help="also evict while decoding, so that the cache never grows",
+        own="the paper always does; off for stores that cannot",
+    )
 
     @property
     def evicts_while_decoding(self) -> bool:

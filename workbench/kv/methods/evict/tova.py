@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workbench.kv.base import KVMethod, keep_last
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 
@@ -22,6 +22,8 @@ class TOVA(KVMethod):
     title = "TOVA"
     paper = Paper("Transformers are Multi-State RNNs", "Oren et al. 2024", "2401.06104")
     claim = "an eighth of the cache is nearly on par with all of it"
+    fidelity = Fidelity("as published")
+    presets = (Preset("code", "schwartz-lab-NLP/TOVA, src/tova_cache.py, 9c7d09b", decode=True),)
     default_budget = 0.5
     evicts_layerwise = True
 

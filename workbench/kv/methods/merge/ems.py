@@ -8,14 +8,18 @@ from torch.nn.functional import pad
 
 from workbench.core.nearest import nearest_kept
 from workbench.kv.base import KVMethod, keep_last
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.trace import LayerTrace
+
+_OPEN = "the abstract, which is all that was read, leaves it open"
 
 
 class GlobalLocal(KVMethod):
     """Score positions by the attention received from all queries and, as much, by that from the last ones."""
 
-    window: int = param(32, ge=1, le=1024, unit="tokens", help="last queries that give the local score, and stay")
+    window: int = param(
+        32, ge=1, le=1024, unit="tokens", help="last queries that give the local score, and stay", own=_OPEN
+    )
 
     def score(self, layer: LayerTrace) -> Tensor:
         everywhere = layer.received()  # [k, n]
@@ -40,7 +44,7 @@ class EMS(GlobalLocal):
     that is below `threshold`, the zero class: a centre that is not kept, so that all heads merge and evict in one
     operation whatever they need. A centre becomes the mean of its members' keys and values, weighted by their scores.
 
-    Choices where this follows the idea and not a formula of the paper: the two parts are scaled to the same mean over
+    Only the abstract was read, so the formulas are ours: the two parts are scaled to the same mean over
     the positions before the window and added; keys are compared and merged as they are cached, after the rotary
     embedding; the window, which always stays, takes nothing in; scores of other methods, where some are negative,
     weigh from the smallest. The prompt is compressed once; while decoding the cache grows.
@@ -54,11 +58,16 @@ class EMS(GlobalLocal):
         "2412.08521",
     )
     claim = "+1.28 on LongBench with 256 tokens; 95 % of needles found in less than 2 % of the cache"
+    fidelity = Fidelity(
+        "reconstructed from the abstract", "how global and local scores mix, what may be merged and with what weights"
+    )
     default_budget = 0.5
 
-    reach: float = param(1.0, ge=0, le=16, help="how many entries may be merged, for each that is kept")
-    merge_keys: bool = param(True, help="merge keys as well as values; without it centres keep their own keys")
-    threshold: float = param(0.9, ge=-1, le=1, help="similarity below which an entry goes to the zero class")
+    reach: float = param(1.0, ge=0, le=16, help="how many entries may be merged, for each that is kept", own=_OPEN)
+    merge_keys: bool = param(
+        True, help="merge keys as well as values; without it centres keep their own keys", own=_OPEN
+    )
+    threshold: float = param(0.9, ge=-1, le=1, help="similarity below which an entry goes to the zero class", own=_OPEN)
 
     def merge(self, layer: LayerTrace, kept: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         similarity, home = nearest_kept(layer.keys, kept)

@@ -13,14 +13,16 @@ from torch import Tensor
 from workbench.core.nearest import nearest_kept
 from workbench.errors import BadParameter
 from workbench.kv.accumulated_attention import AccumulatedAttention, heavy_or_recent
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 
 class TextPrior(AccumulatedAttention):
     """Score positions by the attention they received and by how recent they are, all text before any image token."""
 
-    image_spans: str = param("", help="image tokens as first-end positions, for instance 5-581, 600-1176")
+    image_spans: str = param(
+        "", help="image tokens as first-end positions, for instance 5-581, 600-1176", own="only the caller knows them"
+    )
     recent_share: float = param(0.5, ge=0, le=1, help="part of the kept positions that are simply the last ones")
 
     @field_validator("image_spans", mode="before")
@@ -85,6 +87,13 @@ class LookM(TextPrior):
         "2406.18139",
     )
     claim = "80 % less cache, 1.5 times faster decoding"
+    fidelity = Fidelity("deviates", "a recent heavy hitter counts once, so both halves reach a little further")
+    presets = (
+        Preset(
+            "script", "SUSTechBruce/LOOK-M, scripts/text-prior-pivot-merge_eval.sh, ecf0f51",
+            strategy="pivotal", recent_share=0.5,
+        ),
+    )  # fmt: skip
     default_budget = 0.2
 
     strategy: Literal["averaged", "pivotal", "weighted"] = param("pivotal", help="how evicted entries are merged")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -36,7 +36,15 @@ class FlashSVD(TruncatedSVD):
     alone = False
     claim = "70 % less peak activation memory with low-rank weights, at the same outputs"
 
+    metric: Literal["weights", "outputs"] = param(
+        "weights", help="whose error is the smallest possible: as by svd, or as by svd-llm",
+        own="the paper streams whatever factors there are; those of plain SVD need no calibration",
+    )  # fmt: skip
     tile: int = param(128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together")
+
+    @property
+    def whitens(self) -> bool:
+        return self.metric == "outputs"
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

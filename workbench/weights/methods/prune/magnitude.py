@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, register
 from workbench.weights.bases.pruner import Pruner
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.solvers.sparsity import largest, largest_in_groups
@@ -24,6 +24,7 @@ class Magnitude(Pruner):
         "Learning both Weights and Connections for Efficient Neural Networks", "Han et al. 2015", "1506.02626"
     )
     claim = "what pruning methods are compared with"
+    fidelity = Fidelity("deviates", "one pass without the training between several that the paper has")
 
     def prune(self, weight: Tensor, count: int, inputs: InputStats | None) -> tuple[Tensor, Tensor]:
         sizes = weight.float().abs()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import checked
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.pruner import Pruner
+from workbench.weights.bases.sequential import Sequential
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.solvers.compensation import Replacing, compensated, removal_cost
 from workbench.weights.solvers.inverse_hessian import inverse_factor
@@ -50,13 +51,14 @@ def sparsegpt(
 
 
 @register
-class SparseGPT(Pruner):
+class SparseGPT(Sequential, Pruner):
     """Leave out the weights that cost least by second-order information, and let the rest of their row make up for it.
 
-    What is minimised is the change of each layer's outputs over calibration (Frantar and Alistarh 2023). The paper
-    calibrates each block on the outputs of those pruned before it; here inputs are those of the uncompressed model, so
-    that one pass serves every method and budget. Inputs that never were active keep their weights' relative sizes: they
-    are damped, not dropped.
+    What is minimised is the change of each layer's outputs over calibration (Frantar and Alistarh 2023). With
+    `sequential`, as in the paper, each block is calibrated on the outputs of those pruned before it. Inputs that never
+    were active keep their weights' relative sizes: they are damped, not dropped. The paper's joint pruning and rounding
+    (section 3.5) goes column by column; in a recipe with GPTQ here weights are pruned first, and then rounded, where
+    the weights that stay make up for both.
     """
 
     key = "sparsegpt"
@@ -67,6 +69,8 @@ class SparseGPT(Pruner):
         "2301.00774",
     )
     claim = "at least half of the weights pruned in one shot with minimal loss"
+    fidelity = Fidelity("as published")
+    presets = (Preset("authors", "IST-DASLab/sparsegpt, llama.py, ceb3dc6", block=128, damping=0.01, sequential=True),)
     needs_hessian: ClassVar[bool] = True
 
     block: int = param(128, ge=8, le=1024, multiple_of=8, unit="columns", help="how many are chosen together")

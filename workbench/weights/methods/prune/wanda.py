@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, Preset, register
 from workbench.weights.bases.pruner import Pruner
+from workbench.weights.bases.sequential import Sequential
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.solvers.sparsity import largest_by_row, largest_in_groups
 
@@ -18,19 +19,20 @@ def wanda_scores(weight: Tensor, inputs: InputStats) -> Tensor:
 
 
 @register
-class Wanda(Pruner):
+class Wanda(Sequential, Pruner):
     """Leave out the weights whose size times the norm of their input is smallest, output by output.
 
     Scores are compared within each row of a matrix, so that all outputs keep as many weights (Sun et al. 2023, section
     3); where the budget leaves some over, they go to the rows whose next weight scores highest. Weights that stay are
-    not changed. The paper calibrates each block on the outputs of those pruned before it; here inputs are those of the
-    uncompressed model, so that one pass serves every method and budget.
+    not changed. With `sequential`, as in the paper, each block is calibrated on the outputs of those pruned before it.
     """
 
     key = "wanda"
     title = "Wanda"
     paper = Paper("A Simple and Effective Pruning Approach for Large Language Models", "Sun et al. 2023", "2306.11695")
     claim = "half of the weights pruned in one pass, far better than by magnitude, without any update of the rest"
+    fidelity = Fidelity("as published")
+    presets = (Preset("authors", "locuslab/wanda, lib/prune.py, 4651156", sequential=True),)
     needs_inputs: ClassVar[bool] = True
 
     def prune(self, weight: Tensor, count: int, inputs: InputStats | None) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,9 @@ class GPTQ(Sequential, Quantiser):
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
     act_order: bool = param(False, help="round the columns with the largest inputs first, on grids fixed beforehand")
     group_aware: bool = param(
-        False, help="round the groups with the largest inputs first, and within each its largest columns"
+        False,
+        help="round the groups with the largest inputs first, and within each its largest columns",
+        own="the authors' code has no such order; GPTQModel's has",
     )
     mse: bool = param(False, help="search how much of each group's range to cover")
 

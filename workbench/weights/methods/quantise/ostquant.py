@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from workbench.errors import NotApplicable
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
@@ -18,7 +17,13 @@ from workbench.weights.layers import CompactLinear, IntegerLinear
 from workbench.weights.layers.rotated import RotatedLinear
 from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid
-from workbench.weights.surgery.rotation import DecoderRotation, LayerRotation, rotated_linear
+from workbench.weights.surgery.rotation import (
+    DecoderRotation,
+    LayerRotation,
+    rotated_linear,
+    rotation_nbytes,
+    unrotatable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 class OSTQuant(Quantiser):
     """Rotate and scale weights, which changes nothing that the model computes, so that rounding them loses less.
 
+    Without what the paper learns this is QuaRot and a scaling in closed form, rounded by GPTQ in one pass.
+
     Of the paper's equivalent transformations (section 4.1), those that need no training. What flows between blocks is
     rotated by a Hadamard matrix with random signs, the values of each head and the neurons of each feed-forward module
     by Hadamard matrices, as in QuaRot (Ashkboos et al. 2024, arXiv:2404.00456). Sizes that are no powers of two get
@@ -35,7 +42,7 @@ class OSTQuant(Quantiser):
     weights of the norms go into the layers behind them; nothing is centred. With `scaling`, channels of values and
     neurons are scaled by what rounding costs least with (`rotation.balance`), in place of the paper's learned factors.
     Queries and keys stay as they are: rotating them would help a quantised cache, not these weights. Learned rotations,
-    scales behind the norms and the KL-Top loss are not here.
+    scales behind the norms and of queries and keys, and the KL-Top loss are not here.
 
     At both ends the rotation is done as the model runs, so that the tables of the embedding and of a tied head stay
     the original's own; the neurons' too. Weights are then rounded to nearest or by GPTQ on the Hessians of the
@@ -52,27 +59,30 @@ class OSTQuant(Quantiser):
         "2501.13987",
     )
     claim = "99.5 % of the 16-bit accuracy at 4-bit weights, with learned transformations"
+    fidelity = Fidelity(
+        "untrained part of a trained method", "rotations and scalings are given by formula: nothing is learned"
+    )
     alone: ClassVar[bool] = False
 
-    rounding: Literal["gptq", "nearest"] = param("gptq", help="how the rotated weights are rounded")
-    scaling: bool = param(True, help="scale channels of values and neurons")
-    input_bits: Literal[4, 8, 16] = param(16, help="bits of what enters each layer; 16: it is not rounded")
-    damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
-    seed: int = param(0, ge=0, le=2**31 - 1, help="which random signs")
+    rounding: Literal["gptq", "nearest"] = param(
+        "gptq", help="how the rotated weights are rounded", own="the paper rounds weights by GPTQ (section 5)"
+    )
+    scaling: bool = param(
+        True, help="scale channels of values and neurons", own="in place of the paper's learned scaling"
+    )
+    input_bits: Literal[4, 8, 16] = param(
+        16, help="bits of what enters each layer; 16: it is not rounded", own="the claim is of 4-bit weights alone"
+    )
+    damping: float = param(
+        0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean", own="that of GPTQ's code"
+    )
+    seed: int = param(0, ge=0, le=2**31 - 1, help="which random signs", own="no source gives one")
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-        from transformers import PreTrainedModel
-
-        if not isinstance(model, PreTrainedModel):
-            raise NotApplicable(f"{self.key}: {type(model).__name__} is no transformers model")
-        known = tuple(f"{name}." for name in DecoderRotation(model).blocks)
-        return {name: "it stands in no block of the decoder" for name in linears if not name.startswith(known)}
+        return unrotatable(self.key, model, linears)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
-        rotated = [linear for name, linear in linears.items() if name.endswith(("v_proj", "o_proj", "down_proj"))]
-        biases = sum(linear.bias.nbytes for linear in rotated if linear.bias is not None)
-        signs = next(linear.out_features for name, linear in linears.items() if name.endswith("o_proj"))
-        return super().total_nbytes(linears) + biases + signs
+        return super().total_nbytes(linears) + rotation_nbytes(linears)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress

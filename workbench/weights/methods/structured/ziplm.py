@@ -3,125 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.solvers.latency import product_seconds
-from workbench.weights.solvers.least_squares import damped, refitted
+from workbench.weights.calibration.switched_model import SwitchedModel
+from workbench.weights.solvers.latency import ProductTimes, parsed
+from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.spdy import Timeline, searched
+from workbench.weights.solvers.structure_removal import Removal, removal
+from workbench.weights.solvers.widths import ladders
 from workbench.weights.surgery.prunable import PrunableAttention, PrunableMLP, PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROUNDS = 64  # in how many steps at least the structures of a head go: several at once where there are many
-
-
-@dataclass(frozen=True)
-class Removal:
-    """In which order the dimensions of a module go, int64 [heads, width], and what that costs, float64 [width + 1].
-
-    errors[m]: the change of the module's outputs once m dimensions of each head are gone, of the outputs' mean square.
-    """
-
-    order: Tensor
-    errors: Tensor
-
-
-def removal(weight: Tensor, hessian: Tensor, columns: Tensor, damping: float, together: int = 1) -> Removal:
-    """Leave out structures of a weight [o, i] one after another, each time those that cost least, until none is left.
-
-    columns: int64 [heads, width, c], the inputs that make up each structure; one of every head goes in each step, or
-    `together` of them. The cost of a structure S is tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ); what stays makes up for it, W and H⁻¹ are
-    brought up to date (Kurtic et al. 2023, arXiv:2302.04089, equations 2 and 3, algorithm 1). hessian: the mean of
-    x xᵀ [i, i], damped as `refitted` does.
-    """
-    left = weight.double().clone()
-    whole = damped(hessian, damping)
-    inverse = torch.linalg.inv(whole)
-    scale = float(((left @ whole) * left).sum().clamp_min(1e-30))
-    heads, width, _ = columns.shape
-    present = torch.ones(heads, width, dtype=torch.bool, device=columns.device)
-    order: list[Tensor] = []
-    errors = [0.0]
-    while len(errors) <= width:
-        costs = _costs(left, inverse, columns).masked_fill(~present, torch.inf)
-        count = min(together, width - len(errors) + 1)
-        chosen = costs.topk(count, dim=1, largest=False).indices  # [heads, count]
-        gone = columns.gather(1, chosen[..., None].expand(-1, -1, columns.shape[2])).flatten()
-        pivot = torch.linalg.inv(inverse[gone][:, gone])
-        cost = float(((left[:, gone] @ pivot) * left[:, gone]).sum()) / scale
-        rows = inverse[gone]
-        left.addmm_(left[:, gone] @ pivot, rows, alpha=-1)
-        inverse.addmm_(rows.T @ pivot, rows, alpha=-1)
-        left[:, gone] = 0
-        inverse[gone], inverse[:, gone] = 0, 0
-        inverse[gone, gone] = 1  # so that what is gone can be inverted, and costs nothing
-        present.scatter_(1, chosen, False)
-        order.append(chosen)
-        errors += [errors[-1] + cost * (step + 1) / count for step in range(count)]
-        if 0 < 1.3 * int(present.sum()) * columns.shape[2] < left.shape[1]:
-            left, inverse, columns = _compacted(left, inverse, columns, present)
-    return Removal(torch.cat(order, dim=1), torch.tensor(errors, dtype=torch.double))
-
-
-def _compacted(left: Tensor, inverse: Tensor, columns: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without the columns that are gone; structures that are gone point to one of their head that is not."""
-    alive = columns[present].flatten().sort().values
-    places = torch.zeros(left.shape[1], dtype=torch.long, device=columns.device)
-    places[alive] = torch.arange(len(alive), device=columns.device)
-    some = columns.gather(1, present.int().argmax(dim=1)[:, None, None].expand(-1, 1, columns.shape[2]))
-    columns = places[torch.where(present[..., None], columns, some)]
-    return left[:, alive], inverse[alive][:, alive].contiguous(), columns
-
-
-def _costs(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """What each structure costs, [heads, width]."""
-    if columns.shape[2] == 1:
-        flat = columns[..., 0]
-        return weight.square().sum(dim=0)[flat] / inverse.diagonal()[flat]
-    pivots = inverse[columns[..., :, None], columns[..., None, :]]  # [heads, width, c, c]
-    part = weight.T[columns]  # [heads, width, c, o]
-    costs: Tensor = (torch.linalg.solve(pivots, part) * part).sum(dim=(-1, -2))
-    return costs
+_BUCKETS = 10_000  # steps into which a total time is divided
 
 
 @register
 class ZipLM(StructuredPruner):
-    """Leave out MLP neurons and channels of attention's values where least is lost for the time that is saved.
+    """Leave out MLP neurons and channels of attention's values where the whole model loses least for the time saved.
 
     Each module's structures go in the order of structured second-order pruning, the rest making up for them (Kurtic et
-    al. 2023); how long a module takes at each of some widths is measured on this machine, once a process, for
-    `tokens` tokens at once. From the whole model on, the module whose next step loses least for each second it saves
-    takes it, until the bytes are within the budget and, where `speedup` is given, the measured products of all pruned
-    modules are that much faster together.
+    al. 2023, equations 2 and 3, algorithm 1). Each module can then have any of some widths, the next `shrink` times as
+    wide as the last. Which, is found by SPDY (Frantar and Alistarh 2022, arXiv:2201.13096): of all widths within the
+    total time, dynamic programming finds those for which the modules' errors, each times a coefficient, add up to
+    least; the coefficients are searched so that the whole model, with those widths, loses least over calibration texts.
+    A module's error is the change of its own outputs, of their mean square. The loss of the whole model is here the
+    divergence of the next token's distribution from the uncompressed model's, which needs no labels.
+
+    How long a module takes at each width is data: a `table` of seconds, recorded once for a model and machine
+    (`workbench.weights.recorded_times`), or else its number of multiply-adds. So the same settings give the same model
+    in every process. Widths are within the bytes of the budget and, where `speedup` is given, the pruned products
+    together are that much faster by the table.
 
     The paper prunes whole heads; here every layer's cache needs as many KV heads as the others, so that each head gets
-    narrower values instead. It searches widths by SPDY with trials on the whole model; here the error of each module's
-    own outputs counts, of their mean square. Inputs are those of the uncompressed model; training is left out.
+    narrower values instead. Inputs are those of the uncompressed model; gradual pruning and distillation are left out.
     """
 
     key = "ziplm"
     title = "ZipLM"
     paper = Paper("ZipLM: Inference-Aware Structured Pruning of Language Models", "Kurtic et al. 2023", "2302.04089")
     claim = "structured pruning that hits a target speed-up on the hardware at hand"
+    fidelity = Fidelity(
+        "deviates",
+        "one shot, without the training between steps; narrower values in every head in place of whole heads",
+    )
+    presets = (Preset("spdy", "IST-DASLab/spdy, spdy.py, 0702e4b", starts=100, patience=100, resampled=0.1),)
     default_budget = 0.8
     needs_hessian: ClassVar[bool] = True
     narrows = (PrunableMLP, PrunableAttention)
 
-    speedup: float = param(1.0, ge=1, le=50, help="how much faster the pruned products have to be; 1: as they come")
-    tokens: int = param(1, ge=1, le=8192, unit="tokens", help="how many are computed at once where time is measured")
-    steps: int = param(16, ge=2, le=128, help="into how many widths each module is divided")
-    damping: float = param(
-        0.01, ge=1e-6, le=1, help="added to the diagonal of the inputs' Hessian, as a share of its mean"
+    speedup: float = param(
+        1.0,
+        ge=1,
+        le=50,
+        help="how much faster the pruned products have to be; 1: as they come",
+        own="the budget of bytes decides: a published target is one of a machine",
     )
+    table: str = param(
+        "", help="seconds of products by shape, as recorded_times gives them; empty: as many as multiply-adds",
+        own="no source: seconds are those of the user's machine",
+    )  # fmt: skip
+    shrink: float = param(
+        0.9,
+        ge=0.5,
+        le=0.95,
+        help="how wide each level of a module is, of the one before",
+        own="the paper's grid of widths could not be read",
+    )
+    damping: float = param(
+        0.01,
+        ge=1e-6,
+        le=1,
+        help="added to the diagonal of the inputs' Hessian, as a share of its mean",
+        own="the paper's value could not be read; that of GPTQ and SparseGPT",
+    )
+    starts: int = param(
+        32,
+        ge=0,
+        le=10_000,
+        help="random coefficients from which the search begins",
+        own="minutes on two cores; see `patience`",
+    )
+    patience: int = param(
+        8,
+        ge=0,
+        le=10_000,
+        help="draws in a row that gain nothing before fewer coefficients change; 0: no local search",
+        own="minutes on two cores",
+    )
+    resampled: float = param(0.1, gt=0, le=1, help="of the modules, how many coefficients change at first")
+    texts: int = param(
+        8,
+        ge=1,
+        le=1024,
+        help="calibration texts by which widths are judged",
+        own="minutes on two cores; SPDY 1024 images",
+    )
+    tokens: int = param(128, ge=8, le=8192, unit="tokens", help="how much of each is read", own="minutes on two cores")
+    seed: int = param(0, ge=0, le=2**31 - 1, help="of all coefficients that are drawn", own="any number serves")
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        parsed(self.table)  # what is no table is refused here
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -130,15 +124,19 @@ class ZipLM(StructuredPruner):
         if limit is None and self.speedup == 1:
             return
         modules = self.prunable_modules(twin, tuple(linears))
-        key = ("ziplm", self.damping)
-        removals = study.once(key, lambda: self._removals(modules, linears, study, progress))
-        counts = self._searched(twin, modules, removals, limit)
+        levels = ladders([module.width for module in modules], self.shrink)
+        key = ("ziplm", self.damping, self.shrink)
+        removals = study.once(key, lambda: self._removals(modules, levels, linears, study, progress))
+        counts = study.once(
+            (self.parameter_key(), limit),
+            lambda: self._searched(modules, levels, removals, linears, limit, study, progress),
+        )
         done = 0
         for _, inputs in study.inputs(hessians=True, progress=progress):
             for module in (module for module in modules if module.out in inputs):
                 progress.update(f"compressing by {self.key}", done, len(modules))
                 if counts[module.name] < module.width:
-                    kept = removals[module.name].order[:, module.width - counts[module.name] :].sort(dim=1).values
+                    kept = _kept(module, removals[module.name], counts[module.name])
                     weight, hessian = linears[module.out].weight.detach(), inputs[module.out].hessian
                     columns = module.columns(kept).to(hessian.device)
                     with self.naming(module.out):
@@ -149,10 +147,12 @@ class ZipLM(StructuredPruner):
     def _removals(
         self,
         modules: Sequence[PrunableModule],
+        levels: Sequence[Sequence[int]],
         linears: Mapping[str, nn.Linear],
         study: WeightStudy,
         progress: Progress,
     ) -> dict[str, Removal]:
+        widths = {module.name: set(row) for module, row in zip(modules, levels, strict=True)}
         removals: dict[str, Removal] = {}
         for _, inputs in study.inputs(hessians=True, progress=progress):
             for module in (module for module in modules if module.out in inputs):
@@ -162,64 +162,120 @@ class ZipLM(StructuredPruner):
                     module.columns(each).view(module.heads, -1, module.width).transpose(1, 2)
                 )  # [heads, width, c]
                 hessian = inputs[module.out].hessian
-                together = max(module.width // _ROUNDS, 1)
-                weight = linears[module.out].weight.detach()
-                removals[module.name] = removal(weight, hessian, structures.to(hessian.device), self.damping, together)
+                removals[module.name] = removal(
+                    linears[module.out].weight.detach(), hessian, structures.to(hessian.device), self.damping,
+                    max(module.width // _ROUNDS, 1), widths[module.name],
+                )  # fmt: skip
         return removals
 
     def _searched(
         self,
-        twin: PreTrainedModel,
         modules: Sequence[PrunableModule],
+        levels: Sequence[Sequence[int]],
         removals: Mapping[str, Removal],
+        linears: Mapping[str, nn.Linear],
         limit: int | None,
+        study: WeightStudy,
+        progress: Progress,
     ) -> dict[str, int]:
         """How many dimensions each module keeps."""
-        levels = [_levels(module.width, self.steps) for module in modules]  # widest first
-        seconds = [self._seconds(twin, module, widths) for module, widths in zip(modules, levels, strict=True)]
-        errors = [removals[module.name].errors for module in modules]
-        at = [0] * len(modules)
-        nbytes = sum(self.module_nbytes(module, module.width) for module in modules)
-        whole = time = sum(row[0] for row in seconds)
-
-        def loss(index: int) -> float:
-            """What the next step of a module loses, for each second that it saves."""
-            width, less = levels[index][at[index] : at[index] + 2]
-            lost = float(errors[index][modules[index].width - less] - errors[index][modules[index].width - width])
-            return lost / max(seconds[index][at[index]] - seconds[index][at[index] + 1], 1e-12)
-
-        while (limit is not None and nbytes > limit) or time > whole / self.speedup:
-            open_ = [index for index in range(len(modules)) if at[index] + 1 < len(levels[index])]
-            if not open_:
-                break
-            index = min(open_, key=loss)
-            before, after = levels[index][at[index]], levels[index][at[index] + 1]
-            nbytes -= modules[index].dimension_nbytes * (before - after)
-            time -= seconds[index][at[index]] - seconds[index][at[index] + 1]
-            at[index] += 1
-        if time > whole / self.speedup * (1 + 1e-9):
+        errors = torch.stack(
+            [
+                removals[x.name].errors[[x.width - width for width in row]]
+                for x, row in zip(modules, levels, strict=True)
+            ]
+        )  # [u, v]
+        widths = torch.tensor(levels)
+        nbytes = widths * torch.tensor([module.dimension_nbytes for module in modules])[:, None]
+        times = module_times(modules, levels, linears, ProductTimes(parsed(self.table)))
+        whole, full = float(times[:, 0].sum()), int(nbytes[:, 0].sum())
+        most = full if limit is None else limit
+        room = whole / self.speedup if self.table else whole * min(1 / self.speedup, most / full)
+        least = float(times.amin(dim=1).sum())
+        if least * self.speedup > whole * (1 + 1e-9):
             raise NotApplicable(
-                f"{self.key}: the products that can be pruned get at most {whole / time:.3g} times as fast on this "
-                f"machine, not {self.speedup:g} times"
+                f"{self.key}: the products that can be pruned get at most {whole / least:.3g} times as fast by their "
+                f"times, not {self.speedup:g} times"
             )
-        return {module.name: levels[index][at[index]] for index, module in enumerate(modules)}
+        names = [module.out for module in modules]
+        stands = _stands(modules, levels, removals, linears)
+        trial = SwitchedModel(study.model, study.ids[: self.texts, : self.tokens], names, stands, progress)
+        index = torch.arange(len(modules))
+        seen: dict[tuple[int, ...], float] = {}
 
-    def _seconds(self, twin: PreTrainedModel, module: PrunableModule, widths: Sequence[int]) -> list[float]:
-        """How long a module's layers take at these widths, never longer when narrower."""
-        seconds: list[float] = []
-        for width in widths:
-            total = 0.0
-            for name, (axis, heads) in module.layers.items():
-                layer = twin.get_submodule(name)
-                assert isinstance(layer, nn.Linear)
-                weight = layer.weight
-                narrow = heads * width
-                shape = (narrow, weight.shape[1]) if axis == 0 else (weight.shape[0], narrow)
-                total += product_seconds(*shape, self.tokens, weight.device, weight.dtype)
-            seconds.append(min(total, seconds[-1]) if seconds else total)
-        return seconds
+        def light(levels: list[int]) -> bool:
+            return int(nbytes[index, levels].sum()) <= most
+
+        def quick(levels: list[int]) -> bool:
+            return float(times[index, levels].sum()) <= room * (1 + 1e-9)
+
+        def planned(coefficients: Tensor) -> list[int]:
+            costs = errors * coefficients[:, None]
+            found = Timeline(costs, times, room, _BUCKETS).within(light)
+            found = found or Timeline(costs, nbytes.double(), most, _BUCKETS).within(quick)
+            return found or [widths.shape[1] - 1] * len(modules)
+
+        def score(coefficients: Tensor) -> float:
+            found = tuple(planned(coefficients))
+            if found not in seen:
+                seen[found] = trial.divergence(torch.tensor(found), range(trial.texts))
+            return seen[found]
+
+        best = searched(
+            len(modules), score,
+            starts=self.starts, patience=self.patience, resampled=self.resampled, seed=self.seed, progress=progress,
+        )  # fmt: skip
+        return {module.name: row[level] for module, row, level in zip(modules, levels, planned(best), strict=True)}
 
 
-def _levels(width: int, steps: int) -> list[int]:
-    """The widths that a module can have, the whole first and 1 last."""
-    return sorted({max(round(width * step / steps), 1) for step in range(steps + 1)}, reverse=True)
+def module_times(
+    modules: Sequence[PrunableModule],
+    levels: Sequence[Sequence[int]],
+    linears: Mapping[str, nn.Linear],
+    times: ProductTimes,
+) -> Tensor:
+    """How long each module's layers take at each of its widths, never longer when narrower; float64 [u, v]."""
+    rows = []
+    for module, widths in zip(modules, levels, strict=True):
+        total = torch.zeros(len(widths), dtype=torch.float64)
+        for name, (axis, heads) in module.layers.items():
+            shape = linears[name].weight.shape
+            sizes = [(heads * width, shape[1]) if axis == 0 else (shape[0], heads * width) for width in widths]
+            total += torch.tensor([times.of(*size) for size in sizes], dtype=torch.float64)
+        rows.append(total.cummin(dim=0).values)
+    return torch.stack(rows)
+
+
+class _Selected(nn.Module):
+    """A linear layer [o, m] on some of its inputs, as a trial stands in for the narrow module."""
+
+    def __init__(self, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.kept, self.weight, self.bias = kept, weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x[..., self.kept], self.weight.to(x.dtype), self.bias)
+
+
+def _kept(module: PrunableModule, found: Removal, width: int) -> Tensor:
+    """Which dimensions of each head stay, ascending, int64 [heads, width]."""
+    return found.order[:, module.width - width :].sort(dim=1).values
+
+
+def _stands(
+    modules: Sequence[PrunableModule],
+    levels: Sequence[Sequence[int]],
+    removals: Mapping[str, Removal],
+    linears: Mapping[str, nn.Linear],
+) -> list[dict[str, nn.Module]]:
+    """At each level, what stands for the layer behind what was pruned, by its name."""
+    made: list[dict[str, nn.Module]] = [{} for _ in levels[0]]
+    for module, widths in zip(modules, levels, strict=True):
+        out, found = linears[module.out], removals[module.name]
+        for level, width in enumerate(widths):
+            if width == module.width:
+                made[level][module.out] = out
+                continue
+            columns = module.columns(_kept(module, found, width)).to(out.weight.device)
+            made[level][module.out] = _Selected(columns, found.weights[width], out.bias)
+    return made

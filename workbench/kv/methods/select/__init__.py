@@ -1,0 +1,1 @@
+"""Methods that select on the device, at each query, what it attends to."""

@@ -1,0 +1,163 @@
+"""Everything is on the device, and each new token attends to the part of it that its query asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from copy import copy
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.format import Format, Shape
+from workbench.kv.stores.store import Dequantised, Store
+from workbench.trace import LayerTrace
+from workbench_kernels import Scoring, attend
+
+
+class Selector(ABC):
+    """Chooses the entries of one layer that a query attends to."""
+
+    @abstractmethod
+    def choose(self, query: Tensor, order: Tensor, seen: Tensor) -> Tensor:
+        """For query [k, g, d] the entries that each of its heads attends to, bool [k, g, m] by slot.
+
+        order int64 [k, m]: the place of each entry among those of its head, by position; seen bool [k, m]: the entries
+        that there are to choose from. Every head chooses one at least.
+        """
+
+    @property
+    @abstractmethod
+    def looks_at(self) -> int:
+        """For how many things a query computes a score to choose by, over the KV heads of the layer."""
+
+    @abstractmethod
+    def append(self, keys: Tensor) -> None:
+        """Keys [k, q, d] have joined as the newest of every head."""
+
+    def reserve(self, tokens: int) -> None:  # noqa: B027 (some need nothing)
+        """Make room for `tokens` more."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """What it holds on the device."""
+
+    @abstractmethod
+    def clone(self) -> Self:
+        """An independent copy."""
+
+
+class Selection(ABC):
+    """How queries select, as data: what that costs, and how to build it."""
+
+    @abstractmethod
+    def nbytes(self, shape: Shape, held: Tensor) -> int:
+        """Bytes of what is held besides the entries held [l, k] of a layer of this shape, which names the layer."""
+
+    @abstractmethod
+    def build(self, layer: LayerTrace, held: Tensor) -> Selector | None:
+        """The selector over the positions of a layer at which held [k, n] is True; None: the layer attends to all."""
+
+
+@dataclass(frozen=True)
+class SelectingFormat(Format):
+    """Entries as another format stores them, of which queries select."""
+
+    stored: Format
+    selection: Selection
+    by_layer = True
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.stored.tiers
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        held = torch.full_like(selected, shape.tokens) if self.keeps_rest else selected
+        return self.stored.nbytes(shape, selected) + self.selection.nbytes(shape, held)
+
+    def of_everything(self) -> Format:
+        return SelectingFormat(self.stored.of_everything(), self.selection)
+
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
+        store, selector = self.stored.build(layer, tiers, state), self.selection.build(layer, tiers > 0)
+        return store if selector is None else SelectingStore(store, selector)
+
+
+class SelectingStore(Store):
+    """A store of which a token that comes alone attends to what its selector chooses; several that come together, as
+    those of a question, attend to everything.
+    """
+
+    selects = True
+
+    def __init__(self, held: Store, selector: Selector) -> None:
+        self.held, self.selector = held, selector
+        self._computed: int | None = None
+
+    @property
+    def scores_computed(self) -> int | None:
+        return self._computed
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.held.append(keys, values, positions)
+        self.selector.append(keys)
+
+    def reserve(self, tokens: int) -> None:
+        self.held.reserve(tokens)
+        self.selector.reserve(tokens)
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.shape[1] > 1:
+            self._computed = None
+            return self.held.attend(query, query_positions, scoring, weights=weights)
+        held = self.held.contents(query.dtype)
+        heads, slots, _ = held.keys.shape
+        at, positions = query_positions.to(self.device), held.positions.expand(heads, -1).long()  # [k, m]
+        seen = positions <= at
+        if held.valid is not None:
+            seen, positions = seen & held.valid, positions.masked_fill(~held.valid, torch.iinfo(torch.int64).max)
+        if scoring.window is not None:
+            seen = seen & (positions > at - scoring.window)
+        order = positions.argsort(dim=1, stable=True).argsort(dim=1)
+        chosen = self.selector.choose(query.float().view(heads, -1, query.shape[-1]), order, seen)  # [k, g, m]
+        counts = chosen.sum(dim=2)
+        self._computed = int(counts.sum()) + chosen.shape[1] * self.selector.looks_at
+        where = chosen.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., : max(int(counts.max()), 1)]
+
+        def at_chosen(x: Tensor) -> Tensor:
+            wide = x[:, None].expand(-1, chosen.shape[1], -1, -1)
+            return wide.gather(2, where[..., None].expand(-1, -1, -1, x.shape[-1])).flatten(0, 1)  # [h, c, d]
+
+        visible = chosen.gather(2, where).flatten(0, 1)[:, None]
+        out, rows = attend(
+            query, at_chosen(held.keys), at_chosen(held.values), scoring, visible=visible, weights=weights
+        )
+        if rows is None:
+            return out, None
+        everywhere = rows.new_zeros(*chosen.shape[:2], slots).scatter_(2, where, rows.view_as(where))
+        return out, everywhere[:, :, None]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.held.kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.held.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return self.held.slots()
+
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        return self.held.contents(dtype)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {**self.held.tensors(), "selection": self.selector.tensors()}
+
+    def clone(self) -> Self:
+        twin = copy(self)
+        twin.held, twin.selector = self.held.clone(), self.selector.clone()
+        return twin

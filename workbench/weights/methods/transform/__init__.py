@@ -1,0 +1,1 @@
+"""Methods that change how weights are spread before others round them."""

@@ -1,0 +1,95 @@
+"""SPDY: the levels of many parts within one total time, by dynamic programming over coefficients that are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from workbench.core.bisection import largest
+from workbench.progress import Progress
+
+
+class Timeline:
+    """The cheapest levels of all parts for every total time up to `room`.
+
+    costs: float64 [u, v], of each part at each level. times: float64 [u, v]. Times are counted in `buckets` steps of
+    equal length, rounded up, so that no total is beyond `room`.
+    """
+
+    def __init__(self, costs: Tensor, times: Tensor, room: float, buckets: int) -> None:
+        self._steps = (times / room * buckets - 1e-9).ceil().clamp_min(0).long()
+        best = torch.full((buckets + 1,), torch.inf, dtype=torch.float64)
+        best[0] = 0.0
+        self._chosen = torch.full((costs.shape[0], buckets + 1), -1, dtype=torch.int16)
+        for part, (row, steps) in enumerate(zip(costs, self._steps.tolist(), strict=True)):
+            now = torch.full_like(best, torch.inf)
+            for level, step in enumerate(steps):
+                if step > buckets:
+                    continue
+                reached = best[: buckets + 1 - step] + row[level]
+                better = reached < now[step:]
+                now[step:][better] = reached[better]
+                self._chosen[part, step:][better] = level
+            best = now
+        self._best = best
+
+    def within(self, fits: Callable[[list[int]], bool]) -> list[int] | None:
+        """The cheapest levels of the largest total time at which they fit; None where those of no time do.
+
+        fits: whether levels are within another limit, which those of less time are rather than those of more.
+        """
+        cheapest = self._best.cummin(dim=0).indices  # [buckets + 1]: where the cheapest within each total time stand
+        reached = (self._best < torch.inf).nonzero()[:, 0].tolist()
+        if not reached or not fits(self._levels(reached[0])):
+            return None
+        last = largest(lambda at: fits(self._levels(int(cheapest[at]))), reached[0], len(cheapest))
+        return self._levels(int(cheapest[last]))
+
+    def _levels(self, at: int) -> list[int]:
+        levels = []
+        for part in range(len(self._chosen) - 1, -1, -1):
+            levels.append(int(self._chosen[part, at]))
+            at -= int(self._steps[part, levels[-1]])
+        return levels[::-1]
+
+
+def searched(
+    parts: int,
+    score: Callable[[Tensor], float],
+    *,
+    starts: int,
+    patience: int,
+    resampled: float,
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """The coefficients float64 [parts], between 0 and 1, with the lowest score that a local search finds.
+
+    The best of `starts` random ones; then some of its coefficients, at first the share `resampled` of them, are drawn
+    again, and one less each time that `patience` draws in a row gained nothing, down to one (Frantar and Alistarh 2022,
+    arXiv:2201.13096, section 4.2; IST-DASLab/spdy, spdy.py, 0702e4b). Coefficients that are all alike come first, so
+    that what is found is never worse than their dynamic programme.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    best = torch.ones(parts, dtype=torch.float64)
+    least = score(best)
+    stage = "searching coefficients"
+    for _ in progress.track(range(starts), stage, starts):
+        trial = torch.rand(parts, generator=draw, dtype=torch.float64)
+        if (found := score(trial)) < least:
+            best, least = trial, found
+    counts: Sequence[int] = range(max(round(resampled * parts), 1), 0, -1)
+    for count in progress.track(counts, stage, len(counts)) if patience else ():
+        failed = 0
+        while failed < patience:
+            trial = best.clone()
+            trial[torch.randint(parts, (count,), generator=draw)] = torch.rand(
+                count, generator=draw, dtype=torch.float64
+            )
+            if (found := score(trial)) < least:
+                best, least, failed = trial, found, 0
+            else:
+                failed += 1
+    return best
