@@ -109,7 +109,7 @@ class VPTQ(WeightMethod):
         )
         first = self.index_bits or next(bits for bits in (4, 6, 8, 10, 12, 14, 16) if bits >= min(2 * length, 16))
         count = -(-outputs // length) * (inputs - self._outliers(inputs))
-        bits = [first, *([self.residual_bits] if self.residual_bits else [])]
+        bits: list[int] = [first, *([self.residual_bits] if self.residual_bits else [])]
         return length, bits, [min(2**wide, count) for wide in bits]
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> nn.Module:
