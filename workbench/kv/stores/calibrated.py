@@ -40,7 +40,6 @@ class CalibratedFormat(Format):
     start: int
     length: int | None
     recent: int
-    attends_itself: ClassVar[bool] = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
