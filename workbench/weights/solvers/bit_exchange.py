@@ -26,8 +26,8 @@ def bits_exchanged(losses: Tensor, salience: Tensor) -> Tensor:
 
 
 def bits_by_divergence(weight: Tensor, rounded: Tensor, inputs: Tensor, salience: Tensor) -> Tensor:
-    """How many bits more than usual each group of columns gets, int64 [g]: as many pairs as leave the outputs for inputs
-    [n, i] closest to those of the weight [o, i], both taken as the logits of distributions.
+    """How many bits more than usual each group of columns gets, int64 [g]: as many pairs as leave the outputs for
+    inputs [n, i] closest to those of the weight [o, i], both taken as the logits of distributions.
 
     rounded: the weight with one bit less everywhere, as usual, and with one more [3, o, i]. salience: [g].
     """
