@@ -68,7 +68,7 @@ ENTRIES: tuple[Entry, ...] = (
     *(one(key, budget=0.8) for key in ("svd", "svd-llm", "fwsvd", "modegpt", "cospadi", "greenformers", "flashsvd")),
     *(one("slim-llm", bits=bits) for bits in (3, 2)),
     *(one("owq", bits=bits) for bits in (3, 2)),
-    *(one("bitstack", budget=budget) for budget in (0.4, 0.3, 0.2)),
+    *(one("bitstack", budget=budget) for budget in (0.4, 0.3, 0.2, 0.15)),
     one("ostquant", bits=4),
     *((("quarot", {}), (key, {"bits": 4})) for key in ("rtn", "gptq")),
     one("vptq"),
