@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import workbench as wb
-from tests.weights.support import RANDOM_IDS, correlated, drawn, logits, stats_of, studied, with_study
+from tests.weights.support import IDS, RANDOM_IDS, correlated, drawn, logits, seeded, stats_of, studied, with_study
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -23,9 +24,10 @@ from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
-from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, shares, value_moment
+from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, pair_scores, shares, value_moment
 from workbench.weights.solvers.low_rank import row_weighted, truncated, updated, whitened
 from workbench.weights.solvers.whitening import root
+from workbench.weights.surgery.prunable import PrunableQueriesKeys, prunable_modules
 from workbench.weights.surgery.sharing_copy import sharing_copy
 
 
@@ -334,6 +336,61 @@ def test_moments_of_values_count_their_bias() -> None:
     x, rows, bias = correlated(300, 7) + 1, drawn(4, 7), drawn(4, seed=1)
     v = x @ rows.T + bias
     torch.testing.assert_close(value_moment(rows, bias, stats_of(x)), v.T @ v / 300, rtol=1e-3, atol=1e-3)
+
+
+def test_pairs_of_channels_are_scored_by_what_they_carry_at_every_position() -> None:
+    q, k = drawn(50, 2, 2, 8), drawn(50, 2, 8, seed=1)  # [n, heads, groups, d], [n, heads, d]
+    found = pair_scores(q.square().mean(0).flatten(), k.square().mean(0).flatten(), 2, 2)
+    for head, pair in itertools.product(range(2), range(4)):
+        both = [pair, pair + 4]
+        asked = sum(float(q[:, head, group, i].square().mean()) for group in range(2) for i in both)
+        answered = sum(float(k[:, head, i].square().mean()) for i in both)
+        assert float(found[head, pair]) == pytest.approx((asked * answered) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "qwen2", "mistral"])
+def test_narrow_queries_and_keys_are_the_whole_ones_without_the_other_pairs(architecture: str) -> None:
+    model = tiny(architecture)
+    twin, masked = copy.deepcopy(model), copy.deepcopy(model)
+    for module in prunable_modules(twin):
+        if isinstance(module, PrunableQueriesKeys):
+            kept = torch.rand(module.heads, module.width, generator=seeded()).topk(5, dim=1).indices.sort(dim=1).values
+            module.prune(twin, kept)
+            gone = torch.ones(module.heads, module.width, dtype=torch.bool).scatter_(1, kept, False)
+            for name, (_, heads) in module.layers.items():
+                layer = masked.get_submodule(name)
+                lost = gone.repeat_interleave(heads // module.heads, dim=0).repeat(1, 2).flatten()
+                layer.weight[lost] = 0
+                if layer.bias is not None:
+                    layer.bias[lost] = 0
+    for implementation in ("eager", "sdpa"):
+        for each in (twin, masked):
+            each.set_attn_implementation(implementation)
+        torch.testing.assert_close(logits(twin), logits(masked), rtol=1e-4, atol=1e-4)
+    cache = DynamicCache(config=twin.config)
+    with torch.no_grad():
+        steps = [twin(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1] for token in IDS[:12]]
+    torch.testing.assert_close(torch.stack(steps), logits(masked, IDS[:12]), rtol=1e-3, atol=1e-3)
+    assert cache.layers[0].keys.shape[-1] == 10
+
+
+@pytest.mark.parametrize("key", ["full", "snapkv", "kivi", "streaming-llm", "pyramidkv", "cskv", "expected-attention"])
+def test_cache_methods_run_on_narrow_keys_or_say_why_not(key: str) -> None:
+    session = wb.Session((tiny("llama"), None))
+    session.read(IDS)
+    recipe = [MoDeGPT(budget=0.7)] + ([] if key == "full" else [wb.method(key)])
+    try:
+        run = session.run(recipe, max_new_tokens=3)
+    except NotApplicable as refusal:
+        assert "rotat" in str(refusal)
+        return
+    assert len(run.tokens) == 3 and key != "cskv"
+
+
+def test_narrow_queries_and_keys_make_the_cache_narrower(tiny_llama: PreTrainedModel) -> None:
+    whole, narrow = (compressed(tiny_llama, [MoDeGPT(budget=0.6, queries_keys=chosen)]) for chosen in (False, True))
+    keys = [twin.get_submodule("model.layers.1.self_attn.k_proj").out_features for twin in (whole, narrow)]
+    assert keys[1] < keys[0] == 32
 
 
 def test_blocks_that_do_little_lose_most() -> None:
