@@ -35,6 +35,7 @@ from workbench.core.partial_softmax import PartialSoftmax
 from workbench.core.rope import Rotation
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+from workbench.kv.held import HeldLayer
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import Dequantised, Store
@@ -114,6 +115,8 @@ class OfKVMethod:
 
     def evict(self, state: State, positions: Int[Tensor, "k m"], room: int) -> Int64[Tensor, "k leaving"]: ...
 
+    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
+
 
 class OfRanking:
     def __init__(self, scores: Float[Tensor, "l k n"]) -> None: ...
@@ -178,7 +181,7 @@ class OfLayerTrace:
         index: int,
         keys_held: Float[Tensor, "k n d"],
         values_held: Float[Tensor, "k n dv"],
-        queries_held: Float[Tensor, "h n d"],
+        queries_held: Float[Tensor, "h asked d"],  # n, but of what is held only the last
         device: torch.device,
         scoring: Scoring,
         *rest: Any,
@@ -217,6 +220,8 @@ class OfStore:
         values: Float[Tensor, "{self.kv_heads} q dv"] | UInt8[Tensor, "{self.kv_heads} q dv"],
         positions: Int64[Tensor, "q"],
     ) -> None: ...
+
+    def reads(self, ids: Int64[Tensor, "q"], positions: Int64[Tensor, "q"]) -> None: ...
 
     def slots(self) -> tuple[Positions, Valid]: ...
 
@@ -322,7 +327,9 @@ class OfRetriever:
         self, keys: Float[Tensor, "k e d"], values: Float[Tensor, "k e dv"], positions: Int[Tensor, "k e"]
     ) -> None: ...
 
-    def watch(self, weights: Float32[Tensor, "k g q m"], positions: Int64[Tensor, "k m"]) -> None: ...
+    def reads(self, ids: Int64[Tensor, "q"], positions: Int64[Tensor, "q"]) -> None: ...
+
+    def observe(self, weights: Float32[Tensor, "k g q m"], positions: Int64[Tensor, "k m"]) -> None: ...
 
     def tensors(self) -> list[Tensor]: ...
 
@@ -363,6 +370,16 @@ class OfAttentionMethod:
         **options: Any,
     ) -> Float[Tensor, "h n dv"]: ...
 
+    @in_dtype_of("query")
+    def learn(
+        self,
+        query: Float[Tensor, "h n d"],
+        key: Float[Tensor, "k n d"],
+        value: Float[Tensor, "k n dv"],
+        *rest: Any,
+        **options: Any,
+    ) -> Float[Tensor, "h n dv"]: ...
+
     def begin(self, layer: LayerTrace, context: PassContext) -> None: ...
 
     @in_dtype_of("query")
@@ -387,6 +404,10 @@ class OfVisibleScores:
 
 
 class OfOperator:
+    def prepared(
+        self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float
+    ) -> Callable[[int, int], Tensor]: ...
+
     def rows(
         self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float, first: int, stop: int
     ) -> Float32[Tensor, "h {stop-first} {stop}"]: ...

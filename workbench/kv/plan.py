@@ -110,7 +110,9 @@ class Plan(Shown):
     @property
     def evicts(self) -> bool:
         """Whether entries are also evicted while decoding, so that the cache never outgrows the plan."""
-        return self.stages.evict is not None and not self.keeps_all
+        if self.stages.evict is None:
+            return False
+        return not self.keeps_all or self.format.of_everything() == self.format  # which kept what evicting needs
 
     @cached_property
     def keeps_all(self) -> bool:
@@ -166,7 +168,7 @@ class Plan(Shown):
         if self.keeps_all:
             return self.format.of_everything().build(layer, tiers, None)
         state = None
-        if self.evicts and self.stages.evict is not None:
+        if self.evicts and self.stages.evict is not None and not self.stages.evict.rescores:
             evicting = self.stages.evict
             state = self.trace.once(
                 ("eviction state", evicting.parameter_key(), layer.index), lambda: evicting.eviction_state(layer)

@@ -14,6 +14,7 @@ from workbench.core.bisection import largest
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
+from workbench.kv.rescoring import observing
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.stores.selected import SelectingFormat
@@ -86,14 +87,15 @@ def _fit(
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
+    observed = observing(study, stages, dtype)
     state = stages.evict.state_width if stages.evict else 0
-    dense = _attended(stages, study, dtype, shapes, DenseFormat(dtype, state))
+    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state)))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
     everything = torch.ones(layers, kv_heads, tokens, dtype=torch.bool, device=study.trace.layers[0].device)
 
-    form: Format = dense
+    form = dense
     if selecting is None:
         if storing is not None:
             form = _stored(stages, study, dtype, shapes, room)
@@ -107,18 +109,10 @@ def _fit(
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
+        _check_stored(form, storing, stages)
+        form = observed(form)
     elif stages.retrieve is not None:
         form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
-    if form.keeps_rest and storing is not None and stages.merge is not None:
-        raise BadRecipe(
-            f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {stages.merge.key} "
-            "could merge; use one of the two"
-        )
-    if stages.place is not None and storing is not None and form.attends_itself:
-        raise BadRecipe(
-            f"{storing.key} attends to what it stores in its own way, where {stages.place.key} cannot close it up: use "
-            f"{stages.place.key} with true positions"
-        )
     selected_budget = None if budget is not None else _selecting_budget(methods, stages)
 
     def selection(entries: int) -> Tensor:
@@ -146,7 +140,8 @@ def _fit(
     if room is not None and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
-        form = _stored(stages, study, dtype, chosen, room - entries * INDEX_BYTES)
+        beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
+        form = observed(_stored(stages, study, dtype, chosen, room - beside))
         _check(measured(form)(entries), room, full, fixed, label)
     return form, selection(entries)
 
@@ -175,6 +170,32 @@ def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[S
     return SelectingFormat(form, selection)
 
 
+def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
+    """Raise BadRecipe where other stages cannot do their work on what `storing` stores in this format."""
+    rescores = stages.evict is not None and stages.evict.rescores
+    for other in (stages.merge, stages.evict if rescores else None):
+        if other is not None and form.keeps_rest:
+            raise BadRecipe(
+                f"{storing.key} keeps at fewer bits what is not selected, so nothing is dropped that {other.key} could "
+                "merge or choose; use one of the two"
+            )
+    if stages.place is not None and form.attends_itself:
+        raise BadRecipe(
+            f"{storing.key} attends to what it stores in its own way, where {stages.place.key} cannot close it up: use "
+            f"{stages.place.key} with true positions"
+        )
+    if stages.evict is not None and rescores and form.droppable() is None:
+        raise BadRecipe(
+            f"{storing.key} stores entries together, so that none can leave by itself while decoding: leave out "
+            f"{stages.evict.key}"
+        )
+    if stages.merge is not None and rescores and not form.rewritable:
+        raise BadRecipe(
+            f"{stages.merge.key} changes entries while decoding, where {storing.key} has rounded them already: use one "
+            "of the two"
+        )
+
+
 def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
     """A plan that keeps everything needs nothing to evict by."""
     return form.of_everything() if bool((counts == shapes[0].tokens).all()) else form
@@ -184,7 +205,7 @@ def _selecting_budget(methods: Sequence[KVMethod], stages: Stages) -> Budget | N
     """The budget for what is selected: the scorer's, else the allocator's, else that of the only method."""
     if len(methods) == 1:
         return methods[0].effective_budget
-    for method in (stages.score, stages.allocate):
+    for method in (stages.score, stages.allocate, stages.evict):
         if method is not None and method.budget is not None:
             return method.budget
     return stages.score.effective_budget if stages.score else None

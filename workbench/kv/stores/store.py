@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
-from workbench.kv.stores.capabilities import Capturable, Evictable
+from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Rescored, Rewritable
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -109,6 +109,21 @@ class Store(ABC):
         return None
 
     @property
+    def droppable(self) -> Droppable | None:
+        """The store as one from which single entries can leave; None where entries are stored together."""
+        return None
+
+    @property
+    def rescored(self) -> Rescored | None:
+        """The store as one that scores its entries anew when room is needed; None where it cannot."""
+        return None
+
+    @property
+    def rewritable(self) -> Rewritable | None:
+        """The store as one whose entries can be changed; None where they are rounded when they come."""
+        return None
+
+    @property
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
@@ -117,6 +132,9 @@ class Store(ABC):
     def holder(self) -> Store:
         """The store that holds what this layer attends to: itself, or that of the layer whose keys it reads."""
         return self
+
+    def reads(self, ids: Tensor, positions: Tensor) -> None:  # noqa: B027 (most go by keys and values alone)
+        """Know the tokens, ids [q] at positions [q], that the next pass reads, before any of their keys come."""
 
     def keep_for_others(self) -> None:  # noqa: B027 (most hold all that they are asked for anyway)
         """Know that other layers attend to this store after its own has."""

@@ -18,7 +18,7 @@ from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.low_rank import LowRankFormat, Ranks, Spaces, spaces_of
 from workbench.kv.stores.store import seen_by
 from workbench.models.decoder import decoder_layers
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring, attend
 
@@ -86,9 +86,15 @@ class EigenAttention(KVMethod):
         "Eigen Attention: Attention in Low-Rank Space for KV Cache Compression", "Saxena et al. 2024", "2408.05646"
     )
     claim = "40 % less KV memory, 60 % less attention latency"
+    fidelity = Fidelity("deviates", "spaces of the prompt itself, one for each head, in place of calibration texts'")
+    presets = (Preset("error budget", "UtkarshSaxena1/EigenAttn, main_eigen_attn.py, 067df77", error=0.025),)
 
     error: float = param(
-        0.0, ge=0, le=1, help="relative error that each layer's output may have; 0: as little as the budget allows"
+        0.0,
+        ge=0,
+        le=1,
+        help="relative error that each layer's output may have; 0: as little as the budget allows",
+        own="a budget of bytes decides, as for all methods here; the code's 0.025 is a preset",
     )
 
     def layout(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
