@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # The stages, and the methods of a class any of which supplies one.
 _METHODS_OF = {
-    "score": ("score", "scores"),
+    "score": ("score", "scores", "scores_at", "wanted"),
     "allocate": ("allocate",),
     "merge": ("merge",),
     "store": ("store", "layout"),
@@ -150,6 +150,16 @@ class KVMethod(Method):
         layers = study.trace.compressible
         track = study.progress.track(layers, f"scoring by {self.key}", len(layers))
         return torch.stack([self.score(layer) for layer in track])
+
+    def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
+        """The scores [l, k, n] by which this share of all entries is chosen, from those that `scores` found once: for a
+        method that blends or cuts them by how much stays. Asked at every size that is tried: compute little here.
+        """
+        return scores
+
+    def wanted(self, ranking: Ranking) -> int | None:
+        """How many entries it keeps where no budget says so, for instance all above a threshold; None: all."""
+        return None
 
     def importance(self, study: Study) -> Tensor | None:
         """What `allocate` goes by besides the scores, for instance a weight of each layer; found once a trace."""

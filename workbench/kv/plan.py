@@ -30,8 +30,8 @@ class Plan(Shown):
     """What KV methods decided on a trace.
 
     tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`. nbytes: what the stores
-    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. exact:
-    layers left alone, with the reason.
+    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. ranking:
+    the order by which entries were chosen. exact: layers left alone, with the reason.
     """
 
     trace: Trace
@@ -43,6 +43,7 @@ class Plan(Shown):
     nbytes: int
     full_nbytes: int
     host_nbytes: int = 0
+    ranking: Ranking | None = None
 
     @property
     def timeline(self) -> Timeline:
@@ -178,9 +179,8 @@ class Plan(Shown):
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""
-        assert self.stages.score is not None  # without one nothing is dropped, and nothing merged
-        ranking = rank(Study(self.trace), self.stages.score)  # found when planning
-        return ranking.scores[[other.index for other in self.trace.compressible].index(layer.index)]
+        assert self.ranking is not None  # without one nothing is dropped, and nothing merged
+        return self.ranking.scores[[other.index for other in self.trace.compressible].index(layer.index)]
 
     @property
     def label(self) -> str:
