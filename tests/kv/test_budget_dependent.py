@@ -25,7 +25,6 @@ class Blended(KVMethod):
     default_budget = 0.5
 
     def score(self, layer: LayerTrace) -> Tensor:
-        calls.append(layer.index)
         return layer.values.float().norm(dim=-1)
 
     def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
@@ -58,14 +57,18 @@ class Above(KVMethod):
         return torch.bincount(rest // ranking.tokens, minlength=order.shape[0] * order.shape[1]).view(order.shape[:2])
 
 
-calls: list[int] = []
-
-
 def test_scores_are_found_once_and_blended_at_every_size() -> None:
-    trace = trace_of()
-    calls.clear()
+    trace, calls = trace_of(), list[int]()
+
+    class Counted(Blended):
+        """The same, counted."""
+
+        def score(self, layer: LayerTrace) -> Tensor:
+            calls.append(layer.index)
+            return super().score(layer)
+
     for count in (7, 20, 50):
-        plan = make_plan(trace, [Blended(budget=f"{count} tokens")], torch.float32)
+        plan = make_plan(trace, [Counted(budget=f"{count} tokens")], torch.float32)
         share = count / trace.tokens
         for layer in trace.layers:
             want = (1 - share) * layer.values.norm(dim=-1) - share * layer.keys.norm(dim=-1)

@@ -119,6 +119,29 @@ def test_prefixkv_divides_the_room_for_another_scorer() -> None:
     assert torch.equal(plan.tiers == 1, rank(Study(trace), methods[0]).selected(plan.counts))
 
 
+@pytest.mark.parametrize(("budget", "distance"), [("20 tokens", 5), ("20 tokens", 25), (0.3, 7)])
+def test_while_decoding_the_entry_so_far_from_the_end_leaves(budget: str | float, distance: int) -> None:
+    trace = trace_of(tokens=TOKENS)
+    plan = make_plan(trace, [PrefixKV(budget=budget, distance=distance)], torch.float32)
+    decoder = Decoder(tiny("llama"), plan.stores(), TOKENS, plan.stages.evict)
+    held = [[plan.kept(layer.index, head).tolist() for head in range(2)] for layer in trace.layers]
+    for token in range(TOKENS, TOKENS + 12):
+        decoder.feed(torch.tensor([token]))
+        for layer in held:
+            for row in layer:
+                row.append(token)
+                # Of the entries with the new one, that which the code cuts out: its place was fixed with the prompt.
+                del row[(len(row) - 1) - distance if len(row) - 1 > distance else (len(row) - 1) // 2]
+        assert [[row.tolist() for row in store.positions] for store in decoder.stores] == held
+        assert sum(store.nbytes for store in decoder.stores) == plan.nbytes
+
+
+def test_with_another_scorer_nothing_leaves_while_decoding() -> None:
+    trace = trace_of(tokens=TOKENS)
+    assert not make_plan(trace, [SnapKV(window=8, budget=0.4), PrefixKV()], torch.bfloat16).evicts
+    assert not make_plan(trace, [PrefixKV(budget=0.4, decode=False)], torch.bfloat16).evicts
+
+
 # -- LazyEviction
 
 
