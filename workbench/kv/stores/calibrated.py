@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class CalibratedFormat(Format):
     has one scale and one zero for the whole stretch: its levels reach over `key_share` or `value_share` of its range.
     drop: by how much the largest score of the stretch falls (see `lowered`).
     """
+
+    attends_itself: ClassVar[bool] = True
 
     dtype: torch.dtype
     bits: int

@@ -12,7 +12,7 @@ from workbench.core.attention_rows import attention_rows
 from workbench.kv.base import KVMethod
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.salient import SalientFormat
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 _PAIRS = {"8/4": (8, 4), "4/2": (4, 2)}
@@ -23,7 +23,7 @@ class ProbedAttention(KVMethod):
 
     recent_probes: float = param(0.05, gt=0, le=1, help="part of the prompt, its end, whose queries are probes")
     random_probes: float = param(0.05, ge=0, le=1, help="part of the prompt drawn from the rest as probes")
-    seed: int = param(0, ge=0, le=2**31 - 1, help="which tokens are drawn")
+    seed: int = param(0, ge=0, le=2**31 - 1, help="which tokens are drawn", own="the code draws anew each time")
 
     def score(self, layer: LayerTrace) -> Tensor:
         probes = self.probes(layer.tokens).to(layer.device)
@@ -68,9 +68,25 @@ class ZipCache(ProbedAttention):
         "2405.14256",
     )
     claim = "4.98 times smaller with 0.38 % lost on GSM8k"
+    fidelity = Fidelity(
+        "deviates", "tokens of the answer stay exact; scales belong to a KV head, not to all of a layer"
+    )
+    presets = (
+        Preset(
+            "demo",
+            "ThisisBillhe/ZipCache, zipcache_generation_demo.py and models/modeling_llama.py, b6932b9",
+            bits="4/2",
+            recent_probes=0.05,
+            random_probes=0.05,
+        ),
+    )
     default_budget = 0.25
 
-    bits: Literal["auto", "8/4", "4/2"] = param("auto", help="bits of salient and of other tokens")
+    bits: Literal["auto", "8/4", "4/2"] = param(
+        "auto",
+        help="bits of salient and of other tokens",
+        own="the published 4 and 2, unless a budget has room for more",
+    )
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if self.bits != "auto":
