@@ -79,7 +79,7 @@ ENTRIES: tuple[Entry, ...] = (
     one("odyssey"),
     one("evopress"),
     *(one(key, budget=PRUNED[zeros]) for zeros in (30, 20) for key in ("magnitude", "wanda", "sparsegpt")),
-    *(one(key, budget=0.9) for key in ("cfsp", "ziplm", "comp", "foldgpt", "transact")),
+    *(one(key, budget=0.9) for key in ("cfsp", "ziplm", "comp", "foldgpt", "evopress-depth", "transact")),
     one("udfc"),
     one("coreinfer"),
     one("vq-logits"),

@@ -223,6 +223,8 @@ class OfStore:
         positions: Int64[Tensor, "q"],
     ) -> None: ...
 
+    def reads(self, ids: Int64[Tensor, "q"], positions: Int64[Tensor, "q"]) -> None: ...
+
     def slots(self) -> tuple[Positions, Valid]: ...
 
     @in_dtype_of("dtype")
@@ -327,7 +329,9 @@ class OfRetriever:
         self, keys: Float[Tensor, "k e d"], values: Float[Tensor, "k e dv"], positions: Int[Tensor, "k e"]
     ) -> None: ...
 
-    def watch(self, weights: Float32[Tensor, "k g q m"], positions: Int64[Tensor, "k m"]) -> None: ...
+    def reads(self, ids: Int64[Tensor, "q"], positions: Int64[Tensor, "q"]) -> None: ...
+
+    def observe(self, weights: Float32[Tensor, "k g q m"], positions: Int64[Tensor, "k m"]) -> None: ...
 
     def tensors(self) -> list[Tensor]: ...
 
@@ -368,6 +372,16 @@ class OfAttentionMethod:
         **options: Any,
     ) -> Float[Tensor, "h n dv"]: ...
 
+    @in_dtype_of("query")
+    def learn(
+        self,
+        query: Float[Tensor, "h n d"],
+        key: Float[Tensor, "k n d"],
+        value: Float[Tensor, "k n dv"],
+        *rest: Any,
+        **options: Any,
+    ) -> Float[Tensor, "h n dv"]: ...
+
     def begin(self, layer: LayerTrace, context: PassContext) -> None: ...
 
     @in_dtype_of("query")
@@ -392,6 +406,10 @@ class OfVisibleScores:
 
 
 class OfOperator:
+    def prepared(
+        self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float
+    ) -> Callable[[int, int], Tensor]: ...
+
     def rows(
         self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float, first: int, stop: int
     ) -> Float32[Tensor, "h {stop-first} {stop}"]: ...

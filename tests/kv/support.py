@@ -55,7 +55,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "infllm": {"sinks": 2, "block": 4},
     "ilre": {"query": 8, "window": 16, "chunk": 8},
     "xl3m": {"segment": 8, "query": 8},
-    "sentencekv": {"fetch": 8, "longest": 8, "window": 8},
+    "sentencekv": {"sinks": 4, "fetch": 8, "longest": 8, "window": 8},
 }
 """Parameters that suit prompts of a few dozen tokens, by method."""
 

@@ -63,6 +63,11 @@ def _evicting(stages: Stages) -> Iterator[str]:
             f"{evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; use "
             f"{evict.key} with decode=False"
         )
+    if stages.select is not None:
+        yield (
+            f"{evict.key} evicts while decoding what {stages.select.key} has summed up with others; use {evict.key} "
+            "with decode=False"
+        )
     if evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
         yield (
             f"{evict.key} evicts the same positions from all heads of a layer, to which {stages.allocate.key} gives "

@@ -35,7 +35,7 @@ class Decoder:
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
     asked at every layer whether to stop. by_store: layers whose stores attend in their own way, without `attention`.
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
-    notes: what a run has to say about how it was decoded.
+    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model.
     """
 
     model: PreTrainedModel
@@ -49,6 +49,7 @@ class Decoder:
     activations: int = 0
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+    learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -56,7 +57,7 @@ class Decoder:
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __post_init__(self) -> None:
-        self._context = PassContext(len(self.stores), self.position)
+        self._context = PassContext(len(self.stores), self.position, state=dict(self.learnt))
         self.memory = dict(self.memory)
         self._causal, self._uncounted = 0, False
         if self.attention is not None:
@@ -79,6 +80,8 @@ class Decoder:
             positions = torch.arange(self.position, self.position + ids.numel())
         size = self._at_once(ids.numel())
         for part, self._positions in zip(ids.split(size), positions.split(size), strict=True):
+            for store in self.stores:
+                store.reads(part, self._positions)
             if measure:
                 rows.append(self._measured(part, logits))
             else:

@@ -20,6 +20,7 @@ from workbench.models import Facts, Rotations
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
+from workbench.runtime.calibration import learnt
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -146,8 +147,11 @@ def read(
     device = device_of(model)
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
+    knowledge: dict[Any, Any] = {}
+    if method is not None and method.calibration:
+        knowledge = learnt(model, count, method, prompt.tokenizer, progress)
     with watch("read"), live_bytes(device) as live:
-        context = PassContext(count, tokens)
+        context = PassContext(count, tokens, state=dict(knowledge))
         recorder = _Recorder(
             rotations or Rotations(plain or model),
             facts,
@@ -187,6 +191,7 @@ def read(
         tuple(context.computed),
         gone,
         recorder.memory,
+        knowledge,
     )
 
 

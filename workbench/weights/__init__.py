@@ -17,6 +17,7 @@ from workbench.weights.compress import compressed
 from workbench.weights.methods.any_size.bitstack import BitStack
 from workbench.weights.methods.any_size.double_rounding import DoubleRounding
 from workbench.weights.methods.any_size.evopress import EvoPress
+from workbench.weights.methods.any_size.evopress_depth import EvoPressDepth
 from workbench.weights.methods.low_rank.cospadi import CoSpaDi
 from workbench.weights.methods.low_rank.flashsvd import FlashSVD
 from workbench.weights.methods.low_rank.fwsvd import FWSVD
@@ -75,6 +76,7 @@ __all__ = [
     "DoubleRounding",
     "EasyQuant",
     "EvoPress",
+    "EvoPressDepth",
     "FlashSVD",
     "FoldGPT",
     "Greenformers",

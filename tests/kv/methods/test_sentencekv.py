@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -14,10 +15,12 @@ from tests.kv.support import SHORT, ids_of, reading
 from workbench import testing
 from workbench.kv import SentenceKV, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.methods.offload.sentencekv import SentenceIndex, Sentences, sentence_ends, votes
+from workbench.kv.methods.offload.sentencekv import votes
 from workbench.kv.stores.format import Shape
 from workbench.kv.stores.offload import OffloadStore
+from workbench.kv.stores.sentences import SentenceIndex, Sentences, sentence_ends
 from workbench.models import tiny
+from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 
 QUICK = SHORT["sentencekv"]
@@ -52,9 +55,10 @@ def test_sentences_end_at_their_marks_and_at_the_latest_after_so_many_tokens() -
 
     class Words(Letters):
         def decode(self, ids: list[int]) -> str:
-            return ["He", " said", '."', "\n\n", " 你", "。", ".5"][ids[0]]
+            return ["He", " said", '."', "\n\n", " 你", "。", ".5", "."][ids[0]]
 
-    assert sentence_ends(torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 0]), Words(), 100) == (3, 5, 7, 9)
+    # A mark that is a token of its own, nothing more.
+    assert sentence_ends(torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 0, 7, 1]), Words(), 100) == (5, 7, 10, 11)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 100.0])
@@ -65,21 +69,21 @@ def test_the_best_sentences_are_fetched_until_there_are_enough_tokens(factor: fl
     others = random_others(2, 70, equal=equal)
     retriever = index.build(layer, others)
     queries = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(4))
-    slots, counts = retriever.find(queries, layer.scale)
+    slots, counts = retriever.find_at(queries, torch.arange(70, 75), layer.scale)
     weights = votes(layer, 8)
     ends = [0, *index.ends]
     for head in range(2):
         there = others[head].nonzero()[:, 0].tolist()  # slot -> position
         known = sorted(there, key=lambda p: (-float(weights[head, p]), p))[: int(factor * 8)]
         sentences = [sorted(p for p in known if a <= p < b) for a, b in pairwise(ends)]
-        for q in range(5):
+        for q in range(5):  # the first of a sentence finds all that can be found
             asked = queries[2 * head : 2 * head + 2, : q + 1].mean(dim=(0, 1))
             likeness = []
             for members in sentences:
                 mean = layer.keys[head, members].mean(dim=0) if members else torch.zeros(16)
                 likeness.append(float(mean.to(torch.bfloat16).float() @ asked))
             ranked = sorted(range(len(sentences)), key=lambda s: -likeness[s])
-            expected = [p for s in ranked for p in sentences[s]][:8]
+            expected = [p for s in ranked for p in sentences[s]][: 8 if q else None]
             got = [there[slot] for slot in slots[head, q, counts[head, q]].tolist()]
             assert sorted(got) == sorted(expected)
 
@@ -105,37 +109,66 @@ def test_an_index_takes_the_bytes_foretold(equal: bool) -> None:
         assert taken == index.nbytes(Shape(2, 70, 16, 16, 2), others.sum(dim=1)[None])
 
 
-def test_what_moves_out_while_decoding_becomes_sentences_that_are_found() -> None:
+def told(retriever: Sentences, text: str, begin: int) -> None:
+    retriever.reads(torch.tensor([ord(letter) for letter in text]), torch.arange(begin, begin + len(text)))
+
+
+def test_what_moves_out_while_decoding_joins_the_sentence_that_it_was_written_in() -> None:
     found = reading()
     layer = found.trace.layers[1]
     others = random_others(2, 70)
-    retriever = index_of(found, fetch=8, longest=8).build(layer, others)
+    index = replace(index_of(found, fetch=8, longest=100, factor=100.0), ends=(30, 70), tokenizer=Letters())
+    retriever = index.build(layer, others)
     assert isinstance(retriever, Sentences)
-    before, sentences = others.sum(dim=1), retriever.means.shape[1]
-    keys = 20 * torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(9))
-    twin = retriever.clone()
-    retriever.add(keys, keys, torch.arange(70, 90).expand(2, -1))
-    assert retriever.means.shape[1] == sentences + 3 and twin.means.shape[1] == sentences
-    # A query along the mean of the second new sentence finds just that one, in both heads.
-    mean = keys[:, 8:16].mean(dim=1)
-    slots, counts = retriever.find(100 * mean.repeat_interleave(2, dim=0)[:, None], 0.25)
-    assert bool(counts.all())
-    assert [sorted(row.tolist()) for row in slots[:, 0]] == [
-        list(range(int(count) + 8, int(count) + 16)) for count in before
-    ]
+    before, twin = others.sum(dim=1).tolist(), retriever.clone()
+    told(retriever, "abc. defgh! ij", 70)
+    assert retriever.ends == [30, 70, 74, 81] and twin.ends == [30, 70]
+    keys = torch.randn(2, 14, 16, generator=torch.Generator().manual_seed(9))
+    for part in (slice(0, 2), slice(2, 9), slice(9, 14)):  # sentences are cut where entries move
+        where = torch.arange(70 + part.start, 70 + part.stop).expand(2, -1)
+        retriever.add(keys[:, part], keys[:, part], where)
+    assert twin.means.shape[1] == 2 and twin.owners.shape[1] == max(before)
+    written = [(0, 4), (4, 11), (11, 14)]
+    assert retriever.means.shape[1] == 5 and retriever.lengths[:, 2:].tolist() == [[4, 7, 3]] * 2
+    for number, (begin, end) in enumerate(written, start=2):
+        mean = keys[:, begin:end].mean(dim=1)
+        assert torch.allclose(retriever.means[:, number].float(), mean, atol=0.02)
+        for head in range(2):
+            slots = (retriever.owners[head] == number).nonzero()[:, 0].tolist()
+            assert slots == list(range(before[head] + begin, before[head] + end))
 
 
-def test_the_query_is_the_mean_of_the_sentence_in_progress() -> None:
+def test_the_query_is_the_mean_of_the_sentence_in_progress_and_its_ends_see_everything() -> None:
     found = reading()
-    retriever = index_of(found, longest=4).build(found.trace.layers[1], random_others(2, 70))
+    index = replace(index_of(found, fetch=8, longest=100), ends=(70,), tokenizer=Letters())
+    retriever = index.build(found.trace.layers[1], random_others(2, 70))
     assert isinstance(retriever, Sentences)
+    text = "ab. cde! fg"
+    told(retriever, text, 70)
     queries = torch.randn(4, 11, 16, generator=torch.Generator().manual_seed(5))
-    got = torch.cat([retriever._in_progress(part) for part in queries.split([3, 1, 2, 5], dim=1)], dim=1)
-    for at in range(11):
-        begin = at // 4 * 4
+    parts = [(0, 3), (3, 4), (4, 11)]
+    got = [retriever.in_progress(queries[:, a:b], torch.arange(70 + a, 70 + b)) for a, b in parts]
+    means, everything = torch.cat([m for m, _ in got], dim=1), torch.cat([e for _, e in got])
+    begins = [0, 0, 0, 3, 3, 3, 3, 3, 8, 8, 8]
+    for at, begin in enumerate(begins):
         for head in range(2):
             expected = queries[2 * head : 2 * head + 2, begin : at + 1].mean(dim=(0, 1))
-            assert torch.allclose(got[head, at], expected, atol=1e-6)
+            assert torch.allclose(means[head, at], expected, atol=1e-6)
+    # The first token of a sentence, and the mark that ends one.
+    assert everything.nonzero()[:, 0].tolist() == [0, 2, 3, 7, 8]
+
+
+def test_a_run_tells_its_tokens_to_the_index_and_a_sentence_ends_where_its_mark_was_read() -> None:
+    found = testing.fresh_reading(tokens=120)
+    found.trace.prompt = replace(found.trace.prompt, tokenizer=Letters())
+    plan = make_plan(found.trace, [SentenceKV(**QUICK, budget=0.4)], torch.float32, model=found.model)
+    decoder = Decoder(found.model, plan.stores(), plan.position)
+    decoder.feed(torch.tensor([ord(letter) for letter in "One. Tw"]))
+    decoder.feed(torch.tensor([ord("o")]))
+    decoder.feed(torch.tensor([ord("!")]))
+    for store in decoder.stores:
+        assert isinstance(store, OffloadStore) and isinstance(store.retriever, Sentences)
+        assert store.retriever.ends[-2:] == [124, 129]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "gemma3"])
@@ -157,5 +190,6 @@ def test_no_query_sees_more_than_what_is_near_and_what_it_may_fetch() -> None:
     store = plan.stores()[1]
     assert isinstance(store, OffloadStore)
     query = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(3))
-    slots, counts = store.distinct(*store.retriever.find(query, 0.25))
+    store.retriever.find_at(query[:, :1], torch.tensor([120]), 0.25)  # which begins a sentence
+    slots, counts = store.distinct(*store.retriever.find_at(query, torch.arange(121, 124), 0.25))
     assert bool((counts.sum(dim=2) == 8).all()) and slots.shape[1] <= 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
 from workbench.weights.methods.quantise.awq import awq_columns, group_errors
 from workbench.weights.methods.quantise.owq import weak_columns
-from workbench.weights.methods.quantise.slim_llm import binary, bits_exchanged, salient_grid
+from workbench.weights.methods.quantise.slim_llm import bits_exchanged
 from workbench.weights.solvers import gptq as gptq_module
 from workbench.weights.solvers.gptq import gptq
+from workbench.weights.solvers.group_grids import binary, near_grid, salient_grid
 from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, squares
+from workbench.weights.solvers.range_search import searched
 
 METHODS = (AbsMax, GPTQ, AWQ, OWQ, SliMLLM)
 ORACLE = Path(__file__).parents[1] / "data" / "weight_oracle.safetensors"
@@ -291,6 +294,23 @@ def test_outliers_of_the_inputs_make_weak_columns_worth_their_bytes() -> None:
     )
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_other_step_and_zero_changes_a_group_less(symmetric: bool) -> None:
+    weight, bits, ranges = drawn(3, 20) + 0.3, 2, 7
+    found = searched(weight, bits, 8, ranges, symmetric=symmetric)
+    got = found.nearest(weight)
+    for row, first in itertools.product(range(3), (0, 8, 16)):
+        own = weight[row, first : first + 8].tolist()
+        low, high = min(0.0, *own), max(0.0, *own)
+        widest = max(-low, high) / 2 if symmetric else (high - low) / 3
+        costs = []
+        for step, zero in itertools.product(range(1, ranges + 1), (2,) if symmetric else range(4)):
+            scale = float(torch.tensor(widest * step / ranges).half())
+            costs.append(sum(abs(min(max(round(w / scale), -zero), 3 - zero) * scale - w) ** 2.4 for w in own))
+        mine = sum(abs(g - w) ** 2.4 for g, w in zip(got[row, first : first + 8].tolist(), own, strict=True))
+        assert mine == pytest.approx(min(costs), rel=1e-3)
+
+
 def test_without_weak_columns_owq_is_gptq_on_truncated_grids() -> None:
     weight, inputs = drawn(8, 32), stats_of(correlated(400, 32))
     layer = OWQ(bits=3, group_size=16, weak=0.0).compress(layer_of(weight), inputs)
@@ -347,6 +367,22 @@ def test_the_grid_of_a_group_suits_the_columns_that_cannot_be_made_up_for() -> N
     least = fit_least(weight, 2, 16, [1.0, 0.8, 0.6], lambda change: squares(change, 16))
     assert bool((hurt(found) <= hurt(plain)).all())
     assert float(hurt(found).sum()) < float(hurt(least).sum())
+
+
+def test_published_ranges_are_the_best_within_a_tenth_of_a_groups_own() -> None:
+    weight = drawn(5, 16)
+    found = near_grid(weight, 2).nearest(weight)
+    for row in range(5):
+        costs = [
+            float(
+                (fit(weight[[row]], 2, 16, shrink=1 + step / 500).nearest(weight[[row]]) - weight[row])
+                .abs()
+                .pow(2.4)
+                .sum()
+            )
+            for step in range(-50, 51)
+        ]
+        assert float((found[row] - weight[row]).abs().pow(2.4).sum()) == pytest.approx(min(costs), rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

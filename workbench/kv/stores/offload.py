@@ -35,6 +35,9 @@ class Retriever(ABC):
         """The same for queries at positions [q]; override this instead of `find` where positions matter."""
         return self.find(query, scale)
 
+    def reads(self, ids: Tensor, positions: Tensor) -> None:  # noqa: B027 (most go by keys alone)
+        """Know the tokens, ids [q] at positions [q], whose keys come and whose queries ask next."""
+
     @abstractmethod
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Entries [k, e, d], [k, e, dv] at positions [k, e] have moved to the next slots of host memory."""
@@ -135,6 +138,9 @@ class OffloadStore(TieredStore):
     ) -> None:
         self.near, self.far, self.retriever = near, far, retriever
         self.sinks, self.usual, self.recent = sinks, usual, recent
+
+    def reads(self, ids: Tensor, positions: Tensor) -> None:
+        self.retriever.reads(ids, positions)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         excess = self.near.longest + keys.shape[1] - self.usual

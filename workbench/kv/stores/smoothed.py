@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -160,7 +160,7 @@ class SmoothedFormat(Format):
     outliers: int
     fp8_query: bool
     scales: torch.dtype = torch.bfloat16
-    attends_itself = True
+    attends_itself: ClassVar[bool] = True  # with queries in FP8
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -133,6 +133,9 @@ class Store(ABC):
         """The store that holds what this layer attends to: itself, or that of the layer whose keys it reads."""
         return self
 
+    def reads(self, ids: Tensor, positions: Tensor) -> None:  # noqa: B027 (most go by keys and values alone)
+        """Know the tokens, ids [q] at positions [q], that the next pass reads, before any of their keys come."""
+
     def keep_for_others(self) -> None:  # noqa: B027 (most hold all that they are asked for anyway)
         """Know that other layers attend to this store after its own has."""
 
