@@ -33,7 +33,7 @@ from workbench.core.kmeans import kmeans
 from workbench.core.nearest import nearest_kept
 from workbench.core.partial_softmax import PartialSoftmax
 from workbench.core.rope import Rotation
-from workbench.kv.base import KVMethod, Study
+from workbench.kv.base import Holding, KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 from workbench.kv.held import HeldLayer
 from workbench.kv.plan import Plan
@@ -117,7 +117,9 @@ class OfKVMethod:
 
     def evict(self, state: State, positions: Int[Tensor, "k m"], room: int) -> Int64[Tensor, "k leaving"]: ...
 
-    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
+    def rescore(
+        self, held: HeldLayer, scorer: KVMethod, holding: Holding
+    ) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
 
 
 class OfRanking:

@@ -101,6 +101,21 @@ class Study:
         return self.forcing(stores, position, ids)
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What a layer's store holds before a pass, for a method that says how many leave.
+
+    entries: of the shortest head. room: how many each head needs for what comes so as not to outgrow the plan; 0 or
+    less where there is enough. tokens: read so far. planned, prompt: entries and tokens when decoding began.
+    """
+
+    entries: int
+    room: int
+    tokens: int
+    planned: int
+    prompt: int
+
+
 class KVMethod(Method):
     """Base of all methods that decide what the KV cache keeps, and how."""
 
@@ -119,6 +134,7 @@ class KVMethod(Method):
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    grows: ClassVar[bool] = False  # while it evicts, the cache grows by the share that it keeps of what comes
     rescores: ClassVar[bool] = False  # evicts by scores of what is held, the recipe's, and not by an eviction state
     own_stores: ClassVar[bool] = False  # what it has read lies in stores of its own kind, which no other can replace
     of_entries: ClassVar[bool] = False  # its `store` needs entries alone: it can hold what a reading method leaves
@@ -231,13 +247,13 @@ class KVMethod(Method):
         """
         return 0
 
-    def leaving_at_once(self, entries: int, room: int) -> int:
-        """How many entries of each head leave when its shortest holds `entries` and so many new tokens need room; asked
-        of methods that `rescores` before every pass, where room is 0 or less if there is enough.
+    def leaving_at_once(self, holding: Holding) -> int:
+        """How many entries of each head leave at once, the same of all; asked of methods that `rescores`, before every
+        pass and again until it says 0.
         """
-        return max(room, 0)
+        return max(holding.room, 0)
 
-    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Tensor:
+    def rescore(self, held: HeldLayer, scorer: KVMethod, holding: Holding) -> Tensor:
         """Importance of each entry held, float [k, m], by which the lowest leave; `scorer` is the recipe's."""
         return scorer.score(held)
 

@@ -71,6 +71,7 @@ class Plan(Shown):
         bounded = (layer.window is not None or layer.shared is not None for layer in self.trace.layers)
         return (
             self.evicts
+            and not (self.stages.evict and self.stages.evict.grows)
             and self.closes_up
             and all(index not in self.exact or short for index, short in enumerate(bounded))
         )
@@ -110,7 +111,7 @@ class Plan(Shown):
 
     @property
     def evicts(self) -> bool:
-        """Whether entries are also evicted while decoding, so that the cache never outgrows the plan."""
+        """Whether entries leave while decoding; the cache then never outgrows the plan, unless its method `grows`."""
         if self.stages.evict is None:
             return False
         return not self.keeps_all or self.format.of_everything() == self.format  # which kept what evicting needs

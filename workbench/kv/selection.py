@@ -208,7 +208,7 @@ def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
     if stages.evict is not None and rescores and form.droppable() is None:
         raise BadRecipe(
             f"{storing.key} stores entries together, so that none can leave by itself while decoding: leave out "
-            f"{stages.evict.key}"
+            f"{stages.evict.key}, or use it with decode=False where it has that"
         )
     if stages.merge is not None and rescores and not form.rewritable:
         raise BadRecipe(
