@@ -109,9 +109,11 @@ class SalientStore(SplitStore):
         gap, count = self.form.gap, received.shape[1] // self.form.gap * self.form.gap
         new = salient_of(received[:, :count].unflatten(1, (-1, gap)), self.share).flatten(1)
         keys, values, high = self._in_order()
-        added = [rows.cut_front(count) for rows in (self.tail.keys, self.tail.values, *self.tail.placed)]
-        joined = (torch.cat([old, more.to(old.dtype)], dim=1) for old, more in zip((keys, values), added, strict=False))
-        self.settled = quantised_tiers(*joined, torch.cat([high, new], dim=1), self.form.high, self.form.low)
+        for rows in self.tail.placed:
+            rows.cut_front(count)
+        keys = torch.cat([keys, self.tail.keys.cut_front(count).float()], dim=1)
+        values = torch.cat([values, self.tail.values.cut_front(count).float()], dim=1)
+        self.settled = quantised_tiers(keys, values, torch.cat([high, new], dim=1), self.form.high, self.form.low)
         self.parts = (self.tail, *self.settled)
 
     def _in_order(self) -> tuple[Tensor, Tensor, Tensor]:
