@@ -241,6 +241,15 @@ class KVMethod(Method):
         raise NotImplementedError
 
     @property
+    def leaves_prompt(self) -> bool:
+        """Whether the prompt stays whole, unscored, and entries leave while decoding, beyond a budget in tokens."""
+        return False
+
+    def holds(self, planned: int) -> int:
+        """The most entries of a head while decoding, where so many are planned, for a method that evicts then."""
+        return planned
+
+    @property
     def observes(self) -> int:
         """How many of the last queries are held beside the entries while decoding, for a method that `rescores`; they
         count in its budget.

@@ -167,7 +167,7 @@ class Plan(Shown):
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:
             return DenseFormat(self.dtype).build(layer, tiers, None)
-        if self.keeps_all:
+        if self.keeps_all and not self.evicts:
             return self.format.of_everything().build(layer, tiers, None)
         state = None
         if self.evicts and self.stages.evict is not None and not self.stages.evict.rescores:

@@ -90,7 +90,8 @@ def _fit(
     storing = stages.store
     observed = observing(study, stages, dtype)
     state = stages.evict.state_width if stages.evict else 0
-    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state)))
+    whole = stages.evict is not None and stages.evict.leaves_prompt
+    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=whole)))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -103,6 +104,10 @@ def _fit(
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
+        return form, everything, None
+
+    if whole:
+        _check_whole(limited, tokens, label)
         return form, everything, None
 
     allocating = stages.allocate or selecting
@@ -189,6 +194,17 @@ def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[S
             "one of the two"
         )
     return SelectingFormat(form, selection)
+
+
+def _check_whole(limited: Budget | None, tokens: int, label: str) -> None:
+    """Raise BadBudget where a method that leaves the prompt whole has no budget for what comes."""
+    if limited is None or limited.kind != "tokens":
+        raise BadBudget(
+            f"{label} leaves the prompt whole and evicts while decoding: give its budget as the tokens that each head "
+            f'may hold then, for instance "{2 * tokens} tokens"'
+        )
+    if limited.amount < tokens:
+        raise BadBudget(f"{label} leaves the prompt whole, whose {tokens} tokens are more than its budget of {limited}")
 
 
 def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:

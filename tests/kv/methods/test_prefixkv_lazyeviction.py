@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kv.support import random_ranking, softmax_rows, trace_of
+from workbench.errors import BadBudget
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.allocate.prefixkv import held_before
@@ -276,3 +277,43 @@ def test_small_caches_still_let_new_tokens_in(room: int) -> None:
     _, decoder, _, lengths = lazy_run(12, LazyEviction(budget=f"{room} tokens", window=4))
     assert max(lengths) <= room
     assert all(TOKENS + 11 in row.tolist() for store in decoder.stores for row in store.positions)
+
+
+def test_a_prompt_that_stays_whole_is_observed_from_the_answer_on() -> None:
+    room, steps, window, threshold = TOKENS + 6, 20, 4, 0.03
+    asked = LazyEviction(budget=f"{room} tokens", window=window, threshold=threshold, prompt=False)
+    trace, model = trace_of(tokens=TOKENS), tiny("llama")
+    plan = make_plan(trace, [asked], torch.float32)
+    assert plan.keeps_all
+    assert plan.evicts
+    assert sum(store.nbytes for store in plan.stores()) == plan.nbytes
+    seen: Seen = [[] for _ in trace.layers]
+
+    class Watched(Decoder):
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+            seen[layer].append((query.clone(), key.clone()))
+            return super().attend(layer, query, key, value, scoring)
+
+    decoder = Watched(model, plan.stores(), TOKENS, plan.stages.evict)
+    for step in range(steps):
+        decoder.feed(torch.tensor([(7 * step + 3) % 256]))
+        assert max(row.numel() for store in decoder.stores for row in store.positions) <= room
+    for layer in trace.layers:
+        for head in range(layer.kv_heads):
+            plain, held = Memory(threshold), {p: layer.keys[head, p] for p in range(TOKENS)}
+            for step, (query, new) in enumerate(seen[layer.index]):
+                if len(held) == room:
+                    older = sorted(held)[: room - window]
+                    for out in sorted(older, key=lambda p: (plain.matters(p), p))[:window]:
+                        del held[out]
+                held[TOKENS + step] = new[head, 0]
+                keys = torch.stack(list(held.values()))
+                rows = [(query[q, 0] @ keys.T * layer.scale).softmax(dim=0) for q in (2 * head, 2 * head + 1)]
+                plain.step(dict(zip(held, torch.stack(rows).amax(dim=0).tolist(), strict=True)))
+            assert decoder.stores[layer.index].positions[head].tolist() == sorted(held)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, "20 tokens", "64MiB"])
+def test_a_prompt_that_stays_whole_needs_a_budget_for_more(budget: float | str) -> None:
+    with pytest.raises(BadBudget, match="whole"):
+        make_plan(trace_of(tokens=TOKENS), [LazyEviction(budget=budget, prompt=False)], torch.float32)
