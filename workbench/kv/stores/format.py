@@ -120,6 +120,7 @@ class DenseFormat(Format):
     """Every kept entry at `dtype`, with an eviction state of `state` numbers for methods that evict while decoding.
 
     drops: entries leave while decoding without such a state; their positions are held even where all are kept.
+    always: entries leave while decoding also where the plan keeps everything.
     """
 
     rewritable: ClassVar[bool] = True
@@ -127,6 +128,7 @@ class DenseFormat(Format):
     dtype: torch.dtype
     state: int = 0
     drops: bool = False
+    always: bool = False
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -139,7 +141,7 @@ class DenseFormat(Format):
         return entries + index_nbytes(partial) * (3 + bool(self.state))
 
     def of_everything(self) -> DenseFormat:
-        return DenseFormat(self.dtype)
+        return self if self.always else DenseFormat(self.dtype)
 
     def droppable(self) -> DenseFormat:
         return replace(self, state=0, drops=True)
