@@ -33,8 +33,9 @@ from workbench.core.kmeans import kmeans
 from workbench.core.nearest import nearest_kept
 from workbench.core.partial_softmax import PartialSoftmax
 from workbench.core.rope import Rotation
-from workbench.kv.base import KVMethod, Study
+from workbench.kv.base import Holding, KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+from workbench.kv.held import HeldLayer
 from workbench.kv.plan import Plan
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores import Dequantised, Store
@@ -85,6 +86,8 @@ class OfKVMethod:
         Tensor, "{len(study.trace.compressible)} {study.trace.compressible[0].kv_heads} {study.trace.tokens}"
     ]: ...
 
+    def scores_at(self, study: Study, scores: Float32[Tensor, "l k n"], share: float) -> Float32[Tensor, "l k n"]: ...
+
     def importance(self, study: Study) -> Shaped[Tensor, "..."] | None: ...
 
     def allocate(self, ranking: Ranking, entries: int) -> Int64[Tensor, "{ranking.layers} {ranking.kv_heads}"]: ...
@@ -113,6 +116,10 @@ class OfKVMethod:
     def update_state(self, state: State, weights: Float32[Tensor, "k g q m"]) -> State: ...
 
     def evict(self, state: State, positions: Int[Tensor, "k m"], room: int) -> Int64[Tensor, "k leaving"]: ...
+
+    def rescore(
+        self, held: HeldLayer, scorer: KVMethod, holding: Holding
+    ) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
 
 
 class OfRanking:
@@ -178,7 +185,7 @@ class OfLayerTrace:
         index: int,
         keys_held: Float[Tensor, "k n d"],
         values_held: Float[Tensor, "k n dv"],
-        queries_held: Float[Tensor, "h n d"],
+        queries_held: Float[Tensor, "h asked d"],  # n, but of what is held only the last
         device: torch.device,
         scoring: Scoring,
         *rest: Any,
@@ -371,6 +378,16 @@ class OfAttentionMethod:
         **options: Any,
     ) -> Float[Tensor, "h n dv"]: ...
 
+    @in_dtype_of("query")
+    def learn(
+        self,
+        query: Float[Tensor, "h n d"],
+        key: Float[Tensor, "k n d"],
+        value: Float[Tensor, "k n dv"],
+        *rest: Any,
+        **options: Any,
+    ) -> Float[Tensor, "h n dv"]: ...
+
     def begin(self, layer: LayerTrace, context: PassContext) -> None: ...
 
     @in_dtype_of("query")
@@ -395,6 +412,10 @@ class OfVisibleScores:
 
 
 class OfOperator:
+    def prepared(
+        self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float
+    ) -> Callable[[int, int], Tensor]: ...
+
     def rows(
         self, q: Float[Tensor, "h n d"], k: Float[Tensor, "k n d"], scale: float, first: int, stop: int
     ) -> Float32[Tensor, "h {stop-first} {stop}"]: ...

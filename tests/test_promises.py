@@ -13,13 +13,15 @@ from workbench.registry import Method, find, registered
 from workbench.testing import Subjects, check_promise, promises
 
 SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
-    "evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
+    "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "cospadi": {"rounds": 2},
 }
 OTHERWISE: list[tuple[str, dict[str, Any]]] = [  # parameters that take another way through a method
     ("svd-llm", {"update": True}),
     ("flashsvd", {"metric": "outputs"}),
+    ("coreinfer", {"prediction": "similarity", "groups": 2}),
     ("greenformers", {"solver": "snmf", "iterations": 3}),
     ("easyquant", {"symmetric": False, "bits": 3}),
     ("vptq", {"index_bits": 6, "residual_bits": 4, "vector_length": 3, "rounds": 3}),

@@ -86,6 +86,16 @@ class LayerTrace(Brief):
         return self.keys_held.shape[1]
 
     @property
+    def positions(self) -> Tensor:
+        """Where keys and values stand, int64 [k or 1, n], ascending."""
+        return torch.arange(self.tokens, device=self.device)[None]
+
+    @property
+    def end(self) -> int:
+        """Where the next token stands."""
+        return self.tokens
+
+    @property
     def kv_heads(self) -> int:
         return self.keys_held.shape[0]
 
@@ -156,7 +166,8 @@ class Trace:
     took. exact: layers that KV methods must leave alone, with the reason (sliding windows and the like). timeline: live
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
     heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
-    memory: what modules of a compressed model remembered of the prompt. memo: what was computed of it since (`once`).
+    memory: what modules of a compressed model remembered of the prompt. learnt: what an attention method learnt of the
+    model before it read. memo: what was computed of it since (`once`).
     """
 
     prompt: Prompt
@@ -168,6 +179,7 @@ class Trace:
     computed: tuple[int, ...] = field(default=(), repr=False)
     gone: tuple[LayerTrace, ...] = field(default=(), repr=False)
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+    learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
     memo: Memo = field(default_factory=Memo, repr=False)
 
     @property

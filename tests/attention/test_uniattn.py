@@ -10,12 +10,16 @@ from transformers import PreTrainedModel
 import workbench as wb
 from workbench.attention import UniAttn
 from workbench.attention.base import PassContext, visible_entries
-from workbench.attention.methods.uniattn import _moved, _Step
+from workbench.attention.shared_weights import SharedStep, moved
 from workbench.core.causal_attention import causal_attention
 from workbench.errors import NotApplicable
 from workbench.examples import needle
 from workbench.kv.stores import Dequantised
-from workbench.models import tiny
+from workbench.models import facts, tiny
+from workbench.progress import Progress
+from workbench.prompt import Prompt
+from workbench.runtime.calibration import calibration_ids, learnt
+from workbench.runtime.prefill import read
 from workbench_kernels import Scoring
 
 IDS = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(0))
@@ -86,11 +90,51 @@ def test_decoding_shares_the_same_layers_weights() -> None:
     assert run.to_dict(quality=False)["score_share"] == pytest.approx(1 / 3)
 
 
+def test_what_a_layer_loses_is_given_back_by_a_projection_of_its_values() -> None:
+    method, context = UniAttn(budget=0.5, size=2), PassContext(2, 40)
+    method.attend(*drawn(40, 1), Scoring(0.4), context)
+    shared = UniAttn(budget=0.5, size=2, compensate=False)
+    context.layer, other = 1, drawn(40, 2)
+    alone = PassContext(2, 40, 1, state=dict(context.state))
+    plain = shared.attend(*other, Scoring(0.4), alone)
+    exact = causal_attention(*other, Scoring(0.4))
+    got = method.learn(*other, Scoring(0.4), context, exact)
+    values = torch.stack([torch.cat([other[2][k, n] for k in range(2)]) for n in range(40)]).double()
+    lost = torch.stack([torch.cat([(exact - plain)[h, n] for h in range(4)]) for n in range(40)]).double()
+    fitted = torch.linalg.lstsq(values, lost).solution
+    want = plain + (values @ fitted).float().view(40, 4, 8).transpose(0, 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    (kept,) = context.state.values()
+    later, more = PassContext(2, 40, 0, state=dict(context.state)), drawn(12, 5)
+    method.attend(*drawn(12, 4), Scoring(0.4), later)
+    later.layer = 1
+    without = PassContext(2, 12, 1, state=dict(later.state))
+    without.state.pop(next(key for key, value in without.state.items() if value is kept))
+    change = method.attend(*more, Scoring(0.4), later) - method.attend(*more, Scoring(0.4), without)
+    rows = torch.cat([more[2][0], more[2][1]], dim=1)
+    torch.testing.assert_close(change, (rows @ kept).view(12, 4, 8).transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_brings_layers_nearer_to_the_model_as_it_is(tiny_llama: PreTrainedModel) -> None:
+    method = UniAttn(budget=0.5)
+    found = learnt(tiny_llama, 3, method, None, Progress())
+    assert len(found) == 2 and learnt(tiny_llama, 3, method, None, Progress()).keys() == found.keys()
+    assert learnt(tiny_llama, 3, UniAttn(budget=0.5, compensate=False), None, Progress()) == {}
+    assert learnt(tiny_llama, 3, UniAttn(budget=1), None, Progress()) == {}
+    ids = calibration_ids(tiny_llama, None, 1024)
+    exact = read(tiny_llama, facts(tiny_llama), Prompt(ids, chat=False)).layers
+    apart = []
+    for each in (method, UniAttn(budget=0.5, compensate=False)):
+        got = read(tiny_llama, facts(tiny_llama), Prompt(ids, chat=False), method=each).layers
+        apart.append([float((one.values - other.values).norm()) for one, other in zip(got, exact, strict=True)])
+    assert apart[0][2] < apart[1][2]  # the last layer's values show what came out of the one before
+
+
 def test_weights_find_their_tokens_in_another_layers_cache() -> None:
     weights = torch.tensor([[[0.5, 0.3, 0.2]], [[0.1, 0.6, 0.3]]])
-    step = _Step(0, weights, torch.tensor([[0, 4, 9]]))
-    assert _moved(step, torch.tensor([[0, 4, 9]])) is weights
-    got = _moved(step, torch.tensor([[9, 1, 0, 12], [4, 0, 5, 9]]))
+    step = SharedStep(0, weights, torch.tensor([[0, 4, 9]]))
+    assert moved(step, torch.tensor([[0, 4, 9]])) is weights
+    got = moved(step, torch.tensor([[9, 1, 0, 12], [4, 0, 5, 9]]))
     assert torch.equal(got, torch.tensor([[[0.2, 0, 0.5, 0]], [[0.6, 0.1, 0, 0.3]]]))
 
 
@@ -118,7 +162,7 @@ def test_prompts_whose_weights_are_too_large_are_refused_with_their_size() -> No
     session = wb.Session((tiny("llama"), None), kv_dtype="float32")
     session.read(torch.arange(900) % 256)
     with pytest.raises(NotApplicable, match=r"take 6 MiB for 900 tokens.*raise it, or shorten"):
-        session.run(UniAttn(keep=1), max_new_tokens=2)
+        session.run(UniAttn(keep=1, compensate=False), max_new_tokens=2)
     assert session.run(UniAttn(keep=1, budget=1), max_new_tokens=2).tokens  # nothing is shared: nothing is kept
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,16 +16,20 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
-from tests.weights.support import logits
+from tests.weights.support import logits, seeded
 from workbench.core.evolution import Step, evolve, exchanges, filled, steps, switched, total, uniform
 from workbench.errors import BadParameter, BadRecipe, BudgetTooSmall, Cancelled, NotApplicable
 from workbench.models import tiny
+from workbench.models.depth import origins
 from workbench.progress import Progress
-from workbench.weights import RTN, SVD, EvoPress, compressed
+from workbench.weights import RTN, SVD, EvoPress, EvoPressDepth, compressed
 from workbench.weights.calibration.model_head import ModelHead
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.texts import Calibration
+from workbench.weights.methods.any_size.evopress_depth import drawn, exchanged
 from workbench.weights.reports.spectra import Spectrum, singular_values
+from workbench.weights.surgery.depth import shorten
+from workbench.weights.surgery.sharing_copy import sharing_copy
 from workbench.weights.survey import Survey
 
 SAMPLED = Calibration("sampled", samples=8, tokens=32)
@@ -136,7 +143,7 @@ def test_a_fitness_that_is_not_a_number_never_wins() -> None:
 
 # -- EvoPress
 
-QUICK = {"generations": 2, "offspring": 3, "texts": 3, "tokens": 24, "slopes": 1}
+QUICK: dict[str, Any] = {"of": "rtn", "generations": 2, "offspring": 3, "texts": 3, "tokens": 24, "slopes": 1}
 
 
 def layers_that_differ() -> PreTrainedModel:
@@ -251,6 +258,39 @@ def test_a_budget_below_the_lowest_levels_names_the_smallest() -> None:
     with pytest.raises(BudgetTooSmall) as refusal:
         compressed(tiny("llama"), [EvoPress(levels="3,4", budget=0.1, **QUICK)])
     compressed(tiny("llama"), [EvoPress(levels="3,4", budget=refusal.value.smallest, **QUICK)])
+
+
+# -- which blocks can be missed
+
+
+def without(model: PreTrainedModel, gone: Sequence[int]) -> PreTrainedModel:
+    twin = sharing_copy(model)
+    shorten(twin, [index for index in range(len(twin.model.layers)) if index not in gone])
+    return twin
+
+
+def test_the_blocks_that_go_are_those_that_are_missed_least_together() -> None:
+    model = tiny("llama", layers=5)
+    study = WeightStudy(model, calibration=SAMPLED)
+    settings: dict[str, Any] = {"texts": 4, "tokens": 24, "offspring": 6, "beginnings": 8}
+    twin = compressed(model, [EvoPressDepth(budget=0.6, **settings)], study=lambda *_: study)
+    ids = study.ids[:4, :24]
+    every = {gone: kl(model, without(model, gone), ids) for gone in itertools.combinations(range(5), 2)}
+    best = min(every, key=lambda gone: every[gone])
+    assert list(origins(twin)) == [index for index in range(5) if index not in best]
+    again = compressed(model, [EvoPressDepth(budget=0.6, **settings)])
+    assert len(again.model.layers) == 3
+
+
+def test_exchanged_sets_keep_within_the_bytes_and_sometimes_change() -> None:
+    draw, sizes = seeded(), [3, 3, 5, 3, 4]
+    parent = drawn(sizes, 11, draw)
+    children = [exchanged(parent, sizes, 11, draw) for _ in range(40)]
+    for child in (parent, *children):
+        assert 0 < sum(size for size, stays in zip(sizes, child.tolist(), strict=True) if stays) <= 11
+    assert len({tuple(child.tolist()) for child in children}) > 3
+    whole = torch.ones(5, dtype=torch.long)
+    assert torch.equal(exchanged(whole, sizes, 18, draw), whole)  # none can come back
 
 
 # -- which layer hurts

@@ -43,8 +43,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SHORT: dict[str, dict[str, Any]] = {  # parameters that make slow methods quick
-    "evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
+    "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "bitstack": {"blocks": 3},
     "vptq": {"index_bits": 6, "rounds": 3},
 }

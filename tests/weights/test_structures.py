@@ -103,8 +103,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llava": _llava,  # as many vision layers as decoder layers
 }
 _QUICK: dict[str, dict[str, Any]] = {
-    "evopress": {"generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
+    "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "transact": {"texts": 2},
     "cospadi": {"rounds": 1},
     "easyquant": {"steps": 2},

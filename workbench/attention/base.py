@@ -70,6 +70,7 @@ class AttentionMethod(Method):
     changes_prefill: ClassVar[bool] = True  # what the queries of a prompt see, and not only how tokens are decoded
     softmax_weights: ClassVar[bool] = False  # a prompt's weights are the softmax over all that `span` leaves visible
     goes_by_earlier: ClassVar[bool] = False  # what a layer's queries see was chosen in the layers before it
+    calibration: ClassVar[int] = 0  # tokens of another text on which it learns of the model before it reads; 0: none
     all_scores: ClassVar[str] = ""  # how all of them are computed, where none can be left out: there is no budget
 
     @classmethod
@@ -105,6 +106,18 @@ class AttentionMethod(Method):
         """
         context.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))
         return causal_attention(query, key, value, scoring)
+
+    def learns_from(self, layer: int, layers: int) -> bool:
+        """Whether the exact output of this layer teaches it something, where there is a `calibration`."""
+        return False
+
+    def learn(
+        self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext, exact: Tensor
+    ) -> Tensor:
+        """`attend` over the text for calibration in a layer that it learns from: exact [h, n, dv] is what came out
+        there under exact attention. All that then lies in `context.state` lies in the state of readings and decoding.
+        """
+        return self.attend(query, key, value, scoring, context)
 
     def begin(self, layer: LayerTrace, context: PassContext) -> None:
         """Leave in `context.state` what decoding needs of the prompt besides what the store will hold, and what reading

@@ -6,7 +6,8 @@
     store      at what precision, in which layout
     retrieve   how entries in host memory are found again, where those that are not selected go there
     select     what of the device's entries each new token attends to, where that is not everything
-    evict      who leaves while decoding when a new token needs room, by an eviction state kept beside the entries
+    evict      who leaves while decoding when a new token needs room: by an eviction state kept beside the entries, or
+               by the recipe's scores of what is held then (`rescores`)
     place      at which positions entries stand when they are attended to: their true ones, or closed up
     read       how the prompt is read, where that itself has to fit into the budget; it decides all the rest but how
                what it leaves is stored
@@ -28,6 +29,7 @@ from torch import Tensor
 from workbench.core.memo import Memo
 from workbench.errors import BadRecipe, NotApplicable
 from workbench.kv.ranking import Ranking
+from workbench.kv.refusals import contradictions
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.progress import Progress
 from workbench.registry import Family, Method
@@ -37,19 +39,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
+    from workbench.kv.held import HeldLayer
     from workbench.kv.stores import Store
     from workbench.kv.stores.offload import Index
     from workbench.kv.stores.selected import Selection
 
 # The stages, and the methods of a class any of which supplies one.
 _METHODS_OF = {
-    "score": ("score", "scores"),
+    "score": ("score", "scores", "scores_at", "wanted"),
     "allocate": ("allocate",),
     "merge": ("merge",),
     "store": ("store", "layout"),
     "retrieve": ("retrieve",),
     "select": ("select",),
-    "evict": ("evict",),
+    "evict": ("evict", "rescore", "leaving_at_once"),
     "place": ("closes_up",),
     "read": ("read",),
 }
@@ -98,6 +101,21 @@ class Study:
         return self.forcing(stores, position, ids)
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What a layer's store holds before a pass, for a method that says how many leave.
+
+    entries: of the shortest head. room: how many each head needs for what comes so as not to outgrow the plan; 0 or
+    less where there is enough. tokens: read so far. planned, prompt: entries and tokens when decoding began.
+    """
+
+    entries: int
+    room: int
+    tokens: int
+    planned: int
+    prompt: int
+
+
 class KVMethod(Method):
     """Base of all methods that decide what the KV cache keeps, and how."""
 
@@ -116,6 +134,8 @@ class KVMethod(Method):
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    grows: ClassVar[bool] = False  # while it evicts, the cache grows by the share that it keeps of what comes
+    rescores: ClassVar[bool] = False  # evicts by scores of what is held, the recipe's, and not by an eviction state
     own_stores: ClassVar[bool] = False  # what it has read lies in stores of its own kind, which no other can replace
     of_entries: ClassVar[bool] = False  # its `store` needs entries alone: it can hold what a reading method leaves
     contributed: ClassVar[frozenset[str]] = frozenset()  # the stages that the class's own body defines
@@ -146,6 +166,16 @@ class KVMethod(Method):
         layers = study.trace.compressible
         track = study.progress.track(layers, f"scoring by {self.key}", len(layers))
         return torch.stack([self.score(layer) for layer in track])
+
+    def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
+        """The scores [l, k, n] by which this share of all entries is chosen, from those that `scores` found once: for a
+        method that blends or cuts them by how much stays. Asked at every size that is tried: compute little here.
+        """
+        return scores
+
+    def wanted(self, ranking: Ranking) -> int | None:
+        """How many entries it keeps where no budget says so, for instance all above a threshold; None: all."""
+        return None
 
     def importance(self, study: Study) -> Tensor | None:
         """What `allocate` goes by besides the scores, for instance a weight of each layer; found once a trace."""
@@ -211,6 +241,32 @@ class KVMethod(Method):
         raise NotImplementedError
 
     @property
+    def leaves_prompt(self) -> bool:
+        """Whether the prompt stays whole, unscored, and entries leave while decoding, beyond a budget in tokens."""
+        return False
+
+    def holds(self, planned: int) -> int:
+        """The most entries of a head while decoding, where so many are planned, for a method that evicts then."""
+        return planned
+
+    @property
+    def observes(self) -> int:
+        """How many of the last queries are held beside the entries while decoding, for a method that `rescores`; they
+        count in its budget.
+        """
+        return 0
+
+    def leaving_at_once(self, holding: Holding) -> int:
+        """How many entries of each head leave at once, the same of all; asked of methods that `rescores`, before every
+        pass and again until it says 0.
+        """
+        return max(holding.room, 0)
+
+    def rescore(self, held: HeldLayer, scorer: KVMethod, holding: Holding) -> Tensor:
+        """Importance of each entry held, float [k, m], by which the lowest leave; `scorer` is the recipe's."""
+        return scorer.score(held)
+
+    @property
     def evicts_while_decoding(self) -> bool:
         """Whether a method that has the stage `evict` uses it; one with a parameter for that says so here."""
         return True
@@ -221,6 +277,11 @@ class KVMethod(Method):
         positions: then no distance is larger than the cache, and one that evicts while decoding has no end.
         """
         return False
+
+    @property
+    def scores_by_layer(self) -> bool:
+        """Whether `score` alone says what a layer's entries are worth."""
+        return type(self).score is not KVMethod.score
 
     @classmethod
     def contributes(cls, stage: str) -> bool:
@@ -255,69 +316,16 @@ class Stages:
         stages = cls(**chosen)
         if stages.read is not None:
             return cls._reading(stages.read, [method for method in methods if method is not stages.read])
-        if stages.retrieve is not None:
-            for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
-                if other is not None:
-                    raise BadRecipe(
-                        f"{stages.retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use "
-                        "one of the two"
-                    )
-        if stages.place is not None and stages.retrieve is not None:
-            raise BadRecipe(
-                f"{stages.retrieve.key} finds entries by where they stand in the text, but {stages.place.key} closes "
-                f"them up: use {stages.place.key} with true positions"
-            )
-        for lost in (stages.allocate, stages.merge):
-            if lost is not None and stages.score is None:
-                raise BadRecipe(
-                    f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a "
-                    "method that does, for instance snapkv"
-                )
-        if stages.evict is not None and stages.evict is not stages.score:
-            # Evicting while decoding continues the score it began with; a borrowed one goes with its scorer.
-            if stages.evict.contributes("evict"):
-                scorer = stages.score.key if stages.score else "nothing"
-                raise BadRecipe(f"{stages.evict.key} evicts while decoding by its own scores, but {scorer} scores here")
-            stages = cls(**{**chosen, "evict": None})
-        keeping = stages.store or stages.retrieve
-        if stages.evict is not None and keeping is not None:
-            raise BadRecipe(
-                f"{stages.evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; "
-                f"use {stages.evict.key} with decode=False"
-            )
-        if stages.evict and stages.evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
-            raise BadRecipe(
-                f"{stages.evict.key} evicts the same positions from all heads of a layer, to which "
-                f"{stages.allocate.key} gives different lengths; use {stages.evict.key} with decode=False"
-            )
-        stages._check_selecting()
+        if stages.evict is not None and stages.evict is not stages.score and not stages.evict.contributes("evict"):
+            stages = cls(**{**chosen, "evict": None})  # a borrowed one goes with its scorer, whose score it continues
+        for contradiction in contradictions(stages):
+            raise BadRecipe(contradiction)
         for method in methods if len(methods) > 1 else ():
             if not any(getattr(stages, stage) is method for stage in STAGES):
                 raise BadRecipe(
                     f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
                 )
         return stages
-
-    def _check_selecting(self) -> None:
-        """Raise BadRecipe where what selects by query meets what moves entries, or finds them by itself."""
-        select = self.select
-        if select is None:
-            return
-        if self.retrieve is not None:
-            raise BadRecipe(
-                f"{select.key} selects among what is on the device, {self.retrieve.key} fetches from host memory: use "
-                "one of the two"
-            )
-        if self.place is not None:
-            raise BadRecipe(
-                f"{select.key} selects by keys as they stand in the text, but {self.place.key} closes them up: use "
-                f"{self.place.key} with true positions"
-            )
-        if self.evict is not None:
-            raise BadRecipe(
-                f"{self.evict.key} evicts while decoding what {select.key} has summed up with others; use "
-                f"{self.evict.key} with decode=False"
-            )
 
     @classmethod
     def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:

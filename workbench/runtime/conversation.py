@@ -156,6 +156,7 @@ class Conversation:
             attending,
             trace.layers if trace.recorded else (),
             memory=trace.memory,
+            learnt=trace.learnt,
         )
 
     def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:

@@ -35,7 +35,7 @@ class Decoder:
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
     asked at every layer whether to stop. by_store: layers whose stores attend in their own way, without `attention`.
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
-    notes: what a run has to say about how it was decoded.
+    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model.
     """
 
     model: PreTrainedModel
@@ -49,6 +49,7 @@ class Decoder:
     activations: int = 0
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+    learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -56,7 +57,7 @@ class Decoder:
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __post_init__(self) -> None:
-        self._context = PassContext(len(self.stores), self.position)
+        self._context = PassContext(len(self.stores), self.position, state=dict(self.learnt))
         self.memory = dict(self.memory)
         self._causal, self._uncounted = 0, False
         if self.attention is not None:
@@ -65,7 +66,9 @@ class Decoder:
                 self._context.layer = layer.index
                 if self._attends(layer.index):
                     self.attention.begin(layer, self._context)
-        self.capacity = [None if store.evictable is None else store.evictable.longest for store in self.stores]
+        leaving = (store.rescored or store.evictable for store in self.stores)
+        holds = (lambda planned: planned) if self.evicting is None else self.evicting.holds
+        self.capacity = [None if store is None else holds(store.longest) for store in leaving]
 
     def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:
         """Let the model read ids [q] as the next tokens; returns the last `logits` rows of logits [logits, v].
@@ -95,8 +98,11 @@ class Decoder:
         if store.holder.sliding_window is not None:
             scoring = replace(scoring, window=store.holder.sliding_window)
         before = self._enter()
+        rescored = None if self.evicting is None else store.rescored
         evictable = None if self.evicting is None else store.evictable
-        if evictable is not None:
+        if rescored is not None:
+            rescored.make_room(rescored.longest + key.shape[1] - (self.capacity[layer] or 0))
+        elif evictable is not None:
             self._make_room(evictable, self.capacity[layer] or 0, key.shape[1])
         store.append(key, value, positions)
         self._context.layer, self._context.positions = layer, positions
@@ -202,8 +208,8 @@ class Decoder:
         """How many tokens may enter together: no more than half of what an evicting cache holds."""
         if self.evicting is None or count <= 1:
             return max(count, 1)
-        evictable = (store.evictable for store in self.stores)
-        shortest = [int(store.counts.min()) for store in evictable if store is not None]
+        leaving = (store.rescored or store.evictable for store in self.stores)
+        shortest = [int(store.counts.min()) for store in leaving if store is not None]
         return min(count, max(min(shortest, default=count) // 2, 1))
 
     def _make_room(self, store: Evictable, capacity: int, count: int) -> None:

@@ -20,6 +20,7 @@ from workbench.models import Facts, Rotations
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
+from workbench.runtime.calibration import learnt
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -78,7 +79,7 @@ class _Recorder:
             queries_held=recorded[2],
             device=query.device,
             scoring=scoring,
-            rotary=partial(self.rotations.of, self.origins[layer]),
+            rotary=partial(self.rotations.of, self.origins[layer], width=key.shape[-1]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
@@ -146,8 +147,11 @@ def read(
     device = device_of(model)
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
+    knowledge: dict[Any, Any] = {}
+    if method is not None and method.calibration:
+        knowledge = learnt(model, count, method, prompt.tokenizer, progress)
     with watch("read"), live_bytes(device) as live:
-        context = PassContext(count, tokens)
+        context = PassContext(count, tokens, state=dict(knowledge))
         recorder = _Recorder(
             rotations or Rotations(plain or model),
             facts,
@@ -187,6 +191,7 @@ def read(
         tuple(context.computed),
         gone,
         recorder.memory,
+        knowledge,
     )
 
 

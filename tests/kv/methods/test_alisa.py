@@ -13,12 +13,15 @@ from torch import Tensor
 import workbench as wb
 from tests.kv.support import ids_of, reading
 from workbench import testing
+from workbench.errors import NotApplicable
 from workbench.kv import ALISA, AdaKV, SnapKV
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.eight_bit import EightBitOffloadStore, to_bytes, to_numbers
 from workbench.kv.stores.format import DenseFormat
 from workbench.kv.stores.offload import OffloadStore
+from workbench.kv.stores.recomputed import RecomputedRows
 from workbench.models import tiny
+from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ def prompt_rows(layer: LayerTrace, steps: int) -> list[dict[int, float]]:
     return rows
 
 
-@pytest.mark.parametrize("steps", [1, 5, 64])
+@pytest.mark.parametrize("steps", [1, 5, 64, 0])
 def test_every_step_follows_algorithm_1(steps: int) -> None:
     plan = plan_of(budget=0.2, bits=16, steps=steps)
     layer, store = plan.trace.layers[1], plan.stores()[1]
@@ -62,7 +65,7 @@ def test_every_step_follows_algorithm_1(steps: int) -> None:
     assert all(plan.tiers[1, head].tolist() == [2] * (n - k) + [1] * k for head in range(layer.kv_heads))
     keys = [{i: layer.keys[head, i] for i in range(n)} for head in range(layer.kv_heads)]
     values = [{i: layer.values[head, i] for i in range(n)} for head in range(layer.kv_heads)]
-    kept = min(steps, k)
+    kept = min(steps or k, k)
     rows = deque(prompt_rows(layer, kept), maxlen=kept)
     first_near, draw, fetched = n - k, torch.Generator().manual_seed(3), []
     for at in range(n, n + 45):
@@ -110,6 +113,42 @@ def test_with_half_the_cache_on_the_device_nothing_is_left_out() -> None:
     assert run.tokens == full.tokens and run.quality.kl < 1e-8
     eight = session.run(ALISA(budget=0.2), question=ids[:9], max_new_tokens=20)
     assert eight.quality.kl > 0
+
+
+@pytest.mark.parametrize(("bits", "size"), [(16, 2 * 4 * 16), (8, 2 * (16 + 4))])
+def test_what_is_recomputed_gives_the_same_answers_and_is_not_held(bits: Any, size: int) -> None:
+    session = wb.Session((tiny("llama"), None), kv_dtype="float32")
+    ids = ids_of(70, 1)
+    session.read(ids)
+    held = session.run(ALISA(budget=0.2, bits=bits), question=ids[:9], max_new_tokens=12)
+    again = session.run(ALISA(budget=0.2, recompute=0.75, bits=bits), question=ids[:9], max_new_tokens=12)
+    assert held.tokens == again.tokens and held.plan.nbytes == again.plan.nbytes
+    assert again.quality.kl == pytest.approx(held.quality.kl, rel=1e-3, abs=1e-9)
+    saved = 0
+    for store, plain in zip(again.plan.stores(), held.plan.stores(), strict=True):
+        assert isinstance(store, OffloadStore) and isinstance(store.far, RecomputedRows)
+        assert torch.equal(store.tiers(70), plain.tiers(70))
+        far = 70 - store.near.longest
+        saved += 2 * int(0.75 * far) * size - 2 * 8  # how many are deleted is two numbers
+        one, other = store.contents(torch.float32), plain.contents(torch.float32)
+        assert torch.allclose(one.keys, other.keys, atol=1e-5) and torch.allclose(one.values, other.values, atol=1e-5)
+    assert saved > 0 and held.plan.host_nbytes - again.plan.host_nbytes == saved
+    assert sum(store.host_nbytes for store in again.plan.stores()) == again.plan.host_nbytes
+
+
+def test_recomputed_rows_are_let_go_when_the_layer_has_attended() -> None:
+    model, trace = tiny("llama"), reading(tokens=70).trace
+    plan = make_plan(trace, [ALISA(budget=0.2, recompute=0.9)], torch.float32, model=model)
+    stores = plan.stores()
+    deleted = int(0.9 * (70 - stores[0].near.longest))  # type: ignore[attr-defined]
+    decoder = Decoder(model, stores, 70)
+    for step in range(3):
+        decoder.feed(torch.tensor([step]))
+        for store in stores:
+            assert isinstance(store, OffloadStore) and isinstance(store.far, RecomputedRows)
+            assert store.far.recomputer.tokens == deleted and not store.far.recomputer._rows
+    with pytest.raises(NotApplicable, match="read again"):
+        plan_of(budget=0.2, recompute=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,13 +53,13 @@ def fp8(number: float) -> float:
     return min(max(round(number / step) * step, -448.0), 448.0)
 
 
-def rounded(row: list[float], bits: int, group: int) -> list[float]:
+def rounded(row: list[float], bits: int, group: int, scales: torch.dtype) -> list[float]:
     """One token of one head, group by group, around 0."""
     most, out = 2 ** (bits - 1) - 1, []
     for begin in range(0, len(row), group):
         part = row[begin : begin + group]
         wanted = max(map(abs, part)) / most
-        scale = fp8(wanted) if bits == 4 else float(torch.tensor(wanted).bfloat16())
+        scale = fp8(wanted) if scales.itemsize == 1 else float(torch.tensor(wanted).bfloat16())
         out += [min(max(round(x / scale), -most - 1), most) * scale if scale else 0.0 for x in part]
     return out
 
@@ -124,7 +125,9 @@ def test_smoothing_protects_small_channels_from_outliers() -> None:
     others = [c for c in range(16) if c not in (2, 10, 5)]
 
     def error(factor: Tensor) -> float:
-        back = SymmetricRows.of((keys * factor[:, None]).flatten(0, 1), every, 4, 128).view(torch.float32)
+        back = SymmetricRows.of((keys * factor[:, None]).flatten(0, 1), every, 4, 128, torch.bfloat16).view(
+            torch.float32
+        )
         return float((back / factor[:, None] - keys)[..., others].norm() / keys[..., others].norm())
 
     assert error(factors) < 0.3 * error(torch.ones_like(factors))
@@ -144,10 +147,12 @@ def test_fp8_queries_are_the_nearest_of_their_own_scale() -> None:
 
 
 @pytest.mark.parametrize("group", [128, 8, 4])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_keys_and_values_are_symmetric_integers_for_each_token_and_head(bits: int, group: int) -> None:
+@pytest.mark.parametrize(("bits", "scales"), [(4, torch.float8_e4m3fn), (4, torch.bfloat16), (8, torch.bfloat16)])
+def test_keys_and_values_are_symmetric_integers_for_each_token_and_head(
+    bits: int, scales: torch.dtype, group: int
+) -> None:
     layer = rotated_layer()
-    store = SmoothedFormat(bits, group, 3, False).build(layer, torch.ones(2, TOKENS, dtype=torch.uint8), None)
+    store = SmoothedFormat(bits, group, 3, False, scales).build(layer, torch.ones(2, TOKENS, dtype=torch.uint8), None)
     new_keys, new_values = numbers(2, 2, 20, seed=5), numbers(2, 2, 18, seed=6)
     store.append(new_keys, new_values, torch.tensor([60, 61]))
     held, factors = store.contents(torch.float32), smoothing(layer.keys, 16, 3).float()
@@ -155,8 +160,8 @@ def test_keys_and_values_are_symmetric_integers_for_each_token_and_head(bits: in
     for head in range(2):
         lift = float(torch.tensor(8 / float(layer.values[head].abs().max())).half())
         for token in range(TOKENS + 2):
-            key = rounded((keys[head, token] * factors[head]).tolist(), bits, group)
-            value = rounded((values[head, token] * lift).tolist(), bits, group)
+            key = rounded((keys[head, token] * factors[head]).tolist(), bits, group, scales)
+            value = rounded((values[head, token] * lift).tolist(), bits, group, scales)
             assert torch.allclose(held.keys[head, token], torch.tensor(key) / factors[head], atol=1e-5)
             assert torch.allclose(held.values[head, token], torch.tensor(value) / lift, atol=1e-5)
 
@@ -218,10 +223,11 @@ def test_copies_are_independent_and_room_is_used(counts: list[int]) -> None:
     assert [row.tolist() for row in twin.positions] == before
 
 
-def test_int4_costs_a_byte_of_scale_for_each_token_head_and_side() -> None:
+@pytest.mark.parametrize(("scales", "size"), [("bfloat16", 2), ("fp8", 1)])
+def test_int4_costs_a_scale_for_each_token_head_and_side(scales: Any, size: int) -> None:
     shape = Shape(3, 1000, 64, 64, 2)
-    nbytes = SmoothedFormat(4, 128, 8, True).nbytes(shape, torch.full((1, 3), 1000))
-    assert nbytes == 3 * 1000 * 2 * (32 + 1) + 3 * 2 * (64 + 1)
+    form = FireQ(scales=scales).store(torch.bfloat16, [shape], None)
+    assert form.nbytes(shape, torch.full((1, 3), 1000)) == 3 * 1000 * 2 * (32 + size) + 3 * 2 * (64 + 1)
 
 
 def test_the_budget_chooses_bits_and_the_published_ones_need_none() -> None:

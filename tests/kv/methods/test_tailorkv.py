@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.kv.support import ids_of, reading
+from tests.kv.support import ids_of, reading, traced
 from workbench import testing
+from workbench.core.memo import Memo
 from workbench.kv import AdaKV, SnapKV, TailorKV
 from workbench.kv.base import KVMethod, Study
-from workbench.kv.methods.offload.tailorkv import dense_preference
+from workbench.kv.dense_preference import dense_preference, of_model
 from workbench.kv.ranking import Ranking
 from workbench.kv.stores.channels import ChannelIndex
 from workbench.kv.stores.offload import OffloadStore
@@ -21,6 +22,8 @@ from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.tailored import TailoredFormat
 from workbench.models import tiny
+from workbench.progress import Progress
+from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
@@ -66,8 +69,22 @@ def test_one_that_looks_at_everything_is_denser_than_one_that_looks_at_one_token
     keys = keys.clone()
     keys[:, 5] = 40.0
     one = LayerTrace(1, keys, values, torch.ones(4, 200, 16), torch.device("cpu"), Scoring(0.25))
-    assert dense_preference(nothing, 0.05) == pytest.approx(0.95, abs=5e-3)
-    assert dense_preference(one, 0.05) < 1e-3
+    found = [dense_preference(layer.queries, layer.keys, layer.scoring, 0.05) for layer in (nothing, one)]
+    assert found[0] == pytest.approx(0.95, abs=5e-3) and found[1] < 1e-3
+
+
+def test_layers_are_classed_once_for_each_model_whatever_is_read() -> None:
+    model, measured = tiny("llama"), Memo()
+    found = []
+    for tokens in (70, 200):
+        study = Study(reading(tokens=tokens).trace, model, measured=measured)
+        found.append(TailorKV().preference(study))
+    assert torch.equal(found[0], found[1])
+    ids = torch.randint(0, model.config.vocab_size, (1024,), generator=torch.Generator().manual_seed(0))
+    read = traced(model, Prompt(ids, chat=False)).layers
+    want = [dense_preference(layer.queries, layer.keys, layer.scoring, 0.05) for layer in read]
+    assert found[0].tolist() == pytest.approx(want, rel=1e-4)
+    assert want == pytest.approx(list(of_model(model, None, 0.05, Progress()).values()), rel=1e-4)
 
 
 def test_dense_layers_are_quantised_whole_and_the_others_lie_in_host_memory() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from tests.weights.support import IDS, drawn, logits, studied, with_study
+from tests.weights.support import IDS, RANDOM_IDS, drawn, logits, studied, with_study
 from workbench.errors import BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -387,15 +387,47 @@ def test_eight_bits_of_all_neurons_lose_little(tiny_llama: PreTrainedModel) -> N
 
 
 def test_neurons_get_the_votes_of_tokens_that_activate_them_most() -> None:
-    acts = torch.tensor([[5.0, -4, 1, 0], [0, 9, 1, 2], [-3, 1, 0, 2]])
-    assert votes(acts, 0.5).floor().tolist() == [2, 2, 0, 2]
-    assert votes(acts, 0.5)[1] > votes(acts, 0.5)[0]  # the same votes, but larger
+    acts = torch.tensor([[5.0, 4, -1, 0], [0, 9, 1, 2], [-3, 1, 0, 2]])  # 2, 3 and 2 positive: 7 / 3 on average
+    assert votes(acts, 0.9).floor().tolist() == [1, 3, 0, 2]
+    assert votes(acts, 0.5).floor().tolist() == [1, 1, 0, 1]
+    assert votes(acts, 0.5)[1] > votes(acts, 0.5)[0] > votes(acts, 0.5)[3]  # the same votes, but larger
+
+
+def test_a_text_decodes_with_the_neurons_of_the_texts_that_are_like_it() -> None:
+    model: Any = tiny("llama", layers=2)
+    ids = torch.stack([IDS[:24] if text % 2 else RANDOM_IDS[:24] for text in range(6)])
+    study = studied(model, samples=6, tokens=24)
+    study.ids = ids
+    method = CoreInfer(share=0.25, first=0, last=0, prediction="similarity", groups=2)
+    twin: Any = with_study(model, method, study)
+    judge = twin.model.layers[1].mlp
+    assert judge.groups.centres is not None and twin.model.layers[0].mlp.groups.centres is None
+    own = []
+    for text in (IDS[:24], RANDOM_IDS[:24]):
+        inside: list[Tensor] = []
+        handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs, inside=inside: inside.append(inputs[0][0])
+        )
+        logits(model, text)
+        handle.remove()
+        counts = votes(inside[0], method.token_share)
+        group = judge.groups.judged(counts)
+        assert judge.groups.neurons[group].tolist() == sorted((3 * counts).topk(32).indices.tolist())  # three like it
+        own.append(int(group))
+    assert own[0] != own[1]
+    session = wb.Session((twin, None), kv_dtype="float32")
+    session.read(IDS[:24])
+    run = session.run("full", max_new_tokens=3)
+    assert int(run.decoder.memory["group"]) == own[0]
+    assert torch.equal(run.decoder.memory["core", 0][0], model.model.layers[0].mlp.gate_proj.weight[
+        twin.model.layers[0].mlp.groups.neurons[own[0]]
+    ])  # fmt: skip
 
 
 def core_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Any, Any]:
     session = wb.Session((model, None), kv_dtype="float32")
     session.read(ids)
-    return session, session.run(CoreInfer(share=0.25), question=torch.tensor([5, 6]), max_new_tokens=4)
+    return session, session.run(CoreInfer(share=0.25, first=0, last=0), question=torch.tensor([5, 6]), max_new_tokens=4)
 
 
 def test_decoding_uses_the_core_neurons_of_its_own_run_only(tiny_llama: PreTrainedModel) -> None:
@@ -405,11 +437,11 @@ def test_decoding_uses_the_core_neurons_of_its_own_run_only(tiny_llama: PreTrain
     assert set(held) == {(what, layer) for what in ("votes", "core") for layer in range(3)}
     assert held["core", 0][0].shape == (32, 64) and held["core", 0][2].shape == (64, 32)
     assert not torch.equal(held["votes", 1], other.decoder.memory["votes", 1])
-    again = session.run(CoreInfer(share=0.25), question=torch.tensor([5, 6]), max_new_tokens=4)
+    again = session.run(CoreInfer(share=0.25, first=0, last=0), question=torch.tensor([5, 6]), max_new_tokens=4)
     assert again.tokens == run.tokens and again.decoder.memory is not held
     assert all(torch.equal(again.decoder.memory["votes", i], held["votes", i]) for i in range(3))
     assert run.memory.samples[-1].categories["core neurons"] == run.decoder.memory_nbytes > 0
-    twin = session.readings.variants.get([CoreInfer(share=0.25)])
+    twin = session.readings.variants.get([CoreInfer(share=0.25, first=0, last=0)])
     assert not any("votes" in vars(module) or "memory" in vars(module) for module in twin.modules())
 
 
@@ -419,7 +451,7 @@ def test_all_neurons_are_the_model_itself(tiny_llama: PreTrainedModel) -> None:
     run = session.run(CoreInfer(share=1.0), max_new_tokens=6)
     assert run.tokens == session.run("full", max_new_tokens=6).tokens
     assert run.quality.kl < 1e-6
-    assert session.run(CoreInfer(share=0.1), max_new_tokens=6).quality.kl > 1e-4
+    assert session.run(CoreInfer(share=0.1, first=0, last=0), max_new_tokens=6).quality.kl > 1e-4
 
 
 def test_a_step_computes_what_the_core_neurons_alone_give(tiny_llama: PreTrainedModel) -> None:

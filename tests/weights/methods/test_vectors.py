@@ -22,6 +22,7 @@ from workbench.weights.solvers.compensation import compensated
 from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import fit
+from workbench.weights.solvers.vector_quantisation import column_costs, vectors
 
 # --- Columns that make up for those before them
 
@@ -105,7 +106,8 @@ def test_the_same_seed_gives_the_same_entries_and_leaves_the_random_state_alone(
 
 
 @pytest.mark.parametrize(
-    ("outputs", "length", "bits"), [(12, 4, [4]), (10, 4, [6, 4]), (7, 2, [8]), (9, 3, [10, 8]), (8, 8, [12])]
+    ("outputs", "length", "bits"),
+    [(12, 4, [4]), (10, 4, [6, 4]), (7, 2, [8]), (9, 3, [10, 8]), (8, 8, [12]), (5, 2, [14, 4]), (8, 8, [16, 8])],
 )
 def test_vector_layers_are_sums_of_entries(outputs: int, length: int, bits: list[int]) -> None:
     inputs, vectors = 11, -(-outputs // length)
@@ -147,8 +149,7 @@ def test_what_is_held_is_what_was_chosen(outputs: int) -> None:
     assert isinstance(layer, Parts)
     taken = layer.chosen(1)
     assert taken is not None and taken.numel() == 4
-    costs = seen.square * linear.weight.detach().square().sum(dim=0)
-    assert set(taken.tolist()) == set(costs.topk(4).indices.tolist())
+    assert set(taken.tolist()) == set(seen.square.topk(4).indices.tolist())
     x = drawn(3, 40, seed=3)
     torch.testing.assert_close(layer(x), x @ made.T + linear.bias, rtol=1e-4, atol=1e-4)
     whole = float(seen.output_error(linear.weight.detach()).sum())
@@ -175,15 +176,59 @@ def test_making_up_for_errors_a_second_book_and_outliers_each_lose_less() -> Non
     assert totals["outliers"] < totals["ours"]
 
 
+def test_the_first_column_is_that_with_the_largest_inputs_and_takes_its_nearest_entries() -> None:
+    weight, seen = drawn(12, 9), stats_of(correlated(300, 9))
+    plain, permuted = (
+        vectors(weight, seen.hessian, torch.empty(0, dtype=torch.long), 3, [8], scaled=False, permuted=first)
+        for first in (False, True)
+    )
+    for made, column in ((plain, 0), (permuted, int(seen.square.argmax()))):
+        for p in range(4):
+            own = weight[3 * p : 3 * p + 3, column]
+            distances = [float((own - entry).square().sum()) for entry in made.books[0]]
+            assert int(made.indices[0][p, column]) == distances.index(min(distances))
+    assert not torch.equal(plain.indices[0], permuted.indices[0])
+
+
+def test_the_second_book_is_of_what_the_first_pass_left() -> None:
+    weight, seen = drawn(24, 16), stats_of(correlated(300, 16))
+    apart, hessian = torch.empty(0, dtype=torch.long), seen.hessian
+    one = vectors(weight, hessian, apart, 2, [8], scaled=False)
+    order = column_costs(hessian).argsort(descending=True)
+    left, at = [], iter(order.tolist())
+
+    def replace(column: Tensor, _: int) -> Tensor:
+        made = one.books[0][one.indices[0][:, next(at)]].flatten()
+        left.append(column - made)
+        return made
+
+    compensated(weight[:, order], inverse_factor(hessian[order][:, order], 0.01), lambda *_: replace, 128)
+    points = torch.stack(left)[order.argsort()].unflatten(1, (-1, 2)).flatten(0, 1)
+    weights = column_costs(hessian).repeat_interleave(12)[:, None].expand(-1, 2)
+    want = codebook(points, weights, 8, seed=1)
+    two = vectors(weight, hessian, apart, 2, [8, 8], scaled=False)
+    assert torch.equal(two.books[0], one.books[0])
+    torch.testing.assert_close(two.books[1], want, rtol=1e-2, atol=1e-3)
+
+
+def test_vectors_are_as_long_as_their_codebook_leaves_room_for() -> None:
+    def layer(outputs: int, inputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False, device="meta")
+
+    for side, length in ((256, 4), (576, 5), (4096, 7), (6000, 8)):
+        book = 2 * length * 4**length
+        vectors_ = -(-side // length)
+        assert VPTQ().nbytes(layer(side, side)) == vectors_ * -(-side * 2 * length // 8) + book + 2 * side
+        assert book <= side * side / 32 < 2 * (length + 1) * 4 ** (length + 1) or length == 8
+    assert VPTQ.preset("script")["index_bits"] == 16
+    shape = 4096, 4096
+    assert 8 * VPTQ(**VPTQ.preset("two bits")).nbytes(layer(*shape)) / 4096**2 == pytest.approx(2.5, abs=0.01)
+
+
 def test_books_never_have_more_entries_than_there_are_vectors() -> None:
     linear, seen = nn.Linear(8, 8, bias=False), stats_of(drawn(100, 8, seed=11))
     made, _ = _compress(VPTQ(index_bits=12, outliers=0.0, damping=1e-3), linear, seen)
     torch.testing.assert_close(made, linear.weight.detach(), rtol=1e-2, atol=1e-3)  # each vector has its own
-
-
-def test_the_default_takes_two_bits_and_a_little_at_the_shapes_it_names() -> None:
-    linear = nn.Linear(576, 576, bias=False)
-    assert 8 * VPTQ(outliers=0).nbytes(linear) / 576**2 == pytest.approx(2.05 + 16 / 576, abs=0.01)
 
 
 def test_a_layer_that_calibration_never_reached_is_compressed_all_the_same() -> None:

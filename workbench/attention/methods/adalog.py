@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.quantised_softmax import QuantisedSoftmax
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, register
 
 _PARTS = 37  # r: bases are powers of the 37th root of 2
 _LARGEST = 128  # q of the largest base, 2 ** (128 / 37), about 11
@@ -39,6 +39,7 @@ class AdaLog(QuantisedSoftmax):
         "2407.12951",
     )
     claim = "3-bit ViT-B at 37.9 % on ImageNet, where a quantiser of base √2 (RepQ-ViT) falls to 0.1 %"
+    fidelity = Fidelity("as published", "the softmax part; the paper rounds weights and other activations too")
 
     def candidates(self) -> Sequence[Sequence[int]]:
         return [exponents(self.bits)]

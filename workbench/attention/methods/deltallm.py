@@ -13,7 +13,7 @@ from workbench.attention.entry_budget import allowed_entries, windowed_attention
 from workbench.attention.token_groups import groups_behind, split
 from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench.kv.stores.delta import deltas, restored
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
@@ -51,14 +51,32 @@ class DeltaAttention(AttentionMethod):
         "2507.19608",
     )
     claim = "60 % of the products with keys skipped while reading, at about the same accuracy"
+    fidelity = Fidelity(
+        "reconstructed from the abstract", "where sums begin anew, and how a budget chooses the zeros, is chosen here"
+    )
 
     decodes: ClassVar[bool] = True
 
     sparsity: Literal["auto", 30, 40, 50, 60, 70, 80, 90] = param(
-        "auto", unit="%", help="share of key differences that are zero: 60, or as few as the budget asks for"
+        "auto",
+        unit="%",
+        help="share of key differences that are zero: 60, or as few as the budget asks for",
+        own="60 % is the abstract's; which threshold gives it is chosen here",
     )
-    window: int = param(32, ge=1, le=4096, unit="tokens", help="last tokens with exact scores, at most with a budget")
-    group: Literal[16, 32, 64, 128] = param(64, unit="tokens", help="after how many tokens sums begin anew, at most")
+    window: int = param(
+        32,
+        ge=1,
+        le=4096,
+        unit="tokens",
+        help="last tokens with exact scores, at most with a budget",
+        own="the paper's window was not read",
+    )
+    group: Literal[16, 32, 64, 128] = param(
+        64,
+        unit="tokens",
+        help="after how many tokens sums begin anew, at most",
+        own="not in the abstract; errors must not add up over a prompt",
+    )
 
     def entries(self, tokens: int, layers: int) -> int:
         return layers * self._shape(tokens).entries

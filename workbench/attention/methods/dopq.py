@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.quantised_softmax import QuantisedSoftmax
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, register
 
 _CENTRES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STEEP = 24  # how many pieces of the tangent there are for each centre; the last ends 0.0004 before the pole
@@ -49,6 +49,10 @@ class DopQ(QuantisedSoftmax):
         "2408.03291",
     )
     claim = "keeps the power law of softmax weights better than logarithms do, by looking more at values near 1"
+    fidelity = Fidelity(
+        "reconstructed from the abstract",
+        "the tangent's form, slopes and centres are chosen here; MOSF, which is for inputs of linear layers, is absent",
+    )
 
     def candidates(self) -> Sequence[Sequence[Tangent]]:
         return pieces()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
@@ -39,10 +39,16 @@ class LMul(AttentionMethod):
     title = "L-Mul"
     paper = Paper("Addition is All You Need for Energy-efficient Language Models", "Luo and Sun 2024", "2410.00907")
     claim = "80 % less energy for dot products, almost without loss in attention"
+    fidelity = Fidelity("as published", "its numbers; the energy needs a processor made for it")
     decodes: ClassVar[bool] = True
     all_scores: ClassVar[str] = "only more cheaply"
 
-    mantissa: Literal[2, 3, 4, 5, 6, 7, 10, 23] = param(7, unit="bits", help="of each number, the leading one apart")
+    mantissa: Literal[2, 3, 4, 5, 6, 7, 10, 23] = param(
+        7,
+        unit="bits",
+        help="of each number, the leading one apart",
+        own="that of bfloat16, in which models compute; the abstract compares 3 and 4 bits with FP8",
+    )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         tokens, window = query.shape[1], scoring.window

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.core.partial_softmax import PartialSoftmax
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
@@ -37,13 +37,27 @@ class Lean(AttentionMethod):
         "2405.10480",
     )
     claim = "2.6 times faster decode attention than FlashAttention-2"
+    fidelity = Fidelity("as published", "the schedule, worker after worker; its speed is that of a kernel")
     decodes: ClassVar[bool] = True
     changes_prefill: ClassVar[bool] = False
     softmax_weights: ClassVar[bool] = True
     all_scores: ClassVar[str] = "only shared out"
 
-    workers: int = param(8, ge=1, le=4096, help="how many share the work: thread blocks of a GPU")
-    tile: int = param(256, ge=1, le=65536, unit="tokens", help="the smallest piece of work")
+    workers: int = param(
+        8,
+        ge=1,
+        le=4096,
+        help="how many share the work: thread blocks of a GPU",
+        own="as many as a GPU runs at once; the result is the same",
+    )
+    tile: int = param(
+        256,
+        ge=1,
+        le=65536,
+        unit="tokens",
+        help="the smallest piece of work",
+        own="what suits a kernel; the result is the same",
+    )
 
     def decode(
         self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.core.partial_softmax import PartialSoftmax, scaled_scores
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
 
 
@@ -25,10 +25,25 @@ class MemoryEfficient(AttentionMethod):
     title = "Memory-efficient attention"
     paper = Paper("Self-attention Does Not Need O(n^2) Memory", "Rabe and Staats 2021", "2112.05682")
     claim = "59 times less memory for self-attention over 16k tokens"
+    fidelity = Fidelity("as published")
     softmax_weights: ClassVar[bool] = True
 
-    query_chunk: int = param(128, ge=1, le=65536, unit="tokens", help="queries computed together")
-    key_chunk: int = param(256, ge=1, le=65536, unit="tokens", help="keys that they look at in one step")
+    query_chunk: int = param(
+        128,
+        ge=1,
+        le=65536,
+        unit="tokens",
+        help="queries computed together",
+        own="how it is computed, not what: the result is that of plain attention",
+    )
+    key_chunk: int = param(
+        256,
+        ge=1,
+        le=65536,
+        unit="tokens",
+        help="keys that they look at in one step",
+        own="how it is computed, not what: the result is that of plain attention",
+    )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         context.count(query.shape[0] * visible_entries(query.shape[1], scoring.window))

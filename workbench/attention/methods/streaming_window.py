@@ -11,7 +11,7 @@ from workbench.attention.base import AttentionMethod, PassContext, visible_entri
 from workbench.attention.entry_budget import allowed_entries, widest_window, windowed_attention
 from workbench.attention.visible_scores import VisibleScores
 from workbench.core.partial_softmax import ROWS, PartialSoftmax
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
@@ -36,11 +36,22 @@ class StreamingWindow(AttentionMethod):
     title = "Streaming window"
     paper = Paper("Efficient Streaming Language Models with Attention Sinks", "Xiao et al. 2023", "2309.17453")
     claim = "stable perplexity on endless text with 4 sinks and a window"
+    fidelity = Fidelity("deviates", "tokens keep their true positions, where the paper numbers what the cache holds")
+    presets = (
+        Preset("code", "mit-han-lab/streaming-llm, examples/run_streaming_llama.py, b67bb6d", sinks=4, window=2000),
+    )
 
     decodes: ClassVar[bool] = True
 
     sinks: int = param(4, ge=0, le=4096, unit="tokens", help="first tokens that all see")
-    window: int = param(512, ge=1, le=1_048_576, unit="tokens", help="how far back a query looks, itself included")
+    window: int = param(
+        512,
+        ge=1,
+        le=1_048_576,
+        unit="tokens",
+        help="how far back a query looks, itself included",
+        own="the code's 2,000 see all of the prompts that are read here; with a budget it is as wide as that allows",
+    )
 
     def widths(self, tokens: int) -> tuple[int, int]:
         """How many first tokens and how wide a window on a prompt of this length."""

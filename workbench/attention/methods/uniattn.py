@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.shared_weights import SharedRows, SharedStep, moved, within
 from workbench.core.attention_rows import row_blocks
 from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import weighted_sum
 from workbench.errors import NotApplicable
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench_kernels import Scoring
 from workbench_kernels.softmax import attention_weights
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.kv.stores import Dequantised
 
 _SHARED = "uniattn"
+_COMPENSATION = "uniattn's compensation"
 
 
 @register
@@ -32,8 +34,12 @@ class UniAttn(AttentionMethod):
     scores, neither while reading nor while decoding. As many layers reuse weights as the budget asks for, from the top
     downwards; where blocks of `size` cannot save enough they are longer.
 
-    The paper also trains a linear projection that compensates the error; that is left out here, and without it only a
-    few layers can go: on the default model a budget of 0.9 is good, and below 0.75 answers change.
+    What a layer's output loses so, a linear projection of its input gives back in part (section 3.3). As in the
+    authors' code it is calibrated layer by layer, by a pseudo-inverse, on a text (the ready examples "code" and
+    "dialogue", in two passes before the prompt is read): so that shared weights with it come nearest to the output that
+    the layer has in the model as it is. There the projection is only where fine-tuning begins, which is left out, and
+    reads the block's normed input. An attention method does not see that: here it reads the layer's values, which are a
+    projection of it. The scores of that text are not counted as the prompt's.
 
     The shared weights have to be kept, for all tokens of a prompt read at once: half of heads x n x n numbers, one
     block's at a time, and prompts for which they take more than `keep` are refused. To keep the first layer's queries
@@ -51,12 +57,30 @@ class UniAttn(AttentionMethod):
         "2502.00439",
     )
     claim = "lower inference costs at the quality of post-training"
+    fidelity = Fidelity(
+        "untrained part of a trained method",
+        "the compensation is calibrated in closed form on a layer's values; the fine-tuning that follows is absent",
+    )
+    presets = (
+        Preset(
+            "scripts", "Bostoncake/UniAttn, README.md and utils/calc_init_weights.py, 79a24cc", size=4, compensate=True
+        ),
+    )
     default_budget = 0.9
     decodes: ClassVar[bool] = True
     softmax_weights: ClassVar[bool] = True
+    calibration: ClassVar[int] = 1024
 
-    size: int = param(8, ge=2, le=256, unit="layers", help="layers that share one softmax, more where the budget asks")
-    keep: int = param(2048, ge=1, le=1_048_576, unit="MiB", help="memory that the shared weights of a prompt may take")
+    size: int = param(4, ge=2, le=256, unit="layers", help="layers that share one softmax, more where the budget asks")
+    compensate: bool = param(True, help="give back by a projection of a layer's values what its output loses")
+    keep: int = param(
+        2048,
+        ge=1,
+        le=1_048_576,
+        unit="MiB",
+        help="memory that the shared weights of a prompt may take",
+        own="a limit of this implementation",
+    )
 
     def source_layer(self, layer: int, layers: int) -> int:
         """The layer whose weights this one uses, itself if it computes its own."""
@@ -77,8 +101,9 @@ class UniAttn(AttentionMethod):
         if anchor != context.layer:
             out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
             for block in context.state[_SHARED]:
-                weights = _within(block, scoring.window)
+                weights = within(block, scoring.window)
                 out[:, block.rows] = weighted_sum(weights, value[:, block.keys])
+            out += self._given_back(value, context)
             if not self._serves(anchor, context.layer + 1, context.layers):
                 del context.state[_SHARED]
             return out
@@ -88,10 +113,30 @@ class UniAttn(AttentionMethod):
         self._check_room(query, value, scoring.window)
         out, kept = torch.empty_like(query[..., :1].expand(-1, -1, value.shape[-1])), []
         for rows, keys, probs in row_blocks(query, key, scoring):
-            kept.append(_Weights(rows, keys, probs.to(value.dtype)))
+            kept.append(SharedRows(rows, keys, probs.to(value.dtype)))
             out[:, rows] = weighted_sum(kept[-1].weights, value[:, keys])
         context.state[_SHARED] = kept
         return out
+
+    def learns_from(self, layer: int, layers: int) -> bool:
+        return self.compensate and self.source_layer(layer, layers) != layer
+
+    def learn(
+        self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext, exact: Tensor
+    ) -> Tensor:
+        lost = exact - self.attend(query, key, value, scoring, context)
+        side_by_side = (x.double().transpose(0, 1).flatten(1) for x in (value, lost))  # [n, k * dv] and [n, h * dv]
+        given = torch.linalg.pinv(next(side_by_side)) @ next(side_by_side)
+        context.state[_COMPENSATION, context.layer] = given.float()
+        return exact - lost + self._given_back(value, context)
+
+    def _given_back(self, value: Tensor, context: PassContext) -> Tensor | float:
+        """The compensation [h, q, dv] of tokens' value [k, q, dv]; 0 where none was calibrated."""
+        given = context.state.get((_COMPENSATION, context.layer))
+        if given is None:
+            return 0.0
+        rows = value.float().transpose(0, 1).flatten(1) @ given
+        return rows.unflatten(1, (-1, value.shape[-1])).transpose(0, 1).to(value.dtype)
 
     def decode(
         self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
@@ -101,15 +146,17 @@ class UniAttn(AttentionMethod):
         seen = visible.repeat_interleave(groups, dim=0)  # [h, q, m]
         shared = context.state.get(_SHARED)
         if anchor != context.layer and shared is not None and shared.layer == anchor:
-            weights = _moved(shared, contents.positions).masked_fill(~seen, 0)
+            weights = moved(shared, contents.positions).masked_fill(~seen, 0)
             weights /= weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            given = self._given_back(_newest(contents, context.positions), context)
         else:  # also where the layer that it would follow has a sliding window and did not leave its weights
             context.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
             scores = torch.bmm(rows, contents.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
             weights = attention_weights(scores, scoring, seen)
-            context.state[_SHARED] = _Step(context.layer, weights, contents.positions)
-        return weighted_sum(weights.to(contents.values.dtype), contents.values).to(query.dtype)
+            context.state[_SHARED] = SharedStep(context.layer, weights, contents.positions)
+            given = 0.0
+        return (weighted_sum(weights.to(contents.values.dtype), contents.values) + given).to(query.dtype)
 
     def _reusing(self, layers: int) -> int:
         """How many layers reuse weights; all but one at most."""
@@ -130,48 +177,17 @@ class UniAttn(AttentionMethod):
     def _check_room(self, query: Tensor, value: Tensor, window: int | None) -> None:
         nbytes = query.shape[0] * visible_entries(query.shape[1], window) * value.dtype.itemsize
         if nbytes > self.keep * 2**20:
+            calibrated = (
+                f" (with `compensate`, a text of up to {self.calibration} tokens too)" if self.compensate else ""
+            )
             raise NotApplicable(
                 f"uniattn: the weights that layers share take {nbytes / 2**20:,.0f} MiB for {query.shape[1]} tokens, "
-                f"and `keep` allows {self.keep:,}; raise it, or shorten the prompt"
+                f"and `keep` allows {self.keep:,}; raise it, or shorten the prompt{calibrated}"
             )
 
 
-class _Weights(NamedTuple):
-    """Rows of the shared weights [h, r, keys]."""
-
-    rows: slice
-    keys: slice
-    weights: Tensor
-
-
-class _Step(NamedTuple):
-    """The weights [h, q, m] that `layer` gave to what it holds, at positions [k or 1, m]."""
-
-    layer: int
-    weights: Tensor
-    positions: Tensor
-
-
-def _within(block: _Weights, window: int | None) -> Tensor:
-    """The weights, of which those outside a narrower window go to the others."""
-    rows, keys, weights = block
-    if window is None or keys.start > rows.stop - 1 - window:  # all rows see all of these keys
-        return weights
-    at_row = torch.arange(rows.start, rows.stop, device=weights.device)[:, None]
-    outside = torch.arange(keys.start, keys.stop, device=weights.device) <= at_row - window
-    weights = weights.masked_fill(outside, 0)
-    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-
-
-def _moved(step: _Step, positions: Tensor) -> Tensor:
-    """The weights for entries at positions [k or 1, m]: what the other layer gave to the same tokens, else nothing."""
-    if step.positions.shape == positions.shape and torch.equal(step.positions, positions):
-        return step.weights
-    heads, rows, _ = step.weights.shape
-
-    def index(at: Tensor) -> Tensor:
-        return at.long().repeat_interleave(heads // len(at), dim=0)[:, None].expand(-1, rows, -1)
-
-    last = max(int(step.positions.max()), int(positions.max()))
-    spread = step.weights.new_zeros(heads, rows, last + 1)
-    return spread.scatter_add_(2, index(step.positions), step.weights).gather(2, index(positions))
+def _newest(contents: Dequantised, positions: Tensor) -> Tensor:
+    """The values [k, q, dv] that are held of the tokens at positions [q]."""
+    held = contents.positions.expand(len(contents.values), -1)  # [k, m]
+    slots = (held[:, None] == positions.to(held.device)[:, None]).byte().argmax(dim=-1)  # [k, q]
+    return contents.values.gather(1, slots[..., None].expand(-1, -1, contents.values.shape[-1]))

@@ -8,7 +8,7 @@ from torch import Tensor
 from workbench.attention.operators.base import Operator, check, chunks, hide_later, per_head
 from workbench.attention.operators.landmarks import epochs, means
 from workbench.core.partial_softmax import PartialSoftmax
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 _GROWTH = 600.0  # exp(709) is the largest number
 
@@ -24,7 +24,9 @@ class AgentAttention(Operator):
     segments that are complete, and their softmax runs over the keys up to the query; a running sum for each agent
     carries it on. As the past grows, agents are thinned out so that at most `agents` lie evenly over it (see
     `landmarks.epochs`): time is linear in the length. Until the first segment is complete, the first query is the
-    agent. Biases and the depthwise convolution of the values, both trained in the paper, are left out. In float64, on
+    agent. Biases (eight small tables
+    of positions, which the authors' code draws with a deviation of 0.02 and interpolates to the image) stand at zero:
+    untrained they say nothing. The depthwise convolution of the values, trained too, is left out. In float64, on
     any device: flash-linear-attention has no kernel for it.
     """
 
@@ -34,9 +36,23 @@ class AgentAttention(Operator):
         "Agent Attention: On the Integration of Softmax and Linear Attention", "Han et al. 2023", "2312.08874"
     )
     claim = "linear complexity with a global receptive field; faster and more accurate vision models"
+    fidelity = Fidelity(
+        "untrained part of a trained method",
+        "biases stand at zero, the values' convolution is absent: both are trained; pooling is made causal",
+    )
+    presets = (
+        Preset("deit", "LeapLabTHU/Agent-Attention, agent_transformer/cfgs/agent_deit_t.yaml, 207ce3e", agents=49),
+    )
 
     agents: int = param(49, ge=1, le=4096, unit="tokens", help="agents at most")
-    segment: int = param(16, ge=1, le=65536, unit="tokens", help="queries that an agent is the mean of")
+    segment: int = param(
+        16,
+        ge=1,
+        le=65536,
+        unit="tokens",
+        help="queries that an agent is the mean of",
+        own="the paper pools an image of known size into its agents; a causal pool has to choose a width",
+    )
 
     def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
         query, key = q[:, :stop].double() * scale, per_head(k[:, :stop], len(q)).double()

@@ -10,7 +10,7 @@ from torch.nn.functional import leaky_relu, relu
 
 from workbench.attention.operators.base import Operator, check, hide_later, per_head
 from workbench.attention.operators.linear import linear_attention
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 
 
 @register
@@ -30,9 +30,14 @@ class InLine(Operator):
     title = "InLine attention"
     paper = Paper("Bridging the Divide: Reconsidering Softmax and Linear Attention", "Han et al. 2024", "2412.06590")
     claim = "linear complexity, and more accurate vision models than with softmax attention"
+    fidelity = Fidelity(
+        "untrained part of a trained method", "the local residual, which a trained network predicts, is absent"
+    )
 
     feature: Literal["identity", "relu", "leaky relu", "exp"] = param(
-        "identity", help="what queries and keys go through; exp is that of a fifth"
+        "identity",
+        help="what queries and keys go through; exp is that of a fifth",
+        own="the paper trains with each of them; as it is, the operator is softmax attention to first order",
     )
 
     def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from workbench.attention.operators.base import Operator, check, hide_later, per_head
 from workbench.attention.operators.linear import decay, linear_attention
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
@@ -38,10 +38,21 @@ class Lightning(Operator):
         "2401.04658",
     )
     claim = "constant speed whatever the length"
+    fidelity = Fidelity(
+        "untrained part of a trained method", "the output's norm and gate and the values' activation are absent"
+    )
+    presets = (Preset("paper", "its models: SiLU, slopes of the authors' code", feature="silu", strength=1.0),)
 
     feature: Literal["silu", "none"] = param("silu", help="what queries and keys go through")
     strength: float = param(1.0, ge=0, le=10, help="what each head's own slope is multiplied by; 0: nothing fades")
-    slope: float = param(0.0, ge=0, le=10, unit="1/token", help="one slope for all heads; 0: each head its own")
+    slope: float = param(
+        0.0,
+        ge=0,
+        le=10,
+        unit="1/token",
+        help="one slope for all heads; 0: each head its own",
+        own="not in the paper; off, so that each head has its own slope, as there",
+    )
 
     def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
         query, key = self._features(q[:, first:stop], scale), self._features(per_head(k[:, :stop], len(q)))

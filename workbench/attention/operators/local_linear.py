@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workbench.attention.operators.base import Operator, per_head
 from workbench.attention.operators.conjugate import conjugate_gradients
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 
 
 @register
@@ -35,10 +35,29 @@ class LocalLinear(Operator):
         "2510.01450",
     )
     claim = "better associative recall than linear and softmax attention"
+    fidelity = Fidelity("untrained part of a trained method", "the paper trains its models with the operator")
 
-    ridge: float = param(10.0, ge=1e-3, le=1e9, help="how strongly a slope is held back; large: softmax attention")
-    bandwidth: float = param(1.0, ge=1e-2, le=1e9, help="what scores are divided by; large: all keys weigh alike")
-    steps: int = param(128, ge=1, le=4096, help="conjugate gradient steps at most")
+    ridge: float = param(
+        10.0,
+        ge=1e-3,
+        le=1e9,
+        help="how strongly a slope is held back; large: softmax attention",
+        own="the paper learns it with the model",
+    )
+    bandwidth: float = param(
+        1.0,
+        ge=1e-2,
+        le=1e9,
+        help="what scores are divided by; large: all keys weigh alike",
+        own="that of softmax attention, with which the model was trained",
+    )
+    steps: int = param(
+        128,
+        ge=1,
+        le=4096,
+        help="conjugate gradient steps at most",
+        own="enough to arrive; how it is computed, not what",
+    )
 
     def weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The whole map, [h, n, n] float32, with each covariance built and solved: d * d numbers a query."""

@@ -7,7 +7,7 @@ from torch.nn.functional import pad, relu
 
 from workbench.attention.operators.base import Operator, check, hide_later, per_head
 from workbench.attention.operators.linear import linear_attention
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, register
 
 _EPS = 1e-6  # as in the authors' code
 
@@ -33,6 +33,9 @@ class SLAB(Operator):
         "2405.11582",
     )
     claim = "linear complexity; 2.4 ms less latency than Flatten-Swin at 0.1 % higher accuracy"
+    fidelity = Fidelity(
+        "untrained part of a trained method", "the convolution of the values, the position code and training are absent"
+    )
 
     def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
         query, key = relu(q[:, first:stop].float()), relu(per_head(k[:, :stop], len(q)).float())

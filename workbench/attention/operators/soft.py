@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from workbench.attention.operators.base import Operator, check, chunks, hide_later, per_head
 from workbench.attention.operators.landmarks import epochs, means
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 _RIDGE = 0.01  # put on the diagonal before inverting, as in the authors' code
 
@@ -23,21 +23,39 @@ class SOFT(Operator):
     whole. Rows may have negative entries.
 
     Causal form: a query uses landmarks of segments that are complete, at most `landmarks` of them, evenly over its past
-    (see `landmarks.epochs`; the first key until there is one), and sums over the keys up to its own. The paper pools
-    landmarks by a trained convolution and adds another of the values: left out. Queries and keys of a language model
-    lie so far apart that the kernel itself vanishes; with `normalise` each row is divided by its sum. In float64, on
-    any device: flash-linear-attention has no kernel for it.
+    (see `landmarks.epochs`; the first key until there is one), and sums over the keys up to its own. The authors' code
+    pools landmarks by a trained convolution, a norm and a GELU, and adds another convolution of the values: these have
+    no values without training, and are left out. Its 20 Newton steps, where they begin, and its ridge are kept. Queries
+    and keys of a language model lie so far apart that the kernel itself vanishes; with `normalise` each row is divided
+    by its sum. In float64, on any device: flash-linear-attention has no kernel for it.
     """
 
     key = "soft"
     title = "SOFT"
     paper = Paper("SOFT: Softmax-free Transformer with Linear Complexity", "Lu et al. 2021", "2110.11945")
     claim = "linear complexity; no softmax, at the accuracy of vision transformers"
+    fidelity = Fidelity(
+        "untrained part of a trained method",
+        "landmarks are means in place of a trained convolution; rows are divided by their sum; queries are not keys",
+    )
+    presets = (
+        Preset(
+            "soft",
+            "fudan-zvg/SOFT, models/softmax_free_transformer.py (second stage: 784 tokens, ratio 4), d3febc3",
+            landmarks=49,
+            segment=16,
+            iterations=20,
+        ),
+    )
 
     landmarks: int = param(49, ge=1, le=512, unit="tokens", help="landmarks at most")
     segment: int = param(16, ge=1, le=65536, unit="tokens", help="keys that a landmark is the mean of")
     iterations: int = param(20, ge=1, le=200, help="steps towards the inverse")
-    normalise: bool = param(True, help="divide each row by its sum; the paper does not")
+    normalise: bool = param(
+        True,
+        help="divide each row by its sum; the paper does not",
+        own="queries and keys of a language model lie so far apart that the kernel itself vanishes",
+    )
 
     def rows(self, q: Tensor, k: Tensor, scale: float, first: int, stop: int) -> Tensor:
         query, key = self._near(q[:, :stop], scale), self._near(per_head(k[:, :stop], len(q)), scale)

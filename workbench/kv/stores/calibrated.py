@@ -30,6 +30,8 @@ class CalibratedFormat(Format):
     drop: by how much the largest score of the stretch falls (see `lowered`).
     """
 
+    attends_itself: ClassVar[bool] = True
+
     dtype: torch.dtype
     bits: int
     key_share: float
@@ -38,7 +40,6 @@ class CalibratedFormat(Format):
     start: int
     length: int | None
     recent: int
-    attends_itself: ClassVar[bool] = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -12,8 +12,8 @@ from workbench_kernels import Scoring
 from workbench_kernels.rows import Ragged
 
 
-class Evictable(Protocol):
-    """A store from which single entries can leave, chosen by an eviction state that it keeps beside them."""
+class Droppable(Protocol):
+    """A store from which single entries can leave."""
 
     @property
     def longest(self) -> int:
@@ -23,6 +23,16 @@ class Evictable(Protocol):
     def counts(self) -> Tensor:
         """Entries of each head, int64 [k]."""
 
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
+
+    def evict(self, slots: Tensor) -> None:
+        """Drop the entries in slots [k, e] of each head."""
+
+
+class Evictable(Droppable, Protocol):
+    """One whose entries leave by an eviction state that it keeps beside them."""
+
     @property
     def eviction_state(self) -> Tensor:
         """The state of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
@@ -30,11 +40,27 @@ class Evictable(Protocol):
     def replace_state(self, state: Tensor) -> None:
         """Replace the eviction state, laid out as `eviction_state` shows it."""
 
-    def slots(self) -> tuple[Tensor, Tensor | None]:
-        """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
 
-    def evict(self, slots: Tensor) -> None:
-        """Drop the entries in slots [k, e] of each head."""
+class Rescored(Protocol):
+    """One that scores its entries anew when room is needed, and lets the lowest leave."""
+
+    @property
+    def longest(self) -> int:
+        """Entries of the head that has most."""
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each head, int64 [k]."""
+
+    def make_room(self, room: int) -> None:
+        """Let entries leave so that each head has room for so many more; below zero: so many could still come."""
+
+
+class Rewritable(Protocol):
+    """A store whose entries can be changed, as a merge changes them."""
+
+    def rewrite(self, keys: Tensor, values: Tensor) -> None:
+        """Replace keys [k, m, d] and values [k, m, dv], laid out as `contents` shows them."""
 
 
 Pin = Callable[[Rows, int], Ragged]

@@ -81,7 +81,7 @@ class ClosedUpStore(Store):
 
     def _turned(self, x: Tensor, positions: Tensor, place: Tensor) -> Tensor:
         """x [k, n, d], which was turned to positions [k or 1, n], turned to `place` [k or 1, n] instead."""
-        cos, sin = self.rotation(positions)
+        cos, sin = self.rotation(positions.long())
         to_cos, to_sin = self.rotation(place)
         size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
         cos, sin = (to_cos * cos + to_sin * sin) / size, (to_sin * cos - to_cos * sin) / size

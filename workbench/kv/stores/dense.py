@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Evictable, Pin
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Evictable, Pin, Rewritable
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, for_kernel
@@ -31,14 +31,24 @@ class DenseStore(PositionedStore):
 
     @classmethod
     def where(
-        cls, keys: Tensor, values: Tensor, keep: Tensor, dtype: torch.dtype, state: Tensor | None = None
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        keep: Tensor,
+        dtype: torch.dtype,
+        state: Tensor | None = None,
+        *,
+        positions: bool = False,
     ) -> DenseStore:
-        """The entries of keys [k, n, d], values [k, n, dv], state [k, n] or [k, n, w] at which keep [k, n] is True."""
-        positions = positions_where(keep) if state is None else Rows.positions(kept(keep))
+        """The entries of keys [k, n, d], values [k, n, dv], state [k, n] or [k, n, w] at which keep [k, n] is True.
+
+        positions: hold them even where all are kept.
+        """
+        where = Rows.positions(kept(keep)) if positions or state is not None else positions_where(keep)
         return cls(
             Rows.where(keys, keep, dtype),
             Rows.where(values, keep, dtype),
-            positions,
+            where,
             None if state is None else Rows.where(state.view(*state.shape[:2], -1), keep, torch.float32),
         )
 
@@ -77,6 +87,19 @@ class DenseStore(PositionedStore):
     @property
     def evictable(self) -> Evictable | None:
         return self if self.state is not None else None
+
+    @property
+    def droppable(self) -> Droppable | None:
+        return self if self._positions else None
+
+    @property
+    def rewritable(self) -> Rewritable | None:
+        return self
+
+    def rewrite(self, keys: Tensor, values: Tensor) -> None:
+        """Replace keys [k, m, d] and values [k, m, dv], laid out as `contents` shows them."""
+        self.keys.write(keys)
+        self.values.write(values)
 
     @property
     def counts(self) -> Tensor:
@@ -118,6 +141,11 @@ class DenseStore(PositionedStore):
         source, target = ends.gather(1, stays), slots.gather(1, holes)
         for rows in self._rows:
             rows.move(source, target, count)
+
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        """The rows of positions; none where everything is held."""
+        return self._positions
 
     @property
     def _rows(self) -> list[Rows]:

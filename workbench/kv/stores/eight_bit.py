@@ -13,6 +13,7 @@ from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.offload import Index, OffloadStore
+from workbench.kv.stores.recomputed import Recomputing, far_nbytes
 from workbench.kv.stores.store import Dequantised, Store
 from workbench.trace import LayerTrace
 from workbench_kernels import dequantise, quantise
@@ -34,6 +35,7 @@ class EightBitOffloadFormat(Format):
     index: Index
     sinks: int = 0
     recent: int = 32
+    recomputing: Recomputing | None = None
 
     tiers = (NAME, "host")
 
@@ -50,7 +52,7 @@ class EightBitOffloadFormat(Format):
         others = left_over(shape, selected)
         if not len(others):
             return 0
-        entries = int(others.sum()) * (_entry_nbytes(shape) + INDEX_BYTES) + 3 * index_nbytes(others)
+        entries = far_nbytes(shape, selected, _entry_nbytes(shape), self.recomputing)
         return entries + self.index.host_nbytes(shape, others)
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
@@ -62,7 +64,10 @@ class EightBitOffloadFormat(Format):
                 checked(end, torch.float16, f"layer {layer.index}: {what} in eight bits")
         keys, values = to_bytes(layer.keys), to_bytes(layer.values)
         near = DenseStore.where(keys, values, tiers == 1, torch.uint8)
-        far = HostRows.where(keys, values, others, torch.uint8)
+        if self.recomputing is None:
+            far = HostRows.where(keys, values, others, torch.uint8)
+        else:
+            far = self.recomputing.rows(layer, others, to_bytes, torch.uint8)
         index = self.index.build(layer, others)
         return EightBitOffloadStore(near, far, index, self.sinks, near.longest, self.recent)
 

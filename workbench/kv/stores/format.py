@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -50,11 +50,13 @@ class Format(ABC):
 
     by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
     whether its stores attend in a way of their own: keys cannot be turned for them, nor what they attend to be chosen.
+    rewritable: whether its stores' entries can be changed.
     """
 
     tiers: tuple[str, ...]
     by_layer: ClassVar[bool] = False
     attends_itself: ClassVar[bool] = False
+    rewritable: ClassVar[bool] = False
     needs_all: ClassVar[bool] = False  # cannot be built where positions were dropped
 
     @property
@@ -68,6 +70,10 @@ class Format(ABC):
         selected.
         """
 
+    def beside(self, shape: Shape) -> int:
+        """Bytes of a layer that `nbytes` counts beside its entries, whatever is selected."""
+        return 0
+
     def host_nbytes(self, shape: Shape, selected: Tensor) -> int:
         """The same for host memory, which no budget limits."""
         return 0
@@ -75,6 +81,12 @@ class Format(ABC):
     def of_everything(self) -> Format:
         """The format of a plan that keeps everything: this one, without what only evicting needs."""
         return self
+
+    def droppable(self) -> Format | None:
+        """The same format, of whose entries each can leave by itself while decoding; None where they are stored
+        together.
+        """
+        return None
 
     def layers_with(self, layer: int) -> tuple[int, ...]:
         """The layers, in order, that hold something in common with this one and are built together; itself included."""
@@ -105,32 +117,46 @@ def stored_nbytes(form: Format, shapes: Sequence[Shape], counts: Tensor, *, host
 
 @dataclass(frozen=True)
 class DenseFormat(Format):
-    """Every kept entry at `dtype`, with an eviction state of `state` numbers for methods that evict while decoding."""
+    """Every kept entry at `dtype`, with an eviction state of `state` numbers for methods that evict while decoding.
+
+    drops: entries leave while decoding without such a state; their positions are held even where all are kept.
+    always: entries leave while decoding also where the plan keeps everything.
+    """
+
+    rewritable: ClassVar[bool] = True
 
     dtype: torch.dtype
     state: int = 0
+    drops: bool = False
+    always: bool = False
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return (str(self.dtype).removeprefix("torch."),)
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        partial = selected[(selected < shape.tokens).any(dim=1)] if not self.state else selected  # these need positions
+        placed = bool(self.state) or self.drops
+        partial = selected if placed else selected[(selected < shape.tokens).any(dim=1)]  # these need positions
         entries = int(selected.sum()) * shape.entry_nbytes + int(partial.sum()) * INDEX_BYTES * (1 + self.state)
         return entries + index_nbytes(partial) * (3 + bool(self.state))
 
     def of_everything(self) -> DenseFormat:
-        return DenseFormat(self.dtype)
+        return self if self.always else DenseFormat(self.dtype)
+
+    def droppable(self) -> DenseFormat:
+        return replace(self, state=0, drops=True)
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
-        return DenseStore.where(layer.keys, layer.values, tiers > 0, self.dtype, state if self.state else None)
+        keep, state = tiers > 0, state if self.state else None
+        return DenseStore.where(layer.keys, layer.values, keep, self.dtype, state, positions=self.drops)
 
 
 @dataclass(frozen=True)
 class PackedFormat(Format):
     """Kept entries at `bits` bits in groups of `group`, the last `residual` at `dtype`.
 
-    value_bits: those of the values, if they differ from the keys'. A side at 16 bits is not quantised.
+    value_bits: those of the values, if they differ from the keys'. A side at 16 bits is not quantised. drops: entries
+    leave while decoding, for which each is quantised by itself and as soon as it has attended; positions are held.
     """
 
     dtype: torch.dtype
@@ -139,6 +165,7 @@ class PackedFormat(Format):
     residual: int
     key_axis: Axis = "channel"
     value_bits: int | None = None
+    drops: bool = False
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -153,7 +180,7 @@ class PackedFormat(Format):
         return str(self.dtype).removeprefix("torch.") if bits == WHOLE else f"{bits}-bit"
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
-        partial = selected[(selected < shape.tokens).any(dim=1)]  # these need positions
+        partial = selected if self.drops else selected[(selected < shape.tokens).any(dim=1)]  # these need positions
         return (
             self._side(selected, self.bits, shape.key_width, shape.itemsize, self.key_axis)
             + self._side(selected, self._value_bits, shape.value_width, shape.itemsize, "token")
@@ -173,6 +200,12 @@ class PackedFormat(Format):
         indices = index_nbytes(packed) * 3 + index_nbytes(tail)
         return packed_nbytes + int(tail.sum()) * width * itemsize + indices
 
+    def droppable(self) -> PackedFormat | None:
+        return replace(self, drops=True) if self.key_axis == "token" and not self.residual else None
+
+    def of_everything(self) -> PackedFormat:
+        return replace(self, drops=False)
+
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         return PackedStore.where(
             layer.keys,
@@ -184,6 +217,8 @@ class PackedFormat(Format):
             residual=self.residual,
             key_axis=self.key_axis,
             value_bits=self.value_bits,
+            positions=self.drops,
+            drops=self.drops,
         )
 
 

@@ -39,11 +39,11 @@ class HostRows:
     @property
     def longest(self) -> int:
         """Entries of the head that has most."""
-        return self.keys.longest
+        return self.positions.longest
 
     def slots(self) -> tuple[Tensor, Tensor | None]:
         """The position in each slot, int [k, m] in host memory, and which slots are real, bool [k, m]; None: all."""
-        return self.positions.view()[..., 0], self.keys.valid()
+        return self.positions.view()[..., 0], self.positions.valid()
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add keys [k, e, d] and values [k, e, dv] at positions [k, e]; keys are left out where none are held here."""
@@ -65,6 +65,13 @@ class HostRows:
         """The same for values [k, u, dv] only."""
         wait = self._copied(slots, (self.values,))
         return lambda: wait()[0]
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The keys [k, m, d] and values [k, m, dv] in all slots."""
+        return self.keys.view(), self.values.view()
+
+    def release(self) -> None:
+        """Let go of what was made for the pass that has attended."""
 
     def tensors(self) -> list[Tensor]:
         return [t for rows in (self.keys, self.values, self.positions) for t in rows.tensors()]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.dense import DenseStore
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes, left_over
+from workbench.kv.stores.format import DenseFormat, Format, Shape, left_over
 from workbench.kv.stores.host import HostRows
+from workbench.kv.stores.recomputed import Recomputing, far_nbytes
 from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
 from workbench.trace import LayerTrace
@@ -86,7 +87,7 @@ class OffloadFormat(Format):
     """Selected entries on the device at `dtype`, all others in host memory with an index over them.
 
     recent: while decoding, the device part grows by so many entries a head; then its oldest, but for the first `sinks`
-    positions, move to host memory until it is as large as planned.
+    positions, move to host memory until it is as large as planned. recomputing: which of them are not held even there.
     """
 
     attends_itself: ClassVar[bool] = True
@@ -95,6 +96,7 @@ class OffloadFormat(Format):
     index: Index
     sinks: int = 4
     recent: int = 32
+    recomputing: Recomputing | None = None
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -109,7 +111,7 @@ class OffloadFormat(Format):
         others = left_over(shape, selected)
         if not len(others):
             return 0
-        entries = int(others.sum()) * (shape.entry_nbytes + INDEX_BYTES) + 3 * index_nbytes(others)
+        entries = far_nbytes(shape, selected, shape.entry_nbytes, self.recomputing)
         return entries + self.index.host_nbytes(shape, others)
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
@@ -117,7 +119,10 @@ class OffloadFormat(Format):
         others = tiers == 2
         if not bool(others.any()):
             return near
-        far = HostRows.where(layer.keys, layer.values, others, self.dtype)
+        if self.recomputing is None:
+            far = HostRows.where(layer.keys, layer.values, others, self.dtype)
+        else:
+            far = self.recomputing.rows(layer, others, lambda x: x, self.dtype)
         return OffloadStore(near, far, self.index.build(layer, others), self.sinks, near.longest, self.recent)
 
 
@@ -193,6 +198,7 @@ class OffloadStore(TieredStore):
             if rows is not None:
                 there = near.positions.expand(len(positions), -1).long()
                 self.retriever.observe(rows, torch.cat([there, positions], dim=1))
+        self.far.release()
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
 
     def near_contents(self, dtype: torch.dtype) -> Dequantised:

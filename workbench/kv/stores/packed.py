@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import check_finite
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Pin
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Pin
 from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import for_kernel
@@ -78,15 +78,15 @@ class PackedRows:
         quantised = quantise_rows(x, min(bits, 8), group, axis, chosen=None if every else chosen, balance=balance)
         return cls(*_rows(quantised, chosen.counts, group, axis), bits, group, axis, x.shape[2], balance)
 
-    def append(self, x: Tensor) -> None:
-        """Quantise and add x [k, q, d]; per channel, q must be a multiple of the group."""
+    def append(self, x: Tensor, rows: int = 64) -> None:
+        """Quantise and add x [k, q, d]; per channel, q must be a multiple of the group. Grows by `rows` at a time."""
         heads, count, _ = x.shape
         codes, scale, zero = quantise_rows(x, self.bits, self.group, self.axis, balance=self.balance)
         if not x.is_cuda:  # where it waits for nothing
             check_finite(scale, x, "keys or values, of which scales are held,")
             check_finite(zero, x, "keys or values, of which zeros are held,")
         per_scale = self.group if self.axis == "channel" else 1
-        block = max(64 // per_scale, 1)
+        block = max(rows // per_scale, 1)
         self.codes.append(codes.view(heads, count, -1), block * per_scale)
         self.scale.append(scale.view(heads, count // per_scale, -1), block)
         self.zero.append(zero.view(heads, count // per_scale, -1), block)
@@ -127,6 +127,11 @@ class PackedRows:
         zero = scale._replace(data=self.zero.data)
         return KernelRows(codes, scale, zero, tail, self.code_bits, self.group, self.axis, self.balance)
 
+    def only(self, keep: Tensor) -> PackedRows:
+        """The rows at which keep [k, longest] is True; only where each has a scale of its own (axis "token")."""
+        parts = self.codes.only(keep), self.scale.only(keep), self.zero.only(keep)
+        return PackedRows(*parts, self.bits, self.group, self.axis, self.channels, self.balance)
+
     def tensors(self) -> list[Tensor]:
         balance = [] if self.balance is None else [self.balance]
         return [*self.codes.tensors(), *self.scale.tensors(), *self.zero.tensors(), *balance]
@@ -150,7 +155,8 @@ class PackedStore(PositionedStore):
     Keys grouped along the tokens leave their tail a block of `residual` rows at a time, as soon as it is full, so it
     holds fewer than `residual`; whatever is grouped along the channels leaves one token at a time and the last
     `residual` stay. Tokens leave once they have attended: each one's own pass still sees it exactly. A side at `WHOLE`
-    bits has only its tail.
+    bits has only its tail. drops: single entries can leave, for which all is grouped along the channels, `residual` is
+    0, positions are held, and no buffer has room to spare.
     """
 
     def __init__(
@@ -161,8 +167,11 @@ class PackedStore(PositionedStore):
         value_tail: Rows,
         positions: Rows | None,
         residual: int,
+        *,
+        drops: bool = False,
     ) -> None:
         super().__init__(positions)
+        self.drops = drops
         self.keys, self.key_tail = keys, key_tail
         self.values, self.value_tail = values, value_tail
         self.residual = residual
@@ -182,11 +191,12 @@ class PackedStore(PositionedStore):
         value_bits: int | None = None,
         balance: Tensor | None = None,
         positions: bool = False,
+        drops: bool = False,
     ) -> PackedStore:
         """Quantise the entries of keys [k, n, d], values [k, n, dv] at which keep [k, n] is True.
 
         value_bits: if not those of the keys. balance [k, d]: factors of the keys' channels (see PackedRows).
-        positions: hold them even where all are kept.
+        positions: hold them even where all are kept. drops: see the class.
         """
         chosen, value_bits = kept(keep), value_bits or bits
         front_keys = packed_length(chosen.counts, residual, group, key_axis, bits)
@@ -198,13 +208,19 @@ class PackedStore(PositionedStore):
             Rows.where(values, chosen.after(front_values), dtype),
             None if chosen.complete and not positions else Rows.positions(chosen),
             residual,
+            drops=drops,
         )
+
+    @property
+    def _block(self) -> int:
+        """How many rows buffers grow by."""
+        return 1 if self.drops else 64
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.settle()  # where another store attended for this one
-        self.key_tail.append(keys)
-        self.value_tail.append(values)
-        self._append_positions(positions)
+        self.key_tail.append(keys, self._block)
+        self.value_tail.append(values, self._block)
+        self._append_positions(positions, self._block)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
@@ -229,13 +245,46 @@ class PackedStore(PositionedStore):
         """Quantise what has been in the tail for long enough."""
         self._flush(self.key_tail, self.keys)
         self._flush(self.value_tail, self.values)
+        if self.drops:
+            self.key_tail, self.value_tail = self.key_tail.tight(), self.value_tail.tight()
+
+    # -- single entries that leave
+
+    @property
+    def droppable(self) -> Droppable | None:
+        return self if self.drops else None
+
+    @property
+    def longest(self) -> int:
+        """Entries of the head that has most."""
+        return self.keys.codes.longest + self.key_tail.longest  # one of the two has all of them
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each head, int64 [k]."""
+        return self.keys.codes.counts + self.key_tail.counts
+
+    def evict(self, slots: Tensor) -> None:
+        """Drop the entries in slots [k, e] of each head; the others keep their order."""
+        self.settle()
+        (where,) = self._positions
+        keep = torch.ones(self.kv_heads, where.longest, dtype=torch.bool, device=self.device).scatter_(1, slots, False)
+        keep &= torch.arange(where.longest, device=self.device) < where.counts[:, None]
+        self._positions = (where.only(keep),)
+        self.keys, self.key_tail = self._only(self.keys, self.key_tail, keep)
+        self.values, self.value_tail = self._only(self.values, self.value_tail, keep)
+
+    @staticmethod
+    def _only(packed: PackedRows, tail: Rows, keep: Tensor) -> tuple[PackedRows, Rows]:
+        """One side's entries at which keep [k, m] is True: all are packed, or all in the tail."""
+        return (packed, tail.only(keep)) if packed.bits == WHOLE else (packed.only(keep), tail)
 
     def _flush(self, tail: Rows, packed: PackedRows) -> None:
         if packed.bits == WHOLE:
             return
         ready = packed_length(tail.counts.min(), self.residual, packed.group, packed.axis, packed.bits)
         if int(ready):
-            packed.append(tail.cut_front(int(ready)).float())
+            packed.append(tail.cut_front(int(ready)).float(), self._block)
 
     def reserve(self, tokens: int) -> None:
         for rows in (self.key_tail, self.value_tail, *self._positions):

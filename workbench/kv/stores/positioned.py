@@ -55,11 +55,11 @@ class PositionedStore(Store):
     def contents(self, dtype: torch.dtype) -> Dequantised:
         return Dequantised(*self.rows_as(dtype), *self.slots())
 
-    def _append_positions(self, positions: Tensor) -> None:
+    def _append_positions(self, positions: Tensor, block: int = 64) -> None:
         """The newest entries of every head stand at positions int [q], or each head's at its own [k, q]."""
         if self._positions:
             where = positions.to(self.device, torch.int32).expand(self.kv_heads, -1)
-            self._positions[-1].append(where[..., None])
+            self._positions[-1].append(where[..., None], block)
 
     @property
     def _ragged_positions(self) -> Ragged | None:

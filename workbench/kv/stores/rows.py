@@ -200,6 +200,18 @@ class Rows:
             self.data[at] = x
         self.grow(count)
 
+    def only(self, keep: Tensor) -> Rows:
+        """The rows at which keep [k, longest] is True, in a buffer with no room to spare."""
+        return Rows(self.data[self.slots()[keep]], self.heads, keep.sum(dim=1))
+
+    def tight(self) -> Rows:
+        """The same rows in a buffer with no room to spare."""
+        if self.data.shape[0] == self.total:
+            return self
+        valid = self.valid()
+        every = torch.ones(self.heads, self.longest, dtype=torch.bool, device=self.data.device)
+        return self.only(every if valid is None else valid)
+
     def move(self, source: Tensor, target: Tensor, drop: int) -> None:
         """Copy each head's rows source [k, s] over its rows target [k, s], then cut the last `drop` rows of every
         head.

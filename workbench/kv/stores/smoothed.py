@@ -17,29 +17,29 @@ from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend, pack, unpack
 
 _REACH = 8.0  # the largest magnitude after smoothing: scales of 4 bits are then near 1, where FP8 is finest
-_SCALES = {4: torch.float8_e4m3fn, 8: torch.bfloat16}
 _HALF = 2  # factors are float16
 
 
 class SymmetricRows:
     """Rows quantised to 4 or 8 bits around 0, each with one scale for every `group` consecutive channels (the last
-    group may be narrower): an FP8 (e4m3) number for 4 bits, bfloat16 for 8.
+    group may be narrower): a number of the type `scales`.
     """
 
-    def __init__(self, codes: Rows, scale: Rows, bits: int, group: int, channels: int) -> None:
+    def __init__(self, codes: Rows, scale: Rows, bits: int, group: int, channels: int, scales: torch.dtype) -> None:
         """codes [t, bytes], packed; scale [t, ceil(d / g)], FP8 as bytes."""
         self.codes, self.scale, self.bits, self.group, self.channels = codes, scale, bits, group, channels
+        self.scales = scales
 
     @classmethod
-    def of(cls, x: Tensor, lengths: Tensor, bits: int, group: int) -> SymmetricRows:
+    def of(cls, x: Tensor, lengths: Tensor, bits: int, group: int, scales: torch.dtype) -> SymmetricRows:
         """Quantise x [t, d], head after head with `lengths` [k] rows each."""
-        codes, scale = _quantise(x, bits, group)
+        codes, scale = _quantise(x, bits, group, scales)
         heads = lengths.numel()
-        return cls(Rows(codes, heads, lengths), Rows(scale, heads, lengths), bits, group, x.shape[1])
+        return cls(Rows(codes, heads, lengths), Rows(scale, heads, lengths), bits, group, x.shape[1], scales)
 
     def append(self, x: Tensor) -> None:
         """Quantise and add x [k, q, d]."""
-        codes, scale = _quantise(x.flatten(0, 1), self.bits, self.group)
+        codes, scale = _quantise(x.flatten(0, 1), self.bits, self.group, self.scales)
         self.codes.append(codes.unflatten(0, x.shape[:2]))
         self.scale.append(scale.unflatten(0, x.shape[:2]))
 
@@ -49,7 +49,7 @@ class SymmetricRows:
 
     def view(self, dtype: torch.dtype) -> Tensor:
         """What is held, [k, longest, d]."""
-        scale = self.scale.data.view(_SCALES[self.bits]).float()
+        scale = self.scale.data.view(self.scales).float()
         codes = unpack(self.codes.data, self.bits, self.channels).float().sub_(2 ** (self.bits - 1))
         return self.codes.laid_out((codes * _spread(scale, self.group, self.channels)).to(dtype))
 
@@ -57,17 +57,18 @@ class SymmetricRows:
         return [*self.codes.tensors(), *self.scale.tensors()]
 
     def clone(self) -> SymmetricRows:
-        return SymmetricRows(self.codes.clone(), self.scale.clone(), self.bits, self.group, self.channels)
+        twins = self.codes.clone(), self.scale.clone()
+        return SymmetricRows(*twins, self.bits, self.group, self.channels, self.scales)
 
 
-def _quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, bits: int, group: int, scales: torch.dtype) -> tuple[Tensor, Tensor]:
     """Packed codes and stored scales (see SymmetricRows) of x [t, d]."""
     most = 2 ** (bits - 1) - 1
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scale = (padded.abs().amax(dim=-1) / most).to(_SCALES[bits])
+    scale = (padded.abs().amax(dim=-1) / most).to(scales)
     divisor = torch.where(scale.float() > 0, scale.float(), 1.0)
     codes = (x / _spread(divisor, group, x.shape[1])).round_().clamp_(-most - 1, most).add_(most + 1)
-    return pack(codes.to(torch.uint8), bits), scale.view(torch.uint8) if bits == 4 else scale
+    return pack(codes.to(torch.uint8), bits), scale.view(torch.uint8) if scales.itemsize == 1 else scale
 
 
 def _spread(scale: Tensor, group: int, channels: int) -> Tensor:
@@ -151,13 +152,14 @@ class SmoothedStore(PositionedStore):
 @dataclass(frozen=True)
 class SmoothedFormat(Format):
     """Kept entries as symmetric integers of 4 or 8 bits in groups of `group` channels, keys smoothed with `outliers`
-    channels of a head on their own (see `smoothing`).
+    channels of a head on their own (see `smoothing`). scales: the type of each group's scale.
     """
 
     bits: int
     group: int
     outliers: int
     fp8_query: bool
+    scales: torch.dtype = torch.bfloat16
     attends_itself: ClassVar[bool] = True  # with queries in FP8
 
     @property
@@ -172,7 +174,7 @@ class SmoothedFormat(Format):
         return int(selected.sum()) * row + 4 * index_nbytes(selected) + factors + positions
 
     def _row_nbytes(self, width: int) -> int:
-        return -(-width * self.bits // 8) + -(-width // self.group) * _SCALES[self.bits].itemsize
+        return -(-width * self.bits // 8) + -(-width // self.group) * self.scales.itemsize
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         keep = tiers > 0
@@ -185,8 +187,8 @@ class SmoothedFormat(Format):
         lift = _to_reach(values.abs().amax(dim=(1, 2), keepdim=False)[:, None])
         lengths = keep.sum(dim=1)
         return SmoothedStore(
-            SymmetricRows.of((keys * factors.float()[:, None])[keep], lengths, self.bits, self.group),
-            SymmetricRows.of((values * lift.float()[:, None])[keep], lengths, self.bits, self.group),
+            SymmetricRows.of((keys * factors.float()[:, None])[keep], lengths, self.bits, self.group, self.scales),
+            SymmetricRows.of((values * lift.float()[:, None])[keep], lengths, self.bits, self.group, self.scales),
             factors,
             lift,
             positions_where(keep),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
-from workbench.kv.stores.capabilities import Capturable, Evictable
+from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Rescored, Rewritable
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -106,6 +106,21 @@ class Store(ABC):
     @property
     def evictable(self) -> Evictable | None:
         """The store as one from which single entries can leave while decoding; None where it has no state for that."""
+        return None
+
+    @property
+    def droppable(self) -> Droppable | None:
+        """The store as one from which single entries can leave; None where entries are stored together."""
+        return None
+
+    @property
+    def rescored(self) -> Rescored | None:
+        """The store as one that scores its entries anew when room is needed; None where it cannot."""
+        return None
+
+    @property
+    def rewritable(self) -> Rewritable | None:
+        """The store as one whose entries can be changed; None where they are rounded when they come."""
         return None
 
     @property

@@ -43,9 +43,10 @@ class TieredStore(Store):
 
     def contents(self, dtype: torch.dtype) -> Dequantised:
         near, device = self.near.contents(dtype), self.device
+        keys, values = self.far.whole()
         return Dequantised(
-            torch.cat([near.keys, self.far.keys.view().to(device, dtype)], dim=1),
-            torch.cat([near.values, self.far.values.view().to(device, dtype)], dim=1),
+            torch.cat([near.keys, keys.to(device, dtype)], dim=1),
+            torch.cat([near.values, values.to(device, dtype)], dim=1),
             *self.slots(),
         )
 

@@ -9,15 +9,23 @@ from workbench.core.precision import half
 from workbench.weights.layers.compact import CompactLinear, Description
 from workbench_kernels.packing import pack, unpack
 
-_PLANES = {4: (4,), 6: (4, 2), 8: (8,), 10: (8, 2), 12: (8, 4)}  # how many bits of an index lie in which buffer
+_PLANES = {
+    4: (4,),
+    6: (4, 2),
+    8: (8,),
+    10: (8, 2),
+    12: (8, 4),
+    14: (8, 4, 2),
+    16: (8, 8),
+}  # how many bits of an index lie in which buffer
 
 
 class VectorLinear(CompactLinear):
     """A linear layer whose weight [o, i] consists of vectors of v neighbouring outputs' weights of one input.
 
     books: float16 [k, v] each; a vector is the sum of one entry of every book (the first, and what the second adds).
-    Their indices [o / v, i] lie in `plane` buffers, at 4, 6, 8, 10 or 12 bits, packed row by row; the last vectors are
-    cut where v does not divide o. scale: float16 [o], by which each output's weights are multiplied.
+    Their indices [o / v, i] lie in `plane` buffers, at 4, 6, 8, 10, 12, 14 or 16 bits, packed row by row; the last
+    vectors are cut where v does not divide o. scale: float16 [o], by which each output's weights are multiplied.
     """
 
     scale: Tensor

@@ -38,11 +38,11 @@ class UNComp(SnapKV):
     entropy, whose room falls evenly from 1 + `spread` to 1 - `spread` times the layer's average, most for the highest.
     Tokens are chosen by SnapKV's scores, from the last `window` queries.
 
-    Chosen here: the KV part of the paper (the attention method `uncomp-reading` is what it does while reading); queries after rotation, as in
-    the authors' code; a layer's entropy is the mean of its heads', which the paper finds to follow that of hidden
-    states; entropies come from the prompt itself and not from a calibration text; a KV head has the mean of its query
-    heads; the elbow of the spectrum is a parameter, 32 as in the authors' code. The paper leaves the sizes of stages
-    open. Every head keeps the window where the budget allows.
+    Chosen here: the KV part of the paper (the attention method `uncomp-reading` is what it does while reading); queries
+    after rotation, as in the authors' code; a layer's entropy is the mean of its heads', which the paper finds to follow
+    that of hidden states; entropies come from the prompt itself and not from a calibration text; a KV head has the mean
+    of its query heads; the elbow of the spectrum is a parameter, 32 as in the authors' code. The paper leaves the sizes
+    of stages open. Every head keeps the window where the budget allows.
     """
 
     key = "uncomp"
@@ -60,11 +60,11 @@ class UNComp(SnapKV):
             window=8, kernel=7, pooling="max", rank=32, groups=2, spread=0.3333,
         ),
         Preset(
-            "four groups", "menik1126/UNComp, uncomp_utils.py: sizes 512, 427, 341 and 256, b3e9f7b",
+            "four-groups", "menik1126/UNComp, uncomp_utils.py: sizes 512, 427, 341 and 256, b3e9f7b",
             groups=4, spread=0.3333,
         ),
         Preset(
-            "4.7 %", "menik1126/UNComp, uncomp_utils.py: sizes 112 and 16, b3e9f7b",
+            "extreme", "menik1126/UNComp, uncomp_utils.py: sizes 112 and 16, b3e9f7b",
             groups=2, spread=0.75,
         ),
     )  # fmt: skip

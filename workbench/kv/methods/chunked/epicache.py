@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from workbench.core.apportion import apportion
 from workbench.core.kmeans import kmeans
-from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.attention_hook import device_of
 from workbench.errors import BudgetTooSmall
+from workbench.kv.asked import asked
 from workbench.kv.base import KVMethod
+from workbench.kv.layer_sensitivity import key_similarity, layer_counts, layer_weights
 from workbench.kv.stores.format import INDEX_BYTES
-from workbench.progress import Progress
 from workbench.prompt import Prompt
-from workbench.registry import Paper, param, register
-from workbench_kernels import Scoring, attend
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +24,10 @@ if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 _PROFILED = 512  # first tokens of the prompt on which the layers' sensitivity is measured
-_BLOCKS = 4  # in which they are read for that
+_WANTED = (
+    "Pick out what matters in this part of the conversation: who speaks, names, dates and times, events, plans, "
+    "opinions, relations and personal details."
+)
 
 
 @register
@@ -35,21 +36,23 @@ class EpiCache(KVMethod):
 
     The conversation is cut into segments, which k-means groups by their embeddings into episodes. For an episode the
     conversation is read block by block; whenever the next block has no room, the episode's medoid segments (those
-    nearest to its centroid) are shown as a patched prompt, an entry's score is the most attention that any of their
-    queries of any head of its group pays to it, and the lowest leave (section 3.2; as in the authors' code the
-    softmax is over the held entries alone). A question is answered from the cache of the episode whose centroid is
-    most similar to it. Layers share the room in proportion to s^alpha, with s one minus the mean cosine similarity
-    between a layer's keys under full causal and under block-wise attention (section 3.3), but none gets less than a
-    quarter of the mean, as in the authors' code; so do the heads of a layer, by one order of all their scores.
+    nearest to its centroid) are shown as a patched prompt, behind an instruction to pick out what matters; an entry's
+    score is the most attention that any of their queries of any head of its group pays to it, and the lowest leave
+    (section 3.2; as in the authors' code the softmax is over the held entries alone). A question is answered from the
+    cache of the episode whose centroid is most similar to it. Layers share the room in proportion to (1 - s)^alpha,
+    with s the mean cosine similarity between a layer's keys under full causal and under block-wise attention (section
+    3.3), in spans of 100 tokens and scaled so that the layers lie from 0 to 1, as in the authors' code; there too none
+    gets less than a quarter of the mean, and a block sees half of the one before it. So do the heads of a layer, by one
+    order of all their scores.
 
     Chosen here: segments are `segment` tokens rather than some utterances. There is no sentence encoder: segments and
-    questions are embedded by the mean of the model's own input embeddings, which the authors' code offers too and
-    found less accurate. Only the cache of the episode asked for is built: the paper builds all in advance and keeps
-    those not in use in host memory, while here a question costs a reading and no host memory; questions that follow in
-    the same conversation stay with its episode. Without a question the prompt's last segment stands for it. The
-    sensitivity is measured on the first 512 tokens of the prompt instead of a book, in four blocks that see themselves
-    and the sinks. The first `sinks` positions stay, in place of the paper's system prompt. The budget bounds what is
-    held while reading, so that an eviction leaves it less one block.
+    questions are embedded by the mean of the model's own input embeddings, which the authors' code offers too ("llm").
+    The instruction is in words of our own, and left out where there is no tokenizer. Only the cache of the episode
+    asked for is built: the paper builds all in advance and keeps those not in use in host memory, while here a question
+    costs a reading and no host memory; questions that follow in the same conversation stay with its episode. Without a
+    question the prompt's last segment stands for it. The sensitivity is measured on the first 512 tokens of the prompt
+    instead of a book, in four blocks. The first `sinks` positions stay, in place of the paper's system prompt. The
+    budget bounds what is held while reading, so that an eviction leaves it less one block.
     """
 
     key = "epicache"
@@ -60,19 +63,55 @@ class EpiCache(KVMethod):
         "2509.17396",
     )
     claim = "up to 40 % better than recent evictors under fixed memory; 4-6x compression near full accuracy"
+    fidelity = Fidelity(
+        "deviates",
+        "no sentence encoder: the model's input embeddings; one episode's cache at a time; segments of equal length",
+    )
+    presets = (
+        Preset(
+            "scripts",
+            "apple/ml-epicache, scripts/run_epicache_llama.sh, b742661",
+            episodes=4,
+            medoids=8,
+            alpha=1.1,
+            heads="layer",
+        ),
+        Preset("code", "apple/ml-epicache, args.py, b742661", medoids=4, block=2048),
+    )
     default_budget = 0.25
     head_adaptive = True
     question_aware = True
 
     episodes: int = param(4, ge=1, le=32, help="clusters of the conversation, each with a cache of its own")
-    segment: int = param(64, ge=4, le=2048, unit="tokens", help="pieces of the conversation that are clustered")
-    medoids: int = param(4, ge=1, le=16, help="segments nearest to an episode's centroid that choose what stays")
-    block: int = param(256, ge=1, le=8192, unit="tokens", help="read at once, at most a quarter of the room")
+    segment: int = param(
+        64,
+        ge=4,
+        le=2048,
+        unit="tokens",
+        help="pieces of the conversation that are clustered",
+        own="four utterances in the code; a prompt's text does not say where they end",
+    )
+    medoids: int = param(8, ge=1, le=16, help="segments nearest to an episode's centroid that choose what stays")
+    block: int = param(
+        256,
+        ge=1,
+        le=8192,
+        unit="tokens",
+        help="read at once, at most a quarter of the room",
+        own="2,048 in the code, which lets the cache exceed its budget by that; here the budget holds while reading",
+    )
     alpha: float = param(1.1, ge=0.0, le=4.0, help="how sharply layers differ in room; 0: all get the same")
     heads: Literal["layer", "equal"] = param(
         "layer", help="one order over all heads of a layer, or the same room for each head"
     )
-    sinks: int = param(4, ge=0, le=256, unit="tokens", help="positions at the beginning that always stay")
+    sinks: int = param(
+        4,
+        ge=0,
+        le=256,
+        unit="tokens",
+        help="positions at the beginning that always stay",
+        own="as long as the system prompt in the code",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         layers = prefill.compressible
@@ -109,13 +148,14 @@ class EpiCache(KVMethod):
         segments = prompt.ids.split(self.segment)
         embedded = torch.stack([embedding(model, ids) for ids in segments])
         centroids, members = kmeans(embedded, self.episodes)
-        question = embedding(model, _question(prompt, prefill.question, self.segment))
+        words = prompt.ids[-self.segment :] if prefill.question is None else asked(prompt, prefill.question)
+        question = embedding(model, words)
         episode = int(cosine_similarity(centroids, question[None]).argmax())
         of_episode = (members == episode).nonzero()[:, 0]
         closeness = cosine_similarity(embedded[of_episode], centroids[episode][None])
         nearest = of_episode[closeness.argsort(descending=True, stable=True)[: self.medoids]].sort().values.tolist()
         return Episode(
-            torch.cat([segments[index] for index in nearest]),
+            torch.cat([_instruction(prompt), *(segments[index] for index in nearest)]),
             f"EpiCache answers from episode {episode + 1} of {len(centroids)}: {len(of_episode)} of {len(segments)} "
             f"segments, represented by number {', '.join(str(index + 1) for index in nearest)}",
         )
@@ -127,8 +167,7 @@ class EpiCache(KVMethod):
         if self.alpha == 0 or len(alike) > 1:  # entries of unlike layers do not make room for each other
             return torch.ones(len(layers), dtype=torch.float64)
         alike_keys = key_similarity(prefill.model, prefill.ids[:_PROFILED], self.sinks, prefill.progress)
-        weights = torch.stack([1 - alike_keys[layer.index] for layer in layers]).double().clamp_min(0)
-        return weights**self.alpha
+        return layer_weights(torch.stack([alike_keys[layer.index] for layer in layers]).double(), self.alpha)
 
     def _condense(self, prefill: ChunkedPrefill, patched: Tensor, weights: Tensor, room: int, equal: bool) -> None:
         """Leave `room` entries over all layers and heads."""
@@ -149,7 +188,7 @@ class EpiCache(KVMethod):
 
 
 class Episode(NamedTuple):
-    """patched: ids [q] of its medoid segments, in their order. note: which it is, in words."""
+    """patched: ids [q] of the instruction and its medoid segments, in their order. note: which it is, in words."""
 
     patched: Tensor
     note: str
@@ -162,14 +201,11 @@ def embedding(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return normalize(rows.double().mean(dim=0), dim=0).cpu()
 
 
-def _question(prompt: Prompt, question: Tensor | None, segment: int) -> Tensor:
-    """The words asked, without the chat template's tokens after them; the end of the prompt where nothing is asked."""
-    if question is None:
-        return prompt.ids[-segment:]
-    templated = prompt.chat and prompt.tokenizer is not None
-    after = prompt.question_ids(None, prompt.tokenizer) if templated else question[:0]
-    ends = 0 < len(after) < len(question) and torch.equal(question[-len(after) :], after)
-    return question[: -len(after)] if ends else question
+def _instruction(prompt: Prompt) -> Tensor:
+    """The ids [q] that ask for what matters, with the chat template around them where there is one."""
+    if prompt.tokenizer is None:
+        return prompt.ids[:0]
+    return prompt.question_ids(_WANTED if prompt.chat else f"\n\n{_WANTED}\n", prompt.tokenizer)
 
 
 def most_attended(rows: Tensor) -> Tensor:
@@ -197,52 +233,3 @@ def best(scores: Tensor, count: int, *, equal: bool) -> Tensor:
     return (
         torch.zeros(heads * slots, dtype=torch.bool, device=scores.device).index_fill_(0, chosen, True).view(heads, -1)
     )
-
-
-def layer_counts(room: int, weights: Tensor, entries: Tensor, floor: Tensor) -> Tensor:
-    """Entries of each layer, int64 [l]: `room` in proportion to weights, at least `floor` and at most its `entries`."""
-    low = torch.zeros_like(entries, dtype=torch.bool)
-    while True:
-        rest = room - int(floor[low].sum())
-        counts = torch.where(low, floor, apportion(rest, weights.masked_fill(low, 0), entries.masked_fill(low, 0)))
-        below = counts < floor
-        if not bool(below.any()):
-            return counts
-        low |= below
-
-
-def key_similarity(
-    model: PreTrainedModel, ids: Tensor, sinks: int, progress: Progress | None = None
-) -> dict[int, Tensor]:
-    """For each layer, the mean cosine similarity of its keys of ids [n] under full causal and block-wise attention.
-
-    In one pass over the ids twice: the first time all see what is before them, the second time a quarter sees only
-    itself and the first `sinks`. Nothing is cached.
-    """
-    count = len(ids)
-    steps = torch.arange(count, device=device_of(model))
-    causal = steps[:, None] >= steps
-    block = steps // max(-(-count // _BLOCKS), 1)
-    local = causal & ((block[:, None] == block) | (steps < sinks))
-    twice = _Twice(torch.block_diag(causal, local).bool(), steps.repeat(2), progress or Progress())
-    forward(model, twice, ids.repeat(2), steps.repeat(2))
-    return twice.similarity
-
-
-@dataclass
-class _Twice:
-    """One pass over the same tokens twice, which do not see each other. visible: bool [2n, 2n]; positions: [2n]."""
-
-    visible: Tensor
-    positions: Tensor
-    progress: Progress
-    similarity: dict[int, Tensor] = field(default_factory=dict)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        self.progress.check()
-        full, local = key.float().chunk(2, dim=1)
-        self.similarity[layer] = cosine_similarity(full, local, dim=-1).mean().cpu()
-        visible = self.visible
-        if scoring.window is not None:
-            visible = visible & (self.positions > self.positions[:, None] - scoring.window)
-        return attend(query, key, value, scoring, visible=visible[None])[0]

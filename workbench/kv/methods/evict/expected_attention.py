@@ -61,7 +61,7 @@ class ExpectedAttention(AdaptiveHeads):
             n_future_positions=512, sinks=4, covariance=True, value_norm=True,
         ),
         Preset(
-            "kvpress class", "NVIDIA/kvpress, presses/expected_attention_press.py alone, 8bb29b9",
+            "kvpress-class", "NVIDIA/kvpress, presses/expected_attention_press.py alone, 8bb29b9",
             epsilon=0.0, heads="equal",
         ),
     )  # fmt: skip
@@ -92,7 +92,7 @@ class ExpectedAttention(AdaptiveHeads):
 
     def _ahead(self, layer: LayerTrace, x: Tensor) -> Tensor:
         """Rows of x [h, n, d] under the mean rotation of the positions to come, [k, g, n, d]."""
-        positions = torch.arange(layer.tokens, layer.tokens + self.n_future_positions, device=layer.device)
+        positions = torch.arange(layer.end, layer.end + self.n_future_positions, device=layer.device)
         cos, sin = (table.mean(dim=0, keepdim=True) for table in layer.rotation(positions))
         ahead: Tensor = layer.rotation.by(x, cos, sin).unflatten(0, (-1, layer.groups))
         return ahead

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
@@ -25,7 +25,7 @@ class SnapKV(KVMethod):
     paper = Paper("SnapKV: LLM Knows What You are Looking for Before Generation", "Li et al. 2024", "2404.14469")
     claim = "1,024 tokens of 16k keep LongBench quality"
     fidelity = Fidelity("as published")
-    presets = (
+    presets: ClassVar[tuple[Preset, ...]] = (
         Preset(
             "longbench",
             "FasterDecoding/SnapKV, experiments/LongBench/config/ablation_c1024_w32_k7_maxpool.json, e216ddc",

@@ -16,12 +16,14 @@ from workbench.kv.stores.format import Shape, index_nbytes
 from workbench.kv.stores.group_union import united
 from workbench.kv.stores.offload import Index, Retriever
 from workbench.kv.stores.rows import Rows
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 from workbench_kernels.codebook import codebook_top
 from workbench_kernels.dispatch import on_gpu
 
 _LEAST = 8  # keys for each code: a codebook must be smaller than what it stands for
+_MODEL = "as read in the authors' model code, of which the stored copy holds the description alone"
+_SMALLER = "a prompt's own keys fill fewer codes than the 4,096 of a calibration text, and theirs are among the bytes"
 
 
 @register
@@ -48,16 +50,21 @@ class A2ATS(SinksAndRecent):
     )
     claim = "up to 2.7 times the throughput, more accurate than other retrieval"
     default_budget = 0.25
+    fidelity = Fidelity("deviates", "codebooks come from the prompt, not from a calibration text, and are smaller")
+    presets = (Preset("readme", "junhuihe-hjh/A2ATS, README.md, 71f10b0", fetch=0.03),)
 
-    sinks: int = param(8, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
+    sinks: int = param(8, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay", own=_MODEL)
     fetch: float = param(0.03, ge=0.001, le=1, help="share of all tokens that each query head fetches from host memory")
-    codes: int = param(256, ge=1, le=4096, help="entries of each KV head's codebook, at most one for 8 tokens")
+    codes: int = param(
+        256, ge=1, le=4096, help="entries of each KV head's codebook, at most one for 8 tokens", own=_SMALLER
+    )
     distance: int = param(
         2048,
         ge=0,
         le=131072,
         unit="tokens",
         help="how far before a query every key counts as when scores are estimated",
+        own=_MODEL,
     )
 
     def retrieve(self, study: Study, shapes: Sequence[Shape]) -> Index:

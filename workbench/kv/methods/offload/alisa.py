@@ -14,8 +14,9 @@ from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.eight_bit import EightBitOffloadFormat
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, index_nbytes
 from workbench.kv.stores.offload import Index, OffloadFormat, Retriever
+from workbench.kv.stores.recomputed import Recomputer, Recomputing
 from workbench.kv.stores.rows import Rows
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace, Trace
 
 _SUM_BYTES = 2  # attention is remembered as float16
@@ -36,10 +37,14 @@ class ALISA(SinksAndRecent):
     Everything is stored at 8 bits (section V-B), unless all of it fits as it is. The paper rounds channel by channel;
     here each key and value has a scale and zero of its own, so that tokens can move one by one.
 
-    The paper sums over the last k steps, which takes k numbers of each token: here over `steps`, the sums live in host
-    memory, and before the first step they are those of the prompt's last queries. Up to 16 tokens that are read
-    together choose together. Phase III, deleting entries and computing them again where that is faster than fetching
-    them, changes throughput but no result: it is not done here.
+    Sums are over the last k steps, which takes k numbers of each token, or over `steps`; they live in host memory, and
+    before the first step they are those of the prompt's last queries. Up to 16 tokens that are read together choose
+    together.
+
+    Phase III: of the entries in host memory the oldest, a share `recompute`, are deleted, and where a step chooses one
+    the model reads the prompt's first tokens again for their keys and values. They come out as they were, so that this
+    saves host memory, costs time and changes no result. The paper finds the share, and the step from which on it
+    deletes, from times that it measured of its machine; here the share is given and holds from the first step.
     """
 
     key = "alisa"
@@ -51,24 +56,39 @@ class ALISA(SinksAndRecent):
     )
     claim = "up to 3 times FlexGen's throughput, with 80 % of the entries left out of each step"
     default_budget = 0.25
-
-    sinks: int = param(
-        0, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay; none as published"
+    fidelity = Fidelity(
+        "deviates", "scales of a token in place of a channel; when to recompute is given, not solved for"
     )
-    steps: int = param(64, ge=1, le=1024, help="latest steps whose attention is summed up; at most k, as published")
+    presets = (Preset("paper", "algorithm 1 and section V-B", sinks=0, steps=0, bits=8),)
+
+    sinks: int = param(0, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
+    steps: int = param(0, ge=0, le=1024, help="latest steps whose attention is summed up, at most k; 0: k")
     bits: Literal[8, 16] = param(8, help="bits of each stored number; 16: the cache's own precision")
+    recompute: float = param(
+        0.0,
+        ge=0,
+        le=0.9,
+        help="part of what would lie in host memory, the oldest, that is computed again instead",
+        own="the paper solves for it with its machine's times; at 0 it is its phase II, which gives the same answers",
+    )
 
     def layout(self, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if limit is not None and sum(shape.full_nbytes for shape in shapes) <= limit:
             return DenseFormat(dtype)
         index = RecentAttentionIndex(self.steps, study.trace)
         kind = EightBitOffloadFormat if self.bits == 8 else OffloadFormat
-        return kind(dtype, index, self.sinks)
+        again = None
+        if self.recompute:
+            again = Recomputing(self.recompute, Recomputer(study.reader(self.key), study.trace.ids))
+        return kind(dtype, index, self.sinks, recomputing=again)
 
 
 @dataclass(frozen=True)
 class RecentAttentionIndex(Index):
-    """Entries by the attention that their positions received in the latest steps; all of it lies in host memory."""
+    """Entries by the attention that their positions received in the latest steps; all of it lies in host memory.
+
+    steps: how many, at most as many as entries of a head are near; 0: as many as these.
+    """
 
     steps: int
     trace: Trace = field(compare=False, repr=False)
@@ -77,21 +97,21 @@ class RecentAttentionIndex(Index):
         return 0
 
     def host_nbytes(self, shape: Shape, others: Tensor) -> int:
-        steps = (shape.tokens - others).amax(dim=1).clamp(1, self.steps)  # [l]
+        steps = (shape.tokens - others).amax(dim=1).clamp(1, self.steps or shape.tokens)  # [l]
         sums = int(steps.sum()) * shape.tokens * _SUM_BYTES
         return sums + int(others.sum()) * INDEX_BYTES + index_nbytes(others)
 
     def build(self, layer: LayerTrace, others: Tensor) -> Retriever:
         near = others.shape[1] - others.sum(dim=1)  # [k]
-        rows = self.trace.once(("recent attention", layer.index, self.steps), lambda: self._rows(layer))
-        steps = min(self.steps, max(int(near.max()), 1))
+        steps = min(self.steps or layer.tokens, max(int(near.max()), 1))
+        rows = self.trace.once(("recent attention", layer.index, steps), lambda: self._rows(layer, steps))
         where = torch.arange(others.shape[1]).expand(others.shape[0], -1)[..., None]
         positions = Rows.where(where, others.cpu(), torch.int32)
-        return RecentAttention(rows[-steps:].clone(), positions, tuple(near.tolist()))
+        return RecentAttention(rows.clone(), positions, tuple(near.tolist()))
 
-    def _rows(self, layer: LayerTrace) -> Tensor:
+    def _rows(self, layer: LayerTrace, steps: int) -> Tensor:
         """What each of the prompt's last queries gave, summed over heads, float16 [steps, n] in host memory."""
-        rows = layer.attention(min(self.steps, layer.tokens)).sum(dim=(0, 1))
+        rows = layer.attention(min(steps, layer.tokens)).sum(dim=(0, 1))
         return rows.to("cpu", torch.float16)
 
 

@@ -9,7 +9,7 @@ import torch
 from workbench.kv.sinks_and_recent import SinksAndRecent
 from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.host_values import HostValuesFormat
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 
 
 @register
@@ -30,8 +30,21 @@ class KCache(SinksAndRecent):
     paper = Paper("Efficient LLM Inference with KCache", "He and Wu 2024", "2404.18057")
     claim = "40 % more throughput at the same accuracy, with half of the cache in host memory"
     default_budget = 0.6
+    fidelity = Fidelity(
+        "reconstructed from the abstract", "section 3 known from summaries; open: how many values, and which stay"
+    )
 
-    fetch: int = param(128, ge=1, le=16384, unit="tokens", help="values fetched for each query of a KV head")
+    sinks: int = param(
+        4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay", own="StreamingLLM's four"
+    )
+    fetch: int = param(
+        128,
+        ge=1,
+        le=16384,
+        unit="tokens",
+        help="values fetched for each query of a KV head",
+        own="no official code, and we could not read the paper's N",
+    )
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         return HostValuesFormat(dtype, self.fetch, self.sinks)

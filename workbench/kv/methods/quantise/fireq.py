@@ -11,7 +11,7 @@ from workbench.kv.base import KVMethod
 from workbench.kv.fitting import first_fitting
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.smoothed import SmoothedFormat
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
@@ -22,14 +22,15 @@ class FireQ(KVMethod):
     length to 8, which the rotation leaves alone; after it, the few channels that are still the largest, and their
     partners, get factors of their own instead (attention layers' outlier smoothing; factors, 8 and the number of
     channels as in the authors' code). Queries are divided by the same factors. Keys and values are rounded to
-    symmetric INT4, for each token and head in groups of channels with an FP8 scale; queries to FP8 with a scale for
-    each token and head. New tokens are quantised as they enter: nothing stays exact.
+    symmetric INT4, for each token and head in groups of channels, a head that is narrower than a group in one of its
+    own; queries to FP8 with a scale for each token and head. Scales are bfloat16, as in all cache configurations of the
+    authors' code, or FP8, the default of its fields. New tokens are quantised as they enter: nothing stays exact.
 
     The factors come from the prompt itself instead of a calibration set. Values of a head are brought to the same
     range by one factor, so that FP8 scales do not underflow. FP8 is emulated: products are formed in the model's
-    precision. The budget chooses "auto" bits: the uncompressed cache where it fits, else 8 (our addition, with
-    bfloat16 scales), else 4, as published and without a budget. INT4 weights and FP8 activations of the linear layers
-    are no part of this method.
+    precision. The budget chooses "auto" bits: the uncompressed cache where it fits, else 8 (our addition, scales always
+    bfloat16), else 4, as published and without a budget. INT4 weights and FP8 activations of the linear layers are no
+    part of this method.
     """
 
     key = "fireq"
@@ -42,10 +43,29 @@ class FireQ(KVMethod):
     claim = "1.68 times faster feed-forward and 1.26 times faster prefill than QServe, with INT4 weights and cache"
     of_entries = True
 
-    bits: Literal["auto", 4, 8] = param("auto", help="bits of each number, or the most that fit into the budget")
+    fidelity = Fidelity("deviates", "factors come from the prompt, not from a calibration set; the cache's part alone")
+    presets = (
+        Preset(
+            "script",
+            "llm-fireq/fireq, examples/quant_model_i4_f8.sh and the YAML file that it names, c3d87b0",
+            bits=4,
+            group=128,
+            outliers=8,
+            fp8_query=True,
+            scales="bfloat16",
+        ),
+        Preset("fields", "llm-fireq/fireq, mcomp/config/configs.py, c3d87b0", outliers=3, scales="fp8"),
+    )
+
+    bits: Literal["auto", 4, 8] = param(
+        "auto",
+        help="bits of each number, or the most that fit into the budget",
+        own="a budget decides; without one it is the published 4",
+    )
     group: int = param(128, ge=4, le=256, unit="channels", help="how many numbers of a token share a scale")
     outliers: int = param(8, ge=0, le=256, unit="channels", help="channels of a head smoothed on their own")
     fp8_query: bool = param(True, help="round queries to FP8 before they meet the keys")
+    scales: Literal["bfloat16", "fp8"] = param("bfloat16", help="what the scale of 4-bit numbers is stored as")
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if limit is None:
@@ -60,4 +80,5 @@ class FireQ(KVMethod):
             yield self._smoothed(bits)
 
     def _smoothed(self, bits: int) -> SmoothedFormat:
-        return SmoothedFormat(bits, self.group, self.outliers, self.fp8_query)
+        scales = torch.float8_e4m3fn if self.scales == "fp8" and bits == 4 else torch.bfloat16
+        return SmoothedFormat(bits, self.group, self.outliers, self.fp8_query, scales)

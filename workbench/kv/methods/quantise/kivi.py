@@ -11,7 +11,7 @@ from workbench.errors import BadParameter
 from workbench.kv.base import KVMethod
 from workbench.kv.fitting import first_fitting
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
@@ -34,9 +34,19 @@ class KIVI(KVMethod):
     title = "KIVI"
     paper = Paper("KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", "Liu et al. 2024", "2402.02750")
     claim = "2 bits with almost the same quality, 2.6 times less peak memory"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset("longbench", "jy-yuan/KIVI, docs/long_bench.md, 6ceef73", bits=2, group=32, residual=128),
+        Preset("longbench, 4 bits", "the same, for models with few KV heads", bits=4, group=32, residual=128),
+        Preset("example", "jy-yuan/KIVI, example.py, deacd55", bits=2, group=32, residual=32),
+    )
     of_entries = True
 
-    bits: Literal["auto", 2, 4, 8] = param("auto", help="bits of each number, or the most that fit into the budget")
+    bits: Literal["auto", 2, 4, 8] = param(
+        "auto",
+        help="bits of each number, or the most that fit into the budget",
+        own="a budget decides; without one it is the published 2",
+    )
     group: int = param(32, ge=4, le=256, unit="numbers", help="how many numbers share a scale and a zero")
     residual: int = param(
         128, ge=0, le=4096, unit="tokens", help="newest tokens that stay exact; a multiple of the group"

@@ -9,7 +9,9 @@ import torch
 
 from workbench.kv.accumulated_attention import AccumulatedAttention
 from workbench.kv.stores.format import Format, MixedFormat, Shape
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
+
+_OPEN = "no official code, and we could not read the paper's setting: 2 bits in groups of 32 as in KIVI"
 
 
 @register
@@ -37,13 +39,23 @@ class MiKV(AccumulatedAttention):
         "2402.18096",
     )
     claim = "a quarter of the cache with little loss, where eviction loses details"
+    fidelity = Fidelity(
+        "reconstructed from the abstract", "sections 3.1 and 3.2 known from summaries; open: group, what happens later"
+    )
+    presets = (Preset("abstract", "title and abstract: low precision for what would be evicted", balance=True),)
     default_budget = 0.5
 
-    low_bits: Literal[2, 4, 8] = param(2, help="bits of each number of the tokens that are not important")
-    group: int = param(32, ge=4, le=256, unit="channels", help="how many numbers of a token share a scale and a zero")
+    low_bits: Literal[2, 4, 8] = param(2, help="bits of each number of the tokens that are not important", own=_OPEN)
+    group: int = param(
+        32, ge=4, le=256, unit="channels", help="how many numbers of a token share a scale and a zero", own=_OPEN
+    )
     balance: bool = param(True, help="balance outlier channels of the keys before they are quantised")
     recent_share: float = param(
-        0.5, ge=0, le=1, help="part of the important tokens, the newest, that is safe while decoding"
+        0.5,
+        ge=0,
+        le=1,
+        help="part of the important tokens, the newest, that is safe while decoding",
+        own="H2O's half: the paper takes importance from it",
     )
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:

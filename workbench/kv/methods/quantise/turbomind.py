@@ -11,9 +11,10 @@ from workbench.kv.base import KVMethod
 from workbench.kv.fitting import first_fitting
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.kv.stores.packed import WHOLE
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 _BITS = (WHOLE, 8, 4, 2)
+_OPEN = "a budget decides; without one it is the engine's int4"
 
 
 @register
@@ -39,10 +40,21 @@ class TurboMind(KVMethod):
         "Efficient Mixed-Precision Large Language Model Inference with TurboMind", "Zhang et al. 2025", "2508.15601"
     )
     claim = "up to 61 % lower latency than other mixed-precision frameworks"
+    fidelity = Fidelity(
+        "deviates", "the cache's numbers only: the claim is about kernels for GPUs, which are not these"
+    )
+    presets = (
+        Preset("int4", "InternLM/lmdeploy, docs/en/quantization/kv_quant.md, 0bf868e", key_bits=4, value_bits=4),
+        Preset("int8", "the same", key_bits=8, value_bits=8),
+    )
     of_entries = True
 
-    key_bits: Literal["auto", 2, 4, 8, 16] = param("auto", help="bits of the keys, or the most that fit the budget")
-    value_bits: Literal["auto", 2, 4, 8, 16] = param("auto", help="bits of the values, or the most that fit the budget")
+    key_bits: Literal["auto", 2, 4, 8, 16] = param(
+        "auto", help="bits of the keys, or the most that fit the budget", own=_OPEN
+    )
+    value_bits: Literal["auto", 2, 4, 8, 16] = param(
+        "auto", help="bits of the values, or the most that fit the budget", own=_OPEN
+    )
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         widest = max(width for shape in shapes for width in (shape.key_width, shape.value_width))

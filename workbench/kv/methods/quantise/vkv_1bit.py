@@ -11,7 +11,9 @@ from workbench.core.bisection import largest
 from workbench.kv.base import KVMethod
 from workbench.kv.stores.calibrated import CalibratedFormat
 from workbench.kv.stores.format import DenseFormat, Format, Shape, stored_nbytes
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
+
+_WHERE = "where the image stands in the prompt is its user's to say; the published script has its model's own places"
 
 
 @register
@@ -34,14 +36,33 @@ class VisualKV1Bit(KVMethod):
     title = "CalibQuant"
     paper = Paper("CalibQuant: 1-Bit KV Cache Quantization for Multimodal LLMs", "Han, Zhang et al. 2025", "2502.14882")
     claim = "16 times smaller on visual tokens"
+    fidelity = Fidelity(
+        "deviates", "any stretch of tokens, not those of an image alone; lowered scores never turn their order round"
+    )
+    presets = (
+        Preset(
+            "1 bit",
+            "insuhan/calibquant, patch_internvl.py, 1dcfce8",
+            bits=1,
+            key_share=0.5,
+            value_share=0.3,
+            drop=3.0,
+        ),
+        Preset("2 bits", "the same", bits=2, key_share=1.0, value_share=1.0, drop=3.0),
+        Preset("4 bits", "the same", bits=4, key_share=1.0, value_share=1.0, drop=0.0),
+    )
 
     bits: Literal[1, 2, 4, 8] = param(1, help="bits of each number in the stretch")
     key_share: float = param(0.5, gt=0, le=1, help="part of a channel's range over which the levels of keys reach")
     value_share: float = param(0.3, gt=0, le=1, help="the same for values")
     drop: float = param(3.0, ge=0, le=100, help="by how much the largest score in the stretch falls")
-    start: int = param(0, ge=0, le=2**20, unit="tokens", help="first token of the stretch")
-    length: int = param(0, ge=0, le=2**20, unit="tokens", help="tokens in the stretch; 0: all but the newest")
-    recent: int = param(32, ge=0, le=4096, unit="tokens", help="newest tokens that stay exact where no length is set")
+    start: int = param(0, ge=0, le=2**20, unit="tokens", help="first token of the stretch", own=_WHERE)
+    length: int = param(
+        0, ge=0, le=2**20, unit="tokens", help="tokens in the stretch; 0: all but the newest", own=_WHERE
+    )
+    recent: int = param(
+        32, ge=0, le=4096, unit="tokens", help="newest tokens that stay exact where no length is set", own=_WHERE
+    )
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if self.length:

@@ -11,7 +11,7 @@ from workbench.kv.base import KVMethod
 from workbench.kv.fitting import first_fitting, halvings, pruning_steps
 from workbench.kv.stores.bitmap import BitmapFormat
 from workbench.kv.stores.format import DenseFormat, Format, Shape
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
@@ -34,10 +34,18 @@ class Mustafar(KVMethod):
         "2505.22913",
     )
     claim = "70 % of the numbers pruned, the cache at 45 %, 2.23 times the throughput"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset("speed test", "dhjoo98/mustafar, mem_spd_test.py and long_test.sh, d83ee7e", sparsity=70, recent=32),
+        Preset("arguments", "dhjoo98/mustafar, utils/process_args.py, a8fad80", sparsity=50, recent=128),
+    )
     of_entries = True
 
     sparsity: Literal["auto", 30, 40, 50, 60, 70, 80, 90] = param(
-        "auto", unit="%", help="share of a token's numbers that go, or as few as the budget asks for"
+        "auto",
+        unit="%",
+        help="share of a token's numbers that go, or as few as the budget asks for",
+        own="a budget decides; without one it is the published 70",
     )
     recent: int = param(32, ge=0, le=4096, unit="tokens", help="newest tokens that stay whole")
 

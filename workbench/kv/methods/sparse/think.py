@@ -11,7 +11,7 @@ from workbench.kv.base import KVMethod
 from workbench.kv.fitting import first_fitting, halvings, pruning_steps
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.pruned import PrunedFormat
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 
 @register
@@ -32,9 +32,22 @@ class ThinK(KVMethod):
     title = "ThinK"
     paper = Paper("ThinK: Thinner Key Cache by Query-Driven Pruning", "Xu et al. 2024", "2407.21018")
     claim = "over 20 % less KV memory at the same quality, 2.8 times less peak memory with KIVI"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset(
+            "longbench",
+            "SalesforceAIResearch/ThinK, ThinK_eager/run_longbench.py and src/kv_pruning_utils.py, d200577",
+            pruned=40,
+            window=32,
+            recent=32,
+        ),
+    )
 
     pruned: Literal["auto", 20, 30, 40, 50, 60, 70, 80] = param(
-        "auto", unit="%", help="share of key channels that go, or as few as the budget asks for"
+        "auto",
+        unit="%",
+        help="share of key channels that go, or as few as the budget asks for",
+        own="a budget decides; without one it is the published 40",
     )
     window: int = param(32, ge=1, le=1024, unit="tokens", help="queries at the end of the prompt that score channels")
     recent: int = param(32, ge=0, le=4096, unit="tokens", help="newest tokens whose keys keep all channels")

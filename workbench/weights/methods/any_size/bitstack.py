@@ -68,7 +68,12 @@ class BitStack(WeightMethod):
         own="16 take a larger share of small layers: divergence at 0.3 on workbench-tiny 1.08, as it is here 0.32",
     )
     blocks: int = param(16, ge=1, le=16, help="most blocks of a layer")
-    order: Literal["error", "perplexity"] = param("error", help="which layer gets its next block first", own="XX")
+    order: Literal["error", "perplexity"] = param(
+        "error",
+        help="which layer gets its next block first",
+        own="perplexity reads texts once for each block: 240 seconds of workbench-tiny on a CPU, not 5. Divergence "
+        "there at 0.4, 0.3 and 0.2: 0.20, 0.29 and 0.73; by errors 0.20, 0.32 and 0.77",
+    )
     texts: int = param(
         4,
         ge=1,

@@ -13,7 +13,7 @@ from workbench.core.evolution import evolve, exchanges, filled, switched, unifor
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
-from workbench.registry import Paper, find, param, register
+from workbench.registry import Fidelity, Paper, Preset, find, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.switched_model import SwitchedModel
@@ -47,12 +47,12 @@ class EvoPress(WeightMethod):
     uncompressed model's over calibration texts, in steps of more and more texts (algorithm 1;
     `workbench.core.evolution`). Nothing is assumed about how the errors of layers add up.
 
-    The paper searches for hundreds of generations of 64 to 128 children over millions of tokens; the defaults here are
-    sized for minutes on two cores. For so few the beginning matters. The paper's is one level everywhere; here each
-    layer is first switched one level up and down alone, and the search begins from the best of a few ways to exchange
-    levels by what that did (`slopes`). The paper switches between layers of one size only; here any may, measured in
-    bytes. The last step of a selection has all texts, so that the result is never worse on them than the same level
-    everywhere.
+    The authors' scripts search for 150 to 400 generations of 64 to 128 children over half a million tokens; the
+    defaults here are sized for minutes on two cores. For so few the beginning matters. The paper's is one level
+    everywhere; here each layer is first switched one level up and down alone, and the search begins from the best of a
+    few ways to exchange levels by what that did (`slopes`). The paper switches between layers of one size only; here
+    any may, measured in bytes. The last step of a selection has all texts, so that the result is never worse on them
+    than the same level everywhere.
 
     Budget: of the bytes of what `of` compresses, at 16 bits.
     """
@@ -63,23 +63,52 @@ class EvoPress(WeightMethod):
         "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", "Sieberling et al. 2025", "2410.14649"
     )
     claim = "the best levels for each layer at the same total size, for any compression"
+    fidelity = Fidelity(
+        "deviates", "a search of minutes over thousands of tokens, from a better beginning, not of hours over millions"
+    )
+    presets = (
+        Preset(
+            "quantisation", "IST-DASLab/EvoPress, scripts/run_quant_search.sh, 50888a0",
+            of="gptq", generations=150, offspring=128, slopes=0,
+        ),
+        Preset(
+            "pruning", "IST-DASLab/EvoPress, scripts/run_prune_search.sh, 50888a0",
+            of="sparsegpt", generations=400, offspring=64, slopes=0,
+        ),
+    )  # fmt: skip
     default_budget = 0.22
 
-    of: str = param("rtn", help='the method that compresses, and its parameters: "rtn", "rtn group_size=32"')
+    of: str = param("gptq", help='the method that compresses, and its parameters: "gptq", "rtn group_size=32"')
     levels: str = param(
-        "", help='to choose from: bits ("2,3,4"), or budgets; empty: all bits, or shares around the budget'
+        "",
+        help='to choose from: bits ("2,3,4"), or budgets; empty: all bits, or shares around the budget',
+        own="the script's 2 to 6 bits, of which quantisers here hold 2, 3, 4 and 8",
     )
-    generations: int = param(20, ge=0, le=2000, help="how often the fittest has children")
-    offspring: int = param(8, ge=1, le=256, help="children in each generation")
-    texts: int = param(16, ge=1, le=1024, help="calibration texts by which levels are judged")
-    tokens: int = param(128, ge=8, le=8192, unit="tokens", help="how much of each is read")
+    generations: int = param(20, ge=0, le=2000, help="how often the fittest has children", own="minutes on two cores")
+    offspring: int = param(8, ge=1, le=256, help="children in each generation", own="minutes on two cores")
+    texts: int = param(
+        16,
+        ge=1,
+        le=1024,
+        help="calibration texts by which levels are judged",
+        own="minutes on two cores; the script's last step has 16 texts of 8192",
+    )
+    tokens: int = param(
+        128,
+        ge=8,
+        le=8192,
+        unit="tokens",
+        help="how much of each is read",
+        own="minutes on two cores; the script has 8192",
+    )
     slopes: int = param(
         2,
         ge=0,
         le=1024,
         help="texts on which each layer is switched alone, to begin from; 0: the same level everywhere",
+        own="for few generations the beginning matters",
     )
-    seed: int = param(0, ge=0, le=2**31 - 1, help="of all that is drawn")
+    seed: int = param(0, ge=0, le=2**31 - 1, help="of all that is drawn", own="any number serves")
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import checked
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.bases.sequential import Sequential
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, DenseLinear, Parts, packed_nbytes
 from workbench.weights.solvers.gptq import gptq
-from workbench.weights.solvers.quantisation_grid import Grid, fit_least, squares
-
-_SHRINKS = tuple(1 - step / 25 for step in range(15))  # of the range that a group covers, down to 0.44
+from workbench.weights.solvers.quantisation_grid import Grid
+from workbench.weights.solvers.range_search import searched
 
 
 def weak_columns(change: Tensor, square: Tensor, count: int) -> Tensor:
@@ -27,13 +29,13 @@ def weak_columns(change: Tensor, square: Tensor, count: int) -> Tensor:
 
 
 @register
-class OWQ(Quantiser):
+class OWQ(Sequential, Quantiser):
     """Keep each layer's most sensitive columns at 16 bits, and round the others by GPTQ on truncated grids.
 
-    The weak columns come last in GPTQ's order, so they also take up what the others lose. The grid of each group covers
-    the share of its range that minimises the squared error of its weights (the paper's "quantisation configuration"
-    search, whose steps it leaves open: 15, down to 44 %). How many columns are weak is a share of each layer's columns,
-    the same for all layers, as in the paper's experiments. Hessians are those of the uncompressed model.
+    The weak columns come last in GPTQ's order, so they also take up what the others lose. The grid of each group is the
+    best of many steps and zeros (`searched`, the paper's "quantisation configuration" search); weak are the columns
+    that rounding on such grids hurts most. How many that are is a share of each layer's columns, the same for all
+    layers; the authors' code gives the layers of a Llama's MLP 0.375 of that share, and rounds to an even number.
     """
 
     key = "owq"
@@ -44,9 +46,28 @@ class OWQ(Quantiser):
         "2306.02272",
     )
     claim = "3.1 bits a weight as good as 4 bits by OPTQ (GPTQ)"
+    fidelity = Fidelity("as published")
+    presets = (
+        Preset(
+            "authors",
+            "xvyaward/owq, main.py and owq/recon.py, 03cfc99",
+            symmetric=False,
+            ranges=40,
+            damping=0.01,
+            sequential=True,
+        ),
+    )
     needs_hessian = True
 
-    weak: float = param(0.01, ge=0, le=0.5, help="share of each layer's columns that stay at 16 bits")
+    bits: Literal[2, 3, 4] = param(3, help="bits of each weight but the weak ones", own="those of the claim")
+    weak: float = param(
+        0.01,
+        ge=0,
+        le=0.5,
+        help="share of each layer's columns that stay at 16 bits",
+        own="the claim's 3.1 bits are 0.008 of the columns, which is less than one of 96",
+    )
+    ranges: int = param(40, ge=1, le=200, help="how many steps are tried for each group, each with every zero")
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
 
     def count(self, linear: nn.Linear) -> int:
@@ -61,17 +82,15 @@ class OWQ(Quantiser):
         places = (2 if in_features <= 2**15 else 4) * in_features  # which columns each part takes
         return packed + (2 * out_features * weak + places if weak else 0)
 
-    def truncated(self, weight: Tensor) -> Grid:
-        """The grid of weight [o, i] that covers the best share of each group's range."""
+    def grid(self, weight: Tensor, shrink: Tensor | float = 1.0) -> Grid:
+        """The best grid of each group of weight [o, i], whatever `shrink` says."""
         group = min(self.group_size, weight.shape[1])
-        return fit_least(
-            weight, self.bits, group, _SHRINKS, lambda change: squares(change, group), symmetric=self.symmetric
-        )
+        return searched(weight, self.bits, group, self.ranges, symmetric=self.symmetric)
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> CompactLinear:
         assert inputs is not None
         weight = linear.weight.detach().float()
-        weak = weak_columns(self.truncated(weight).nearest(weight) - weight, inputs.square, self.count(linear))
+        weak = weak_columns(self.grid(weight).nearest(weight) - weight, inputs.square, self.count(linear))
         rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device).index_fill_(0, weak, False)
         strong = rest.nonzero()[:, 0]
         order = torch.cat([strong, weak])
@@ -79,7 +98,7 @@ class OWQ(Quantiser):
         done = gptq(
             weight[:, order],
             inputs.hessian[order][:, order],
-            lambda part, _: self.truncated(part),
+            lambda part, _: self.grid(part),
             group,
             damping=self.damping,
             exact=len(weak),

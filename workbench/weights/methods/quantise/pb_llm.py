@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workbench.registry import Paper, param, register
-from workbench.weights.base import WeightMethod
+from workbench.registry import Fidelity, Paper, Preset, param, register
+from workbench.weights.bases.sequential import Sequential
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, PackedLinear, Parts, outliers_nbytes, packed_nbytes
 from workbench.weights.layers.outliers import nearest_eight
@@ -17,42 +17,54 @@ from workbench.weights.solvers.compensation import compensated, removal_cost
 from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import stored_scale
 
+_CODE = "hahnyuan/PB-LLM, gptq_pb/run_all.sh (low_frac 0.8) and run.py, fe85da9"
+
 
 @register
-class PBLLM(WeightMethod):
+class PBLLM(Sequential):
     """Hold a salient few of the weights at 8 bits and only the sign of all others.
 
     Salient are the largest weights, or those whose loss costs most once the columns to their right have made up for
-    it (`removal_cost`, section 3.3), over the whole matrix. The others become plus or minus α, the mean magnitude of a
-    group of columns of an output: the α with the smallest squared error (equation 9). Columns are replaced in turn,
-    and those to come make up for each ("PB-GPTQ", section 3.3). A sign is held for the salient weights too, and at 8
-    bits what they are beyond it. The paper shifts both by a zero point for each output; here there is none.
+    it (`removal_cost`, section 3.3), over the whole matrix. The others become plus or minus α, their mean magnitude in
+    an output: the α with the smallest squared error (equation 9). Columns are replaced in turn, and those to come make
+    up for each ("PB-GPTQ", section 3.3). A sign is held for the salient weights too, and at 8 bits what they are beyond
+    it. The authors' code shifts the signs by the mean of each output's weights, and finds both over all of them, the
+    salient ones counted as zero; here there is no shift.
 
     Without the paper's training (section 3.4), which is not here, few salient weights are not enough: the paper's own
-    OPT-1.3B has perplexity 166 on C4 at one in ten, 42 at one in five and 18 at one in two (table 1); the default model
-    is lost at one in ten, and has 167 in place of 17 at one in five.
+    OPT-1.3B has perplexity 166 on C4 at one in ten, 42 at one in five and 18 at one in two (table 1).
 
-    Everything counts: at one weight in five, a sign and its scales take 1.125 bits a weight, the salient codes 1.6,
+    Everything counts: at one weight in five, a sign takes one bit a weight, the salient codes 1.6,
     and their places, one bit for each weight, 1. The paper's 2.7 at one in ten (equation 3) are all but the scales. At
-    one in fifty all of it takes 1.6 to 1.7 bits.
+    one in fifty all of it takes 1.5.
     """
 
     key = "pb-llm"
     title = "PB-LLM"
     paper = Paper("PB-LLM: Partially Binarized Large Language Models", "Shang et al. 2023", "2310.00034")
     claim = "binarised but for a salient few, 2.7 bits a weight at one in ten, and trainable back to use"
+    fidelity = Fidelity("untrained part of a trained method", "PB-GPTQ alone, without the training of section 3.4")
+    presets = (
+        Preset("one in five", _CODE, salient=0.2, metric="hessian", group_size=0, damping=0.01, sequential=True),
+        Preset("one in ten", "the same (low_frac 0.9), and equation 3: 2.7 bits", salient=0.1),
+    )
     needs_hessian: ClassVar[bool] = True
 
     salient: float = param(0.2, ge=0, le=0.5, help="share of the weights that are held at 8 bits")
     metric: Literal["hessian", "magnitude"] = param("hessian", help="what makes a weight salient")
-    group_size: int = param(128, ge=8, le=8192, multiple_of=8, unit="columns", help="how many columns share an α")
+    group_size: int = param(
+        0, ge=0, le=8192, multiple_of=8, unit="columns", help="how many columns share an α; 0: all of an output's"
+    )
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
 
     def nbytes(self, linear: nn.Linear) -> int:
         outputs, inputs = linear.weight.shape
-        signs = packed_nbytes(outputs, inputs, 1, self.group_size, zero_bytes=0)
+        signs = packed_nbytes(outputs, inputs, 1, self._group(linear), zero_bytes=0)
         count = self._count(linear)
         return signs + (outliers_nbytes(outputs, inputs, count, 8) if count else 0)
+
+    def _group(self, linear: nn.Linear) -> int:
+        return min(self.group_size or linear.in_features, linear.in_features)
 
     def _count(self, linear: nn.Linear) -> int:
         return int(self.salient * linear.weight.numel())
@@ -63,9 +75,10 @@ class PBLLM(WeightMethod):
         factor = inverse_factor(inputs.hessian, self.damping)
         saliency = weight.abs() if self.metric == "magnitude" else removal_cost(weight, factor.diagonal())
         chosen = largest(saliency, self._count(linear))
-        made = binarised(weight, chosen, factor, self.group_size)
+        group = self._group(linear)
+        made = binarised(weight, chosen, factor, group)
         bias = None if chosen.any() else linear.bias
-        signs = PackedLinear(made.codes, 2 * made.alpha, None, 1, bias, group=min(self.group_size, weight.shape[1]))
+        signs = PackedLinear(made.codes, 2 * made.alpha, None, 1, bias, group=group)
         if not chosen.any():
             return signs
         beyond = OutliersLinear(made.beyond, chosen, scale=made.step)

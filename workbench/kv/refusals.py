@@ -1,0 +1,95 @@
+"""Why methods that each supply a stage cannot work together, in the order in which it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workbench.kv.base import Stages
+
+
+def contradictions(stages: Stages) -> Iterator[str]:
+    """What contradicts each other among the stages of a recipe that reads its prompt at once."""
+    yield from _in_host_memory(stages)
+    yield from _without_scores(stages)
+    if stages.evict is not None and stages.evict.rescores:
+        yield from _rescoring(stages)
+    else:
+        yield from _evicting(stages)
+
+
+def _in_host_memory(stages: Stages) -> Iterator[str]:
+    """What a store in host memory, or one that is looked into, does not allow."""
+    retrieve, place = stages.retrieve, stages.place
+    if stages.select is not None and retrieve is not None:
+        yield (
+            f"{stages.select.key} selects among what is on the device, {retrieve.key} fetches from host memory: use "
+            "one of the two"
+        )
+    for other, does in ((stages.store, "stores them at fewer bits"), (stages.merge, "merges them")):
+        if retrieve is not None and other is not None:
+            yield (
+                f"{retrieve.key} moves what is not selected to host memory, but {other.key} {does}: use one of the two"
+            )
+    for finding in (retrieve, stages.select):
+        if place is not None and finding is not None:
+            yield (
+                f"{finding.key} finds entries by where they stand in the text, but {place.key} closes them up: use "
+                f"{place.key} with true positions"
+            )
+
+
+def _without_scores(stages: Stages) -> Iterator[str]:
+    for lost in (stages.allocate, stages.merge):
+        if lost is not None and stages.score is None:
+            yield (
+                f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a "
+                "method that does, for instance snapkv"
+            )
+
+
+def _evicting(stages: Stages) -> Iterator[str]:
+    """What eviction by a state beside the entries does not allow."""
+    evict = stages.evict
+    if evict is None:
+        return
+    if evict is not stages.score:
+        scorer = stages.score.key if stages.score else "nothing"
+        yield f"{evict.key} evicts while decoding by its own scores, but {scorer} scores here"
+    keeping = stages.store or stages.retrieve
+    if keeping is not None:
+        yield (
+            f"{evict.key} evicts single entries while decoding, which the store of {keeping.key} cannot; use "
+            f"{evict.key} with decode=False"
+        )
+    if stages.select is not None:
+        yield (
+            f"{evict.key} evicts while decoding what {stages.select.key} has summed up with others; use {evict.key} "
+            "with decode=False"
+        )
+    if evict.evicts_layerwise and stages.allocate and stages.allocate.head_adaptive:
+        yield (
+            f"{evict.key} evicts the same positions from all heads of a layer, to which {stages.allocate.key} gives "
+            f"different lengths; use {evict.key} with decode=False"
+        )
+
+
+def _rescoring(stages: Stages) -> Iterator[str]:
+    """Why what is held cannot be scored anew while decoding."""
+    evict, scorer = stages.evict, stages.score
+    assert evict is not None
+    if scorer is None:
+        yield f"{evict.key} scores what is held anew while decoding, but nothing here scores: add a method that does"
+    elif not scorer.scores_by_layer and not evict.contributes("score"):
+        yield (
+            f"{evict.key} scores each layer anew while decoding, but {scorer.key} scores all layers of a reading "
+            "together; use another scorer"
+        )
+    for other, does in (
+        (stages.place, "closes positions up"),
+        (stages.retrieve, "moves entries to host memory"),
+        (stages.select, "selects among them by their place"),
+    ):
+        if other is not None:
+            yield f"{evict.key} scores entries by where they stand, but {other.key} {does}: leave one out"

@@ -1,0 +1,240 @@
+"""Leaving while decoding by the scores of any method: what is held is scored anew whenever room is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.errors import BudgetTooSmall, NotApplicable
+from workbench.kv.base import Holding, KVMethod, Stages, Study
+from workbench.kv.held import HeldLayer, scores_by_slot, view
+from workbench.kv.stores.capabilities import Droppable, Rescored
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
+from workbench.kv.stores.store import Dequantised, Store
+from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """Who decides while decoding: `evicting` when and how many leave, `scoring` which of them, `merging` what becomes
+    of them, None where nothing does.
+    """
+
+    evicting: KVMethod
+    scoring: KVMethod
+    merging: KVMethod | None = None
+
+    def check(self, layer: LayerTrace) -> None:
+        """Raise NotApplicable where the scorer needs queries, of which none will be held."""
+        if self.evicting.observes:
+            return
+        some = slice(0, min(layer.tokens, 8))
+        where = torch.arange(layer.tokens, device=layer.device)[some].expand(layer.kv_heads, -1)
+        nothing = layer.queries[:, :0], where[0, :0]
+        held = view(layer, layer.keys[:, some], layer.values[:, some], where, where, *nothing)
+        self.evicting.rescore(held, self.scoring, Holding(*[held.tokens] * 5))
+
+
+def observing(study: Study, stages: Stages, dtype: torch.dtype) -> Callable[[Format], Format]:
+    """From how entries are stored to how they are where some leave by the recipe's scores while decoding; where none
+    does, the same. Raises NotApplicable where the scorer needs queries and none are to be held.
+    """
+    if stages.evict is None or not stages.evict.rescores:
+        return lambda form: form
+    assert stages.score is not None
+    layer = study.trace.compressible[0]
+    rescoring = Rescoring(stages.evict, stages.score, stages.merge)
+    rescoring.check(layer)
+
+    def observed(form: Format) -> Format:
+        droppable = form.droppable()
+        assert droppable is not None
+        return ObservedFormat(droppable, rescoring, layer.heads, dtype)
+
+    return observed
+
+
+@dataclass(frozen=True)
+class ObservedFormat(Format):
+    """Another format, of whose entries some leave while decoding, with the last queries of each layer beside them."""
+
+    inner: Format
+    rescoring: Rescoring
+    heads: int
+    dtype: torch.dtype
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.tiers
+
+    @property
+    def by_layer(self) -> bool:  # type: ignore[override]
+        return self.inner.by_layer
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        return self.inner.nbytes(shape, selected) + len(selected) * self.beside(shape)
+
+    def beside(self, shape: Shape) -> int:
+        return self.rescoring.evicting.observes * (self.heads * shape.key_width * shape.itemsize + INDEX_BYTES)
+
+    def of_everything(self) -> Format:
+        return self.inner.of_everything() if isinstance(self.inner, DenseFormat) else self  # rounded, it has a budget
+
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
+        count = self.rescoring.evicting.observes
+        seen = min(count, layer.tokens)
+        queries = torch.zeros(layer.heads, count, layer.keys_held.shape[2], dtype=self.dtype, device=layer.device)
+        asked = torch.full((count,), -1, dtype=torch.int32, device=layer.device)
+        if seen:
+            queries[:, count - seen :] = layer.queries[:, layer.tokens - seen :].to(self.dtype)
+            asked[count - seen :] = torch.arange(layer.tokens - seen, layer.tokens, device=layer.device)
+        inner = self.inner.build(layer, tiers, state)
+        return ObservedStore(inner, self.rescoring, layer.blank(0), queries, asked)
+
+
+class ObservedStore(Store):
+    """Another store, with the last queries that were asked of it: when room is needed, what is held is scored anew.
+
+    queries [h, w, d], the newest last, at positions asked int32 [w], -1 where none has been asked yet.
+    """
+
+    def __init__(self, inner: Store, rescoring: Rescoring, layer: LayerTrace, queries: Tensor, asked: Tensor) -> None:
+        """layer: without data."""
+        assert inner.droppable is not None
+        self.inner, self.rescoring, self.layer = inner, rescoring, layer
+        self.queries, self.asked = queries, asked
+        self.begun: tuple[int, int] | None = None  # entries of the shortest head, and tokens, before the first pass
+
+    @property
+    def _inner(self) -> Droppable:
+        assert self.inner.droppable is not None
+        return self.inner.droppable
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.inner.append(keys, values, positions)
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        count = self.asked.numel()
+        if count:
+            self.queries = torch.cat([self.queries, query.to(self.queries.dtype)], dim=1)[:, -count:].clone()
+            asked = query_positions.to(self.asked.device, self.asked.dtype)
+            self.asked = torch.cat([self.asked, asked])[-count:].clone()
+        return self.inner.attend(query, query_positions, scoring, weights=weights)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.inner.kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    @property
+    def entries(self) -> int:
+        return self.inner.entries
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        return self.inner.slots()
+
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        return self.inner.contents(dtype)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        by_precision = {name: list(tensors) for name, tensors in self.inner.tensors().items()}
+        exact = str(self.queries.dtype).removeprefix("torch.")
+        by_precision.setdefault(exact, []).extend([self.queries, self.asked])
+        return by_precision
+
+    def clone(self) -> Self:
+        twin = type(self)(self.inner.clone(), self.rescoring, self.layer, self.queries.clone(), self.asked.clone())
+        twin.begun = self.begun
+        return twin
+
+    # -- leaving while decoding
+
+    @property
+    def rescored(self) -> Rescored | None:
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Entries of the head that has most."""
+        return self._inner.longest
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each head, int64 [k]."""
+        return self._inner.counts
+
+    def make_room(self, room: int) -> None:
+        """Let entries leave so that each head has room for as many more; those of the lowest scores, of equals the
+        oldest.
+        """
+        while True:
+            holding = self._holding(room)
+            leaving = self.rescoring.evicting.leaving_at_once(holding)
+            if leaving <= 0:
+                return
+            if leaving > holding.entries:
+                raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
+            self._evict(leaving, holding)
+            room -= leaving
+
+    def _holding(self, room: int) -> Holding:
+        entries, tokens = int(self.counts.min()), int(self.slots()[0].max()) + 1
+        if self.begun is None:
+            self.begun = entries, tokens
+        return Holding(entries, room, tokens, *self.begun)
+
+    def _evict(self, leaving: int, holding: Holding) -> None:
+        held = self.inner.contents(self.queries.dtype)
+        kept = self.asked >= 0
+        queries, asked = self.queries[:, kept], self.asked[kept].long()
+        scores = scores_by_slot(self.layer, held, queries, asked, lambda layer: self._scores(layer, holding))
+        if held.valid is not None:
+            scores = scores.masked_fill(~held.valid, torch.inf)
+        where = held.positions.expand_as(scores)
+        if held.valid is not None:  # what holds nothing stands behind all that does
+            where = where.masked_fill(~held.valid, torch.iinfo(where.dtype).max)
+        oldest_first = where.argsort(dim=1, stable=True)
+        order = scores.gather(1, oldest_first).argsort(dim=1, stable=True)[:, :leaving]
+        slots = oldest_first.gather(1, order)
+        if self.rescoring.merging is not None:
+            self._merge(held, scores, slots, queries, asked)
+        self._inner.evict(slots)
+
+    def _scores(self, layer: HeldLayer, holding: Holding) -> Tensor:
+        scores = self.rescoring.evicting.rescore(layer, self.rescoring.scoring, holding)
+        if scores.isnan().any():
+            raise NotApplicable(f"{self.rescoring.scoring.key}: its scores of what is held are not numbers")
+        return scores.float()
+
+    def _merge(self, held: Dequantised, scores: Tensor, slots: Tensor, queries: Tensor, asked: Tensor) -> None:
+        """Let what is in slots [k, e] go into what stays."""
+        merging, rewritable = self.rescoring.merging, self.inner.rewritable
+        assert merging is not None
+        assert rewritable is not None
+        leaves = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, slots, True)
+        keys, values, heads = held.keys.float(), held.values.float(), held.keys.shape[0]
+        where = held.positions.expand(heads, -1).long()
+        parts: Sequence[tuple[slice, Tensor]]
+        if held.valid is None:
+            parts = [(slice(None), where.argsort(dim=1))]
+        else:
+            real = [row.nonzero()[:, 0] for row in held.valid]
+            parts = [(slice(h, h + 1), at[where[h, at].argsort()][None]) for h, at in enumerate(real)]
+        group = queries.shape[0] // heads
+        for part, order in parts:
+            asking = queries if held.valid is None else queries[part.start * group : part.stop * group]
+            layer = view(self.layer, held.keys[part], held.values[part], where[part], order, asking, asked)
+            merged = merging.merge(layer, ~leaves[part].gather(1, order), scores[part].gather(1, order))
+            for whole, x in zip((keys, values), merged, strict=True):
+                whole[part] = whole[part].scatter(1, order[..., None].expand_as(x), x.float())
+        rewritable.rewrite(keys, values)
