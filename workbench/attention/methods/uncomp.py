@@ -111,13 +111,14 @@ class UNCompReading(AttentionMethod):
     def _going_on(self, tokens: int, device: torch.device, context: PassContext) -> Tensor:
         """The positions that take part in this layer, ascending, int64 [m]."""
         if context.layer in context.state:  # chosen before, by all heads
-            return context.state[context.layer].nonzero()[:, 0]
+            there: Tensor = context.state[context.layer]
+            return there.nonzero()[:, 0]
         if context.layer == 0 or "votes" not in context.state:
             return torch.arange(tokens, device=device)
         alive, votes = context.state["votes"]
         size = self.size(context.layer, context.layers, tokens)
-        best: Tensor = votes.argsort(descending=True, stable=True)[:size].sort().values
-        return alive[best]
+        going: Tensor = alive[votes.argsort(descending=True, stable=True)[:size].sort().values]
+        return going
 
     def _vote(self, query: Tensor, key: Tensor, alive: Tensor, scoring: Scoring, context: PassContext) -> None:
         """Leave for the next layer what those who are here, query [h, m, d] and key [k, m, d], gave to each other."""

@@ -39,7 +39,7 @@ class UNComp(SnapKV):
     Tokens are chosen by SnapKV's scores, from the last `window` queries.
 
     Chosen here: the KV part of the paper (the attention method `uncomp-reading` is what it does while reading); queries
-    after rotation, as in the authors' code; a layer's entropy is the mean of its heads', which the paper finds to follow
+    after rotation, as in the authors' code; a layer's entropy is the mean of its heads', which by the paper follows
     that of hidden states; entropies come from the prompt itself and not from a calibration text; a KV head has the mean
     of its query heads; the elbow of the spectrum is a parameter, 32 as in the authors' code. The paper leaves the sizes
     of stages open. Every head keeps the window where the budget allows.
