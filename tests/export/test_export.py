@@ -90,6 +90,7 @@ def test_an_exported_model_is_the_compressed_one_again(key: str, parameters: dic
     "recipe",
     [
         ["ostquant"],
+        ["awq"],
         [wb.weights.OSTQuant(input_bits=8)],
         ["quarot", "gptq"],
         ["wanda", "gptq"],
