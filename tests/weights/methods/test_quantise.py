@@ -27,8 +27,8 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
 from workbench.weights.methods.quantise.awq import awq_columns, group_errors
 from workbench.weights.methods.quantise.owq import weak_columns
-from workbench.weights.methods.quantise.slim_llm import bits_exchanged
 from workbench.weights.solvers import gptq as gptq_module
+from workbench.weights.solvers.bit_exchange import bits_by_divergence, bits_exchanged, drawn_inputs
 from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.group_grids import binary, near_grid, salient_grid
 from workbench.weights.solvers.inverse_hessian import inverse_factor
@@ -569,6 +569,30 @@ def test_the_grid_of_a_group_suits_the_columns_that_cannot_be_made_up_for() -> N
     least = fit_least(weight, 2, 16, [1.0, 0.8, 0.6], lambda change: squares(change, 16))
     assert bool((hurt(found) <= hurt(plain)).all())
     assert float(hurt(found).sum()) < float(hurt(least).sum())
+
+
+def test_as_many_pairs_exchange_a_bit_as_leave_the_distributions_of_outputs_closest() -> None:
+    for seed in range(4):
+        weight, x = drawn(6, 24, seed=seed), drawn(50, 24, seed=9) * torch.linspace(-1, 1.5, 24).exp()
+        rounded = torch.stack([fit(weight, bits, 4).nearest(weight) for bits in (1, 2, 3)])
+        salience = (weight * x.square().mean(0).sqrt()).square().unflatten(1, (6, 4)).sum(dim=(0, 2))
+        order, found = salience.argsort().tolist(), []
+        for pairs in range(4):
+            levels = [1] * 6
+            for low, high in zip(order[:pairs], order[::-1][:pairs], strict=True):
+                levels[low], levels[high] = 0, 2
+            mixed = torch.cat([rounded[level][:, 4 * g : 4 * g + 4] for g, level in enumerate(levels)], dim=1)
+            p, q = (x @ mixed.T).softmax(-1), (x @ weight.T).softmax(-1)
+            found.append((float((p * (p / q).log()).sum(-1).mean()), [level - 1 for level in levels]))
+        assert bits_by_divergence(weight, rounded, x, salience).tolist() == min(found)[1]
+
+
+def test_drawn_inputs_have_the_moments_of_what_was_seen() -> None:
+    seen = stats_of(correlated(400, 6)).hessian
+    x = drawn_inputs(seen)
+    assert x.shape == (256, 6) and torch.equal(x, drawn_inputs(seen))
+    spread = seen.diagonal().sqrt()
+    assert float(((x.T @ x / 256 - seen) / spread / spread[:, None]).abs().max()) < 0.3
 
 
 def test_published_ranges_are_the_best_within_a_tenth_of_a_groups_own() -> None:
