@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def fold(block: nn.Module, where: Fold, scales: Tensor) -> None:
         divided = torch.cat([divided[:-count], divided[-count:] / rows])
         setattr(before, key, nn.Parameter(divided.to(part.dtype), requires_grad=False))
     for name in where.layers:
-        layer = block.get_submodule(name)
+        layer: Any = block.get_submodule(name)
         layer.weight = nn.Parameter(
             (layer.weight.detach().float() * scales).to(layer.weight.dtype), requires_grad=False
         )

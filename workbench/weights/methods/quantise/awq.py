@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class AWQ(Quantiser):
 
     def _searched(self, passed: BlockPass, place: Fold) -> Tensor:
         """The scales of the layers at one place that change what leaves the module there least."""
-        layers = [passed.block.get_submodule(name) for name in place.layers]
+        layers: list[Any] = [passed.block.get_submodule(name) for name in place.layers]
         inputs = passed.inputs[f"{passed.name}.{place.layers[0]}"]
         plain = [layer.weight for layer in layers]
         weights = [weight.detach().float() for weight in plain]
