@@ -22,7 +22,7 @@ from workbench.budget import Budget
 from workbench.examples import needle
 from workbench.kv import RetrievalAttention
 from workbench.kv.base import Study
-from workbench.kv.methods.offload.retrievalattention import Keys
+from workbench.kv.stores.key_index import Keys
 from workbench.trace import Trace
 
 TOKENS, BUDGET = 2048, 0.1

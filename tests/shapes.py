@@ -33,7 +33,7 @@ from workbench.core.kmeans import kmeans
 from workbench.core.nearest import nearest_kept
 from workbench.core.partial_softmax import PartialSoftmax
 from workbench.core.rope import Rotation
-from workbench.kv.base import KVMethod, Study
+from workbench.kv.base import Holding, KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 from workbench.kv.held import HeldLayer
 from workbench.kv.plan import Plan
@@ -86,6 +86,8 @@ class OfKVMethod:
         Tensor, "{len(study.trace.compressible)} {study.trace.compressible[0].kv_heads} {study.trace.tokens}"
     ]: ...
 
+    def scores_at(self, study: Study, scores: Float32[Tensor, "l k n"], share: float) -> Float32[Tensor, "l k n"]: ...
+
     def importance(self, study: Study) -> Shaped[Tensor, "..."] | None: ...
 
     def allocate(self, ranking: Ranking, entries: int) -> Int64[Tensor, "{ranking.layers} {ranking.kv_heads}"]: ...
@@ -115,7 +117,9 @@ class OfKVMethod:
 
     def evict(self, state: State, positions: Int[Tensor, "k m"], room: int) -> Int64[Tensor, "k leaving"]: ...
 
-    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
+    def rescore(
+        self, held: HeldLayer, scorer: KVMethod, holding: Holding
+    ) -> Float32[Tensor, "{held.kv_heads} {held.tokens}"]: ...
 
 
 class OfRanking:
@@ -298,6 +302,10 @@ class OfFormat:
     def host_nbytes(self, shape: Shape, selected: Int64[Tensor, "l {shape.kv_heads}"]) -> int: ...
 
     def of_everything(self) -> Format: ...
+
+    def layers_with(self, layer: int) -> tuple[int, ...]: ...
+
+    def build_together(self, layers: Sequence[LayerTrace], tiers: Sequence[Tensor]) -> list[Store]: ...
 
     def build(
         self,

@@ -13,7 +13,7 @@ import workbench as wb
 from tests.kv.support import SHORT, softmax_rows, trace_of
 from tests.readings import decoder_of, ids_of, session_on
 from workbench.errors import BadRecipe, BudgetTooSmall, NotApplicable
-from workbench.kv import AdaKV, Decoding, Knorm, LookM, SnapKV
+from workbench.kv import AdaKV, Decoding, Knorm, LagKV, LookM, SnapKV
 from workbench.kv.base import KVMethod
 from workbench.kv.held import HeldLayer, scores_by_slot
 from workbench.models import tiny
@@ -270,3 +270,50 @@ def test_what_is_planned_is_what_stores_hold(store: tuple[str, ...]) -> None:
         others = [wb.method(key) for key in store]
         plan = make_plan(trace_of(), [scorer.with_budget(0.5), *others, Decoding(queries=8)], torch.bfloat16)  # type: ignore[list-item]
         check_plan(plan)
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(60, 44), (60, 30), (20, 14)])
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_lagkv_compresses_each_stretch_once_it_has_a_next_one(tokens: int, budget: int, chunk: int) -> None:
+    sinks, lag, steps = 4, 8, 42
+    trace = trace_of(tokens=tokens)
+    plan = make_plan(trace, [LagKV(sinks=sinks, lag=lag, budget=f"{budget} tokens")], torch.float32)
+    seen: Seen = [[] for _ in trace.layers]
+
+    class Watched(Decoder):
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+            seen[layer] += list(zip(query.unbind(1), key.unbind(1), value.unbind(1), strict=True))
+            return super().attend(layer, query, key, value, scoring)
+
+    decoder = Watched(tiny("llama"), plan.stores(), tokens, plan.stages.evict)
+    ids = torch.tensor([(7 * step + 3) % 256 for step in range(steps)])
+    for part in ids.split(chunk):
+        decoder.feed(part)
+    compared = max((tokens - sinks) // lag - 1, 0)
+    rest = tokens - compared * lag
+    share = (budget - rest) // compared if compared and budget > rest else budget * lag // tokens
+    passes = [range(tokens + at, tokens + min(at + chunk, steps)) for at in range(0, steps, chunk)]
+    for layer in trace.layers:
+        for head in range(2):
+            held = {p: (layer.keys[head, p], layer.values[head, p]) for p in plan.kept(layer.index, head).tolist()}
+            done = compared
+            for part in passes:
+                while (part[0] - sinks) // lag - 1 > done:
+                    first = sinks + done * lag
+                    old = [p for p in held if first <= p < first + lag]
+                    new = [p for p in held if first + lag <= p < first + 2 * lag]
+                    scores = dict.fromkeys(old, 0.0)
+                    for side in (0, 1):
+                        low = torch.stack([held[p][side] for p in new]).amin(dim=0)
+                        high = torch.stack([held[p][side] for p in new]).amax(dim=0)
+                        spread = torch.stack([((held[p][side] - low) / (high - low)).std() for p in old]).softmax(dim=0)
+                        for p, value in zip(old, spread.tolist(), strict=True):
+                            scores[p] += value
+                    for p in sorted(old, key=lambda p: scores[p])[: lag - share]:
+                        del held[p]
+                    done += 1
+                for p in part:
+                    _, key, value = seen[layer.index][p - tokens]
+                    held[p] = (key[head], value[head])
+            assert decoder.stores[layer.index].positions[head].tolist() == sorted(held)
+    assert not make_plan(trace, [LagKV(lag=lag, budget=0.5, decode=False)], torch.float32).evicts

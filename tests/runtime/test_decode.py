@@ -17,7 +17,7 @@ from workbench.models import TINY_ARCHITECTURES
 from workbench.registry import registered
 
 ModelOf = Callable[[str], PreTrainedModel]
-EVICTING = [cls.key for cls in registered("kv") if "decode" in cls.model_fields]
+EVICTING = [cls.key for cls in registered("kv") if "decode" in cls.model_fields and not cls.grows]
 TOLERANCE = 1e-4
 
 

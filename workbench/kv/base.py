@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 # The stages, and the methods of a class any of which supplies one.
 _METHODS_OF = {
-    "score": ("score", "scores"),
+    "score": ("score", "scores", "scores_at", "wanted"),
     "allocate": ("allocate",),
     "merge": ("merge",),
     "store": ("store", "layout"),
@@ -101,6 +101,21 @@ class Study:
         return self.forcing(stores, position, ids)
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What a layer's store holds before a pass, for a method that says how many leave.
+
+    entries: of the shortest head. room: how many each head needs for what comes so as not to outgrow the plan; 0 or
+    less where there is enough. tokens: read so far. planned, prompt: entries and tokens when decoding began.
+    """
+
+    entries: int
+    room: int
+    tokens: int
+    planned: int
+    prompt: int
+
+
 class KVMethod(Method):
     """Base of all methods that decide what the KV cache keeps, and how."""
 
@@ -119,6 +134,7 @@ class KVMethod(Method):
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill
+    grows: ClassVar[bool] = False  # while it evicts, the cache grows by the share that it keeps of what comes
     rescores: ClassVar[bool] = False  # evicts by scores of what is held, the recipe's, and not by an eviction state
     own_stores: ClassVar[bool] = False  # what it has read lies in stores of its own kind, which no other can replace
     of_entries: ClassVar[bool] = False  # its `store` needs entries alone: it can hold what a reading method leaves
@@ -150,6 +166,16 @@ class KVMethod(Method):
         layers = study.trace.compressible
         track = study.progress.track(layers, f"scoring by {self.key}", len(layers))
         return torch.stack([self.score(layer) for layer in track])
+
+    def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
+        """The scores [l, k, n] by which this share of all entries is chosen, from those that `scores` found once: for a
+        method that blends or cuts them by how much stays. Asked at every size that is tried: compute little here.
+        """
+        return scores
+
+    def wanted(self, ranking: Ranking) -> int | None:
+        """How many entries it keeps where no budget says so, for instance all above a threshold; None: all."""
+        return None
 
     def importance(self, study: Study) -> Tensor | None:
         """What `allocate` goes by besides the scores, for instance a weight of each layer; found once a trace."""
@@ -215,19 +241,28 @@ class KVMethod(Method):
         raise NotImplementedError
 
     @property
+    def leaves_prompt(self) -> bool:
+        """Whether the prompt stays whole, unscored, and entries leave while decoding, beyond a budget in tokens."""
+        return False
+
+    def holds(self, planned: int) -> int:
+        """The most entries of a head while decoding, where so many are planned, for a method that evicts then."""
+        return planned
+
+    @property
     def observes(self) -> int:
         """How many of the last queries are held beside the entries while decoding, for a method that `rescores`; they
         count in its budget.
         """
         return 0
 
-    def leaving_at_once(self, entries: int, room: int) -> int:
-        """How many entries of each head leave when its shortest holds `entries` and so many new tokens need room; asked
-        of methods that `rescores` before every pass, where room is 0 or less if there is enough.
+    def leaving_at_once(self, holding: Holding) -> int:
+        """How many entries of each head leave at once, the same of all; asked of methods that `rescores`, before every
+        pass and again until it says 0.
         """
-        return max(room, 0)
+        return max(holding.room, 0)
 
-    def rescore(self, held: HeldLayer, scorer: KVMethod) -> Tensor:
+    def rescore(self, held: HeldLayer, scorer: KVMethod, holding: Holding) -> Tensor:
         """Importance of each entry held, float [k, m], by which the lowest leave; `scorer` is the recipe's."""
         return scorer.score(held)
 

@@ -53,7 +53,7 @@ def _text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
         vocabulary = model.config.get_text_config().vocab_size
         return torch.randint(0, vocabulary, (most,), generator=torch.Generator().manual_seed(0))
     text = f"{example('dialogue').text}\n\n{example('code').text}\n\n{needle(_TOKENS).text}"
-    return torch.tensor(tokenizer(text, add_special_tokens=True)["input_ids"])[:most]
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])[:most]  # it may be longer than the model reads
 
 
 @dataclass

@@ -30,8 +30,8 @@ class Plan(Shown):
     """What KV methods decided on a trace.
 
     tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`. nbytes: what the stores
-    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. exact:
-    layers left alone, with the reason.
+    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. ranking:
+    the order by which entries were chosen. exact: layers left alone, with the reason.
     """
 
     trace: Trace
@@ -43,6 +43,7 @@ class Plan(Shown):
     nbytes: int
     full_nbytes: int
     host_nbytes: int = 0
+    ranking: Ranking | None = None
 
     @property
     def timeline(self) -> Timeline:
@@ -70,6 +71,7 @@ class Plan(Shown):
         bounded = (layer.window is not None or layer.shared is not None for layer in self.trace.layers)
         return (
             self.evicts
+            and not (self.stages.evict and self.stages.evict.grows)
             and self.closes_up
             and all(index not in self.exact or short for index, short in enumerate(bounded))
         )
@@ -109,7 +111,7 @@ class Plan(Shown):
 
     @property
     def evicts(self) -> bool:
-        """Whether entries are also evicted while decoding, so that the cache never outgrows the plan."""
+        """Whether entries leave while decoding; the cache then never outgrows the plan, unless its method `grows`."""
         if self.stages.evict is None:
             return False
         return not self.keeps_all or self.format.of_everything() == self.format  # which kept what evicting needs
@@ -141,19 +143,30 @@ class Plan(Shown):
 
     def stores(self) -> list[Store]:
         """Fresh stores, one a layer, holding exactly what was planned."""
-        made: list[Store] = []
+        made: dict[int, Store] = {}
         for layer in self.trace.layers:
-            made.append(self.store(layer) if layer.shared is None else SharedStore(made[layer.shared]))
-        return made
+            if layer.shared is not None:
+                made[layer.index] = SharedStore(made[layer.shared])
+            elif layer.index not in made:
+                made |= self._group(layer)
+        return [made[layer.index] for layer in self.trace.layers]
 
     def store(self, layer: LayerTrace) -> Store:
         """A fresh store for one layer that holds keys and values of its own.
 
         Raises OutOfRange where its numbers are too large for the store's.
         """
-        store = self._store(layer)
-        check_reach(store, layer)
-        return store
+        return self._group(layer)[layer.index]
+
+    def _group(self, layer: LayerTrace) -> dict[int, Store]:
+        """The stores, by layer, of all that hold something in common with this one."""
+        group = (layer.index,) if layer.index in self.exact else self.format.layers_with(layer.index)
+        layers = [self.trace.layers[index] for index in group]
+        together = len(group) > 1
+        made = self.format.build_together(layers, [self.tiers[i] for i in group]) if together else [self._store(layer)]
+        for store, held in zip(made, layers, strict=True):
+            check_reach(store, held)
+        return dict(zip(group, made, strict=True))
 
     def _store(self, layer: LayerTrace) -> Store:
         tiers = self.tiers[layer.index]
@@ -165,7 +178,7 @@ class Plan(Shown):
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:
             return DenseFormat(self.dtype).build(layer, tiers, None)
-        if self.keeps_all:
+        if self.keeps_all and not self.evicts:
             return self.format.of_everything().build(layer, tiers, None)
         state = None
         if self.evicts and self.stages.evict is not None and not self.stages.evict.rescores:
@@ -178,9 +191,8 @@ class Plan(Shown):
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""
-        assert self.stages.score is not None  # without one nothing is dropped, and nothing merged
-        ranking = rank(Study(self.trace), self.stages.score)  # found when planning
-        return ranking.scores[[other.index for other in self.trace.compressible].index(layer.index)]
+        assert self.ranking is not None  # without one nothing is dropped, and nothing merged
+        return self.ranking.scores[[other.index for other in self.trace.compressible].index(layer.index)]
 
     @property
     def label(self) -> str:

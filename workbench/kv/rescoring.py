@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BudgetTooSmall, NotApplicable
-from workbench.kv.base import KVMethod, Stages, Study
+from workbench.kv.base import Holding, KVMethod, Stages, Study
 from workbench.kv.held import HeldLayer, scores_by_slot, view
 from workbench.kv.stores.capabilities import Droppable, Rescored
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
@@ -36,9 +36,8 @@ class Rescoring:
         some = slice(0, min(layer.tokens, 8))
         where = torch.arange(layer.tokens, device=layer.device)[some].expand(layer.kv_heads, -1)
         nothing = layer.queries[:, :0], where[0, :0]
-        self.evicting.rescore(
-            view(layer, layer.keys[:, some], layer.values[:, some], where, where, *nothing), self.scoring
-        )
+        held = view(layer, layer.keys[:, some], layer.values[:, some], where, where, *nothing)
+        self.evicting.rescore(held, self.scoring, Holding(*[held.tokens] * 5))
 
 
 def observing(study: Study, stages: Stages, dtype: torch.dtype) -> Callable[[Format], Format]:
@@ -109,6 +108,7 @@ class ObservedStore(Store):
         assert inner.droppable is not None
         self.inner, self.rescoring, self.layer = inner, rescoring, layer
         self.queries, self.asked = queries, asked
+        self.begun: tuple[int, int] | None = None  # entries of the shortest head, and tokens, before the first pass
 
     @property
     def _inner(self) -> Droppable:
@@ -153,7 +153,9 @@ class ObservedStore(Store):
         return by_precision
 
     def clone(self) -> Self:
-        return type(self)(self.inner.clone(), self.rescoring, self.layer, self.queries.clone(), self.asked.clone())
+        twin = type(self)(self.inner.clone(), self.rescoring, self.layer, self.queries.clone(), self.asked.clone())
+        twin.begun = self.begun
+        return twin
 
     # -- leaving while decoding
 
@@ -175,17 +177,27 @@ class ObservedStore(Store):
         """Let entries leave so that each head has room for as many more; those of the lowest scores, of equals the
         oldest.
         """
-        evicting = self.rescoring.evicting
-        fewest = int(self.counts.min())
-        leaving = evicting.leaving_at_once(fewest, room)
-        if leaving <= 0:
-            return
-        if leaving > fewest:
-            raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
+        while True:
+            holding = self._holding(room)
+            leaving = self.rescoring.evicting.leaving_at_once(holding)
+            if leaving <= 0:
+                return
+            if leaving > holding.entries:
+                raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
+            self._evict(leaving, holding)
+            room -= leaving
+
+    def _holding(self, room: int) -> Holding:
+        entries, tokens = int(self.counts.min()), int(self.slots()[0].max()) + 1
+        if self.begun is None:
+            self.begun = entries, tokens
+        return Holding(entries, room, tokens, *self.begun)
+
+    def _evict(self, leaving: int, holding: Holding) -> None:
         held = self.inner.contents(self.queries.dtype)
         kept = self.asked >= 0
         queries, asked = self.queries[:, kept], self.asked[kept].long()
-        scores = scores_by_slot(self.layer, held, queries, asked, self._scores)
+        scores = scores_by_slot(self.layer, held, queries, asked, lambda layer: self._scores(layer, holding))
         if held.valid is not None:
             scores = scores.masked_fill(~held.valid, torch.inf)
         where = held.positions.expand_as(scores)
@@ -198,8 +210,8 @@ class ObservedStore(Store):
             self._merge(held, scores, slots, queries, asked)
         self._inner.evict(slots)
 
-    def _scores(self, layer: HeldLayer) -> Tensor:
-        scores = self.rescoring.evicting.rescore(layer, self.rescoring.scoring)
+    def _scores(self, layer: HeldLayer, holding: Holding) -> Tensor:
+        scores = self.rescoring.evicting.rescore(layer, self.rescoring.scoring, holding)
         if scores.isnan().any():
             raise NotApplicable(f"{self.rescoring.scoring.key}: its scores of what is held are not numbers")
         return scores.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from workbench.core.bisection import largest
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
+from workbench.kv.ranking import Ranking
 from workbench.kv.rescoring import observing
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.kv.stores.offload import OffloadFormat
@@ -55,14 +56,14 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             )
         return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
 
-    form, selected = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
+    form, selected, ranking = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
     rest = 2 if form.keeps_rest else 0
     tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
     counts = selected.sum(dim=-1)
     finished = _finished(form, counts, shapes)
     nbytes = fixed + stored_nbytes(finished, shapes, counts)
     host = stored_nbytes(finished, shapes, counts, host=True)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host)
+    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking)
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -82,14 +83,15 @@ def _fit(
     full: int,
     fixed: int,
     label: str,
-) -> tuple[Format, Tensor]:
-    """The format, and what is selected [l, k, n] at the largest size that meets the budgets."""
+) -> tuple[Format, Tensor, Ranking | None]:
+    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which."""
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
     observed = observing(study, stages, dtype)
     state = stages.evict.state_width if stages.evict else 0
-    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state)))
+    whole = stages.evict is not None and stages.evict.leaves_prompt
+    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=whole)))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -102,25 +104,26 @@ def _fit(
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
-        return form, everything
+        return form, everything, None
+
+    if whole:
+        _check_whole(limited, tokens, label)
+        return form, everything, None
 
     allocating = stages.allocate or selecting
-    ranking = rank(study, selecting).beside(_importance(study, allocating, selecting))
+    ranked = _Ranked(study, selecting, rank(study, selecting).beside(_importance(study, allocating, selecting)))
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
-        _check_stored(form, storing, stages)
+        _check_stored(form, storing, selecting, stages)
         form = observed(form)
     elif stages.retrieve is not None:
         form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
     selected_budget = None if budget is not None else _selecting_budget(methods, stages)
 
-    def selection(entries: int) -> Tensor:
-        return ranking.selected(allocating.allocate(ranking, entries).to(everything.device))
-
     def measured(kind: Format) -> Callable[[int], int]:
         def nbytes(entries: int) -> int:
-            counts = allocating.allocate(ranking, entries)
+            counts = allocating.allocate(ranked.at(entries), entries)
             return stored_nbytes(_finished(kind, counts, shapes), shapes, counts)
 
         return nbytes
@@ -137,13 +140,36 @@ def _fit(
             nbytes = measured(counted)
             entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)
             _check(nbytes(entries), target, full, fixed, label)
+        elif (wanted := selecting.wanted(ranked.plain)) is not None:
+            entries = min(max(wanted, least), most)
     if room is not None and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
         form = observed(_stored(stages, study, dtype, chosen, room - beside))
         _check(measured(form)(entries), room, full, fixed, label)
-    return form, selection(entries)
+    ranking = ranked.at(entries)
+    return form, ranking.selected(allocating.allocate(ranking, entries).to(everything.device)), ranking
+
+
+@dataclass
+class _Ranked:
+    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered."""
+
+    study: Study
+    selecting: KVMethod
+    plain: Ranking
+    _last: tuple[int, Ranking] | None = None
+
+    def at(self, entries: int) -> Ranking:
+        """By which so many entries are chosen."""
+        if type(self.selecting).scores_at is KVMethod.scores_at:
+            return self.plain
+        if self._last is None or self._last[0] != entries:
+            scores = self.plain.scores
+            scores = self.selecting.scores_at(self.study, scores, entries / scores.numel())
+            self._last = entries, Ranking(scores).beside(self.plain.importance)
+        return self._last[1]
 
 
 def _attended(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], stored: Format) -> Format:
@@ -170,8 +196,24 @@ def _stored(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[S
     return SelectingFormat(form, selection)
 
 
-def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
+def _check_whole(limited: Budget | None, tokens: int, label: str) -> None:
+    """Raise BadBudget where a method that leaves the prompt whole has no budget for what comes."""
+    if limited is None or limited.kind != "tokens":
+        raise BadBudget(
+            f"{label} leaves the prompt whole and evicts while decoding: give its budget as the tokens that each head "
+            f'may hold then, for instance "{2 * tokens} tokens"'
+        )
+    if limited.amount < tokens:
+        raise BadBudget(f"{label} leaves the prompt whole, whose {tokens} tokens are more than its budget of {limited}")
+
+
+def _check_stored(form: Format, storing: KVMethod, selecting: KVMethod, stages: Stages) -> None:
     """Raise BadRecipe where other stages cannot do their work on what `storing` stores in this format."""
+    if form.needs_all:
+        raise BadRecipe(
+            f"{storing.key} needs the same tokens of several layers, of which {selecting.key} drops some: use one of "
+            "the two"
+        )
     rescores = stages.evict is not None and stages.evict.rescores
     for other in (stages.merge, stages.evict if rescores else None):
         if other is not None and form.keeps_rest:
@@ -187,7 +229,7 @@ def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
     if stages.evict is not None and rescores and form.droppable() is None:
         raise BadRecipe(
             f"{storing.key} stores entries together, so that none can leave by itself while decoding: leave out "
-            f"{stages.evict.key}"
+            f"{stages.evict.key}, or use it with decode=False where it has that"
         )
     if stages.merge is not None and rescores and not form.rewritable:
         raise BadRecipe(

@@ -67,7 +67,8 @@ class Decoder:
                 if self._attends(layer.index):
                     self.attention.begin(layer, self._context)
         leaving = (store.rescored or store.evictable for store in self.stores)
-        self.capacity = [None if store is None else store.longest for store in leaving]
+        holds = (lambda planned: planned) if self.evicting is None else self.evicting.holds
+        self.capacity = [None if store is None else holds(store.longest) for store in leaving]
 
     def feed(self, ids: Tensor, *, logits: int = 1, measure: bool = False, positions: Tensor | None = None) -> Tensor:
         """Let the model read ids [q] as the next tokens; returns the last `logits` rows of logits [logits, v].

@@ -14,7 +14,7 @@ from workbench.core.rope import Rotation
 from workbench.errors import BadBudget
 from workbench.kv import CSKV, AdaKV, EigenAttention, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.methods.low_rank.eigen_attention import Profile, profiles_of, ranks_at
+from workbench.kv.rank_profiles import Profile, profiles_of, ranks_at
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.kv.stores.low_rank import LowRankFormat, LowRankStore, Ranks, rotary_of, spaces_of
 from workbench.kv.stores.rows import Rows

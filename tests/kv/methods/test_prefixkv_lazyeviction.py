@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kv.support import random_ranking, softmax_rows, trace_of
+from workbench.errors import BadBudget
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.allocate.prefixkv import held_before
@@ -117,6 +118,29 @@ def test_prefixkv_divides_the_room_for_another_scorer() -> None:
     assert plan.stages.score is methods[0] and plan.stages.allocate is methods[1]
     assert sum(store.nbytes for store in plan.stores()) == plan.nbytes <= 0.4 * plan.full_nbytes
     assert torch.equal(plan.tiers == 1, rank(Study(trace), methods[0]).selected(plan.counts))
+
+
+@pytest.mark.parametrize(("budget", "distance"), [("20 tokens", 5), ("20 tokens", 25), (0.3, 7)])
+def test_while_decoding_the_entry_so_far_from_the_end_leaves(budget: str | float, distance: int) -> None:
+    trace = trace_of(tokens=TOKENS)
+    plan = make_plan(trace, [PrefixKV(budget=budget, distance=distance)], torch.float32)
+    decoder = Decoder(tiny("llama"), plan.stores(), TOKENS, plan.stages.evict)
+    held = [[plan.kept(layer.index, head).tolist() for head in range(2)] for layer in trace.layers]
+    for token in range(TOKENS, TOKENS + 12):
+        decoder.feed(torch.tensor([token]))
+        for layer in held:
+            for row in layer:
+                row.append(token)
+                # Of the entries with the new one, that which the code cuts out: its place was fixed with the prompt.
+                del row[(len(row) - 1) - distance if len(row) - 1 > distance else (len(row) - 1) // 2]
+        assert [[row.tolist() for row in store.positions] for store in decoder.stores] == held
+        assert sum(store.nbytes for store in decoder.stores) == plan.nbytes
+
+
+def test_with_another_scorer_nothing_leaves_while_decoding() -> None:
+    trace = trace_of(tokens=TOKENS)
+    assert not make_plan(trace, [SnapKV(window=8, budget=0.4), PrefixKV()], torch.bfloat16).evicts
+    assert not make_plan(trace, [PrefixKV(budget=0.4, decode=False)], torch.bfloat16).evicts
 
 
 # -- LazyEviction
@@ -253,3 +277,43 @@ def test_small_caches_still_let_new_tokens_in(room: int) -> None:
     _, decoder, _, lengths = lazy_run(12, LazyEviction(budget=f"{room} tokens", window=4))
     assert max(lengths) <= room
     assert all(TOKENS + 11 in row.tolist() for store in decoder.stores for row in store.positions)
+
+
+def test_a_prompt_that_stays_whole_is_observed_from_the_answer_on() -> None:
+    room, steps, window, threshold = TOKENS + 6, 20, 4, 0.03
+    asked = LazyEviction(budget=f"{room} tokens", window=window, threshold=threshold, prompt=False)
+    trace, model = trace_of(tokens=TOKENS), tiny("llama")
+    plan = make_plan(trace, [asked], torch.float32)
+    assert plan.keeps_all
+    assert plan.evicts
+    assert sum(store.nbytes for store in plan.stores()) == plan.nbytes
+    seen: Seen = [[] for _ in trace.layers]
+
+    class Watched(Decoder):
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+            seen[layer].append((query.clone(), key.clone()))
+            return super().attend(layer, query, key, value, scoring)
+
+    decoder = Watched(model, plan.stores(), TOKENS, plan.stages.evict)
+    for step in range(steps):
+        decoder.feed(torch.tensor([(7 * step + 3) % 256]))
+        assert max(row.numel() for store in decoder.stores for row in store.positions) <= room
+    for layer in trace.layers:
+        for head in range(layer.kv_heads):
+            plain, held = Memory(threshold), {p: layer.keys[head, p] for p in range(TOKENS)}
+            for step, (query, new) in enumerate(seen[layer.index]):
+                if len(held) == room:
+                    older = sorted(held)[: room - window]
+                    for out in sorted(older, key=lambda p: (plain.matters(p), p))[:window]:
+                        del held[out]
+                held[TOKENS + step] = new[head, 0]
+                keys = torch.stack(list(held.values()))
+                rows = [(query[q, 0] @ keys.T * layer.scale).softmax(dim=0) for q in (2 * head, 2 * head + 1)]
+                plain.step(dict(zip(held, torch.stack(rows).amax(dim=0).tolist(), strict=True)))
+            assert decoder.stores[layer.index].positions[head].tolist() == sorted(held)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, "20 tokens", "64MiB"])
+def test_a_prompt_that_stays_whole_needs_a_budget_for_more(budget: float | str) -> None:
+    with pytest.raises(BadBudget, match="whole"):
+        make_plan(trace_of(tokens=TOKENS), [LazyEviction(budget=budget, prompt=False)], torch.float32)

@@ -414,6 +414,59 @@ def test_zipcache_marks_the_tokens_it_scores_highest() -> None:
             assert set((plan.tiers[layer.index, head] == 1).nonzero()[:, 0].tolist()) == set(best[head].tolist())
 
 
+@pytest.mark.parametrize("cut", [0, 40])  # nothing salient, and some
+def test_what_comes_is_quantised_with_everything_else_once_there_is_enough(cut: int) -> None:
+    layer, form = random_layer(), SalientFormat(torch.float32, 4, 2, gap=5)
+    tiers = torch.full((2, 60), 2, dtype=torch.uint8)
+    tiers[:, :cut] = 1
+    store = form.build(layer, tiers, None)
+    share, generator = cut / 60, torch.Generator().manual_seed(1)
+    held = store.contents(torch.float32)
+    known = [
+        {
+            int(held.positions.expand(2, -1)[h, s]): (held.keys[h, s], held.values[h, s])
+            for s in range(held.keys.shape[1])
+            if held.valid is None or bool(held.valid[h, s])
+        }
+        for h in range(2)
+    ]
+    high = [{p for p in range(60) if tiers[h, p] == 1} for h in range(2)]
+    for step in range(11):
+        key, value = torch.randn(2, 1, 20, generator=generator), torch.randn(2, 1, 18, generator=generator)
+        query, position = torch.randn(4, 1, 20, generator=generator), 60 + step
+        store.append(key, value, torch.tensor([position]))
+        twin = store.clone()
+        for h in range(2):
+            known[h][position] = (key[h, 0], value[h, 0])
+        out, _ = store.attend(query, torch.tensor([position]), Scoring(0.3))
+        for h in range(2):
+            keys = torch.stack([known[h][p][0] for p in range(position + 1)])
+            values = torch.stack([known[h][p][1] for p in range(position + 1)])
+            rows = [(keys @ query[2 * h + g, 0] * 0.3).softmax(dim=0) for g in range(2)]
+            assert torch.allclose(out[2 * h : 2 * h + 2, 0], torch.stack([row @ values for row in rows]), atol=1e-4)
+            if (step + 1) % 5 == 0:
+                given = {p: float(rows[0][p] + rows[1][p]) for p in range(position - 4, position + 1)}
+                high[h] |= set(sorted(given, key=lambda p: -given[p])[: int(share * 5 + 0.5)])
+        assert torch.equal(twin.attend(query, torch.tensor([position]), Scoring(0.3))[0], out)
+        if (step + 1) % 5 == 0:
+            joined = [
+                torch.stack([torch.stack([known[h][p][i] for p in range(position + 1)]) for h in range(2)])
+                for i in (0, 1)
+            ]
+            tiers = torch.tensor([[1 if p in high[h] else 2 for p in range(position + 1)] for h in range(2)])
+            again = replace(layer, keys_held=joined[0], values_held=joined[1])
+            fresh = form.build(again, tiers.to(torch.uint8), None)
+            want, got = fresh.contents(torch.float32), store.contents(torch.float32)
+            assert torch.equal(want.positions, got.positions)
+            assert torch.allclose(want.keys, got.keys, atol=1e-5)
+            assert torch.allclose(want.values, got.values, atol=1e-5)
+            assert fresh.nbytes_by_precision["2-bit"] == store.nbytes_by_precision["2-bit"]
+            for h in range(2):
+                real = range(got.keys.shape[1]) if got.valid is None else got.valid[h].nonzero()[:, 0].tolist()
+                known[h] = {int(got.positions.expand(2, -1)[h, s]): (got.keys[h, s], got.values[h, s]) for s in real}
+    assert [row.tolist() for row in store.positions] == [list(range(71))] * 2
+
+
 # -- one bit
 
 

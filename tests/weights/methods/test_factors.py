@@ -506,16 +506,14 @@ def test_tokens_of_a_cluster_share_a_logit_and_only_the_head_changes() -> None:
     assert len({id(p) for p in model.parameters()} - {id(p) for p in twin.parameters()}) == 1
 
 
-def test_tied_embeddings_still_look_up_their_own_rows() -> None:
+def test_a_head_that_is_tied_to_the_embedding_is_refused() -> None:
     model = tiny("gemma3")
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
-    survey = VQLogits().survey(model)
-    assert list(survey.linears) == ["lm_head"]
-    assert "tied to the head" in survey.left["model.embed_tokens"]
-    twin = compressed(model, [VQLogits()])
-    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
-    assert isinstance(twin.lm_head, CodebookLinear)
+    with pytest.raises(NotApplicable, match=r"tied to model\.embed_tokens.*larger"):
+        compressed(model, [VQLogits()])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    assert isinstance(compressed(model, [VQLogits(budget=0.5)]).lm_head, CodebookLinear)
 
 
 def test_rows_that_are_the_same_are_given_back_exactly() -> None:

@@ -57,6 +57,7 @@ class Format(ABC):
     by_layer: ClassVar[bool] = False
     attends_itself: ClassVar[bool] = False
     rewritable: ClassVar[bool] = False
+    needs_all: ClassVar[bool] = False  # cannot be built where positions were dropped
 
     @property
     def keeps_rest(self) -> bool:
@@ -87,6 +88,17 @@ class Format(ABC):
         """
         return None
 
+    def layers_with(self, layer: int) -> tuple[int, ...]:
+        """The layers, in order, that hold something in common with this one and are built together; itself included."""
+        return (layer,)
+
+    def build_together(self, layers: Sequence[LayerTrace], tiers: Sequence[Tensor]) -> list[Store]:
+        """The stores of several such layers, under tiers [k, n] each.
+
+        `nbytes` counts what they hold in common at one of them, and each store names its `partner`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         """The store of a layer under tiers [k, n] (0 dropped, else number of the tier); state [k, n] or [k, n, w]: the
@@ -108,6 +120,7 @@ class DenseFormat(Format):
     """Every kept entry at `dtype`, with an eviction state of `state` numbers for methods that evict while decoding.
 
     drops: entries leave while decoding without such a state; their positions are held even where all are kept.
+    always: entries leave while decoding also where the plan keeps everything.
     """
 
     rewritable: ClassVar[bool] = True
@@ -115,6 +128,7 @@ class DenseFormat(Format):
     dtype: torch.dtype
     state: int = 0
     drops: bool = False
+    always: bool = False
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -127,7 +141,7 @@ class DenseFormat(Format):
         return entries + index_nbytes(partial) * (3 + bool(self.state))
 
     def of_everything(self) -> DenseFormat:
-        return DenseFormat(self.dtype)
+        return self if self.always else DenseFormat(self.dtype)
 
     def droppable(self) -> DenseFormat:
         return replace(self, state=0, drops=True)

@@ -129,7 +129,7 @@ class PackedRows:
 
     def only(self, keep: Tensor) -> PackedRows:
         """The rows at which keep [k, longest] is True; only where each has a scale of its own (axis "token")."""
-        parts = (rows.only(keep) for rows in (self.codes, self.scale, self.zero))
+        parts = self.codes.only(keep), self.scale.only(keep), self.zero.only(keep)
         return PackedRows(*parts, self.bits, self.group, self.axis, self.channels, self.balance)
 
     def tensors(self) -> list[Tensor]:

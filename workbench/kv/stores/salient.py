@@ -1,8 +1,9 @@
-"""Two tiers, both quantised: more bits for salient tokens than for the others."""
+"""Two tiers, both quantised: more bits for salient tokens than for the others, also for those that come later."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,13 +15,15 @@ from workbench.kv.stores.packed import PackedRows
 from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
 
 _HALF = 2  # scales, zeros and channel factors are float16
 
 
 @dataclass(frozen=True)
 class SalientFormat(Format):
-    """Selected entries at `high` bits, all others at `low`; tokens that come while decoding at `dtype`.
+    """Selected entries at `high` bits, all others at `low`; tokens that come while decoding at `dtype`, until there are
+    `gap` of them and all is quantised anew (see `SalientStore`); 0: for good.
 
     Within a tier the keys of a head have a scale and zero for each channel; values have them for each token, after
     each channel was divided by the root of its largest magnitude (channel-separable token-wise).
@@ -29,6 +32,11 @@ class SalientFormat(Format):
     dtype: torch.dtype
     high: int
     low: int
+    gap: int = 0
+
+    @property
+    def attends_itself(self) -> bool:  # type: ignore[override]
+        return bool(self.gap)
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -46,21 +54,110 @@ class SalientFormat(Format):
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         nothing = torch.zeros_like(tiers, dtype=torch.bool)
-        parts: list[Store] = [DenseStore.where(layer.keys, layer.values, nothing, self.dtype)]
-        for tier, bits in ((1, self.high), (2, self.low)):
-            keep = tiers == tier
-            if bool(keep.any()):
-                parts.append(FrozenStore.where(*self._quantised(layer, keep, bits), keep))
-        return SplitStore(tuple(parts))
+        tail = DenseStore.where(layer.keys, layer.values, nothing, self.dtype)
+        settled = quantised_tiers(layer.keys, layer.values, tiers == 1, self.high, self.low)
+        if not self.gap:
+            return SplitStore((tail, *settled))
+        return SalientStore(tail, settled, self, share=float((tiers == 1).float().mean()))
 
-    def _quantised(self, layer: LayerTrace, keep: Tensor, bits: int) -> tuple[ChannelRows, PackedRows]:
-        lengths = keep.sum(dim=1)
-        keys, values = layer.keys.float(), layer.values.float()
-        factors = channel_factors(values, keep)
-        return (
-            ChannelRows.of(keys[keep], lengths, bits),
-            PackedRows.of(values[keep], lengths, bits, values.shape[-1], "token", factors),
-        )
+
+class SalientStore(SplitStore):
+    """New tokens in an exact tail; when there are `gap` of them, all that is held is quantised anew together with them.
+
+    Of each `gap` tokens so many are salient as were of the prompt, in each head those to which the query of the pass
+    gave most. What was quantised before is read, and rounded again by scales that hold for all.
+    """
+
+    moves_by_attention = True
+
+    def __init__(self, tail: DenseStore, settled: tuple[FrozenStore, ...], form: SalientFormat, share: float) -> None:
+        """share: of tokens that are salient."""
+        super().__init__((tail, *settled))
+        self.tail, self.settled, self.form, self.share = tail, settled, form, share
+        self._for_others = False
+
+    def keep_for_others(self) -> None:
+        self._for_others = True
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self._received, received = None, self._received
+        if received is not None:
+            self._settle(received)
+        super().append(keys, values, positions)
+
+    def reserve(self, tokens: int) -> None:
+        self.tail.reserve(min(tokens, 2 * self.form.gap))
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        count = self.tail.longest
+        full = count >= self.form.gap
+        out, probs = super().attend(query, query_positions, scoring, weights=weights or full)
+        if full:
+            assert probs is not None
+            self._received = probs[:, :, -1, :count].sum(dim=1)  # [k, t]
+            if not self._for_others:
+                received, self._received = self._received, None
+                self._settle(received)
+        return out, probs if weights else None
+
+    _received: Tensor | None = None  # what the tail's tokens got from the query of the pass, until they are settled
+
+    def _settle(self, received: Tensor) -> None:
+        """Quantise the tail's whole stretches of `gap` tokens, by the attention that each token received [k, t]."""
+        gap, count = self.form.gap, received.shape[1] // self.form.gap * self.form.gap
+        new = salient_of(received[:, :count].unflatten(1, (-1, gap)), self.share).flatten(1)
+        keys, values, high = self._in_order()
+        for rows in self.tail.placed:
+            rows.cut_front(count)
+        keys = torch.cat([keys, self.tail.keys.cut_front(count).float()], dim=1)
+        values = torch.cat([values, self.tail.values.cut_front(count).float()], dim=1)
+        self.settled = quantised_tiers(keys, values, torch.cat([high, new], dim=1), self.form.high, self.form.low)
+        self.parts = (self.tail, *self.settled)
+
+    def _in_order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [k, n, d] and values of all that is quantised, by position, and which are in the upper tier [k, n]."""
+        held = SplitStore(self.settled).contents(torch.float32)
+        where = held.positions.expand(len(held.keys), -1)
+        first = self.settled[0]
+        upper = first.keys.bits == self.form.high
+        high = torch.arange(where.shape[1], device=where.device) < (first.keys.codes.longest if upper else 0)
+        if held.valid is not None:
+            where = where.masked_fill(~held.valid, torch.iinfo(where.dtype).max)
+        entries = int(self.settled_entries)
+        order = where.argsort(dim=1, stable=True)[:, :entries]
+        keys, values = (x.gather(1, order[..., None].expand(-1, -1, x.shape[2])) for x in (held.keys, held.values))
+        return keys, values, high.expand_as(where).gather(1, order)
+
+    @property
+    def settled_entries(self) -> int:
+        """How many entries each head has that are quantised: all positions so far."""
+        return sum(part.entries for part in self.settled) // self.kv_heads
+
+    def clone(self) -> Self:
+        twin = type(self)(self.tail.clone(), tuple(part.clone() for part in self.settled), self.form, self.share)
+        twin._for_others, twin._received = self._for_others, self._received  # noqa: SLF001  (its own kind)
+        return twin
+
+
+def quantised_tiers(keys: Tensor, values: Tensor, high: Tensor, bits: int, low: int) -> tuple[FrozenStore, ...]:
+    """Keys [k, n, d] and values [k, n, dv]: at `bits` bits where high [k, n] is True, elsewhere at `low`."""
+    made = []
+    for keep, width in ((high, bits), (~high, low)):
+        if not bool(keep.any()):
+            continue
+        lengths, x = keep.sum(dim=1), values.float()
+        rows = PackedRows.of(x[keep], lengths, width, x.shape[-1], "token", channel_factors(x, keep))
+        made.append(FrozenStore.where(ChannelRows.of(keys.float()[keep], lengths, width), rows, keep))
+    return tuple(made)
+
+
+def salient_of(received: Tensor, share: float) -> Tensor:
+    """Which of each stretch's tokens are salient, by what each received [k, s, t]: a share of t, bool [k, s, t]."""
+    count = int(share * received.shape[-1] + 0.5)
+    best = received.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(received, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def channel_factors(values: Tensor, keep: Tensor) -> Tensor:

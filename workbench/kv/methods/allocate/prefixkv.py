@@ -17,6 +17,8 @@ class SharedAttention(AccumulatedAttention):
 
     sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
     recent: int = param(1, ge=1, le=1024, unit="tokens", help="tokens at the end that always stay")
+    distance: int = param(25, ge=1, le=1024, unit="tokens", help="which entry leaves while decoding, from the end")
+    decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
 
     def shared(self, layer: LayerTrace) -> Tensor:
         """What each position received of a head on average, float32 [n]."""
@@ -24,6 +26,17 @@ class SharedAttention(AccumulatedAttention):
 
     def score(self, layer: LayerTrace) -> Tensor:
         return keep_last(keep_first(self.shared(layer).expand(layer.kv_heads, -1), self.sinks), self.recent)
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.decode
+
+    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
+        held = int((positions >= 0).sum(dim=1).min())
+        first = held - self.distance if held > self.distance else held // 2  # as the code has it for small caches
+        first = max(min(first, held - room), 0)
+        last = torch.iinfo(positions.dtype).max
+        return positions.masked_fill(positions < 0, last).argsort(dim=1, stable=True)[:, first : first + room]
 
 
 @register
@@ -40,6 +53,10 @@ class PrefixKV(SharedAttention):
     Positions are chosen by the same attention, with the sinks and the last token always kept, or by any other scorer in
     the recipe. The authors' code takes sizes found on other prompts for its results, and finds them by the same rule;
     here every prompt has its own.
+
+    While decoding, as in that code, each new token pushes out the entry that stands `distance` from the end: what is
+    before it stays for good, and behind it rolls a window. A layer stays as large as it is planned, where the code
+    lets it grow by its share of what comes. With another scorer in the recipe nothing leaves.
     """
 
     key = "prefixkv"
@@ -50,8 +67,8 @@ class PrefixKV(SharedAttention):
         "2412.03409",
     )
     claim = "best quality for a given total budget"
-    fidelity = Fidelity("deviates", "sizes are found on the prompt itself, and nothing is evicted while decoding")
-    presets = (Preset("code", "THU-MIG/PrefixKV, prefixkv.py, 39b7265", sinks=4, recent=1),)
+    fidelity = Fidelity("deviates", "sizes are found on the prompt itself, and do not grow while decoding")
+    presets = (Preset("code", "THU-MIG/PrefixKV, prefixkv.py, 39b7265", sinks=4, recent=1, distance=25, decode=True),)
     default_budget = 0.5
 
     def importance(self, study: Study) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from workbench.kv.base import Holding
 from workbench.kv.methods.evict.knorm import Knorm
 from workbench.registry import Fidelity, Paper, Preset, param, register
 
@@ -49,5 +50,5 @@ class Decoding(Knorm):
     def observes(self) -> int:
         return self.queries
 
-    def leaving_at_once(self, entries: int, room: int) -> int:
-        return max(room, min(self.every, entries // 4)) if room > 0 else 0
+    def leaving_at_once(self, holding: Holding) -> int:
+        return max(holding.room, min(self.every, holding.entries // 4)) if holding.room > 0 else 0

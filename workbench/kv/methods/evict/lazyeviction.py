@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.base import KVMethod, Study, keep_last
-from workbench.registry import Fidelity, Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 _UNREAD = "the authors' value was not to be read: own choice"
@@ -29,9 +29,12 @@ class LazyEviction(KVMethod):
     among the last `window` (observation window). The paper lets the cache outgrow its budget by a window
     in between; here the budget is the most it ever holds. Windows are a quarter of the cache at most.
 
-    Choices where the paper leaves them open. It compresses nothing before the answer and so observes decoding only;
-    here the last `observed` queries of the prompt count as steps too, and decide what the prompt keeps. Each KV head
-    observes for itself, by the most attentive query of its group. Of equals the oldest leaves first.
+    The paper compresses nothing before the answer and observes decoding only: `prompt=False`, with a budget in tokens
+    for prompt and answer together. A budget that is a share of the prompt's bytes compresses the prompt too; then its
+    last `observed` queries count as steps and decide what it keeps.
+
+    Choices where the paper leaves them open: each KV head observes for itself, by the most attentive query of its
+    group. Of equals the oldest leaves first.
     """
 
     key = "lazyeviction"
@@ -42,7 +45,10 @@ class LazyEviction(KVMethod):
         "2506.15969",
     )
     claim = "half of the cache, the same accuracy in mathematical reasoning"
-    fidelity = Fidelity("deviates", "the prompt is compressed too, by what its last queries saw recur")
+    fidelity = Fidelity(
+        "deviates", "unless prompt=False the prompt is compressed too, by what its last queries saw recur"
+    )
+    presets = (Preset("decoding", "accounts of the paper, which was not to be read itself", prompt=False),)
     default_budget = 0.5
     state_width = 2
 
@@ -64,9 +70,23 @@ class LazyEviction(KVMethod):
         own="the paper always does; off for stores that cannot",
     )
 
+    prompt: bool = param(
+        True,
+        help="compress the prompt too; without, only what is held while decoding beyond a budget in tokens",
+        own="a budget is a share of the prompt's bytes, as for all methods; the paper leaves the prompt whole",
+    )
+
     @property
     def evicts_while_decoding(self) -> bool:
         return self.decode
+
+    @property
+    def leaves_prompt(self) -> bool:
+        return not self.prompt
+
+    def holds(self, planned: int) -> int:
+        budget = self.budget
+        return planned if self.prompt or budget is None else max(planned, int(budget.amount))
 
     def score(self, layer: LayerTrace) -> Tensor:
         return self._due(self.eviction_state(layer))
@@ -81,6 +101,8 @@ class LazyEviction(KVMethod):
 
     def eviction_state(self, layer: LayerTrace) -> Tensor:
         memory = torch.zeros(layer.kv_heads, layer.tokens, self.state_width, device=layer.device)
+        if not self.prompt:
+            return memory
         for _, rows in layer.attention_rows(min(self.observed, layer.tokens)):
             memory = self.update_state(memory, rows.view(layer.kv_heads, layer.groups, *rows.shape[1:]))
         return memory

@@ -74,11 +74,13 @@ class TailorKV(DenseAndSparse):
     bits "auto": 2, but 1 where the quantised layers at 2 bits would take more than half of the budget.
 
     Chosen here: the text is the package's own examples, where the authors take fifty questions of GSM8K (without a
-    model to read it, it is the prompt); channels are chosen by the layer's own query, where the code takes the next
-    layer's, computed a layer early, to copy them ahead of time: that changes when they are copied, and which only as
-    far as the two queries differ; the exact window in quantised layers stays where the prompt ended, and newer tokens
-    are exact until they fill a group of their own; old tokens of the answer follow into host memory, where the official
-    code keeps them.
+    model to read it, it is the prompt); the exact window in quantised layers stays where the prompt ended, and newer
+    tokens are exact until they fill a group of their own; old tokens of the answer follow into host memory, where the
+    official code keeps them.
+
+    Nothing is copied ahead of time: channels are chosen by the layer's own query, where the code takes the next layer's
+    projection of what enters this layer. On the default model and the tiny one 85 and 76 % of the channels are the same
+    by either, and of the 64 largest products a query finds 66 and 74 %, by the code's way 63 and 70 %.
     """
 
     key = "tailorkv"
