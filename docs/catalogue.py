@@ -41,6 +41,7 @@ KINDS = {
     "low_rank": "Low rank",
     "offload": "Host memory",
     "select": "Selection on the device",
+    "cross_layer": "Shared by layers",
     "chunked": "Chunked prefill in bounded memory",
     "prune": "Pruning",
     "structured": "Structured pruning",

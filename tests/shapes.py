@@ -303,6 +303,10 @@ class OfFormat:
 
     def of_everything(self) -> Format: ...
 
+    def layers_with(self, layer: int) -> tuple[int, ...]: ...
+
+    def build_together(self, layers: Sequence[LayerTrace], tiers: Sequence[Tensor]) -> list[Store]: ...
+
     def build(
         self,
         layer: LayerTrace,

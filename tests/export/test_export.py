@@ -85,6 +85,28 @@ def test_an_exported_model_is_the_compressed_one_again(key: str, parameters: dic
     assert again.facts.parameters == made.facts.parameters
 
 
+@pytest.mark.parametrize("untied", [True, False])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["ostquant"],
+        [wb.weights.OSTQuant(input_bits=8)],
+        ["quarot", "gptq"],
+        ["wanda", "gptq"],
+        ["svd", "rtn", wb.weights.Activations(static=True)],
+        ["quarot", "absmax", "activations"],
+    ],
+)
+def test_recipes_of_several_weight_methods_come_back(recipe: list[Any], untied: bool, tmp_path: Path) -> None:
+    made = session(tiny("llama") if untied else tied())
+    done = made.export(tmp_path / "m", recipe, format="workbench")
+    twin, again = made.readings.variants.get(wb.Recipe.of(recipe).methods), wb.Session.load(tmp_path / "m")
+    assert torch.equal(logits(again.model), logits(twin))
+    assert (again.model.lm_head.weight is again.model.get_input_embeddings().weight) is not untied
+    live = tensor_bytes([*twin.parameters(), *twin.buffers()])
+    assert live == again.facts.weight_bytes and live <= done.compressed_nbytes + done.rest_nbytes <= 1.01 * live
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "phi3", "mixtral"])
 def test_other_architectures_come_back_too(architecture: str, tmp_path: Path) -> None:
     made = session(tiny(architecture))

@@ -81,7 +81,8 @@ def test_half_a_budget_is_used_rather_than_wasted(key: str) -> None:
     # Trap 19: budgets not reached.
     plan = within(key, 0.5, trace_of(tokens=200))
     least = 0.25 if key == "fireq" else 0.42  # which has 4 bits or 8, and nothing between
-    assert least <= plan.share <= (0.6 if key in ("think", "kcache") else 0.5)  # these leave values, or keys, alone
+    # Two leave values, or keys, alone; one merges two layers of three.
+    assert least <= plan.share <= {"think": 0.6, "kcache": 0.6, "minicache": 0.75}.get(key, 0.5)
 
 
 @pytest.mark.parametrize("key", FIXED)

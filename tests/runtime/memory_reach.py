@@ -7,8 +7,9 @@ from workbench.registry import registered
 
 # The less room these have, the smaller the pieces in which they read: at a tenth, a hundred passes for a short prompt.
 READING = {cls.key for cls in registered("kv") if issubclass(cls, KVMethod) and cls().supplies("read")}
-# ThinK prunes keys alone, KCache moves values alone: the other half, positions and exact layers stay.
-LEAST = {"think": 0.7, "kcache": 0.7}
+# ThinK prunes keys alone, KCache moves values alone: the other half, positions and exact layers stay. MiniCache merges
+# two of the three layers.
+LEAST = {"think": 0.7, "kcache": 0.7, "minicache": 0.8}
 
 
 def within_reach(key: str, budget: float) -> float:

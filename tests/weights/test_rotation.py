@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import workbench as wb
 from tests.weights.support import IDS, logits
 from workbench.core.hadamard import matrix, order, rotate, unrotate, whole
-from workbench.errors import NotApplicable
+from workbench.errors import BadRecipe, NotApplicable
 from workbench.measure import space_used
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -130,7 +130,7 @@ def test_models_that_cannot_be_rotated_are_refused_with_the_reason(architecture:
 
 
 def test_what_is_compressed_already_cannot_be_rotated() -> None:
-    with pytest.raises(NotApplicable):
+    with pytest.raises(BadRecipe, match="they both choose how weights are held"):
         compressed(tiny("llama"), [wb.weights.RTN(), OSTQuant()])
 
 

@@ -120,8 +120,7 @@ def export_twin(
     written: "float16", "bfloat16" or "float32"; by default as the model holds them. What of the generation config is
     not valid goes back to its default, and the result says so. Raises NotApplicable where the format asked for has no
     place for a layer, a weight is too large for the dtype, or the configuration or the tokenizer cannot be written;
-    MissingExtra; InputError for a folder
-    that holds something else or cannot be written to.
+    MissingExtra; InputError for a folder that holds something else or cannot be written to.
     """
     folder = located(folder)
     precision = None if dtype is None else named_dtype(str(dtype).removeprefix("torch."))

@@ -15,6 +15,7 @@ from workbench.kv.methods.chunked.livevlm import LiveVLM
 from workbench.kv.methods.chunked.streammem import StreamMem
 from workbench.kv.methods.chunked.video_xl_2 import VideoXL2
 from workbench.kv.methods.chunked.xl3m import XL3M
+from workbench.kv.methods.cross_layer.minicache import MiniCache
 from workbench.kv.methods.evict.decoding import Decoding
 from workbench.kv.methods.evict.expected_attention import ExpectedAttention
 from workbench.kv.methods.evict.h2o import H2O
@@ -80,6 +81,7 @@ __all__ = [
     "LiveVLM",
     "LookM",
     "MiKV",
+    "MiniCache",
     "Mustafar",
     "PrefixKV",
     "PyramidKV",

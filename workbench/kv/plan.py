@@ -143,19 +143,30 @@ class Plan(Shown):
 
     def stores(self) -> list[Store]:
         """Fresh stores, one a layer, holding exactly what was planned."""
-        made: list[Store] = []
+        made: dict[int, Store] = {}
         for layer in self.trace.layers:
-            made.append(self.store(layer) if layer.shared is None else SharedStore(made[layer.shared]))
-        return made
+            if layer.shared is not None:
+                made[layer.index] = SharedStore(made[layer.shared])
+            elif layer.index not in made:
+                made |= self._group(layer)
+        return [made[layer.index] for layer in self.trace.layers]
 
     def store(self, layer: LayerTrace) -> Store:
         """A fresh store for one layer that holds keys and values of its own.
 
         Raises OutOfRange where its numbers are too large for the store's.
         """
-        store = self._store(layer)
-        check_reach(store, layer)
-        return store
+        return self._group(layer)[layer.index]
+
+    def _group(self, layer: LayerTrace) -> dict[int, Store]:
+        """The stores, by layer, of all that hold something in common with this one."""
+        group = (layer.index,) if layer.index in self.exact else self.format.layers_with(layer.index)
+        layers = [self.trace.layers[index] for index in group]
+        together = len(group) > 1
+        made = self.format.build_together(layers, [self.tiers[i] for i in group]) if together else [self._store(layer)]
+        for store, held in zip(made, layers, strict=True):
+            check_reach(store, held)
+        return dict(zip(group, made, strict=True))
 
     def _store(self, layer: LayerTrace) -> Store:
         tiers = self.tiers[layer.index]

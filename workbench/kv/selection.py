@@ -115,7 +115,7 @@ def _fit(
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
-        _check_stored(form, storing, stages)
+        _check_stored(form, storing, selecting, stages)
         form = observed(form)
     elif stages.retrieve is not None:
         form = OffloadFormat(dtype, stages.retrieve.retrieve(study, shapes))
@@ -207,8 +207,13 @@ def _check_whole(limited: Budget | None, tokens: int, label: str) -> None:
         raise BadBudget(f"{label} leaves the prompt whole, whose {tokens} tokens are more than its budget of {limited}")
 
 
-def _check_stored(form: Format, storing: KVMethod, stages: Stages) -> None:
+def _check_stored(form: Format, storing: KVMethod, selecting: KVMethod, stages: Stages) -> None:
     """Raise BadRecipe where other stages cannot do their work on what `storing` stores in this format."""
+    if form.needs_all:
+        raise BadRecipe(
+            f"{storing.key} needs the same tokens of several layers, of which {selecting.key} drops some: use one of "
+            "the two"
+        )
     rescores = stages.evict is not None and stages.evict.rescores
     for other in (stages.merge, stages.evict if rescores else None):
         if other is not None and form.keeps_rest:

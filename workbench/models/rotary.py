@@ -30,13 +30,14 @@ class Rotations:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def of(self, layer: int, read: int = 0) -> Rotation:
+    def of(self, layer: int, read: int = 0, width: int | None = None) -> Rotation:
         """The rotation of `layer`; nothing (a width of 0) where it attends without positions.
 
         read: tokens that were read at once, which choose among tables that switch with length; each later position, for
-        itself, is at the end of what has been read. Raises NoRotation where positions enter the model in another way,
+        itself, is at the end of what has been read. width: channels of the heads that are to be turned, where they may be
+        fewer than the model's own. Raises NoRotation where positions enter the model in another way,
         such as learned ones that are added to embeddings, and NotApplicable where the layer rotates by no convention
-        that is known.
+        that is known, or its heads have lost channels that are turned.
         """
         from workbench.core.rope import Rotation
         from workbench.engine.attention_hook import exclusive
@@ -47,6 +48,11 @@ class Rotations:
             raise NotApplicable(outcome)
         if outcome is None:
             raise _without(type(self._model).__name__)
+        if width is not None and outcome.width > width:
+            raise NotApplicable(
+                f"layer {layer} of {type(self._model).__name__} has lost {outcome.width - width} of {outcome.width} "
+                "channels that rotate, each head others; methods that rotate keys cannot be applied to it"
+            )
         if not isinstance(outcome.table, _Switching):
             return outcome
         return Rotation(partial(outcome.table, read=read), outcome.order)

@@ -79,7 +79,7 @@ class _Recorder:
             queries_held=recorded[2],
             device=query.device,
             scoring=scoring,
-            rotary=partial(self.rotations.of, self.origins[layer]),
+            rotary=partial(self.rotations.of, self.origins[layer], width=key.shape[-1]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,

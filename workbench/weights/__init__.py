@@ -6,6 +6,12 @@ the 16-bit bytes of the decoder's matrices that a method is for; what it cannot 
 full size. Quantisers are as small as their bits and groups make them, and a budget is only held against that; pruning
 and low rank are as small as their budget says. Scales, zeros, bitmaps and indices are counted.
 
+Methods of a recipe are applied in the order of their stages, whatever the order they are named in (`stages`): modules
+become smaller, weights are transformed, replaced by products, left out, rounded, and last what enters them is rounded.
+Each is calibrated on, and given, what those before it left: factors are plain layers to it, and pruned weights plain
+layers with zeros that stay zero. So `quarot | gptq`, `wanda | gptq`, `svd | rtn` and `absmax | activations` mean
+something, and what could undo an earlier method is refused.
+
 Layers share bytes out in one of two ways: all get the largest rank within the same share of theirs, or each has a
 ladder of sizes and the next bytes go where they lower the relative error most. A shortened model counts its layers
 from zero, so stores, plans and caches need to know nothing; its config says where each layer came from
@@ -28,6 +34,7 @@ from workbench.weights.methods.prune.magnitude import Magnitude
 from workbench.weights.methods.prune.sparsegpt import SparseGPT
 from workbench.weights.methods.prune.wanda import Wanda
 from workbench.weights.methods.quantise.absmax import AbsMax
+from workbench.weights.methods.quantise.activations import Activations
 from workbench.weights.methods.quantise.awq import AWQ
 from workbench.weights.methods.quantise.crossquant import CrossQuant
 from workbench.weights.methods.quantise.denseshift import DenseShift
@@ -68,6 +75,7 @@ __all__ = [
     "UDFC",
     "VPTQ",
     "AbsMax",
+    "Activations",
     "BitStack",
     "CoSpaDi",
     "CoreInfer",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import workbench as wb
 from tests.kv.support import random_ranking, softmax_rows, traced
@@ -16,11 +16,11 @@ from workbench.core.apportion import apportion
 from workbench.core.memo import Memo
 from workbench.engine import attention_hook
 from workbench.errors import NotApplicable
-from workbench.kv import HACK, AdaKV, HeadKV, HeadKVR2, KVzip, ScaleKV, UNComp
+from workbench.kv import HACK, AdaKV, HeadKV, HeadKVR2, KVzip, ScaleKV, UNComp, retrieval_heads
 from workbench.kv.base import Study
 from workbench.kv.methods.allocate import headkv
-from workbench.kv.methods.allocate.headkv import Task, copied, needle_tasks, reasoned
 from workbench.kv.methods.allocate.uncomp import truncated_entropy
+from workbench.kv.needle_tasks import Task, needle_tasks
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.prompt import Prompt
@@ -100,34 +100,6 @@ def test_heads_are_measured_as_published(method: HeadKV | HeadKVR2, architecture
     assert method.reasoning is False or float(got.std()) > 0
 
 
-def test_a_head_that_copies_scores_one_and_one_that_only_looks_scores_its_attention() -> None:
-    task = Task(torch.tensor([9, 1, 2, 3, 8, 7, 1, 2]), 1, torch.tensor([1, 2, 3]))
-    rows = torch.full((3, 3, 8), 0.01)
-    for i in range(3):
-        rows[0, i, 1 + i] = 0.9  # on the token that comes next
-        rows[1, i, 1 + (i + 1) % 3] = 0.5  # on the needle, but another token
-        rows[2, i, 4] = 0.9  # elsewhere
-    assert copied(rows, task).tolist() == [1, 0, 0]
-    assert reasoned(rows[:2, :, 1:4].new_zeros(1, 3, 8).index_fill(2, torch.tensor([4, 5, 6]), 0.3), task).tolist() == [
-        0
-    ]
-    spread = rows.clone()
-    spread[:, :, [1, 2, 3]] += 0.05  # the needle is each row's runner-up too
-    assert reasoned(spread, task)[:2].tolist() == pytest.approx([3 * 1.07 / 3, 3 * 0.67 / 3], abs=1e-5)
-
-
-def test_needles_of_text_stand_where_they_are_said_to(byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    model = tiny("llama")
-    for reasoning in (False, True):
-        for task in needle_tasks(model, byte_tokenizer, 4, 300, reasoning=reasoning):
-            needle = task.ids[task.start : task.start + len(task.answer)]
-            assert torch.equal(needle, task.answer)
-            assert torch.equal(task.ids[-len(task.answer) + 1 :], task.answer[:-1])
-            text = str(byte_tokenizer.decode(task.ids))
-            assert text.count("The secret number of the") == (3 if reasoning else 2)
-            assert ("older" in text) == reasoning and "\nAnswer:" in text
-
-
 def test_each_head_has_an_equal_part_and_its_share_of_the_pool() -> None:
     layers, heads, tokens, window = 4, 3, 200, 8
     importance = torch.rand(layers, heads, generator=torch.Generator().manual_seed(2))
@@ -154,7 +126,7 @@ def test_a_model_is_measured_once_whatever_it_reads(monkeypatch: pytest.MonkeyPa
         passes.append(args)
         return attention_hook.forward(*args, **options)
 
-    monkeypatch.setattr(headkv, "forward", counted)
+    monkeypatch.setattr(retrieval_heads, "forward", counted)
     method = HeadKV(budget=0.5, window=8, tasks=2, task_tokens=64)
     seen: list[tuple[str, int, int]] = []
     measured = Memo()

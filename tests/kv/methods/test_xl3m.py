@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import workbench as wb
 from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import XL3M
+from workbench.kv.asked import asked
 from workbench.kv.methods.chunked.xl3m import entropy, surest
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
+from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan
 from workbench_kernels import Scoring
 
@@ -38,19 +41,35 @@ def plain_entropy(found: testing.Reading, ids: Tensor) -> float:
     return -sum(p * math.log(p) for p in chances if p > 0)
 
 
+@pytest.mark.parametrize(("overlap", "step"), [(0.0, 8), (0.25, 6), (0.5, 4)])
 @pytest.mark.parametrize("question", [None, ids_of(5, 3)])
-def test_the_segments_kept_are_those_after_which_the_model_is_surest(question: Tensor | None) -> None:
+def test_the_segments_kept_are_those_after_which_the_model_is_surest(
+    question: Tensor | None, overlap: float, step: int
+) -> None:
     found = testing.fresh_reading(tokens=100)
-    plan = planned(found, question, budget="40 tokens")
+    plan = planned(found, question, budget="40 tokens", overlap=overlap)
     ids, each = found.trace.ids, int(plan.counts[0, 0])
     asked = ids[-6:] if question is None else question
-    segments = [list(range(start, min(start + 8, 94))) for start in range(4, 94, 8)]
+    segments, end = [list(range(4, 12))], 12
+    while end < 94:  # each begins with the end of the one before
+        start, end = segments[-1][0] + step, min(segments[-1][0] + step + 8, 94)
+        segments.append(list(range(start, end)))
     found_entropies = [plain_entropy(found, torch.cat([ids[:4], ids[part], asked])) for part in segments]
     kept = [0, 1, 2, 3, *range(94, 100)]
     for index in sorted(range(len(segments)), key=lambda index: found_entropies[index]):
-        kept += segments[index][: each - len(kept)]
+        kept += [at for at in segments[index] if at not in kept][: each - len(kept)]
     assert 34 <= each <= 40
     assert all(plan.kept(layer, head).tolist() == sorted(kept) for layer in range(3) for head in range(2))
+
+
+def test_a_question_is_judged_with_the_templates_tokens_after_it_or_without(byte_tokenizer: Any) -> None:
+    byte_tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+    prompt = Prompt.of("some text to read", byte_tokenizer)
+    question = prompt.question_ids("what?", byte_tokenizer)
+    words = asked(replace(prompt, tokenizer=byte_tokenizer), question)
+    assert byte_tokenizer.decode(words).strip() == "what?" and torch.equal(question[: len(words)], words)
+    assert len(words) < len(question)
+    assert torch.equal(asked(prompt, ids_of(5)), ids_of(5)) and torch.equal(asked(prompt, question), question)
 
 
 def test_the_key_context_is_read_as_one_text_at_its_true_positions() -> None:

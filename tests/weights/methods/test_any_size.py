@@ -271,11 +271,11 @@ def test_weights_come_out_as_close_as_by_rounding_to_nearest_at_once(bits: int) 
 def test_every_width_is_made_of_the_eight_bit_codes_alone() -> None:
     model = tiny("llama")
     study = studied(model, tokens=32)
-    wide = with_study(model, DoubleRounding(), study)
+    wide = with_study(model, DoubleRounding(symmetric=False), study)
     for parameter in model.parameters():
         parameter.data = torch.full_like(parameter.data, float("nan"))  # whoever looks at the weights again sees these
     for bits in (6, 4, 3, 2, 5, 8):
-        twin = with_study(model, DoubleRounding(bits=bits), study)
+        twin = with_study(model, DoubleRounding(bits=bits, symmetric=False), study)
         for name, layer in wide.named_modules():
             if isinstance(layer, PackedLinear):
                 narrow = twin.get_submodule(name)
@@ -289,7 +289,7 @@ def test_every_width_is_made_of_the_eight_bit_codes_alone() -> None:
 
 def test_eight_bits_are_those_of_rounding_to_nearest() -> None:
     model = tiny("llama")
-    ours, rtn = compressed(model, [DoubleRounding()]), compressed(model, [RTN(bits=8)])
+    ours, rtn = compressed(model, [DoubleRounding(symmetric=False)]), compressed(model, [RTN(bits=8)])
     assert torch.equal(logits(ours, RANDOM_IDS), logits(rtn, RANDOM_IDS))
 
 
@@ -342,9 +342,9 @@ def test_mixed_widths_lose_less_than_one_width_of_the_same_bytes() -> None:
             weight[:, 0] *= 30  # outliers: three bits are far too few here
             linear.weight = nn.Parameter(weight)
     study = studied(model, tokens=32)
-    uniform = DoubleRounding(bits=3)
+    uniform = DoubleRounding(bits=3, symmetric=False)
     share = uniform.survey(model).nbytes / uniform.survey(model).full_nbytes
-    twins = [with_study(model, method, study) for method in (uniform, DoubleRounding(budget=share))]
+    twins = [with_study(model, method, study) for method in (uniform, DoubleRounding(budget=share, symmetric=False))]
 
     def lost(twin: PreTrainedModel) -> float:
         total = 0.0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import workbench as wb
-from tests.weights.support import RANDOM_IDS, correlated, drawn, logits, stats_of, studied, with_study
+from tests.weights.support import IDS, RANDOM_IDS, correlated, drawn, logits, seeded, stats_of, studied, with_study
 from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
@@ -23,9 +24,10 @@ from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
-from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, shares, value_moment
+from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, pair_scores, shares, value_moment
 from workbench.weights.solvers.low_rank import row_weighted, truncated, updated, whitened
 from workbench.weights.solvers.whitening import root
+from workbench.weights.surgery.prunable import PrunableQueriesKeys, prunable_modules
 from workbench.weights.surgery.sharing_copy import sharing_copy
 
 
@@ -336,6 +338,61 @@ def test_moments_of_values_count_their_bias() -> None:
     torch.testing.assert_close(value_moment(rows, bias, stats_of(x)), v.T @ v / 300, rtol=1e-3, atol=1e-3)
 
 
+def test_pairs_of_channels_are_scored_by_what_they_carry_at_every_position() -> None:
+    q, k = drawn(50, 2, 2, 8), drawn(50, 2, 8, seed=1)  # [n, heads, groups, d], [n, heads, d]
+    found = pair_scores(q.square().mean(0).flatten(), k.square().mean(0).flatten(), 2, 2)
+    for head, pair in itertools.product(range(2), range(4)):
+        both = [pair, pair + 4]
+        asked = sum(float(q[:, head, group, i].square().mean()) for group in range(2) for i in both)
+        answered = sum(float(k[:, head, i].square().mean()) for i in both)
+        assert float(found[head, pair]) == pytest.approx((asked * answered) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mqa", "mha", "qwen2", "mistral"])
+def test_narrow_queries_and_keys_are_the_whole_ones_without_the_other_pairs(architecture: str) -> None:
+    model = tiny(architecture)
+    twin, masked = copy.deepcopy(model), copy.deepcopy(model)
+    for module in prunable_modules(twin):
+        if isinstance(module, PrunableQueriesKeys):
+            kept = torch.rand(module.heads, module.width, generator=seeded()).topk(5, dim=1).indices.sort(dim=1).values
+            module.prune(twin, kept)
+            gone = torch.ones(module.heads, module.width, dtype=torch.bool).scatter_(1, kept, False)
+            for name, (_, heads) in module.layers.items():
+                layer = masked.get_submodule(name)
+                lost = gone.repeat_interleave(heads // module.heads, dim=0).repeat(1, 2).flatten()
+                layer.weight[lost] = 0
+                if layer.bias is not None:
+                    layer.bias[lost] = 0
+    for implementation in ("eager", "sdpa"):
+        for each in (twin, masked):
+            each.set_attn_implementation(implementation)
+        torch.testing.assert_close(logits(twin), logits(masked), rtol=1e-4, atol=1e-4)
+    cache = DynamicCache(config=twin.config)
+    with torch.no_grad():
+        steps = [twin(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1] for token in IDS[:12]]
+    torch.testing.assert_close(torch.stack(steps), logits(masked, IDS[:12]), rtol=1e-3, atol=1e-3)
+    assert cache.layers[0].keys.shape[-1] == 10
+
+
+@pytest.mark.parametrize("key", ["full", "snapkv", "kivi", "streaming-llm", "pyramidkv", "cskv", "expected-attention"])
+def test_cache_methods_run_on_narrow_keys_or_say_why_not(key: str) -> None:
+    session = wb.Session((tiny("llama"), None))
+    session.read(IDS)
+    recipe = [MoDeGPT(budget=0.7)] + ([] if key == "full" else [wb.method(key)])
+    try:
+        run = session.run(recipe, max_new_tokens=3)
+    except NotApplicable as refusal:
+        assert "rotat" in str(refusal)
+        return
+    assert len(run.tokens) == 3 and key != "cskv"
+
+
+def test_narrow_queries_and_keys_make_the_cache_narrower(tiny_llama: PreTrainedModel) -> None:
+    whole, narrow = (compressed(tiny_llama, [MoDeGPT(budget=0.6, queries_keys=chosen)]) for chosen in (False, True))
+    keys = [twin.get_submodule("model.layers.1.self_attn.k_proj").out_features for twin in (whole, narrow)]
+    assert keys[1] < keys[0] == 32
+
+
 def test_blocks_that_do_little_lose_most() -> None:
     importance = torch.tensor([0.5, 0.1, 0.3])
     found = shares(importance, 0.2)
@@ -362,9 +419,18 @@ def test_modules_become_narrower_inside_and_fit(architecture: str, budget: float
     assert budget * survey.full_nbytes - slack < held <= budget * survey.full_nbytes
     assert all(isinstance(layer.self_attn, NarrowAttention) for layer in twin.model.layers)
     assert bool(logits(twin, RANDOM_IDS).isfinite().all())
-    assert {reason for name, reason in survey.left.items() if "q_proj" in name} == {"queries and keys stay whole"}
-    layer = twin.model.layers[0].self_attn
-    assert torch.equal(layer.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+    assert any(name.endswith("q_proj") for name in survey.linears) == (architecture != "qwen3")  # which has q_norm
+
+
+def test_queries_and_keys_that_stay_whole_are_the_models_own() -> None:
+    model = tiny("llama")
+    method = MoDeGPT(budget=0.5, queries_keys=False)
+    left = method.survey(model).left
+    assert {reason for name, reason in left.items() if "q_proj" in name} == {"queries and keys stay whole"}
+    twin = with_study(model, method, studied(model))
+    for part in ("q_proj", "k_proj"):
+        name = f"model.layers.0.self_attn.{part}.weight"
+        assert twin.get_parameter(name) is model.get_parameter(name)
 
 
 def test_mixtures_of_all_channels_and_all_neurons_say_what_the_model_says() -> None:
@@ -390,7 +456,10 @@ def test_a_module_loses_less_than_by_svd_of_its_matrices_of_the_same_bytes() -> 
         layer.mlp.register_forward_pre_hook(lambda _, args, number=number: entering.update({number: args[0]}))
     with torch.no_grad():
         model(study.ids)
-    ours, svd = (with_study(model, method, study) for method in (MoDeGPT(budget=0.6, temperature=100), SVD(budget=0.6)))
+    ours, svd = (
+        with_study(model, method, study)
+        for method in (MoDeGPT(budget=0.6, temperature=100, sequential=False), SVD(budget=0.6))
+    )
     for number, layer in enumerate(model.model.layers):
         with torch.no_grad():
             x, want = entering[number], layer.mlp(entering[number])
@@ -415,7 +484,7 @@ def test_fused_projections_and_experts_are_said_to_be_left() -> None:
     with pytest.raises(NotApplicable, match="no linear layer left"):
         MoDeGPT().survey(tiny("phi3"))
     survey = MoDeGPT().survey(tiny("mixtral"))
-    assert all(name.endswith(("v_proj", "o_proj")) for name in survey.linears)
+    assert all(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in survey.linears)
     assert any("fused experts" in reason for reason in survey.left.values())
 
 
@@ -437,16 +506,14 @@ def test_tokens_of_a_cluster_share_a_logit_and_only_the_head_changes() -> None:
     assert len({id(p) for p in model.parameters()} - {id(p) for p in twin.parameters()}) == 1
 
 
-def test_tied_embeddings_still_look_up_their_own_rows() -> None:
+def test_a_head_that_is_tied_to_the_embedding_is_refused() -> None:
     model = tiny("gemma3")
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
-    survey = VQLogits().survey(model)
-    assert list(survey.linears) == ["lm_head"]
-    assert "tied to the head" in survey.left["model.embed_tokens"]
-    twin = compressed(model, [VQLogits()])
-    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
-    assert isinstance(twin.lm_head, CodebookLinear)
+    with pytest.raises(NotApplicable, match=r"tied to model\.embed_tokens.*larger"):
+        compressed(model, [VQLogits()])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    assert isinstance(compressed(model, [VQLogits(budget=0.5)]).lm_head, CodebookLinear)
 
 
 def test_rows_that_are_the_same_are_given_back_exactly() -> None:

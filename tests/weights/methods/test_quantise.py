@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,22 +15,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.weights.support import correlated, drawn, layer_of, stats_of
-from workbench.errors import CalibrationFailed
+from tests.weights.support import correlated, drawn, layer_of, logits, stats_of, studied, with_study
+from workbench.errors import BadParameter, CalibrationFailed
 from workbench.models import tiny
 from workbench.weights import AWQ, GPTQ, OWQ, RTN, AbsMax, SliMLLM, compressed
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
+from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
 from workbench.weights.methods.quantise.awq import awq_columns, group_errors
 from workbench.weights.methods.quantise.owq import weak_columns
-from workbench.weights.methods.quantise.slim_llm import bits_exchanged
 from workbench.weights.solvers import gptq as gptq_module
+from workbench.weights.solvers.bit_exchange import bits_by_divergence, bits_exchanged, drawn_inputs
 from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.group_grids import binary, near_grid, salient_grid
 from workbench.weights.solvers.inverse_hessian import inverse_factor
-from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, squares
+from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, fit_range, squares
 from workbench.weights.solvers.range_search import searched
+from workbench.weights.surgery.sharing_copy import sharing_copy
 
 METHODS = (AbsMax, GPTQ, AWQ, OWQ, SliMLLM)
 ORACLE = Path(__file__).parents[1] / "data" / "weight_oracle.safetensors"
@@ -104,6 +107,143 @@ def test_gptq_in_the_order_of_activations_keeps_grids_of_neighbours(
     want, _ = one_by_one(weight, damped(moment), 3, 8, order)
     got, _ = by_gptq(weight, moment, 3, 8, order="activations")
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [4, 128])
+def test_gptq_in_the_order_of_groups_settles_each_group_when_it_is_due(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Groups by their largest input, their columns by theirs; a group's grid is that of its columns by then."""
+    monkeypatch.setattr(gptq_module, "_BLOCK", block)
+    weight, moment = drawn(6, 30), stats_of(correlated(400, 30)).hessian
+    sizes = moment.diagonal().tolist()
+    groups = sorted(range(4), key=lambda number: -max(sizes[8 * number : 8 * number + 8]))
+    order = [c for n in groups for c in sorted(range(8 * n, min(8 * n + 8, 30)), key=lambda column: -sizes[column])]
+    left, grids, made = weight.double().clone(), {}, torch.empty(6, 30, dtype=torch.float64)
+    rest = list(range(30))
+    for column in order:
+        number = column // 8
+        if number not in grids:
+            grids[number] = fit(left[:, 8 * number : min(8 * number + 8, 30)].float(), 3, 8)
+        scale, zero = (part[:, 0].double() for part in grids[number][:2])
+        made[:, column] = ((left[:, column] / scale + zero).round().clamp(0, 7) - zero) * scale
+        inverse = torch.linalg.inv(damped(moment)[rest][:, rest])
+        own = rest.index(column)
+        left[:, rest] -= ((left[:, column] - made[:, column]) / inverse[own, own])[:, None] * inverse[own]
+        rest.remove(column)
+    got, _ = by_gptq(weight, moment, 3, 8, order="groups")
+    torch.testing.assert_close(got.double(), made, rtol=1e-3, atol=1e-3)
+
+
+def test_two_orders_at_once_are_refused() -> None:
+    with pytest.raises(BadParameter, match="two orders"):
+        GPTQ(act_order=True, group_aware=True)
+
+
+def test_gptq_can_be_told_which_weights_are_there() -> None:
+    """A weight that is left out is an error like any other, and what comes after makes up for it."""
+    weight, moment, kept = drawn(6, 30), stats_of(correlated(400, 30)).hessian, drawn(6, 30, seed=8) > 0
+    left, rest, made = weight.double().clone(), list(range(30)), torch.empty(6, 30, dtype=torch.float64)
+    grids: dict[int, Grid] = {}
+    for column in range(30):
+        number = column // 8
+        if number not in grids:
+            grids[number] = fit(left[:, 8 * number : min(8 * number + 8, 30)].float(), 3, 8)
+        scale, zero = (part[:, 0].double() for part in grids[number][:2])
+        rounded = ((left[:, column] / scale + zero).round().clamp(0, 7) - zero) * scale
+        made[:, column] = torch.where(kept[:, column], rounded, 0.0)
+        inverse = torch.linalg.inv(damped(moment)[rest][:, rest])
+        lost = (left[:, column] - made[:, column]) / inverse[0, 0]
+        left[:, rest] -= lost[:, None] * inverse[0]
+        rest.remove(column)
+    got, _ = by_gptq(weight, moment, 3, 8, kept=kept)
+    torch.testing.assert_close(got.double(), made, rtol=1e-3, atol=1e-3)
+    assert not got[~kept].any()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_range_search_tries_eighty_shares_and_takes_the_best(bits: int, symmetric: bool) -> None:
+    weight = drawn(3, 20)
+    found = fit_range(weight, bits, 8, symmetric=symmetric, every_level=True)
+    got = found.nearest(weight)
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    for row in range(3):
+        for first in (0, 8, 16):
+            own = weight[row, first : first + 8].double()
+            low, high = min(float(own.min()), 0.0), max(float(own.max()), 0.0)
+            if symmetric:
+                high = max(high, -low)
+                low = -high
+            best = math.inf
+            for step in range(80):
+                share = 1 - step / 100
+                scale = float(torch.tensor(share * (high - low) / top).half())
+                zero = middle if symmetric else min(max(round(-share * low / scale), 0), top)
+                cost = sum(
+                    abs((min(max(round(x / scale) + zero, 0), top) - zero) * scale - x) ** 2.4 for x in own.tolist()
+                )
+                best = min(best, cost)
+            ours = float((got[row, first : first + 8].double() - own).abs().pow(2.4).sum())
+            assert abs(ours - best) <= 1e-3 * best + 1e-9
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric_grids_use_every_level(bits: int) -> None:
+    """As compressed-tensors computes it: the range from minus to plus the largest magnitude in 2 ** bits - 1 steps."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = drawn(6, 48)
+    grid = RTN(bits=bits, group_size=16, symmetric=True).grid(weight)
+    rows = weight.view(6, 3, 16)
+    args = quantization.QuantizationArgs(num_bits=bits, symmetric=True, strategy="group", group_size=16)
+    scale, _ = calculate_qparams(rows.amin(-1), rows.amax(-1), args)
+    torch.testing.assert_close(grid.scale, scale, rtol=1e-3, atol=1e-6)
+    codes = RTN(bits=bits, group_size=16, symmetric=True).compress(layer_of(4 * drawn(64, 48))).codes()
+    assert codes.min() == 0 and codes.max() == 2**bits - 1
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_sequential_method_is_shown_what_the_compressed_blocks_make_of_the_texts(block: int) -> None:
+    model = tiny("llama")
+    study = studied(model)
+    twin = with_study(model, GPTQ(bits=2), study)
+    name, seen = f"model.layers.{block}.self_attn.q_proj", list[Tensor]()
+    handle = twin.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(twin, study.ids)
+    handle.remove()
+    want = torch.cat(seen).flatten(0, 1).square().mean(0)
+    torch.testing.assert_close(observed(twin, study, name).square, want, rtol=1e-3, atol=1e-5)
+
+
+def observed(twin: PreTrainedModel, study: WeightStudy, name: str) -> InputStats:
+    """What a study would show of a layer in a copy whose layers before it are compressed."""
+    plain = sharing_copy(twin)
+    plain.set_submodule(name, study.model.get_submodule(name))
+    block = name.rsplit(".", 2)[0]
+    return dict(study.inputs(hessians=False, behind=plain))[block][name]
+
+
+def test_sequential_statistics_let_later_blocks_make_up_for_earlier_ones() -> None:
+    """Blocks that saw what the rounded ones before them make of the texts end nearer to what the model makes."""
+    model = tiny("llama")
+    study = studied(model, samples=16)
+    twins = [with_study(model, GPTQ(bits=2, sequential=sequential), study) for sequential in (True, False)]
+    runner = study.block_runner()
+    wanted = {}
+    for name, _ in runner:
+        for _ in runner.run(name):
+            pass
+        wanted[name] = runner.hidden
+    names, lost = list(wanted), []
+    entering = study.block_runner()
+    for twin in twins:
+        hidden = entering.hidden
+        for name in names:
+            hidden = entering.forward(name, hidden, twin.get_submodule(name))
+        lost.append(float((hidden - wanted[names[-1]]).square().sum()))
+    assert lost[0] < lost[1]
 
 
 @pytest.mark.parametrize("order", ["columns", "activations", "groups"])
@@ -367,6 +507,30 @@ def test_the_grid_of_a_group_suits_the_columns_that_cannot_be_made_up_for() -> N
     least = fit_least(weight, 2, 16, [1.0, 0.8, 0.6], lambda change: squares(change, 16))
     assert bool((hurt(found) <= hurt(plain)).all())
     assert float(hurt(found).sum()) < float(hurt(least).sum())
+
+
+def test_as_many_pairs_exchange_a_bit_as_leave_the_distributions_of_outputs_closest() -> None:
+    for seed in range(4):
+        weight, x = drawn(6, 24, seed=seed), drawn(50, 24, seed=9) * torch.linspace(-1, 1.5, 24).exp()
+        rounded = torch.stack([fit(weight, bits, 4).nearest(weight) for bits in (1, 2, 3)])
+        salience = (weight * x.square().mean(0).sqrt()).square().unflatten(1, (6, 4)).sum(dim=(0, 2))
+        order, found = salience.argsort().tolist(), []
+        for pairs in range(4):
+            levels = [1] * 6
+            for low, high in zip(order[:pairs], order[::-1][:pairs], strict=True):
+                levels[low], levels[high] = 0, 2
+            mixed = torch.cat([rounded[level][:, 4 * g : 4 * g + 4] for g, level in enumerate(levels)], dim=1)
+            p, q = (x @ mixed.T).softmax(-1), (x @ weight.T).softmax(-1)
+            found.append((float((p * (p / q).log()).sum(-1).mean()), [level - 1 for level in levels]))
+        assert bits_by_divergence(weight, rounded, x, salience).tolist() == min(found)[1]
+
+
+def test_drawn_inputs_have_the_moments_of_what_was_seen() -> None:
+    seen = stats_of(correlated(400, 6)).hessian
+    x = drawn_inputs(seen)
+    assert x.shape == (256, 6) and torch.equal(x, drawn_inputs(seen))
+    spread = seen.diagonal().sqrt()
+    assert float(((x.T @ x / 256 - seen) / spread / spread[:, None]).abs().max()) < 0.3
 
 
 def test_published_ranges_are_the_best_within_a_tenth_of_a_groups_own() -> None:

@@ -53,7 +53,7 @@ def fitted(query: Tensor, key: Tensor, drawn: Tensor, places: Tensor, like: int,
     means = [x.mean(dim=1, keepdim=True) for x in near]
     wanted = affinity(query, key, like)
     projections = projected(near[0] - means[0], near[1] - means[1], wanted, drawn, steps)
-    return Hash(anchors, spread, *means, projections)
+    return Hash(anchors, spread, means[0], means[1], projections)
 
 
 def affinity(query: Tensor, key: Tensor, like: int) -> Tensor:

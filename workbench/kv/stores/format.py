@@ -57,6 +57,7 @@ class Format(ABC):
     by_layer: ClassVar[bool] = False
     attends_itself: ClassVar[bool] = False
     rewritable: ClassVar[bool] = False
+    needs_all: ClassVar[bool] = False  # cannot be built where positions were dropped
 
     @property
     def keeps_rest(self) -> bool:
@@ -86,6 +87,17 @@ class Format(ABC):
         together.
         """
         return None
+
+    def layers_with(self, layer: int) -> tuple[int, ...]:
+        """The layers, in order, that hold something in common with this one and are built together; itself included."""
+        return (layer,)
+
+    def build_together(self, layers: Sequence[LayerTrace], tiers: Sequence[Tensor]) -> list[Store]:
+        """The stores of several such layers, under tiers [k, n] each.
+
+        `nbytes` counts what they hold in common at one of them, and each store names its `partner`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:

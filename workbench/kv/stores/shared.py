@@ -71,6 +71,11 @@ def cloned(stores: Iterable[Store]) -> list[Store]:
     """Independent copies of all layers' stores, which share among each other what the originals shared."""
     copies: dict[int, Store] = {}
     for store in stores:
-        shared = store.holder is not store
-        copies[id(store)] = SharedStore(copies[id(store.holder)]) if shared else store.clone()
+        partner = None if store.partner is None else copies.get(id(store.partner))
+        if store.holder is not store:
+            copies[id(store)] = SharedStore(copies[id(store.holder)])
+        elif partner is not None and partner.partner is not None:
+            copies[id(store)] = partner.partner
+        else:
+            copies[id(store)] = store.clone()
     return list(copies.values())

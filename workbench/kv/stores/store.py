@@ -136,6 +136,11 @@ class Store(ABC):
     def reads(self, ids: Tensor, positions: Tensor) -> None:  # noqa: B027 (most go by keys and values alone)
         """Know the tokens, ids [q] at positions [q], that the next pass reads, before any of their keys come."""
 
+    @property
+    def partner(self) -> Store | None:
+        """The store of another layer that holds something in common with this one, and is copied with it."""
+        return None
+
     def keep_for_others(self) -> None:  # noqa: B027 (most hold all that they are asked for anyway)
         """Know that other layers attend to this store after its own has."""
 

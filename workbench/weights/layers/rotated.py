@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from workbench.core.hadamard import rotate, unrotate
 from workbench.measure.memory import tensor_bytes
@@ -85,7 +86,11 @@ class RotatedLinear(CompactLinear):
         return across(weight, self.heads, unrotate)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(across(x, self.heads, rotate))
+        turned = across(x, self.heads, rotate)
+        if isinstance(self.inner, nn.Linear) and self.inner.weight.dtype != x.dtype:
+            bias = None if self.inner.bias is None else self.inner.bias.to(x.dtype)
+            return linear(turned, self.inner.weight.to(x.dtype), bias)
+        out: Tensor = self.inner(turned)
         return out
 
     def describe(self) -> Description:

@@ -24,8 +24,8 @@ class VectorLinear(CompactLinear):
     """A linear layer whose weight [o, i] consists of vectors of v neighbouring outputs' weights of one input.
 
     books: float16 [k, v] each; a vector is the sum of one entry of every book (the first, and what the second adds).
-    Their indices [o / v, i] lie in `plane` buffers, at 4, 6, 8, 10, 12, 14 or 16 bits, packed row by row; the last vectors are
-    cut where v does not divide o. scale: float16 [o], by which each output's weights are multiplied.
+    Their indices [o / v, i] lie in `plane` buffers, at 4, 6, 8, 10, 12, 14 or 16 bits, packed row by row; the last
+    vectors are cut where v does not divide o. scale: float16 [o], by which each output's weights are multiplied.
     """
 
     scale: Tensor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from workbench.engine.attention_hook import device_of
 from workbench.weights.solvers.latency import recorded
 from workbench.weights.solvers.widths import ladders
-from workbench.weights.surgery.prunable import prunable_modules
+from workbench.weights.surgery.prunable import PrunableAttention, PrunableMLP, prunable_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ def recorded_times(model: PreTrainedModel, tokens: int = 1, shrink: float = 0.9)
     tokens: how many are computed at once. shrink: ZipLM's parameter of that name. Measured anew each time; what is
     handed to ZipLM is this text, so that its choice can be made again wherever the text is known.
     """
-    modules = prunable_modules(model)
+    modules = [each for each in prunable_modules(model) if isinstance(each, PrunableMLP | PrunableAttention)]
     shapes = set()
     for module, widths in zip(modules, ladders([module.width for module in modules], shrink), strict=True):
         for name, (axis, heads) in module.layers.items():

@@ -12,6 +12,7 @@ from workbench.weights.layers.factored import FactoredLinear
 from workbench.weights.layers.low_rank import LowRankLinear
 from workbench.weights.layers.masked import MaskedLinear
 from workbench.weights.layers.sparse import SparseLinear
+from workbench.weights.layers.streamed_mlp import StreamedMLP
 from workbench.weights.surgery.sharing_copy import sharing_copy
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ def closed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _replaced(model: PreTrainedModel, make: Callable[[nn.Module], nn.Module | None]) -> PreTrainedModel:
-    made = {name: new for name, module in model.named_modules() if (new := make(module)) is not None}
+    streamed = [f"{name}." for name, module in model.named_modules() if isinstance(module, StreamedMLP)]
+    made = {
+        name: new
+        for name, module in model.named_modules()
+        if not name.startswith(tuple(streamed)) and (new := make(module)) is not None  # it reads its factors itself
+    }
     if not made:
         return model
     copy = sharing_copy(model)

@@ -96,7 +96,7 @@ class PrunableAttention(PrunableModule):
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.out = name, f"{name}.o_proj"
-        self.heads = module.k_proj.out_features // module.head_dim
+        self.heads = kv_heads(module)
         self.groups = module.num_key_value_groups
         self.layers = {
             f"{name}.v_proj": PrunableAxis(0, self.heads),
@@ -129,6 +129,53 @@ class PrunableAttention(PrunableModule):
         model.set_submodule(self.name, narrow)
 
 
+class PrunableQueriesKeys(PrunableModule):
+    """Attention of a known class: the pairs of channels of queries and keys that are rotated together."""
+
+    what = "attention of a known class that rotates its queries and keys as they are projected"
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.out = f"{name} (queries and keys)", f"{name}.k_proj"
+        self._attention = name
+        self.heads = kv_heads(module)
+        self.groups = module.num_key_value_groups
+        self.layers = {
+            f"{name}.q_proj": PrunableAxis(0, self.heads * self.groups),
+            f"{name}.k_proj": PrunableAxis(0, self.heads),
+        }
+        self.width = module.k_proj.out_features // self.heads // 2
+        self.dimension_nbytes, self.element_size = _nbytes(module, self.layers, self.width)
+
+    def prune(self, model: PreTrainedModel, kept: Tensor, out: Tensor | None = None) -> None:
+        attention: Any = model.get_submodule(self._attention)
+        channels = torch.cat([kept, kept + self.width], dim=1).cpu()  # [heads, 2 m]
+        heads = torch.arange(self.heads)[:, None] * 2 * self.width
+        queries = torch.arange(self.heads * self.groups)[:, None] * 2 * self.width
+        known = getattr(attention, "key_channels", None)
+        values = getattr(attention, "value_channels", None)
+        if values is None:
+            values = torch.arange(attention.v_proj.out_features // self.heads).expand(self.heads, -1)
+        narrow = NarrowAttention(
+            attention,
+            attention.v_proj,
+            attention.o_proj,
+            values,
+            (channels if known is None else known.cpu().gather(1, channels)).to(attention.k_proj.weight.device),
+        )
+        narrow.k_proj = narrowed(attention.k_proj, (heads + channels).flatten(), 0)
+        each = channels.repeat_interleave(self.groups, dim=0)
+        narrow.q_proj = narrowed(attention.q_proj, (queries + each).flatten(), 0)
+        model.set_submodule(self._attention, narrow)
+
+
+def kv_heads(attention: Any) -> int:
+    """How many KV heads attention of a known class has, also one that has become narrower."""
+    if isinstance(attention, NarrowAttention):
+        return attention.value_channels.shape[0]
+    heads: int = attention.k_proj.out_features // attention.head_dim
+    return heads
+
+
 def prunable_modules(model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
     """The modules that can be narrower inside, in order. names: only those whose layers are all among these."""
     modules: list[PrunableModule] = []
@@ -137,6 +184,8 @@ def prunable_modules(model: nn.Module, names: Sequence[str] | None = None) -> li
         projections = [child for child, layer in module.named_children() if type(layer) is nn.Linear]
         if known_attention(module) and {"v_proj", "o_proj", "k_proj", "q_proj"} <= set(projections):
             modules.append(PrunableAttention(name, module))
+            if getattr(module, "q_norm", None) is None:  # norms of queries and keys count all their channels
+                modules.append(PrunableQueriesKeys(name, module))
         elif projections == _GATED:
             if type(module) not in known:
                 known[type(module)] = _gated(module)

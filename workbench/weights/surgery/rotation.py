@@ -107,6 +107,13 @@ class DecoderRotation:
         self.kv_heads: int = config.num_key_value_heads or self.heads
         first: Any = next(iter(self.blocks.values()))
         self.head_dim: int = first.self_attn.o_proj.in_features // self.heads
+        for name, block in self.blocks.items():
+            values = getattr(block.self_attn, "v_proj", None)
+            if values is not None and values.out_features != self.kv_heads * self.head_dim:
+                raise NotApplicable(
+                    f"weights cannot be rotated in {type(model).__name__}: {name}.self_attn has "
+                    f"{values.out_features} channels of values, not {self.kv_heads} heads of {self.head_dim}"
+                )
 
     def signs(self, seed: int) -> Tensor:
         """The random signs of the rotation between blocks, int8 [hidden], on the CPU."""
@@ -180,7 +187,10 @@ def unrotatable(key: str, model: nn.Module, names: Iterable[str]) -> dict[str, s
 
     if not isinstance(model, PreTrainedModel):
         raise NotApplicable(f"{key}: {type(model).__name__} is no transformers model")
-    known = tuple(f"{name}." for name in DecoderRotation(model).blocks)
+    known, found = tuple(f"{name}." for name in DecoderRotation(model).blocks), set(names)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name.startswith(known) and name not in found:
+            raise NotApplicable(f"{key}: {name} shares its weight, which would be rotated twice")
     return {name: "it stands in no block of the decoder" for name in names if not name.startswith(known)}
 
 

@@ -16,7 +16,10 @@ from workbench.kv.stores import DenseStore, SlidingStore, Store
 from workbench.measure.quality import divergence
 from workbench.registry import Fidelity, Paper, Preset, param, register
 
-_SHORT = "the authors search for hours; here a prompt waits for it, at one reading of its last tokens a candidate"
+_SHORT = (
+    "the authors take 400 generations of 64, here a prompt waits for it: six by six find a KL of 0.44, twenty by "
+    "sixteen 0.38, and equal layers have 0.47 (workbench-tiny at a quarter, two held texts and three needles)"
+)
 _EVEN = 4  # levels up to an equal share: sizes are searched in steps of a quarter of it
 
 

@@ -31,7 +31,8 @@ class HACK(KVMethod):
     On text: the first and last positions stand for the first two scales and the latest one; probes are spread evenly
     over the second half of the prompt, its last token included; heads are told apart on the prompt itself and not on
     50 samples; a KV head has the mean variance of its query heads. Merging what contextual heads drop, which the paper
-    does at the last scale only, is left to the merging methods.
+    does at the last scale only, is left to the merging methods: with LOOK-M's, three needles in 512 tokens lose 0.81
+    nats at half the cache of smollm2-135m, without 0.94.
     """
 
     key = "hack"
@@ -40,7 +41,10 @@ class HACK(KVMethod):
         "Head-Aware KV Cache Compression for Efficient Visual Autoregressive Modeling", "Qin et al. 2025", "2504.09261"
     )
     claim = "50-70 % less cache at near-lossless quality of visual autoregressive models"
-    fidelity = Fidelity("deviates", "on text, heads told apart on the prompt itself; dropped entries are not merged")
+    fidelity = Fidelity(
+        "deviates",
+        "on text, heads told apart on the prompt itself; what is dropped is merged only with look-m beside it",
+    )
     default_budget = 0.5
     head_adaptive = True
 

@@ -60,11 +60,11 @@ class UNComp(SnapKV):
             window=8, kernel=7, pooling="max", rank=32, groups=2, spread=0.3333,
         ),
         Preset(
-            "four groups", "menik1126/UNComp, uncomp_utils.py: sizes 512, 427, 341 and 256, b3e9f7b",
+            "four-groups", "menik1126/UNComp, uncomp_utils.py: sizes 512, 427, 341 and 256, b3e9f7b",
             groups=4, spread=0.3333,
         ),
         Preset(
-            "4.7 %", "menik1126/UNComp, uncomp_utils.py: sizes 112 and 16, b3e9f7b",
+            "extreme", "menik1126/UNComp, uncomp_utils.py: sizes 112 and 16, b3e9f7b",
             groups=2, spread=0.75,
         ),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from workbench.core.kmeans import kmeans
 from workbench.engine.attention_hook import device_of
 from workbench.errors import BudgetTooSmall
+from workbench.kv.asked import asked
 from workbench.kv.base import KVMethod
 from workbench.kv.layer_sensitivity import key_similarity, layer_counts, layer_weights
 from workbench.kv.stores.format import INDEX_BYTES
@@ -147,7 +148,8 @@ class EpiCache(KVMethod):
         segments = prompt.ids.split(self.segment)
         embedded = torch.stack([embedding(model, ids) for ids in segments])
         centroids, members = kmeans(embedded, self.episodes)
-        question = embedding(model, _question(prompt, prefill.question, self.segment))
+        words = prompt.ids[-self.segment :] if prefill.question is None else asked(prompt, prefill.question)
+        question = embedding(model, words)
         episode = int(cosine_similarity(centroids, question[None]).argmax())
         of_episode = (members == episode).nonzero()[:, 0]
         closeness = cosine_similarity(embedded[of_episode], centroids[episode][None])
@@ -197,16 +199,6 @@ def embedding(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         rows = model.get_input_embeddings()(ids.to(device_of(model)))  # [n, w]
     return normalize(rows.double().mean(dim=0), dim=0).cpu()
-
-
-def _question(prompt: Prompt, question: Tensor | None, segment: int) -> Tensor:
-    """The words asked, without the chat template's tokens after them; the end of the prompt where nothing is asked."""
-    if question is None:
-        return prompt.ids[-segment:]
-    templated = prompt.chat and prompt.tokenizer is not None
-    after = prompt.question_ids(None, prompt.tokenizer) if templated else question[:0]
-    ends = 0 < len(after) < len(question) and torch.equal(question[-len(after) :], after)
-    return question[: -len(after)] if ends else question
 
 
 def _instruction(prompt: Prompt) -> Tensor:

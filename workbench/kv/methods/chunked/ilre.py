@@ -13,7 +13,7 @@ from workbench.core.attention_rows import row_blocks
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import Dequantised, Store
 from workbench.kv.stores.format import INDEX_BYTES
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
@@ -50,18 +50,73 @@ class ILRe(KVMethod):
         "2508.17892",
     )
     claim = "one million tokens in half a minute, some 180 times faster, at 79.8 on RULER"
+    fidelity = Fidelity(
+        "reconstructed from the abstract",
+        "how scores are pooled and shared out; the layer's depth is given, not searched",
+    )
+    presets = (
+        Preset("llama-8b", "layer 3 of 32 of Llama-3.1-UltraLong-8B, as a review of the paper has it", layer=0.09375),
+    )
     default_budget = 0.5
     question_aware = True
 
     layer: float = param(
-        0.6, ge=0.0, le=1.0, unit="of the depth", help="where tokens are recalled; depends on the model"
+        0.6,
+        ge=0.0,
+        le=1.0,
+        unit="of the depth",
+        help="where tokens are recalled; depends on the model",
+        own="found for each model: on smollm2-135m 0.6 loses 0.01 nats in half of the cache and finds 3 of 3 needles "
+        "in 512 tokens, layer 3 of 32 loses 1.44 and finds 1",
     )
-    query: int = param(32, ge=1, le=1024, unit="tokens", help="at the prompt's end: stay, and stand for a question")
-    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
-    window: int = param(512, ge=1, le=8192, unit="tokens", help="what layers before that one see of the past, at most")
-    chunk: int = param(256, ge=1, le=4096, unit="tokens", help="how many are read at once, at most")
-    kernels: int = param(3, ge=1, le=6, help="pooling widths among which the room is shared")
-    widest: int = param(33, ge=1, le=255, odd=True, unit="tokens", help="the widest of them; the narrowest is 1")
+    query: int = param(
+        32,
+        ge=1,
+        le=1024,
+        unit="tokens",
+        help="at the prompt's end: stay, and stand for a question",
+        own="the abstract has no number for it",
+    )
+    sinks: int = param(
+        4,
+        ge=0,
+        le=256,
+        unit="tokens",
+        help="tokens at the beginning that always stay",
+        own="the abstract has no number for it",
+    )
+    window: int = param(
+        512,
+        ge=1,
+        le=8192,
+        unit="tokens",
+        help="what layers before that one see of the past, at most",
+        own="the abstract has no number for it",
+    )
+    chunk: int = param(
+        256,
+        ge=1,
+        le=4096,
+        unit="tokens",
+        help="how many are read at once, at most",
+        own="how the prompt is read, not what stays: the budget holds while it is",
+    )
+    kernels: int = param(
+        3,
+        ge=1,
+        le=6,
+        help="pooling widths among which the room is shared",
+        own="several in the abstract, which does not say how many",
+    )
+    widest: int = param(
+        33,
+        ge=1,
+        le=255,
+        odd=True,
+        unit="tokens",
+        help="the widest of them; the narrowest is 1",
+        own="the abstract has no number for it",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         retrieval = self._retrieval_layer(prefill)

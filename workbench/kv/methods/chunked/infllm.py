@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from workbench.kv.base import KVMethod
 from workbench.kv.stores.blocks import BlockStore
 from workbench.kv.stores.tiered import TieredFormat
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
@@ -39,14 +39,46 @@ class InfLLM(KVMethod):
         "2402.04617",
     )
     claim = "models trained on a few thousand tokens read 1,024K tokens without training"
+    fidelity = Fidelity("as published", "sinks and blocks are smaller, for prompts that are shorter")
+    presets = (
+        Preset(
+            "code",
+            "thunlp/InfLLM, config/mistral-inf-llm.yaml, 12b7079",
+            representatives=4,
+            blocks=16,
+            sinks=128,
+            block=128,
+        ),
+    )
     default_budget = 0.25
     own_stores = True
 
-    sinks: int = param(16, ge=0, le=256, unit="tokens", help="tokens at the beginning that every query sees")
-    block: int = param(32, ge=1, le=512, unit="tokens", help="tokens that go to host memory, and come back, together")
+    sinks: int = param(
+        16,
+        ge=0,
+        le=256,
+        unit="tokens",
+        help="tokens at the beginning that every query sees",
+        own="the code's 128, with a block of 128, do not fit into a quarter of a prompt below 1,028 tokens",
+    )
+    block: int = param(
+        32,
+        ge=1,
+        le=512,
+        unit="tokens",
+        help="tokens that go to host memory, and come back, together",
+        own="see `sinks`: 16 blocks of 128 would be all of a prompt of 2,048 tokens",
+    )
     representatives: int = param(4, ge=1, le=64, unit="tokens", help="keys that stand for a block when it is looked up")
     blocks: int = param(16, ge=1, le=256, help="blocks that a pass fetches")
-    piece: int = param(128, ge=1, le=128, unit="tokens", help="tokens of the prompt read at once, at most")
+    piece: int = param(
+        128,
+        ge=1,
+        le=128,
+        unit="tokens",
+        help="tokens of the prompt read at once, at most",
+        own="512 in the code; the store looks up for at most 128 at once",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         layers = prefill.compressible

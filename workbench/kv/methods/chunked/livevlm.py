@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.kv.base import KVMethod
 from workbench.kv.stores.paged import PagedStore
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 
 if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
@@ -40,15 +40,55 @@ class LiveVLM(KVMethod):
         "2505.15269",
     )
     claim = "44x more frames on the same device, and answers up to 5x faster"
+    fidelity = Fidelity("deviates", "tokens of text stand for those of images; widths and shares are chosen here")
     default_budget = 0.25
 
-    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that stand for the prompt's frame")
-    recent: int = param(64, ge=0, le=8192, unit="tokens", help="short-term memory, at most a quarter of what is held")
-    window: int = param(16, ge=1, le=256, unit="tokens", help="last tokens read, whose attention scores the others")
-    retention: float = param(0.5, ge=0.0, le=1.0, help="share of the memory that goes by score alone")
-    page: int = param(16, ge=1, le=256, unit="tokens", help="entries of the memory that are opened together")
-    retrieved: float = param(0.4, ge=0.05, le=1.0, help="share of the pages that a question opens")
-    piece: int = param(64, ge=1, le=4096, unit="tokens", help="tokens read at once, at most an eighth of what is held")
+    sinks: int = param(
+        4,
+        ge=0,
+        le=256,
+        unit="tokens",
+        help="tokens at the beginning that stand for the prompt's frame",
+        own="as long as the prompt before the video in the paper",
+    )
+    recent: int = param(
+        64,
+        ge=0,
+        le=8192,
+        unit="tokens",
+        help="short-term memory, at most a quarter of what is held",
+        own="some frames in the paper, which text has not",
+    )
+    window: int = param(
+        16,
+        ge=1,
+        le=256,
+        unit="tokens",
+        help="last tokens read, whose attention scores the others",
+        own="a frame's tokens in the paper, which text has not",
+    )
+    retention: float = param(
+        0.5, ge=0.0, le=1.0, help="share of the memory that goes by score alone", own="the paper's value was not read"
+    )
+    page: int = param(
+        16,
+        ge=1,
+        le=256,
+        unit="tokens",
+        help="entries of the memory that are opened together",
+        own="the paper's value was not read",
+    )
+    retrieved: float = param(
+        0.4, ge=0.05, le=1.0, help="share of the pages that a question opens", own="the paper's value was not read"
+    )
+    piece: int = param(
+        64,
+        ge=1,
+        le=4096,
+        unit="tokens",
+        help="tokens read at once, at most an eighth of what is held",
+        own="how the prompt is read, not what stays: the budget holds while it is",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         total = prefill.entries(self.sinks + 2)

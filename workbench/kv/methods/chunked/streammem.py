@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import DenseStore
 from workbench.prompt import Prompt, has_template
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.trace import LayerTrace
 
 if TYPE_CHECKING:
@@ -44,12 +44,38 @@ class StreamMem(KVMethod):
         "StreamMem: Query-Agnostic KV Cache Memory for Streaming Video Understanding", "Yang et al. 2025", "2508.15717"
     )
     claim = "a memory of fixed size, competitive with compression that knows the question"
+    fidelity = Fidelity("deviates", "runs of tokens stand for a video's frames, and no frames are filtered out")
     default_budget = 0.25
 
-    chunk: int = param(256, ge=1, le=8192, unit="tokens", help="read at once, at most a quarter of the memory")
-    frame: int = param(32, ge=2, le=1024, unit="tokens", help="new tokens that share one prototype")
-    merging: bool = param(True, help="keep a prototype of each frame beside its best entries")
-    proxy: int = param(8, ge=1, le=256, unit="tokens", help="last tokens that stand for a query without a template")
+    chunk: int = param(
+        256,
+        ge=1,
+        le=8192,
+        unit="tokens",
+        help="read at once, at most a quarter of the memory",
+        own="a clip of frames in the paper, which text has not",
+    )
+    frame: int = param(
+        32,
+        ge=2,
+        le=1024,
+        unit="tokens",
+        help="new tokens that share one prototype",
+        own="a frame in the paper, which text has not",
+    )
+    merging: bool = param(
+        True,
+        help="keep a prototype of each frame beside its best entries",
+        own="as in the paper, which gives no name or number to it",
+    )
+    proxy: int = param(
+        8,
+        ge=1,
+        le=256,
+        unit="tokens",
+        help="last tokens that stand for a query without a template",
+        own="the paper's models have a template",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         total = prefill.entries(2)

@@ -8,7 +8,7 @@ from workbench.errors import BadParameter, BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores.levels import LevelStore
 from workbench.kv.stores.tiered import TieredFormat
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
@@ -41,14 +41,50 @@ class VideoXL2(KVMethod):
         "2506.19225",
     )
     claim = "over 10,000 frames on one 80 GB card"
+    fidelity = Fidelity(
+        "deviates",
+        "runs of text stand for groups of frames; relevance is by attention, where the code reads it from a file",
+    )
+    presets = (
+        Preset(
+            "mlvu", "VectorSpaceLab/Video-XL, Video-XL-2/eval/lvu/w_chunk_bilevel/scripts/mlvu.sh, 6e3dc89", before=3
+        ),
+    )
     default_budget = 0.5
     own_stores = True
 
-    chunk: int = param(64, ge=2, le=4096, unit="tokens", help="tokens that are read, and later fetched, together")
-    marks: int = param(4, ge=1, le=64, unit="tokens", help="first tokens of a chunk, which all later ones see")
+    chunk: int = param(
+        64,
+        ge=2,
+        le=4096,
+        unit="tokens",
+        help="tokens that are read, and later fetched, together",
+        own="four groups of frames in the scripts, which text has not",
+    )
+    marks: int = param(
+        4,
+        ge=1,
+        le=64,
+        unit="tokens",
+        help="first tokens of a chunk, which all later ones see",
+        own="the timestamps of a chunk in the paper, which text has not",
+    )
     before: int = param(3, ge=0, le=64, help="whole chunks before its own that a token sees while reading")
-    pool: int = param(4, ge=1, le=256, unit="tokens", help="entries averaged into one of the sparse form, at least")
-    whole: int = param(4, ge=1, le=256, help="chunks that a question fetches, besides the first")
+    pool: int = param(
+        4,
+        ge=1,
+        le=256,
+        unit="tokens",
+        help="entries averaged into one of the sparse form, at least",
+        own="which step the evaluation takes was not found in its scripts",
+    )
+    whole: int = param(
+        4,
+        ge=1,
+        le=256,
+        help="chunks that a question fetches, besides the first",
+        own="the evaluation reads from a file which chunks they are",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         if self.marks >= self.chunk:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from workbench.kv.asked import asked
 from workbench.kv.base import KVMethod
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
@@ -26,7 +28,10 @@ class XL3M(KVMethod):
     together in the order of the text and read once more, and that cache is what remains. No cache ever holds more than
     the key context, however long the text is.
 
-    Choices where the paper's text was not at hand: segments do not overlap; at least two fit into the room, and the
+    Segments overlap, so that what one cuts another has whole. The question is judged in its words alone: what a chat
+    template puts after them would ask for the first word of a reply, which the paper's questions do not.
+
+    Choices where the paper's text was not at hand: how far segments overlap; at least two fit into the room, and the
     last one that fits only in part gives its beginning; the first `sinks` tokens stand before every segment and stay,
     and so do the prompt's last `query` tokens, which stand for a question that is not known, as in the paper, where the
     question ends the prompt. Layers that slide need their whole last window, so it stays too. Segments alone are read
@@ -42,13 +47,51 @@ class XL3M(KVMethod):
         "2405.17755",
     )
     claim = "a model of 4,096 positions reasons over 20 million tokens"
+    fidelity = Fidelity("reconstructed from the abstract", "how long segments are, and how they overlap; sinks")
+    presets = (Preset("paper", "abstract: the question is a few tokens from the end of the text", template=False),)
     default_budget = 0.5
     question_aware = True
 
-    segment: int = param(256, ge=1, le=8192, unit="tokens", help="pieces of the text that are judged, at most")
-    query: int = param(32, ge=1, le=1024, unit="tokens", help="at the prompt's end: stay, and stand for a question")
-    sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning, before every segment")
-    chunk: int = param(256, ge=1, le=4096, unit="tokens", help="how many are read at once in the end, at most")
+    segment: int = param(
+        256,
+        ge=1,
+        le=8192,
+        unit="tokens",
+        help="pieces of the text that are judged, at most",
+        own="the abstract has no number for it",
+    )
+    overlap: float = param(
+        0.25,
+        ge=0,
+        le=0.75,
+        help="share of a segment that the next one begins with",
+        own="the paper's windows overlap so that no sentence is cut for all; by how much was not read",
+    )
+    template: bool = param(False, help="whether the chat template's tokens after the question are read before judging")
+    query: int = param(
+        32,
+        ge=1,
+        le=1024,
+        unit="tokens",
+        help="at the prompt's end: stay, and stand for a question",
+        own="a few tokens, the abstract says",
+    )
+    sinks: int = param(
+        4,
+        ge=0,
+        le=256,
+        unit="tokens",
+        help="tokens at the beginning, before every segment",
+        own="not in the abstract: attention sinks",
+    )
+    chunk: int = param(
+        256,
+        ge=1,
+        le=4096,
+        unit="tokens",
+        help="how many are read at once in the end, at most",
+        own="how the prompt is read, not what stays: the budget holds while it is",
+    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         tokens, positions = prefill.tokens, prefill.max_positions
@@ -63,11 +106,11 @@ class XL3M(KVMethod):
 
         sinks = min(self.sinks, (total - slide) // 4)
         last = max(slide, min(self.query, total // 2), 1)
-        question = prefill.ids[-self.query :] if prefill.question is None else prefill.question
+        question = prefill.ids[-self.query :] if prefill.question is None else self._judged(prefill)
         question = question[-max(total // 2, 1) :]
         room = total - sinks - last
         size = max(min(self.segment, total - sinks - question.numel(), room // 2), 1)
-        segments = torch.arange(sinks, tokens - last).split(size)
+        segments = overlapping(torch.arange(sinks, tokens - last), size, self.overlap)
         entropies = torch.stack([self._entropy(prefill, segment, question, sinks) for segment in segments])
         where = torch.cat([torch.arange(sinks), surest(segments, entropies, room), torch.arange(tokens - last, tokens)])
         prefill.read_only(where, self.chunk, closed_up=too_long)
@@ -85,6 +128,11 @@ class XL3M(KVMethod):
             tiers[layer.index, :, kept] = 1
         return prefill.result(tiers=tiers.to(prefill.device), notes=tuple(notes))
 
+    def _judged(self, prefill: ChunkedPrefill) -> Tensor:
+        """The question's ids after which the model's next token is judged."""
+        assert prefill.question is not None
+        return prefill.question if self.template else asked(prefill.prompt, prefill.question)
+
     def _entropy(self, prefill: ChunkedPrefill, segment: Tensor, question: Tensor, sinks: int) -> Tensor:
         """The entropy of the next token after a segment, at positions [s] of the prompt, and the question's ids [q]."""
         prefill.progress.update(f"judging segments for {self.key}", int(segment[0]), prefill.tokens)
@@ -98,7 +146,15 @@ def entropy(logits: Tensor) -> Tensor:
     return uncertainty
 
 
-def surest(segments: tuple[Tensor, ...], entropies: Tensor, room: int) -> Tensor:
+def overlapping(where: Tensor, size: int, overlap: float) -> list[Tensor]:
+    """Positions [n] in segments of `size`, each beginning with the last `overlap` of the one before."""
+    step = max(size - int(overlap * size), 1)
+    starts = range(0, max(len(where) - (size - step), 1), step)
+    return [where[start : start + size] for start in starts]
+
+
+def surest(segments: Sequence[Tensor], entropies: Tensor, room: int) -> Tensor:
     """The positions, ascending, of the segments with the lowest entropies [s], as many as there is room for."""
     order = entropies.argsort(stable=True).tolist()
-    return torch.cat([segments[index] for index in order])[:room].sort().values
+    wanted = dict.fromkeys(torch.cat([segments[index] for index in order]).tolist())  # each once, the surest first
+    return torch.tensor(list(wanted)[:room]).sort().values

@@ -61,7 +61,7 @@ class ExpectedAttention(AdaptiveHeads):
             n_future_positions=512, sinks=4, covariance=True, value_norm=True,
         ),
         Preset(
-            "kvpress class", "NVIDIA/kvpress, presses/expected_attention_press.py alone, 8bb29b9",
+            "kvpress-class", "NVIDIA/kvpress, presses/expected_attention_press.py alone, 8bb29b9",
             epsilon=0.0, heads="equal",
         ),
     )  # fmt: skip

@@ -57,11 +57,11 @@ class KVzip(GlobalHeads):
     positions, the piece and the pass's own tokens only, which makes the cost linear in the context, while what the
     model computes attends to the whole cache. Room is shared by one threshold over all layers and heads.
 
-    Chosen here: the first `sinks` positions always stay, in place of the paper's system prompt; the instruction closes
-    the open turn with the chat template where the prompt has one; passes stand at the positions after the prompt. A
-    session without a tokenizer has no words for an instruction: there each piece follows the last tokens of the one
-    before, and the model is left to continue. Costs about two readings of the prompt, once; any budget is then
-    immediate.
+    Chosen here: the instruction's words; the first `sinks` positions always stay, in place of the paper's system
+    prompt; the instruction closes the open turn with the chat template where the prompt has one; passes stand at the
+    positions after the prompt. A session without a tokenizer has no words for an instruction: there each piece follows
+    the last tokens of the one before, and the model is left to continue. Costs about two readings of the prompt, once;
+    any budget is then immediate.
     """
 
     key = "kvzip"
@@ -73,7 +73,7 @@ class KVzip(GlobalHeads):
     fidelity = Fidelity("as published")
     presets = (
         Preset("code", "snu-mllab/KVzip, model/wrapper.py and attention/score.py, 5d84729", chunk=2000, heads="global"),
-        Preset("code, uniform", "snu-mllab/KVzip, attention/score.py, _threshold_uniform, 5d84729", heads="equal"),
+        Preset("uniform", "snu-mllab/KVzip, attention/score.py, _threshold_uniform, 5d84729", heads="equal"),
         Preset("kvpress", "NVIDIA/kvpress, presses/kvzip_press.py, 8bb29b9", sinks=4, heads="global"),
     )
     default_budget = 0.5

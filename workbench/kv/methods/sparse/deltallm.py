@@ -11,9 +11,11 @@ from workbench.kv.base import KVMethod
 from workbench.kv.fitting import first_fitting, halvings, pruning_steps
 from workbench.kv.stores.delta import DeltaFormat
 from workbench.kv.stores.format import DenseFormat, Format, Shape
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 
 _STEPS = 128  # in which "auto" varies the share of zero deltas
+_OPEN = "the abstract names the idea and no number"
+_MORE = "keys are half of the bytes, so that small budgets need it; without a budget values stay whole, as published"
 _KEYS_ALONE = 0.4  # up to this share of zeros in the keys the values stay whole
 
 
@@ -45,13 +47,23 @@ class DeltaLLM(KVMethod):
     )
     claim = "up to 60 % of the deltas zero while reading, 57 % with decoding, at about the same accuracy"
     of_entries = True
+    fidelity = Fidelity(
+        "reconstructed from the abstract",
+        "a format of bytes: the prompt is read in full; open: blocks, thresholds, window",
+    )
+    presets = (Preset("abstract", "up to 60 % of the deltas zero", sparsity=60),)
 
     sparsity: Literal["auto", 30, 40, 50, 60, 70, 80, 90] = param(
-        "auto", unit="%", help="share of key deltas that are zero, or as few as the budget asks for"
+        "auto",
+        unit="%",
+        help="share of key deltas that are zero, or as few as the budget asks for",
+        own="a budget decides; without one it is the published 60",
     )
-    window: int = param(32, ge=0, le=4096, unit="tokens", help="newest tokens with exact attention")
-    group: Literal[16, 32, 64, 128] = param(64, unit="tokens", help="after how many tokens deltas begin anew")
-    values: bool = param(True, help="whether values become deltas too where the budget needs it")
+    window: int = param(32, ge=0, le=4096, unit="tokens", help="newest tokens with exact attention", own=_OPEN)
+    group: Literal[16, 32, 64, 128] = param(
+        64, unit="tokens", help="after how many tokens deltas begin anew", own=_OPEN
+    )
+    values: bool = param(True, help="whether values become deltas too where the budget needs it", own=_MORE)
 
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if limit is None:

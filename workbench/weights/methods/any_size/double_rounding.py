@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 _MASTER = 8  # bits of the codes that all others come from
 _WIDTHS = (2, 3, 4, 5, 6, 8)
+_GROUPS = "the paper trains one step for each layer; untrained, whole rows lose far more"
 
 
 @register
 class DoubleRounding(WeightMethod):
     """Round weights to 8 bits once, and round those codes again for every lower width: one stored model serves all.
 
-    With `symmetric` grids, the paper's (equations 1 to 3), a code of 8 bits is divided by 2 ** (8 - b), rounded, halves
-    up, and cut to the range of b bits; a step is as many times as wide, and zero weights stay zero. Without, which
-    loses less, it becomes one of b bits by a shift: of each 2 ** (8 - b) neighbouring codes one is left, which stands
-    for their middle, so that the whole range stays in use and no code is cut off. A change of size never touches
-    floating-point weights again. The 8-bit codes are made once and stay in the session, outside of what a run counts as
-    weights, which are the codes at the widths that are loaded, with their scales and zeros.
+    On symmetric grids (equations 1 to 3) a code of 8 bits is divided by 2 ** (8 - b), rounded, halves up, and cut to
+    the range of b bits; a step is as many times as wide, and zero weights stay zero. Without `symmetric`, which is not
+    the paper's and loses less, it becomes one of b bits by a shift: of each 2 ** (8 - b) neighbouring codes one is
+    left, which stands for their middle, so that the whole range stays in use and no code is cut off. A change of size
+    never touches floating-point weights again. The 8-bit codes are made once and stay in the session, outside of what a
+    run counts as weights, which are the codes at the widths that are loaded, with their scales and zeros.
 
     Without a budget every layer has `bits`. With one, that is the widest, and single layers get fewer (the paper's
     mixed precision): bytes go where they lower the error of a layer's outputs most, relative to the outputs and
@@ -46,12 +47,16 @@ class DoubleRounding(WeightMethod):
     title = "Double Rounding"
     paper = Paper("Nearly Lossless Adaptive Bit Switching", "Huang et al. 2025", "2502.01199")
     claim = "one stored integer model switches between bit-widths nearly without loss"
+    fidelity = Fidelity("untrained part of a trained method", "the widths are not trained together")
+    presets = (Preset("paper", "equations 1 to 3; its widest integers", symmetric=True, bits=8),)
     needs_hessian: ClassVar[bool] = True
     every_size: ClassVar[bool] = True
 
     bits: Literal[2, 3, 4, 5, 6, 8] = param(8, help="bits of each weight; with a budget, the most of any layer")
-    group_size: int = param(64, ge=8, le=1024, multiple_of=8, unit="columns", help="how many columns share a scale")
-    symmetric: bool = param(False, help="levels from minus to plus the largest magnitude, without a zero of their own")
+    group_size: int = param(
+        64, ge=8, le=1024, multiple_of=8, unit="columns", help="how many columns share a scale", own=_GROUPS
+    )
+    symmetric: bool = param(True, help="levels from minus to plus the largest magnitude, without a zero of their own")
 
     def refuses(self, linear: nn.Linear) -> str | None:
         if not linear.weight.is_floating_point():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.precision import checked
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.ranked import Ranked
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import DictionaryLinear, dictionary_nbytes
@@ -44,11 +44,21 @@ class CoSpaDi(Ranked):
         "2509.22075",
     )
     claim = "better than SVD-LLM at 20-50 % compression"
+    fidelity = Fidelity(
+        "deviates", "atoms by least squares and hard thresholding pursuit, not K-SVD and matching pursuit"
+    )
+    presets = (Preset("paper", "its main tables: twice as many atoms as coefficients in a row", ratio=2.0),)
     default_budget = 0.8
     needs_hessian: ClassVar[bool] = True
 
     ratio: float = param(2.0, ge=1.0, le=16.0, help="how many atoms there are for each coefficient of a row")
-    rounds: int = param(20, ge=1, le=200, help="how often atoms and coefficients are fitted in turn")
+    rounds: int = param(
+        20,
+        ge=1,
+        le=200,
+        help="how often atoms and coefficients are fitted in turn",
+        own="other rounds than the paper's: of all atoms at once",
+    )
 
     def rank_nbytes(self, linear: nn.Linear, rank: int) -> int:
         return dictionary_nbytes(linear.out_features, linear.in_features, self.atoms(rank), rank) if rank else 0

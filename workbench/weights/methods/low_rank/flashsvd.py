@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.truncated_svd import TruncatedSVD
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.low_rank import LowRankLinear
@@ -34,13 +34,16 @@ class FlashSVD(TruncatedSVD):
     title = "FlashSVD"
     paper = Paper("FlashSVD: Memory-Efficient Inference with Streaming for Low-Rank Models", "Shao et al. 2025")
     alone = False
+    fidelity = Fidelity("deviates", "the feed-forward part is streamed; queries, keys and values are made whole")
     claim = "70 % less peak activation memory with low-rank weights, at the same outputs"
 
     metric: Literal["weights", "outputs"] = param(
         "weights", help="whose error is the smallest possible: as by svd, or as by svd-llm",
         own="the paper streams whatever factors there are; those of plain SVD need no calibration",
     )  # fmt: skip
-    tile: int = param(128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together")
+    tile: int = param(
+        128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together", own="of this machine"
+    )
 
     @property
     def whitens(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from workbench.progress import Progress
-from workbench.registry import Paper, register
+from workbench.registry import Fidelity, Paper, register
 from workbench.weights.bases.ranked import Ranked
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.low_rank import LowRankLinear
@@ -37,6 +37,9 @@ class FWSVD(Ranked):
     title = "FWSVD"
     paper = Paper("Language model compression with weighted low-rank factorization", "Hsu et al. 2022", "2207.00112")
     claim = "keeps a task better than SVD of the same rank"
+    fidelity = Fidelity(
+        "untrained part of a trained method", "on the loss of the next token, not of a task, and without training on it"
+    )
     default_budget = 0.8
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear
@@ -19,7 +19,7 @@ class AbsMax(Quantiser):
 
     The plain integer format that most hardware multiplies: scale = max |w| / (2 ** (bits - 1) - 1), no zero points, no
     calibration; rows as in vector-wise quantisation (section 2 of the paper), or groups of columns. Only weights are
-    rounded; inputs stay as they are.
+    rounded: LLM.int8() rounds inputs by tokens too, and computes the few columns that hold outliers at 16 bits.
     """
 
     key = "absmax"
@@ -28,6 +28,8 @@ class AbsMax(Quantiser):
         "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "Dettmers et al. 2022", "2208.07339"
     )
     claim = "at 8 bits weights alone lose next to nothing"
+    fidelity = Fidelity("deviates", "weights alone: inputs are not rounded, so no outliers are split off")
+    presets = (Preset("paper", "section 2 and title", bits=8, per="row"),)
     symmetric: ClassVar[bool] = True  # type: ignore[misc]  # no choice here
 
     bits: Literal[2, 3, 4, 8] = param(8, help="bits of each weight")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import ShiftLinear
@@ -41,10 +41,13 @@ class DenseShift(Quantiser):
         "DenseShift: Towards Accurate and Efficient Low-Bit Power-of-Two Quantization", "Li et al. 2022", "2208.09708"
     )
     claim = "networks trained so are as accurate as at full precision; dot products 1.6 times faster on an ARM CPU"
+    fidelity = Fidelity("untrained part of a trained method", "weights that are there are rounded, none is trained")
     needs_inputs: ClassVar[bool] = True
     symmetric: ClassVar[bool] = True  # type: ignore[misc]  # no choice here
 
-    bits: Literal[2, 3, 4] = param(4, help="bits of each weight: its sign and its shift")
+    bits: Literal[2, 3, 4] = param(
+        4, help="bits of each weight: its sign and its shift", own="the paper trains at several; at fewer more is lost"
+    )
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> ShiftLinear:
         assert inputs is not None

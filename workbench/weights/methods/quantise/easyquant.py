@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import OutliersLinear, Parts, outliers_nbytes
-from workbench.weights.solvers.quantisation_grid import Grid, stored_scale
+from workbench.weights.solvers.quantisation_grid import Grid, fit, stored_scale
 
 _FIRST_STEP, _LAST_STEP = 0.05, 0.003  # of a range at a time, as a share of it
 
@@ -20,12 +20,12 @@ class EasyQuant(Quantiser):
     """Keep the few weights beyond n sigma at 16 bits, and fit the range of the others by gradient, without any data.
 
     Outliers are the weights further than `sigma` standard deviations from their layer's mean (section 3.1), at most the
-    share `outliers`; codes stand for zero there, so that what is held for them is their value. The range of each group
-    of the rest then descends the gradient of its squared error, in which the codes count as constants (section 3.2):
-    with q the whole number of a weight w at scale s, that of s is 2 Σ q (s q - w). Of all ranges on the way, the one
-    with the smallest error stays, so that none is worse than plain rounding of the rest. The paper fits one symmetric
-    range for each row, by Adam; here each group has its own, and steps are of Adam's first form: of a fixed share of
-    the range, in the direction of the gradient's sign, ever smaller.
+    share `outliers`; codes stand for zero there, so that what is held for them is their value. The range of each
+    output's rest, or of each group of its columns, then descends the gradient of its squared error, in which the codes
+    count as constants (section 3.2): with q the whole number of a weight w at scale s, that of s is 2 Σ q (s q - w). Of
+    all ranges on the way, the one with the smallest error stays, so that none is worse than plain rounding of the rest.
+    The paper takes the steps of Adam; here they are of the form of its first: of a fixed share of the range, in the
+    direction of the gradient's sign, ever smaller.
     """
 
     key = "easyquant"
@@ -33,12 +33,36 @@ class EasyQuant(Quantiser):
     paper = Paper("EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs", "Tang et al. 2023", "2403.02775")
     claim = "nearly lossless at 4 bits without any data, ten times faster than methods that calibrate"
 
+    fidelity = Fidelity("deviates", "ranges are fitted by steps of the gradient's sign, not by Adam")
+    presets = (
+        Preset(
+            "paper",
+            "section 3 as reported of it: outliers below 1 %, 4 bits, a range for each row, from minus to plus",
+            outliers=0.01,
+            bits=4,
+            group_size=0,
+            symmetric=True,
+        ),
+    )
+
+    group_size: int = param(
+        0, ge=0, le=8192, multiple_of=8, unit="columns", help="how many columns share a scale; 0: all of an output's"
+    )
     symmetric: bool = param(True, help="levels from minus to plus the largest magnitude, without a zero of their own")
     sigma: float = param(
-        3.0, gt=0, le=20, help="standard deviations from the layer's mean beyond which weights are kept"
+        3.0,
+        gt=0,
+        le=20,
+        help="standard deviations from the layer's mean beyond which weights are kept",
+        own="the paper's n could not be read; of normal weights three are beyond in a thousand",
     )
     outliers: float = param(0.01, ge=0, le=0.1, help="share of a layer's weights that are kept, at most")
-    steps: int = param(50, ge=0, le=1000, help="by which the ranges are fitted")
+    steps: int = param(
+        50, ge=0, le=1000, help="by which the ranges are fitted", own="the paper's number could not be read"
+    )
+
+    def group(self, linear: nn.Linear) -> int:
+        return min(self.group_size or linear.in_features, linear.in_features)
 
     def nbytes(self, linear: nn.Linear) -> int:
         count = int(self.chosen(linear.weight.detach()).sum())
@@ -53,7 +77,8 @@ class EasyQuant(Quantiser):
         weight = linear.weight.detach()
         kept = self.chosen(weight)
         rest = weight.float().masked_fill(kept, 0)
-        grid = fitted(rest, self.grid(rest), self.steps)
+        grid = fit(rest, self.bits, self.group(linear), symmetric=self.symmetric, every_level=True)
+        grid = fitted(rest, grid, self.steps)
         codes = grid.codes(rest)
         if not kept.any():
             return self.packed(codes, grid, linear.bias)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import IntegerLinear, packed_nbytes
@@ -14,6 +14,7 @@ from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.quantisation_grid import Grid, fit_least
 
 _BITS: Literal[4] = 4
+_DAMPING = "GPTQ's own; the paper names none"
 
 
 @register
@@ -34,10 +35,16 @@ class Odyssey(WeightMethod):
     title = "OdysseyLLM"
     paper = Paper("A Speed Odyssey for Deployable Quantization of LLMs", "Li et al. 2023", "2311.09550")
     claim = "four times as fast as 16 bits with weights at 4 and activations at 8 bits"
+    fidelity = Fidelity("untrained part of a trained method", "ranges are searched; the paper learns them by gradient")
+    presets = (Preset("abstract", "weights of 4 and activations of 8 bits", input_bits=8),)
     needs_hessian: ClassVar[bool] = True
 
-    clips: int = param(20, ge=1, le=100, help="how many ranges are tried for each row")
-    damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
+    clips: int = param(
+        20, ge=1, le=100, help="how many ranges are tried for each row", own="the paper learns the ranges"
+    )
+    damping: float = param(
+        0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean", own=_DAMPING
+    )
     input_bits: Literal[4, 8] = param(8, help="bits of each activation")
 
     def nbytes(self, linear: nn.Linear) -> int:

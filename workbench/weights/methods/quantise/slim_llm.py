@@ -12,6 +12,7 @@ from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.bases.sequential import Sequential
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts, packed_nbytes
+from workbench.weights.solvers.bit_exchange import bits_by_divergence, bits_exchanged, drawn_inputs
 from workbench.weights.solvers.compensation import removal_cost
 from workbench.weights.solvers.gptq import Rounded, gptq
 from workbench.weights.solvers.group_grids import binary, near_grid, salient_grid
@@ -19,33 +20,17 @@ from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, squares
 
 
-def bits_exchanged(losses: Tensor, salience: Tensor) -> Tensor:
-    """How many bits more than usual each group of columns gets, int64 [g]: -1, 0 or 1, of both as many.
-
-    Two pointers move inwards over the groups in the order of their salience [g]: the least salient gives a bit to the
-    most salient, then the next pair, up to half of all groups. That number of pairs is taken at which the losses are
-    least in total. losses: of each group with one bit less, as usual, and with one more [3, g].
-    """
-    groups = len(salience)
-    order = salience.argsort(stable=True)
-    low, high = order[: groups // 2], order.flip(0)[: groups // 2]
-    gained = (losses[1] - losses[0])[low] + (losses[1] - losses[2])[high]  # by each pair
-    pairs = int(torch.cat([gained.new_zeros(1), gained.cumsum(0)]).argmax())
-    more = torch.zeros_like(order)
-    more[low[:pairs]], more[high[:pairs]] = -1, 1
-    return more
-
-
 @register
 class SliMLLM(Sequential, Quantiser):
     """Give the most salient groups of columns a bit more, as many of the least salient a bit less, and round by GPTQ.
 
-    Which groups exchange a bit is found layer by layer on weights rounded to nearest, by how much of each column's
-    error the columns after it cannot make up for: summed, that is what GPTQ changes in the layer's outputs. (The paper
-    compares outputs of rounded layers by their Kullback-Leibler divergence, for which it has to keep outputs.) Groups
-    of equal bits are one part of the layer, and say which columns they have. A shorter last group keeps the usual bits.
-    At 2 bits the less salient groups have one: a mean, and a distance from it. Grids are those of the authors' code, or
-    with `ranges="salient"` wider ones that salient weights shape (`salient_grid`), which is ours.
+    Which groups exchange a bit is found layer by layer on weights rounded to nearest: as many as leave the layer's
+    outputs closest to those of the weight, both taken as the logits of distributions (section 3.2). The paper keeps the
+    layer's inputs for that; here they are drawn with the second moments of those. With `exchange="loss"` it is as many
+    as leave least of the error that the columns after each cannot make up for, which is what GPTQ changes in the
+    outputs. Groups of equal bits are one part of the layer, and say which columns they have. A shorter last group keeps
+    the usual bits. At 2 bits the less salient groups have one: a mean, and a distance from it. Grids are those of the
+    authors' code, or with `ranges="salient"` wider ones that salient weights shape (`salient_grid`), which is ours.
     """
 
     key = "slim-llm"
@@ -56,10 +41,15 @@ class SliMLLM(Sequential, Quantiser):
         "2405.14917",
     )
     claim = "LLaMA-7B at 2 bits: perplexity 48 % lower than other methods without gradients"
-    fidelity = Fidelity("deviates", "bits follow the loss that GPTQ cannot make up for, not the divergence of outputs")
+    fidelity = Fidelity("deviates", "outputs are compared for drawn inputs with the moments of those that were seen")
     presets = (
         Preset(
-            "authors", "Aaronhuang-778/SliM-LLM, slim-llm/run.py, cfdf5ff", ranges="near", damping=0.01, sequential=True
+            "authors",
+            "Aaronhuang-778/SliM-LLM, slim-llm/run.py and slim_gptq.py, cfdf5ff",
+            exchange="divergence",
+            ranges="near",
+            damping=0.01,
+            sequential=True,
         ),
         Preset("script", "the same, slim-llm/scripts/llama.sh", bits=2, group_size=128),
     )
@@ -68,6 +58,9 @@ class SliMLLM(Sequential, Quantiser):
 
     bits: Literal[2, 3, 4] = param(
         3, help="bits of each weight on average", own="the script's first is 2, at which small models are lost"
+    )
+    exchange: Literal["divergence", "loss"] = param(
+        "divergence", help="what tells how many groups exchange a bit: outputs, or what GPTQ cannot make up for"
     )
     ranges: Literal["near", "salient"] = param("near", help="within a tenth of a group's own, or shaped by salience")
     damping: float = param(0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean")
@@ -82,7 +75,7 @@ class SliMLLM(Sequential, Quantiser):
         assert inputs is not None
         weight, hessian, group = linear.weight.detach().float(), inputs.hessian, self.group(linear)
         factor = inverse_factor(hessian, self.damping)
-        bits = self.bits + self._exchanged(weight, factor, group)  # [g], the last group's too
+        bits = self.bits + self._exchanged(weight, hessian, factor, group)  # [g], the last group's too
         done = gptq(
             weight,
             hessian,
@@ -103,16 +96,19 @@ class SliMLLM(Sequential, Quantiser):
     def _fitted(self, part: Tensor, factor: Tensor, bits: int) -> Grid:
         return near_grid(part, bits) if self.ranges == "near" else salient_grid(part, factor, bits)
 
-    def _exchanged(self, weight: Tensor, factor: Tensor, group: int) -> Tensor:
+    def _exchanged(self, weight: Tensor, hessian: Tensor, factor: Tensor, group: int) -> Tensor:
         """How many bits more than usual each group gets [g], also a shorter last one."""
         whole = weight.shape[1] // group
         weight, pivots = weight[:, : whole * group], factor.diagonal()[: whole * group]
-        matters = removal_cost(weight, pivots).unflatten(1, (whole, group)).sum(dim=(0, 2))
-        losses = []
-        for bits in range(self.bits - 1, self.bits + 2):
-            grid = binary(weight, group) if bits == 1 else fit(weight, bits, group)
-            losses.append(squares((grid.nearest(weight) - weight) / pivots, group).sum(dim=0))
-        more = bits_exchanged(torch.stack(losses), matters)
+        salience = removal_cost(weight, pivots).unflatten(1, (whole, group)).sum(dim=(0, 2))
+        widths = range(self.bits - 1, self.bits + 2)
+        grids = [binary(weight, group) if bits == 1 else fit(weight, bits, group) for bits in widths]
+        rounded = torch.stack([grid.nearest(weight) for grid in grids])
+        if self.exchange == "divergence":
+            more = bits_by_divergence(weight, rounded, drawn_inputs(hessian)[:, : whole * group], salience)
+        else:
+            losses = [squares((made - weight) / pivots, group).sum(dim=0) for made in rounded]
+            more = bits_exchanged(torch.stack(losses), salience)
         return torch.cat([more, more.new_zeros(-(-len(factor) // group) - whole)])
 
     def _part(self, done: Rounded, bits: Tensor, owners: Tensor, width: int, bias: nn.Parameter | None) -> PackedLinear:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CodebookLinear, codebook_nbytes
@@ -30,9 +30,9 @@ class VQLogits(WeightMethod):
     The rows of the head are clustered by k-means; each token keeps the number of its codeword and takes that codeword's
     logit (Shao et al. 2025, section 3). The number of codewords follows from the budget, which is a share of the head's
     own bytes. The paper trains the model with its codebook; here it is only put in place of a trained head, and tokens
-    with the same codeword then have the same logit: the earliest of them is what greedy decoding says. With tied
-    embeddings the input embedding stays as it is, so that the whole model grows by the codebook, though fewer logits
-    are computed. From a share of 1 on the head stays as it is.
+    with the same codeword then have the same logit: the earliest of them is what greedy decoding says. A head that is
+    tied to the input embedding is refused: its rows are still looked up, and the codebook would come on top. From a
+    share of 1 on the head stays as it is.
     """
 
     key = "vq-logits"
@@ -43,10 +43,11 @@ class VQLogits(WeightMethod):
         "2505.10202",
     )
     claim = "99 % fewer output parameters at 4 % more perplexity, trained with its codebook"
+    fidelity = Fidelity("untrained part of a trained method", "the codebook is put in place of a trained head")
     default_budget = 0.05
 
-    rounds: int = param(10, ge=1, le=100, help="rounds of k-means")
-    seed: int = param(0, ge=0, le=2**31 - 1, help="which tokens the clusters begin with")
+    rounds: int = param(10, ge=1, le=100, help="rounds of k-means", own="the paper trains the codebook")
+    seed: int = param(0, ge=0, le=2**31 - 1, help="which tokens the clusters begin with", own="any")
 
     def survey(self, model: nn.Module) -> Survey:
         name, head = _head(model, self.key)
@@ -55,9 +56,12 @@ class VQLogits(WeightMethod):
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim < 2 or module is head:
                     continue
-                tied = parameter is head.weight
-                reason = "tied to the head: tokens still look up their own rows" if tied else "not the output head"
-                left[other if key == "weight" else f"{other}.{key}"] = reason
+                if parameter is head.weight:
+                    raise NotApplicable(
+                        f"{self.key}: the head of this {type(model).__name__} is tied to {other}, which looks up "
+                        "its rows all the same: with a codebook beside it the model would be larger"
+                    )
+                left[other if key == "weight" else f"{other}.{key}"] = "not the output head"
         return Survey(self, {name: head}, left)
 
     def nbytes(self, linear: nn.Linear) -> int:

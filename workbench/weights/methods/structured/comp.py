@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workbench.errors import NotApplicable
 from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.block_pruner import BlockPruner
 from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.calibration.study import WeightStudy
@@ -88,11 +88,22 @@ class COMP(BlockPruner):
         "2501.15255",
     )
     claim = "6 % better than LLM-Pruner at 20 % pruned, without training and with 80 % less memory"
+    fidelity = Fidelity(
+        "reconstructed from the abstract", "how importance, condition and mask are computed is chosen here"
+    )
     default_budget = 0.85
     needs_hessian: ClassVar[bool] = True
 
-    coarse: float = param(0.3, ge=0, le=1, help="of the bytes that have to go, how many go as whole blocks, at most")
-    damping: float = param(0.01, ge=1e-6, le=1, help="how strongly the mask is held at 1")
+    coarse: float = param(
+        0.3,
+        ge=0,
+        le=1,
+        help="of the bytes that have to go, how many go as whole blocks, at most",
+        own="the abstract gives none; a third of what goes, in whole blocks",
+    )
+    damping: float = param(
+        0.01, ge=1e-6, le=1, help="how strongly the mask is held at 1", own="the abstract gives none"
+    )
 
     def survey(self, model: nn.Module) -> WithinBudget:
         survey = super().survey(model)

@@ -9,7 +9,7 @@ from torch import nn
 
 from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.block_pruner import BlockPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.surgery.depth import shorten
@@ -62,6 +62,10 @@ class FoldGPT(BlockPruner):
         "FoldGPT: Simple and Effective Large Language Model Compression Scheme", "Liu et al. 2024", "2407.00928"
     )
     claim = "36 % fewer parameters, with training after folding"
+    fidelity = Fidelity(
+        "untrained part of a trained method",
+        "nothing is trained on to heal what folding does, as tail-layer distillation does",
+    )
     default_budget = 0.9
 
     folded: float = param(0.5, ge=0, le=1, help="of the blocks without weights of their own, how many use another's")

@@ -12,14 +12,20 @@ from workbench.core.bisection import boundary
 from workbench.core.precision import checked
 from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.structured_pruner import IntraModulePruner
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.narrow_attention import NarrowAttention
 from workbench.weights.solvers.whitening import root
 from workbench.weights.surgery.narrow import linear_like
-from workbench.weights.surgery.prunable import PrunableAttention, PrunableModule
+from workbench.weights.surgery.prunable import (
+    PrunableAttention,
+    PrunableMLP,
+    PrunableModule,
+    PrunableQueriesKeys,
+    prunable_modules,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +42,14 @@ class MoDeGPT(IntraModulePruner):
     share that goes differs from block to block: L φ softmax(-s / ε), where s is one minus the cosine between what
     enters and leaves a block (Lin et al. 2024, sections 3.2 and 3.3).
 
-    The published method also narrows queries and keys (CR decomposition). Here they stay whole, so that scores are
-    exact and rotary positions keep their meaning. Correlations are those of the uncompressed model, where the paper
-    measures them again after each block.
+    Queries and keys (CR decomposition): those channels stay whose scores, the product of their root mean squares in
+    queries and in keys, are largest. RoPE turns channels in pairs, so that pairs stay or go, scored by the mean squares
+    of both, which no rotation changes; the pairs that stay keep their frequencies, each KV head its own, and count for
+    all its query heads together. Where queries and keys are normalised before they are turned they stay whole.
+    With `queries_keys=False` they stay whole everywhere: scores are exact, and every cache method knows the rotation.
+
+    With `sequential`, correlations are measured again behind the blocks that are narrow already, as in the paper;
+    otherwise they are those of the uncompressed model.
 
     Budget: the share of the bytes of the layers that are narrowed, at the precision they are held in. The cache becomes
     smaller with the values. From a share of 1 on the weights stay as they are.
@@ -50,13 +61,40 @@ class MoDeGPT(IntraModulePruner):
         "MoDeGPT: Modular Decomposition for Large Language Model Compression", "Lin et al. 2024", "2408.09632"
     )
     claim = "90-95 % of zero-shot accuracy at 25-30 % compression, without training"
+    fidelity = Fidelity("as published")
     default_budget = 0.75
     needs_hessian: ClassVar[bool] = True
 
-    temperature: float = param(0.1, gt=0, le=100, help="ε: the lower, the more blocks differ in what they lose")
-    ridge: float = param(
-        0.01, gt=0, le=100, help="λ of the leverage, in mean squares of a neuron: below it, directions count for little"
+    queries_keys: bool = param(
+        True, help="narrow queries and keys too", own="the paper's whole method; its three kinds of modules"
     )
+    sequential: bool = param(
+        True, help="measure behind the blocks that are narrow already; else the plain model",
+        own="as the paper does",
+    )  # fmt: skip
+    temperature: float = param(
+        0.1,
+        gt=0,
+        le=100,
+        help="ε: the lower, the more blocks differ in what they lose",
+        own="the paper tunes it for each model",
+    )
+    ridge: float = param(
+        0.01,
+        gt=0,
+        le=100,
+        help="λ of the leverage, in mean squares of a neuron: below it, directions count for little",
+        own="no source could be read; no effect was measured",
+    )
+
+    def prunable_modules(self, model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
+        kinds = (*self.narrows, PrunableQueriesKeys) if self.queries_keys else self.narrows
+        return [module for module in prunable_modules(model, names) if isinstance(module, kinds)]
+
+    def stays_whole(self, name: str) -> str:
+        if self.queries_keys and name.endswith(("q_proj", "k_proj")):
+            return "queries and keys are normalised before they are turned, or their attention is of no known class"
+        return super().stays_whole(name)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -69,7 +107,8 @@ class MoDeGPT(IntraModulePruner):
             pass  # one pass over the texts, which tells how much each block does, too
         losses = shares(1 - study.similarity(progress), self.temperature)
         widths = dict(zip(modules, allocate(list(modules.values()), losses.tolist(), limit), strict=True))
-        steps = progress.track(study.inputs(hessians=True), f"compressing by {self.key}", len(modules))
+        behind = study.inputs(hessians=True, behind=twin if self.sequential else None)
+        steps = progress.track(behind, f"compressing by {self.key}", len(modules))
         for block, inputs in steps:
             for module, width in zip(modules[block], widths[block], strict=True):
                 if width < module.width:
@@ -82,6 +121,11 @@ class MoDeGPT(IntraModulePruner):
         if isinstance(module, PrunableAttention):
             mix_values(twin, module, width, inputs)
             return
+        if isinstance(module, PrunableQueriesKeys):
+            queries, keys = (moment_of(twin.get_submodule(name), inputs[name]) for name in module.layers)
+            scores = pair_scores(queries, keys, module.heads, module.groups)
+            module.prune(twin, scores.topk(width, dim=1).indices.sort(dim=1).values)
+            return
         hessian = inputs[module.out].hessian
         kept = leverage(hessian, self.ridge).topk(width).indices.sort().values
         out = twin.get_submodule(module.out)
@@ -91,8 +135,29 @@ class MoDeGPT(IntraModulePruner):
 
 def by_block(modules: Sequence[PrunableModule], blocks: Sequence[str]) -> dict[str, list[PrunableModule]]:
     """Which of these modules stand in each block, attention first."""
-    ordered = sorted(modules, key=lambda module: not isinstance(module, PrunableAttention))
+    ordered = sorted(modules, key=lambda module: isinstance(module, PrunableMLP))
     return {block: [module for module in ordered if module.name.startswith(f"{block}.")] for block in blocks}
+
+
+def moment_of(layer: nn.Module, inputs: InputStats) -> Tensor:
+    """The mean square of each output of a linear layer, float32 [o]."""
+    assert isinstance(layer, nn.Linear)
+    rows = layer.weight.detach().float()
+    bias = torch.zeros_like(rows[:, 0]) if layer.bias is None else layer.bias.detach().float()
+    products: Tensor = ((rows @ inputs.hessian) * rows).sum(dim=1)
+    return products + 2 * bias * (rows @ inputs.mean) + bias.square()
+
+
+def pair_scores(queries: Tensor, keys: Tensor, heads: int, groups: int) -> Tensor:
+    """How much each pair of channels of a KV head carries of the scores, float32 [heads, d / 2].
+
+    queries: the mean square of each channel of all query heads [heads * groups * d]; keys: of all KV heads [heads * d].
+    The squares of two channels that are turned together add up to the same at every position; a pair's score is the
+    product of its root mean squares in keys and in queries, those of a KV head's query heads together.
+    """
+    of_queries = queries.view(heads, groups, 2, -1).sum(dim=(1, 2))  # [heads, d / 2]
+    of_keys = keys.view(heads, 2, -1).sum(dim=1)
+    return (of_queries * of_keys).clamp_min(0).sqrt()
 
 
 def mix_values(twin: PreTrainedModel, module: PrunableAttention, width: int, inputs: Mapping[str, InputStats]) -> None:

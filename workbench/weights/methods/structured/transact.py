@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import IntraModulePruner
 from workbench.weights.calibration.sampled_texts import sampled_texts
@@ -51,6 +51,9 @@ class TransAct(IntraModulePruner):
         "2407.05690",
     )
     claim = "smaller weights, KV cache and attention at high compression, with training after pruning"
+    fidelity = Fidelity(
+        "untrained part of a trained method", "queries and keys stay whole, and nothing is trained after pruning"
+    )
     default_budget = 0.9
 
     texts: int = param(24, ge=1, le=256, help=f"texts of {_TEXT} tokens over which activations are measured")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.progress import Progress
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import PackedLinear, packed_nbytes
@@ -106,13 +106,30 @@ class UDFC(StructuredPruner):
         "Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "Bai et al. 2023", "2308.07209"
     )
     claim = "pruning and quantisation together without data: 20.5 % better on ImageNet at 30 % pruned and 6 bits"
+    fidelity = Fidelity(
+        "deviates", "made for convolutions behind batch normalisation; here inputs of MLPs are assumed normal"
+    )
     default_budget = 0.5
     measure: ClassVar[str] = "16-bit size"
 
-    bits: Literal[4, 6, 8] = param(8, help="bits of each weight that stays")
-    group_size: int = param(64, ge=8, le=1024, multiple_of=8, unit="columns", help="how many columns share a scale")
+    bits: Literal[4, 6, 8] = param(
+        8, help="bits of each weight that stays", own="the paper's tables have several; at 8 pruning is what is lost"
+    )
+    group_size: int = param(
+        64,
+        ge=8,
+        le=1024,
+        multiple_of=8,
+        unit="columns",
+        help="how many columns share a scale",
+        own="the paper's convolutions have one scale a channel",
+    )
     damping: float = param(
-        0.01, ge=1e-6, le=1, help="how strongly the next weight is held, of the neurons' mean square"
+        0.01,
+        ge=1e-6,
+        le=1,
+        help="how strongly the next weight is held, of the neurons' mean square",
+        own="the paper's regularisation is one of its own loss",
     )
 
     def full_nbytes(self, linear: nn.Linear) -> int:

@@ -68,10 +68,7 @@ class QuaRot(WeightMethod):
         signs, heads = decoder.signs(self.seed), decoder.heads if whole(decoder.heads) else 1
         for block in progress.track(decoder.blocks, f"compressing by {self.key}", len(decoder.blocks)):
             for name, rotation in decoder.rotations(block, signs, heads=heads).items():
-                made: nn.Module = rotated_linear(linears[name], rotation)
-                if name.endswith("mlp.down_proj"):
-                    made = RotatedLinear(made)
-                elif rotation.heads > 1:
-                    made = RotatedLinear(made, heads)
-                twin.set_submodule(name, made)
+                made = rotated_linear(linears[name], rotation)
+                live = name.endswith("mlp.down_proj") or rotation.heads > 1  # rotated as the model runs
+                twin.set_submodule(name, RotatedLinear(made, rotation.heads) if live else made)
         decoder.rotate_ends(twin, signs)

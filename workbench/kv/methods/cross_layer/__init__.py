@@ -1,0 +1,1 @@
+"""Methods whose layers hold something in common."""

@@ -1,0 +1,197 @@
+"""Neighbouring layers in pairs that hold one direction for each key and value, and a length for each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
+from workbench.kv.stores.rows import Rows
+from workbench.kv.stores.store import Dequantised, Store
+from workbench.trace import LayerTrace
+
+_LEAST = 1e-6  # sine of an angle below which directions are mixed in a straight line
+
+
+def angle_between(first: Tensor, second: Tensor) -> Tensor:
+    """The angles between vectors [..., d], 0 to pi, float32 [...]."""
+    cosine = torch.nn.functional.cosine_similarity(first.float(), second.float(), dim=-1)
+    return torch.arccos(cosine.clamp(-1, 1))
+
+
+def between(first: Tensor, second: Tensor, towards: float) -> Tensor:
+    """The direction on the arc from first to second [..., d], at the share `towards` of it: length 1, float32."""
+    first, second = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (first, second))
+    angle = angle_between(first, second)[..., None]
+    sine = angle.sin()
+    arc = (((1 - towards) * angle).sin() * first + (towards * angle).sin() * second) / sine.clamp_min(_LEAST)
+    straight = (1 - towards) * first + towards * second
+    return torch.nn.functional.normalize(torch.where(sine > _LEAST, arc, straight), dim=-1)
+
+
+@dataclass(frozen=True)
+class MergedLayersFormat(Format):
+    """Every entry at `dtype`, in the layers `pairs` merged with its neighbour's.
+
+    towards: where on the arc from the direction in the lower layer to that in the upper one their common direction is.
+    retained: share of the prompt's tokens that both layers hold as they are, in each head those whose keys differ most.
+    """
+
+    dtype: torch.dtype
+    pairs: tuple[tuple[int, int], ...]
+    towards: float
+    retained: float
+    by_layer = True
+    attends_itself: ClassVar[bool] = True
+    needs_all: ClassVar[bool] = True
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (f"{str(self.dtype).removeprefix('torch.')}, {2 * len(self.pairs)} layers in pairs",)
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        group = self.layers_with(shape.layer)
+        if len(group) == 1:
+            return DenseFormat(self.dtype).nbytes(shape, selected)
+        own = shape.tokens * 2 * shape.itemsize + self.count(shape.tokens) * shape.entry_nbytes
+        shared = shape.tokens * shape.entry_nbytes + self.count(shape.tokens) * INDEX_BYTES
+        return shape.kv_heads * (own + (shared if shape.layer == group[0] else 0))
+
+    def count(self, tokens: int) -> int:
+        """How many of so many tokens are retained."""
+        return math.ceil(self.retained * tokens)
+
+    def layers_with(self, layer: int) -> tuple[int, ...]:
+        return next((pair for pair in self.pairs if layer in pair), (layer,))
+
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
+        return DenseFormat(self.dtype).build(layer, tiers, None)
+
+    def build_together(self, layers: Sequence[LayerTrace], tiers: Sequence[Tensor]) -> list[Store]:
+        lower, upper = layers
+        where = angle_between(lower.keys, upper.keys).argsort(dim=1, descending=True, stable=True)  # [k, n]
+        where = where[:, : self.count(lower.tokens)].sort(dim=1).values
+        pair = MergedPair(
+            Rows.of(between(lower.keys, upper.keys, self.towards).to(self.dtype)),
+            Rows.of(between(lower.values, upper.values, self.towards).to(self.dtype)),
+            where.to(torch.int32),
+            self.towards,
+        )
+        first, second = (MergedLayerStore.of(layer, pair, self.dtype) for layer in (lower, upper))
+        first.other, second.other = second, first
+        first.first = True
+        return [first, second]
+
+
+class MergedPair:
+    """What two layers hold in common: directions of keys [t, d] and values [t, dv], and which tokens int32 [k, r] each
+    has kept for itself.
+    """
+
+    def __init__(self, keys: Rows, values: Rows, where: Tensor, towards: float) -> None:
+        self.keys, self.values, self.where, self.towards = keys, values, where, towards
+
+    def clone(self) -> MergedPair:
+        return MergedPair(self.keys.clone(), self.values.clone(), self.where.clone(), self.towards)
+
+
+class MergedLayerStore(Store):
+    """One layer of a pair: its lengths of keys and values, its own of what is retained, and a tail.
+
+    New tokens are exact in both layers' tails while they attend; they are merged when the next ones come.
+    """
+
+    first = False  # whether it is the lower layer, which counts what both hold
+    other: MergedLayerStore
+
+    def __init__(self, pair: MergedPair, lengths: tuple[Rows, Rows], kept: tuple[Tensor, Tensor], tail: Rows) -> None:
+        """lengths: of keys and of values, [t, 1]; kept [k, r, d] and [k, r, dv]; tail: keys and values side by side."""
+        self.pair, self.lengths, self.kept, self.tail = pair, lengths, kept, tail
+
+    @classmethod
+    def of(cls, layer: LayerTrace, pair: MergedPair, dtype: torch.dtype) -> MergedLayerStore:
+        both, where = (layer.keys, layer.values), pair.where.long()[..., None]
+        lengths = tuple(Rows.of(x.float().norm(dim=-1, keepdim=True).to(dtype)) for x in both)
+        kept = tuple(x.gather(1, where.expand(-1, -1, x.shape[-1])).to(dtype) for x in both)
+        nothing = layer.keys.new_empty(layer.kv_heads, 0, sum(x.shape[-1] for x in both), dtype=dtype)
+        return cls(pair, (lengths[0], lengths[1]), (kept[0], kept[1]), Rows.of(nothing))
+
+    @property
+    def partner(self) -> Store:
+        return self.other
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        if self.first:
+            self._merge()
+        self.tail.append(torch.cat([keys, values], dim=2), block=1)
+
+    def _merge(self) -> None:
+        """Merge what has attended in both layers."""
+        count = min(self.tail.longest, self.other.tail.longest)
+        if not count:
+            return
+        width = self.pair.keys.data.shape[1]
+        lower, upper = self.tail.cut_front(count), self.other.tail.cut_front(count)
+        for side, common, part in ((0, self.pair.keys, slice(width)), (1, self.pair.values, slice(width, None))):
+            mine, others = lower[..., part], upper[..., part]
+            common.append(between(mine, others, self.pair.towards).to(common.data.dtype))
+            for store, x in ((self, mine), (self.other, others)):
+                store.lengths[side].append(x.float().norm(dim=-1, keepdim=True).to(x.dtype))
+
+    def reserve(self, tokens: int) -> None:
+        for rows in (*self.lengths, *((self.pair.keys, self.pair.values) if self.first else ())):
+            rows.reserve(tokens)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.tail.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.tail.data.device
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        count = self.lengths[0].longest + self.tail.longest
+        return torch.arange(count, device=self.device)[None], None
+
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        width = self.pair.keys.data.shape[1]
+        where, tail = self.pair.where.long()[..., None], self.tail.view().to(dtype)
+        sides = []
+        for common, length, kept, new in zip(
+            (self.pair.keys, self.pair.values),
+            self.lengths,
+            self.kept,
+            (tail[..., :width], tail[..., width:]),
+            strict=True,
+        ):
+            merged = (common.view().float() * length.view().float()).to(dtype)
+            merged = merged.scatter(1, where.expand(-1, -1, merged.shape[-1]), kept.to(dtype))
+            sides.append(torch.cat([merged, new], dim=1))
+        return Dequantised(sides[0], sides[1], *self.slots())
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        shared = [*self.pair.keys.tensors(), *self.pair.values.tensors(), self.pair.where] if self.first else []
+        own = [*self.lengths[0].tensors(), *self.lengths[1].tensors(), *self.kept, *self.tail.tensors()]
+        return {str(self.tail.data.dtype).removeprefix("torch."): [*shared, *own]}
+
+    def clone(self) -> Self:
+        """An independent copy, of the other layer too."""
+        pair = self.pair.clone()
+        mine, others = self.beside(pair), self.other.beside(pair)
+        mine.other, others.other = others, mine
+        return mine
+
+    def beside(self, pair: MergedPair) -> Self:
+        """A copy on what both hold in common, `pair`."""
+        twin = copy(self)
+        twin.pair, twin.tail = pair, self.tail.clone()
+        twin.lengths = self.lengths[0].clone(), self.lengths[1].clone()
+        twin.kept = self.kept[0].clone(), self.kept[1].clone()
+        return twin
