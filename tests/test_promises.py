@@ -14,11 +14,16 @@ from workbench.testing import Subjects, check_promise, promises
 
 SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
     "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "foldgpt": {"steps": 2},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
     "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "cospadi": {"rounds": 2},
 }
 OTHERWISE: list[tuple[str, dict[str, Any]]] = [  # parameters that take another way through a method
+    ("awq", {"fold": False}),
+    ("gptq", {"group_aware": True, "mse": True}),
+    ("gptq", {"sequential": False}),
+    ("activations", {"form": "fp8", "static": True}),
     ("svd-llm", {"update": True}),
     ("flashsvd", {"metric": "outputs"}),
     ("coreinfer", {"prediction": "similarity", "groups": 2}),
