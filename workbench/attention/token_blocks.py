@@ -54,7 +54,8 @@ def _most_blocks(tokens: int, allowed: int, size: int) -> Blocks | None:
 def block_means(key: Tensor, size: int) -> Tensor:
     """The means of keys [k, n, d] over whole blocks, float32 [k, b, d]."""
     whole = key.shape[1] // size
-    return key[:, : whole * size].unflatten(1, (whole, size)).float().mean(dim=2)
+    means: Tensor = key[:, : whole * size].unflatten(1, (whole, size)).float().mean(dim=2)
+    return means
 
 
 def best_blocks(rows: Tensor, means: Tensor, top: int, *, sinks: bool) -> Tensor:

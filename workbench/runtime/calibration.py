@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def calibration_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     """The first `count` tokens of the ready examples "code" and "dialogue"; drawn ones where there is no tokenizer."""
     count = min(count, max_positions(model))
     if tokenizer is None:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        return torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(0))
+        rows = cast("Tensor", model.get_input_embeddings().weight)
+        return torch.randint(0, len(rows), (count,), generator=torch.Generator().manual_seed(0))
     text = "\n\n".join(example(key).text for key in _TEXTS)
     return torch.tensor(tokenizer(text)["input_ids"][:count])

@@ -140,14 +140,16 @@ class BlockSparse(AttentionMethod):
             best = judged.best.tolist()
         for head, choice in enumerate(best):
             group = head * len(key) // heads
-            own = query[head, :first], key[group, :first], value[group, :first]
+            rotated, keys, values = query[head, :first], key[group, :first], value[group, :first]
             if choice == len(lines):
                 context.count(plan.entries)
-                out[head, :first] = block_attention(*(x[None] for x in own), plan, scoring, sinks=self.sinks)[0]
+                out[head, :first] = block_attention(
+                    rotated[None], keys[None], values[None], plan, scoring, sinks=self.sinks
+                )[0]
             else:
                 columns, diagonals = (x[head] for x in lines[choice])
                 context.count(int(lines[choice].entries()[head]))
-                out[head, :first] = line_attention(*own, columns, diagonals, scoring)
+                out[head, :first] = line_attention(rotated, keys, values, columns, diagonals, scoring)
         if judged is not None:
             out[:, rows] = judged.out
         out[:, first:] = probes.out

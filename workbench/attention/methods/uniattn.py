@@ -136,7 +136,8 @@ class UniAttn(AttentionMethod):
         if given is None:
             return 0.0
         rows = value.float().transpose(0, 1).flatten(1) @ given
-        return rows.unflatten(1, (-1, value.shape[-1])).transpose(0, 1).to(value.dtype)
+        by_head: Tensor = rows.unflatten(1, (-1, value.shape[-1])).transpose(0, 1).to(value.dtype)
+        return by_head
 
     def decode(
         self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
