@@ -14,6 +14,7 @@ from workbench.testing import Subjects, check_promise, promises
 
 SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
     "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "foldgpt": {"steps": 2},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
     "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "cospadi": {"rounds": 2},

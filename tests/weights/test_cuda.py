@@ -44,6 +44,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SHORT: dict[str, dict[str, Any]] = {  # parameters that make slow methods quick
     "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "foldgpt": {"steps": 2},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
     "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "bitstack": {"blocks": 3},

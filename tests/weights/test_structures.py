@@ -104,6 +104,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 _QUICK: dict[str, dict[str, Any]] = {
     "evopress": {"of": "rtn", "generations": 1, "offspring": 2, "texts": 2, "tokens": 16, "slopes": 0},
+    "foldgpt": {"steps": 2},
     "ziplm": {"starts": 2, "patience": 1, "texts": 2, "tokens": 16},
     "evopress-depth": {"generations": 1, "offspring": 2, "beginnings": 2, "texts": 2, "tokens": 16},
     "transact": {"texts": 2},

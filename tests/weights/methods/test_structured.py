@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,17 +20,20 @@ from workbench.errors import BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.models.depth import origins
+from workbench.progress import Progress
 from workbench.weights import recorded_times
 from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.block_gates import block_gates
 from workbench.weights.compress import compressed
 from workbench.weights.layers.core_mlp import CoreMLP, votes
 from workbench.weights.methods.structured.cfsp import CFSP, kept_shares, neuron_scores
 from workbench.weights.methods.structured.comp import COMP, leverage, remaining, tuned
 from workbench.weights.methods.structured.coreinfer import CoreInfer
 from workbench.weights.methods.structured.foldgpt import FoldGPT, folding
-from workbench.weights.methods.structured.udfc import UDFC, channels, data_free_scores, gains, overlap, rebuilt
+from workbench.weights.methods.structured.udfc import UDFC, gains
 from workbench.weights.methods.structured.ziplm import ZipLM
 from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.random_inputs import channels, data_free_scores, overlap, rebuilt
 from workbench.weights.solvers.structure_removal import removal
 from workbench.weights.solvers.widths import shared_out
 
@@ -325,6 +329,45 @@ def test_less_than_one_block_is_refused(tiny_llama: PreTrainedModel) -> None:
     with pytest.raises(BudgetTooSmall) as refusal:
         compressed(tiny_llama, [FoldGPT(budget=0.2)])
     assert refusal.value.smallest == pytest.approx(1 / 3, abs=2e-4)
+
+
+def gated_loss(model: Any, ids: Tensor, gates: Sequence[float]) -> float:
+    """The loss of the next token where each block's change of the hidden states counts by its gate."""
+    handles = [
+        block.register_forward_hook(
+            lambda _, args, kwargs, out, gate=gate: args[0] + gate * (out - args[0]), with_kwargs=True
+        )
+        for block, gate in zip(model.model.layers, gates, strict=True)
+    ]
+    said = logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return float(torch.nn.functional.cross_entropy(said[:-1], ids[1:]))
+
+
+def test_gates_learn_from_the_loss_and_from_what_they_cost(tiny_llama: PreTrainedModel) -> None:
+    ids, eps = RANDOM_IDS[:24], 1e-2
+    slopes = [
+        (gated_loss(tiny_llama, ids, [1.0] * 3) - gated_loss(tiny_llama, ids, [1.0 - eps * (i == j) for j in range(3)]))
+        / eps
+        for i in range(3)
+    ]
+    for penalty in (0.0, 3 * max(map(abs, slopes)) * 3):
+        found = block_gates(tiny_llama, ids[None], steps=1, rate=0.1, penalty=penalty, progress=Progress()).tolist()
+        want = [0.9 if slope + penalty / 3 > 0 else 1.0 for slope in slopes]  # Adam's first step is as long as its rate
+        assert found == pytest.approx(want, abs=1e-4)
+    again = [block_gates(tiny_llama, ids[None], steps=5, rate=0.1, penalty=1.0, progress=Progress()) for _ in range(2)]
+    assert torch.equal(*again) and not any(p.requires_grad for p in tiny_llama.parameters())
+
+
+def test_a_block_that_adds_nothing_has_the_lowest_gate_and_goes() -> None:
+    model: Any = tiny("llama", layers=4)
+    idle = model.model.layers[2]
+    idle.self_attn.o_proj.weight.zero_()
+    idle.mlp.down_proj.weight.zero_()
+    twin = compressed(model, [FoldGPT(budget=0.75, folded=0.0, steps=8)])
+    assert list(origins(twin)) == [0, 1, 3]
+    assert torch.allclose(logits(twin), logits(model), atol=1e-4)
 
 
 # -- UDFC

@@ -20,6 +20,8 @@ from workbench.models import tiny
 from workbench.progress import Progress
 from workbench.weights import HQQ, TransAct, compressed
 from workbench.weights.calibration.sampled_texts import sampled_texts
+from workbench.weights.calibration.study import WeightStudy
+from workbench.weights.compress import SHORT
 from workbench.weights.layers.narrow_attention import NarrowAttention
 from workbench.weights.surgery.narrow import narrowed
 
@@ -33,7 +35,7 @@ def live_bytes(twin: nn.Module, names: list[str]) -> int:
 def masked(model: PreTrainedModel, method: TransAct, channels: int, neurons: int) -> Any:
     """The model with what method prunes in one round set to zero instead, found with plain loops."""
     twin: Any = copy.deepcopy(model)
-    ids = sampled_texts(model, method.texts, 32, method.seed)
+    ids = WeightStudy(model, calibration=SHORT).ids[: method.texts, : method.tokens]
     seen: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].double()}))

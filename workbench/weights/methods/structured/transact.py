@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from workbench.engine.attention_hook import device_of
 from workbench.progress import Progress
 from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import IntraModulePruner
-from workbench.weights.calibration.sampled_texts import sampled_texts
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.surgery.prunable import PrunableAttention, PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_TEXT = 32  # tokens of each calibration text
 
 
 @register
@@ -36,9 +34,9 @@ class TransAct(IntraModulePruner):
     head count together. Matrices are really smaller, and so is the cache, whose values have fewer channels. Pruning is
     iterative: a part goes, the activations of what is left are measured again, the next part goes.
 
-    The published method also prunes queries and keys, calibrates on a corpus, and trains the pruned model on. Here
-    queries and keys stay whole, so that scores are exact and rotary positions keep their meaning; the texts are what
-    the model itself says (so no data are needed); and nothing is trained, so that much smaller shares can be pruned.
+    The published method also prunes queries and keys, and trains the pruned model on. Here
+    queries and keys stay whole, so that scores are exact and rotary positions keep their meaning, and nothing is
+    trained, so that much smaller shares can be pruned.
 
     Budget: the share of the bytes of the layers that are pruned, at the precision they are held in.
     """
@@ -56,9 +54,19 @@ class TransAct(IntraModulePruner):
     )
     default_budget = 0.9
 
-    texts: int = param(24, ge=1, le=256, help=f"texts of {_TEXT} tokens over which activations are measured")
-    rounds: int = param(2, ge=1, le=16, help="in how many steps the dimensions go")
-    seed: int = param(0, ge=0, le=2**31 - 1, help="which texts the model says")
+    texts: int = param(
+        16,
+        ge=1,
+        le=1024,
+        help="calibration texts over which activations are measured",
+        own="the paper's corpus and its size could not be read",
+    )
+    tokens: int = param(
+        128, ge=8, le=8192, unit="tokens", help="how much of each is read", own="as for the number of texts"
+    )
+    rounds: int = param(
+        2, ge=1, le=16, help="in how many steps the dimensions go", own="the paper prunes while it trains"
+    )
 
     def survey(self, model: nn.Module) -> WithinBudget:
         survey = super().survey(model)
@@ -94,7 +102,7 @@ class TransAct(IntraModulePruner):
         targets, begun = self.widths(modules), [module.width for module in modules]
         if begun == targets:
             return
-        ids = sampled_texts(twin, self.texts, _TEXT, self.seed)
+        ids = study.ids[: self.texts, : self.tokens]
         count = self.rounds * len(modules)
         for step in progress.track(range(count), f"compressing by {self.key}", count):
             done, index = divmod(step, len(modules))
@@ -113,7 +121,8 @@ def activations(model: PreTrainedModel, modules: list[PrunableModule], ids: Tens
     """Root mean square of each module's transitional activations over texts ids [t, n], float32 [heads, width] each."""
     sums: dict[str, Tensor] = {}
     with _observing(model, [module.out for module in modules], sums), torch.inference_mode():
-        model(input_ids=ids, use_cache=False)
+        for text in ids.split(4):
+            model(input_ids=text.to(device_of(model)), use_cache=False)
     return [module.by_head(sums[module.out] / ids.numel()).sqrt() for module in modules]
 
 
