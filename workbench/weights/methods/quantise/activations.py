@@ -102,9 +102,10 @@ def _multiplying(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, StreamedMLP):  # it reads its factors itself
             inside = (*inside, f"{name}.")
             continue
-        if isinstance(module, CompactLinear) or linear_of(module) is not None:
+        linear = module if isinstance(module, CompactLinear) else linear_of(module)
+        if linear is not None:
             inside = (*inside, f"{name}.")
-            yield name, module
+            yield name, linear
 
 
 def _rounds(module: nn.Module) -> bool:
