@@ -181,7 +181,8 @@ def test_without_a_writable_cache_statistics_lie_elsewhere_and_the_run_says_so(
     assert len(study.notes) == 1 and "cannot be written to" in study.notes[0]
     session = wb.Session((tiny("llama"), None))
     session.read(torch.arange(20))
-    assert sum("calibration is not kept" in note for note in session.run("wanda", max_new_tokens=2).notes) == 1
+    run = session.run(wb.weights.Wanda(sequential=False), max_new_tokens=2)
+    assert sum("calibration is not kept" in note for note in run.notes) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")

@@ -21,6 +21,7 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear, FactoredLinear, IntegerLinear, PackedLinear
 from workbench.weights.layers.rotated import RotatedLinear
 from workbench.weights.layers.rounded_input import MOST, Form, RoundedInput
+from workbench.weights.layers.streamed_mlp import StreamedMLP
 from workbench.weights.survey import Survey
 
 if TYPE_CHECKING:
@@ -93,14 +94,18 @@ class Activations(WeightMethod):
 
 
 def _multiplying(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers, plain and small, by name; of factors and rotated ones those inside."""
+    """The linear layers that are called, plain and small, by name; of factors and rotated ones those inside."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside or ("\0",)) or isinstance(module, RotatedLinear | FactoredLinear):
             continue
-        if isinstance(module, CompactLinear) or linear_of(module) is not None:
+        if isinstance(module, StreamedMLP):  # it reads its factors itself
             inside = (*inside, f"{name}.")
-            yield name, module
+            continue
+        linear = module if isinstance(module, CompactLinear) else linear_of(module)
+        if linear is not None:
+            inside = (*inside, f"{name}.")
+            yield name, linear
 
 
 def _rounds(module: nn.Module) -> bool:
