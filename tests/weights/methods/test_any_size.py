@@ -20,8 +20,9 @@ from workbench.progress import Progress
 from workbench.weights import RTN, BitStack, DoubleRounding, compressed
 from workbench.weights.calibration.step_losses import step_losses
 from workbench.weights.layers import BitBlock, BitBlocksLinear, PackedLinear, bit_block_nbytes, packed_nbytes
-from workbench.weights.methods.any_size.double_rounding import coarser, narrower, rounded
+from workbench.weights.methods.any_size.double_rounding import narrower
 from workbench.weights.solvers.absolute_value import decompose, leading, scales
+from workbench.weights.solvers.double_rounding import coarser, rounded
 from workbench.weights.solvers.greedy_allocation import Size, growth_order, level_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 

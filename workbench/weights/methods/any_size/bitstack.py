@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TOKENS = 256  # of each text whose perplexity orders blocks
-_RANKS = 16  # at most, by default
 _SCRIPT = "xinghaow99/BitStack, scripts/decompose.sh and bitstack/main.py, 9f333d6"
 
 
@@ -134,7 +133,7 @@ class BitStack(WeightMethod):
         outputs, inputs = linear.weight.shape
         if self.rank:
             return min(self.rank, outputs, inputs)
-        return max(min(_RANKS, outputs * inputs // (128 * (outputs + inputs))), 1)
+        return max(min(16, outputs * inputs // (128 * (outputs + inputs))), 1)
 
     def _block(self, linear: nn.Linear) -> int:
         return bit_block_nbytes(linear.out_features, linear.in_features, self._rank(linear))

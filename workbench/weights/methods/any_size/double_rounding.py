@@ -14,13 +14,13 @@ from workbench.weights.base import WeightMethod
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import PackedLinear, packed_nbytes
+from workbench.weights.solvers.double_rounding import MASTER, coarser, rounded
 from workbench.weights.solvers.greedy_allocation import Size, growth_order, sizes_within
 from workbench.weights.solvers.quantisation_grid import Grid, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MASTER = 8  # bits of the codes that all others come from
 _WIDTHS = (2, 3, 4, 5, 6, 8)
 _GROUPS = "the paper trains one step for each layer; untrained, whole rows lose far more"
 
@@ -96,7 +96,7 @@ class DoubleRounding(WeightMethod):
                 weight = linear.weight.detach().float()
                 group = min(self.group_size, linear.in_features)
                 with self.naming(name):
-                    grid = fit(weight, _MASTER, group, symmetric=self.symmetric)
+                    grid = fit(weight, MASTER, group, symmetric=self.symmetric)
                 stored[name] = grid.codes(weight), grid
                 errors = (lost(weight, *stored[name], b, inputs[name], symmetric=self.symmetric) for b in _WIDTHS)
                 sizes[name] = [Size(self._nbytes(linear, b), e) for b, e in zip(_WIDTHS, errors, strict=True)]
@@ -114,7 +114,7 @@ class DoubleRounding(WeightMethod):
 
     def _nbytes(self, linear: nn.Linear, bits: int) -> int:
         group = min(self.group_size, linear.in_features)
-        zero_bytes = 0 if self.symmetric else 1 if bits == _MASTER else 2
+        zero_bytes = 0 if self.symmetric else 1 if bits == MASTER else 2
         return packed_nbytes(linear.out_features, linear.in_features, bits, group, zero_bytes=zero_bytes)
 
 
@@ -125,29 +125,12 @@ class _Master(NamedTuple):
     sizes: dict[str, list[Size]]
 
 
-def rounded(codes: Tensor, bits: int, *, symmetric: bool = False) -> Tensor:
-    """8-bit codes rounded to `bits` bits: the leading ones; of symmetric grids the nearest multiple of 2 ** (8 - bits),
-    halves up, within the range.
-    """
-    below = _MASTER - bits
-    if not symmetric or not below:
-        return codes >> below
-    return (codes.to(torch.int16).add_(1 << below - 1) >> below).clamp_(max=2**bits - 1).to(torch.uint8)
-
-
-def coarser(grid: Grid, bits: int, *, symmetric: bool = False) -> Grid:
-    """The grid of the codes rounded to `bits` bits. Its zeros have fractions, of at most 7 bits: float16 holds them."""
-    factor = 2 ** (grid.bits - bits)
-    middle = 0.0 if symmetric else (factor - 1) / 2
-    return Grid(grid.scale * factor, (grid.zero - middle) / factor, bits, grid.group)
-
-
 def narrower(
     codes: Tensor, grid: Grid, bits: int, bias: nn.Parameter | None = None, *, symmetric: bool = False
 ) -> PackedLinear:
     """The layer at `bits` bits that 8-bit codes [o, i] give."""
     coarse = coarser(grid, bits, symmetric=symmetric)
-    zero = None if symmetric else coarse.zero.to(torch.uint8 if bits == _MASTER else torch.float16)
+    zero = None if symmetric else coarse.zero.to(torch.uint8 if bits == MASTER else torch.float16)
     few = rounded(codes, bits, symmetric=symmetric)
     return PackedLinear(few, coarse.scale, zero, bits, bias, group=grid.group)
 

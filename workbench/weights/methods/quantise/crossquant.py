@@ -13,7 +13,7 @@ from workbench.weights.layers import IntegerLinear, packed_nbytes
 from workbench.weights.solvers.quantisation_grid import fit
 
 _FLOOR = 1e-4  # of the largest channel: the smallest that a channel counts as
-_GROUPS = "the width in which the paper's tables group weights of 4 bits, as reported of it; its text could not be read"
+_GROUPS = "own choice, as usual for 4 bits; the paper's text could not be read"
 
 
 @register
@@ -48,9 +48,7 @@ class CrossQuant(WeightMethod):
     fidelity = Fidelity("deviates", "the largest magnitudes of channels are calibration's unless channels='text'")
     presets = (Preset("paper", "section 4.2, equation 5", input_bits=8, alpha=0.15, channels="text"),)
 
-    bits: Literal[4, 8] = param(
-        8, help="bits of each weight", own="the paper has 8 and 4; 8, at which what is lost is the activations' doing"
-    )
+    bits: Literal[4, 8] = param(8, help="bits of each weight", own="8, at which what is lost is the activations' doing")
     input_bits: Literal[4, 8] = param(8, help="bits of each activation")
     alpha: float = param(0.15, ge=0, le=1, help="1: steps of each token alone; 0: of each channel alone")
     channels: Literal["calibration", "text"] = param(

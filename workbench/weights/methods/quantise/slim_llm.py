@@ -25,7 +25,7 @@ class SliMLLM(Sequential, Quantiser):
     """Give the most salient groups of columns a bit more, as many of the least salient a bit less, and round by GPTQ.
 
     Which groups exchange a bit is found layer by layer on weights rounded to nearest: as many as leave the layer's
-    outputs closest to those of the weight, both taken as the logits of distributions (section 3.2). The paper keeps the
+    outputs closest to those of the weight, both taken as the logits of distributions. The paper keeps the
     layer's inputs for that; here they are drawn with the second moments of those. With `exchange="loss"` it is as many
     as leave least of the error that the columns after each cannot make up for, which is what GPTQ changes in the
     outputs. Groups of equal bits are one part of the layer, and say which columns they have. A shorter last group keeps

@@ -62,7 +62,7 @@ class VPTQ(WeightMethod):
         ),
         Preset(
             "two bits",
-            "section 4, 2 bits: 65,536 vectors of 8, as model names such as v8-k65536-0 tell",
+            "microsoft/VPTQ, README.md, 5a8dfb9: model names such as v8-k65536-0",
             index_bits=16,
             vector_length=8,
             residual_bits=0,
