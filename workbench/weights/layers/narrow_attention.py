@@ -28,7 +28,7 @@ class NarrowAttention(nn.Module):
     of channels that are rotated together.
 
     value_channels int64 [k, dv]: which channels of the original values these are, or, where each is a mixture of them,
-    their numbers. key_channels int64 [k, dk]: which channels of the original queries and keys these are, the first
+    their numbers. key_channels int32 [k, dk]: which channels of the original queries and keys these are, the first
     halves of the pairs and then the second ones; each keeps its rotation. None: all.
     """
 
