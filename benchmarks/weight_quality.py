@@ -62,7 +62,7 @@ ENTRIES: tuple[Entry, ...] = (
     one("absmax", bits=8),
     one("rtn", bits=8),
     one("crossquant"),
-    (("rtn", {"bits": 8}), ("activations", {})),
+    *(((key, {"bits": 8}), ("activations", {})) for key in ("absmax", "rtn")),
     *(one("hqq", bits=bits) for bits in (8, 4, 3, 2)),
     *(one(key, budget=PRUNED[50]) for key in ("magnitude", "wanda", "sparsegpt")),
     *(one(key, pattern="2:4", budget=PRUNED[50]) for key in ("magnitude", "wanda", "sparsegpt")),

@@ -55,6 +55,7 @@ DOES = {
     "retrieve": "how entries in host memory are found again",
     "select": "what of the device's entries a new token attends to",
     "evict": "who leaves while decoding",
+    "place": "whether what is kept closes up",
     "read": "how the prompt is read in bounded memory",
 }
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

@@ -20,6 +20,10 @@ SMALL: dict[str, dict[str, Any]] = {  # searches of seconds
     "cospadi": {"rounds": 2},
 }
 OTHERWISE: list[tuple[str, dict[str, Any]]] = [  # parameters that take another way through a method
+    ("awq", {"fold": False}),
+    ("gptq", {"group_aware": True, "mse": True}),
+    ("gptq", {"sequential": False}),
+    ("activations", {"form": "fp8", "static": True}),
     ("svd-llm", {"update": True}),
     ("flashsvd", {"metric": "outputs"}),
     ("coreinfer", {"prediction": "similarity", "groups": 2}),

@@ -85,11 +85,23 @@ def test_an_exported_model_is_the_compressed_one_again(key: str, parameters: dic
     assert again.facts.parameters == made.facts.parameters
 
 
+def test_scales_that_went_into_norms_are_no_obstacle_to_compressed_tensors(tmp_path: Path) -> None:
+    made = session()
+    made.export(tmp_path / "m", "awq", format="compressed-tensors", **SYMMETRIC)
+    twin = compressed(made, "awq", **SYMMETRIC)
+    norms = [x.get_submodule("model.layers.0.input_layernorm").weight for x in (twin, made.model)]
+    assert not torch.equal(*norms)
+    assert torch.equal(logits(wb.Session(tmp_path / "m").model), logits(twin))
+    with pytest.raises(NotApplicable, match=r"is a PackedLinear|factor for each column"):
+        made.export(tmp_path / "n", "awq", format="compressed-tensors", fold=False, **SYMMETRIC)
+
+
 @pytest.mark.parametrize("untied", [True, False])
 @pytest.mark.parametrize(
     "recipe",
     [
         ["ostquant"],
+        ["awq"],
         [wb.weights.OSTQuant(input_bits=8)],
         ["quarot", "gptq"],
         ["wanda", "gptq"],

@@ -119,8 +119,8 @@ def test_the_queries_held_are_counted_and_are_the_last_ones() -> None:
     assert plan.nbytes - plain.nbytes == 3 * WINDOW * (layer.heads * layer.queries.shape[2] * 2 + 4)
     for held, given in zip(decoder.stores, seen, strict=True):
         last = torch.stack([query for query, _, _ in given], dim=1).to(torch.bfloat16)
-        assert torch.equal(held.queries[:, -3:], last)  # type: ignore[attr-defined]
-        assert held.asked.tolist() == [59, 60, 61, 62] if TOKENS == 60 else True  # type: ignore[attr-defined]
+        assert torch.equal(held.queries[:, -3:], last)
+        assert held.asked.tolist() == [59, 60, 61, 62] if TOKENS == 60 else True
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ def test_what_cannot_rescore_is_refused_with_the_reason() -> None:
     for key, why in (("kivi", "together"), ("mikv", "merge or choose"), ("kvzip", "another scorer"), ("a2ats", "host")):
         scorer = [] if key == "kvzip" else [Knorm(budget=0.5)]
         with pytest.raises(BadRecipe, match=why):
-            plan(*scorer, wb.method(key), Decoding())  # type: ignore[arg-type]
+            plan(*scorer, wb.method(key), Decoding())
     with pytest.raises(BadRecipe, match="h2o and decoding"):
-        plan(wb.method("h2o"), Decoding())  # type: ignore[arg-type]
+        plan(wb.method("h2o"), Decoding())
     with pytest.raises(BadRecipe, match="rounded"):
-        plan(Knorm(budget=0.5), LookM(), wb.method("turbomind"), Decoding())  # type: ignore[arg-type]
+        plan(Knorm(budget=0.5), LookM(), wb.method("turbomind"), Decoding())
     with pytest.raises(NotApplicable, match="raise `queries`"):
         plan(SnapKV(window=8), Decoding(queries=0))
     with pytest.raises(BudgetTooSmall, match="smallest"):
@@ -268,7 +268,7 @@ def test_what_is_planned_is_what_stores_hold(store: tuple[str, ...]) -> None:
     scorers = [Knorm(), SnapKV(window=8)]
     for scorer in scorers:
         others = [wb.method(key) for key in store]
-        plan = make_plan(trace_of(), [scorer.with_budget(0.5), *others, Decoding(queries=8)], torch.bfloat16)  # type: ignore[list-item]
+        plan = make_plan(trace_of(), [scorer.with_budget(0.5), *others, Decoding(queries=8)], torch.bfloat16)
         check_plan(plan)
 
 

@@ -18,6 +18,7 @@ from workbench.attention.methods.lean import Lean
 from workbench.attention.methods.masformer import MASFormer
 from workbench.attention.methods.memory_efficient import MemoryEfficient
 from workbench.attention.methods.streaming_window import StreamingWindow
+from workbench.attention.methods.uncomp import UNCompReading
 from workbench.attention.methods.uniattn import UniAttn
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "MASFormer",
     "MemoryEfficient",
     "StreamingWindow",
+    "UNCompReading",
     "UniAttn",
 ]

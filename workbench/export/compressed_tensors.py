@@ -31,6 +31,8 @@ def unfit(model: PreTrainedModel, twin: PreTrainedModel, names: list[str]) -> st
     """
     for name in names:
         layer, before = twin.get_submodule(name), type(model.get_submodule(name))
+        if before is not torch.nn.Linear and type(layer) is before and _alike(layer, model.get_submodule(name)):
+            continue  # other numbers in the same place, such as a norm that took factors of the layers behind it
         if before is not torch.nn.Linear:
             return f"{name} stands for a {before.__name__}"
         if type(layer) is not PackedLinear:
@@ -41,7 +43,17 @@ def unfit(model: PreTrainedModel, twin: PreTrainedModel, names: list[str]) -> st
             return f"{name} has a factor for each column"
         if layer.in_features % layer.group:
             return f"the {layer.in_features} columns of {name} are no multiple of its groups of {layer.group}"
-    return None if names else "nothing in it is compressed"
+    return None if packed(twin, names) else "nothing in it is compressed"
+
+
+def packed(twin: PreTrainedModel, names: list[str]) -> dict[str, PackedLinear]:
+    """Those of these modules that are packed, by name."""
+    return {name: layer for name in names if isinstance(layer := twin.get_submodule(name), PackedLinear)}
+
+
+def _alike(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    shapes = ({name: tensor.shape for name, tensor in module.state_dict().items()} for module in (one, other))
+    return next(shapes) == next(shapes)
 
 
 def installed() -> bool:
@@ -65,7 +77,7 @@ def write(
     check_installed()
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    layers = {name: layer for name in names if isinstance(layer := twin.get_submodule(name), PackedLinear)}
+    layers = packed(twin, names)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     tied = set(getattr(twin, "_tied_weights_keys", None) or ())

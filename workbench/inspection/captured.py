@@ -132,7 +132,8 @@ def as_read(
     over what is left.
     """
     if has_to_run(method):
-        return Implied(method, layers[layer], len(layers), head)
+        below = tuple(layers[:layer]) if method.goes_by_earlier else ()
+        return Implied(method, layers[layer], len(layers), head, below)
     source = layers[method.source_layer(layer, len(layers))]
     widths = [width for width in (layers[layer].window, source.window) if width is not None]
     captured = capture(source, head=head)

@@ -34,14 +34,15 @@ class Implied:
     values that are one in all of a cell's positions give the whole cell, in the time of one reading.
 
     layers: how many the model has. A method that takes over what an earlier layer left has nothing to take here and
-    computes for itself: see `workbench.inspection.captured.as_read`. Rows add up to what they do under the method, to 1
-    in most.
+    computes for itself: see `workbench.inspection.captured.as_read`. below: the layers before this one, where the
+    method chose in them what this one sees. Rows add up to what they do under the method, to 1 in most.
     """
 
     method: AttentionMethod
     layer: LayerTrace
     layers: int
     head: int | None = None
+    below: tuple[LayerTrace, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -50,8 +51,10 @@ class Implied:
     @cached_property
     def state(self) -> dict[Any, Any]:
         """What the method chose for the layer as it was recorded, all heads and the true values."""
-        context = PassContext(self.layers, self.tokens, self.layer.index)
-        self.method.begin(self.layer, context)
+        context = PassContext(self.layers, self.tokens)
+        for layer in (*self.below, self.layer):
+            context.layer = layer.index
+            self.method.begin(layer, context)
         return context.state
 
     def maps(

@@ -148,7 +148,7 @@ class Plan(Shown):
             if layer.shared is not None:
                 made[layer.index] = SharedStore(made[layer.shared])
             elif layer.index not in made:
-                made |= self._group(layer)
+                made |= self._together(layer) or {layer.index: self.store(layer)}
         return [made[layer.index] for layer in self.trace.layers]
 
     def store(self, layer: LayerTrace) -> Store:
@@ -156,14 +156,20 @@ class Plan(Shown):
 
         Raises OutOfRange where its numbers are too large for the store's.
         """
-        return self._group(layer)[layer.index]
+        together = self._together(layer)
+        if together:
+            return together[layer.index]
+        store = self._store(layer)
+        check_reach(store, layer)
+        return store
 
-    def _group(self, layer: LayerTrace) -> dict[int, Store]:
-        """The stores, by layer, of all that hold something in common with this one."""
-        group = (layer.index,) if layer.index in self.exact else self.format.layers_with(layer.index)
+    def _together(self, layer: LayerTrace) -> dict[int, Store]:
+        """The stores, by layer, of several that hold something in common with this one; none where it is alone."""
+        group = self.format.layers_with(layer.index)
+        if len(group) == 1 or layer.index in self.exact:
+            return {}
         layers = [self.trace.layers[index] for index in group]
-        together = len(group) > 1
-        made = self.format.build_together(layers, [self.tiers[i] for i in group]) if together else [self._store(layer)]
+        made = self.format.build_together(layers, [self.tiers[index] for index in group])
         for store, held in zip(made, layers, strict=True):
             check_reach(store, held)
         return dict(zip(group, made, strict=True))

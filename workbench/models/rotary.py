@@ -34,8 +34,8 @@ class Rotations:
         """The rotation of `layer`; nothing (a width of 0) where it attends without positions.
 
         read: tokens that were read at once, which choose among tables that switch with length; each later position, for
-        itself, is at the end of what has been read. width: channels of the heads that are to be turned, which may be
-        fewer than the model's own. Raises NoRotation where positions enter the model in another way, such as learned
+        itself, is at the end of what has been read. width: channels of the heads that are to be turned, where they may
+        be fewer than the model's own. Raises NoRotation where positions enter the model in another way, such as learned
         ones that are added to embeddings, and NotApplicable where the layer rotates by no convention that is known, or
         its heads have lost channels that are turned.
         """

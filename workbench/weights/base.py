@@ -12,6 +12,7 @@ from torch import nn
 from workbench.errors import CalibrationFailed, OutOfRange
 from workbench.progress import Progress
 from workbench.registry import Family, Method
+from workbench.weights.calibration.block_pass import BlockPass, passes
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.surgery.linears import outside
@@ -33,8 +34,8 @@ class WeightMethod(Method):
 
     Stages: `survey` says which matrices are taken and which are left, with the reason; `check` refuses what the
     parameters do not fit; `nbytes` or `total_nbytes` foretell the size, before anything is computed; `compress` makes
-    one small layer from one plain one and what calibration saw of its input. A method whose layers depend on each other
-    overrides `apply`.
+    one small layer from one plain one and what calibration saw of its input. A method that looks at what leaves a block
+    overrides `refine`; one whose layers depend on each other in other ways, `apply`.
     """
 
     family: ClassVar[Family] = "weights"
@@ -95,9 +96,38 @@ class WeightMethod(Method):
         study: calibration of the model as it was before this method. What does not depend on the budget may be kept
         there (`study.once(self.parameter_key(), ...)`), so that a slider costs little.
         """
+        if type(self).refine is not WeightMethod.refine:
+            self._block_by_block(twin, linears, study, progress)
+            return
         for name, linear, inputs in self.visit(linears, study, progress, twin if self.recalibrates else None):
             with self.naming(name):
                 twin.set_submodule(name, self.compress(linear, inputs))
+
+    def refine(self, passed: BlockPass, linears: Mapping[str, nn.Linear]) -> Mapping[str, nn.Module]:
+        """What becomes of those of a block's layers that are judged by what leaves the block, or one of its modules.
+
+        Override it where layers of a block depend on each other, or on what comes before them in it: it may put other
+        modules and parameters into `passed.block`. linears: those of the block that the method takes, by full name.
+        Layers that are not in what it returns go to `compress`.
+        """
+        del passed, linears
+        return {}
+
+    def _block_by_block(
+        self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
+    ) -> None:
+        done, behind = 0, twin if self.recalibrates else None
+        hessians = self.needs_hessian
+        for passed in passes(study, twin, self.texts_refined, hessians=hessians, progress=progress, behind=behind):
+            own = {name: linears[name] for name in passed.inputs if name in linears}
+            made = self.refine(passed, own) if own else {}
+            for name, linear in own.items():
+                progress.update(f"compressing by {self.key}", done, len(linears))
+                with self.naming(name):
+                    small = made[name] if name in made else self.compress(linear, passed.inputs[name])
+                twin.set_submodule(name, small)
+                done += 1
+        progress.update(f"compressing by {self.key}", done, len(linears))
 
     @contextmanager
     def naming(self, name: str) -> Iterator[None]:
@@ -110,6 +140,11 @@ class WeightMethod(Method):
             raise OutOfRange(
                 f"{self.key}, {name}: {failure}; a method that holds it in another form may do"
             ) from failure
+
+    @property
+    def texts_refined(self) -> int:
+        """How many calibration texts `refine` is shown on their way through the blocks."""
+        return 4
 
     @property
     def recalibrates(self) -> bool:

@@ -121,20 +121,22 @@ def test_prefixkv_divides_the_room_for_another_scorer() -> None:
 
 
 @pytest.mark.parametrize(("budget", "distance"), [("20 tokens", 5), ("20 tokens", 25), (0.3, 7)])
-def test_while_decoding_the_entry_so_far_from_the_end_leaves(budget: str | float, distance: int) -> None:
+def test_while_decoding_a_layer_keeps_its_share_and_a_window_rolls(budget: str | float, distance: int) -> None:
     trace = trace_of(tokens=TOKENS)
     plan = make_plan(trace, [PrefixKV(budget=budget, distance=distance)], torch.float32)
     decoder = Decoder(tiny("llama"), plan.stores(), TOKENS, plan.stages.evict)
     held = [[plan.kept(layer.index, head).tolist() for head in range(2)] for layer in trace.layers]
-    for token in range(TOKENS, TOKENS + 12):
+    planned = [len(layer[0]) for layer in held]
+    for token in range(TOKENS, TOKENS + 30):
         decoder.feed(torch.tensor([token]))
-        for layer in held:
+        for layer, size in zip(held, planned, strict=True):
+            cut = size - distance if size > distance else size // 2  # found with the prompt, and the same ever after
             for row in layer:
                 row.append(token)
-                # Of the entries with the new one, that which the code cuts out: its place was fixed with the prompt.
-                del row[(len(row) - 1) - distance if len(row) - 1 > distance else (len(row) - 1) // 2]
+                if len(row) > size + (token + 1 - TOKENS) * size // TOKENS:
+                    del row[cut]
         assert [[row.tolist() for row in store.positions] for store in decoder.stores] == held
-        assert sum(store.nbytes for store in decoder.stores) == plan.nbytes
+    assert any(len(layer[0]) > size for layer, size in zip(held, planned, strict=True))
 
 
 def test_with_another_scorer_nothing_leaves_while_decoding() -> None:

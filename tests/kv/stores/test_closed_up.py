@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import cross_entropy, silu
 from transformers import PreTrainedModel
 
 import workbench as wb
@@ -202,3 +204,29 @@ def test_where_keys_are_not_turned_by_position_it_says_so(tiny_llama: PreTrained
     other = replace(trace, layers=tuple(replace(layer, rotary=None) for layer in trace.layers))
     with pytest.raises(NotApplicable, match="turned"):
         make_plan(other, [StreamingLLM(budget=0.5)], torch.float32, model=tiny_llama)
+
+
+def test_text_beyond_the_models_positions_is_as_likely_as_before(tiny_session: wb.Session) -> None:
+    # benchmarks/streaming.py reads 100,000 tokens.
+    session = wb.Session((tiny_session.model, tiny_session.tokenizer), kv_dtype="float32")
+    assert session.tokenizer is not None
+    ids = torch.tensor(session.tokenizer(Path(argparse.__file__).read_text(encoding="utf-8"))["input_ids"][:3072])
+    session.read(ids[:512])
+    nats = {}
+    for name, plan in {
+        "closed up": session.plan("streaming-llm", budget="256 tokens"),
+        "whole": session.plan("full"),
+    }.items():
+        decoder, given = decoder_of(session.model, plan), [plan.logits[None]]
+        for part in ids[512:].split(64):
+            given.append(decoder.feed(part, logits=part.numel()))
+            where, valid = decoder.stores[0].slots()
+            if name == "closed up":
+                assert int(places(where, valid).max()) < 256
+                assert sum(store.nbytes for store in decoder.stores) <= plan.nbytes
+        nats[name] = cross_entropy(torch.cat(given)[:-1], ids[512:], reduction="none")
+        assert decoder.position == 3072 > session.facts.max_positions
+    before, beyond = nats["closed up"][:1536].mean(), nats["closed up"][-512:].mean()
+    assert beyond < before + 0.5
+    assert nats["whole"][-512:].mean() > beyond + 0.4
+    assert nats["whole"][:1536].mean() < before + 0.1  # within them it is as good

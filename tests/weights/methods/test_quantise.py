@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from tests.weights.support import correlated, drawn, layer_of, logits, stats_of, studied, with_study
 from workbench.errors import BadParameter, CalibrationFailed
 from workbench.models import tiny
+from workbench.models.decoder import decoder_layers
 from workbench.weights import AWQ, GPTQ, OWQ, RTN, AbsMax, SliMLLM, compressed
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
@@ -32,6 +34,7 @@ from workbench.weights.solvers.group_grids import binary, near_grid, salient_gri
 from workbench.weights.solvers.inverse_hessian import inverse_factor
 from workbench.weights.solvers.quantisation_grid import Grid, fit, fit_least, fit_range, squares
 from workbench.weights.solvers.range_search import searched
+from workbench.weights.surgery.folding import fold, folds
 from workbench.weights.surgery.sharing_copy import sharing_copy
 
 METHODS = (AbsMax, GPTQ, AWQ, OWQ, SliMLLM)
@@ -386,6 +389,65 @@ def test_clipping_makes_no_output_worse() -> None:
         for clip in (True, False)
     ]
     assert bool((errors[0] <= errors[1] * 1.0001).all()) and bool((errors[0] < 0.99 * errors[1]).any())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mha", "qwen2", "qwen3", "mistral", "phi3"])
+def test_scales_are_folded_into_what_comes_before(architecture: str) -> None:
+    """Whatever the scales, the model computes the same."""
+    model = tiny(architecture)
+    want, twin = logits(model), sharing_copy(model)
+    for block in decoder_layers(twin).values():
+        for number, place in enumerate(folds(block)):
+            width = block.get_submodule(place.layers[0]).in_features
+            fold(block, place, drawn(width, seed=number).exp())
+    torch.testing.assert_close(logits(twin), want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(twin.model.layers[0].input_layernorm.weight, model.model.layers[0].input_layernorm.weight)
+    found = [place.before for place in folds(next(iter(decoder_layers(model).values())))]
+    assert ("self_attn.v_proj" in found) is (architecture == "mha") and len(found) == 3 + (architecture == "mha")
+
+
+def test_awq_takes_the_scales_by_which_attention_says_most_nearly_the_same() -> None:
+    model = tiny("mha")
+    study = studied(model)
+    twin = with_study(model, AWQ(bits=3, group_size=16, clip=False, texts=4), study)
+    block, inputs = next(iter(study.inputs(hessians=True)))
+    runner, seen = study.block_runner(), list[Any]()
+    attention: Any = model.get_submodule(f"{block}.self_attn")
+    handle = attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    runner.forward(block, runner.hidden)
+    handle.remove()
+    plain = {name: getattr(attention, name).weight for name in ("q_proj", "k_proj", "v_proj")}
+    size, errors = inputs[f"{block}.self_attn.q_proj"].absmean.clamp_min(1e-4), []
+    with torch.no_grad():
+        want = torch.cat([attention(*args, **kwargs)[0] for args, kwargs in seen])
+        for step in range(20):
+            scales = size ** (step / 20)
+            scales = scales / (scales.max() * scales.min()).sqrt()
+            for name, weight in plain.items():
+                near = fit(weight * scales, 3, 16).nearest(weight * scales) / scales
+                getattr(attention, name).weight = torch.nn.Parameter(near)
+            got = torch.cat([attention(*args, **kwargs)[0] for args, kwargs in seen])
+            errors.append((float((got - want).square().mean()), step, scales))
+    norms = [x.get_submodule(f"{block}.input_layernorm").weight for x in (model, twin)]
+    torch.testing.assert_close(norms[0] / norms[1], min(errors, key=lambda one: one[:2])[2], rtol=1e-4, atol=1e-5)
+    layer = twin.get_submodule(f"{block}.self_attn.q_proj")
+    assert isinstance(layer, PackedLinear) and layer.columns is None
+
+
+def test_awq_clips_no_queries_and_keys() -> None:
+    model = tiny("mha")
+    study = studied(model)
+    clipped, whole = (with_study(model, AWQ(bits=2, group_size=16, clip=clip), study) for clip in (True, False))
+    for name in ("self_attn.q_proj", "self_attn.k_proj"):
+        one, other = (twin.get_submodule(f"model.layers.0.{name}") for twin in (clipped, whole))
+        assert torch.equal(one.dequantised(), other.dequantised())
+    one, other = (twin.get_submodule("model.layers.0.mlp.up_proj") for twin in (clipped, whole))
+    assert not torch.equal(one.dequantised(), other.dequantised())
+
+
+def test_layers_that_no_fold_is_known_for_hold_their_scales_themselves() -> None:
+    layer = compressed(tiny("gemma3"), [AWQ(group_size=40)]).get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, PackedLinear) and layer.columns is not None
 
 
 def test_errors_of_groups_are_those_of_their_columns_alone() -> None:

@@ -94,9 +94,7 @@ class DecoderRotation:
             reason = _unknown(block)
             if reason is not None:
                 raise NotApplicable(f"weights cannot be rotated in {type(model).__name__}: {name} {reason}")
-        if type(getattr(core, "embed_tokens", None)) is not nn.Embedding or not _known_norm(
-            getattr(core, "norm", None)
-        ):
+        if type(getattr(core, "embed_tokens", None)) is not nn.Embedding or not known_norm(getattr(core, "norm", None)):
             raise NotApplicable(
                 f"weights cannot be rotated in {type(model).__name__}: what it looks up, or normalises at its end, is "
                 "of no known form"
@@ -143,7 +141,7 @@ class DecoderRotation:
             neurons = balance(squares[down_proj], mlp.down_proj.weight.detach().float().square().sum(dim=0))
         entering = module.input_layernorm.weight.detach().double() * signs
         made: dict[str, LayerRotation] = {}
-        for name in _projections("self_attn", attention)[:-1]:
+        for name in projections("self_attn", attention)[:-1]:
             outputs = getattr(attention, name).out_features
             leaving = torch.ones(outputs, dtype=torch.float64, device=device)
             if name in ("v_proj", "qkv_proj"):
@@ -155,7 +153,7 @@ class DecoderRotation:
         by_head = values.view(self.kv_heads, 1, d).expand(groups).flatten()
         made[f"{block}.self_attn.o_proj"] = LayerRotation(by_head, signs, d, width, heads=heads)
         entering = module.post_attention_layernorm.weight.detach().double() * signs
-        for name in _projections("mlp", mlp)[:-1]:
+        for name in projections("mlp", mlp)[:-1]:
             outputs = getattr(mlp, name).out_features
             leaving = torch.ones(outputs, dtype=torch.float64, device=device)
             if name != "gate_proj":
@@ -226,7 +224,7 @@ def rotated_linear(linear: nn.Linear, rotation: LayerRotation) -> nn.Linear:
     return made.train(linear.training)
 
 
-def _projections(place: str, module: nn.Module) -> tuple[str, ...]:
+def projections(place: str, module: nn.Module) -> tuple[str, ...]:
     """The names of a module's linear layers, the one that leads out of it last."""
     return _FUSED[place] if hasattr(module, _FUSED[place][0]) else _APART[place]
 
@@ -236,11 +234,11 @@ def _unknown(block: nn.Module) -> str | None:
     children = {name for name, child in block.named_children() if any(True for _ in child.parameters())}
     if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return f"holds {', '.join(sorted(children))}"
-    if not _known_norm(block.input_layernorm) or not _known_norm(block.post_attention_layernorm):
+    if not known_norm(block.input_layernorm) or not known_norm(block.post_attention_layernorm):
         return f"normalises by {type(block.input_layernorm).__name__}"
     for place in ("self_attn", "mlp"):
         module = block.get_submodule(place)
-        names = _projections(place, module)
+        names = projections(place, module)
         strange = [name for name in names if type(getattr(module, name, None)) is not nn.Linear]
         if strange:
             return f"has no plain linear layer {place}.{strange[0]}"
@@ -250,5 +248,6 @@ def _unknown(block: nn.Module) -> str | None:
     return None
 
 
-def _known_norm(module: object) -> bool:
+def known_norm(module: object) -> bool:
+    """Whether a norm is one that computes x / rms(x) * weight."""
     return type(module).__name__ in _NORMS

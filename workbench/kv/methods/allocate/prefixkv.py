@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from workbench.kv.accumulated_attention import AccumulatedAttention
-from workbench.kv.base import Study, keep_first, keep_last
+from workbench.kv.base import Holding, KVMethod, Study, keep_first, keep_last
+from workbench.kv.held import HeldLayer
 from workbench.kv.ranking import Ranking
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
@@ -15,10 +16,13 @@ from workbench.trace import LayerTrace
 class SharedAttention(AccumulatedAttention):
     """Score positions by the attention they received from all queries, averaged over the heads of a layer."""
 
+    rescores = True
+    grows = True
+
     sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")
     recent: int = param(1, ge=1, le=1024, unit="tokens", help="tokens at the end that always stay")
     distance: int = param(25, ge=1, le=1024, unit="tokens", help="which entry leaves while decoding, from the end")
-    decode: bool = param(True, help="also evict while decoding, so that the cache never grows")
+    decode: bool = param(True, help="also evict while decoding, so that a layer keeps its share of what comes")
 
     def shared(self, layer: LayerTrace) -> Tensor:
         """What each position received of a head on average, float32 [n]."""
@@ -31,12 +35,18 @@ class SharedAttention(AccumulatedAttention):
     def evicts_while_decoding(self) -> bool:
         return self.decode
 
-    def evict(self, state: Tensor, positions: Tensor, room: int) -> Tensor:
-        held = int((positions >= 0).sum(dim=1).min())
-        first = held - self.distance if held > self.distance else held // 2  # as the code has it for small caches
-        first = max(min(first, held - room), 0)
-        last = torch.iinfo(positions.dtype).max
-        return positions.masked_fill(positions < 0, last).argsort(dim=1, stable=True)[:, first : first + room]
+    def leaving_at_once(self, holding: Holding) -> int:
+        coming = holding.room + holding.planned - holding.entries
+        came = holding.tokens + coming - holding.prompt
+        return holding.entries + coming - holding.planned - came * holding.planned // holding.prompt
+
+    def rescore(self, held: HeldLayer, scorer: KVMethod, holding: Holding) -> Tensor:
+        planned = holding.planned
+        first = (
+            planned - self.distance if planned > self.distance else planned // 2
+        )  # as the code has it for small caches
+        rank = torch.arange(held.tokens, device=held.device).float()
+        return rank.masked_fill(rank < min(first, held.tokens - 1), torch.inf).expand(held.kv_heads, -1)
 
 
 @register
@@ -54,9 +64,9 @@ class PrefixKV(SharedAttention):
     the recipe. The authors' code takes sizes found on other prompts for its results, and finds them by the same rule;
     here every prompt has its own.
 
-    While decoding, as in that code, each new token pushes out the entry that stands `distance` from the end: what is
-    before it stays for good, and behind it rolls a window. A layer stays as large as it is planned, where the code
-    lets it grow by its share of what comes. With another scorer in the recipe nothing leaves.
+    While decoding, as in that code, each layer grows by its share of what comes, and otherwise a new token pushes out
+    the entry that stands where `distance` from the end was when the prompt was compressed: what is before it stays for
+    good, and behind it rolls a window. With another scorer in the recipe nothing leaves.
     """
 
     key = "prefixkv"
@@ -67,7 +77,7 @@ class PrefixKV(SharedAttention):
         "2412.03409",
     )
     claim = "best quality for a given total budget"
-    fidelity = Fidelity("deviates", "sizes are found on the prompt itself, and do not grow while decoding")
+    fidelity = Fidelity("deviates", "sizes are found on the prompt itself, not on other prompts")
     presets = (Preset("code", "THU-MIG/PrefixKV, prefixkv.py, 39b7265", sinks=4, recent=1, distance=25, decode=True),)
     default_budget = 0.5
 

@@ -38,11 +38,11 @@ class UNComp(SnapKV):
     entropy, whose room falls evenly from 1 + `spread` to 1 - `spread` times the layer's average, most for the highest.
     Tokens are chosen by SnapKV's scores, from the last `window` queries.
 
-    Chosen here: the KV part of the paper (hidden states are not evicted while reading); queries after rotation, as in
-    the authors' code; a layer's entropy is the mean of its heads', which the paper finds to follow that of hidden
-    states; entropies come from the prompt itself and not from a calibration text; a KV head has the mean of its query
-    heads; the elbow of the spectrum is a parameter, 32 as in the authors' code. The paper leaves the sizes of stages
-    open. Every head keeps the window where the budget allows.
+    Chosen here: the KV part of the paper (the attention method `uncomp-reading` is what it does while reading); queries
+    after rotation, as in the authors' code; a layer's entropy is the mean of its heads', which by the paper follows
+    that of hidden states; entropies come from the prompt itself and not from a calibration text; a KV head has the mean
+    of its query heads; the elbow of the spectrum is a parameter, 32 as in the authors' code. The paper leaves the sizes
+    of stages open. Every head keeps the window where the budget allows.
     """
 
     key = "uncomp"
@@ -53,7 +53,7 @@ class UNComp(SnapKV):
         "2410.03090",
     )
     claim = "4.74 % of the cache, 6.4x throughput"
-    fidelity = Fidelity("deviates", "hidden states are not evicted while the prompt is read")
+    fidelity = Fidelity("deviates", "stages of layers by a rule of ours; evicting hidden states is `uncomp-reading`")
     presets = (
         Preset(
             "longbench", "menik1126/UNComp, run_longbench.py and uncomp_utils.py: sizes 512 and 256, b3e9f7b",

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from workbench.core.precision import half
-from workbench.registry import Paper, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.quantiser import Quantiser
+from workbench.weights.calibration.block_pass import BlockPass
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.solvers.quantisation_grid import Grid, fit_least
+from workbench.weights.solvers.quantisation_grid import Grid, fit
+from workbench.weights.surgery.folding import Fold, fold, folds
 
 _STEPS = 20  # exponents that are tried, from 0 to below 1
-_SHRINKS = tuple(1 - step / 20 for step in range(10))  # of the range that a clipped group covers, down to 0.55
+_LIMITS = tuple(1 - step / 20 for step in range(10))  # of a group's largest magnitude, down to 0.55
 _LEAST = 1e-4  # mean magnitude of an input channel: smaller ones are no smaller for the scales
+
+
+def awq_scales(inputs: InputStats, step: int) -> Tensor:
+    """What the columns of weights are multiplied by before rounding [i], at one of the steps that are tried.
+
+    The inputs' mean magnitudes to some power from 0 (plain rounding) to below 1; their geometric middle is 1 (Lin et
+    al. 2023, arXiv:2306.00978, equation 5).
+    """
+    scales = inputs.absmean.clamp_min(_LEAST) ** (step / _STEPS)
+    return scales / (scales.max() * scales.min()).sqrt()
 
 
 def awq_columns(weight: Tensor, inputs: InputStats, nearest: Callable[[Tensor], Tensor]) -> Tensor:
     """What the columns of a weight [o, i] are divided by before rounding and multiplied by afterwards [i].
 
-    The scales are the inputs' mean magnitudes to some power from 0 (plain rounding) to 1, that which changes the
-    outputs least, tr(Δ M Δᵀ); their geometric middle is 1 (Lin et al. 2023, arXiv:2306.00978, equations 4 and 5).
-    nearest: rounds a scaled weight. The factors are what float16 makes of the scales' inverses.
+    The inverse, as float16 has it, of those scales that change the outputs least, tr(Δ M Δᵀ) (equation 4). nearest:
+    rounds a scaled weight.
     """
-    size = inputs.absmean.clamp_min(_LEAST)
     best: Tensor | None = None
     least = float("inf")
     for step in range(_STEPS):
-        scales = size ** (step / _STEPS)
-        columns = half((scales.max() * scales.min()).sqrt() / scales, "the factors of its columns").float()
+        columns = half(1 / awq_scales(inputs, step), "the factors of its columns").float()
         change = nearest(weight / columns).mul_(columns).sub_(weight)
         error = float(inputs.output_error(change).sum())
         if best is None or error < least:
             best, least = columns, error
     assert best is not None
     return best
+
+
+def scaled_inputs(inputs: InputStats, scales: Tensor) -> InputStats:
+    """What is known of inputs once each is divided by its scale [i]."""
+    hessian = inputs.hessian / scales / scales[:, None]
+    channels = (inputs.mean / scales, inputs.absmean / scales, inputs.absmax / scales, inputs.square / scales.square())
+    return InputStats(inputs.tokens, *channels, hessian)
 
 
 def group_errors(change: Tensor, hessian: Tensor, group: int) -> Tensor:
@@ -63,11 +80,15 @@ def _own_blocks(hessian: Tensor, group: int) -> Tensor:
 class AWQ(Quantiser):
     """Scale the columns that meet large inputs up before rounding, so that they lose less, and clip each group's range.
 
-    Every layer searches its own scales, also where several share an input, and keeps them itself (two bytes a column):
-    nothing before the layer is touched, and no layer has to suit another. Both searches minimise what rounding changes
-    in the outputs over the calibration texts: the scales in all columns together (section 3.2), the clipping (as in the
-    authors' code) group by group, and only in rows whose whole output is the better for it. Hessians are those of the
-    uncompressed model.
+    As in the authors' code layers that share an input share scales, which go into the norm or the layer before them, so
+    that nothing is held for them: those of attention's queries, keys and values are judged by what leaves attention,
+    those of the layers that widen an MLP by what leaves the MLP, on `texts` calibration texts; others by what leaves
+    the layer. Attention's output is not scaled where heads share values. Then the range of each group is cut where that
+    changes the group's own part of the output least (all layers but those of queries and keys); here by second moments
+    in place of 512 tokens, and only in rows whose whole output is the better for it.
+
+    In blocks of an unknown form, and without `fold`, every layer searches its own scales and holds them itself, two
+    bytes a column, clipped as well; foretold bytes are those. Inputs are the uncompressed model's, as in the code.
     """
 
     key = "awq"
@@ -78,43 +99,112 @@ class AWQ(Quantiser):
         "2306.00978",
     )
     claim = "4 bits nearly without loss, by protecting the one percent of channels that matter"
+    fidelity = Fidelity("as published")
+    presets = (Preset("authors", "mit-han-lab/llm-awq, awq/quantize/pre_quant.py, 02c1dd6", clip=True, fold=True),)
     needs_hessian = True
+    alone: ClassVar[bool] = False
 
     clip: bool = param(True, help="also search how much of each group's range to cover")
+    fold: bool = param(
+        True, help="layers with the same input share scales, held by what is before them; else each its own"
+    )
+    texts: int = param(
+        4,
+        ge=1,
+        le=1024,
+        unit="texts",
+        help="calibration texts on which modules are judged",
+        own="the authors' 128 take hours on a CPU",
+    )
+
+    @property
+    def texts_refined(self) -> int:
+        return self.texts
 
     def nbytes(self, linear: nn.Linear) -> int:
         zero_bytes = 0 if self.symmetric else self.zero_bytes
         shape = linear.out_features, linear.in_features
         return packed_nbytes(*shape, self.bits, self.group(linear), zero_bytes=zero_bytes, columns=True)
 
+    def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
+        biases = sum(linear.bias.nbytes for linear in linears.values() if self.fold and linear.bias is not None)
+        return super().total_nbytes(linears) + biases
+
+    def refine(self, passed: BlockPass, linears: Mapping[str, nn.Linear]) -> Mapping[str, nn.Module]:
+        places = folds(passed.block) if self.fold else []
+        names = {f"{passed.name}.{name}" for place in places for name in place.layers}
+        if not names <= linears.keys():  # a layer that stays plain has to keep its input
+            return {}
+        inputs = dict(passed.inputs)
+        scales = [self._searched(passed, place) for place in places]
+        for place, found in zip(places, scales, strict=True):
+            fold(passed.block, place, found)
+            for name in place.layers:
+                inputs[f"{passed.name}.{name}"] = scaled_inputs(inputs[f"{passed.name}.{name}"], found)
+        if not places:
+            return {}
+        return {name: self._folded(name, linear, inputs[name]) for name, linear in linears.items()}
+
+    def _searched(self, passed: BlockPass, place: Fold) -> Tensor:
+        """The scales of the layers at one place that change what leaves the module there least."""
+        layers: list[Any] = [passed.block.get_submodule(name) for name in place.layers]
+        inputs = passed.inputs[f"{passed.name}.{place.layers[0]}"]
+        plain = [layer.weight for layer in layers]
+        weights = [weight.detach().float() for weight in plain]
+        if place.inside is None:
+            return 1 / awq_columns(weights[0], inputs, self._nearest)
+        run = passed.again(passed.block.get_submodule(place.inside))
+        want, errors = run().float(), []
+        try:
+            for step in range(_STEPS):
+                scales = awq_scales(inputs, step)
+                for layer, weight, before in zip(layers, weights, plain, strict=True):
+                    near = self._nearest(weight * scales) / scales
+                    layer.weight = nn.Parameter(near.to(before.dtype), requires_grad=False)
+                errors.append(float((run().float() - want).square().mean()))
+        finally:
+            for layer, before in zip(layers, plain, strict=True):
+                layer.weight = before
+        return awq_scales(inputs, min(range(_STEPS), key=errors.__getitem__))
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        return self.grid(weight).nearest(weight)
+
+    def _folded(self, name: str, linear: nn.Linear, inputs: InputStats) -> PackedLinear:
+        """The layer whose scales are in its weight already."""
+        weight = linear.weight.detach().float()
+        grid = self.grid(weight)
+        if self.clip and not name.endswith(("q_proj", "k_proj")):
+            grid = self._clipped(weight, inputs, grid)
+        return self.packed(grid.codes(weight), grid, linear.bias)
+
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> PackedLinear:
         assert inputs is not None
         weight = linear.weight.detach().float()
-        columns = awq_columns(weight, inputs, lambda scaled: self.grid(scaled).nearest(scaled))
+        columns = awq_columns(weight, inputs, self._nearest)
         scaled = weight / columns
         grid = self.grid(scaled)
         if self.clip:
-            grid = self._clipped(scaled, columns, inputs, grid)
+            grid = self._clipped(scaled, scaled_inputs(inputs, 1 / columns), grid)
         return self.packed(grid.codes(scaled), grid, linear.bias, columns)
 
-    def _clipped(self, scaled: Tensor, columns: Tensor, inputs: InputStats, whole: Grid) -> Grid:
-        """A grid for the scaled weight [o, i] that leaves out the ends of groups where that helps their row."""
-        hessian = columns[:, None] * inputs.hessian * columns  # of what the scaled columns meet
-        clipped = fit_least(
-            scaled,
-            self.bits,
-            whole.group,
-            _SHRINKS,
-            lambda change: group_errors(change, hessian, whole.group),
-            symmetric=self.symmetric,
-        )
-        with_all, without = (
-            inputs.output_error((grid.nearest(scaled) - scaled) * columns)[:, None] for grid in (whole, clipped)
-        )
-        better = without < with_all  # [o, 1]
-        return Grid(
-            torch.where(better, clipped.scale, whole.scale),
-            torch.where(better, clipped.zero, whole.zero),
-            self.bits,
-            whole.group,
-        )
+    def _clipped(self, weight: Tensor, inputs: InputStats, whole: Grid) -> Grid:
+        """A grid for a weight [o, i] that leaves out the ends of groups where that helps their row."""
+        group = whole.group
+        groups = pad(weight.abs(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+        largest, found, least = groups.amax(dim=-1), whole, torch.full_like(whole.scale, torch.inf)
+        for limit in _LIMITS:
+            ends = whole.spread(limit * largest, weight.shape[1])
+            cut = weight.clamp(-ends, ends)
+            grid = fit(cut, self.bits, group, symmetric=self.symmetric, every_level=True)
+            cost = group_errors(grid.nearest(weight).sub_(weight), inputs.hessian, group)
+            found, least = _either(cost < least, grid, found), torch.minimum(cost, least)
+        errors = (inputs.output_error(grid.nearest(weight) - weight)[:, None] for grid in (whole, found))
+        with_all, without = errors
+        return _either(without < with_all, found, whole)
+
+
+def _either(first: Tensor, one: Grid, other: Grid) -> Grid:
+    """One grid where `first` [o, g] or [o, 1] says so, else the other."""
+    scale, zero = (torch.where(first, a, b) for a, b in ((one.scale, other.scale), (one.zero, other.zero)))
+    return Grid(scale, zero, one.bits, one.group)

@@ -1,12 +1,75 @@
-"""Why methods that each supply a stage cannot work together, in the order in which it is said."""
+"""Which method of a recipe supplies each stage, and why methods that each supply one may not work together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from workbench.kv.base import Stages
+from workbench.errors import BadRecipe
+from workbench.kv.method import STAGES, KVMethod
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Which method of a recipe supplies each stage; None where the frame's default does."""
+
+    score: KVMethod | None = None
+    allocate: KVMethod | None = None
+    merge: KVMethod | None = None
+    store: KVMethod | None = None
+    retrieve: KVMethod | None = None
+    select: KVMethod | None = None
+    evict: KVMethod | None = None
+    place: KVMethod | None = None
+    read: KVMethod | None = None
+
+    @classmethod
+    def of(cls, methods: Sequence[KVMethod]) -> Stages:
+        """Resolve the stages of a recipe. Raises BadRecipe if two methods contribute the same one."""
+        chosen = {stage: cls._supplier(stage, methods) for stage in STAGES}
+        stages = cls(**chosen)
+        if stages.read is not None:
+            return cls._reading(stages.read, [method for method in methods if method is not stages.read])
+        if stages.evict is not None and stages.evict is not stages.score and not stages.evict.contributes("evict"):
+            stages = cls(**{**chosen, "evict": None})  # a borrowed one goes with its scorer, whose score it continues
+        for contradiction in contradictions(stages):
+            raise BadRecipe(contradiction)
+        for method in methods if len(methods) > 1 else ():
+            if not any(getattr(stages, stage) is method for stage in STAGES):
+                raise BadRecipe(
+                    f"{method.key} has no part in this recipe: the other methods supply all that it does; leave it out"
+                )
+        return stages
+
+    @classmethod
+    def _reading(cls, read: KVMethod, others: Sequence[KVMethod]) -> Stages:
+        """The stages of a recipe whose prompt `read` reads: of all others only `store` is left."""
+        for other in others:
+            if not other.contributes("store"):
+                raise BadRecipe(
+                    f"{read.key} decides while it reads, in bounded memory, what stays: only a method that stores it "
+                    f"in fewer bytes can join; leave out {other.key}"
+                )
+            if read.own_stores:
+                raise BadRecipe(
+                    f"{read.key} holds what it has read in stores of its own, which the store of {other.key} cannot "
+                    "replace: use one of the two"
+                )
+            if not other.of_entries:
+                raise BadRecipe(
+                    f"{other.key} goes by a recording of the whole prompt (its queries, scores or every position), "
+                    f"which {read.key} does not leave: use one of the two"
+                )
+        return cls(read=read, store=others[0] if others else None)
+
+    @staticmethod
+    def _supplier(stage: str, methods: Sequence[KVMethod]) -> KVMethod | None:
+        able = [method for method in methods if method.supplies(stage)]
+        contributing = [method for method in able if method.contributes(stage)]
+        if len(contributing) > 1:
+            names = " and ".join(method.key for method in contributing)
+            raise BadRecipe(f"{names} each supply the stage {stage!r}: a recipe has one method for each stage")
+        return contributing[0] if contributing else able[0] if able else None
 
 
 def contradictions(stages: Stages) -> Iterator[str]:
