@@ -33,6 +33,7 @@ from workbench.weights.layers import PackedLinear
 IDS = torch.arange(3, 67)
 SYMMETRIC = {"symmetric": True, "group_size": 32}
 CASES = [("rtn", {}), ("rtn", {"bits": 3}), ("hqq", {}), ("svd", {"budget": 0.5}), ("flashsvd", {}), ("transact", {})]
+CASES += [("modegpt", {})]
 
 
 def session(model: PreTrainedModel | None = None) -> wb.Session:

@@ -28,7 +28,7 @@ class NarrowAttention(nn.Module):
     of channels that are rotated together.
 
     value_channels int64 [k, dv]: which channels of the original values these are, or, where each is a mixture of them,
-    their numbers. key_channels int64 [k, dk]: which channels of the original queries and keys these are, the first
+    their numbers. key_channels int32 [k, dk]: which channels of the original queries and keys these are, the first
     halves of the pairs and then the second ones; each keeps its rotation. None: all.
     """
 
@@ -78,10 +78,11 @@ class NarrowAttention(nn.Module):
         value = self.v_proj(hidden_states).view(*shape, kv_heads, -1).transpose(1, 2)  # [b, k, n, dv]
         code: Any = sys.modules[self.code]
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if self.key_channels is None:
+        channels = getattr(self, "key_channels", None)  # folders of earlier versions know none
+        if channels is None:
             query, key = code.apply_rotary_pos_emb(query, key, *position_embeddings)
         else:
-            cos, sin = (x[..., self.key_channels].transpose(1, 2) for x in position_embeddings)  # [b, k, n, dk]
+            cos, sin = (x[..., channels].transpose(1, 2) for x in position_embeddings)  # [b, k, n, dk]
             key = key * cos + code.rotate_half(key) * sin
             cos, sin = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (cos, sin))
             query = query * cos + code.rotate_half(query) * sin

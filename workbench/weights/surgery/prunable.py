@@ -145,6 +145,7 @@ class PrunableQueriesKeys(PrunableModule):
         }
         self.width = module.k_proj.out_features // self.heads // 2
         self.dimension_nbytes, self.element_size = _nbytes(module, self.layers, self.width)
+        self.dimension_nbytes += self.heads * 2 * 4  # the numbers of the channels
 
     def prune(self, model: PreTrainedModel, kept: Tensor, out: Tensor | None = None) -> None:
         attention: Any = model.get_submodule(self._attention)
@@ -160,7 +161,7 @@ class PrunableQueriesKeys(PrunableModule):
             attention.v_proj,
             attention.o_proj,
             values,
-            (channels if known is None else known.cpu().gather(1, channels)).to(attention.k_proj.weight.device),
+            (channels if known is None else known.cpu().gather(1, channels)).int().to(attention.k_proj.weight.device),
         )
         narrow.k_proj = narrowed(attention.k_proj, (heads + channels).flatten(), 0)
         each = channels.repeat_interleave(self.groups, dim=0)

@@ -76,7 +76,7 @@ class FoldGPT(BlockPruner):
     importance: Literal["gates", "similarity"] = param(
         "gates",
         help="by learned gates, or by the cosine of what enters and leaves a block",
-        own="as in the abstract; of workbench-tiny one block is removed at KL 2.20 by similarity, 1.34 by gates",
+        own="as in the abstract; KL of workbench-tiny without one block 1.34, by similarity 2.20; folded 1.88 and 1.43",
     )
     folded: float = param(
         0.5,

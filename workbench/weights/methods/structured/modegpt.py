@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from workbench.core.precision import checked
 from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
 from workbench.registry import Fidelity, Paper, param, register
+from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import IntraModulePruner
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
@@ -96,6 +98,10 @@ class MoDeGPT(IntraModulePruner):
     def prunable_modules(self, model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
         kinds = (*self.narrows, PrunableQueriesKeys) if self.queries_keys else self.narrows
         return [module for module in prunable_modules(model, names) if isinstance(module, kinds)]
+
+    def survey(self, model: nn.Module) -> WithinBudget:
+        survey = super().survey(model)  # what is whole needs no numbers of channels
+        return replace(survey, whole=min(survey.whole, survey.full_nbytes))
 
     def stays_whole(self, name: str) -> str:
         if self.queries_keys and name.endswith(("q_proj", "k_proj")):
