@@ -92,7 +92,7 @@ def test_scales_that_went_into_norms_are_no_obstacle_to_compressed_tensors(tmp_p
     norms = [x.get_submodule("model.layers.0.input_layernorm").weight for x in (twin, made.model)]
     assert not torch.equal(*norms)
     assert torch.equal(logits(wb.Session(tmp_path / "m").model), logits(twin))
-    with pytest.raises(NotApplicable, match="is a PackedLinear|factor for each column"):
+    with pytest.raises(NotApplicable, match=r"is a PackedLinear|factor for each column"):
         made.export(tmp_path / "n", "awq", format="compressed-tensors", fold=False, **SYMMETRIC)
 
 

@@ -12,7 +12,7 @@ from tests.weights.support import seeded
 from workbench.errors import Cancelled
 from workbench.progress import Progress
 from workbench.weights.solvers.latency import ProductTimes
-from workbench.weights.solvers.spdy import Timeline, searched
+from workbench.weights.solvers.spdy import Timeline, searched, within_both
 from workbench.weights.solvers.widths import ladders
 
 
@@ -58,6 +58,19 @@ def test_another_limit_is_met_at_the_largest_time_that_meets_it() -> None:
     found = table.within(lambda levels: total(levels) <= 20)
     assert alone is not None and found == alone
     assert table.within(lambda _: False) is None
+
+
+def test_levels_within_a_time_and_a_size_are_within_both() -> None:
+    for seed in range(12):
+        costs, times = problem(seed)
+        sizes = problem(seed + 50)[1].long() + torch.tensor([2, 1, 0])
+        room, most = float(times[:, 1].sum()) + 1e-6, int(sizes[:, 1].sum())
+        levels = within_both(costs, times, room, sizes, most, 500)
+        assert sum(int(sizes[u, v]) for u, v in enumerate(levels)) <= most
+        assert sum(float(times[u, v]) for u, v in enumerate(levels)) <= room * (1 + 1e-9)
+    free = torch.zeros_like(times)  # nothing takes time: only the size counts, and it is met
+    levels = within_both(costs, free, 1.0, sizes, most, 500)
+    assert sum(int(sizes[u, v]) for u, v in enumerate(levels)) <= most
 
 
 def test_the_search_keeps_the_best_it_saw_and_asks_for_few_changes_last() -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
 from tests.weights.support import IDS, logits
-from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, Cancelled, MissingExtra, NotApplicable
+from workbench.errors import BadBudget, BadParameter, BadRecipe, BudgetTooSmall, Cancelled, MissingExtra, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.models import tiny
 from workbench.progress import Progress
@@ -281,8 +281,10 @@ def test_a_budget_in_tokens_makes_no_sense_for_weights(tiny_llama: PreTrainedMod
 
 
 def test_compressing_twice_is_refused(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(NotApplicable, match="no linear layer left"):
+    with pytest.raises(BadRecipe, match="behind hqq: they both choose how weights are held"):
         compressed(tiny_llama, [HQQ(bits=8), HQQ(bits=4)])
+    with pytest.raises(NotApplicable, match="no linear layer left"):
+        compressed(compressed(tiny_llama, [HQQ(bits=8)]), [HQQ(bits=4)])
 
 
 @pytest.mark.parametrize("values", [{"bits": 7}, {"group_size": 12}, {"group_size": 0}])

@@ -24,8 +24,9 @@ from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
-from workbench.weights.methods.structured.modegpt import leverage, mixtures, nystrom, pair_scores, shares, value_moment
+from workbench.weights.solvers.block_widths import shares
 from workbench.weights.solvers.low_rank import row_weighted, truncated, updated, whitened
+from workbench.weights.solvers.module_decompositions import leverage, mixtures, nystrom, pair_scores, value_moment
 from workbench.weights.solvers.whitening import root
 from workbench.weights.surgery.prunable import PrunableQueriesKeys, prunable_modules
 from workbench.weights.surgery.sharing_copy import sharing_copy

@@ -30,9 +30,10 @@ from workbench.weights.methods.structured.cfsp import CFSP, kept_shares, neuron_
 from workbench.weights.methods.structured.comp import COMP, leverage, remaining, tuned
 from workbench.weights.methods.structured.coreinfer import CoreInfer
 from workbench.weights.methods.structured.foldgpt import FoldGPT, folding
-from workbench.weights.methods.structured.udfc import UDFC, channels, data_free_scores, gains, overlap, rebuilt
+from workbench.weights.methods.structured.udfc import UDFC, gains
 from workbench.weights.methods.structured.ziplm import ZipLM
 from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.random_inputs import channels, data_free_scores, overlap, rebuilt
 from workbench.weights.solvers.structure_removal import removal
 from workbench.weights.solvers.widths import shared_out
 

@@ -9,11 +9,13 @@ starts and lengths are int32 tensors, as a kernel wants them. Nothing loops over
 never move; `BitmapStore` the largest numbers of every row (Mustafar); `PrunedStore` keys without their least used
 channels (ThinK); `MixedStore` important entries exact and the others at few bits; `SmoothedStore` smoothed integers
 (FireQ); `DeltaStore` differences between neighbours (DeltaLLM); `LowRankStore` coefficients (Eigen Attention, CSKV);
+`CalibratedStore` a stretch of tokens at one bit, whose scores it lowers (CalibQuant);
 `MergedLayerStore` what two layers have in common, and a layer's own (MiniCache); `SplitStore` several stores over
 different positions; `SharedStore` nothing, for it attends to another layer's store; `ClosedUpStore` any of them whose
 entries stand by their place in the cache (StreamingLLM).
 
-What has a part in host memory is a `TieredStore`: `OffloadStore` with an index that finds what a query needs,
+What has a part in host memory is a `TieredStore`: `OffloadStore` with an index that finds what a query needs, of which
+`RecomputedRows` hold a part nowhere and compute it again (ALISA),
 `HostValuesStore` (KCache), `BlockStore` and `LevelStore` (InfLLM, Video-XL-2). `PagedStore` has pages of which a
 question opens some (LiveVLM); of what a `SelectingStore` holds each new token attends to a part (Quest). Budgets limit
 the device; host memory is counted apart, in categories that begin with "host ", is pinned where a GPU works, and is

@@ -55,6 +55,25 @@ class Timeline:
         return levels[::-1]
 
 
+def within_both(costs: Tensor, times: Tensor, room: float, sizes: Tensor, most: int, buckets: int) -> list[int]:
+    """The cheapest levels of all parts within a total time and a total size; the last level of each where none are.
+
+    costs: float64 [u, v]; times: float64, sizes: int64 alike, both smaller at later levels. Dynamic programming is over
+    the time, at the largest total that the size allows; over the size where no total time does.
+    """
+    index = torch.arange(costs.shape[0])
+
+    def light(levels: list[int]) -> bool:
+        return int(sizes[index, levels].sum()) <= most
+
+    def quick(levels: list[int]) -> bool:
+        return float(times[index, levels].sum()) <= room * (1 + 1e-9)
+
+    found = Timeline(costs, times, room, buckets).within(light)
+    found = found or Timeline(costs, sizes.double(), most, buckets).within(quick)
+    return found or [costs.shape[1] - 1] * costs.shape[0]
+
+
 def searched(
     parts: int,
     score: Callable[[Tensor], float],

@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from workbench.engine.attention_hook import exclusive
 from workbench.progress import Progress
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.structured import WithinBudget
 from workbench.weights.bases.structured_pruner import StructuredPruner
 from workbench.weights.calibration.study import WeightStudy
-from workbench.weights.layers.core_mlp import JUDGED, CoreMLP, Groups, chosen_set, votes
+from workbench.weights.calibration.text_votes import text_votes
+from workbench.weights.layers.core_mlp import JUDGED, CoreMLP, Groups, chosen_set
 from workbench.weights.solvers.codebook import codebook
 from workbench.weights.surgery.prunable import PrunableModule, activation
 
@@ -130,29 +130,3 @@ class CoreInfer(StructuredPruner):
 
 def _block_of(module: PrunableModule, study: WeightStudy) -> int:
     return next(index for index, name in enumerate(study.blocks) if module.name.startswith(f"{name}."))
-
-
-def text_votes(study: WeightStudy, outs: Sequence[str], share: float, progress: Progress) -> list[Tensor]:
-    """The votes of each calibration text for the inputs of each of these layers, float32 [t, i]."""
-    found: dict[str, list[Tensor]] = {out: [] for out in outs}
-    runner = study.block_runner()
-
-    def count(out: str, inside: Tensor) -> None:
-        found[out] += [votes(text, share) for text in inside.detach()]
-
-    for name, block in progress.track(runner, "reading the texts", len(study.blocks)):
-        handles = [
-            block.get_submodule(out.removeprefix(f"{name}.")).register_forward_pre_hook(
-                lambda _, inputs, out=out: count(out, inputs[0])
-            )
-            for out in outs
-            if out.startswith(f"{name}.")
-        ]
-        try:
-            with exclusive(study.model):
-                for _ in runner.run(name):
-                    progress.check()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return [torch.stack(found[out]) for out in outs]

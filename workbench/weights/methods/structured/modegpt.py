@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.core.bisection import boundary
 from workbench.core.precision import checked
 from workbench.models.decoder import decoder_layers
 from workbench.progress import Progress
@@ -17,11 +16,18 @@ from workbench.weights.bases.structured_pruner import IntraModulePruner
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.narrow_attention import NarrowAttention
-from workbench.weights.solvers.whitening import root
+from workbench.weights.solvers.block_widths import allocate, by_block, shares
+from workbench.weights.solvers.module_decompositions import (
+    leverage,
+    mixtures,
+    moment_of,
+    nystrom,
+    pair_scores,
+    value_moment,
+)
 from workbench.weights.surgery.narrow import linear_like
 from workbench.weights.surgery.prunable import (
     PrunableAttention,
-    PrunableMLP,
     PrunableModule,
     PrunableQueriesKeys,
     prunable_modules,
@@ -84,7 +90,7 @@ class MoDeGPT(IntraModulePruner):
         gt=0,
         le=100,
         help="λ of the leverage, in mean squares of a neuron: below it, directions count for little",
-        own="no source could be read; no effect was measured",
+        own="no source could be read; 1 gives KL 0.64 on workbench-tiny at 0.8, this 0.66",
     )
 
     def prunable_modules(self, model: nn.Module, names: Sequence[str] | None = None) -> list[PrunableModule]:
@@ -133,33 +139,6 @@ class MoDeGPT(IntraModulePruner):
         module.prune(twin, kept[None], nystrom(out.weight.detach(), hessian, kept))
 
 
-def by_block(modules: Sequence[PrunableModule], blocks: Sequence[str]) -> dict[str, list[PrunableModule]]:
-    """Which of these modules stand in each block, attention first."""
-    ordered = sorted(modules, key=lambda module: isinstance(module, PrunableMLP))
-    return {block: [module for module in ordered if module.name.startswith(f"{block}.")] for block in blocks}
-
-
-def moment_of(layer: nn.Module, inputs: InputStats) -> Tensor:
-    """The mean square of each output of a linear layer, float32 [o]."""
-    assert isinstance(layer, nn.Linear)
-    rows = layer.weight.detach().float()
-    bias = torch.zeros_like(rows[:, 0]) if layer.bias is None else layer.bias.detach().float()
-    products: Tensor = ((rows @ inputs.hessian) * rows).sum(dim=1)
-    return products + 2 * bias * (rows @ inputs.mean) + bias.square()
-
-
-def pair_scores(queries: Tensor, keys: Tensor, heads: int, groups: int) -> Tensor:
-    """How much each pair of channels of a KV head carries of the scores, float32 [heads, d / 2].
-
-    queries: the mean square of each channel of all query heads [heads * groups * d]; keys: of all KV heads [heads * d].
-    The squares of two channels that are turned together add up to the same at every position; a pair's score is the
-    product of its root mean squares in keys and in queries, those of a KV head's query heads together.
-    """
-    of_queries = queries.view(heads, groups, 2, -1).sum(dim=(1, 2))  # [heads, d / 2]
-    of_keys = keys.view(heads, 2, -1).sum(dim=1)
-    return (of_queries * of_keys).clamp_min(0).sqrt()
-
-
 def mix_values(twin: PreTrainedModel, module: PrunableAttention, width: int, inputs: Mapping[str, InputStats]) -> None:
     """Replace each KV head's values by `width` mixtures of them, and the layer behind them by what makes of these what
     its query heads made of the values.
@@ -183,79 +162,6 @@ def mix_values(twin: PreTrainedModel, module: PrunableAttention, width: int, inp
     o_proj = _like(out, torch.stack(new_columns, dim=1).flatten(1), out.bias)
     channels = torch.arange(width).expand(module.heads, -1)
     twin.set_submodule(module.name, NarrowAttention(attention, v_proj, o_proj, channels))
-
-
-def shares(importance: Tensor, temperature: float) -> Tensor:
-    """How much each block loses, relative to the average, for its importance [l]: L softmax(-s / ε)."""
-    return importance.numel() * (-importance.double() / temperature).softmax(dim=0)
-
-
-def allocate(modules: Sequence[Sequence[PrunableModule]], losses: Sequence[float], limit: int) -> list[list[int]]:
-    """How wide the modules of each block become, within `limit` bytes together.
-
-    Blocks lose in proportion to `losses` as far as they can: at least one width of each module stays. Within a block,
-    heads lose that share, and neurons what the bytes ask for besides.
-    """
-
-    def widths(factor: float) -> list[list[int]]:
-        return [_within(parts, 1 - min(factor * loss, 1.0)) for parts, loss in zip(modules, losses, strict=True)]
-
-    def nbytes(widths: Sequence[Sequence[int]]) -> int:
-        pairs = [
-            pair for parts, counts in zip(modules, widths, strict=True) for pair in zip(parts, counts, strict=True)
-        ]
-        return sum(module.dimension_nbytes * width for module, width in pairs)
-
-    narrowest = 1 / max(min(losses), 1e-12)  # nothing but the smallest widths stays
-    return widths(boundary(lambda factor: nbytes(widths(factor)) <= limit, narrowest, 0.0))
-
-
-def _within(modules: Sequence[PrunableModule], share: float) -> list[int]:
-    """The widths of a block's modules at this share of its bytes; the last module takes what is left of them."""
-    room = share * sum(module.width * module.dimension_nbytes for module in modules)
-    widths = []
-    for number, module in enumerate(modules, 1):
-        part = share * module.width if number < len(modules) else room / module.dimension_nbytes
-        widths.append(min(max(int(part + 1e-9), 1), module.width))
-        room -= widths[-1] * module.dimension_nbytes
-    return widths
-
-
-def leverage(moment: Tensor, ridge: float) -> Tensor:
-    """The ridge leverage of each neuron [i] in the correlation [i, i]: the diagonal of C (C + λ I)⁻¹."""
-    exact = moment.double()
-    mean = exact.diagonal().mean()
-    if not mean > 0:
-        return torch.zeros_like(moment[0])
-    damped = exact + ridge * mean * torch.eye(len(exact), dtype=torch.float64, device=exact.device)
-    return (1 - ridge * mean * torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()).float()
-
-
-def nystrom(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
-    """The weight [o, m] that makes of the kept inputs what comes closest to the outputs of weight [o, i]."""
-    if not moment.diagonal().sum() > 0:
-        return weight[:, kept]
-    base = root(moment[kept][:, kept]).double()
-    pull = weight.double() @ moment[:, kept].double()  # [o, m]
-    return torch.cholesky_solve(pull.T, base).T.float()
-
-
-def value_moment(rows: Tensor, bias: Tensor, inputs: InputStats) -> Tensor:
-    """The mean of v vᵀ [d, d] for values v = rows x + bias, rows [d, i]."""
-    mean = torch.outer(rows @ inputs.mean, bias)
-    return rows @ inputs.hessian @ rows.T + mean + mean.T + torch.outer(bias, bias)
-
-
-def mixtures(outputs: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The matrix A [r, d] and outputs [o, r] in place of outputs [o, d], for which outputs (A v) comes closest to
-    outputs v in the mean square over values with this second moment [d, d].
-    """
-    base = root(moment).double()
-    seen = outputs.double() @ base  # what white values give
-    _, basis = torch.linalg.eigh(seen.T @ seen)
-    chosen = basis[:, -rank:].flip(1)  # [d, r]
-    mixing = torch.linalg.solve_triangular(base, chosen.T, upper=False, left=False)
-    return mixing.float(), (seen @ chosen).float()
 
 
 def _like(layer: nn.Linear, weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

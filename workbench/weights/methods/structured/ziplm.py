@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from workbench.errors import NotApplicable
 from workbench.progress import Progress
@@ -17,7 +16,8 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.switched_model import SwitchedModel
 from workbench.weights.solvers.latency import ProductTimes, parsed
 from workbench.weights.solvers.least_squares import refitted
-from workbench.weights.solvers.spdy import Timeline, searched
+from workbench.weights.solvers.module_levels import kept_of, module_times, stand_ins
+from workbench.weights.solvers.spdy import searched, within_both
 from workbench.weights.solvers.structure_removal import Removal, removal
 from workbench.weights.solvers.widths import ladders
 from workbench.weights.surgery.prunable import PrunableAttention, PrunableMLP, PrunableModule
@@ -136,7 +136,7 @@ class ZipLM(StructuredPruner):
             for module in (module for module in modules if module.out in inputs):
                 progress.update(f"compressing by {self.key}", done, len(modules))
                 if counts[module.name] < module.width:
-                    kept = _kept(module, removals[module.name], counts[module.name])
+                    kept = kept_of(module, removals[module.name], counts[module.name])
                     weight, hessian = linears[module.out].weight.detach(), inputs[module.out].hessian
                     columns = module.columns(kept).to(hessian.device)
                     with self.naming(module.out):
@@ -198,22 +198,12 @@ class ZipLM(StructuredPruner):
                 f"times, not {self.speedup:g} times"
             )
         names = [module.out for module in modules]
-        stands = _stands(modules, levels, removals, linears)
+        stands = stand_ins(modules, levels, removals, linears)
         trial = SwitchedModel(study.model, study.ids[: self.texts, : self.tokens], names, stands, progress)
-        index = torch.arange(len(modules))
         seen: dict[tuple[int, ...], float] = {}
 
-        def light(levels: list[int]) -> bool:
-            return int(nbytes[index, levels].sum()) <= most
-
-        def quick(levels: list[int]) -> bool:
-            return float(times[index, levels].sum()) <= room * (1 + 1e-9)
-
         def planned(coefficients: Tensor) -> list[int]:
-            costs = errors * coefficients[:, None]
-            found = Timeline(costs, times, room, _BUCKETS).within(light)
-            found = found or Timeline(costs, nbytes.double(), most, _BUCKETS).within(quick)
-            return found or [widths.shape[1] - 1] * len(modules)
+            return within_both(errors * coefficients[:, None], times, room, nbytes, most, _BUCKETS)
 
         def score(coefficients: Tensor) -> float:
             found = tuple(planned(coefficients))
@@ -226,56 +216,3 @@ class ZipLM(StructuredPruner):
             starts=self.starts, patience=self.patience, resampled=self.resampled, seed=self.seed, progress=progress,
         )  # fmt: skip
         return {module.name: row[level] for module, row, level in zip(modules, levels, planned(best), strict=True)}
-
-
-def module_times(
-    modules: Sequence[PrunableModule],
-    levels: Sequence[Sequence[int]],
-    linears: Mapping[str, nn.Linear],
-    times: ProductTimes,
-) -> Tensor:
-    """How long each module's layers take at each of its widths, never longer when narrower; float64 [u, v]."""
-    rows = []
-    for module, widths in zip(modules, levels, strict=True):
-        total = torch.zeros(len(widths), dtype=torch.float64)
-        for name, (axis, heads) in module.layers.items():
-            shape = linears[name].weight.shape
-            sizes = [(heads * width, shape[1]) if axis == 0 else (shape[0], heads * width) for width in widths]
-            total += torch.tensor([times.of(*size) for size in sizes], dtype=torch.float64)
-        rows.append(total.cummin(dim=0).values)
-    return torch.stack(rows)
-
-
-class _Selected(nn.Module):
-    """A linear layer [o, m] on some of its inputs, as a trial stands in for the narrow module."""
-
-    def __init__(self, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.kept, self.weight, self.bias = kept, weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x[..., self.kept], self.weight.to(x.dtype), self.bias)
-
-
-def _kept(module: PrunableModule, found: Removal, width: int) -> Tensor:
-    """Which dimensions of each head stay, ascending, int64 [heads, width]."""
-    return found.order[:, module.width - width :].sort(dim=1).values
-
-
-def _stands(
-    modules: Sequence[PrunableModule],
-    levels: Sequence[Sequence[int]],
-    removals: Mapping[str, Removal],
-    linears: Mapping[str, nn.Linear],
-) -> list[dict[str, nn.Module]]:
-    """At each level, what stands for the layer behind what was pruned, by its name."""
-    made: list[dict[str, nn.Module]] = [{} for _ in levels[0]]
-    for module, widths in zip(modules, levels, strict=True):
-        out, found = linears[module.out], removals[module.name]
-        for level, width in enumerate(widths):
-            if width == module.width:
-                made[level][module.out] = out
-                continue
-            columns = module.columns(_kept(module, found, width)).to(out.weight.device)
-            made[level][module.out] = _Selected(columns, found.weights[width], out.bias)
-    return made
