@@ -177,21 +177,18 @@ class ObservedStore(Store):
         """Let entries leave so that each head has room for as many more; those of the lowest scores, of equals the
         oldest.
         """
-        while True:
-            holding = self._holding(room)
+        tokens = int(self.slots()[0].max()) + 1
+        if self.begun is None:
+            self.begun = int(self.counts.min()), tokens
+        while entries := int(self.counts.min()):
+            holding = Holding(entries, room, tokens, *self.begun)
             leaving = self.rescoring.evicting.leaving_at_once(holding)
             if leaving <= 0:
                 return
-            if leaving > holding.entries:
+            if leaving > entries:
                 raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
             self._evict(leaving, holding)
             room -= leaving
-
-    def _holding(self, room: int) -> Holding:
-        entries, tokens = int(self.counts.min()), int(self.slots()[0].max()) + 1
-        if self.begun is None:
-            self.begun = entries, tokens
-        return Holding(entries, room, tokens, *self.begun)
 
     def _evict(self, leaving: int, holding: Holding) -> None:
         held = self.inner.contents(self.queries.dtype)
