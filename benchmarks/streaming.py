@@ -102,7 +102,7 @@ def main() -> None:
     session.read(ids[:FIRST])
     asked: dict[str, dict[str, Any]] = {
         "cache positions": {},
-        "true positions": {"positions": "true"},
+        "true positions": {"positions": "text"},
         "no sinks": {"sinks": 0},
     }
     found: dict[str, Streamed] = {}

@@ -30,7 +30,7 @@ from workbench.errors import (
 )
 from workbench.models import tiny
 from workbench.progress import Progress
-from workbench.registry import registered
+from workbench.registry import find, registered
 from workbench.runtime.run import Run
 from workbench.session import COLUMNS
 
@@ -39,7 +39,7 @@ ModelOf = Callable[[str], PreTrainedModel]
 
 def moderate(key: str, session: wb.Session, budget: float = 0.6) -> dict[str, float]:
     """A budget that every method can meet on a prompt that may be shorter than its window."""
-    if key == "full":
+    if not find(key).takes_budget():
         return {}
     try:
         session.plan(key, budget=budget)
@@ -48,7 +48,7 @@ def moderate(key: str, session: wb.Session, budget: float = 0.6) -> dict[str, fl
     return {"budget": budget}
 
 
-COMPRESSING = [cls.key for cls in registered("kv") if cls.key != "full"]
+COMPRESSING = [cls.key for cls in registered("kv") if cls.takes_budget()]
 TEXT = "The lamp stands on the hill ~ and the key lies under the third hive."
 
 

@@ -176,8 +176,8 @@ def test_run_as_json_is_one_document_with_the_answer_and_its_figures(
         "method": "snapkv",
         "budget": 0.5,
         "window": 4,
-        "kernel": 5,
-        "pooling": "avg",
+        "kernel": 7,
+        "pooling": "max",
     }
     assert len(found["tokens"]) == 5 and found["kv_dtype"] == "float32" and found["question"] == "Why?"
     assert 0.4 < found["kv_share"] <= 0.5

@@ -32,7 +32,7 @@ from workbench.measure import (
     sink_mass,
 )
 from workbench.progress import Progress
-from workbench.registry import registered
+from workbench.registry import find, registered
 from workbench_kernels import Scoring
 
 
@@ -546,10 +546,10 @@ def test_every_method_has_maps_whose_rows_add_up_and_show_only_what_is_held(
     session = wb.Session((tiny_llama, None))
     session.read(torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)))
     try:
-        plan = session.plan(key, **({} if key == "full" else {"budget": 0.6}))
+        plan = session.plan(key, **({"budget": 0.6} if find(key).takes_budget() else {}))
     except BudgetTooSmall as refusal:
         plan = session.plan(key, budget=refusal.smallest)
-    options = {} if key == "full" else {"budget": plan.methods[0].effective_budget}
+    options = {"budget": plan.methods[0].effective_budget} if find(key).takes_budget() else {}
     grid = session.attention_grid(key, pixels=60, **options).values
     sums = grid.sum(-1)  # [l, h, n]
     groups = session.facts.heads // session.facts.kv_heads

@@ -294,7 +294,7 @@ def test_each_key_is_turned_back_by_the_table_it_was_turned_with(kind: str) -> N
 def test_a_prompt_read_in_pieces_across_the_switch_says_so() -> None:
     session = wb.Session((model_of("halves, two tables"), None), kv_dtype="float32")
     session.read(IDS[:120])
-    run = session.run(find("streaming-llm")(budget=0.5), max_new_tokens=2)
+    run = session.run(find("streaming-llm")(budget=0.5, positions="text"), max_new_tokens=2)
     assert not any("another table" in note for note in run.notes)  # read at once
     for method in ("infllm", "livevlm", "streammem"):
         with pytest.raises(NotApplicable, match=r"48 tokens.*pieces"):

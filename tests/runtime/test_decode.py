@@ -185,7 +185,7 @@ def test_after_eviction_tokens_keep_their_true_positions(  # traps 8, 9, 11, 12
 def test_streaming_llm_rolls_over_true_positions_where_asked(tiny_llama: PreTrainedModel) -> None:  # traps 7, 8, 9
     prompt, rest = ids_of(50, 0), ids_of(60, 1)
     session = session_on(tiny_llama, prompt, kv_dtype="float32")
-    plan = session.plan("streaming-llm", budget=0.4, positions="true")
+    plan = session.plan("streaming-llm", budget=0.4, positions="text")
     capacity = plan.kept(0, 0).numel()
 
     def hidden(layer: int, queries: Tensor, slots: Tensor) -> Tensor:

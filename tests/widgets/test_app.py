@@ -52,6 +52,7 @@ def another(parameter: Parameter) -> Any:
 
 # What has to fit the other parameters, or to be a text of a certain form.
 FITTING = {
+    ("ziplm", "table"): '{"1536x576": 0.1}',
     ("kivi", "residual"): 64,  # a multiple of the group
     ("kivi", "group"): 64,
     ("evopress", "of"): "rtn group_size=32",

@@ -97,7 +97,7 @@ def test_streaming_llm_counts_positions_within_the_cache_as_published(tiny_llama
             want = plain.read(token)
             got = decoder.feed(torch.tensor([token]))[0]
             assert (got - want).abs().max() < TOLERANCE
-    true = decoder_of(session.model, session.plan("streaming-llm", budget="12 tokens", sinks=sinks, positions="true"))
+    true = decoder_of(session.model, session.plan("streaming-llm", budget="12 tokens", sinks=sinks, positions="text"))
     assert sinks == 0 or (torch.cat([true.feed(t[None]) for t in rest])[-1] - want).abs().max() > 0.01
 
 
@@ -173,8 +173,8 @@ def test_a_run_goes_on_beyond_the_models_positions() -> None:
     assert run.decoder.position > most
     assert run.plan.endless
     assert run.kv_nbytes <= run.plan.nbytes
-    for positions in ("true", "cache"):
-        budget = "64 tokens" if positions == "true" else 1.0
+    for positions in ("text", "cache"):
+        budget = "64 tokens" if positions == "text" else 1.0
         with pytest.raises(PromptTooLong):
             session.run("streaming-llm", budget=budget, positions=positions, question=[5] * 9, max_new_tokens=1)
     with pytest.raises(PromptTooLong, match="compared"):

@@ -19,7 +19,7 @@ class StreamingLLM(SinksAndRecent):
     The rolling cache of section 3.2: sinks first, then by recency; while decoding, a new token pushes out the oldest
     one that is not a sink. Positions are counted within the cache and not in the text: what is kept closes up, so that
     no distance is larger than the cache and a stream may outgrow the model's context. Only where nothing is dropped do
-    they agree with the text's own. `positions="true"` lets every token keep its own, as other methods do.
+    they agree with the text's own. `positions="text"` lets every token keep its own, as other methods do.
     """
 
     key = "streaming-llm"
@@ -39,7 +39,7 @@ class StreamingLLM(SinksAndRecent):
         Preset("perplexity", "mit-han-lab/streaming-llm, streaming_llm/utils.py, d729b3f", sinks=1),
     )
 
-    positions: Literal["cache", "true"] = param(
+    positions: Literal["cache", "text"] = param(
         "cache", help="where entries stand: by place in the cache, or in the text"
     )
     decode: bool = param(True, help="also evict while decoding, so that the cache never grows")

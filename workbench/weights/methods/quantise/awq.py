@@ -136,14 +136,21 @@ class AWQ(Quantiser):
         if not names <= linears.keys():  # a layer that stays plain has to keep its input
             return {}
         inputs = dict(passed.inputs)
-        scales = [self._searched(passed, place) for place in places]
+        scales = []
+        for place in places:
+            with self.naming(f"{passed.name}.{place.layers[0]}"):
+                scales.append(self._searched(passed, place))
         for place, found in zip(places, scales, strict=True):
             fold(passed.block, place, found)
             for name in place.layers:
                 inputs[f"{passed.name}.{name}"] = scaled_inputs(inputs[f"{passed.name}.{name}"], found)
         if not places:
             return {}
-        return {name: self._folded(name, linear, inputs[name]) for name, linear in linears.items()}
+        made = {}
+        for name, linear in linears.items():
+            with self.naming(name):
+                made[name] = self._folded(name, linear, inputs[name])
+        return made
 
     def _searched(self, passed: BlockPass, place: Fold) -> Tensor:
         """The scales of the layers at one place that change what leaves the module there least."""
