@@ -62,8 +62,11 @@ def test_the_segments_kept_are_those_after_which_the_model_is_surest(
     assert all(plan.kept(layer, head).tolist() == sorted(kept) for layer in range(3) for head in range(2))
 
 
-def test_a_question_is_judged_with_the_templates_tokens_after_it_or_without(byte_tokenizer: Any) -> None:
-    byte_tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+def test_a_question_is_judged_with_the_templates_tokens_after_it_or_without(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+    monkeypatch.setattr(byte_tokenizer, "chat_template", template)
     prompt = Prompt.of("some text to read", byte_tokenizer)
     question = prompt.question_ids("what?", byte_tokenizer)
     words = asked(replace(prompt, tokenizer=byte_tokenizer), question)
