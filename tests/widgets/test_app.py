@@ -11,13 +11,13 @@ import pytest
 
 import workbench as wb
 from tests.waiting import until
+from tests.widgets.windowed import Windowed
 from tests.widgets.workspaces import Ready, now
 from workbench.errors import BadParameter, BadRecipe, Cancelled, ModelNotFound, WorkbenchError
-from workbench.kv.base import KVMethod
 from workbench.kv.methods.full import Full
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.registry import Fidelity, Method, Parameter, Preset, param, registered
+from workbench.registry import Method, Parameter, registered
 
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
@@ -88,16 +88,6 @@ def test_a_value_set_in_a_control_arrives_in_the_method(cls: type[Method], param
     assert form.values == {parameter.name: value}
     assert changes
     assert getattr(MethodForm(cls, lambda: None, form.values).method(), parameter.name) == value
-
-
-class Windowed(KVMethod):
-    """Keeps a window."""
-
-    key, title, claim = "windowed", "Windowed", "none"
-    fidelity = Fidelity("deviates", "MInference is not K-means")
-    presets = (Preset("paper", "section 3", window=32), Preset("code", "who/what, run.py, 1234567", window=8, step=3))
-    window: int = param(32, ge=1, le=64, help="how many stay")
-    step: int = param(2, ge=1, le=9, help="how far apart", own="no source names it")
 
 
 def test_published_values_are_chosen_by_name_in_one_change() -> None:

@@ -15,10 +15,10 @@ import torch
 
 import workbench as wb
 from tests.waiting import until
+from tests.widgets.windowed import Windowed
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
-from workbench.kv.base import KVMethod
-from workbench.registry import _METHODS, Fidelity, Preset, param, registered
+from workbench.registry import _METHODS, registered
 from workbench_widgets.control_panel import Controls
 from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure
 from workbench_widgets.notebook.latest_job import LatestJob
@@ -150,16 +150,6 @@ def test_controls_build_the_method_they_show():
     made.choice.value = ""
     assert made.method() is None
     assert not made.parameters.children
-
-
-class Windowed(KVMethod):
-    """Keeps a window."""
-
-    key, title, claim = "windowed", "Windowed", "none"
-    fidelity = Fidelity("deviates", "MInference is not K-means")
-    presets = (Preset("paper", "section 3", window=32), Preset("code", "who/what, run.py, 1234567", window=8, step=3))
-    window: int = param(32, ge=1, le=64, help="how many stay")
-    step: int = param(2, ge=1, le=9, help="how far apart", own="no source names it")
 
 
 def test_published_values_are_chosen_by_name_in_one_change(monkeypatch):

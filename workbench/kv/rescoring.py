@@ -15,6 +15,7 @@ from workbench.kv.held import HeldLayer, scores_by_slot, view
 from workbench.kv.stores.capabilities import Droppable, Rescored
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
 from workbench.kv.stores.store import Dequantised, Store
+from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -97,7 +98,7 @@ class ObservedFormat(Format):
         return ObservedStore(inner, self.rescoring, layer.blank(0), queries, asked)
 
 
-class ObservedStore(Store):
+class ObservedStore(WrappingStore):
     """Another store, with the last queries that were asked of it: when room is needed, what is held is scored anew.
 
     queries [h, w, d], the newest last, at positions asked int32 [w], -1 where none has been asked yet.
@@ -106,7 +107,8 @@ class ObservedStore(Store):
     def __init__(self, inner: Store, rescoring: Rescoring, layer: LayerTrace, queries: Tensor, asked: Tensor) -> None:
         """layer: without data."""
         assert inner.droppable is not None
-        self.inner, self.rescoring, self.layer = inner, rescoring, layer
+        super().__init__(inner)
+        self.rescoring, self.layer = rescoring, layer
         self.queries, self.asked = queries, asked
         self.begun: tuple[int, int] | None = None  # entries of the shortest head, and tokens, before the first pass
 
@@ -114,9 +116,6 @@ class ObservedStore(Store):
     def _inner(self) -> Droppable:
         assert self.inner.droppable is not None
         return self.inner.droppable
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        self.inner.append(keys, values, positions)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
@@ -127,24 +126,6 @@ class ObservedStore(Store):
             asked = query_positions.to(self.asked.device, self.asked.dtype)
             self.asked = torch.cat([self.asked, asked])[-count:].clone()
         return self.inner.attend(query, query_positions, scoring, weights=weights)
-
-    @property
-    def kv_heads(self) -> int:
-        return self.inner.kv_heads
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def entries(self) -> int:
-        return self.inner.entries
-
-    def slots(self) -> tuple[Tensor, Tensor | None]:
-        return self.inner.slots()
-
-    def contents(self, dtype: torch.dtype) -> Dequantised:
-        return self.inner.contents(dtype)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         by_precision = {name: list(tensors) for name, tensors in self.inner.tensors().items()}

@@ -10,10 +10,11 @@ from torch import Tensor
 from workbench.core.rope import Rotation
 from workbench.kv.stores.capabilities import Evictable
 from workbench.kv.stores.store import Dequantised, Store
+from workbench.kv.stores.wrapping import WrappingStore
 from workbench_kernels import Scoring, attend
 
 
-class ClosedUpStore(Store):
+class ClosedUpStore(WrappingStore):
     """Another store's entries, attended to as if they stood one after another from position 0 on.
 
     Keys are held as the model turned them, at whatever precision, and turned on from their true position to their place
@@ -23,25 +24,8 @@ class ClosedUpStore(Store):
     """
 
     def __init__(self, inner: Store, rotation: Rotation) -> None:
-        self.inner, self.rotation = inner, rotation
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        self.inner.append(keys, values, positions)
-
-    def reserve(self, tokens: int) -> None:
-        self.inner.reserve(tokens)
-
-    @property
-    def kv_heads(self) -> int:
-        return self.inner.kv_heads
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def entries(self) -> int:
-        return self.inner.entries
+        super().__init__(inner)
+        self.rotation = rotation
 
     @property
     def attends_itself(self) -> bool:
@@ -50,9 +34,6 @@ class ClosedUpStore(Store):
     @property
     def evictable(self) -> Evictable | None:
         return self.inner.evictable
-
-    def slots(self) -> tuple[Tensor, Tensor | None]:
-        return self.inner.slots()
 
     def contents(self, dtype: torch.dtype) -> Dequantised:
         """Everything held, with keys turned to their places."""
@@ -86,9 +67,6 @@ class ClosedUpStore(Store):
         size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
         cos, sin = (to_cos * cos + to_sin * sin) / size, (to_sin * cos - to_cos * sin) / size
         return self.rotation.by(x.float(), cos, sin).to(x.dtype)
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        return self.inner.tensors()
 
     def clone(self) -> Self:
         return type(self)(self.inner.clone(), self.rotation)

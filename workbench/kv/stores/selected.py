@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import Format, Shape
-from workbench.kv.stores.store import Dequantised, Store
+from workbench.kv.stores.store import Store
+from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
 
@@ -84,15 +85,16 @@ class SelectingFormat(Format):
         return store if selector is None else SelectingStore(store, selector)
 
 
-class SelectingStore(Store):
+class SelectingStore(WrappingStore):
     """A store of which a token that comes alone attends to what its selector chooses; several that come together, as
     those of a question, attend to everything.
     """
 
     selects = True
 
-    def __init__(self, held: Store, selector: Selector) -> None:
-        self.held, self.selector = held, selector
+    def __init__(self, inner: Store, selector: Selector) -> None:
+        super().__init__(inner)
+        self.selector = selector
         self._computed: int | None = None
 
     @property
@@ -100,11 +102,11 @@ class SelectingStore(Store):
         return self._computed
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        self.held.append(keys, values, positions)
+        super().append(keys, values, positions)
         self.selector.append(keys)
 
     def reserve(self, tokens: int) -> None:
-        self.held.reserve(tokens)
+        super().reserve(tokens)
         self.selector.reserve(tokens)
 
     def attend(
@@ -112,8 +114,8 @@ class SelectingStore(Store):
     ) -> tuple[Tensor, Tensor | None]:
         if query.shape[1] > 1:
             self._computed = None
-            return self.held.attend(query, query_positions, scoring, weights=weights)
-        held = self.held.contents(query.dtype)
+            return self.inner.attend(query, query_positions, scoring, weights=weights)
+        held = self.inner.contents(query.dtype)
         heads, slots, _ = held.keys.shape
         at, positions = query_positions.to(self.device), held.positions.expand(heads, -1).long()  # [k, m]
         seen = positions <= at
@@ -140,24 +142,10 @@ class SelectingStore(Store):
         everywhere = rows.new_zeros(*chosen.shape[:2], slots).scatter_(2, where, rows.view_as(where))
         return out, everywhere[:, :, None]
 
-    @property
-    def kv_heads(self) -> int:
-        return self.held.kv_heads
-
-    @property
-    def device(self) -> torch.device:
-        return self.held.device
-
-    def slots(self) -> tuple[Tensor, Tensor | None]:
-        return self.held.slots()
-
-    def contents(self, dtype: torch.dtype) -> Dequantised:
-        return self.held.contents(dtype)
-
     def tensors(self) -> dict[str, list[Tensor]]:
-        return {**self.held.tensors(), "selection": self.selector.tensors()}
+        return {**self.inner.tensors(), "selection": self.selector.tensors()}
 
     def clone(self) -> Self:
         twin = copy(self)
-        twin.held, twin.selector = self.held.clone(), self.selector.clone()
+        twin.inner, twin.selector = self.inner.clone(), self.selector.clone()
         return twin
