@@ -140,7 +140,6 @@ def _preset_menu(cls: type[Method]) -> MaterialWidget:
         size="small",
         sizing_mode="stretch_width",
         margin=(6, 4),
-        styles={"grid-column": "1 / -1"},
     )
 
 

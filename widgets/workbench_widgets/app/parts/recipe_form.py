@@ -84,7 +84,8 @@ class SlotForm:
         self._grid = pn.layout.GridBox(
             ncols=2, sizing_mode="stretch_width", styles={"grid-template-columns": "1fr 1fr"}
         )
-        self.body = pn.Column(self.select, self._about, self._grid, sizing_mode="stretch_width", margin=0)
+        self._preset = pn.Column(sizing_mode="stretch_width", margin=0)  # the grid's cells are half as wide
+        self.body = pn.Column(self.select, self._about, self._preset, self._grid, sizing_mode="stretch_width", margin=0)
         self.select.param.watch(self._choose, "value")
         self._build()
 
@@ -109,7 +110,10 @@ class SlotForm:
     def _build(self) -> None:
         cls = self.classes.get(self.key)
         self.form = None if cls is None else MethodForm(cls, self._changed, self._values.get(cls.key))
-        self._grid.objects = [] if self.form is None else self.form.controls
+        preset = None if self.form is None else self.form.preset
+        self._preset.objects = [] if preset is None else [preset]
+        self._preset.visible = preset is not None
+        self._grid.objects = [] if self.form is None else list(self.form.widgets.values())
         self._grid.visible = bool(self._grid.objects)
         self._about.object = "" if cls is None else f"<div>{_description(cls)}</div>"
         self._about.visible = cls is not None
