@@ -13,8 +13,8 @@ class Scoring:
     """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap, plus slope * key position
     if there are slopes; rows see a window, and with sinks a share of their weight goes to no key.
 
-    All that attends, on any device, takes these as one value; sinks and slopes exclude one another. Where queries of some heads are worked on by themselves,
-    `of` gives what is theirs.
+    All that attends, on any device, takes these as one value; sinks and slopes exclude one another. Where queries of
+    some heads are worked on by themselves, `of` gives what is theirs.
     """
 
     scale: float

@@ -81,6 +81,8 @@ def _attention(
     kind = type(module).__name__
     if kwargs.get("position_bias") is not None:
         raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
+    if s_aux is not None and slopes is not None:
+        raise NotApplicable(f"{kind} has learned sinks beside slopes of its positions (ALiBi), which is not supported")
     index = getattr(module, "layer_idx", None)
     if index is None:
         raise NotApplicable(f"{kind} does not say which layer it is (layer_idx)")
