@@ -132,6 +132,7 @@ _VISION = {
     "patch_size": 14,
 }
 _ALTERNATING = ["linear_attention", "full_attention"] * 2
+_SLIDING = ["sliding_attention", "full_attention"] * 2
 # What one kind needs besides, so that the model of transformers itself can be built and run.
 _KINDS: dict[str, Mapping[str, Any]] = {
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _PADDED),
@@ -165,7 +166,9 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "gemma4_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gemma4_unified_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
-    **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "granite_swa": {"layer_types": _SLIDING},
+    "granitemoe_swa": {"layer_types": _SLIDING},
+    "mimo_v2_flash": {"layer_types": _SLIDING},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},

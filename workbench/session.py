@@ -514,7 +514,8 @@ class Session(Shown):
         `workbench.measure.HeadStats` and `Thresholds`. recipe: as in `attention`.
         """
         stats = self.head_stats(recipe, budget=budget, progress=progress, **parameters)
-        return stats.to_frame(self.facts.kv_heads)
+        trace = self.readings.recorded(_recipe(recipe, budget, parameters), progress)
+        return stats.to_frame([layer.kv_heads for layer in trace.layers])
 
     def head_stats(
         self,

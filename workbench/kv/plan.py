@@ -29,9 +29,10 @@ _PROBES = 64  # queries at the end of the prompt with which a plan's error is me
 class Plan(Shown):
     """What KV methods decided on a trace.
 
-    tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`. nbytes: what the stores
-    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. ranking:
-    the order by which entries were chosen. exact: layers left alone, with the reason.
+    tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`; k as in those layers that
+    may be compressed, whatever others have. nbytes: what the stores will hold on the device, host_nbytes: in host
+    memory; full_nbytes: what the uncompressed cache would hold. ranking: the order by which entries were chosen. exact:
+    layers left alone, with the reason.
     """
 
     trace: Trace
@@ -128,13 +129,14 @@ class Plan(Shown):
 
     def kept(self, layer: int, kv_head: int) -> Tensor:
         """The positions that KV head keeps, ascending, int64 [m]. Raises BadParameter where there is no such head."""
-        layers, heads, _ = self.tiers.shape
+        layers = len(self.tiers)
+        heads = self.trace.layers[layer].kv_heads if layer in range(layers) else self.trace.kv_heads
         if layer not in range(layers) or kv_head not in range(heads):
             raise BadParameter(
                 f"layer {layer}, KV head {kv_head} does not exist: there are layers 0 to {layers - 1} with KV heads "
                 f"0 to {heads - 1}"
             )
-        return self.tiers[layer, kv_head].nonzero()[:, 0].cpu()
+        return as_held(self.tiers[layer], heads)[kv_head].nonzero()[:, 0].cpu()
 
     def survival(self) -> Tensor:
         """The share of the KV heads of compressible layers that keep each position, float [n]."""
@@ -175,7 +177,7 @@ class Plan(Shown):
         return dict(zip(group, made, strict=True))
 
     def _store(self, layer: LayerTrace) -> Store:
-        tiers = self.tiers[layer.index]
+        tiers = as_held(self.tiers[layer.index], layer.kv_heads)
         merging = self.stages.merge
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
@@ -238,7 +240,10 @@ class Plan(Shown):
             "nbytes": self.nbytes,
             "full_nbytes": self.full_nbytes,
             "host_nbytes": self.host_nbytes,
-            "kept": [int(kept) for kept in self.counts.sum(dim=1)],
+            "kept": [
+                int(as_held(counts[:, None], layer.kv_heads).sum())
+                for counts, layer in zip(self.counts, self.trace.layers, strict=True)
+            ],
         }
 
     @cached_property
@@ -254,7 +259,7 @@ class Plan(Shown):
         for layer in self.trace.layers:
             probes = layer.queries[:, -_PROBES:].float()
             positions = torch.arange(layer.tokens - probes.shape[1], layer.tokens, device=probes.device)
-            everything = torch.ones_like(self.tiers[layer.index])
+            everything = torch.ones_like(as_held(self.tiers[layer.index], layer.kv_heads))
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
@@ -263,6 +268,13 @@ class Plan(Shown):
             want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
+
+
+def as_held(tiers: Tensor, heads: int) -> Tensor:
+    """A layer's tiers [k, n] for as many KV heads. One that has more or fewer than those that may be compressed stays
+    exact, and all its heads hold the same.
+    """
+    return tiers if len(tiers) == heads else tiers[:1].expand(heads, -1)
 
 
 def _attended(store: Store, queries: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:

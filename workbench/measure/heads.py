@@ -103,11 +103,16 @@ class HeadStats(Brief):
                 classes[layer][head] = name
         return classes
 
-    def to_frame(self, kv_heads: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
-        """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class."""
+    def to_frame(self, kv_heads: int | Sequence[int], thresholds: Thresholds | None = None) -> pd.DataFrame:
+        """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class.
+
+        kv_heads: how many KV heads each layer has, one number for all or one a layer.
+        """
         layers, heads = self.entropy.shape
-        if heads % arguments.whole("kv_heads", kv_heads, 1, heads):
-            raise BadParameter(f"kv_heads is {kv_heads}: {heads} query heads cannot share so many KV heads")
+        counts = [kv_heads] * layers if isinstance(kv_heads, int) else list(kv_heads)
+        for count in counts:
+            if heads % arguments.whole("kv_heads", count, 1, heads):
+                raise BadParameter(f"kv_heads is {count}: {heads} query heads cannot share so many KV heads")
         head = torch.arange(heads)
         columns = {name: getattr(self, name).flatten().numpy() for name in _COLUMNS}
         classes = [name for layer in self.classes(thresholds) for name in layer]
@@ -115,7 +120,7 @@ class HeadStats(Brief):
             {
                 "layer": torch.arange(layers).repeat_interleave(heads).numpy(),
                 "head": head.repeat(layers).numpy(),
-                "kv_head": (head // (heads // kv_heads)).repeat(layers).numpy(),
+                "kv_head": torch.cat([head // (heads // count) for count in counts]).numpy(),
                 **columns,
                 "class": classes,
             }

@@ -184,8 +184,8 @@ def read(
         for layer in layers
         if layer.shared is not None
     }
-    gone = _gone(layers[0], facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
-    return Trace(
+    gone = _gone(layers, facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
+    trace = Trace(
         prompt,
         layers,
         logits.cpu(),
@@ -197,6 +197,8 @@ def read(
         recorder.memory,
         knowledge,
     )
+    _check_compressible(trace, facts.name)
+    return trace
 
 
 def seen(facts: Facts, trace: Trace) -> Facts:
@@ -220,10 +222,21 @@ def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> 
             f"{which} of {name} {does} transformers' attention interface (attention of their own kind, linear "
             "attention or a state space), so they cannot be read"
         )
-    heads = sorted({(layer.heads, layer.kv_heads) for layer in recorded.values()})
+    heads = sorted({layer.heads for layer in recorded.values()})
     if len(heads) > 1:
-        counts = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
+        counts = ", ".join(map(str, heads))
         raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
+
+
+def _check_compressible(trace: Trace, name: str) -> None:
+    """Raise NotApplicable unless the layers that KV methods may change have equally many KV heads."""
+    heads = sorted({layer.kv_heads for layer in trace.compressible})
+    if len(heads) > 1:
+        counts = ", ".join(map(str, heads))
+        raise NotApplicable(
+            f"the layers of {name} that attend to everything differ in their number of KV heads ({counts}), which is "
+            "not supported"
+        )
 
 
 def read_unrecorded(
@@ -258,19 +271,18 @@ def read_unrecorded(
 
 
 def _gone(
-    like: LayerTrace, facts: Facts, missing: Sequence[int], widths: Sequence[tuple[int, int]] | None
+    layers: Sequence[LayerTrace], facts: Facts, missing: Sequence[int], widths: Sequence[tuple[int, int]] | None
 ) -> tuple[LayerTrace, ...]:
-    """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts."""
-    blank = like.blank()
-    return tuple(
-        replace(
-            blank,
-            index=index,
-            scoring=replace(blank.scoring, window=facts.windows[index]),
-            plain_widths=widths[index] if widths else None,
-        )
-        for index in missing
-    )
+    """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts: those of a layer
+    of the same kind, with a window or without.
+    """
+    gone = []
+    for index in missing:
+        window = facts.windows[index]
+        like = next((layer for layer in layers if (layer.window is None) == (window is None)), layers[0]).blank()
+        scoring, width = replace(like.scoring, window=window), widths[index] if widths else None
+        gone.append(replace(like, index=index, scoring=scoring, plain_widths=width))
+    return tuple(gone)
 
 
 def _window_reason(layer: LayerTrace, method: AttentionMethod | None) -> str:
