@@ -11,8 +11,8 @@ from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state
 
 
-def _takes_dense(query: Tensor, keys: Ragged) -> bool:
-    return on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2
+def _takes_dense(query: Tensor, keys: Ragged, scoring: Scoring) -> bool:
+    return scoring.plain and on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2
 
 
 @with_kernel("gpu.dense:decode_dense", when=_takes_dense)
@@ -38,8 +38,8 @@ def decode_dense(
     return _decode(query, keys, values, scoring, query_positions, positions, lse)
 
 
-def _takes_packed(query: Tensor, keys: PackedRows) -> bool:
-    return on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
+def _takes_packed(query: Tensor, keys: PackedRows, scoring: Scoring) -> bool:
+    return scoring.plain and on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
 
 
 @with_kernel("gpu.packed:decode_packed", when=_takes_packed)

@@ -64,10 +64,10 @@ def _check_attention(
 def _takes_attention(
     queries: Tensor, keys: Tensor, values: Tensor, query_basis: Tensor, key_basis: Tensor, value_basis: Tensor,
     cos: Tensor | None, sin: Tensor | None, query_bias: Tensor | None, key_bias: Tensor | None,
-    value_bias: Tensor | None,
+    value_bias: Tensor | None, scoring: Scoring,
 ) -> bool:  # fmt: skip
     bases, biases = (query_basis, key_basis, value_basis), (query_bias, key_bias, value_bias)
-    return on_gpu(queries, keys, values, *bases, cos, sin, *biases)
+    return scoring.plain and on_gpu(queries, keys, values, *bases, cos, sin, *biases)
 
 
 @with_kernel("gpu.lowrank:attend_factors", when=_takes_attention, check=_check_attention)

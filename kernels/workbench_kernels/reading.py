@@ -14,8 +14,8 @@ from workbench_kernels.scoring import Scoring
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
-def _takes(query: Tensor, key: Tensor, lse: Tensor | None) -> bool:
-    return on_gpu(query, key, lse)
+def _takes(query: Tensor, key: Tensor, scoring: Scoring, lse: Tensor | None) -> bool:
+    return scoring.plain and on_gpu(query, key, lse)
 
 
 @with_kernel("gpu.reading:read_attention", when=_takes)

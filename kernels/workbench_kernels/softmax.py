@@ -13,9 +13,11 @@ from workbench_kernels.scoring import Scoring
 def attention_weights(products: Tensor, scoring: Scoring, visible: Tensor | None = None) -> Tensor:
     """The softmax over all keys of products q k [..., m], float32 or wider, which are overwritten.
 
-    visible: bool, broadcastable to [..., m]; None: everything is seen. Every query must see a key.
+    visible: bool, broadcastable to [..., m]; None: everything is seen. Every query must see a key, unless an indexer
+    chose what it sees: it then gets zeros.
     """
-    return torch.softmax(scoring.scores(products, visible), dim=-1)
+    scores = scoring.scores(products, visible)
+    return torch.softmax(scores, dim=-1) if scoring.chosen is None else partial_softmax(scores)[0]
 
 
 def partial_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

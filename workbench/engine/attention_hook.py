@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from workbench.engine.masks import AnnouncedMask, announced, checked
 from workbench.errors import NotApplicable, WorkbenchError
-from workbench_kernels import Scoring
+from workbench_kernels import Chosen, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,12 +49,14 @@ class _Passing:
     """The pass that a thread is in: who attends, and what its masks may be asked.
 
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
-    by places is a mask by positions. own: masks that the model made by itself and that were found causal.
+    by places is a mask by positions. positions: where its tokens stand, int64 [n]. own: masks that the model made by
+    itself and that were found causal.
     """
 
     handler: Handler
     told: Tensor | None
     plain: bool
+    positions: Tensor
     own: list[Tensor] = field(default_factory=list)
 
 
@@ -90,9 +92,17 @@ def _attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scoring = Scoring(scale, window, softcap or None)
+    scoring = Scoring(scale, window, softcap or None, chosen=_chosen(passing, kwargs.get("indices")))
     out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
+
+
+def _chosen(passing: _Passing, indices: Tensor | None) -> Chosen | None:
+    """What the layer's indexer chose for each token, where it has one: indices [1, n, c] of all tokens so far."""
+    if indices is None:
+        return None
+    total = int(passing.positions[-1]) + 1
+    return Chosen(passing.positions, None if indices.shape[-1] >= total else indices[0])
 
 
 def _window(
@@ -121,6 +131,7 @@ def _mask(
     batch_size: int = 1,  # noqa: ARG001  (transformers hands it by name; it is always 1)
     q_length: int = 0,
     kv_length: int = 0,
+    q_offset: int = 0,
     mask_function: Any = None,
     local_size: int | None = None,
     device: Any = "cpu",
@@ -129,7 +140,9 @@ def _mask(
     """Handlers mask by the true positions of what they hold: of a model's mask they need the rule."""
     passing = _passing.get()
     plain = passing is not None and passing.plain
-    return announced(mask_function, q_length, kv_length, local_size or None, torch.device(device), check=plain)
+    return announced(
+        mask_function, q_length, kv_length, local_size or None, torch.device(device), before=q_offset, check=plain
+    )
 
 
 @cache
@@ -163,7 +176,7 @@ class _Alone:
 @contextmanager
 def remembering() -> Iterator[None]:
     """Until the block ends modules that remember something of a run do so in calls of the model by itself."""
-    before = _passing.set(_Passing(_Alone(), None, plain=False))
+    before = _passing.set(_Passing(_Alone(), None, plain=False, positions=torch.empty(0, dtype=torch.long)))
     try:
         yield
     finally:
@@ -212,6 +225,27 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return cast("torch.device", model.get_input_embeddings().weight.device)
 
 
+def has_indexer(model: PreTrainedModel) -> bool:
+    """Whether layers of the model choose by keys of their own which positions each token attends to."""
+    return "indexed_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+
+def _indexer_cache(model: PreTrainedModel, handler: Handler, positions: Tensor, *, plain: bool) -> Cache:
+    """Where indexers find their keys of earlier tokens: in what the handler remembers of the run.
+
+    Raises NotApplicable unless the pass goes on where its run has come to, so that an index is a position.
+    """
+    from workbench.engine.indexer_cache import IndexerCache
+
+    cache = IndexerCache(model.config.get_text_config(), getattr(handler, "memory", {}))
+    if not plain or cache.seen != int(positions[0]):
+        raise NotApplicable(
+            f"{type(model).__name__} chooses by an index of all tokens what each attends to, and this pass does not "
+            "read on where that ends; what reads apart from the text, or out of its order, is not supported"
+        )
+    return cache
+
+
 def forward(
     model: PreTrainedModel,
     handler: Handler,
@@ -229,10 +263,12 @@ def forward(
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
+    if cache is None and has_indexer(model):
+        cache = _indexer_cache(model, handler, positions, plain=plain)
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain))
+        before = _passing.set(_Passing(handler, mask, plain, positions))
         try:
             output = model(
                 input_ids=ids.to(device)[None],

@@ -155,7 +155,7 @@ class _Probe:
             torch.cat([earlier.keys, key], dim=1),
             torch.cat([earlier.values, value], dim=1),
             scoring,
-            visible=seen_by(probing, positions, valid, scoring.window),
+            visible=seen_by(probing, positions, valid, scoring),
             weights=scored,
         )
         if scored and weights is not None:

@@ -78,7 +78,7 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        return Decoder(model, stores, position, progress=progress).feed(ids, logits=ids.numel())
+        return Decoder(model, stores, position, progress=progress, memory=trace.memory).feed(ids, logits=ids.numel())
 
     return Study(trace, model, progress, forcing=forcing, measured=measured)
 

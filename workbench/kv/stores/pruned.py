@@ -89,7 +89,7 @@ class PrunedStore(PositionedStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        visible = seen_by(query_positions, *self.slots(), scoring.window)
+        visible = seen_by(query_positions, *self.slots(), scoring)
         thin, whole = self.older[0].view().to(query.dtype), self.newer[0].view().to(query.dtype)
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(query.dtype)  # [k, m, dv]
         kv_heads, slots = values.shape[:2]
