@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.states import States, states_of
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import Store, cloned
@@ -35,7 +36,9 @@ class Decoder:
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
     asked at every layer whether to stop. by_store: layers whose stores attend in their own way, without `attention`.
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
-    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model.
+    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model. states: what
+    layers that keep another state than keys and values remember of the text so far, at first of the prompt; a copy of
+    its own. None: the model has no such layers, or begins to read.
     """
 
     model: PreTrainedModel
@@ -50,6 +53,7 @@ class Decoder:
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
+    states: States | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -59,6 +63,10 @@ class Decoder:
     def __post_init__(self) -> None:
         self._context = PassContext(len(self.stores), self.position, state=dict(self.learnt))
         self.memory = dict(self.memory)
+        if self.states is not None:
+            self.states = self.states.clone()
+        elif self.position == 0:
+            self.states = states_of(self.model)
         self._causal, self._uncounted = 0, False
         if self.attention is not None:
             self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
@@ -86,7 +94,7 @@ class Decoder:
             if measure:
                 rows.append(self._measured(part, logits))
             else:
-                rows.append(forward(self.model, self, part, self._positions, logits=min(logits, part.numel())))
+                rows.append(self._forward(part, logits))
             self.position = int(self._positions[-1]) + 1
         return torch.cat(rows)[-logits:]
 
@@ -170,6 +178,11 @@ class Decoder:
         return self._context.state_nbytes
 
     @property
+    def state_nbytes(self) -> int:
+        """Bytes of the states that layers keep beside keys and values: the same under every recipe."""
+        return 0 if self.states is None else self.states.nbytes
+
+    @property
     def memory_nbytes(self) -> int:
         """Bytes of the tensors that modules of the model remember of this run."""
         remembered = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
@@ -191,7 +204,7 @@ class Decoder:
     def clone(self) -> Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = cloned(self.stores)
-        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
+        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention, states=self.states)
         twin._context = PassContext(len(stores), self._context.tokens, state=dict(self._context.state))
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
@@ -227,11 +240,15 @@ class Decoder:
             positions = positions.masked_fill(empty, -1)
         store.evict(self.evicting.evict(state, positions, room))
 
+    def _forward(self, part: Tensor, logits: int) -> Tensor:
+        count = min(logits, part.numel())
+        return forward(self.model, self, part, self._positions, cache=self.states, logits=count)
+
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:
             self._live, self.activations, self.workspace = live, 0, 0
             try:
-                return forward(self.model, self, part, self._positions, logits=min(logits, part.numel()))
+                return self._forward(part, logits)
             finally:
                 self.activations = max(self.activations, live.peak)
                 self._live = None

@@ -142,7 +142,7 @@ def _logits(model: PreTrainedModel, facts: Facts, ids: Tensor, progress: Progres
     first, *parts = _parts(ids)
     trace = read(model, facts, Prompt(first, chat=False), progress=progress)
     plan = make_plan(trace, [Full()], _precision(model), model=model)
-    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory)
+    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory, states=plan.states)
     rows = [decoder.feed(part, logits=part.numel()) for part in parts]
     return torch.cat([trace.logits[None].to(device_of(model)), *rows])
 
