@@ -26,11 +26,13 @@ _EMPTY = ("moe", "mlp")  # layers without attention that keep nothing either
 class States:
     """The states of a model's layers after what has been read. Mixed into the model's own kind of cache (`states_of`).
 
-    places: the number of each layer that attends among those that do, by its number in the model.
+    places: the number of each layer that attends among those that do, by its number in the model. singly: whether
+    tokens have to follow one by one, for the model forgets its state where several do (see `runtime/continuing.py`).
     """
 
     layers: list[Any]
     places: Mapping[int, int]
+    singly: bool = False
     _caller: int | None = None
 
     # -- what a model's cache is asked
@@ -66,11 +68,19 @@ class States:
         with torch.inference_mode():
             return deepcopy(self)
 
+    def kinds(self) -> dict[str, tuple[Tensor, ...]]:
+        """All that is held, by what cache or layers call it (conv_states, recurrent_states)."""
+        held: dict[str, tuple[Tensor, ...]] = {}
+        for keeper in (self, *self.layers):
+            for name, value in vars(keeper).items():
+                # What a layer keeps under a private name is a constant (the width of a window).
+                if not name.startswith("_") and (tensors := tuple(_tensors([value]))):
+                    held[name] = (*held.get(name, ()), *tensors)
+        return held
+
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is held."""
-        # What a layer keeps under a private name is a constant (the width of a window).
-        of_layers = ({n: x for n, x in vars(layer).items() if not n.startswith("_")} for layer in self.layers)
-        return tuple(_tensors([vars(self), *of_layers]))
+        return tuple(tensor for tensors in self.kinds().values() for tensor in tensors)
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +95,11 @@ class States:
             for index, layer in enumerate(self.layers)
             if index not in self.places and not any(getattr(layer, "has_previous_state", {0: True}).values())
         )
+
+    @property
+    def begun(self) -> bool:
+        """Whether something has been read."""
+        return any(True for _ in self.tensors())
 
     def saved(self) -> dict[str, Tensor]:
         """The states by name, for `restore`. Raises NotApplicable for a cache of a kind that only its model knows."""

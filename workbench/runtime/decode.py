@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward
-from workbench.engine.states import States, states_of
+from workbench.engine.states import States
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import Store, cloned
@@ -19,6 +19,7 @@ from workbench.kv.stores.capabilities import Evictable
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
+from workbench.runtime.continuing import fresh_states
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -66,7 +67,7 @@ class Decoder:
         if self.states is not None:
             self.states = self.states.clone()
         elif self.position == 0:
-            self.states = states_of(self.model)
+            self.states = fresh_states(self.model)
         self._causal, self._uncounted = 0, False
         if self.attention is not None:
             self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
@@ -218,7 +219,13 @@ class Decoder:
                 store.reserve(tokens)
 
     def _at_once(self, count: int) -> int:
-        """How many tokens may enter together: no more than half of what an evicting cache holds."""
+        """How many tokens may enter together: no more than half of what an evicting cache holds; one where the model
+        forgets its state otherwise.
+        """
+        if self.states is not None and self.states.singly and self.states.begun and count > 1:
+            note = f"{type(self.model).__name__} read on token by token: several at once would lose its layers' state"
+            self.notes += [] if note in self.notes else [note]
+            return 1
         if self.evicting is None or count <= 1:
             return max(count, 1)
         leaving = (store.rescored or store.evictable for store in self.stores)

@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import device_of, forward
-from workbench.engine.states import States, attending, states_of
+from workbench.engine.states import States, attending
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
@@ -22,6 +22,7 @@ from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.runtime.calibration import learnt
+from workbench.runtime.continuing import fresh_states
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -160,7 +161,7 @@ def read(
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
     knowledge: dict[Any, Any] = {}
-    states = states_of(model)
+    states = fresh_states(model)
     if method is not None and method.calibration:
         knowledge = learnt(model, count, method, prompt.tokenizer, progress)
     with watch("read"), live_bytes(device) as live:
