@@ -170,6 +170,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "git": {"vision_config": _VISION},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
+    "minimax": {"sliding_window": _LEFT},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron_h": {"num_hidden_layers": _LEFT, "n_groups": 2},
     "prophetnet": {"num_hidden_layers": _LEFT, "num_decoder_layers": 2, "num_encoder_layers": 2, **_PADDED},

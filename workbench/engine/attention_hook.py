@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.masks import AnnouncedMask, announced, checked
+from workbench.engine.states import States, has_indexer, keeps_states, states_of
 from workbench.errors import NotApplicable, WorkbenchError
 from workbench_kernels import Chosen, Scoring
 
@@ -35,7 +36,7 @@ class Handler(Protocol):
 
     def attend(
         self,
-        layer: int,
+        layer: int,  # which of those that attend
         query: Tensor,  # [h, n, d]
         key: Tensor,  # [k, n, d]: of the tokens of this pass only
         value: Tensor,  # [k, n, dv]
@@ -49,14 +50,15 @@ class _Passing:
     """The pass that a thread is in: who attends, and what its masks may be asked.
 
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
-    by places is a mask by positions. positions: where its tokens stand, int64 [n]. own: masks that the model made by
-    itself and that were found causal.
+    by places is a mask by positions. positions: where its tokens stand, int64 [n]. states: of layers that keep some.
+    own: masks that the model made by itself and that were found causal.
     """
 
     handler: Handler
     told: Tensor | None
     plain: bool
     positions: Tensor
+    states: States | None = None
     own: list[Tensor] = field(default_factory=list)
 
 
@@ -81,9 +83,14 @@ def _attention(
     kind = type(module).__name__
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise NotApplicable(f"{kind} adds learned sinks or position biases to its scores, which is not supported")
-    index = getattr(module, "layer_idx", None)
+    index, states = getattr(module, "layer_idx", None), passing.states
+    if states is not None:
+        index = states.caller(index)
     if index is None:
         raise NotApplicable(f"{kind} does not say which layer it is (layer_idx)")
+    place = index if states is None else states.places.get(index)
+    if place is None:
+        raise NotApplicable(f"layer {index}: {kind} attends, but the config names another kind of layer there")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise NotApplicable(
             f"layer {index}: {kind} attends with {query.shape[0]} x {query.shape[2]} queries to {key.shape[2]} keys: "
@@ -93,7 +100,7 @@ def _attention(
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scoring = Scoring(scale, window, softcap or None, chosen=_chosen(passing, kwargs.get("indices")))
-    out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
+    out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
 
@@ -225,56 +232,47 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return cast("torch.device", model.get_input_embeddings().weight.device)
 
 
-def has_indexer(model: PreTrainedModel) -> bool:
-    """Whether layers of the model choose by keys of their own which positions each token attends to."""
-    return "indexed_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
-
-
-def _indexer_cache(model: PreTrainedModel, handler: Handler, positions: Tensor, *, plain: bool) -> Cache:
-    """Where indexers find their keys of earlier tokens: in what the handler remembers of the run.
-
-    Raises NotApplicable unless the pass goes on where its run has come to, so that an index is a position.
-    """
-    from workbench.engine.indexer_cache import IndexerCache
-
-    cache = IndexerCache(model.config.get_text_config(), getattr(handler, "memory", {}))
-    if not plain or cache.seen != int(positions[0]):
-        raise NotApplicable(
-            f"{type(model).__name__} chooses by an index of all tokens what each attends to, and this pass does not "
-            "read on where that ends; what reads apart from the text, or out of its order, is not supported"
-        )
-    return cache
-
-
 def forward(
     model: PreTrainedModel,
     handler: Handler,
     ids: Tensor,
     positions: Tensor,
     *,
-    cache: Cache | None = None,
+    cache: States | None = None,
     logits: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
     """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
 
-    mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
+    cache: what layers that keep another state than keys and values remember of the text before, written on; without it
+    such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
     one, for which the host would wait for the device.
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
-    if cache is None and has_indexer(model):
-        cache = _indexer_cache(model, handler, positions, plain=plain)
+    if cache is None and (keeps_states(model) or has_indexer(model)):
+        if not plain or bool(positions[:1] != 0):
+            raise NotApplicable(
+                f"{type(model).__name__} has layers that keep a state of all that was read before (linear attention, a "
+                "state space, a convolution, an indexer), so it cannot read from the midst of a text, or parts of one, as is wanted "
+                "here"
+            )
+        cache = states_of(model)
+    if has_indexer(model) and (not plain or cast("States", cache).seen != int(positions[0])):
+        raise NotApplicable(
+            f"{type(model).__name__} chooses by an index of all tokens what each attends to, and this pass does not "
+            "read on where that ends; what reads apart from the text, or out of its order, is not supported"
+        )
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain, positions))
+        before = _passing.set(_Passing(handler, mask, plain, positions, cache))
         try:
             output = model(
                 input_ids=ids.to(device)[None],
                 attention_mask=mask,
                 position_ids=positions.to(device)[None],
-                past_key_values=cache,
+                past_key_values=cast("Cache | None", cache),
                 use_cache=cache is not None,
                 logits_to_keep=kept,
             )

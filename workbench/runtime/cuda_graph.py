@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench.engine.attention_hook import device_of, forward, has_indexer
+from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.states import has_indexer
 from workbench.errors import NotApplicable
 from workbench.kv.stores.capabilities import Capturable
 from workbench.kv.stores.rows import Rows

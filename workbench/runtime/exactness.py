@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.attention_hook import device_of, exclusive, remembering
+from workbench.engine.states import keeps_states
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
 from workbench.models import Facts, cache_dir
@@ -124,16 +125,20 @@ def _parts(ids: Tensor) -> list[Tensor]:
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
-    and all that are decoded.
+    and all that are decoded; one by one and at positions that are said where layers keep states, as `generate` does.
     """
     rows: list[Tensor] = []
-    cache = None
+    cache, states, at = None, keeps_states(model), 0
+    first, *rest = _parts(ids)
+    parts = [first, *(torch.cat(rest).split(1) if states and rest else rest)]
     with torch.inference_mode(), quiet(), remembering():
-        for part in _parts(ids):
+        for part in parts:
             inputs = part.to(device_of(model))[None]
             count = part.numel() if rows else 1
-            output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count)
-            cache = output.past_key_values
+            where = torch.arange(at, at + part.numel(), device=inputs.device)[None]
+            said = {"position_ids": where} if states else {}
+            output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
+            cache, at = output.past_key_values, at + part.numel()
             rows.append(output.logits[0, -count:].float())
     return torch.cat(rows)
 
@@ -143,7 +148,7 @@ def _logits(model: PreTrainedModel, facts: Facts, ids: Tensor, progress: Progres
     first, *parts = _parts(ids)
     trace = read(model, facts, Prompt(first, chat=False), progress=progress)
     plan = make_plan(trace, [Full()], _precision(model), model=model)
-    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory)
+    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory, states=plan.states)
     rows = [decoder.feed(part, logits=part.numel()) for part in parts]
     return torch.cat([trace.logits[None].to(device_of(model)), *rows])
 
