@@ -112,14 +112,13 @@ def attend_factors(
             last = stop if causal else count
             start = max(0, first - scoring.window + 1) if scoring.window else 0
             here = slice(first, stop)
-            visible = None
-            if causal:
-                place = torch.arange(start, last, device=queries.device)
-                visible = scoring.visible(torch.arange(first, stop, device=queries.device), place)
+            place, rows = (torch.arange(*x, device=queries.device) for x in ((start, last), (first, stop)))
+            visible = scoring.visible(rows, place) if causal else None
+            offsets = scoring.offsets(rows, place)
             for j in range(i * groups, (i + 1) * groups):
                 query = _expanded(queries[here], query_basis[j], _of(query_bias, j))
                 query = _rotated(query, *(None if x is None else x[here] for x in (cos, sin)))
-                weights = attention_weights(query @ key[start:last].T, scoring, visible)
+                weights = attention_weights(query @ key[start:last].T, scoring.of(j), visible, offsets)
                 out[here, j] = (weights @ value[start:last]).to(out.dtype)
     return out.flatten(1)
 

@@ -171,7 +171,7 @@ class Decoder:
         if store.retrieves:
             self._uncounted = True
             return
-        if scoring is not None and (scoring.window is not None or not scoring.plain):
+        if scoring is not None and (scoring.window is not None or scoring.chosen is not None):
             seen = seen_by(positions, *store.slots(), scoring)
             assert seen is not None
             self._context.count_seen(heads, seen.expand(store.kv_heads, -1, -1))

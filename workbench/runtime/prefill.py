@@ -74,6 +74,10 @@ class _Recorder:
                 f"layer {layer}: an indexer of {self.facts.name} chooses what each token attends to, so "
                 f"{self.method.key} cannot; use a KV or weight method"
             )
+        elif scoring.slopes is not None and not self.method.follows_slopes:
+            raise NotApplicable(
+                f"{self.method.key} attends by products alone, and {self.facts.name} by positions (ALiBi)"
+            )
         else:
             out = self.method.attend(query, key, value, scoring, self.context)
         kept = {} if self.states is None else {"state": self.states.nbytes}

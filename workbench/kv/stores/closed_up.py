@@ -56,7 +56,8 @@ class ClosedUpStore(WrappingStore):
         groups = query.shape[0] // held.keys.shape[0]
         query = self._turned(query, asked[None], place.repeat_interleave(groups, dim=0))
         visible = seen_by(asked, held.positions, held.valid, scoring)
-        return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
+        offsets = scoring.offsets(asked, held.positions)
+        return attend(query, held.keys, held.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
     def _turned(self, x: Tensor, positions: Tensor, place: Tensor) -> Tensor:
         """x [k, n, d], which was turned to positions [k or 1, n], turned to `place` [k or 1, n] instead."""

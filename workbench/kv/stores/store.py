@@ -217,7 +217,8 @@ class Store(ABC):
                 return out, None
         dense = self.contents(query.dtype)
         visible = seen_by(query_positions, dense.positions, dense.valid, scoring)
-        return attend(query, dense.keys, dense.values, scoring, visible=visible, weights=weights)
+        offsets = scoring.offsets(query_positions, dense.positions)
+        return attend(query, dense.keys, dense.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by a kernel that reads what is held in place; None where there is none."""
@@ -230,7 +231,9 @@ def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, scoring: Sc
     They are for a few queries at 16 bits; the newest token alone sees everything, which needs no mask.
     """
     few = 0 < query.shape[1] <= _FEW_QUERIES
-    if not (few and scoring.plain and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype):
+    if not (
+        few and scoring.in_kernels and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype
+    ):
         return False, None
     alone = query.shape[1] == 1 and scoring.window is None
     return True, None if alone else query_positions.to(query.device)
@@ -265,7 +268,7 @@ def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, sc
     indexer chose only what is held can be seen, which may be nothing.
     """
     real = None if valid is None else valid[:, None]
-    if query_positions.numel() == 1 and scoring.window is None and scoring.plain:
+    if query_positions.numel() == 1 and scoring.window is None and scoring.chosen is None:
         return real  # the newest token sees everything held
     visible = scoring.visible(query_positions.to(positions.device), positions)
     return visible if real is None else visible & real
