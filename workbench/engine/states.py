@@ -68,6 +68,17 @@ class States:
         with torch.inference_mode():
             return deepcopy(self)
 
+    def on(self, who: str) -> Self:
+        """A copy for one pass over several tokens. Raises NotApplicable, in the name of `who`, where the model forgets
+        its states in one.
+        """
+        if self.singly and self.begun:
+            raise NotApplicable(
+                f"{who} lets the model read on by several tokens at once, where this one forgets the state of its layers "
+                "that attend to nothing (it reads on token by token)"
+            )
+        return self.clone()
+
     def kinds(self) -> dict[str, tuple[Tensor, ...]]:
         """All that is held, by what cache or layers call it (conv_states, recurrent_states)."""
         held: dict[str, tuple[Tensor, ...]] = {}
@@ -156,7 +167,9 @@ def _kinds(model: nn.Module) -> tuple[list[bool], list[bool]]:
     source: Any = model
     names = getattr(source.config.get_text_config(decoder=True), "layer_types", None) or ()
     kinds = [cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.get(name, cache_utils.DynamicLayer) for name in names]
-    attends = [n not in _EMPTY and issubclass(k, cache_utils.CacheLayerMixin) for n, k in zip(names, kinds, strict=True)]
+    attends = [
+        n not in _EMPTY and issubclass(k, cache_utils.CacheLayerMixin) for n, k in zip(names, kinds, strict=True)
+    ]
     mixin = cache_utils.LinearAttentionCacheLayerMixin
     return attends, [n not in _EMPTY and issubclass(k, mixin) for n, k in zip(names, kinds, strict=True)]
 

@@ -107,7 +107,7 @@ class Plan(Shown):
         """Which layers stay exact and why, one line a reason."""
         reasons: dict[str, list[int]] = {}
         for layer, reason in self.exact.items():
-            reasons.setdefault(reason, []).append(layer)
+            reasons.setdefault(reason, []).append(self.trace.layers[layer].called)
         return tuple(f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in reasons.items())
 
     @property
@@ -221,6 +221,7 @@ class Plan(Shown):
 
     def summary(self) -> str:
         """Bytes and kept positions in words."""
+        state = self.state_nbytes
         fewest, most = int(self.counts.min()), int(self.counts.max())
         mean = float(self.counts.float().mean())
         kept = (
@@ -230,6 +231,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
+            *([f"  state  {mib(state)} of layers without keys and values, under every plan"] if state else []),
             f"  kept   {kept}",
         ]
         if len(self.precisions) > 1:
@@ -249,6 +251,7 @@ class Plan(Shown):
             "nbytes": self.nbytes,
             "full_nbytes": self.full_nbytes,
             "host_nbytes": self.host_nbytes,
+            "state_nbytes": self.state_nbytes,
             "kept": [int(kept) for kept in self.counts.sum(dim=1)],
         }
 

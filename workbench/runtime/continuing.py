@@ -46,9 +46,7 @@ def fresh_states(model: PreTrainedModel) -> States | None:
 
     with torch.inference_mode():
         known = logits(None)
-        states.singly = any(
-            bool((logits(kind) - known).norm() <= _SAME * known.norm()) for kind in begun.kinds()
-        )
+        states.singly = any(bool((logits(kind) - known).norm() <= _SAME * known.norm()) for kind in begun.kinds())
     return states
 
 
