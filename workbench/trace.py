@@ -28,8 +28,8 @@ T = TypeVar("T")
 class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
-    index: which of the layers that attend. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
-    `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
+    index: which of the layers that attend. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute
+    precision, on `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
     products become scores, with the width of a sliding-window layer. rotary: function that says how the
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.

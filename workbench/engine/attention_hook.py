@@ -233,8 +233,9 @@ def forward(
     """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
 
     cache: what layers that keep another state than keys and values remember of the text before, written on; without it
-    such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
-    one, for which the host would wait for the device.
+    such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor
+    of four dimensions. Handlers ignore it, but the model then does not look at the positions to make one, for which the
+    host would wait for the device.
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
@@ -242,8 +243,7 @@ def forward(
         if not plain or bool(positions[:1] != 0):
             raise NotApplicable(
                 f"{type(model).__name__} has layers that keep a state of all that was read before (linear attention, a "
-                "state space, a convolution), so it cannot read from the midst of a text, or parts of one, as is wanted "
-                "here"
+                "state space, a convolution), so it cannot read from the midst of a text or parts of it, as wanted here"
             )
         cache = states_of(model)
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.

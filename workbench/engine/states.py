@@ -74,8 +74,8 @@ class States:
         """
         if self.singly and self.begun:
             raise NotApplicable(
-                f"{who} lets the model read on by several tokens at once, where this one forgets the state of its layers "
-                "that attend to nothing (it reads on token by token)"
+                f"{who} lets the model read on by several tokens at once, where this one forgets the states that its "
+                "layers keep beside keys and values (it reads on token by token)"
             )
         return self.clone()
 

@@ -61,9 +61,10 @@ def ranks_at(keys: Sequence[float], values: Sequence[float], threshold: float) -
 def profiles_of(study: Study) -> dict[int, Profile]:
     """What lower ranks cost each compressible layer, by its number.
 
-    Only the positions of some queries are fed to the model (all where its layers keep states of what they read). As each of its layers is given the exact attention output
-    of the whole prompt for them, what reaches a layer is what reached it when the prompt was read; the layer is then
-    called again with the output at lower ranks. Without a model, the error is what the threshold leaves out.
+    Only the positions of some queries are fed to the model, or all where some of its layers keep a state of what they
+    read. As each layer is given the exact attention output of the whole prompt for them, what reaches a layer is what
+    reached it when the prompt was read; the layer is then called again with the output at lower ranks. Without a model,
+    the error is what the threshold leaves out.
     """
     trace = study.trace
     profiles: dict[int, Profile] = {}

@@ -67,8 +67,8 @@ class ModelPrefill(ChunkedPrefill):
         used = list(stores or self.stores)
         if stores is not None and self.states is not None:
             raise NotApplicable(
-                f"{self.label} reads into caches beside its own, which is not supported where layers keep another state "
-                "than keys and values: it would not be that of what those caches hold"
+                f"{self.label} reads into caches beside its own, which is not supported where layers keep another "
+                "state than keys and values: it would not be that of what those caches hold"
             )
         if any(store.reach is None for store in used):
             self.check_positions(self.position + ids.numel() if positions is None else int(positions[-1]) + 1)

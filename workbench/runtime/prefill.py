@@ -58,8 +58,8 @@ class _Recorder:
         self.progress.update("reading", len(self.layers), self.count)
         if layer in self.layers:
             raise NotApplicable(
-                f"layer {self.origins[layer]} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
-                "them apart"
+                f"layer {self.origins[layer]} of {self.facts.name} attends more than once in a pass; a cache by layers "
+                "cannot tell them apart"
             )
         tokens, model_window = query.shape[1], scoring.window
         window = _combined_window(model_window, self.method, layer, self.count, tokens)
@@ -184,8 +184,8 @@ def read(
     _check_layers(recorder.layers, numbers, facts.name)
     if states is not None and states.untouched:
         raise NotApplicable(
-            f"layers {', '.join(map(str, states.untouched))} of {facts.name} keep their state somewhere else than in the "
-            "model's cache, so a prompt cannot be gone on from"
+            f"layers {', '.join(map(str, states.untouched))} of {facts.name} keep their state somewhere else than in "
+            "the model's cache, so a prompt cannot be gone on from"
         )
     if not logits.isfinite().all():
         raise NotApplicable(
