@@ -167,7 +167,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"] * 2}),
     "git": {"vision_config": _VISION},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
     "minimax": {"sliding_window": _LEFT},

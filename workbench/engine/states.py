@@ -42,15 +42,15 @@ class States:
         self._caller = layer_idx
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  (transformers' signature)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """No keys are held here."""
         return 0
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+    def get_query_offset(self, layer_idx: int = 0) -> int:
         """As without a cache: a mask's places count from this pass."""
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As without a cache: length and offset of this pass's keys."""
         return query_length, 0
 

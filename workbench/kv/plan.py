@@ -138,14 +138,20 @@ class Plan(Shown):
         return (self.tiers > 0).sum(dim=-1)
 
     def kept(self, layer: int, kv_head: int) -> Tensor:
-        """The positions that KV head keeps, ascending, int64 [m]. Raises BadParameter where there is no such head."""
-        layers, heads, _ = self.tiers.shape
-        if layer not in range(layers) or kv_head not in range(heads):
+        """The positions that a KV head keeps in the layer that the model calls so, ascending, int64 [m].
+
+        Raises BadParameter where there is no such head.
+        """
+        heads = self.tiers.shape[1]
+        numbers = self.trace.numbers
+        if layer not in numbers or kv_head not in range(heads):
+            last = len(numbers) - 1
+            there = f"0 to {last}" if numbers == tuple(range(last + 1)) else ", ".join(map(str, numbers))
             raise BadParameter(
-                f"layer {layer}, KV head {kv_head} does not exist: there are layers 0 to {layers - 1} with KV heads "
-                f"0 to {heads - 1}"
+                f"layer {layer}, KV head {kv_head} does not exist: there are layers {there} with KV heads 0 to "
+                f"{heads - 1}"
             )
-        return self.tiers[layer, kv_head].nonzero()[:, 0].cpu()
+        return self.tiers[numbers.index(layer), kv_head].nonzero()[:, 0].cpu()
 
     def survival(self) -> Tensor:
         """The share of the KV heads of compressible layers that keep each position, float [n]."""

@@ -7,6 +7,7 @@ gives, so the model is asked: if its state is replaced by noise and several toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,26 @@ def fresh_states(model: PreTrainedModel) -> States | None:
     with torch.inference_mode():
         known = logits(None)
         states.singly = any(bool((logits(kind) - known).norm() <= _SAME * known.norm()) for kind in begun.kinds())
+    return states
+
+
+def restored(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> States | None:
+    """The states that `States.saved` gave, on the model's device; None for a model without any.
+
+    Raises ValueError where they are not those of this model.
+    """
+    states = fresh_states(model)
+    if states is None:
+        if saved:
+            raise ValueError("states of layers that this model does not have")
+        return None
+    like = states.clone()
+    forward(model, _Here(), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), cache=like)
+    wanted = like.saved()
+    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in wanted.items()}:
+        raise ValueError("the states of layers do not have the sizes of this model's")
+    with torch.inference_mode():
+        states.restore({name: x.to(wanted[name].device, wanted[name].dtype) for name, x in saved.items()})
     return states
 
 

@@ -212,8 +212,8 @@ class Conversation:
             **({"core neurons": nbytes} if (nbytes := decoder.memory_nbytes) else {}),
             "trace": self.plan.trace.nbytes,
         }
-        numbers = [layer.called for layer in self.plan.trace.layers]
-        timeline.add(phase, step, categories, [store.nbytes for store in decoder.stores], numbers=numbers)
+        nbytes_by_layer = [store.nbytes for store in decoder.stores]
+        timeline.add(phase, step, categories, nbytes_by_layer, numbers=self.plan.trace.numbers)
 
 
 def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
 from workbench.models import Facts, Rotations
-from workbench.models.depth import origins
+from workbench.models.depth import numbers_in
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.runtime.calibration import learnt
@@ -151,7 +151,7 @@ def read(
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
-    numbers = attending(model) if plain is None else origins(model)
+    numbers = numbers_in(plain or model, model)
     count = len(numbers)
     if not count:
         raise NotApplicable(f"{facts.name} has no layer with attention: there are no keys and values to compress")

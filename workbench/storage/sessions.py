@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of
+from workbench.engine.states import attending
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
 from workbench.files.folders import located, whole
 from workbench.files.paths import regular
@@ -27,6 +28,7 @@ from workbench.measure.timing import Timing
 from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
+from workbench.runtime.continuing import restored
 from workbench.runtime.evaluate import Evaluation
 from workbench.runtime.readings import Readings
 from workbench.runtime.run import Run, RunState
@@ -145,6 +147,8 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for layer in trace.layers:
         recorded = {"keys": layer.keys_held, "values": layer.values_held, "queries": layer.queries_held}
         tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in recorded.items()})
+    states = {} if trace.states is None else trace.states.saved()
+    tensors.update({f"states.{name}": tensor for name, tensor in states.items()})
     return {
         "chat": trace.prompt.chat,
         **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
@@ -156,6 +160,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "exact": {str(layer): reason for layer, reason in trace.exact.items()},
         "timeline": trace.timeline.to_dict(),
         "computed": list(trace.computed),
+        "states": list(states),
     }
 
 
@@ -312,8 +317,9 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
     ids = tensor("ids").long()
     model, device = readings.model, device_of(readings.model)
     home = readings.keep_on or device
-    if len(saved["layers"]) != readings.facts.layers:
-        raise ValueError(f"{len(saved['layers'])} layers instead of {readings.facts.layers}")
+    numbers = attending(model)
+    if len(saved["layers"]) != len(numbers):
+        raise ValueError(f"{len(saved['layers'])} layers instead of {len(numbers)}")
     layers = []
     for index, fields in enumerate(saved["layers"]):
         keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
@@ -328,7 +334,8 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 device=device,
                 scoring=Scoring(float(fields["scale"]), fields["window"], fields["softcap"]),
                 shared=fields.get("shared"),
-                rotary=partial(readings.rotations.of, index),
+                rotary=partial(readings.rotations.of, numbers[index]),
+                number=numbers[index],
             )
         )
     return Trace(
@@ -339,6 +346,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         {int(layer): str(reason) for layer, reason in saved["exact"].items()},
         Timeline.from_dict(saved["timeline"]),
         tuple(int(entries) for entries in saved.get("computed", ())),
+        states=restored(model, {str(name): tensor(f"states.{name}") for name in saved.get("states", ())}),
     )
 
 
