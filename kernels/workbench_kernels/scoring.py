@@ -12,8 +12,8 @@ from torch import Tensor
 class Chosen:
     """Which positions an indexer chose for each query of a pass (sparse attention); no other is seen.
 
-    queries int64 [q]: where the queries stand, ascending. keys int [q, c]: what was chosen for each, in any order, later
-    positions among them where there were too few; None: everything. All heads see the same.
+    queries int64 [q]: where the queries stand, ascending. keys int [q, c]: what was chosen for each, in any order, with
+    later positions among them where there were too few; None: everything. All heads see the same.
     """
 
     queries: Tensor
