@@ -165,6 +165,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "gemma4_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gemma4_unified_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
+    **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"layer_types": ["sliding_attention", "full_attention"] * 2}),
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"] * 2}),
