@@ -22,6 +22,7 @@ from workbench.measure.memory import Timeline
 from workbench.models.rotary import switch
 from workbench.progress import Progress
 from workbench.runtime.chunked_prefill import FinishedPrefill, chunked_prefill
+from workbench.runtime.continuing import states_after
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace, Trace
 
@@ -83,7 +84,8 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        return Decoder(model, stores, position, progress=progress).feed(ids, logits=ids.numel())
+        states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position]))
+        return Decoder(model, stores, position, progress=progress, states=states).feed(ids, logits=ids.numel())
 
     return Study(trace, model, progress, forcing=forcing, measured=measured)
 
