@@ -73,7 +73,7 @@ _NAMED: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # its scores are sums of ReLUs: with few heads they tie, and ties fall as tokens are read
     "index_head_dim": 16,
     "index_topk": 8,
     "ffn_hidden_size": 128,

@@ -88,7 +88,8 @@ class LayerTrace(Brief):
         count = self.tokens if tokens is None else tokens
         held = (self.keys_held, self.values_held, self.queries_held)
         keys, values, queries = (torch.empty(x.shape[0], count, x.shape[2], dtype=x.dtype, device="meta") for x in held)
-        return replace(self, keys_held=keys, values_held=values, queries_held=queries)
+        scoring = replace(self.scoring, chosen=None)
+        return replace(self, keys_held=keys, values_held=values, queries_held=queries, scoring=scoring)
 
     @property
     def tokens(self) -> int:
@@ -249,7 +250,9 @@ class Trace:
     def nbytes(self) -> int:
         """Bytes held by the recording (never counted as a run's cache), states included."""
         held = [x for layer in self.layers for x in (layer.keys_held, layer.values_held, layer.queries_held)]
-        return tensor_bytes([*held, *(() if self.states is None else self.states.tensors())])
+        chosen = [layer.scoring.chosen.keys for layer in self.layers if layer.scoring.chosen is not None]
+        states = () if self.states is None else self.states.tensors()
+        return tensor_bytes([*held, *(keys for keys in chosen if keys is not None), *states])
 
     @property
     def score_share(self) -> float | None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.masks import AnnouncedMask, announced, checked
-from workbench.engine.states import States, keeps_states, states_of
+from workbench.engine.states import States, has_indexer, keeps_states, states_of
 from workbench.errors import NotApplicable, WorkbenchError
-from workbench_kernels import Scoring
+from workbench_kernels import Chosen, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,13 +50,14 @@ class _Passing:
     """The pass that a thread is in: who attends, and what its masks may be asked.
 
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
-    by places is a mask by positions. states: of layers that keep some. own: masks that the model made by itself and
-    that were found causal.
+    by places is a mask by positions. positions: where its tokens stand, int64 [n]. states: of layers that keep some.
+    own: masks that the model made by itself and that were found causal.
     """
 
     handler: Handler
     told: Tensor | None
     plain: bool
+    positions: Tensor
     states: States | None = None
     own: list[Tensor] = field(default_factory=list)
 
@@ -72,6 +73,9 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    slopes: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     passing = _passing.get()
@@ -80,8 +84,10 @@ def _attention(
             "this model was called directly while a session is running it in another thread; wait for the run to end"
         )
     kind = type(module).__name__
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise NotApplicable(f"{kind} adds learned sinks or position biases to its scores, which is not supported")
+    if kwargs.get("position_bias") is not None:
+        raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
+    if s_aux is not None and slopes is not None:
+        raise NotApplicable(f"{kind} has learned sinks beside slopes of its positions (ALiBi), which is not supported")
     index, states = getattr(module, "layer_idx", None), passing.states
     if states is not None:
         index = states.caller(index)
@@ -98,9 +104,18 @@ def _attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scoring = Scoring(scale, window, softcap or None)
+    sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
+    scoring = Scoring(scale, window, softcap or None, sinks, slopes, _chosen(passing, indices))
     out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
+
+
+def _chosen(passing: _Passing, indices: Tensor | None) -> Chosen | None:
+    """What the layer's indexer chose for each token, where it has one: indices [1, n, c] of all tokens so far."""
+    if indices is None:
+        return None
+    total = int(passing.positions[-1]) + 1
+    return Chosen(passing.positions, None if indices.shape[-1] >= total else indices[0])
 
 
 def _window(
@@ -129,6 +144,7 @@ def _mask(
     batch_size: int = 1,  # noqa: ARG001  (transformers hands it by name; it is always 1)
     q_length: int = 0,
     kv_length: int = 0,
+    q_offset: int = 0,
     mask_function: Any = None,
     local_size: int | None = None,
     device: Any = "cpu",
@@ -137,7 +153,9 @@ def _mask(
     """Handlers mask by the true positions of what they hold: of a model's mask they need the rule."""
     passing = _passing.get()
     plain = passing is not None and passing.plain
-    return announced(mask_function, q_length, kv_length, local_size or None, torch.device(device), check=plain)
+    return announced(
+        mask_function, q_length, kv_length, local_size or None, torch.device(device), before=q_offset, check=plain
+    )
 
 
 @cache
@@ -171,7 +189,7 @@ class _Alone:
 @contextmanager
 def remembering() -> Iterator[None]:
     """Until the block ends modules that remember something of a run do so in calls of the model by itself."""
-    before = _passing.set(_Passing(_Alone(), None, plain=False))
+    before = _passing.set(_Passing(_Alone(), None, plain=False, positions=torch.empty(0, dtype=torch.long)))
     try:
         yield
     finally:
@@ -239,7 +257,14 @@ def forward(
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
-    if cache is None and keeps_states(model):
+    if has_indexer(model):
+        cache = states_of(model) if cache is None else cache
+        if not plain or cast("States", cache).seen != int(positions[0]):
+            raise NotApplicable(
+                f"{type(model).__name__} chooses by an index of all tokens what each attends to, so it cannot read apart "
+                "from its text, out of order or in its midst, as wanted here"
+            )
+    elif cache is None and keeps_states(model):
         if not plain or bool(positions[:1] != 0):
             raise NotApplicable(
                 f"{type(model).__name__} has layers that keep a state of all that was read before (linear attention, a "
@@ -249,7 +274,7 @@ def forward(
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain, cache))
+        before = _passing.set(_Passing(handler, mask, plain, positions, cache))
         try:
             output = model(
                 input_ids=ids.to(device)[None],

@@ -1,8 +1,10 @@
-"""Layers that keep another state than keys and values: linear attention, gated delta nets, Mamba, short convolutions.
+"""Layers that keep another state than keys and values: linear attention, gated delta nets, Mamba, short convolutions,
+indexers of sparse attention.
 
-Such a state is not compressed here: it has one size however long the text is. The model's own kind of cache keeps it,
-and of a pass no more than that: keys and values are handed back as they come, and the lengths reported are those of a
-pass without a cache, since a handler holds what was read before.
+Such a state is not compressed here: it has one size however long the text is, but for an indexer's, which is a small
+key of every token. The model's own kind of cache keeps it, and of a pass no more than that: keys and values are handed
+back as they come, and the lengths reported are those of a pass without a cache, since a handler holds what was read
+before. Only indexers look at tokens of earlier passes by themselves: for them lengths count from the text's start.
 """
 
 from __future__ import annotations
@@ -43,18 +45,24 @@ class States:
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No keys are held here."""
-        return 0
+        """No keys of attention are held here."""
+        return self.seen
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """As without a cache: a mask's places count from this pass."""
-        return 0
+        """As without a cache, without indexers: a mask's places count from this pass."""
+        return self.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As without a cache: length and offset of this pass's keys."""
-        return query_length, 0
+        """Likewise: length and offset of this pass's keys, for indexers of all keys."""
+        return self.seen + query_length, 0
 
     # -- what the workbench asks
+
+    @property
+    def seen(self) -> int:
+        """How many tokens of earlier passes a mask has to show: all where there are indexers, else none."""
+        keys = (getattr(layer, "indexer_keys", None) for layer in self.layers)
+        return next((held.shape[1] for held in keys if held is not None), 0)
 
     def caller(self, said: int | None) -> int | None:
         """The number of the layer whose keys came last, else the one that the layer says: modules that several layers
@@ -121,6 +129,8 @@ class States:
             for number, tensor in getattr(layer, f"{kind}_states", {}).items()
             if tensor is not None
         }
+        keys = ((index, getattr(layer, "indexer_keys", None)) for index, layer in enumerate(self.layers))
+        found |= {f"{index}.indexer.0": held for index, held in keys if held is not None}
         if sum(tensor.nbytes for tensor in found.values()) != self.nbytes:
             raise NotApplicable("this model keeps its state in a cache of a kind of its own, which cannot be saved")
         return found
@@ -130,6 +140,9 @@ class States:
         source: Any = self
         for name, tensor in saved.items():
             index, kind, number = name.split(".")
+            if kind == "indexer":
+                source.update_indexer(tensor, int(index))
+                continue
             update = source.update_conv_state if kind == "conv" else source.update_recurrent_state
             update(tensor, int(index), state_idx=int(number))
 
@@ -137,6 +150,12 @@ class States:
 def keeps_states(model: nn.Module) -> bool:
     """Whether some of a model's layers keep another state than keys and values in its cache."""
     return any(_kinds(model)[1])
+
+
+def has_indexer(model: nn.Module) -> bool:
+    """Whether layers of the model choose by keys of their own which positions each token attends to."""
+    source: Any = model
+    return "indexed_attention" in (getattr(source.config.get_text_config(decoder=True), "layer_types", None) or ())
 
 
 def attending(model: nn.Module) -> tuple[int, ...]:
@@ -150,7 +169,7 @@ def attending(model: nn.Module) -> tuple[int, ...]:
 
 def states_of(model: PreTrainedModel) -> States | None:
     """States that are still empty; None for a model whose layers keep none."""
-    if not keeps_states(model):
+    if not keeps_states(model) and not has_indexer(model):
         return None
     own = _own_cache(model)
     made: Any = type("StatesOfAPass", (States, own), {})

@@ -141,9 +141,10 @@ class _ExactOutput:
         """The output [h, p, dv] over keys [k, n, d] and values [k, n, dv] in place of the layer's own."""
         where = torch.arange(layer.tokens, device=layer.device)
         positions = self.positions.to(layer.device)
-        visible = seen_by(positions, where[None], None, layer.window)
+        visible = seen_by(positions, where[None], None, layer.scoring)
         queries = layer.queries[:, positions].float()
-        return attend(queries, keys, values, layer.scoring, visible=visible)[0]
+        offsets = layer.scoring.offsets(positions, where[None])
+        return attend(queries, keys, values, layer.scoring, visible=visible, offsets=offsets)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:

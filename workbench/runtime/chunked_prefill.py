@@ -183,7 +183,8 @@ class _Probe:
             torch.cat([earlier.keys, key], dim=1),
             torch.cat([earlier.values, value], dim=1),
             scoring,
-            visible=seen_by(probing, positions, valid, scoring.window),
+            visible=seen_by(probing, positions, valid, scoring),
+            offsets=scoring.offsets(probing, positions),
             weights=scored,
         )
         if scored and weights is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
-from workbench.engine.states import States, states_of
+from workbench.engine.states import States, keeps_states, states_of
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ _SAME = 0.02  # of the logits' norm: what a pass may differ from itself; noise c
 def fresh_states(model: PreTrainedModel) -> States | None:
     """States before anything is read, which know whether several tokens may follow at once; None where there are none.
 
-    Costs four passes over a few tokens.
+    Costs four passes over a few tokens where layers keep a state that a token changes.
     """
     states = states_of(model)
-    if states is None:
-        return None
+    if states is None or not keeps_states(model):
+        return states
     ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (_BEFORE + _AFTER,), generator=_generator())
     before, after = ids[:_BEFORE], ids[_BEFORE:]
     positions = torch.arange(len(ids))
@@ -72,7 +72,7 @@ def restored(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> States | No
     like = states.clone()
     forward(model, _Here(), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), cache=like)
     wanted = like.saved()
-    if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in wanted.items()}:
+    if _sizes(saved) != _sizes(wanted):
         raise ValueError("the states of layers do not have the sizes of this model's")
     with torch.inference_mode():
         states.restore({name: x.to(wanted[name].device, wanted[name].dtype) for name, x in saved.items()})
@@ -81,6 +81,11 @@ def restored(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> States | No
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def _sizes(saved: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The shapes of saved states, without the number of tokens in those that grow."""
+    return {name: [*x.shape[:1], *x.shape[2 if ".indexer." in name else 1 :]] for name, x in saved.items()}
 
 
 class _Here:

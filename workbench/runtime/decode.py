@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward
 from workbench.engine.states import States
-from workbench.errors import BudgetTooSmall
+from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import Store, cloned
 from workbench.kv.stores.capabilities import Evictable
@@ -104,6 +104,11 @@ class Decoder:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
+        if scoring.chosen is not None and (reason := self._chooses(layer)) is not None:
+            raise NotApplicable(
+                f"layer {layer}: an indexer of the model chooses what each token attends to, and so does {reason}; use "
+                "a method that keeps or stores entries"
+            )
         if store.holder.sliding_window is not None:
             scoring = replace(scoring, window=store.holder.sliding_window)
         before = self._enter()
@@ -123,7 +128,7 @@ class Decoder:
         # Who evicts by attention needs all its weights, whatever else is computed.
         if evictable is not None or not by_method:
             counted = self._context.computed[layer]
-            self._count_exact(store, query.shape[0], positions, scoring.window)
+            self._count_exact(store, query.shape[0], positions, scoring)
             exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             if (selected := store.holder.scores_computed) is not None:
                 self._context.computed[layer] = counted + selected
@@ -141,24 +146,33 @@ class Decoder:
         store = self.stores[layer]
         dense = store.contents(query.dtype)
         shape = (dense.keys.shape[0], query.shape[1], dense.keys.shape[1])
-        seen = seen_by(positions, dense.positions, dense.valid, scoring.window)
+        seen = seen_by(positions, dense.positions, dense.valid, scoring)
         everything = torch.ones(1, dtype=torch.bool, device=query.device)
         visible = (everything if seen is None else seen).expand(shape)
         return self.attention.decode(query, dense, visible, scoring, self._context)
+
+    def _chooses(self, layer: int) -> str | None:
+        """Who but the model chooses what a layer's queries attend to; None: nobody."""
+        store = self.stores[layer].holder
+        if store.retrieves or store.selects:
+            return f"its store ({type(store).__name__})"
+        return self.attention.key if self.attention is not None and self._attends(layer) else None
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
         holder = self.stores[layer].holder
         return self.attention is not None and holder.sliding_window is None and not holder.attends_itself
 
-    def _count_exact(self, store: Store, heads: int, positions: Tensor, window: int | None) -> None:
-        """Count what `heads` query heads see at positions [q] of all that a store holds, these included."""
+    def _count_exact(self, store: Store, heads: int, positions: Tensor, scoring: Scoring | None) -> None:
+        """Count what `heads` query heads see at positions [q] of all that a store holds, these included; without a
+        scoring each sees all that stands before it.
+        """
         store = store.holder
         if store.retrieves:
             self._uncounted = True
             return
-        if window is not None:
-            seen = seen_by(positions, *store.slots(), window)
+        if scoring is not None and (scoring.window is not None or scoring.chosen is not None):
+            seen = seen_by(positions, *store.slots(), scoring)
             assert seen is not None
             self._context.count_seen(heads, seen.expand(store.kv_heads, -1, -1))
             return

@@ -35,16 +35,17 @@ if TYPE_CHECKING:
 _READ = 12  # tokens that are read at once; those that follow are decoded
 _STEPS = (4, 1)  # so many at a time: several, then one
 _WINDOW = 8  # what sliding windows are narrowed to meanwhile, so that reading and decoding pass their edge
+_CHOSEN = 4  # so many positions an indexer chooses meanwhile, so that it leaves some out
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of a row of logits' spread, by precision
-_RULES = 1  # raise it when what is checked changes: models are then looked at again
+_RULES = 2  # raise it when what is checked changes: models are then looked at again
 
 
 def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = None) -> None:
     """Raise NotApplicable where reading or decoding differs from the model by itself, naming the first layer.
 
     Compared are the logits after 12 tokens read at once, then four together and one more decoded, on uncompressed
-    stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens meanwhile. A model that
-    passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
+    stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens and what indexers choose
+    to 4 meanwhile. A model that passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
     libraries. Raises Cancelled between layers.
     """
     seal = cache_dir() / "exact" / fingerprint(model)
@@ -204,14 +205,15 @@ def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel) -> Iterator[None]:
-    """Until the block ends sliding windows are 8 tokens wide, where their masks go by the config."""
-    config: Any = model.config.get_text_config()
-    width = getattr(config, "sliding_window", None)
-    if not isinstance(width, int) or width <= _WINDOW:
+    """Until the block ends sliding windows are 8 tokens wide, where their masks go by the config, and indexers choose 4
+    positions.
+    """
+    wide: list[tuple[Any, str, int]] = [(model.config.get_text_config(), "sliding_window", _WINDOW)]
+    wide += [(module, "index_topk", _CHOSEN) for module in model.modules()]
+    with ExitStack() as undo:
+        for place, name, narrow in wide:
+            width = getattr(place, name, None)
+            if isinstance(width, int) and width > narrow:
+                setattr(place, name, narrow)
+                undo.callback(setattr, place, name, width)
         yield
-        return
-    config.sliding_window = _WINDOW
-    try:
-        yield
-    finally:
-        config.sliding_window = width

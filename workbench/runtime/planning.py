@@ -84,8 +84,11 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position]))
-        return Decoder(model, stores, position, progress=progress, states=states).feed(ids, logits=ids.numel())
+        states = trace.states
+        if position != trace.tokens:
+            states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position]))
+        decoder = Decoder(model, stores, position, progress=progress, memory=trace.memory, states=states)
+        return decoder.feed(ids, logits=ids.numel())
 
     return Study(trace, model, progress, forcing=forcing, measured=measured)
 

@@ -66,8 +66,18 @@ class _Recorder:
         scoring = replace(scoring, window=window)
         self.context.layer = layer
         if self.method is None:
-            self.context.count(query.shape[0] * visible_entries(tokens, window))
+            most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
+            self.context.count(query.shape[0] * visible_entries(tokens, min(most) if most else None))
             out = causal_attention(query, key, value, scoring)
+        elif scoring.chosen is not None:
+            raise NotApplicable(
+                f"layer {layer}: an indexer of {self.facts.name} chooses what each token attends to, so "
+                f"{self.method.key} cannot; use a KV or weight method"
+            )
+        elif scoring.slopes is not None and not self.method.follows_slopes:
+            raise NotApplicable(
+                f"{self.method.key} attends by products alone, and {self.facts.name} by positions (ALiBi)"
+            )
         else:
             out = self.method.attend(query, key, value, scoring, self.context)
         kept = {} if self.states is None else {"state": self.states.nbytes}
@@ -83,7 +93,7 @@ class _Recorder:
             values_held=recorded[1],
             queries_held=recorded[2],
             device=query.device,
-            scoring=scoring,
+            scoring=scoring if scoring.chosen is None else replace(scoring, chosen=scoring.chosen.to(self.home)),
             rotary=partial(self.rotations.of, self.origins[layer], width=key.shape[-1]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
@@ -91,6 +101,8 @@ class _Recorder:
             number=self.origins[layer],
         )
         self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
+        if scoring.chosen is not None:
+            self.recorded_nbytes += scoring.chosen.nbytes
         self.timeline.add(
             "read",
             layer,
