@@ -87,7 +87,7 @@ def test_states_are_counted_apart_and_are_the_same_under_every_recipe(kind: str)
         assert run.memory.samples[-1].categories["state"] == run.plan.state_nbytes == nbytes
     assert full.plan.nbytes == full.plan.full_nbytes == cached
     assert half.plan.nbytes <= 0.5 * cached
-    assert session.run("kivi", bits=2, max_new_tokens=2).plan.nbytes < cached
+    assert session.run("kivi", bits=2, group=8, residual=8, max_new_tokens=2).plan.nbytes < cached
     assert session.memory.peaks["state"] == nbytes
 
 
