@@ -168,7 +168,9 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     **dict.fromkeys(("granite_swa", "granitemoe_swa"), {"layer_types": ["sliding_attention", "full_attention"] * 2}),
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"] * 2}),
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "git": {"vision_config": _VISION},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
     "minimax": {"sliding_window": _LEFT},
@@ -185,7 +187,8 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "xlnet": {"n_layer": 4, "num_hidden_layers": _LEFT, "d_inner": 128, "d_head": 16},
     "xlstm": {"v_head_dim": _LEFT, "num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {**_PADDED, "default_language": "en_XX"},
-    **dict.fromkeys(("zamba", "zamba2"), {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT}),
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT},
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -261,8 +261,8 @@ def forward(
         cache = states_of(model) if cache is None else cache
         if not plain or cast("States", cache).seen != int(positions[0]):
             raise NotApplicable(
-                f"{type(model).__name__} chooses by an index of all tokens what each attends to, so it cannot read apart "
-                "from its text, out of order or in its midst, as wanted here"
+                f"{type(model).__name__} chooses by an index of all tokens what each attends to, so it cannot read "
+                "apart from its text, out of order or in its midst, as wanted here"
             )
     elif cache is None and keeps_states(model):
         if not plain or bool(positions[:1] != 0):

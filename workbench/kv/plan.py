@@ -237,7 +237,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
-            *([f"  state  {mib(state)} of layers without keys and values, under every plan"] if state else []),
+            *([f"  state  {mib(state)} beside keys and values, the same under every plan"] if state else []),
             f"  kept   {kept}",
         ]
         if len(self.precisions) > 1:

@@ -33,7 +33,9 @@ class Facts:
     weight_bytes: int  # as they lie in memory now
     weight_bytes_16bit: int  # the same parameters at two bytes each
     checkpoint_dtype: torch.dtype | None  # what the checkpoint was stored in, where it says so
-    layer_types: tuple[str, ...]  # per layer: "full_attention", "sliding_attention", or another word of transformers
+    # Per layer: "full_attention", "sliding_attention", or another word of transformers, which for layers that keep a
+    # state instead of keys and values, or beside them, is "linear_attention", "conv", "hybrid"; all count as layers.
+    layer_types: tuple[str, ...]
     windows: tuple[int | None, ...]  # per layer: how many positions a query sees, itself included; None for all
     eos_ids: tuple[int, ...]  # token ids that end a generation
     chunked: bool = False  # layers attend in chunks of `max_positions` tokens, of which the first is read

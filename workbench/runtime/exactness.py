@@ -45,8 +45,8 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
 
     Compared are the logits after 12 tokens read at once, then four together and one more decoded, on uncompressed
     stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens and what indexers choose
-    to 4 meanwhile. A model that passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
-    libraries. Raises Cancelled between layers.
+    to 4 meanwhile. A model that passes is remembered in the cache folder by its config, its modules, its precision and
+    the versions of the libraries. Raises Cancelled between layers.
     """
     seal = cache_dir() / "exact" / fingerprint(model)
     if seal.exists():
