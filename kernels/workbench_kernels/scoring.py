@@ -161,6 +161,16 @@ def by_head(numbers: Tensor, scores: Tensor) -> Tensor:
     return numbers.to(scores.device, scores.dtype).view(*scores.shape[:-2], 1, 1)
 
 
+def with_sinks(out: Tensor, lse: Tensor, scoring: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The state of outputs [h, q, dv] and log-sum-exps [h, q] with the sinks as one key more, whose value is 0; the
+    output as `dtype`.
+    """
+    if scoring.sinks is None:
+        return out.to(dtype), lse
+    whole = torch.logaddexp(lse, scoring.sinks.to(lse.device, lse.dtype)[:, None])
+    return (out * torch.exp(lse - whole)[..., None]).to(dtype), whole
+
+
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
