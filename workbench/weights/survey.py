@@ -11,7 +11,7 @@ from torch import nn
 
 from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
 from workbench.models.decoder import decoder_layers
-from workbench.models.linear import linear_of, multiplied_weights
+from workbench.models.linear import linear_of, wanted_weights
 from workbench.weights.surgery.linears import output_head
 
 if TYPE_CHECKING:
@@ -183,10 +183,10 @@ def _measured(method: Surveying, linears: Mapping[str, nn.Linear], numbers: int)
 
 
 def _read_elsewhere(model: nn.Module, name: str) -> str | None:
-    """Why nothing can stand in the place of a linear layer: its owner multiplies the weight itself."""
+    """Why nothing can stand in the place of a linear layer: its owner reads the weight itself."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
-    return f"{type(owner).__name__} multiplies its weight itself" if key in multiplied_weights(owner) else None
+    return f"{type(owner).__name__} reads its weight itself" if key in wanted_weights(owner) else None
 
 
 def grouped(reasons: Mapping[str, str]) -> str:
