@@ -164,7 +164,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     },
     "gemma4_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gemma4_unified_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4, "window_size": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},

@@ -57,6 +57,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool, tuple[int, ...]]] = {
     "pairs, where it slides": ("Cohere2", {"sliding_window": 8, "head_dim": 16}, True, (16, 16, 16, 0)),
     "pairs of angles in halves": ("Helium", {"head_dim": 16}, True, (16,) * 4),
     "pairs of some": ("Glm", {"head_dim": 16, "rope_parameters": PARTLY}, True, (8,) * 4),
+    "pairs of some, from a buffer": ("GPTJ", {"rotary_dim": 8}, True, (8,) * 4),
     "complex numbers": (
         "Llama4",
         {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 128, "attention_chunk_size": 4096},

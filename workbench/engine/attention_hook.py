@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from workbench.engine.families.in_place import adapted
 from workbench.engine.masks import AnnouncedMask, announced, checked
 from workbench.errors import NotApplicable, WorkbenchError
 from workbench_kernels import Scoring
@@ -69,6 +70,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    layer_idx: int | None = None,  # of layers that do not say it themselves
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     passing = _passing.get()
@@ -79,7 +81,7 @@ def _attention(
     kind = type(module).__name__
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise NotApplicable(f"{kind} adds learned sinks or position biases to its scores, which is not supported")
-    index = getattr(module, "layer_idx", None)
+    index = getattr(module, "layer_idx", layer_idx)
     if index is None:
         raise NotApplicable(f"{kind} does not say which layer it is (layer_idx)")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
@@ -200,11 +202,18 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
-        model.set_attn_implementation(NAME)
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(before)
+        with adapted(model, _attention) as by_adapters:
+            switch = partial(_switch_masks, model) if by_adapters else model.set_attn_implementation
+            switch(NAME)
+            try:
+                yield
+            finally:
+                switch(before)
+
+
+def _switch_masks(model: PreTrainedModel, name: str) -> None:
+    """What `set_attn_implementation` refuses a model without the interface, though its masks do go by the name."""
+    model.config._attn_implementation = name  # noqa: SLF001  (as transformers itself sets it, with all configs inside)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

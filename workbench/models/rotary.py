@@ -121,7 +121,23 @@ def _embeddings(model: nn.Module) -> list[Any]:
         ]
         if modules:
             return sorted(modules, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
-    return []
+    return [_Sinusoids(buffer) for name, buffer in model.named_buffers() if name.endswith(".embed_positions")][:1]
+
+
+class _Sinusoids:
+    """A table that layers hold as a buffer [positions, r], sines before cosines (GPT-J), asked as a module is asked."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+
+    def buffers(self) -> Iterator[Tensor]:
+        yield self._buffer
+
+    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        sin, cos = self._buffer[position_ids].to(like.dtype).chunk(2, dim=-1)
+        return cos, sin
+
+    __call__ = forward
 
 
 def _types(embedding: Any, config: Any) -> list[str | None]:

@@ -123,16 +123,17 @@ def _parts(ids: Tensor) -> list[Tensor]:
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
-    and all that are decoded.
+    and all that are decoded. A model without a cache reads everything each time.
     """
     rows: list[Tensor] = []
-    cache = None
+    cache, end = None, 0
     with torch.inference_mode(), quiet(), remembering():
         for part in _parts(ids):
-            inputs = part.to(device_of(model))[None]
+            begin, end = end if cache is not None else 0, end + part.numel()
+            inputs = ids[begin:end].to(device_of(model))[None]
             count = part.numel() if rows else 1
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count)
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
             rows.append(output.logits[0, -count:].float())
     return torch.cat(rows)
 
