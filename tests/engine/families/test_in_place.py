@@ -30,6 +30,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
         (None, 9, None, 9),
     ),
     "gpt-neox japanese": ("GPTNeoXJapanese", {}, 4, (None,) * 4),
+    "gpt": ("OpenAIGPT", {"n_embd": 64, "n_layer": 4, "n_head": 4}, 4, (None,) * 4),
+    "xglm": ("XGLM", {"d_model": 64, "num_layers": 4, "attention_heads": 4, "ffn_dim": 128}, 4, (None,) * 4),
     "falcon, one KV head": ("Falcon", FALCON, 1, (None,) * 4),
     "falcon, groups": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, 2, (None,) * 4),
     "falcon, one norm": (
@@ -49,7 +51,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
 
 def model_of(kind: str) -> PreTrainedModel:
     family, options, *_ = KINDS[kind]
-    return made(f"{family}Config", f"{family}ForCausalLM", **options)
+    head = "LMHeadModel" if family == "OpenAIGPT" else "ForCausalLM"
+    return made(f"{family}Config", f"{family}{head}", **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
