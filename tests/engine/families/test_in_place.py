@@ -32,6 +32,15 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
     "gpt-neox japanese": ("GPTNeoXJapanese", {}, 4, (None,) * 4),
     "gpt": ("OpenAIGPT", {"n_embd": 64, "n_layer": 4, "n_head": 4}, 4, (None,) * 4),
     "xglm": ("XGLM", {"d_model": 64, "num_layers": 4, "attention_heads": 4, "ffn_dim": 128}, 4, (None,) * 4),
+    "bloom": ("Bloom", {"n_head": 4}, 4, (None,) * 4),
+    "bloom, six heads": ("Bloom", {"hidden_size": 96, "num_attention_heads": 6}, 6, (None,) * 4),
+    "mpt": ("Mpt", {}, 4, (None,) * 4),
+    "mpt, six heads": (
+        "Mpt",
+        {"hidden_size": 96, "num_attention_heads": 6, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.3}},
+        6,
+        (None,) * 4,
+    ),
     "falcon, one KV head": ("Falcon", FALCON, 1, (None,) * 4),
     "falcon, groups": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, 2, (None,) * 4),
     "falcon, one norm": (

@@ -25,6 +25,7 @@ class Attend(Protocol):
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        slopes: Tensor | None = None,  # [h]: what is added to a score for each position that a key stands further on
     ) -> tuple[Tensor, Tensor | None]: ...
 
 

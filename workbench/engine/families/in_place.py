@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from workbench.engine.families import falcon, gpt_neo, gpt_neox_japanese, gptj, openai_gpt, xglm
+from workbench.engine.families import bloom, falcon, gpt_neo, gpt_neox_japanese, gptj, mpt, openai_gpt, xglm
 from workbench.engine.families.adapter import Adapter, Attend
 from workbench.errors import NotApplicable
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MODELS = "transformers.models"
 # By the file of a model in transformers: its classes, and what takes the place of a part of their instances.
 ADAPTERS: Mapping[str, Mapping[str, Adapter]] = {
+    f"{_MODELS}.bloom.modeling_bloom": {"BloomAttention": bloom.ATTENTION, "BloomModel": bloom.DECODER},
     f"{_MODELS}.codegen.modeling_codegen": {"CodeGenAttention": gptj.ATTENTION},
     f"{_MODELS}.falcon.modeling_falcon": {"FalconAttention": falcon.ATTENTION},
     f"{_MODELS}.gpt_neo.modeling_gpt_neo": {"GPTNeoSelfAttention": gpt_neo.ATTENTION},
@@ -27,6 +28,7 @@ ADAPTERS: Mapping[str, Mapping[str, Adapter]] = {
         "GPTNeoXJapaneseAttention": gpt_neox_japanese.ATTENTION
     },
     f"{_MODELS}.gptj.modeling_gptj": {"GPTJAttention": gptj.ATTENTION},
+    f"{_MODELS}.mpt.modeling_mpt": {"MptAttention": mpt.ATTENTION},
     f"{_MODELS}.openai.modeling_openai": {"Attention": openai_gpt.ATTENTION},
     f"{_MODELS}.xglm.modeling_xglm": {"XGLMAttention": xglm.ATTENTION},
 }

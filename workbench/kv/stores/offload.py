@@ -192,6 +192,7 @@ class OffloadStore(TieredStore):
                 torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
                 scoring,
                 visible=torch.cat([seen, chosen], dim=2),
+                offsets=scoring.offsets(at, torch.cat([near.positions.expand(len(positions), -1), positions], dim=1)),
                 weights=self.retriever.observes,
             )
             outs.append(out)

@@ -135,7 +135,13 @@ class SelectingStore(WrappingStore):
 
         visible = chosen.gather(2, where).flatten(0, 1)[:, None]
         out, rows = attend(
-            query, at_chosen(held.keys), at_chosen(held.values), scoring, visible=visible, weights=weights
+            query,
+            at_chosen(held.keys),
+            at_chosen(held.values),
+            scoring,
+            visible=visible,
+            offsets=scoring.offsets(at, at_chosen(positions[..., None])[..., 0]),
+            weights=weights,
         )
         if rows is None:
             return out, None
