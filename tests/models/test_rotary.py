@@ -172,6 +172,13 @@ def test_learned_positions_are_no_rotation(family: str) -> None:
     assert rotary_of(layer) is None and spaces_of(layer).rotary is None
 
 
+@pytest.mark.parametrize("options", [{"alibi": True, "ffn_hidden_size": 128}, {}], ids=["Falcon", "Bloom"])
+def test_slopes_of_positions_are_no_rotation(options: dict[str, Any]) -> None:
+    model = built("Falcon" if options else "Bloom", **options)
+    with pytest.raises(NoRotation, match="methods that rotate keys"):
+        rotation_of(model, 1)
+
+
 def test_a_layer_that_does_not_rotate_is_found_and_has_no_table() -> None:
     model = model_of("halves, not everywhere")
     with pytest.raises(NoRotation, match="layer 2 of SmolLM3ForCausalLM"):

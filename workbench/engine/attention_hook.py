@@ -72,6 +72,7 @@ def _attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    rounded: bool = False,
     layer_idx: int | None = None,  # of layers that do not say it themselves
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +98,7 @@ def _attention(
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
-    scoring = Scoring(scale, window, softcap or None, sinks, slopes)
+    scoring = Scoring(scale, window, softcap or None, sinks, slopes, rounded)
     out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 

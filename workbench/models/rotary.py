@@ -245,9 +245,12 @@ class _Show:
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys [k, n, d], queries [h, n, d]
+        self.sloped: set[int] = set()  # layers whose scores tell positions, and not their keys
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.layers[layer] = (key, query)
+        if scoring.slopes is not None:
+            self.sloped.add(layer)
         return value.repeat_interleave(query.shape[0] // value.shape[0], dim=0)
 
 
@@ -270,7 +273,7 @@ def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
         if layer not in show.layers:
             outcomes.append(f"layer {layer} of {name} does not use transformers' attention interface")
             continue
-        outcome = _judged(*show.layers[layer], known, tables)
+        outcome = None if layer in show.sloped else _judged(*show.layers[layer], known, tables)
         if isinstance(outcome, str):
             outcome = f"layer {layer} of {name} {outcome}; methods that rotate keys cannot be applied to it"
         elif outcome is not None and outcome not in known:

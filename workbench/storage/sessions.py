@@ -160,6 +160,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 "window": x.window,
                 "softcap": x.softcap,
                 "shared": x.shared,
+                "rounded": x.scoring.rounded,
                 "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
             }
             for x in trace.layers
@@ -347,6 +348,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                         else None
                         for name in _OF_HEADS
                     ),
+                    rounded=bool(fields.get("rounded")),
                 ),
                 shared=fields.get("shared"),
                 rotary=partial(readings.rotations.of, index),

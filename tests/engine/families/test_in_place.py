@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.runtime.test_exactness import as_transformers, made
 from workbench.engine.attention_hook import engaged, forward
 from workbench.errors import NotApplicable
 from workbench.models import facts
+from workbench.runtime.decode import Decoder
 from workbench.runtime.exactness import verify
 
 IDS = torch.arange(40) * 7 % 251
@@ -46,6 +48,13 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
     "falcon, one norm": (
         "Falcon",
         FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+        2,
+        (None,) * 4,
+    ),
+    "falcon, alibi": ("Falcon", FALCON | {"alibi": True}, 1, (None,) * 4),
+    "falcon, alibi in groups": (
+        "Falcon",
+        FALCON | {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2},
         2,
         (None,) * 4,
     ),
@@ -91,6 +100,23 @@ def test_a_pass_gives_its_own_logits_and_leaves_no_trace(kind: str) -> None:  # 
         again = forward(model, Exact(), IDS, torch.arange(IDS.numel()))
         torch.testing.assert_close(again, got[-1:], atol=1e-4, rtol=1e-4)
     assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["bloom, six heads", "mpt", "mpt, six heads", "falcon, alibi", "falcon, alibi in groups"]
+)
+def test_positions_far_from_the_start_weigh_what_the_model_gives_them(kind: str) -> None:
+    model = model_of(kind)
+    ids = torch.randint(0, 256, (700,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = model(ids[None]).logits[0]
+    session = wb.Session((model, None), kv_dtype="float32")
+    session.read(ids[:680])
+    close = partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)
+    close(session.trace.logits, want[679])
+    plan = session.plan("full")
+    decoder = Decoder(model, plan.stores(), plan.position)
+    close(decoder.feed(ids[680:], logits=20), want[680:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

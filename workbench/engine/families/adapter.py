@@ -26,6 +26,7 @@ class Attend(Protocol):
         scaling: float | None = None,
         sliding_window: int | None = None,
         slopes: Tensor | None = None,  # [h]: what is added to a score for each position that a key stands further on
+        rounded: bool = False,  # whether that is rounded to bfloat16
     ) -> tuple[Tensor, Tensor | None]: ...
 
 

@@ -22,7 +22,7 @@ _MODELS = "transformers.models"
 ADAPTERS: Mapping[str, Mapping[str, Adapter]] = {
     f"{_MODELS}.bloom.modeling_bloom": {"BloomAttention": bloom.ATTENTION, "BloomModel": bloom.DECODER},
     f"{_MODELS}.codegen.modeling_codegen": {"CodeGenAttention": gptj.ATTENTION},
-    f"{_MODELS}.falcon.modeling_falcon": {"FalconAttention": falcon.ATTENTION},
+    f"{_MODELS}.falcon.modeling_falcon": {"FalconAttention": falcon.ATTENTION, "FalconModel": falcon.DECODER},
     f"{_MODELS}.gpt_neo.modeling_gpt_neo": {"GPTNeoSelfAttention": gpt_neo.ATTENTION},
     f"{_MODELS}.gpt_neox_japanese.modeling_gpt_neox_japanese": {
         "GPTNeoXJapaneseAttention": gpt_neox_japanese.ATTENTION
