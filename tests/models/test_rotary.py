@@ -172,6 +172,12 @@ def test_learned_positions_are_no_rotation(family: str) -> None:
     assert rotary_of(layer) is None and spaces_of(layer).rotary is None
 
 
+def test_a_table_that_ends_turns_on_behind_its_end() -> None:
+    ends, goes_on = (rotation_of(built("GPTJ", rotary_dim=8, max_position_embeddings=size), 0) for size in (40, 512))
+    for some, more in zip(ends(torch.arange(300)), goes_on(torch.arange(300)), strict=True):
+        torch.testing.assert_close(some, more, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("options", [{"alibi": True, "ffn_hidden_size": 128}, {}], ids=["Falcon", "Bloom"])
 def test_slopes_of_positions_are_no_rotation(options: dict[str, Any]) -> None:
     model = built("Falcon" if options else "Bloom", **options)

@@ -125,7 +125,10 @@ def _embeddings(model: nn.Module) -> list[Any]:
 
 
 class _Sinusoids:
-    """A table that layers hold as a buffer [positions, r], sines before cosines (GPT-J), asked as a module is asked."""
+    """A table that layers hold as a buffer [positions, r], sines before cosines (GPT-J), asked as a module is asked.
+
+    Beyond its end, where the model reads nothing, it turns on.
+    """
 
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
@@ -134,8 +137,13 @@ class _Sinusoids:
         yield self._buffer
 
     def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        sin, cos = self._buffer[position_ids].to(like.dtype).chunk(2, dim=-1)
-        return cos, sin
+        import torch
+
+        sin, cos = self._buffer.float().chunk(2, dim=-1)
+        turns = torch.complex(cos, sin)
+        again = position_ids.to(turns.device) // len(turns)
+        turned = turns[position_ids % len(turns)] * (turns[-1] * turns[1]) ** again[..., None]
+        return turned.real.to(like.dtype), turned.imag.to(like.dtype)
 
     __call__ = forward
 
