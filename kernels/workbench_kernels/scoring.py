@@ -69,9 +69,10 @@ class Scoring:
     """[h] the score of a key without value that all queries of a head see (GPT-OSS); None: there is none"""
     slopes: Tensor | None = None
     """[h] what is added to a head's scores for each position that a key stands further on (ALiBi); None: nothing"""
-
     chosen: Chosen | None = None
     """what of all that an indexer chose for each query (DeepSeek-V3.2); None: there is no indexer"""
+    rounded: bool = False
+    """whether slopes are multiplied with positions, counted from 0, in bfloat16 (Falcon): steps, far from the start"""
 
     def __post_init__(self) -> None:
         if self.sinks is not None and self.slopes is not None:
@@ -89,8 +90,8 @@ class Scoring:
         return hash(self._numbers)
 
     @property
-    def _numbers(self) -> tuple[float, int | None, float | None]:
-        return self.scale, self.window, self.softcap
+    def _numbers(self) -> tuple[float, int | None, float | None, bool]:
+        return self.scale, self.window, self.softcap, self.rounded
 
     @property
     def plain(self) -> bool:
@@ -116,9 +117,11 @@ class Scoring:
         """How far keys at positions int [..., m] stand ahead of the last of the queries; None where it is no matter.
 
         What is the same for all keys of a row cancels in its softmax, so one query serves for all; near it float32
-        tells neighbours apart however long the text is.
+        tells neighbours apart however long the text is. Where products are rounded they stay positions.
         """
-        return None if self.slopes is None else positions - query_positions.max().to(positions.device)
+        if self.slopes is None or self.rounded:
+            return None if self.slopes is None else positions
+        return positions - query_positions.max().to(positions.device)
 
     def cap(self, scores: Tensor) -> Tensor:
         """Scaled scores of any shape, bent by the softcap; themselves where there is none."""
@@ -134,7 +137,15 @@ class Scoring:
             return scores
         if offsets is None:
             raise ValueError("scores with slopes (ALiBi) are made from the positions of keys too: give offsets")
-        return scores + by_head(self.slopes, scores) * offsets
+        return scores + self.biases(scores, offsets)
+
+    def biases(self, scores: Tensor, offsets: Tensor) -> Tensor:
+        """What slopes add to scores [..., q, m], broadcastable to them; offsets as for `bent`."""
+        assert self.slopes is not None
+        slopes = by_head(self.slopes, scores)
+        if self.rounded:
+            return (slopes.bfloat16() * offsets.bfloat16()).to(scores.dtype)
+        return slopes * offsets
 
     def scores(self, products: Tensor, visible: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
         """Scores of products q k [..., q, m], float32 or wider, which are overwritten: scaled, capped, biased and

@@ -95,9 +95,11 @@ def test_the_rule_of_a_mask_is_recognised_whatever_its_length(tokens: int) -> No
 
 
 def test_a_mask_can_be_handed_on_but_not_computed_with() -> None:
-    mask = announced(sliding, 9, 9, 7, torch.device("cpu"), check=True)
-    for same in (mask[..., :9], mask.to(torch.float32), mask.to("cpu"), mask[:, :, -4:, :9]):
-        assert isinstance(same, AnnouncedMask) and same.span == Span(window=7)
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            mask = announced(sliding, 9, 9, 7, torch.device("cpu"), check=True)
+            for same in (mask[..., :9], mask.to(torch.bool), mask.to(torch.float32), mask.to("cpu"), mask[:, :, -4:]):
+                assert isinstance(same, AnnouncedMask) and same.span == Span(window=7)
     assert mask[:, :, -4:, :6].shape == (1, 1, 4, 6)
     for compute in (lambda: mask & mask, mask.any, lambda: torch.zeros(9, 9) + mask, lambda: mask[0, 0, 0]):
         with pytest.raises(NotApplicable, match="computes with its attention mask"):

@@ -18,7 +18,6 @@ from workbench import arguments
 from workbench.errors import InputError
 from workbench.progress import Progress
 from workbench_kernels import Scoring
-from workbench_kernels.scoring import by_head
 from workbench_kernels.softmax import normalised
 
 BLOCK_BYTES = 64 * 2**20
@@ -127,8 +126,9 @@ def row_blocks(
             scores.tanh_().mul_(scoring.softcap)
         by_kv = scores.view(k, group, r, c)
         if scoring.slopes is not None:
-            offsets = held[:, low:high] - at[rows.stop - 1]  # [k or 1, c]
-            by_kv += by_head(scoring.slopes, by_kv) * offsets[:, None, None]
+            offsets = scoring.offsets(at[rows.stop - 1], held[:, low:high])  # [k or 1, c]
+            assert offsets is not None
+            by_kv += scoring.biases(by_kv, offsets[:, None, None])
         _hide(by_kv, first_r - low, stop_r - low)
         chosen = None if scoring.chosen is None else scoring.chosen.visible(at[rows], held[:, low:high])
         if chosen is not None:  # [k or 1, r, c]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from workbench.engine.families.in_place import adapted
 from workbench.engine.masks import AnnouncedMask, announced, checked
 from workbench.engine.states import States, has_indexer, keeps_states, states_of
 from workbench.errors import NotApplicable, WorkbenchError
@@ -75,6 +76,8 @@ def _attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    rounded: bool = False,
+    layer_idx: int | None = None,  # of layers that do not say it themselves
     indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +91,7 @@ def _attention(
         raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
     if s_aux is not None and slopes is not None:
         raise NotApplicable(f"{kind} has learned sinks beside slopes of its positions (ALiBi), which is not supported")
-    index, states = getattr(module, "layer_idx", None), passing.states
+    index, states = getattr(module, "layer_idx", layer_idx), passing.states
     if states is not None:
         index = states.caller(index)
     if index is None:
@@ -105,7 +108,7 @@ def _attention(
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
-    scoring = Scoring(scale, window, softcap or None, sinks, slopes, _chosen(passing, indices))
+    scoring = Scoring(scale, window, softcap or None, sinks, slopes, _chosen(passing, indices), rounded)
     out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
@@ -226,11 +229,18 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
-        model.set_attn_implementation(NAME)
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(before)
+        with adapted(model, _attention) as by_adapters:
+            switch = partial(_switch_masks, model) if by_adapters else model.set_attn_implementation
+            switch(NAME)
+            try:
+                yield
+            finally:
+                switch(before)
+
+
+def _switch_masks(model: PreTrainedModel, name: str) -> None:
+    """What `set_attn_implementation` refuses a model without the interface, though its masks do go by the name."""
+    model.config._attn_implementation = name  # noqa: SLF001  (as transformers itself sets it, with all configs inside)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

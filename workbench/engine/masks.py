@@ -24,6 +24,8 @@ _aten = torch.ops.aten  # what a layer may do to a mask it only hands on: cut, c
 _HANDED_ON = (
     _aten.slice.Tensor,
     _aten._to_copy.default,  # noqa: SLF001  (the operator's name)
+    _aten.to.dtype,  # what the same is in inference mode
+    _aten.to.dtype_layout,
     _aten.alias.default,
     _aten.detach.default,
 )

@@ -126,20 +126,21 @@ def _parts(ids: Tensor) -> list[Tensor]:
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
     and all that are decoded. Where layers keep states, positions are said, as `generate` does, and those that would
-    be lost among several tokens are given one after another.
+    be lost among several tokens are given one after another. A model without a cache reads everything each time.
     """
     rows: list[Tensor] = []
-    cache, states, at = None, fresh_states(model), 0
+    cache, states, end = None, fresh_states(model), 0
     first, *rest = _parts(ids)
     parts = [first, *(torch.cat(rest).split(1) if rest and states is not None and states.singly else rest)]
     with torch.inference_mode(), quiet(), remembering():
         for part in parts:
-            inputs = part.to(device_of(model))[None]
+            at, end = 0 if cache is None else end, end + part.numel()
+            inputs = ids[at:end].to(device_of(model))[None]
             count = part.numel() if rows else 1
-            where = torch.arange(at, at + part.numel(), device=inputs.device)[None]
+            where = torch.arange(at, end, device=inputs.device)[None]
             said = {} if states is None else {"position_ids": where}
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
-            cache, at = output.past_key_values, at + part.numel()
+            cache = getattr(output, "past_key_values", None)
             rows.append(output.logits[0, -count:].float())
     return torch.cat(rows)
 
