@@ -89,7 +89,8 @@ class Task(Described):
     @property
     def label(self) -> str:
         """A short name with whatever differs from the defaults: `needle depth=0.1`."""
-        return " ".join([self.key, *(f"{n}={v}" for n, v in self if v != self._default(n) and n != "seed")])
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "seed"}
+        return " ".join([self.key, *(f"{n}={value}" for n, value in values.items() if value != self._default(n))])
 
     @abstractmethod
     def make(self, encode: Encode, seed: int) -> Case:

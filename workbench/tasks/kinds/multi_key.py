@@ -24,11 +24,11 @@ class MultiKey(Generated):
     title = "Multi-key needle"
     paper: ClassVar[Paper | None] = Needle.paper
 
-    keys: int = param(5, ge=2, le=len(NAMES), help="people whose room is told", own="RULER has 4")
+    people: int = param(5, ge=2, le=len(NAMES), help="people whose room is told", own="RULER has 4")
 
     def make(self, encode: Encode, seed: int) -> Case:
         drawn = self.length + 10_000 * seed
-        draw, names = random.Random(drawn), NAMES[: self.keys]
+        draw, names = random.Random(drawn), NAMES[: self.people]
         codes = dict(zip(names, draw.sample(range(100, 1000), len(names)), strict=True))
         facts = [f"The room of {name} is number {code}." for name, code in codes.items()]
         wanted = draw.choice(names)
