@@ -16,8 +16,21 @@ if TYPE_CHECKING:
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
     from workbench.session import Session
+    from workbench.tasks.catalogue import task, tasks
 
-__all__ = ["Progress", "Recipe", "Session", "__version__", "attention", "kv", "method", "methods", "weights"]
+__all__ = [
+    "Progress",
+    "Recipe",
+    "Session",
+    "__version__",
+    "attention",
+    "kv",
+    "method",
+    "methods",
+    "task",
+    "tasks",
+    "weights",
+]
 
 _LAZY = {
     "Session": "workbench.session",
@@ -25,6 +38,8 @@ _LAZY = {
     "Progress": "workbench.progress",
     "method": "workbench.registry",
     "methods": "workbench.registry",
+    "task": "workbench.tasks",
+    "tasks": None,
     "kv": None,
     "weights": None,
     "attention": None,

@@ -27,6 +27,7 @@ from workbench.cli.options import (
     Settings,
     bundled,
 )
+from workbench.cli.task_commands import evaluate, list_tasks
 from workbench.errors import BadParameter, Cancelled, MissingExtra
 from workbench.formatting import mib, quoted
 
@@ -246,6 +247,10 @@ def sweep(
             terminal.document(rows)
     if out is not None and not as_json:
         print(f"{len(rows)} rows written to {out}")
+
+
+app.command()(evaluate)
+app.command("tasks")(list_tasks)
 
 
 @app.command("sensitivity")
