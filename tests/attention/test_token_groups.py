@@ -12,7 +12,7 @@ import workbench as wb
 from tests.attention.support import alike, attend
 from workbench.attention import CoreContext, DeltaAttention
 from workbench.attention.base import AttentionMethod, visible_entries
-from workbench.attention.methods.deltallm import _Shape, delta_attention
+from workbench.attention.key_differences import DeltaShape, delta_attention
 from workbench.attention.token_groups import groups_behind, split
 from workbench.core.causal_attention import causal_attention
 from workbench.examples import needle
@@ -98,7 +98,7 @@ def test_the_window_is_the_widest_that_the_budget_allows(budget: float, group: s
 # --- DeltaLLM
 
 
-def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: _Shape, cap: float | None) -> tuple[Tensor, int]:
+def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: DeltaShape, cap: float | None) -> tuple[Tensor, int]:
     """Scores outside the window as running sums of products with what moved, and the products made, in a loop."""
     query, key, value = tensors
     tokens, width, made = query.shape[1], query.shape[2], 0
@@ -133,7 +133,7 @@ def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: _Shape, cap: float | 
 @pytest.mark.parametrize(("group", "window", "zeros"), [(4, 1, 0.5), (8, 3, 0.8), (16, 4, 0.3), (8, 2, 1.0)])
 def test_only_channels_that_moved_are_multiplied(group: int, window: int, zeros: float, softcap: float | None) -> None:
     tensors = alike(37)
-    shape = _Shape.of(37, group, window, zeros)
+    shape = DeltaShape.of(37, group, window, zeros)
     got, computed = delta_attention(*tensors, shape, Scoring(0.4, softcap=softcap))
     want, products = by_sums(tensors, shape, softcap)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

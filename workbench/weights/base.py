@@ -48,12 +48,18 @@ class WeightMethod(Method):
     stage: ClassVar[Stage] = "round"  # the methods of a recipe are applied in this order
     takes_pruned: ClassVar[bool] = False  # keeps weights at zero that a method before it left out (`kept_of`)
     every_size: ClassVar[bool] = False  # made once for all budgets: another one only loads more or less of it
-    alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
     @classmethod
     def takes_budget(cls) -> bool:
         """Whether a budget chooses how small the weights become; elsewhere that follows from the parameters."""
         return cls.default_budget is not None or cls.every_size
+
+    @property
+    def together(self) -> str:
+        """Why its layers only make sense together; empty: each stands for the one of its name, whatever becomes of the
+        others.
+        """
+        return ""
 
     def refuses(self, linear: nn.Linear) -> str | None:
         """Why this layer must be left alone whatever the parameters; None if it can be compressed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -62,7 +62,6 @@ class OSTQuant(Quantiser):
     fidelity = Fidelity(
         "untrained part of a trained method", "rotations and scalings are given by formula: nothing is learned"
     )
-    alone: ClassVar[bool] = False
 
     rounding: Literal["gptq", "nearest"] = param(
         "gptq", help="how the rotated weights are rounded", own="the paper rounds weights by GPTQ (section 5)"
@@ -77,6 +76,10 @@ class OSTQuant(Quantiser):
         0.01, gt=0, le=1, help="added to the Hessian's diagonal, as a share of its mean", own="that of GPTQ's code"
     )
     seed: int = param(0, ge=0, le=2**31 - 1, help="which random signs", own="no source gives one")
+
+    @property
+    def together(self) -> str:
+        return "its layers share one rotation"
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         return unrotatable(self.key, model, linears)

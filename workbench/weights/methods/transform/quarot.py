@@ -43,11 +43,14 @@ class QuaRot(WeightMethod):
     fidelity = Fidelity("as published")
     measure: ClassVar[str] = "size"
     stage: ClassVar[Stage] = "transform"
-    alone: ClassVar[bool] = False
 
     seed: int = param(
         0, ge=0, le=2**31 - 1, help="which random signs", own="the authors' code draws another with each run"
     )
+
+    @property
+    def together(self) -> str:
+        return "its layers share one rotation"
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         return unrotatable(self.key, model, linears)
