@@ -12,6 +12,7 @@ import workbench as wb
 from tests.attention.support import alike, attend
 from workbench.attention import CoreContext, DeltaAttention
 from workbench.attention.base import AttentionMethod, visible_entries
+from workbench.attention.core_tokens import widest_shape
 from workbench.attention.key_differences import DeltaShape, delta_attention
 from workbench.attention.token_groups import groups_behind, split
 from workbench.core.causal_attention import causal_attention
@@ -37,6 +38,26 @@ def test_pairs_are_those_that_a_loop_counts(group: int, window: int, sinks: int,
 
 
 # --- CCA
+
+
+@pytest.mark.parametrize("allowed", [1, 40, 90, 200, 400])
+@pytest.mark.parametrize("groups", [(4,), (8, 4), (2, 16)])
+def test_the_window_is_the_widest_that_the_entries_allow(allowed: int, groups: tuple[int, ...]) -> None:
+    tokens, sinks = 30, 3
+
+    def entries(group: int, window: int) -> int:
+        pairs = split(tokens, group, window, sinks)
+        return pairs.coarse + pairs.exact + pairs.groups * group
+
+    found = widest_shape(tokens, groups, allowed, sinks)
+    fitting = [(g, [w for w in range(1, tokens + 1) if entries(g, w) <= allowed]) for g in groups]
+    first = next(((g, windows) for g, windows in fitting if windows), None)
+    if first is None:
+        assert found.entries == min(entries(g, 1) for g in groups)
+    else:
+        assert (found.group, found.window) == (first[0], max(first[1]))
+    assert found.entries == entries(found.group, found.window)
+    assert found.whole == (not split(tokens, found.group, found.window, sinks).groups)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

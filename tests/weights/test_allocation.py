@@ -242,8 +242,8 @@ def test_the_search_can_be_cancelled_between_candidates() -> None:
     ("values", "message"),
     [
         ({"of": "snapkv"}, "no weight method"),
-        ({"of": "evopress"}, "no weight method"),
-        ({"of": "transact"}, "compresses layers together"),
+        ({"of": "evopress"}, "chosen together"),
+        ({"of": "transact"}, "cannot be switched one by one"),
         ({"of": "rtn group_size"}, "a method and its parameters"),
         ({"of": "rtn bits=3"}, "a method and its parameters"),
         ({"levels": "5"}, "bits=5"),

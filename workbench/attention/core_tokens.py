@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,12 +11,43 @@ from torch import Tensor
 
 from workbench.attention.token_groups import groups_behind, split
 from workbench.attention.visible_scores import VisibleScores
+from workbench.core.bisection import largest
 from workbench.core.partial_softmax import ROWS, PartialSoftmax
 from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Dequantised
     from workbench.trace import LayerTrace
+
+
+class CoreShape(NamedTuple):
+    """Groups and window; whether everything is seen exactly; the entries a head computes, pooling included."""
+
+    group: int
+    window: int
+    whole: bool
+    entries: int
+
+    @classmethod
+    def of(cls, tokens: int, group: int, window: int, sinks: int) -> CoreShape:
+        pairs = split(tokens, group, window, sinks)
+        return cls(group, window, not pairs.groups, pairs.coarse + pairs.exact + pairs.groups * group)
+
+
+def widest_shape(tokens: int, groups: Sequence[int], allowed: int, sinks: int) -> CoreShape:
+    """The widest window with which no more entries are computed than allowed, of the first group that has one.
+
+    Where no group has one, the fewest entries.
+    """
+
+    def fits(group: int, window: int) -> bool:
+        return CoreShape.of(tokens, group, window, sinks).entries <= allowed
+
+    for group in groups:
+        width = largest(partial(fits, group), 0, tokens + 1)
+        if width:
+            return CoreShape.of(tokens, group, width, sinks)
+    return min((CoreShape.of(tokens, group, 1, sinks) for group in groups), key=lambda shape: shape.entries)
 
 
 def core_attention(
@@ -116,6 +149,32 @@ class Cores(NamedTuple):
         groups = torch.arange(self.ready, ready, device=layer.device)
         sizes = torch.full((layer.heads, more), float(group), device=layer.device)
         return self._with(groups, made[0].to(dtype), made[1].to(dtype), sizes)._replace(ready=ready)
+
+    def passed(
+        self,
+        rows: Tensor,
+        contents: Dequantised,
+        seen: Tensor,
+        at_row: Tensor,
+        old: Tensor,
+        group: int,
+        sinks: int,
+        scoring: Scoring,
+        dtype: torch.dtype,
+    ) -> tuple[Cores, VisibleScores, Tensor]:
+        """With those of the groups that scaled rows [h, r, d] at positions [r] are the last of; the rows' scores on
+        what they see as it is, and what that is, bool [k, r, m].
+
+        seen: what of `contents` they could see; of the first `old` [r] groups that have core tokens they see these.
+        """
+        ends = (at_row + 1 - sinks) // group - 1  # the group that each query is the last of
+        last = ((at_row + 1 - sinks) % group == 0) & (ends >= 0)
+        known = torch.cat([self.groups, ends[last]])
+        number = torch.div(contents.positions - sinks, group, rounding_mode="floor")  # [k or 1, m]
+        coarse = (contents.positions >= sinks) & torch.isin(number, known)
+        seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
+        near = VisibleScores.of(rows, contents, seen, scoring)
+        return self.grown(near, contents, number, ends, last, dtype), near, seen
 
     def grown(
         self, near: VisibleScores, contents: Dequantised, number: Tensor, ends: Tensor, last: Tensor, dtype: torch.dtype

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from workbench.budget import Budget
-from workbench.errors import BadParameter
+from workbench.errors import BadParameter, BudgetTooSmall
 from workbench.registry import find
 from workbench.weights.base import WeightMethod
 
 _BITS = (2, 3, 4, 8)
 _STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares to choose from, beside the budget
+
+
+class Profile(NamedTuple):
+    """What the search chose: the level of each layer by name, and the divergence on its texts, before and after.
+
+    before: with the same level everywhere, and what room was left filled at random.
+    """
+
+    levels: dict[str, str]
+    before: float
+    after: float
 
 
 def levels_of(asker: str, of: str, levels: str, budget: Budget | None) -> tuple[WeightMethod, ...]:
@@ -39,6 +50,20 @@ def levels_of(asker: str, of: str, levels: str, budget: Budget | None) -> tuple[
         if why := method.together or (method.every_size and "one copy of them has all sizes"):
             raise BadParameter(f"{asker}: the layers of {key} cannot be switched one by one: {why}")
     return made
+
+
+def possible_levels(methods: Sequence[WeightMethod], linears: Mapping[str, nn.Linear]) -> list[WeightMethod]:
+    """The levels that all these layers can have, smallest first. Raises what the last of them raised if none."""
+    possible, refusal = [], None
+    for method in methods:
+        try:
+            method.check(linears)
+            possible.append(method)
+        except BudgetTooSmall as error:
+            refusal = error
+    if not possible and refusal is not None:
+        raise refusal
+    return sorted(possible, key=lambda method: sum(method.nbytes(linear) for linear in linears.values()))
 
 
 def sizes_of(methods: Sequence[WeightMethod], linears: Mapping[str, nn.Linear]) -> Tensor:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
-from workbench.attention.core_tokens import Cores, core_attention
+from workbench.attention.core_tokens import Cores, CoreShape, core_attention, widest_shape
 from workbench.attention.entry_budget import allowed_entries, windowed_attention
-from workbench.attention.token_groups import groups_behind, split
+from workbench.attention.token_groups import groups_behind
 from workbench.attention.visible_scores import VisibleScores
-from workbench.core.bisection import largest
 from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import ROWS
 from workbench.registry import Fidelity, Paper, param, register
@@ -133,14 +131,9 @@ class CoreContext(AttentionMethod):
                 continue
             old = groups_behind(at_row, shape.group, shape.window, self.sinks)
             cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
-            ends = (at_row + 1 - self.sinks) // shape.group - 1  # the group that each query is the last of
-            last = ((at_row + 1 - self.sinks) % shape.group == 0) & (ends >= 0)
-            known = torch.cat([cores.groups, ends[last]])
-            number = torch.div(contents.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
-            coarse = (contents.positions >= self.sinks) & torch.isin(number, known)
-            seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-            near = VisibleScores.of(rows, contents, seen, scoring)
-            cores = cores.grown(near, contents, number, ends, last, query.dtype)
+            cores, near, seen = cores.passed(
+                rows, contents, seen, at_row, old, shape.group, self.sinks, scoring, query.dtype
+            )
             context.count_seen(len(query), seen)
             part = near.softmax()
             hidden = cores.groups >= old[:, None]  # [r, m]
@@ -152,34 +145,14 @@ class CoreContext(AttentionMethod):
         context.state[self.key, context.layer] = cores
         return out
 
-    def _shape(self, tokens: int) -> _Shape:
+    def _shape(self, tokens: int) -> CoreShape:
         """The groups and the window on a prompt of this length."""
         fixed = None if self.group == "auto" else self.group
         if self.budget is None:
-            return self._with(tokens, fixed or 16, self.window)
+            return CoreShape.of(tokens, fixed or 16, self.window, self.sinks)
         allowed = allowed_entries(self.budget, tokens)
         if allowed >= visible_entries(tokens):
-            return self._with(tokens, fixed or 16, tokens)
+            return CoreShape.of(tokens, fixed or 16, tokens, self.sinks)
         wanted = next((g for g in _GROUPS if g * _CORES * self.budget.amount >= 1), _GROUPS[-1])
         groups = (fixed,) if fixed else sorted(_GROUPS, key=lambda g: abs(math.log(g / wanted)))
-        for group in groups:
-            width = largest(partial(self._fits, tokens, group, allowed), 0, tokens + 1)
-            if width:
-                return self._with(tokens, group, width)
-        return min((self._with(tokens, group, 1) for group in groups), key=lambda shape: shape.entries)
-
-    def _fits(self, tokens: int, group: int, allowed: int, window: int) -> bool:
-        return self._with(tokens, group, window).entries <= allowed
-
-    def _with(self, tokens: int, group: int, window: int) -> _Shape:
-        pairs = split(tokens, group, window, self.sinks)
-        return _Shape(group, window, not pairs.groups, pairs.coarse + pairs.exact + pairs.groups * group)
-
-
-class _Shape(NamedTuple):
-    """Groups and window; whether everything is seen exactly; the entries a head computes, pooling included."""
-
-    group: int
-    window: int
-    whole: bool
-    entries: int
+        return widest_shape(tokens, groups, allowed, self.sinks)

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from workbench.core.evolution import evolve, filled, promising, switched, uniform
-from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
+from workbench.errors import BadBudget, NotApplicable
 from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.level_search import fittest
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.switched_model import SwitchedModel
 from workbench.weights.compress import compressed_once
-from workbench.weights.levels import level_name, levels_of, sizes_of
+from workbench.weights.levels import Profile, level_name, levels_of, possible_levels, sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Profile(NamedTuple):
-    """What the search chose: the level of each layer by name, and the divergence on its texts, before and after.
-
-    before: with the same level everywhere, and what room was left filled at random.
-    """
-
-    levels: dict[str, str]
-    before: float
-    after: float
 
 
 @register
@@ -151,16 +140,7 @@ class EvoPress(WeightMethod):
 
     def possible(self, linears: Mapping[str, nn.Linear]) -> list[WeightMethod]:
         """The levels that all these layers can have, smallest first. Raises what the last of them raised if none."""
-        methods, refusal = [], None
-        for method in self.methods():
-            try:
-                method.check(linears)
-                methods.append(method)
-            except BudgetTooSmall as error:
-                refusal = error
-        if not methods and refusal is not None:
-            raise refusal
-        return sorted(methods, key=lambda method: sum(method.nbytes(linear) for linear in linears.values()))
+        return possible_levels(self.methods(), linears)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -173,12 +153,11 @@ class EvoPress(WeightMethod):
         sizes, limit = sizes_of(methods, linears), self.limit(linears)
         if bool((sizes.diff(dim=1) < 0).any()):
             raise NotApplicable(f"{self.key}: the levels of {self.of} are not in the same order for every layer")
-        names = list(linears)
         if limit is None:
-            levels = torch.full((len(names),), len(methods) - 1)
+            levels = torch.full((len(linears),), len(methods) - 1)
         else:
-            levels = self.searched(study, names, made, sizes, limit, progress)[0]
-        for name, level in zip(names, levels.tolist(), strict=True):
+            levels = self.searched(study, made, sizes, limit, progress)[0]
+        for name, level in zip(linears, levels.tolist(), strict=True):
             twin.set_submodule(name, made[level][name])
 
     def profile(self, model: PreTrainedModel, study: WeightStudy, progress: Progress | None = None) -> Profile:
@@ -189,7 +168,7 @@ class EvoPress(WeightMethod):
         assert limit is not None  # there is a default budget
         methods, progress = asked.possible(linears), progress or Progress()
         made = [compressed_once(study, method, linears, progress) for method in methods]
-        levels, before, after = asked.searched(study, list(linears), made, sizes_of(methods, linears), limit, progress)
+        levels, before, after = asked.searched(study, made, sizes_of(methods, linears), limit, progress)
         labels = [level_name(method) for method in methods]
         chosen = {name: labels[level] for name, level in zip(linears, levels.tolist(), strict=True)}
         return Profile(chosen, before, after)
@@ -197,7 +176,6 @@ class EvoPress(WeightMethod):
     def searched(
         self,
         study: WeightStudy,
-        names: Sequence[str],
         made: Sequence[Mapping[str, nn.Module]],
         sizes: Tensor,
         limit: int,
@@ -207,25 +185,12 @@ class EvoPress(WeightMethod):
 
         def search() -> tuple[Tensor, float, float]:
             ids = study.ids[: self.texts, : self.tokens]
-            trial = SwitchedModel(study.model, ids, names, made, progress)
-            draw = torch.Generator().manual_seed(self.seed)
-            even = filled(uniform(sizes, limit), sizes, limit, draw)
-            before = trial.divergence(even, range(ids.shape[0]))
-            begin = even
-            if self.slopes:
-                slopes = trial.slopes(even, range(min(self.slopes, trial.texts)), progress)
-                begin = promising(even, before, slopes, sizes, limit, lambda x: trial.divergence(x, range(trial.texts)))
-            fittest = evolve(
-                begin,
-                lambda parent, draw: switched(parent, sizes, limit, draw),
-                trial.divergence,
-                samples=ids.shape[0],
-                generations=self.generations,
-                offspring=self.offspring,
-                seed=self.seed,
+            trial = SwitchedModel(study.model, ids, list(made[0]), made, progress)
+            found = fittest(
+                trial, sizes, limit,
+                slopes=self.slopes, generations=self.generations, offspring=self.offspring, seed=self.seed,
                 progress=progress,
-                stage="searching levels",
-            )
-            return fittest.levels, before, fittest.unfitness
+            )  # fmt: skip
+            return found.levels, found.before, found.unfitness
 
         return study.once((self.parameter_key(), limit), search)
