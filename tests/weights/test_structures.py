@@ -11,12 +11,14 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import workbench as wb
 from tests.weights.support import logits
 from workbench.errors import BudgetTooSmall, InputError, NotApplicable
 from workbench.inspection.channels import channel_table
 from workbench.models import UNLIMITED, max_positions, tiny
 from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
+from workbench.progress import Progress
 from workbench.registry import registered
 from workbench.weights import PBLLM, RTN, SVD, DenseShift, Magnitude
 from workbench.weights.base import WeightMethod

@@ -185,6 +185,16 @@ class WeightMethod(Method):
         """The weight matrices that keep their precision, by name, and why; vectors such as biases are not listed."""
         return self.survey(model).left
 
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        """The layers whose numbers stand for something else than the model's afterwards, by name, and why.
+
+        Their weights and outputs are not to be compared with those of the same name in the model, though what the
+        model computes is the same: factors of their inputs or outputs are held elsewhere, or what flows between layers
+        was rotated.
+        """
+        del model
+        return {}
+
     def note(self, model: nn.Module) -> str:
         """One line for a run's record: what was compressed to which size, and what was left alone."""
         survey = self.survey(model)

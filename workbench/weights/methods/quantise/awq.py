@@ -13,7 +13,7 @@ from workbench.weights.calibration.block_pass import BlockPass
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
 from workbench.weights.solvers.activation_scales import STEPS, awq_columns, awq_scales, clipped, scaled_inputs
-from workbench.weights.surgery.folding import Fold, fold, folds
+from workbench.weights.surgery.folding import Fold, fold, foldable, folded_layers
 
 
 @register
@@ -56,6 +56,10 @@ class AWQ(Quantiser):
         own="the authors' 128 take hours on a CPU",
     )
 
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        linears = self.survey(model).linears if self.fold else {}
+        return folded_layers(model, linears) if linears else {}
+
     @property
     def together(self) -> str:
         return "what is before them holds their scales (with fold=false each holds its own)" if self.fold else ""
@@ -74,10 +78,7 @@ class AWQ(Quantiser):
         return super().total_nbytes(linears) + biases
 
     def refine(self, passed: BlockPass, linears: Mapping[str, nn.Linear]) -> Mapping[str, nn.Module]:
-        places = folds(passed.block) if self.fold else []
-        names = {f"{passed.name}.{name}" for place in places for name in place.layers}
-        if not names <= linears.keys():  # a layer that stays plain has to keep its input
-            return {}
+        places = foldable(passed.name, passed.block, linears) if self.fold else []
         inputs = dict(passed.inputs)
         scales = []
         for place in places:

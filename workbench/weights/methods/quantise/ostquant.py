@@ -20,6 +20,7 @@ from workbench.weights.solvers.quantisation_grid import Grid
 from workbench.weights.surgery.rotation import (
     DecoderRotation,
     LayerRotation,
+    rotated_layers,
     rotated_linear,
     rotation_nbytes,
     unrotatable,
@@ -83,6 +84,9 @@ class OSTQuant(Quantiser):
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         return unrotatable(self.key, model, linears)
+
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        return rotated_layers(model)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
         return super().total_nbytes(linears) + rotation_nbytes(linears)

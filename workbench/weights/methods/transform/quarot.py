@@ -13,7 +13,13 @@ from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.base import Stage, WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.rotated import RotatedLinear
-from workbench.weights.surgery.rotation import DecoderRotation, rotated_linear, rotation_nbytes, unrotatable
+from workbench.weights.surgery.rotation import (
+    DecoderRotation,
+    rotated_layers,
+    rotated_linear,
+    rotation_nbytes,
+    unrotatable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +66,9 @@ class QuaRot(WeightMethod):
 
     def nbytes(self, linear: nn.Linear) -> int:
         return self.full_nbytes(linear)
+
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        return rotated_layers(model)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
         return super().total_nbytes(linears) + rotation_nbytes(linears)
