@@ -86,7 +86,7 @@ def core_attention(
         if most and sinks:
             hidden = (old == 0)[:, None]  # seen as neighbours
             part = part.merged(PartialSoftmax.over(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
-        out[:, start:stop] = part.output()
+        out[:, start:stop] = part.output(scoring)
     return out
 
 
@@ -173,7 +173,7 @@ class Cores(NamedTuple):
         number = torch.div(contents.positions - sinks, group, rounding_mode="floor")  # [k or 1, m]
         coarse = (contents.positions >= sinks) & torch.isin(number, known)
         seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-        near = VisibleScores.of(rows, contents, seen, scoring)
+        near = VisibleScores.of(rows, contents, seen, scoring, at_row)
         return self.grown(near, contents, number, ends, last, dtype), near, seen
 
     def grown(

@@ -77,10 +77,10 @@ def fill_heads(
         rotated, keys, values = query[head, :first], key[group, :first], value[group, :first]
         if choice == len(lines):
             computed += plan.entries
-            blocks = block_attention(rotated[None], keys[None], values[None], plan, scoring, sinks=sinks)
+            blocks = block_attention(rotated[None], keys[None], values[None], plan, scoring.of(head), sinks=sinks)
             out[head] = blocks[0]
         else:
             columns, diagonals = (x[head] for x in lines[choice])
             computed += int(lines[choice].entries()[head])
-            out[head] = line_attention(rotated, keys, values, columns, diagonals, scoring)
+            out[head] = line_attention(rotated, keys, values, columns, diagonals, scoring.of(head))
     return computed

@@ -109,9 +109,19 @@ class DeltaAttention(AttentionMethod):
                 old = torch.zeros_like(last_seen) if exact else groups_behind(last_seen, shape.group, shape.window)
                 remembered = updated(remembered, keys, where, int(old.amax()), shape)
                 rows = query[heads, start : start + ROWS].float() * scoring.scale
-                part, computed = over(rows, keys, values, visible_rows, old, remembered, shape.group, scoring)
+                part, computed = over(
+                    rows,
+                    keys,
+                    values,
+                    visible_rows,
+                    old,
+                    remembered,
+                    shape.group,
+                    scoring.of(heads),
+                    scoring.offsets(context.positions, where),
+                )
                 context.count(computed)
-                out[heads, start : start + ROWS] = part.output()
+                out[heads, start : start + ROWS] = part.output(scoring.of(heads))
             if remembered:
                 context.state[self.key, context.layer, head] = remembered
         return out
