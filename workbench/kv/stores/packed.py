@@ -226,7 +226,7 @@ class PackedStore(PositionedStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         attended = super().attend(query, query_positions, scoring, weights=weights)
-        self.settle()
+        self.attended()
         return attended
 
     def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -379,6 +379,13 @@ class PackedStore(PositionedStore):
             joined(self.keys.codes, self.key_tail, self.keys.dequantised(dtype)),
             joined(self.values.codes, self.value_tail, self.values.dequantised(dtype)),
         )
+
+    @property
+    def in_place(self) -> tuple[KernelRows, KernelRows]:
+        return self.keys.ragged(self.key_tail), self.values.ragged(self.value_tail)
+
+    def attended(self) -> None:
+        self.settle()
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)

@@ -16,6 +16,7 @@ from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, R
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rows import PackedRows, Ragged
 
 _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
 
@@ -127,6 +128,16 @@ class Store(ABC):
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
+
+    @property
+    def in_place(self) -> tuple[Ragged | PackedRows, Ragged | PackedRows] | None:
+        """Keys and values of every entry, where the newest token's attention over them is all that `attend` computes;
+        who reads them so says `attended` afterwards. None where it does more.
+        """
+        return None
+
+    def attended(self) -> None:  # noqa: B027 (most change nothing by being read)
+        """Know that a token has attended to what is held `in_place`."""
 
     @property
     def holder(self) -> Store:
