@@ -19,6 +19,7 @@ typedef float vf __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint8_t vb __attribute__((vector_size(16)));
+typedef uint16_t vs __attribute__((vector_size(32)));
 typedef _Float16 vh __attribute__((vector_size(32)));
 
 static inline vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
@@ -61,7 +62,7 @@ static inline vf exponential(vf x) {
 /* -- products with rows of weights */
 
 /* Rows of one weight. form: how its numbers are held; scale and zero are of blocks of 32. */
-enum { FLOATS, BFLOATS, FOURS, EIGHTS };
+enum { FLOATS, BFLOATS, FOURS, EIGHTS, HALVES };
 typedef struct {
     const void *rows;
     const _Float16 *scale, *zero;
@@ -201,7 +202,7 @@ static inline __attribute__((always_inline)) void rows_of(const Part *part, long
 void wb_linear(int kind, const float *x, const float *norm, float eps, long k, long count, const Part *parts,
                const float *plus, float *y, float *scratch, int threads) {
     float *paired = scratch + k, *totals = paired + k;
-    int forms[4] = {0};
+    int forms[EIGHTS + 1] = {0};
     for (long p = 0; p < count; p++) forms[parts[p].form] = 1;
     inputs(kind, x, norm, eps, k, scratch);
     if (forms[BFLOATS]) pair(scratch, k, paired);
@@ -285,12 +286,22 @@ typedef struct {
     const _Float16 *scale, *zero;
     const int32_t *starts, *lengths;               /* of codes, each head */
     const int32_t *scale_starts, *zero_starts;     /* of scale and zero */
-    const float *tail;
+    const void *tail;
     const int32_t *tail_starts, *tail_lengths;
     const _Float16 *balance;                       /* [k, d] or null */
     int32_t bits, group, channel;                  /* channel: scales go along the tokens */
     int32_t width;
+    int32_t form;                                  /* of the tail: FLOATS, BFLOATS or HALVES */
 } Side;
+
+/* Numbers i .. i + 15 of what is held in this form. */
+static inline __attribute__((always_inline)) vf held(const void *p, long i, int form) {
+    if (form == FLOATS) return load((const float *)p + i);
+    if (form == HALVES) return halves((const _Float16 *)p + i);
+    vs x;
+    memcpy(&x, (const uint16_t *)p + i, sizeof x);
+    return floats(__builtin_convertvector(x, vu) << 16);
+}
 
 /* The codes of channels c .. c + 15 of a row, whose bytes hold the codes j, j + b, j + 2 b and so on. */
 static inline vf codes_at(const uint8_t *row, long c, long stride, int bits) {
@@ -352,16 +363,22 @@ static void packed_scores(const Side *s, long head, const float *query, long que
     }
 }
 
-static void tail_scores(const float *rows, long count, long d, const float *query, long queries, long stride_out,
-                        float *out) {
-    for (long r = 0; r < count; r++) {
-        const float *row = rows + r * d;
-        __builtin_prefetch((const char *)row + AHEAD / 4);
+static inline __attribute__((always_inline)) void scores_of(const void *rows, long first, long count, long d, int form,
+                                                            const float *query, long queries, long stride, float *out) {
+    for (long r = 0; r < count; r++)
         for (long q = 0; q < queries; q++) {
             vf total = {0};
-            for (long c = 0; c < d; c += WIDE) total += load(row + c) * load(query + q * d + c);
-            out[q * stride_out + r] = sum(total);
+            for (long c = 0; c < d; c += WIDE) total += held(rows, (first + r) * d + c, form) * load(query + q * d + c);
+            out[q * stride + r] = sum(total);
         }
+}
+
+static void tail_scores(const Side *s, long head, long count, const float *query, long queries, long stride, float *out) {
+    long first = s->tail_starts[head];
+    switch (s->form) {
+    case FLOATS: scores_of(s->tail, first, count, s->width, FLOATS, query, queries, stride, out); break;
+    case BFLOATS: scores_of(s->tail, first, count, s->width, BFLOATS, query, queries, stride, out); break;
+    default: scores_of(s->tail, first, count, s->width, HALVES, query, queries, stride, out);
     }
 }
 
@@ -389,19 +406,28 @@ static void packed_values(const Side *s, long head, const float *weights, long s
     }
 }
 
-static void tail_values(const float *rows, long count_rows, long d, const float *weights, long stride, long queries,
-                        float *out) {
+static inline __attribute__((always_inline)) void values_of(const void *rows, long begin, long count_rows, long d, int form,
+                                                            const float *weights, long stride, long queries, float *out) {
     for (long first = 0; first < queries; first += QUERIES) {
         long count = queries - first < QUERIES ? queries - first : QUERIES;
         for (long c = 0; c < d; c += WIDE) {
             vf total[QUERIES];
             for (long q = 0; q < count; q++) total[q] = load(out + (first + q) * d + c);
             for (long r = 0; r < count_rows; r++) {
-                vf row = load(rows + r * d + c);
+                vf row = held(rows, (begin + r) * d + c, form);
                 for (long q = 0; q < count; q++) total[q] += row * weights[(first + q) * stride + r];
             }
             for (long q = 0; q < count; q++) store(out + (first + q) * d + c, total[q]);
         }
+    }
+}
+
+static void tail_values(const Side *s, long head, long count, const float *weights, long stride, long queries, float *out) {
+    long first = s->tail_starts[head];
+    switch (s->form) {
+    case FLOATS: values_of(s->tail, first, count, s->width, FLOATS, weights, stride, queries, out); break;
+    case BFLOATS: values_of(s->tail, first, count, s->width, BFLOATS, weights, stride, queries, out); break;
+    default: values_of(s->tail, first, count, s->width, HALVES, weights, stride, queries, out);
     }
 }
 
@@ -435,11 +461,11 @@ void wb_attend(const float *query, const Side *keys, const Side *values, long he
         float *scores = scratch + head * queries * m, *to = out + head * queries * dv;
         long front = keys->bits ? keys->lengths[head] : 0, rows = front + keys->tail_lengths[head];
         if (front) packed_scores(keys, head, q, queries, m, scores);
-        tail_scores(keys->tail + keys->tail_starts[head] * d, rows - front, d, q, queries, m, scores + front);
+        tail_scores(keys, head, rows - front, q, queries, m, scores + front);
         for (long i = 0; i < queries; i++) soften(scores + i * m, rows, scale, softcap);
         memset(to, 0, queries * dv * sizeof(float));
         front = values->bits ? values->lengths[head] : 0;
         if (front) packed_values(values, head, scores, m, queries, to);
-        tail_values(values->tail + values->tail_starts[head] * dv, rows - front, dv, scores + front, m, queries, to);
+        tail_values(values, head, rows - front, scores + front, m, queries, to);
     }
 }

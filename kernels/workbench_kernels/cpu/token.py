@@ -19,6 +19,7 @@ from workbench_kernels.scoring import Scoring
 
 _WIDE = 16  # numbers in a vector of the library
 _BLOCK = 32  # columns that share a scale and a zero
+_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}  # of exact rows, as the library calls them
 
 
 class _Part(ctypes.Structure):
@@ -137,7 +138,7 @@ class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "starts", "lengths", "scale_starts")),
         *((name, ctypes.c_void_p) for name in ("zero_starts", "tail", "tail_starts", "tail_lengths", "balance")),
-        *((name, ctypes.c_int32) for name in ("bits", "group", "channel", "width")),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "channel", "width", "form")),
     )
 
 
@@ -153,7 +154,7 @@ def _by_token(rows: PackedRows) -> bool:
 def _reads(rows: Ragged | PackedRows) -> bool:
     tail = rows if isinstance(rows, Ragged) else rows.tail
     width = tail.data.shape[1]
-    if tail.data.dtype != torch.float32 or tail.data.device.type != "cpu" or width % _WIDE:
+    if tail.data.dtype not in _FORMS or tail.data.device.type != "cpu" or width % _WIDE:
         return False
     if isinstance(rows, Ragged):
         return True
@@ -197,6 +198,7 @@ def _side(rows: Ragged | PackedRows) -> tuple[_Side, int]:
         tail_starts=tail.starts.data_ptr(),
         tail_lengths=tail.lengths.data_ptr(),
         width=tail.data.shape[1],
+        form=_FORMS[tail.data.dtype],
     )
     if isinstance(rows, PackedRows) and rows.codes.longest:
         side.codes, side.scale, side.zero = (x.data.data_ptr() for x in (rows.codes, rows.scale, rows.zero))
