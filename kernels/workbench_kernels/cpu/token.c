@@ -26,7 +26,12 @@ static inline vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x;
 static inline void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 static inline vf floats(vu bits) { vf x; memcpy(&x, &bits, sizeof x); return x; }
 static inline vf halves(const _Float16 *p) { vh x; memcpy(&x, p, sizeof x); return __builtin_convertvector(x, vf); }
-static inline vu bytes(const uint8_t *p) { vb x; memcpy(&x, p, sizeof x); return __builtin_convertvector(x, vu); }
+/* By way of 16 bits: GCC 12 takes vectors apart to widen them fourfold. */
+static inline vu bytes(const uint8_t *p) {
+    vb x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, vs), vu);
+}
 static inline vf all(float x) { return (vf){0} + x; }
 static inline vf chosen(vi where, vf x, vf y) {
     vi a, b;
@@ -157,24 +162,41 @@ static inline __attribute__((always_inline)) void singles(const float *w, const 
     }
 }
 
-/* Rows of codes in blocks of 32, of 4 or 8 bits: first sums of codes times inputs, by block times its scale, then each
-   block's zero times the sum of its inputs. */
+/* `count` halves as floats. */
+static inline void widen(const _Float16 *from, long count, float *to) {
+    long i = 0;
+    for (; i + WIDE <= count; i += WIDE) store(to + i, halves(from + i));
+    for (; i < count; i++) to[i] = (float)from[i];
+}
+
+static inline vi words(const uint8_t *p) { vs x; memcpy(&x, p, sizeof x); return (vi)__builtin_convertvector(x, vu); }
+static inline vf counted(vi codes) { return __builtin_convertvector(codes, vf); }
+
+/* Rows of codes of 4 or 8 bits: first sums of codes times inputs, each block's times its scale, then each block's zero
+   times the sum of its inputs. 32 bytes are 16 words, and lane l of a word's field f is the code of column 16 f + l. */
 static inline __attribute__((always_inline)) void coded(const Part *part, long row, const float *x, const float *totals,
                                                         long k, int bits, int rows, float *y) {
     long blocks = k / BLOCK, size = BLOCK * bits / 8;
     const uint8_t *w = (const uint8_t *)part->rows + row * blocks * size;
     const _Float16 *scale = part->scale + row * blocks, *zero = part->zero + row * blocks;
+    float by[AT_ONCE * blocks];
     vf s[AT_ONCE];
+    widen(scale, rows * blocks, by);
     for (int j = 0; j < rows; j++) s[j] = (vf){0};
-    for (long b = 0; b < blocks; b++) {
-        vf first = load(x + b * BLOCK), second = load(x + b * BLOCK + WIDE);
+    for (long b = 0; b < blocks; b += 8 / bits) {
+        const float *in = x + b * BLOCK;
         for (int j = 0; j < rows; j++) {
             const uint8_t *p = w + (j * blocks + b) * size;
+            const float *scales = by + j * blocks + b;
             __builtin_prefetch((const char *)p + AHEAD);
-            vi low = (vi)bytes(p), high = bits == 8 ? (vi)bytes(p + WIDE) : low >> 4;
-            if (bits == 4) low &= 15;
-            vf product = __builtin_convertvector(low, vf) * first + __builtin_convertvector(high, vf) * second;
-            s[j] += product * (float)scale[j * blocks + b];
+            vi codes = words(p);
+            if (bits == 8)
+                s[j] += (counted(codes & 255) * load(in) + counted(codes >> 8) * load(in + WIDE)) * scales[0];
+            else {
+                s[j] += (counted(codes & 15) * load(in) + counted((codes >> 4) & 15) * load(in + WIDE)) * scales[0];
+                s[j] += (counted((codes >> 8) & 15) * load(in + 2 * WIDE) + counted(codes >> 12) * load(in + 3 * WIDE))
+                        * scales[1];
+            }
         }
     }
     for (int j = 0; j < rows; j++) {
@@ -261,8 +283,14 @@ int wb_code(const float *w, long blocks, int bits, uint8_t *codes, _Float16 *sca
             code[i] = (uint8_t)(c < most ? c : most);
             same &= (float)code[i] * scale + zero == x[i];
         }
-        if (bits == 8) memcpy(codes + b * BLOCK, code, BLOCK);
-        else for (int i = 0; i < WIDE; i++) codes[b * WIDE + i] = (uint8_t)(code[i] | code[i + WIDE] << 4);
+        if (bits == 8)
+            for (int i = 0; i < WIDE; i++) {
+                codes[b * BLOCK + 2 * i] = code[i];
+                codes[b * BLOCK + 2 * i + 1] = code[i + WIDE];
+            }
+        else  /* two blocks share 16 words: the first has their lower bytes */
+            for (int i = 0; i < WIDE; i++)
+                codes[b / 2 * BLOCK + 2 * i + b % 2] = (uint8_t)(code[i] | code[i + WIDE] << 4);
         exact = exact && same;
     }
     return exact;

@@ -34,7 +34,8 @@ class _Part(ctypes.Structure):
 class Coded(NamedTuple):
     """A weight [n, i] float32 in fewer bytes that stand for the same numbers, to the bit.
 
-    form: 1, bfloat16 [n, i]; 2 or 3, codes of 4 or 8 bits in blocks of 32 columns, with a float16 scale and zero each.
+    form: 1, bfloat16 [n, i]; 2 or 3, codes of 4 or 8 bits in blocks of 32 columns, with a float16 scale and zero each;
+    bytes are in pairs, whose fields are the codes of columns 16 apart.
     """
 
     form: int
@@ -43,12 +44,12 @@ class Coded(NamedTuple):
 
 def coded(weight: Tensor, library: ctypes.CDLL) -> Coded | None:
     """The fewest bytes in which the library reads the numbers of a contiguous weight; None where it takes them all."""
-    blocks, rest = divmod(weight.shape[1], _BLOCK)
-    if not rest:
-        for form, bits in ((2, 4), (3, 8)):
+    blocks = weight.shape[1] // _BLOCK
+    for form, bits in ((2, 4), (3, 8)):
+        if weight.shape[1] % (_BLOCK * 8 // bits) == 0:
             codes = torch.empty(len(weight), blocks * _BLOCK * bits // 8, dtype=torch.uint8)
-            scale, zero = torch.empty(2, len(weight), blocks, dtype=torch.float16)
-            held = (codes, scale.clone(), zero.clone())
+            scale = torch.empty(len(weight), blocks, dtype=torch.float16)
+            held = (codes, scale, torch.empty_like(scale))
             places = [x.data_ptr() for x in held]
             threads = torch.get_num_threads()
             if library.wb_code(weight.data_ptr(), len(weight) * blocks, bits, *places, threads):
