@@ -73,7 +73,7 @@ _NAMED: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # its scores are sums of ReLUs: with few heads they tie, and ties fall as tokens are read
     "index_head_dim": 16,
     "index_topk": 8,
     "ffn_hidden_size": 128,
@@ -167,9 +167,10 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"] * 2}),
     "git": {"vision_config": _VISION},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
+    "minimax": {"sliding_window": _LEFT},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron_h": {"num_hidden_layers": _LEFT, "n_groups": 2},
     "prophetnet": {"num_hidden_layers": _LEFT, "num_decoder_layers": 2, "num_encoder_layers": 2, **_PADDED},
@@ -183,7 +184,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "xlnet": {"n_layer": 4, "num_hidden_layers": _LEFT, "d_inner": 128, "d_head": 16},
     "xlstm": {"v_head_dim": _LEFT, "num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {**_PADDED, "default_language": "en_XX"},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "attention_head_dim": 32},
+    **dict.fromkeys(("zamba", "zamba2"), {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT}),
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -18,6 +18,8 @@ from workbench import arguments
 from workbench.errors import InputError
 from workbench.progress import Progress
 from workbench_kernels import Scoring
+from workbench_kernels.scoring import by_head
+from workbench_kernels.softmax import normalised
 
 BLOCK_BYTES = 64 * 2**20
 # On a GPU small blocks only wait for one another: 131,072 tokens take 1.0 s in blocks of 512 MiB, 3.4 s in those of 64.
@@ -37,7 +39,8 @@ class RowBlock(NamedTuple):
     keys: slice
     """which keys: every key outside has weight zero in all these rows"""
     probs: Tensor
-    """[h, rows, keys] float32, owned by the receiver; each row sums to 1, or is all zero where a query sees no key"""
+    """[h, rows, keys] float32, owned by the receiver; each row sums to 1, or is all zero where a query sees no key;
+    sinks take a part of the 1"""
 
 
 def attention_rows(
@@ -94,7 +97,10 @@ def row_blocks(
     h, nq, k, nk = _check(queries, keys, block_bytes)
     queries, keys_t = queries.detach(), keys.detach().float().transpose(1, 2)  # [k, d, nk]
     first, stop = visible_keys(nq, nk, query_positions, key_positions, scoring.window, kv_heads=k)  # [k or 1, nq]
+    at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     group = h // k
+    if scoring.slopes is not None:
+        at, held = at.to(queries.device), held.to(queries.device)
     rows_per_block = _rows_per_block(h * nk * 4, nq, block_bytes, queries.device)
     scratch = torch.empty(h * rows_per_block * nk, dtype=torch.float32, device=queries.device)
 
@@ -119,11 +125,20 @@ def row_blocks(
         )
         if scoring.softcap is not None:  # one pass over the scores fewer than `scoring.cap`
             scores.tanh_().mul_(scoring.softcap)
-        _hide(scores.view(k, group, r, c), first_r - low, stop_r - low)
-        probs = torch.softmax(scores, dim=-1)
+        by_kv = scores.view(k, group, r, c)
+        if scoring.slopes is not None:
+            offsets = held[:, low:high] - at[rows.stop - 1]  # [k or 1, c]
+            by_kv += by_head(scoring.slopes, by_kv) * offsets[:, None, None]
+        _hide(by_kv, first_r - low, stop_r - low)
+        chosen = None if scoring.chosen is None else scoring.chosen.visible(at[rows], held[:, low:high])
+        if chosen is not None:  # [k or 1, r, c]
+            by_kv.masked_fill_(~chosen.to(scores.device)[:, None], -torch.inf)
+        probs = normalised(by_kv, scoring)
         blind = first_r >= stop_r
+        if chosen is not None:
+            blind = blind | (scores.view(k, group, r, c)[:, 0] == -torch.inf).all(dim=-1).cpu()
         if blind.any():  # the softmax of nothing is not a number; nothing was attended to
-            probs.view(k, group, r, c).masked_fill_(blind[:, None, :, None].to(probs.device), 0.0)
+            probs.masked_fill_(blind[:, None, :, None].to(probs.device), 0.0)
         yield RowBlock(rows, slice(low, high), probs.view(h, r, c))
         del probs  # the receiver may have let go of it: do not hold it while the next one is made
 

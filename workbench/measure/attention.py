@@ -196,7 +196,7 @@ def pooled_maps(
             return row_blocks(
                 part.queries[:, first:stop],
                 part.keys,
-                scoring,
+                scoring.of(part.heads),
                 query_positions=at[first:stop],
                 key_positions=part.key_positions,
                 block_bytes=block_bytes,
@@ -314,7 +314,8 @@ def column_sums(
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """How much attention each key receives from all queries together: [h, nk] float32, each row summing to nq.
+    """How much attention each key receives from all queries together: [h, nk] float32, each row summing to nq, to
+    less where learned sinks get something.
 
     queries: [h, nq, d]; keys: [k, nk, d]. The accumulated attention of H2O (Zhang et al. 2023, arXiv:2306.14048).
     """
@@ -326,7 +327,7 @@ def column_sums(
         for _, at, probs in row_blocks(
             part.queries,
             part.keys,
-            scoring,
+            scoring.of(part.heads),
             query_positions=query_positions,
             key_positions=part.key_positions,
             block_bytes=block_bytes,
@@ -417,7 +418,13 @@ def _read(
 
     That is on a CPU, where keys were evicted or queries left out, and for what is wrong, which `row_blocks` says.
     """
-    if not on_gpu(queries, keys) or queries.ndim != 3 or keys.ndim != 3 or queries.dtype != keys.dtype:
+    if (
+        not scoring.plain
+        or not on_gpu(queries, keys)
+        or queries.ndim != 3
+        or keys.ndim != 3
+        or queries.dtype != keys.dtype
+    ):
         return None
     (h, nq, d), (k, nk, width) = queries.shape, keys.shape
     fits = 0 < nq <= nk and k > 0 and h > 0 and h % k == 0 and d == width <= _KERNEL_WIDTH

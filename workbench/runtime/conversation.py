@@ -161,6 +161,7 @@ class Conversation:
             memory=trace.memory,
             learnt=trace.learnt,
             fusing=self.fusing,
+            states=self.plan.states,
         )
 
     def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:
@@ -182,7 +183,7 @@ class Conversation:
             )
 
         def plain_decoder() -> Decoder:
-            return Decoder(self.plain_model, plain.stores(), plain.position, fusing=self.fusing)
+            return Decoder(self.plain_model, plain.stores(), plain.position, states=plain.states, fusing=self.fusing)
 
         against = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
         answer = run.tokens if given is None else None
@@ -208,6 +209,7 @@ class Conversation:
         categories = {
             "weights": self.weight_nbytes,
             **kv_categories(decoder.stores),
+            **({"state": nbytes} if (nbytes := decoder.state_nbytes) else {}),
             "activations": decoder.activations,
             "workspace": decoder.workspace,
             **({"attention": nbytes} if (nbytes := decoder.attention_nbytes) else {}),
@@ -215,14 +217,16 @@ class Conversation:
             **({"weights in fewer bytes": nbytes} if (nbytes := decoder.fused_nbytes) else {}),
             "trace": self.plan.trace.nbytes,
         }
-        timeline.add(phase, step, categories, [store.nbytes for store in decoder.stores])
+        nbytes_by_layer = [store.nbytes for store in decoder.stores]
+        timeline.add(phase, step, categories, nbytes_by_layer, numbers=self.plan.trace.numbers)
 
 
 def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:
     """What a run has to say about layers at which its attention method does not decode."""
     if decoder.attention is None or not decoder.by_store:
         return ()
-    layers = ", ".join(map(str, decoder.by_store))
+    named = {layer.index: layer.called for layer in decoder.recorded}
+    layers = ", ".join(str(named.get(layer, layer)) for layer in decoder.by_store)
     note = (
         f"layers {layers}: {decoder.attention.key} changes only reading here; how the cache is attended to while "
         "decoding is part of the KV method"

@@ -35,6 +35,8 @@ def refusal(decoder: Decoder) -> str | None:
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
         return f"{decoder.attention.key} attends in its own way while decoding"
+    if decoder.states is not None:
+        return "some layers keep another state than keys and values"
     if decoder.outputs is not None:
         return "each layer's outputs are recorded"
     others = {type(store).__name__ for store in decoder.stores if store.capturable is None}

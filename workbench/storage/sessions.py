@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of
+from workbench.engine.states import attending
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
 from workbench.files.folders import located, whole
 from workbench.files.paths import regular
@@ -27,12 +28,13 @@ from workbench.measure.timing import Timing
 from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
+from workbench.runtime.continuing import restored
 from workbench.runtime.evaluate import Evaluation
 from workbench.runtime.readings import Readings
 from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration.texts import Calibration
-from workbench_kernels import Scoring
+from workbench_kernels import Chosen, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +45,7 @@ DESCRIPTION, TENSORS = "session.json", "trace.safetensors"
 
 _LARGEST = 1 << 28  # bytes of a description: a hundred long runs take a thousandth
 _SAMPLES = 8  # values of each weight that tell one model from another
+_OF_HEADS = ("sinks", "slopes")  # of a layer's scoring: one number for each query head
 _SHAPE = ("model_type", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "parameters")
 S = TypeVar("S")
 
@@ -145,17 +148,33 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for layer in trace.layers:
         recorded = {"keys": layer.keys_held, "values": layer.values_held, "queries": layer.queries_held}
         tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in recorded.items()})
+        for name in _OF_HEADS:
+            if (numbers := getattr(layer.scoring, name)) is not None:
+                tensors[f"layers.{layer.index}.{name}"] = numbers
+        if layer.scoring.chosen is not None and layer.scoring.chosen.keys is not None:
+            tensors[f"layers.{layer.index}.chosen"] = layer.scoring.chosen.keys
+    states = {} if trace.states is None else trace.states.saved()
+    tensors.update({f"states.{name}": tensor for name, tensor in states.items()})
     return {
         "chat": trace.prompt.chat,
         **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
         "prompt_notes": list(trace.prompt.notes),
         "read_seconds": trace.read_seconds,
         "layers": [
-            {"scale": x.scale, "window": x.window, "softcap": x.softcap, "shared": x.shared} for x in trace.layers
+            {
+                "scale": x.scale,
+                "window": x.window,
+                "softcap": x.softcap,
+                "shared": x.shared,
+                "chosen": None if (chosen := x.scoring.chosen) is None else "all" if chosen.keys is None else "some",
+                "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
+            }
+            for x in trace.layers
         ],
         "exact": {str(layer): reason for layer, reason in trace.exact.items()},
         "timeline": trace.timeline.to_dict(),
         "computed": list(trace.computed),
+        "states": list(states),
     }
 
 
@@ -312,13 +331,17 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
     ids = tensor("ids").long()
     model, device = readings.model, device_of(readings.model)
     home = readings.keep_on or device
-    if len(saved["layers"]) != readings.facts.layers:
-        raise ValueError(f"{len(saved['layers'])} layers instead of {readings.facts.layers}")
+    numbers = attending(model)
+    if len(saved["layers"]) != len(numbers):
+        raise ValueError(f"{len(saved['layers'])} layers instead of {len(numbers)}")
     layers = []
     for index, fields in enumerate(saved["layers"]):
         keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
         if not keys.shape[1] == values.shape[1] == queries.shape[1] == ids.numel():  # [k, n, d], [k, n, dv], [h, n, d]
             raise ValueError(f"layer {index} does not hold {ids.numel()} tokens")
+        chosen = None if fields.get("chosen") is None else Chosen(torch.arange(ids.numel()), None)
+        if fields.get("chosen") == "some":
+            chosen = Chosen(torch.arange(ids.numel()), _choices(tensor(f"layers.{index}.chosen"), ids.numel()).to(home))
         layers.append(
             LayerTrace(
                 index=index,
@@ -326,9 +349,21 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 values_held=values.to(home, model.dtype),
                 queries_held=queries.to(home, model.dtype),
                 device=device,
-                scoring=Scoring(float(fields["scale"]), fields["window"], fields["softcap"]),
+                scoring=Scoring(
+                    float(fields["scale"]),
+                    fields["window"],
+                    fields["softcap"],
+                    *(
+                        _of_heads(tensor(f"layers.{index}.{name}"), len(queries)).to(device)
+                        if name in fields.get("of_heads", ())
+                        else None
+                        for name in _OF_HEADS
+                    ),
+                    chosen=chosen,
+                ),
                 shared=fields.get("shared"),
-                rotary=partial(readings.rotations.of, index),
+                rotary=partial(readings.rotations.of, numbers[index]),
+                number=numbers[index],
             )
         )
     return Trace(
@@ -339,7 +374,22 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         {int(layer): str(reason) for layer, reason in saved["exact"].items()},
         Timeline.from_dict(saved["timeline"]),
         tuple(int(entries) for entries in saved.get("computed", ())),
+        states=restored(model, {str(name): tensor(f"states.{name}") for name in saved.get("states", ())}),
     )
+
+
+def _of_heads(numbers: Tensor, heads: int) -> Tensor:
+    if numbers.shape != (heads,) or not numbers.is_floating_point():
+        raise ValueError(f"{list(numbers.shape)} numbers for {heads} heads")
+    return numbers
+
+
+def _choices(keys: Tensor, tokens: int) -> Tensor:
+    """What an indexer chose for each token: int [n, c], positions in the text."""
+    whole = keys.ndim == 2 and len(keys) == tokens and keys.dtype in (torch.int32, torch.int64)
+    if not whole or not bool(((keys >= 0) & (keys < tokens)).all()):
+        raise ValueError(f"{list(keys.shape)} choices for {tokens} tokens")
+    return keys
 
 
 def _prompt(saved: dict[str, Any], ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:

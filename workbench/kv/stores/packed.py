@@ -388,7 +388,7 @@ class PackedStore(PositionedStore):
         self.settle()
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring)
         if not fits:
             return None
         return decode_packed(

@@ -72,7 +72,8 @@ class KVzip(GlobalHeads):
         for done, (piece, ids) in enumerate(zip(pieces, passes, strict=True)):
             repeating = _Repeating(trace, piece, self.sinks, study.progress, done, len(pieces))
             positions = torch.arange(trace.tokens, trace.tokens + ids.numel())
-            forward(model, repeating, ids, positions)
+            states = None if trace.states is None else trace.states.on(self.key)
+            forward(model, repeating, ids, positions, cache=states)
             scores.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
         study.progress.update("repeating the context", len(trace.layers) * len(pieces), len(trace.layers) * len(pieces))
         return torch.stack([keep_first(layer, self.sinks) for layer in torch.cat(scores, dim=2)])  # [l, k, n]
@@ -125,5 +126,7 @@ class _Repeating:
         """The largest weight [k, p] on each position of the piece, as if only sinks, piece and the pass were there."""
         piece = rows[..., self.piece]
         total = rows[..., recorded.tokens :].sum(dim=-1) + piece.sum(dim=-1) + rows[..., self.sinks].sum(dim=-1)
+        if recorded.scoring.sinks is not None:
+            total = total + (1 - rows.sum(dim=-1))  # learned ones are there too
         shares = piece / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]  # [k, g, rows, p]
         return shares.amax(dim=(1, 2))
