@@ -10,7 +10,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from workbench_kernels.building import quantise_rows
 from workbench_kernels.cpu.library import library
-from workbench_kernels.cpu.token import Rows, attend, attends, coded, turn
+from workbench_kernels.cpu.token import Rows, Stretch, attend, attends, coded, leave, turn
 from workbench_kernels.decode import decode_dense, decode_packed
 from workbench_kernels.packing import dequantise
 from workbench_kernels.rotary import rotate
@@ -138,3 +138,23 @@ def test_layouts_that_are_not_read_are_named() -> None:
 def test_without_a_compiler_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert library(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "width", "group"), [(2, 64, 32), (4, 60, 32), (8, 64, 48), (1, 64, 64)])
+def test_a_row_that_leaves_is_quantised_to_the_bit(
+    compiled: ctypes.CDLL, dtype: torch.dtype, bits: int, width: int, group: int
+) -> None:
+    torch.manual_seed(bits)
+    heads, room, held = 3, 9, 7
+    tail = torch.randn(heads * room, width).to(dtype)
+    before = tail.view(heads, room, width).clone()
+    made = quantise_rows(before[:, :1], bits, group, "token")
+    parts = [torch.zeros(heads * 5, x.shape[1], dtype=x.dtype) for x in made]
+    stretches = [Stretch(x, 5, 2) for x in parts]
+    assert leave(Stretch(tail, room, held), *stretches, bits, group, compiled)
+    for part, wanted in zip(parts, made, strict=True):
+        assert torch.equal(part.view(heads, 5, -1)[:, 2], wanted)
+    assert torch.equal(tail.view(heads, room, width)[:, : held - 1], before[:, 1:held])
+    tail[0, 0] = torch.inf
+    assert not leave(Stretch(tail, room, held), *stretches, bits, group, compiled)

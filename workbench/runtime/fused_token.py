@@ -115,7 +115,7 @@ class FusedToken:
         if held is None or not attends(*held):
             return None
         out = attend(query, *held, scoring, self._compiled)
-        store.attended()
+        store.attended(self._compiled)
         return out
 
     def _through(self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, handler: Attending) -> Tensor:

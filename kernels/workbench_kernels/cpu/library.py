@@ -35,13 +35,14 @@ def library(folder: str) -> ctypes.CDLL | None:
         return None
     for name, kinds in _ARGUMENTS.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = kinds, _INT if name == "wb_code" else None
+        function.argtypes, function.restype = kinds, _INT if name in ("wb_code", "wb_leave") else None
     return found
 
 
 _LONG, _PLACE, _FLOAT, _INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "wb_linear": (_INT, _PLACE, _PLACE, _FLOAT, _LONG, _LONG, *[_PLACE] * 4, _INT),
+    "wb_leave": (_PLACE, _INT, *[_LONG] * 4, *[_PLACE] * 3, *[_LONG] * 4, _INT, _LONG),
     "wb_code": (_PLACE, _LONG, _INT, _PLACE, _PLACE, _PLACE, _INT),
     "wb_rotate": (_PLACE, _LONG, _LONG, _LONG, _PLACE, _PLACE),
     "wb_attend": (_PLACE, _PLACE, _PLACE, _LONG, _LONG, _LONG, _FLOAT, _FLOAT, _PLACE, _PLACE, _INT),

@@ -479,6 +479,51 @@ static void soften(float *x, long m, float scale, float softcap) {
     for (i = 0; i < m; i++) x[i] *= total;
 }
 
+static float at(const void *p, long i, int form) {
+    if (form == FLOATS) return ((const float *)p)[i];
+    if (form == HALVES) return (float)((const _Float16 *)p)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[i] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Quantise the first of `rows` rows of each head's tail, whose parts are `room` rows, to row `to` of its codes, and close
+   the tail up. As `quantise` and `pack` do, to the bit. 0 where a scale or zero would not be finite, and nothing is done. */
+int wb_leave(void *tail, int form, long heads, long room, long rows, long d, uint8_t *codes, _Float16 *scales,
+             _Float16 *zeros, long codes_room, long scales_room, long zeros_room, long to, int bits, long group) {
+    long b = (d * bits + 7) / 8, groups = (d + group - 1) / group, size = form == FLOATS ? 4 : 2;
+    float steps = (float)((1 << bits) - 1);
+    for (long head = 0; head < heads; head++)
+        for (long g = 0; g < groups; g++) {
+            float low = INFINITY, high = -INFINITY;
+            for (long c = g * group; c < d && c < (g + 1) * group; c++) {
+                float x = at(tail, head * room * d + c, form);
+                if (x != x) return 0;
+                low = x < low ? x : low;
+                high = x > high ? x : high;
+            }
+            _Float16 zero = (_Float16)low, scale = (_Float16)((high - (float)zero) / steps);
+            if (!isfinite((float)zero) || !isfinite((float)scale)) return 0;
+            scales[(head * scales_room + to) * groups + g] = scale;
+            zeros[(head * zeros_room + to) * groups + g] = zero;
+        }
+    for (long head = 0; head < heads; head++) {
+        uint8_t *row = codes + (head * codes_room + to) * b;
+        memset(row, 0, b);
+        for (long c = 0; c < d; c++) {
+            float scale = (float)scales[(head * scales_room + to) * groups + c / group];
+            float code = at(tail, head * room * d + c, form) - (float)zeros[(head * zeros_room + to) * groups + c / group];
+            code = rintf(code / (scale > 0 ? scale : 1.0f));
+            code = code < 0 ? 0 : code > steps ? steps : code;
+            row[c % b] |= (uint8_t)((int)code << (c / b * bits));
+        }
+        char *first = (char *)tail + head * room * d * size;
+        memmove(first, first + d * size, (rows - 1) * d * size);
+    }
+    return 1;
+}
+
 /* Attention of query [h, d] over each KV head's rows: out [h, dv]. scratch [h, m], m the most rows of a head. */
 void wb_attend(const float *query, const Side *keys, const Side *values, long heads, long kv_heads, long m, float scale,
                float softcap, float *out, float *scratch, int threads) {

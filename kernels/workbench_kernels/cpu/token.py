@@ -208,3 +208,36 @@ def _side(rows: Ragged | PackedRows) -> tuple[_Side, int]:
         side.balance = None if rows.balance is None else rows.balance.data_ptr()
         side.bits, side.group, side.channel = rows.bits, rows.group, int(rows.axis == "channel")
     return side, len(tail.starts)
+
+
+class Stretch(NamedTuple):
+    """Rows of heads that are all equally long: data [h * room, w], of which the first `longest` of each head are used."""
+
+    data: Tensor
+    room: int
+    longest: int
+
+
+def leave(
+    tail: Stretch, codes: Stretch, scale: Stretch, zero: Stretch, bits: int, group: int, library: ctypes.CDLL
+) -> bool:
+    """Quantise the first row of each head's tail, in groups of channels, behind its codes, where there is room, and
+    close the tail up; the same as `quantise_rows`, to the bit. False where this cannot be done, and nothing has been.
+    """
+    form, width = _FORMS.get(tail.data.dtype), tail.data.shape[1]
+    if form is None or tail.data.device.type != "cpu" or min(x.room for x in (codes, scale, zero)) <= codes.longest:
+        return False
+    done = library.wb_leave(
+        tail.data.data_ptr(),
+        form,
+        len(tail.data) // tail.room,
+        tail.room,
+        tail.longest,
+        width,
+        *(x.data.data_ptr() for x in (codes, scale, zero)),
+        *(x.room for x in (codes, scale, zero)),
+        codes.longest,
+        bits,
+        group,
+    )
+    return bool(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -136,8 +137,8 @@ class Store(ABC):
         """
         return None
 
-    def attended(self) -> None:  # noqa: B027 (most change nothing by being read)
-        """Know that a token has attended to what is held `in_place`."""
+    def attended(self, library: CDLL | None = None) -> None:  # noqa: B027 (most change nothing by being read)
+        """Know that tokens have attended to what is held; library: what was compiled for that, if they did by it."""
 
     @property
     def holder(self) -> Store:
