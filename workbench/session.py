@@ -393,6 +393,7 @@ class Session(Shown):
             notes=(*prompt.prompt.notes, *plan.notes, *variants.said(weights), *variants.notes),
             on_run=partial(self._remember, prompt),
             graphs=self.graphs,
+            fusing=self.readings.fusing,
         )
 
     def _remember(self, trace: Trace, run: Run) -> None:

@@ -20,6 +20,7 @@ from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.progress import Progress
 from workbench.runtime.continuing import fresh_states
+from workbench.runtime.fused_token import FusedToken, FusedTokens
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -40,6 +41,7 @@ class Decoder:
     notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model. states: what
     layers that keep another state than keys and values remember of the text so far, at first of the prompt; a copy of
     its own. None: the model has no such layers, or begins to read.
+    fusing: where `fuse` finds a way to read single tokens without the model's modules, `fused` once it has.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,8 @@ class Decoder:
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
+    fusing: FusedTokens | None = field(default=None, repr=False)
+    fused: FusedToken | None = field(init=False, default=None, repr=False)
     states: States | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
@@ -94,6 +98,8 @@ class Decoder:
                 store.reads(part, self._positions)
             if measure:
                 rows.append(self._measured(part, logits))
+            elif self.fused is not None and part.numel() == 1:
+                rows.append(self.fused(self, part, self._positions)[1 - min(logits, 1) :])
             else:
                 rows.append(self._forward(part, logits))
             self.position = int(self._positions[-1]) + 1
@@ -129,7 +135,10 @@ class Decoder:
         if evictable is not None or not by_method:
             counted = self._context.computed[layer]
             self._count_exact(store, query.shape[0], positions, scoring)
-            exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
+            in_place = self.fused is not None and evictable is None and positions.numel() == 1
+            exact = self.fused.attend(store, query, scoring) if self.fused is not None and in_place else None
+            if exact is None:
+                exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             if (selected := store.holder.scores_computed) is not None:
                 self._context.computed[layer] = counted + selected
             out = out if by_method else exact
@@ -224,7 +233,21 @@ class Decoder:
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         twin.memory = dict(self.memory)
+        twin.fusing = self.fusing
         return twin
+
+    def fuse(self) -> None:
+        """From here on read tokens that come alone without the model's modules, where that can be done.
+
+        The first time for a model its weights are read once.
+        """
+        if self.fusing is not None:
+            self.fused = self.fusing.of(self.model)
+
+    @property
+    def fused_nbytes(self) -> int:
+        """Bytes of the weights held again for reading tokens faster."""
+        return 0 if self.fused is None else self.fused.nbytes
 
     def reserve(self, tokens: int) -> None:
         """Allocate once for `tokens` more, where the stores will grow."""

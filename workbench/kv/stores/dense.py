@@ -195,6 +195,10 @@ class DenseStore(PositionedStore):
         self.values.grow(positions.numel())
         self._append_positions(positions)
 
+    @property
+    def in_place(self) -> tuple[Ragged, Ragged]:
+        return self.keys.ragged(), self.values.ragged()
+
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         fits, asked = for_kernel(query, self.keys.data, query_positions, scoring)
         if not fits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,6 +17,7 @@ from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, R
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rows import PackedRows, Ragged
 
 _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
 
@@ -127,6 +129,16 @@ class Store(ABC):
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
+
+    @property
+    def in_place(self) -> tuple[Ragged | PackedRows, Ragged | PackedRows] | None:
+        """Keys and values of every entry, where the newest token's attention over them is all that `attend` computes;
+        who reads them so says `attended` afterwards. None where it does more.
+        """
+        return None
+
+    def attended(self, library: CDLL | None = None) -> None:  # noqa: B027 (most change nothing by being read)
+        """Know that tokens have attended to what is held; library: what was compiled for that, if they did by it."""
 
     @property
     def holder(self) -> Store:
