@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from workbench.version import __version__
 
 if TYPE_CHECKING:
-    from workbench import attention, kv, weights
+    from workbench import attention, kv, models, weights
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
     from workbench.session import Session
 
-__all__ = ["Progress", "Recipe", "Session", "__version__", "attention", "kv", "method", "methods", "weights"]
+__all__ = ["Progress", "Recipe", "Session", "__version__", "attention", "kv", "method", "methods", "models", "weights"]
 
 _LAZY = {
     "Session": "workbench.session",
@@ -26,6 +26,7 @@ _LAZY = {
     "method": "workbench.registry",
     "methods": "workbench.registry",
     "kv": None,
+    "models": None,
     "weights": None,
     "attention": None,
 }

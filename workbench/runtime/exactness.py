@@ -31,6 +31,8 @@ from workbench.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workbench.trace import Trace
+
 _READ = 12  # tokens that are read at once; those that follow are decoded
 _STEPS = (4, 1)  # so many at a time: several, then one
 _WINDOW = 8  # what sliding windows are narrowed to meanwhile, so that reading and decoding pass their edge
@@ -92,6 +94,12 @@ def fingerprint(model: PreTrainedModel) -> str:
         model,  # its modules and their sizes
     ]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+def probed(model: PreTrainedModel, facts: Facts, progress: Progress | None = None) -> Trace:
+    """What reading 12 random tokens records of a model. Raises NotApplicable, Cancelled."""
+    ids = _ids(model, facts, min(_READ, facts.max_positions))
+    return read(model, facts, Prompt(ids, chat=False), progress=progress)
 
 
 def _precision(model: PreTrainedModel) -> torch.dtype:
