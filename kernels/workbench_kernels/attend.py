@@ -18,13 +18,15 @@ def attend(
     scoring: Scoring,
     *,
     visible: Tensor | None = None,
+    offsets: Tensor | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention with grouped queries.
 
     query [h, q, d], keys [k, m, d], values [k, m, dv] with h = g * k, all of one dtype. visible: bool, broadcastable to
     [k, q, m], True where a query may look; None: everywhere. Every query must see at least one key. Slots have no
-    positions here, so of `scoring` the window is not looked at: `visible` says what is seen.
+    positions here, so of `scoring` the window is not looked at: `visible` says what is seen. offsets int [k or 1, m],
+    where there are slopes: how far keys stand ahead of one of the queries (`Scoring.offsets`).
     Returns the output [h, q, dv] and, if `weights`, the softmax rows [k, g, q, m] (float32), else None.
     """
     heads, count, width = query.shape
@@ -38,7 +40,10 @@ def attend(
         seen = None if visible is None else visible[:, first : first + block]
         products = torch.matmul(part.flatten(1, 2), keys.transpose(1, 2)).float()  # [k, g*q, m]
         probs = attention_weights(
-            products.view(kv_heads, groups, -1, slots), scoring, None if seen is None else seen[:, None]
+            products.view(kv_heads, groups, -1, slots),
+            scoring,
+            None if seen is None else seen[:, None],
+            None if offsets is None else offsets[:, None, None],
         )
         out = torch.matmul(probs.flatten(1, 2).to(values.dtype), values)  # [k, g*q, dv]
         outs.append(out.view(heads, part.shape[2], values.shape[-1]))

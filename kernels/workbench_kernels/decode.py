@@ -11,8 +11,13 @@ from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state
 
 
-def _takes_dense(query: Tensor, keys: Ragged) -> bool:
-    return on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2
+def _takes_dense(query: Tensor, keys: Ragged, scoring: Scoring) -> bool:
+    return (
+        scoring.slopes is None
+        and on_gpu(query, keys.data)
+        and query.dtype == keys.data.dtype
+        and query.dtype.itemsize == 2
+    )
 
 
 @with_kernel("gpu.dense:decode_dense", when=_takes_dense)
@@ -32,14 +37,15 @@ def decode_dense(
     positions up to their own within `scoring.window`; positions [t, 1] int32 of the rows, if not their number in their
     head. Without query_positions every query sees everything.
     Returns the output [h, q, dv], in the query's dtype, and with `lse` the log of each query's sum of exponentiated
-    scores, float32 [h, q], for `merge_states`; a query that sees nothing gets zeros and minus infinity. The kernel
-    reads 16-bit numbers; others go through the reference.
+    scores, float32 [h, q], for `merge_states`; a query that sees nothing gets zeros and minus infinity, and sinks are
+    one key more that all see. The kernel reads 16-bit numbers and knows no slopes; what else there is goes through the
+    reference.
     """
     return _decode(query, keys, values, scoring, query_positions, positions, lse)
 
 
-def _takes_packed(query: Tensor, keys: PackedRows) -> bool:
-    return on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
+def _takes_packed(query: Tensor, keys: PackedRows, scoring: Scoring) -> bool:
+    return scoring.slopes is None and on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
 
 
 @with_kernel("gpu.packed:decode_packed", when=_takes_packed)
@@ -76,5 +82,6 @@ def _decode(
     visible = real[:, None]
     if query_positions is not None:
         visible = visible & scoring.visible(query_positions.to(query.device), places)
-    out, sums = attention_state(query, key, value, visible, scoring)
+    offsets = scoring.offsets(places if query_positions is None else query_positions, places)
+    out, sums = attention_state(query, key, value, visible, scoring, offsets)
     return out, sums if lse else None

@@ -16,7 +16,7 @@ def _takes(query: Tensor, keys: SparseRows, values: SparseRows, scoring: Scoring
     tensors = (x.data for side in (keys, values) for x in (side.numbers, side.tail))
     alike = all(x.dtype == query.dtype for x in tensors) and query.dtype in (torch.float16, torch.bfloat16)
     several = keys.numbers.data.shape[1] > 0 and values.numbers.data.shape[1] > 0
-    return on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None
+    return on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None and scoring.slopes is None
 
 
 @with_kernel("gpu.bitmap:decode_bitmap", when=_takes)
@@ -36,18 +36,19 @@ def decode_bitmap(
     queries see entries at positions up to their own; positions [t, 1] int32 of a head's sparse and then whole rows, if
     not their number in their head. Without query_positions every query sees everything.
     Returns the output [h, q, dv], in the query's dtype, and with `lse` the log of each query's sum of exponentiated
-    scores, float32 [h, q] (see `decode_dense`). The kernel reads 16-bit numbers and knows no window;
-    what else there is goes through the reference.
+    scores, float32 [h, q] (see `decode_dense`). The kernel reads 16-bit numbers and knows no window and
+    no slopes; what else there is goes through the reference.
     """
     key, real, number = _expanded(keys)
     value, _, _ = _expanded(values)
     visible = real[:, None]
+    if positions is not None:
+        at = (positions.starts.long()[:, None] + number).clamp_max(max(positions.data.shape[0] - 1, 0))
+        number = positions.data[at, 0]
     if query_positions is not None:
-        if positions is not None:
-            at = (positions.starts.long()[:, None] + number).clamp_max(max(positions.data.shape[0] - 1, 0))
-            number = positions.data[at, 0]
         visible = visible & scoring.visible(query_positions.to(query.device), number)
-    out, sums = attention_state(query, key, value, visible, scoring)
+    offsets = scoring.offsets(number if query_positions is None else query_positions, number)
+    out, sums = attention_state(query, key, value, visible, scoring, offsets)
     return out, sums if lse else None
 
 

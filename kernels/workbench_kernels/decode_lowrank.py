@@ -57,7 +57,7 @@ def decode_lowrank(
 
 def _takes(query: Tensor, keys: Ragged, scoring: Scoring) -> bool:
     alike = query.dtype == keys.data.dtype and query.dtype.itemsize == 2
-    return on_gpu(query, keys.data) and alike and scoring.window is None
+    return on_gpu(query, keys.data) and alike and scoring.window is None and scoring.slopes is None
 
 
 @with_kernel("gpu.lowrank_decode:decode_rotated", when=_takes)
@@ -92,7 +92,8 @@ def decode_rotated(
     if query_positions is not None:
         visible = visible & scoring.visible(query_positions.to(query.device), places)
     value = torch.where(real[..., None], values.padded()[0].to(dtype), 0)
-    out, sums = attention_state(query, key, value, visible, scoring)
+    offsets = scoring.offsets(places if query_positions is None else query_positions, places)
+    out, sums = attention_state(query, key, value, visible, scoring, offsets)
     return out, sums if lse else None
 
 

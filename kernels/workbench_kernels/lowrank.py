@@ -64,10 +64,10 @@ def _check_attention(
 def _takes_attention(
     queries: Tensor, keys: Tensor, values: Tensor, query_basis: Tensor, key_basis: Tensor, value_basis: Tensor,
     cos: Tensor | None, sin: Tensor | None, query_bias: Tensor | None, key_bias: Tensor | None,
-    value_bias: Tensor | None,
+    value_bias: Tensor | None, scoring: Scoring,
 ) -> bool:  # fmt: skip
     bases, biases = (query_basis, key_basis, value_basis), (query_bias, key_bias, value_bias)
-    return on_gpu(queries, keys, values, *bases, cos, sin, *biases)
+    return scoring.plain and on_gpu(queries, keys, values, *bases, cos, sin, *biases)
 
 
 @with_kernel("gpu.lowrank:attend_factors", when=_takes_attention, check=_check_attention)
@@ -112,14 +112,13 @@ def attend_factors(
             last = stop if causal else count
             start = max(0, first - scoring.window + 1) if scoring.window else 0
             here = slice(first, stop)
-            visible = None
-            if causal:
-                place = torch.arange(start, last, device=queries.device)
-                visible = scoring.visible(torch.arange(first, stop, device=queries.device), place)
+            place, rows = (torch.arange(*x, device=queries.device) for x in ((start, last), (first, stop)))
+            visible = scoring.visible(rows, place) if causal else None
+            offsets = scoring.offsets(rows, place)
             for j in range(i * groups, (i + 1) * groups):
                 query = _expanded(queries[here], query_basis[j], _of(query_bias, j))
                 query = _rotated(query, *(None if x is None else x[here] for x in (cos, sin)))
-                weights = attention_weights(query @ key[start:last].T, scoring, visible)
+                weights = attention_weights(query @ key[start:last].T, scoring.of(j), visible, offsets)
                 out[here, j] = (weights @ value[start:last]).to(out.dtype)
     return out.flatten(1)
 

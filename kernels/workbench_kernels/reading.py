@@ -10,12 +10,13 @@ from torch import Tensor
 from workbench_kernels.attention_statistics import Pooling, Reading, cell_edges, check_reading
 from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import log_sums
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
-def _takes(query: Tensor, key: Tensor, lse: Tensor | None) -> bool:
-    return on_gpu(query, key, lse)
+def _takes(query: Tensor, key: Tensor, lse: Tensor | None, scoring: Scoring) -> bool:
+    return scoring.plain and on_gpu(query, key, lse)
 
 
 @with_kernel("gpu.reading:read_attention", when=_takes)
@@ -36,8 +37,9 @@ def read_attention(
 
     query [h, n, d] and key [k, m, d] after the rotary embedding, h a multiple of k, n <= m: the queries are those of
     the last n keys. scoring: as the layer attends; a row sees `window` keys, its own included.
-    lse: each row's log-sum-exp [h, n] float32, which flash attention leaves; found here if it is not given, which
-    takes a pass of its own. So does the entropy, on a GPU, where lse was given; where not, both are one pass.
+    lse: each row's log-sum-exp [h, n] float32, sinks included, which flash attention leaves; found here if it is not
+    given, which takes a pass of its own. So does the entropy, on a GPU, where lse was given; where not, both are one
+    pass.
     rows: of which rows `sums` and `most` are, half-open (default: all; not together with a map).
     pooling: how weights become the cells of a map of at most `pixels` x `pixels` (<= 1024), None: no map. Cell i of c
     begins at position i * n // c. "mean" counts the keys that a row does not see as zero.
@@ -64,7 +66,7 @@ def read_attention(
         how = "amax" if pooling == "max" else "sum"
     for block, scores in _score_blocks(query, key, scoring, wide):
         if lse is None:
-            row_lse[:, block] = scores.logsumexp(-1)
+            row_lse[:, block] = log_sums(scores, scoring)[..., 0]
         logs = scores - row_lse[:, block, None]
         probs = logs.exp()  # [h, r, m]
         begin, end = max(first - block.start, 0), max(last - block.start, 0)
@@ -95,4 +97,4 @@ def _score_blocks(query: Tensor, key: Tensor, scoring: Scoring, dtype: torch.dty
         part = query[:, block].to(dtype).reshape(k, -1, query.shape[2])
         products = torch.matmul(part, keys).view(h, -1, m)
         rows = torch.arange(m - n + block.start, m - n + block.stop, device=query.device)
-        yield block, scoring.scores(products, scoring.visible(rows, cols))
+        yield block, scoring.scores(products, scoring.visible(rows, cols), scoring.offsets(rows, cols))

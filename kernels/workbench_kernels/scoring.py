@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap; rows see a window.
+    """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap, plus slope * key position
+    if there are slopes; rows see a window, and with sinks a share of their weight goes to no key.
 
-    All that attends, on any device, takes these three as one value.
+    All that attends, on any device, takes these as one value; sinks and slopes exclude one another. Where queries of
+    some heads are worked on by themselves, `of` gives what is theirs.
     """
 
     scale: float
@@ -21,17 +23,76 @@ class Scoring:
     """how many positions a query sees, its own included; None: all up to its own"""
     softcap: float | None = None
     """the bound of scores (Gemma 2); None: unbounded"""
+    sinks: Tensor | None = None
+    """[h] the score of a key without value that all queries of a head see (GPT-OSS); None: there is none"""
+    slopes: Tensor | None = None
+    """[h] what is added to a head's scores for each position that a key stands further on (ALiBi); None: nothing"""
+
+    def __post_init__(self) -> None:
+        if self.sinks is not None and self.slopes is not None:
+            raise ValueError(
+                "sinks beside slopes (ALiBi): a sink stands nowhere, so how far it is from a query is unknown"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scoring):
+            return NotImplemented
+        return self._numbers == other._numbers and _same(self.sinks, other.sinks) and _same(self.slopes, other.slopes)
+
+    def __hash__(self) -> int:
+        return hash(self._numbers)
+
+    @property
+    def _numbers(self) -> tuple[float, int | None, float | None]:
+        return self.scale, self.window, self.softcap
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are products alone, and weights their softmax: no sinks and no slopes."""
+        return self.sinks is None and self.slopes is None
+
+    def of(self, heads: slice | int | Tensor) -> Scoring:
+        """The same for some of the query heads."""
+        if self.plain:
+            return self
+        return replace(self, sinks=_picked(self.sinks, heads), slopes=_picked(self.slopes, heads))
+
+    def without_sinks(self) -> Scoring:
+        """The same for all parts but one of a softmax that is computed in parts: sinks take part once."""
+        return self if self.sinks is None else replace(self, sinks=None)
+
+    def offsets(self, query_positions: Tensor, positions: Tensor) -> Tensor | None:
+        """How far keys at positions int [..., m] stand ahead of the last of the queries; None where it is no matter.
+
+        What is the same for all keys of a row cancels in its softmax, so one query serves for all; near it float32
+        tells neighbours apart however long the text is.
+        """
+        return None if self.slopes is None else positions - query_positions.max().to(positions.device)
 
     def cap(self, scores: Tensor) -> Tensor:
         """Scaled scores of any shape, bent by the softcap; themselves where there is none."""
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
-    def scores(self, products: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Scores of products q k [..., m], float32 or wider, which are overwritten: scaled, capped and masked.
+    def bent(self, scores: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Scaled scores [..., q, m], whose first dimensions are the heads (or KV heads and groups), capped and biased.
 
-        visible: bool, broadcastable to [..., m]; minus infinity stands where it is False. None: everything is seen.
+        offsets: see `offsets`, broadcastable to the scores; wanted where there are slopes.
         """
-        scores = self.cap(products.mul_(self.scale))
+        scores = self.cap(scores)
+        if self.slopes is None:
+            return scores
+        if offsets is None:
+            raise ValueError("scores with slopes (ALiBi) are made from the positions of keys too: give offsets")
+        return scores + by_head(self.slopes, scores) * offsets
+
+    def scores(self, products: Tensor, visible: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
+        """Scores of products q k [..., q, m], float32 or wider, which are overwritten: scaled, capped, biased and
+        masked.
+
+        visible: bool, broadcastable to [..., q, m]; minus infinity stands where it is False. None: everything is seen.
+        offsets: as for `bent`.
+        """
+        scores = self.bent(products.mul_(self.scale), offsets)
         return scores if visible is None else scores.masked_fill_(~visible, -torch.inf)
 
     def visible(self, query_positions: Tensor, positions: Tensor) -> Tensor:
@@ -39,3 +100,18 @@ class Scoring:
         keys, queries = positions[..., None, :], query_positions[:, None]
         seen = keys <= queries
         return seen if self.window is None else seen & (keys > queries - self.window)
+
+
+def by_head(numbers: Tensor, scores: Tensor) -> Tensor:
+    """One number for each head, [h], laid beside scores [..., q, m], whose first dimensions are the heads."""
+    return numbers.to(scores.device, scores.dtype).view(*scores.shape[:-2], 1, 1)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.device == other.device and torch.equal(one, other))
+
+
+def _picked(numbers: Tensor | None, heads: slice | int | Tensor) -> Tensor | None:
+    return None if numbers is None else numbers[heads].reshape(-1)

@@ -7,15 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench_kernels.scoring import Scoring
+from workbench_kernels.scoring import Scoring, by_head
 
 
-def attention_weights(products: Tensor, scoring: Scoring, visible: Tensor | None = None) -> Tensor:
-    """The softmax over all keys of products q k [..., m], float32 or wider, which are overwritten.
+def attention_weights(
+    products: Tensor, scoring: Scoring, visible: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
+    """The softmax over all keys of products q k [..., q, m], float32 or wider, which are overwritten.
 
-    visible: bool, broadcastable to [..., m]; None: everything is seen. Every query must see a key.
+    visible: bool, broadcastable to [..., q, m]; None: everything is seen. Every query must see a key. offsets: see
+    `Scoring.bent`.
     """
-    return torch.softmax(scoring.scores(products, visible), dim=-1)
+    return normalised(scoring.scores(products, visible, offsets), scoring)
+
+
+def normalised(scores: Tensor, scoring: Scoring) -> Tensor:
+    """The softmax over all keys of scores [..., q, m], which are overwritten; with sinks rows sum to less than 1."""
+    if scoring.sinks is None:
+        return torch.softmax(scores, dim=-1)
+    return torch.exp(scores.sub_(log_sums(scores, scoring)))
+
+
+def log_sums(scores: Tensor, scoring: Scoring) -> Tensor:
+    """The log-sum-exp of each row of scores [..., q, m], the sinks with them: [..., q, 1]."""
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    return lse if scoring.sinks is None else torch.logaddexp(lse, by_head(scoring.sinks, scores))
 
 
 def partial_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,21 +44,39 @@ def partial_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_state(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scoring: Scoring
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scoring: Scoring,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query [h, q, d] over keys [k, m, d], values [k, m, dv] where visible [k, 1 or q, m]; h = g * k.
 
-    Of `scoring` the window is not looked at: `visible` says what is seen. Computed in float32, or float64 if the query
-    is. Returns the output [h, q, dv] in the query's dtype and its log-sum-exp [h, q], with which states over other keys
-    are merged (`merge_states`); a query that sees nothing gets zeros and minus infinity.
+    Of `scoring` the window is not looked at: `visible` says what is seen. offsets int [k or 1, m], where there are
+    slopes: see `Scoring.offsets`; states are merged only if they are measured from one query. Computed in float32, or
+    float64 if the query is. Returns the output [h, q, dv] in the query's dtype and its log-sum-exp [h, q], with which
+    states over other keys are merged (`merge_states`); a query that sees nothing gets zeros and minus infinity. Sinks
+    are one key more of this state: of states that are merged let one have them (`Scoring.without_sinks`).
     """
     heads, count, width = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.to(dtype).reshape(keys.shape[0], -1, count, width)
     products = torch.einsum("kgqd,kmd->kgqm", grouped, keys.to(dtype))
-    weights, lse = partial_softmax(scoring.scores(products, visible[:, None]))
+    at = None if offsets is None else offsets[:, None, None]
+    weights, lse = partial_softmax(scoring.scores(products, visible[:, None], at))
     out = torch.einsum("kgqm,kmd->kgqd", weights, values.to(dtype))
-    return out.reshape(heads, count, -1).to(query.dtype), lse.reshape(heads, count)
+    return with_sinks(out.reshape(heads, count, -1), lse.reshape(heads, count), scoring, query.dtype)
+
+
+def with_sinks(out: Tensor, lse: Tensor, scoring: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The state of outputs [h, q, dv] and log-sum-exps [h, q] with the sinks as one key more, whose value is 0; the
+    output as `dtype`.
+    """
+    if scoring.sinks is None:
+        return out.to(dtype), lse
+    whole = torch.logaddexp(lse, scoring.sinks.to(lse.device, lse.dtype)[:, None])
+    return (out * torch.exp(lse - whole)[..., None]).to(dtype), whole
 
 
 def merge_states(states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -279,9 +279,10 @@ def test_slots_that_some_query_sees_are_all_that_is_multiplied() -> None:
     assert torch.equal(~hidden, seen.gather(2, slots[:, None].expand(-1, 3, -1)))
     _, key, value = alike(10)
     rows = alike(3)[0] * SCALE
-    got = VisibleScores.of(rows, Dequantised(key, value, torch.arange(10)[None], None), seen, Scoring(1.0))
+    contents = Dequantised(key, value, torch.arange(10)[None], None)
+    got = VisibleScores.of(rows, contents, seen, Scoring(1.0), torch.arange(7, 10))
     want, _ = reference(rows, key, value, Scoring(1.0), visible=seen)
-    torch.testing.assert_close(got.softmax().output(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.softmax().output(Scoring(1.0)), want, rtol=1e-5, atol=1e-5)
 
 
 # --- whole runs

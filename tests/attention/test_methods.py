@@ -101,7 +101,7 @@ def test_chunks_that_no_query_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         module,
         "scaled_scores",
-        lambda rows, keys, cap: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, cap),
+        lambda rows, keys, *rest: seen.append(rows.shape[2] * keys.shape[1]) or plain(rows, keys, *rest),
     )
     query, key, value = drawn(64, dv=8)
     chunked_attention(query, key, value, Scoring(0.3), query_chunk=8, key_chunk=8)

@@ -51,7 +51,7 @@ def test_parts_join_to_the_whole_in_any_order(cuts: tuple[int, ...]) -> None:
         joined = order[0]
         for part in order[1:]:
             joined = joined.merged(part)
-        torch.testing.assert_close(joined.output(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(joined.output(Scoring(1.0)), want, rtol=1e-5, atol=1e-5)
 
 
 # --- Streaming windows

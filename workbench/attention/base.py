@@ -69,6 +69,7 @@ class AttentionMethod(Method):
     looks_ahead: ClassVar[bool] = False  # what a query sees depends on later tokens of the prompt
     changes_prefill: ClassVar[bool] = True  # what the queries of a prompt see, and not only how tokens are decoded
     softmax_weights: ClassVar[bool] = False  # a prompt's weights are the softmax over all that `span` leaves visible
+    follows_slopes: ClassVar[bool] = True  # attends with ALiBi's slopes; else such models are refused
     goes_by_earlier: ClassVar[bool] = False  # what a layer's queries see was chosen in the layers before it
     calibration: ClassVar[int] = 0  # tokens of another text on which it learns of the model before it reads; 0: none
     all_scores: ClassVar[str] = ""  # how all of them are computed, where none can be left out: there is no budget

@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.attention.base import visible_entries
 from workbench.core.attention_rows import row_blocks
 from workbench.core.bisection import largest
-from workbench.core.partial_softmax import PartialSoftmax, exponentiated, weighted_sum
+from workbench.core.partial_softmax import PartialSoftmax, between, exponentiated, weighted_sum
 from workbench_kernels import Scoring
 
 _STRETCH = 1024  # queries whose diagonals are computed together
@@ -133,8 +133,11 @@ def line_attention(
         if len(seen):
             hidden = seen > torch.arange(start, stop, device=query.device)[:, None]
             rows = query[None, start:stop]
-            part = part.merged(PartialSoftmax.over(rows, key[None, seen], value[None, seen], scoring, hidden=hidden))
-        parts.append(part.output()[0])
+            offsets = scoring.offsets(seen.new_tensor([stop - 1]), seen)
+            part = part.merged(
+                PartialSoftmax.over(rows, key[None, seen], value[None, seen], scoring, hidden=hidden, offsets=offsets)
+            )
+        parts.append(part.output(scoring)[0])
     return torch.cat(parts)
 
 
@@ -148,7 +151,8 @@ def _on_diagonals(
     scores = query.new_full((len(behind), stop - start), -torch.inf)  # [s, r]
     spans = [(max(back - start, 0), slice(max(start - back, 0), stop - back)) for back in behind]
     for line, (first, keys) in zip(scores, spans, strict=True):
-        line[first:] = scoring.cap((query[start + first :] * key[keys]).sum(dim=-1))
+        products = (query[start + first :] * key[keys]).sum(dim=-1)
+        line[first:] = scoring.bent(products[None], between(scoring, stop, keys.start, keys.stop, key.device))[0]
         line[first:].masked_fill_(columns[keys], -torch.inf)  # a crossing belongs to its column
     maximum, weights = exponentiated(scores, dim=0)
     mixed = value.new_zeros(stop - start, value.shape[-1])

@@ -14,6 +14,7 @@ from workbench.core.attention_rows import row_blocks
 from workbench.core.partial_softmax import scaled_scores, weighted_sum
 from workbench.registry import param
 from workbench_kernels import Scoring
+from workbench_kernels.softmax import normalised
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Dequantised
@@ -75,9 +76,10 @@ class QuantisedSoftmax(AttentionMethod):
         self, query: Tensor, contents: Dequantised, visible: Tensor, scoring: Scoring, context: PassContext
     ) -> Tensor:
         context.count_seen(len(query), visible)
-        scores = scaled_scores(query.float() * scoring.scale, contents.keys, scoring)  # [h, q, m]
+        offsets = scoring.offsets(context.positions, contents.positions)
+        scores = scaled_scores(query.float() * scoring.scale, contents.keys, scoring, offsets)  # [h, q, m]
         unseen = ~visible.repeat_interleave(len(query) // len(contents.keys), dim=0)
-        weights = scores.masked_fill_(unseen, -torch.inf).softmax(dim=-1)
+        weights = normalised(scores.masked_fill_(unseen, -torch.inf), scoring)
         values, place = contents.values.float(), (self.key, context.layer)
         if place not in context.state:  # no prompt was recorded: the first tokens after it stand for it
             context.state[place] = self.choose([weights], [values])

@@ -24,15 +24,16 @@ class SharedStep(NamedTuple):
     positions: Tensor
 
 
-def within(block: SharedRows, window: int | None) -> Tensor:
-    """The weights, of which those outside a narrower window go to the others."""
+def within(block: SharedRows, window: int | None, *, sunk: bool = False) -> Tensor:
+    """The weights, of which those outside a narrower window go to the others; sunk: sinks have what rows lack to 1."""
     rows, keys, weights = block
     if window is None or keys.start > rows.stop - 1 - window:  # all rows see all of these keys
         return weights
     at_row = torch.arange(rows.start, rows.stop, device=weights.device)[:, None]
     outside = torch.arange(keys.start, keys.stop, device=weights.device) <= at_row - window
+    got = 1 - weights.sum(dim=-1, keepdim=True) if sunk else 0
     weights = weights.masked_fill(outside, 0)
-    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights / (weights.sum(dim=-1, keepdim=True) + got).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def moved(step: SharedStep, positions: Tensor) -> Tensor:

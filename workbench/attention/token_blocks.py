@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.base import visible_entries
-from workbench.core.partial_softmax import PartialSoftmax
+from workbench.core.partial_softmax import PartialSoftmax, between
 from workbench_kernels import Scoring
 
 _FEWEST = 4  # blocks that a query sees, before smaller blocks are tried
@@ -92,12 +92,17 @@ def block_attention(
         stop = min(start + size, tokens)
         rows = query[:, start:stop].float() * scoring.scale
         ahead = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-        part = PartialSoftmax.over(rows, key[:, start:stop], value[:, start:stop], scoring, hidden=ahead)
+        offsets = between(scoring, stop, start, stop, key.device)
+        part = PartialSoftmax.over(
+            rows, key[:, start:stop], value[:, start:stop], scoring, hidden=ahead, offsets=offsets
+        )
         if top > 1 and number:
             best = best_blocks(rows, means[:, :number], top - 1, sinks=sinks)
             keys, values = (x[owner, best].flatten(1, 2) for x in blocks)  # [h, t * size, d]
-            part = part.merged(PartialSoftmax.over(rows, keys, values, scoring))
-        out[:, start:stop] = part.output()
+            if offsets is not None:
+                offsets = (best[..., None] * size + torch.arange(size, device=key.device)).flatten(1) - (stop - 1)
+            part = part.merged(PartialSoftmax.over(rows, keys, values, scoring, offsets=offsets))
+        out[:, start:stop] = part.output(scoring)
     return out
 
 

@@ -26,13 +26,18 @@ class VisibleScores(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, contents: Dequantised, seen: Tensor, scoring: Scoring) -> VisibleScores:
-        """Of float32 queries rows [h, r, d], scaled already, where seen bool [k, r, m] allows; each
-        head sees some entry.
+    def of(
+        cls, rows: Tensor, contents: Dequantised, seen: Tensor, scoring: Scoring, positions: Tensor
+    ) -> VisibleScores:
+        """Of float32 queries rows [h, r, d] at positions int [r], scaled already, where seen bool [k, r, m] allows;
+        each head sees some entry.
         """
         slots, hidden = visible_slots(seen)
         keys, values = (_at(x, slots) for x in (contents.keys, contents.values))
-        scores = scaled_scores(rows, keys, scoring)
+        offsets = scoring.offsets(positions, contents.positions)
+        if offsets is not None:
+            offsets = offsets.expand(len(slots), -1).gather(1, slots)
+        scores = scaled_scores(rows, keys, scoring, offsets)
         if hidden is not None:
             scores.unflatten(0, (len(keys), -1)).masked_fill_(hidden[:, None], -torch.inf)
         return cls(slots, scores, values)

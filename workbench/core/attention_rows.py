@@ -18,6 +18,8 @@ from workbench import arguments
 from workbench.errors import InputError
 from workbench.progress import Progress
 from workbench_kernels import Scoring
+from workbench_kernels.scoring import by_head
+from workbench_kernels.softmax import normalised
 
 BLOCK_BYTES = 64 * 2**20
 # On a GPU small blocks only wait for one another: 131,072 tokens take 1.0 s in blocks of 512 MiB, 3.4 s in those of 64.
@@ -37,7 +39,8 @@ class RowBlock(NamedTuple):
     keys: slice
     """which keys: every key outside has weight zero in all these rows"""
     probs: Tensor
-    """[h, rows, keys] float32, owned by the receiver; each row sums to 1, or is all zero where a query sees no key"""
+    """[h, rows, keys] float32, owned by the receiver; each row sums to 1, or is all zero where a query sees no key;
+    sinks take a part of the 1"""
 
 
 def attention_rows(
@@ -95,6 +98,8 @@ def row_blocks(
     queries, keys_t = queries.detach(), keys.detach().float().transpose(1, 2)  # [k, d, nk]
     first, stop = visible_keys(nq, nk, query_positions, key_positions, scoring.window, kv_heads=k)  # [k or 1, nq]
     group = h // k
+    if scoring.slopes is not None:
+        at, held = (x.to(queries.device) for x in token_positions(nq, nk, query_positions, key_positions))
     rows_per_block = _rows_per_block(h * nk * 4, nq, block_bytes, queries.device)
     scratch = torch.empty(h * rows_per_block * nk, dtype=torch.float32, device=queries.device)
 
@@ -119,11 +124,15 @@ def row_blocks(
         )
         if scoring.softcap is not None:  # one pass over the scores fewer than `scoring.cap`
             scores.tanh_().mul_(scoring.softcap)
-        _hide(scores.view(k, group, r, c), first_r - low, stop_r - low)
-        probs = torch.softmax(scores, dim=-1)
+        by_kv = scores.view(k, group, r, c)
+        if scoring.slopes is not None:
+            offsets = held[:, low:high] - at[rows.stop - 1]  # [k or 1, c]
+            by_kv += by_head(scoring.slopes, by_kv) * offsets[:, None, None]
+        _hide(by_kv, first_r - low, stop_r - low)
+        probs = normalised(by_kv, scoring)
         blind = first_r >= stop_r
         if blind.any():  # the softmax of nothing is not a number; nothing was attended to
-            probs.view(k, group, r, c).masked_fill_(blind[:, None, :, None].to(probs.device), 0.0)
+            probs.masked_fill_(blind[:, None, :, None].to(probs.device), 0.0)
         yield RowBlock(rows, slice(low, high), probs.view(h, r, c))
         del probs  # the receiver may have let go of it: do not hold it while the next one is made
 

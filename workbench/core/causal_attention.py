@@ -18,7 +18,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     tokens, window = query.shape[1], scoring.window
     # On a CPU torch attends to values of another size than the keys' with all n * n weights in memory.
     in_blocks = query.device.type == "cpu" and value.shape[-1] != query.shape[-1]
-    if scoring.softcap is None and (window is None or window >= tokens) and not in_blocks:
+    if scoring.plain and scoring.softcap is None and (window is None or window >= tokens) and not in_blocks:
         groups = query.shape[0] // key.shape[0]
         if tokens == 1:
             return value.repeat_interleave(groups, dim=0)

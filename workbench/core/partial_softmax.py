@@ -13,11 +13,27 @@ from workbench_kernels import Scoring
 ROWS = 128  # queries taken together: their scores over some thousand keys stay in a CPU's caches
 
 
-def scaled_scores(rows: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
-    """Scores [h, r, c] of float queries rows [h, r, d], scaled already, with keys [k, c, d], whose heads share them."""
+def scaled_scores(rows: Tensor, keys: Tensor, scoring: Scoring, offsets: Tensor | None = None) -> Tensor:
+    """Scores [h, r, c] of float queries rows [h, r, d], scaled already, with keys [k, c, d], whose heads share them.
+
+    offsets int [k or 1, c] or [c], where there are slopes: how far keys stand ahead of one of the queries, for all
+    parts of a softmax the same one (`Scoring.offsets`).
+    """
     k, c, _ = keys.shape
     products = torch.bmm(rows.reshape(k, -1, rows.shape[-1]), keys.to(rows.dtype).transpose(1, 2))
-    return scoring.cap(products.view(*rows.shape[:2], c))
+    return scoring.bent(products.view(*rows.shape[:2], c), by_query_head(offsets, len(rows)))
+
+
+def between(scoring: Scoring, stop: int, low: int, high: int, device: torch.device) -> Tensor | None:
+    """Offsets, where there are slopes, of keys at positions low .. high - 1 for queries up to the one before `stop`."""
+    return None if scoring.slopes is None else torch.arange(low, high, device=device) - (stop - 1)
+
+
+def by_query_head(offsets: Tensor | None, heads: int) -> Tensor | None:
+    """Offsets [k or 1, c] or [c], beside scores [h, r, c] of the query heads that share them."""
+    if offsets is None or offsets.ndim == 1:
+        return offsets
+    return offsets.repeat_interleave(heads // len(offsets), dim=0)[:, None] if len(offsets) > 1 else offsets[:, None]
 
 
 def exponentiated(scores: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -58,12 +74,14 @@ class PartialSoftmax:
         *,
         hidden: Tensor | None = None,
         bias: float = 0.0,
+        offsets: Tensor | None = None,
     ) -> Self:
         """Of float32 queries rows [h, r, d], scaled already, over keys [k, c, d] and values [k, c, dv]; c is not 0.
 
-        hidden: bool [r, c] or [h, r, c], where a query may not look. bias: added to every score.
+        hidden: bool [r, c] or [h, r, c], where a query may not look. bias: added to every score. offsets: as in
+        `scaled_scores`.
         """
-        scores = scaled_scores(rows, keys, scoring)
+        scores = scaled_scores(rows, keys, scoring, offsets)
         if bias:
             scores += bias
         if hidden is not None:
@@ -91,9 +109,13 @@ class PartialSoftmax:
         total = self.total * mine + other.total * theirs
         return type(self)(maximum, total, self.weighted * mine + other.weighted * theirs)
 
-    def output(self) -> Tensor:
-        """The attention output [h, r, dv]."""
-        return self.weighted / self.total
+    def output(self, scoring: Scoring) -> Tensor:
+        """The attention output [h, r, dv]; sinks of the scoring, one key more without value, take part here."""
+        if scoring.sinks is None:
+            return self.weighted / self.total
+        sunk = scoring.sinks.to(self.total.device, self.total.dtype)[:, None, None].expand_as(self.maximum)
+        whole = self.merged(type(self)(sunk, torch.ones_like(sunk), torch.zeros_like(self.weighted)))
+        return whole.weighted / whole.total
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     passing = _passing.get()
@@ -77,8 +79,10 @@ def _attention(
             "this model was called directly while a session is running it in another thread; wait for the run to end"
         )
     kind = type(module).__name__
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise NotApplicable(f"{kind} adds learned sinks or position biases to its scores, which is not supported")
+    if kwargs.get("position_bias") is not None:
+        raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
+    if s_aux is not None and slopes is not None:
+        raise NotApplicable(f"{kind} has learned sinks beside slopes of its positions (ALiBi), which is not supported")
     index = getattr(module, "layer_idx", None)
     if index is None:
         raise NotApplicable(f"{kind} does not say which layer it is (layer_idx)")
@@ -90,7 +94,8 @@ def _attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scoring = Scoring(scale, window, softcap or None)
+    sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
+    scoring = Scoring(scale, window, softcap or None, sinks, slopes)
     out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 

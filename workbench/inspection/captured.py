@@ -107,7 +107,7 @@ def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None
             (every if contents.valid is None else contents.valid)[kv],
             end=layer.tokens,
         )
-    return Captured(queries, keys, positions, layer.scoring)
+    return Captured(queries, keys, positions, layer.scoring.of(query_heads))
 
 
 def changes_reading(method: AttentionMethod | None) -> bool:

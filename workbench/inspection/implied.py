@@ -135,7 +135,7 @@ class _Part:
             ones = torch.zeros(1, tokens, stop - start, device=layer.device)
             ones[0, positions, torch.bucketize(positions, inside, right=True) - 1] = 1
             context = PassContext(self.of.layers, tokens, layer.index, state=dict(self.of.state))
-            out = method.attend(query, key, ones, layer.scoring, context)
+            out = method.attend(query, key, ones, layer.scoring.of(heads), context)
             yield RowBlock(slice(0, tokens), slice(start, stop), out[self.own].float())
 
     def pooled(

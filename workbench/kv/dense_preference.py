@@ -24,7 +24,7 @@ _TOKENS = 1024  # of the text by which a model is measured
 
 
 def dense_preference(queries: Tensor, keys: Tensor, scoring: Scoring, share: float) -> float:
-    """What the largest `share` of each softmax row leaves over: 1 minus their sum, averaged over heads and rows.
+    """What the largest `share` of each softmax row leaves over to other keys, averaged over heads and rows.
 
     queries [h, n, d], of which the last 32 are asked, over keys [k, n, d].
     """
@@ -32,7 +32,8 @@ def dense_preference(queries: Tensor, keys: Tensor, scoring: Scoring, share: flo
     left, rows = 0.0, 0
     for _, block in attention_rows(queries[:, -QUERIES:], keys, scoring):  # [h, q, n]
         largest = block.topk(max(int(share * tokens), 1), dim=-1).values.sum(dim=-1)
-        left, rows = left + float((1 - largest).sum()), rows + largest.numel()
+        whole = 1 if scoring.sinks is None else block.sum(dim=-1)
+        left, rows = left + float((whole - largest).sum()), rows + largest.numel()
     return left / rows
 
 

@@ -83,9 +83,17 @@ def scores_by_slot(
     for head, (row, real) in enumerate(zip(where, held.valid, strict=True)):
         slots = real.nonzero()[:, 0]
         order = slots[row[slots].argsort()][None]
-        group = queries.unflatten(0, (heads, -1))[head]
-        part = slice(head, head + 1)
-        seen = view(layer, held.keys[part], held.values[part], where[part], order, group, asked)
+        shared = slice(head * len(queries) // heads, (head + 1) * len(queries) // heads)
+        part, group = slice(head, head + 1), queries[shared]
+        seen = view(
+            replace(layer, scoring=layer.scoring.of(shared)),
+            held.keys[part],
+            held.values[part],
+            where[part],
+            order,
+            group,
+            asked,
+        )
         out[part].scatter_(1, order, score(seen))
     return out
 

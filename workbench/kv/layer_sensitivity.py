@@ -78,4 +78,5 @@ class _Twice:
         visible = self.visible
         if scoring.window is not None:
             visible = visible & (self.positions > self.positions[:, None] - scoring.window)
-        return attend(query, key, value, scoring, visible=visible[None])[0]
+        offsets = scoring.offsets(self.positions, self.positions[None])
+        return attend(query, key, value, scoring, visible=visible[None], offsets=offsets)[0]

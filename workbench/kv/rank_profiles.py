@@ -135,7 +135,8 @@ class _ExactOutput:
         positions = self.positions.to(layer.device)
         visible = seen_by(positions, where[None], None, layer.window)
         queries = layer.queries[:, positions].float()
-        return attend(queries, keys, values, layer.scoring, visible=visible)[0]
+        offsets = layer.scoring.offsets(positions, where[None])
+        return attend(queries, keys, values, layer.scoring, visible=visible, offsets=offsets)[0]
 
 
 def lowered(layer: LayerTrace, spaces: Spaces, ranks: Ranks) -> tuple[Tensor, Tensor]:

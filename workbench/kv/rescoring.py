@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -210,8 +210,9 @@ class ObservedStore(WrappingStore):
             parts = [(slice(h, h + 1), at[where[h, at].argsort()][None]) for h, at in enumerate(real)]
         group = queries.shape[0] // heads
         for part, order in parts:
-            asking = queries if held.valid is None else queries[part.start * group : part.stop * group]
-            layer = view(self.layer, held.keys[part], held.values[part], where[part], order, asking, asked)
+            shared = slice(None) if held.valid is None else slice(part.start * group, part.stop * group)
+            asking, blank = queries[shared], replace(self.layer, scoring=self.layer.scoring.of(shared))
+            layer = view(blank, held.keys[part], held.values[part], where[part], order, asking, asked)
             merged = merging.merge(layer, ~leaves[part].gather(1, order), scores[part].gather(1, order))
             for whole, x in zip((keys, values), merged, strict=True):
                 whole[part] = whole[part].scatter(1, order[..., None].expand_as(x), x.float())

@@ -196,7 +196,7 @@ def pooled_maps(
             return row_blocks(
                 part.queries[:, first:stop],
                 part.keys,
-                scoring,
+                scoring.of(part.heads),
                 query_positions=at[first:stop],
                 key_positions=part.key_positions,
                 block_bytes=block_bytes,
@@ -314,7 +314,8 @@ def column_sums(
     block_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """How much attention each key receives from all queries together: [h, nk] float32, each row summing to nq.
+    """How much attention each key receives from all queries together: [h, nk] float32, each row summing to nq, to
+    less where learned sinks get something.
 
     queries: [h, nq, d]; keys: [k, nk, d]. The accumulated attention of H2O (Zhang et al. 2023, arXiv:2306.14048).
     """
@@ -326,7 +327,7 @@ def column_sums(
         for _, at, probs in row_blocks(
             part.queries,
             part.keys,
-            scoring,
+            scoring.of(part.heads),
             query_positions=query_positions,
             key_positions=part.key_positions,
             block_bytes=block_bytes,

@@ -175,11 +175,12 @@ def head_stats(
             sinks=sinks,
             recent=recent,
             probes=probes,
+            whole=scoring.sinks is None,
         )
         for rows, slots, probs in row_blocks(
             part.queries,
             part.keys,
-            scoring,
+            scoring.of(part.heads),
             query_positions=at,
             key_positions=here,
             block_bytes=block_bytes,

@@ -156,6 +156,7 @@ class _Probe:
             torch.cat([earlier.values, value], dim=1),
             scoring,
             visible=seen_by(probing, positions, valid, scoring.window),
+            offsets=scoring.offsets(probing, positions),
             weights=scored,
         )
         if scored and weights is not None:

@@ -65,6 +65,10 @@ class _Recorder:
         if self.method is None:
             self.context.count(query.shape[0] * visible_entries(tokens, window))
             out = causal_attention(query, key, value, scoring)
+        elif scoring.slopes is not None and not self.method.follows_slopes:
+            raise NotApplicable(
+                f"{self.method.key} attends by products alone, and {self.facts.name} by positions (ALiBi)"
+            )
         else:
             out = self.method.attend(query, key, value, scoring, self.context)
         before = self.recorded_nbytes if self.home == query.device else 0  # of what is live here, the recording so far

@@ -43,6 +43,7 @@ DESCRIPTION, TENSORS = "session.json", "trace.safetensors"
 
 _LARGEST = 1 << 28  # bytes of a description: a hundred long runs take a thousandth
 _SAMPLES = 8  # values of each weight that tell one model from another
+_OF_HEADS = ("sinks", "slopes")  # of a layer's scoring: one number for each query head
 _SHAPE = ("model_type", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "vocab_size", "parameters")
 S = TypeVar("S")
 
@@ -145,13 +146,23 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for layer in trace.layers:
         recorded = {"keys": layer.keys_held, "values": layer.values_held, "queries": layer.queries_held}
         tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in recorded.items()})
+        for name in _OF_HEADS:
+            if (numbers := getattr(layer.scoring, name)) is not None:
+                tensors[f"layers.{layer.index}.{name}"] = numbers
     return {
         "chat": trace.prompt.chat,
         **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
         "prompt_notes": list(trace.prompt.notes),
         "read_seconds": trace.read_seconds,
         "layers": [
-            {"scale": x.scale, "window": x.window, "softcap": x.softcap, "shared": x.shared} for x in trace.layers
+            {
+                "scale": x.scale,
+                "window": x.window,
+                "softcap": x.softcap,
+                "shared": x.shared,
+                "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
+            }
+            for x in trace.layers
         ],
         "exact": {str(layer): reason for layer, reason in trace.exact.items()},
         "timeline": trace.timeline.to_dict(),
@@ -326,7 +337,17 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 values_held=values.to(home, model.dtype),
                 queries_held=queries.to(home, model.dtype),
                 device=device,
-                scoring=Scoring(float(fields["scale"]), fields["window"], fields["softcap"]),
+                scoring=Scoring(
+                    float(fields["scale"]),
+                    fields["window"],
+                    fields["softcap"],
+                    *(
+                        _of_heads(tensor(f"layers.{index}.{name}"), len(queries)).to(device)
+                        if name in fields.get("of_heads", ())
+                        else None
+                        for name in _OF_HEADS
+                    ),
+                ),
                 shared=fields.get("shared"),
                 rotary=partial(readings.rotations.of, index),
             )
@@ -340,6 +361,12 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         Timeline.from_dict(saved["timeline"]),
         tuple(int(entries) for entries in saved.get("computed", ())),
     )
+
+
+def _of_heads(numbers: Tensor, heads: int) -> Tensor:
+    if numbers.shape != (heads,) or not numbers.is_floating_point():
+        raise ValueError(f"{list(numbers.shape)} numbers for {heads} heads")
+    return numbers
 
 
 def _prompt(saved: dict[str, Any], ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:

@@ -690,7 +690,7 @@ def decode_bitmap(
         WIDE=_passes_4_gib(keys.numbers.data) or _passes_4_gib(values.numbers.data), INTERPRET=interpreted(),
         num_warps=warps, **limit,
     )  # fmt: skip
-    return join(slots, lengths, query, value_width, tile=tile, programs=programs, lse=lse, rests=rests)
+    return join(slots, lengths, query, value_width, scoring, tile=tile, programs=programs, lse=lse, rests=rests)
 
 
 @cache

@@ -147,4 +147,4 @@ def decode_dense(
         PLACED=positions is not None, WINDOW=scoring.window is not None, SOFTCAP=scoring.softcap is not None,
         num_warps=warps,
     )  # fmt: skip
-    return join(slots, keys.lengths, query, value_width, tile=tile, programs=programs, lse=lse)
+    return join(slots, keys.lengths, query, value_width, scoring, tile=tile, programs=programs, lse=lse)

@@ -205,4 +205,4 @@ def decode_rotated(
         PLACED=positions is not None, SOFTCAP=scoring.softcap is not None, EXACT=interpreted(),
         num_warps=warps,
     )  # fmt: skip
-    return join(slots, keys.lengths, query, value_rank, tile=tile, programs=programs, lse=lse)
+    return join(slots, keys.lengths, query, value_rank, scoring, tile=tile, programs=programs, lse=lse)

@@ -542,7 +542,7 @@ def decode_packed(
         maxnreg=registers,
     )  # fmt: skip
     return join(
-        slots, keys.codes.lengths, query, value_width, tile=tile, programs=programs, lse=lse, rests=rests,
+        slots, keys.codes.lengths, query, value_width, scoring, tile=tile, programs=programs, lse=lse, rests=rests,
         others=values.codes.lengths if fast else keys.tail.lengths, step=tokens if fast else 0,
     )  # fmt: skip
 

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench_kernels.scoring import Scoring
+from workbench_kernels.softmax import with_sinks
+
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where two of them may be subtracted
@@ -175,6 +178,7 @@ def join(
     lengths: Tensor,
     query: Tensor,
     width: int,
+    scoring: Scoring,
     *,
     tile: int,
     programs: int,
@@ -186,17 +190,20 @@ def join(
     """Add up what the programs left: output [h, q, width] in the query's dtype, and its log-sum-exp [h, q] if asked.
 
     lengths, others, step: see `spans_of`. rests: how many further slots for each head follow those of the programs. A
-    head of which nothing was seen gives zeros, and minus infinity.
+    head of which nothing was seen gives zeros, and minus infinity. Sinks of the scoring join it here.
     """
     heads, rows, channels = lengths.numel(), slots.sums.shape[2], min(power(width), 64)
     out = torch.empty(*query.shape[:2], width, dtype=query.dtype, device=query.device)
-    found = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
+    sunk = scoring.sinks is not None
+    found = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse or sunk else None
     _join[(heads, rows, -(-width // channels))](
         slots.sums, slots.largest, slots.weights, lengths, others, programs + heads, out, found, programs,
         K=heads, KP=power(heads), TILE=tile, ROWS=rows, D=width, C=channels, G=slots.sums.shape[1], STEP=step,
-        RESTS=rests, LSE=lse, CHUNK=128, num_warps=4,
+        RESTS=rests, LSE=lse or sunk, CHUNK=128, num_warps=4,
     )  # fmt: skip
-    return out, found
+    if found is not None:
+        out, found = with_sinks(out, found, scoring, query.dtype)
+    return out, found if lse else None
 
 
 def power(count: int) -> int:

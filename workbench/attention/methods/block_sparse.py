@@ -146,12 +146,12 @@ class BlockSparse(AttentionMethod):
             if choice == len(lines):
                 context.count(plan.entries)
                 out[head, :first] = block_attention(
-                    rotated[None], keys[None], values[None], plan, scoring, sinks=self.sinks
+                    rotated[None], keys[None], values[None], plan, scoring.of(head), sinks=self.sinks
                 )[0]
             else:
                 columns, diagonals = (x[head] for x in lines[choice])
                 context.count(int(lines[choice].entries()[head]))
-                out[head, :first] = line_attention(rotated, keys, values, columns, diagonals, scoring)
+                out[head, :first] = line_attention(rotated, keys, values, columns, diagonals, scoring.of(head))
         if judged is not None:
             out[:, rows] = judged.out
         out[:, first:] = probes.out

@@ -62,6 +62,7 @@ class CoreContext(AttentionMethod):
     )
 
     decodes: ClassVar[bool] = True
+    follows_slopes: ClassVar[bool] = False  # a core token stands at no one position
 
     group: Literal["auto", 2, 4, 8, 16, 32, 64, 128, 256] = param(
         "auto",
@@ -128,7 +129,7 @@ class CoreContext(AttentionMethod):
             seen, at_row = visible[:, start:stop], positions[start:stop]
             if self.whole:
                 context.count_seen(len(query), seen)
-                out[:, start:stop] = VisibleScores.of(rows, contents, seen, scoring).softmax().output()
+                out[:, start:stop] = VisibleScores.of(rows, contents, seen, scoring, at_row).softmax().output(scoring)
                 continue
             old = groups_behind(at_row, shape.group, shape.window, self.sinks)
             cores = cores.recalled(int(old[-1]), shape.group, self.sinks, query.dtype)
@@ -138,7 +139,7 @@ class CoreContext(AttentionMethod):
             number = torch.div(contents.positions - self.sinks, shape.group, rounding_mode="floor")  # [k or 1, m]
             coarse = (contents.positions >= self.sinks) & torch.isin(number, known)
             seen = seen & ~(coarse[:, None] & (number[:, None] < old[:, None]))
-            near = VisibleScores.of(rows, contents, seen, scoring)
+            near = VisibleScores.of(rows, contents, seen, scoring, at_row)
             cores = cores.grown(near, contents, number, ends, last, query.dtype)
             context.count_seen(len(query), seen)
             part = near.softmax()
@@ -147,7 +148,7 @@ class CoreContext(AttentionMethod):
                 bias = cores.sizes.log() if self.weight == "group" else torch.zeros_like(cores.sizes)
                 part = part.merged(cores.softmax(rows, hidden, bias, scoring))
                 context.count(len(query) * int((~hidden).sum()))
-            out[:, start:stop] = part.output()
+            out[:, start:stop] = part.output(scoring)
         context.state[self.key, context.layer] = cores
         return out
 
@@ -301,7 +302,7 @@ def core_attention(
         if most and sinks:
             hidden = (old == 0)[:, None]  # seen as neighbours
             part = part.merged(PartialSoftmax.over(rows, key[:, :sinks], value[:, :sinks], scoring, hidden=hidden))
-        out[:, start:stop] = part.output()
+        out[:, start:stop] = part.output(scoring)
     return out
 
 

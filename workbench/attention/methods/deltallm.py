@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.entry_budget import allowed_entries, windowed_attention
 from workbench.attention.token_groups import groups_behind, split
-from workbench.core.partial_softmax import ROWS, PartialSoftmax
+from workbench.core.partial_softmax import ROWS, PartialSoftmax, between
 from workbench.kv.stores.delta import deltas, restored
 from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
@@ -110,9 +110,19 @@ class DeltaAttention(AttentionMethod):
                 old = torch.zeros_like(last_seen) if exact else groups_behind(last_seen, shape.group, shape.window)
                 remembered = _updated(remembered, keys, where, int(old.amax()), shape)
                 rows = query[heads, start : start + ROWS].float() * scoring.scale
-                part, computed = _over(rows, keys, values, visible_rows, old, remembered, shape.group, scoring)
+                part, computed = _over(
+                    rows,
+                    keys,
+                    values,
+                    visible_rows,
+                    old,
+                    remembered,
+                    shape.group,
+                    scoring.of(heads),
+                    scoring.offsets(context.positions, where),
+                )
                 context.count(computed)
-                out[heads, start : start + ROWS] = part.output()
+                out[heads, start : start + ROWS] = part.output(scoring.of(heads))
             if remembered:
                 context.state[self.key, context.layer, head] = remembered
         return out
@@ -183,15 +193,24 @@ def delta_attention(query: Tensor, key: Tensor, value: Tensor, shape: _Shape, sc
         low, most = int(old[0]) * shape.group, int(old[-1])
         near = torch.arange(low, stop, device=device)
         hidden = (near > at_row[:, None]) | (near < old[:, None] * shape.group)
-        part = PartialSoftmax.over(rows, key[:, low:stop], value[:, low:stop], scoring, hidden=hidden)
+        offsets = between(scoring, stop, 0, stop, device)
+        part = PartialSoftmax.over(
+            rows,
+            key[:, low:stop],
+            value[:, low:stop],
+            scoring,
+            hidden=hidden,
+            offsets=None if offsets is None else offsets[low:],
+        )
         if most:
             by_group = rows.reshape(len(changes), -1, width)  # [k, g * r, d]
             scores = torch.stack([_sums(x, held, most) for x, held in zip(by_group, changes, strict=True)])
-            scores = scoring.cap(scores.view(heads, len(at_row), -1))
+            old_offsets = None if offsets is None else offsets[: most * shape.group]
+            scores = scoring.bent(scores.view(heads, len(at_row), -1), old_offsets)
             scores.masked_fill_(torch.arange(scores.shape[-1], device=device) >= old[:, None] * shape.group, -torch.inf)
             part = part.merged(PartialSoftmax.of_scores(scores, value[:, : most * shape.group]))
             products += groups * sum(int(c.products[old].sum()) for c in changes)
-        out[:, start:stop] = part.output()
+        out[:, start:stop] = part.output(scoring)
     exact = heads * split(tokens, shape.group, shape.window).exact
     return out, exact + -(-products // width)
 
@@ -298,20 +317,23 @@ def _over(
     remembered: tuple[_RememberedChanges, ...],
     group: int,
     scoring: Scoring,
+    offsets: Tensor | None,
 ) -> tuple[PartialSoftmax, int]:
     """What scaled rows [g, r, d] get from one KV head's float32 keys [c, d] and values [c, dv] by position, where seen
-    [r, c], the first old [r] groups by their differences; and how many entries that takes.
+    [r, c], the first old [r] groups by their differences; and how many entries that takes. offsets int [c]: see
+    `Scoring.offsets`.
     """
     heads, number, width = rows.shape
     low, most = int(old.amin()) * group, int(old.amax()) * group
     fine = seen[:, low:] & (torch.arange(low, len(keys), device=keys.device) >= old[:, None] * group)
-    part = PartialSoftmax.over(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine)
+    near, far = (None, None) if offsets is None else (offsets[low:], offsets[:most])
+    part = PartialSoftmax.over(rows, keys[None, low:], values[None, low:], scoring, hidden=~fine, offsets=near)
     computed = heads * int(fine.sum())
     if not most:
         return part, computed
     changes = [some.changes(group) for some in remembered]
     scores = torch.cat([_sums(rows.flatten(0, 1), some, len(some.products) - 1) for some in changes], dim=1)
-    scores = scoring.cap(scores.view(heads, number, -1)[..., :most])
+    scores = scoring.bent(scores.view(heads, number, -1)[..., :most], far)
     coarse = seen[:, :most] & (torch.arange(most, device=keys.device) < old[:, None] * group)
     part = part.merged(PartialSoftmax.of_scores(scores.masked_fill(~coarse, -torch.inf), values[None, :most]))
     each = torch.cat([some.products.diff() for some in changes])

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.core.partial_softmax import between, by_query_head
 from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
+from workbench_kernels.softmax import normalised
 
 if TYPE_CHECKING:
     from workbench.kv.stores import Dequantised
@@ -64,7 +66,14 @@ class LMul(AttentionMethod):
             if window is not None:
                 seen &= at_key > at_row - window
             rows = query[:, start:stop].float() * scoring.scale
-            out[:, start:stop] = self._attend(rows, keys[:, low:stop], values[:, low:stop], seen, scoring)
+            out[:, start:stop] = self._attend(
+                rows,
+                keys[:, low:stop],
+                values[:, low:stop],
+                seen,
+                scoring,
+                between(scoring, stop, low, stop, key.device),
+            )
         return out
 
     def decode(
@@ -73,14 +82,18 @@ class LMul(AttentionMethod):
         context.count_seen(len(query), visible)
         keys, values = (number_bits(x, self.mantissa) for x in (contents.keys, contents.values))
         seen = visible.repeat_interleave(query.shape[0] // len(keys), dim=0)  # [h, q, m]
-        return self._attend(query.float() * scoring.scale, keys, values, seen, scoring).to(query.dtype)
+        offsets = scoring.offsets(context.positions, contents.positions)
+        return self._attend(query.float() * scoring.scale, keys, values, seen, scoring, offsets).to(query.dtype)
 
-    def _attend(self, rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scoring: Scoring) -> Tensor:
+    def _attend(
+        self, rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scoring: Scoring, offsets: Tensor | None
+    ) -> Tensor:
         """The output [h, r, dv] of scaled float32 rows [h, r, d] over bits of keys [k, c, d] and values [k, c, dv]."""
         groups = rows.shape[0] // keys.shape[0]
         bits = number_bits(rows, self.mantissa).unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * r, d]
         scores = dots(bits, keys, self.mantissa).unflatten(1, (groups, -1)).flatten(0, 1)  # [h, r, c]
-        weights = scoring.cap(scores).masked_fill_(~seen, -torch.inf).softmax(dim=-1)
+        scores = scoring.bent(scores, by_query_head(offsets, len(rows)))
+        weights = normalised(scores.masked_fill_(~seen, -torch.inf), scoring)
         bits = number_bits(weights, self.mantissa).unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * r, c]
         mixed = dots(bits, values.transpose(1, 2).contiguous(), self.mantissa)
         return cast("Tensor", mixed.unflatten(1, (groups, -1))).flatten(0, 1)

@@ -66,19 +66,29 @@ class Lean(AttentionMethod):
         heads, tokens, _ = contents.keys.shape
         rows = query.float() * scoring.scale  # [h, q, d]
         groups = len(query) // heads
+        offsets = scoring.offsets(context.positions, contents.positions)  # [k or 1, m]
+        if offsets is not None:
+            offsets = offsets.expand(heads, -1)
         done: list[PartialSoftmax | None] = [None] * heads
         for run in schedule(heads, tokens, self.tile, self.workers):
             for head, start, stop in run:
+                shared = slice(head * groups, (head + 1) * groups)
                 part = PartialSoftmax.over(
-                    rows[head * groups : (head + 1) * groups],
+                    rows[shared],
                     contents.keys[head, None, start:stop],
                     contents.values[head, None, start:stop],
-                    scoring,
+                    scoring.of(shared),
                     hidden=~visible[head, :, start:stop],
+                    offsets=None if offsets is None else offsets[head, start:stop],
                 )
                 before = done[head]
                 done[head] = part if before is None else before.merged(part)
-        return torch.cat([part.output() for part in done if part is not None]).to(query.dtype)
+        outs = [
+            part.output(scoring.of(slice(head * groups, (head + 1) * groups)))
+            for head, part in enumerate(done)
+            if part is not None
+        ]
+        return torch.cat(outs).to(query.dtype)
 
 
 class Piece(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
-from workbench.core.partial_softmax import PartialSoftmax, scaled_scores
+from workbench.core.partial_softmax import PartialSoftmax, between, scaled_scores
 from workbench.registry import Fidelity, Paper, param, register
 from workbench_kernels import Scoring
 
@@ -81,10 +81,10 @@ def chunked_attention(
         )  # the first that the first query sees
         for low in range(first, stop, key_chunk):
             high = min(low + key_chunk, stop)
-            scores = scaled_scores(rows, key[:, low:high], scoring)  # [h, q, c]
+            scores = scaled_scores(rows, key[:, low:high], scoring, between(scoring, stop, low, high, key.device))
             _hide_unseen(scores, start, low, scoring.window)
             softmax = softmax.extended(scores, value[:, low:high])
-        out[:, start:stop] = softmax.output()
+        out[:, start:stop] = softmax.output(scoring)
     return out
 
 

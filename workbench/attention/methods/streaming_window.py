@@ -10,7 +10,7 @@ from torch import Tensor
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.entry_budget import allowed_entries, widest_window, windowed_attention
 from workbench.attention.visible_scores import VisibleScores
-from workbench.core.partial_softmax import ROWS, PartialSoftmax
+from workbench.core.partial_softmax import ROWS, PartialSoftmax, between
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench_kernels import Scoring
 
@@ -72,8 +72,9 @@ class StreamingWindow(AttentionMethod):
         out = torch.empty(*query.shape[:2], contents.values.shape[-1], dtype=query.dtype, device=query.device)
         for start in range(0, query.shape[1], ROWS):
             rows = query[:, start : start + ROWS].float() * scoring.scale
-            near = VisibleScores.of(rows, contents, visible[:, start : start + ROWS], scoring)
-            out[:, start : start + ROWS] = near.softmax().output()
+            at = context.positions[start : start + ROWS]
+            near = VisibleScores.of(rows, contents, visible[:, start : start + ROWS], scoring, at)
+            out[:, start : start + ROWS] = near.softmax().output(scoring)
         return out
 
     def entries(self, tokens: int, layers: int) -> int:
@@ -99,10 +100,14 @@ class StreamingWindow(AttentionMethod):
                 value[:, low:stop],
                 scoring,
                 hidden=(near > at_row) | (near <= at_row - width),
+                offsets=between(scoring, stop, low, stop, key.device),
             )
             far = min(sinks, stop - width)  # first tokens that have left some query's window
             if far > 0:
                 hidden = torch.arange(far, device=query.device) > at_row - width
-                part = part.merged(PartialSoftmax.over(rows, key[:, :far], value[:, :far], scoring, hidden=hidden))
-            out[:, start:stop] = part.output()
+                offsets = between(scoring, stop, 0, far, key.device)
+                part = part.merged(
+                    PartialSoftmax.over(rows, key[:, :far], value[:, :far], scoring, hidden=hidden, offsets=offsets)
+                )
+            out[:, start:stop] = part.output(scoring)
         return out

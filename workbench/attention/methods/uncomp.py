@@ -83,13 +83,14 @@ class UNCompReading(AttentionMethod):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext) -> Tensor:
         alive = self._going_on(query.shape[1], query.device, context)
         some = [x[:, alive] for x in (query, key, value)]
-        if scoring.window is None:
+        if scoring.window is None and scoring.slopes is None:
             context.count(query.shape[0] * visible_entries(len(alive)))
             out = causal_attention(some[0], some[1], some[2], scoring)
         else:
             visible = seen_in(alive, scoring.window)
             context.count_seen(query.shape[0], visible)
-            out, _ = attend(some[0], some[1], some[2], scoring, visible=visible)
+            offsets = scoring.offsets(alive, alive[None])
+            out, _ = attend(some[0], some[1], some[2], scoring, visible=visible, offsets=offsets)
         self._vote(some[0], some[1], alive, scoring, context)
         return out.new_zeros(*query.shape[:2], value.shape[-1]).index_copy_(1, alive, out)
 
@@ -106,7 +107,8 @@ class UNCompReading(AttentionMethod):
         later = where >= len(there)
         visible = visible & (later | there[where.clamp_max(len(there) - 1)])[:, None]
         context.count_seen(len(query), visible)
-        return attend(query, contents.keys, contents.values, scoring, visible=visible)[0]
+        offsets = scoring.offsets(context.positions, contents.positions)
+        return attend(query, contents.keys, contents.values, scoring, visible=visible, offsets=offsets)[0]
 
     def _going_on(self, tokens: int, device: torch.device, context: PassContext) -> Tensor:
         """The positions that take part in this layer, ascending, int64 [m]."""
@@ -123,7 +125,15 @@ class UNCompReading(AttentionMethod):
     def _vote(self, query: Tensor, key: Tensor, alive: Tensor, scoring: Scoring, context: PassContext) -> None:
         """Leave for the next layer what those who are here, query [h, m, d] and key [k, m, d], gave to each other."""
         visible = seen_in(alive, scoring.window)[:, -self.queries :]
-        _, rows = attend(query[:, -self.queries :], key, key[..., :0], scoring, visible=visible, weights=True)
+        _, rows = attend(
+            query[:, -self.queries :],
+            key,
+            key[..., :0],
+            scoring,
+            visible=visible,
+            offsets=scoring.offsets(alive, alive[None]),
+            weights=True,
+        )
         assert rows is not None
         votes = rows.sum(dim=(0, 1, 2))  # [m]
         votes[-1] = torch.inf

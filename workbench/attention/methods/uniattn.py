@@ -12,7 +12,7 @@ from workbench.attention.base import AttentionMethod, PassContext, visible_entri
 from workbench.attention.shared_weights import SharedRows, SharedStep, moved, within
 from workbench.core.attention_rows import row_blocks
 from workbench.core.causal_attention import causal_attention
-from workbench.core.partial_softmax import weighted_sum
+from workbench.core.partial_softmax import by_query_head, weighted_sum
 from workbench.errors import NotApplicable
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench_kernels import Scoring
@@ -101,7 +101,7 @@ class UniAttn(AttentionMethod):
         if anchor != context.layer:
             out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
             for block in context.state[_SHARED]:
-                weights = within(block, scoring.window)
+                weights = within(block, scoring.window, sunk=scoring.sinks is not None)
                 out[:, block.rows] = weighted_sum(weights, value[:, block.keys])
             out += self._given_back(value, context)
             if not self._serves(anchor, context.layer + 1, context.layers):
@@ -148,13 +148,17 @@ class UniAttn(AttentionMethod):
         shared = context.state.get(_SHARED)
         if anchor != context.layer and shared is not None and shared.layer == anchor:
             weights = moved(shared, contents.positions).masked_fill(~seen, 0)
-            weights /= weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            kept = weights.sum(dim=-1, keepdim=True)
+            if scoring.sinks is not None:
+                kept = kept + (1 - shared.weights.sum(dim=-1, keepdim=True))  # what sinks got
+            weights /= kept.clamp_min(torch.finfo(weights.dtype).tiny)
             given = self._given_back(_newest(contents, context.positions), context)
         else:  # also where the layer that it would follow has a sliding window and did not leave its weights
             context.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
             scores = torch.bmm(rows, contents.keys.float().transpose(1, 2)).unflatten(1, (groups, -1)).flatten(0, 1)
-            weights = attention_weights(scores, scoring, seen)
+            offsets = by_query_head(scoring.offsets(context.positions, contents.positions), len(query))
+            weights = attention_weights(scores, scoring, seen, offsets)
             context.state[_SHARED] = SharedStep(context.layer, weights, contents.positions)
             given = 0.0
         return (weighted_sum(weights.to(contents.values.dtype), contents.values) + given).to(query.dtype)

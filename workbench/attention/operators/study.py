@@ -69,7 +69,8 @@ def study(
 
     head: the query head whose maps are wanted. heads: those whose output errors are, by default all, possibly none;
     each is computed by itself. pixels, pooling, rows, cols: as in `workbench.measure.pooled_map`; a span no longer than
-    `pixels` shows each token. Exact attention has the layer's window and soft cap; the operator has neither. Memory
+    `pixels` shows each token. Exact attention has the layer's window, soft cap, sinks and slopes; the operator has
+    none of them. Memory
     grows with the pixels and with the prompt's tokens times `operator.chunk`.
 
     Raises BadParameter for a head that is not there.
@@ -82,7 +83,7 @@ def study(
     )
     exact = pooled_map(
         *_one_head(layer, head)[:2],
-        layer.scoring,
+        layer.scoring.of(head),
         pixels=pixels,
         pooling=pooling,
         rows=rows,
@@ -145,7 +146,7 @@ def _one_head(layer: LayerTrace, head: int) -> tuple[Tensor, Tensor, Tensor]:
 def _errors(operator: Operator, layer: LayerTrace, head: int) -> tuple[float, float]:
     """The relative error of one head's output, and the sine of the angle between both outputs."""
     query, key, value = (x[None].float() for x in _one_head(layer, head))
-    want = causal_attention(query, key, value, layer.scoring)
+    want = causal_attention(query, key, value, layer.scoring.of(head))
     got = operator.for_head(head, layer.heads).apply(query, key, value, layer.scale)
     cosine = torch.nn.functional.cosine_similarity(want.flatten().double(), got.flatten().double(), dim=0)
     return float(output_error(want, got)), float((1 - cosine.square()).clamp(0, 1).sqrt())

@@ -116,7 +116,7 @@ class BlockStore(TieredStore):
             products[..., clipped] = torch.where(
                 behind[:, clipped] >= self.window, distant @ flat[:, None].transpose(2, 3), products[..., clipped]
             )
-        rows = attention_weights(products, scoring, behind >= 0)
+        rows = attention_weights(products, scoring, behind >= 0, scoring.offsets(at, positions))
         received, count = self.near.eviction_state, near.keys.shape[1]
         assert received is not None
         inside = (behind[:, :count] < self.window).float()

@@ -15,6 +15,7 @@ from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.store import Store, seen_by
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
+from workbench_kernels.softmax import normalised
 
 _HALF = 2  # scales and zeros are float16
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
@@ -90,15 +91,16 @@ class CalibratedStore(SplitStore):
     ) -> tuple[Tensor, Tensor | None]:
         held, settled = self.contents(query.dtype), self.parts[1].slots()[0].shape[1]
         visible = seen_by(query_positions, held.positions, held.valid, scoring.window)
+        offsets = scoring.offsets(query_positions, held.positions[:, None, None])
         kv_heads, slots, _ = held.keys.shape
         grouped = query.unflatten(0, (kv_heads, -1))  # [k, g, q, d]
         outs, rows = [], []
         for part in torch.arange(query.shape[1]).split(max(1, _ROWS_BYTES // (4 * query.shape[0] * slots))):
             seen = visible if visible is None or visible.shape[1] == 1 else visible[:, part]
             products = (grouped[:, :, part] @ held.keys[:, None].transpose(2, 3)).float()  # [k, g, q, m]
-            scores = scoring.scores(products, None if seen is None else seen[:, None])
+            scores = scoring.scores(products, None if seen is None else seen[:, None], offsets)
             scores[..., -settled:] = lowered(scores[..., -settled:], self.drop)
-            rows.append(scores.softmax(dim=-1))
+            rows.append(normalised(scores, scoring))
             outs.append((rows[-1].to(query.dtype) @ held.values[:, None]).flatten(0, 1))
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 

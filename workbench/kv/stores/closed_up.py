@@ -58,7 +58,8 @@ class ClosedUpStore(WrappingStore):
         visible = held.positions[:, None] <= asked[:, None]
         if held.valid is not None:
             visible = visible & held.valid[:, None]
-        return attend(query, held.keys, held.values, scoring, visible=visible, weights=weights)
+        offsets = scoring.offsets(asked, held.positions)
+        return attend(query, held.keys, held.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
     def _turned(self, x: Tensor, positions: Tensor, place: Tensor) -> Tensor:
         """x [k, n, d], which was turned to positions [k or 1, n], turned to `place` [k or 1, n] instead."""

@@ -102,6 +102,7 @@ class HostValuesStore(OffloadStore):
                 keys[..., :0],  # the values are not all here
                 scoring,
                 visible=seen_by(at, positions, valid, scoring.window),
+                offsets=scoring.offsets(at, positions),
                 weights=True,
             )
             assert rows is not None  # [k, g, q, m]

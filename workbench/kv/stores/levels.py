@@ -97,16 +97,19 @@ class LevelStore(TieredStore):
         if self.reading:
             oldest = at[:, None] // self.chunk - self.before
             seen = (positions % self.chunk < self.marks) | (positions // self.chunk >= oldest)
-            return attend(query, near.keys, near.values, scoring, visible=(causal & seen)[None])
+            offsets = scoring.offsets(at, positions[None])
+            return attend(query, near.keys, near.values, scoring, visible=(causal & seen)[None], offsets=offsets)
         heads = near.keys.shape[0]
         keys = torch.cat([near.keys, self.keys.view().to(query.dtype)], dim=1)
         values = torch.cat([near.values, self.values.view().to(query.dtype)], dim=1)
         first = torch.arange(self.coarse, device=at.device) * self.chunk + self.marks
-        offsets = torch.arange(self.means, device=at.device) * self.pool
-        stands = (first[:, None] + offsets + self.pool - 1).clamp_max(first[:, None] + self.chunk - self.marks - 1)
+        steps = torch.arange(self.means, device=at.device) * self.pool
+        stands = (first[:, None] + steps + self.pool - 1).clamp_max(first[:, None] + self.chunk - self.marks - 1)
         causal = torch.cat([causal, stands.flatten() <= at[:, None]], dim=1)
+        where = torch.cat([positions, stands.flatten()])[None]
         if self.chunks is None or query.shape[1] > 1:
-            _, rows = attend(query, keys, values, scoring, visible=causal[None], weights=True)
+            offsets = scoring.offsets(at, where)
+            _, rows = attend(query, keys, values, scoring, visible=causal[None], offsets=offsets, weights=True)
             assert rows is not None  # [k, g, q, m]
             received = rows[..., near.keys.shape[1] :].sum(dim=(0, 1, 2)).view(self.coarse, self.means).sum(dim=1)
             received[:1] = torch.inf
@@ -124,6 +127,7 @@ class LevelStore(TieredStore):
             torch.cat([values, far_values.to(query.dtype)], dim=1),
             scoring,
             visible=visible[None],
+            offsets=scoring.offsets(at, torch.cat([where, far_positions[:1]], dim=1)),
         )
 
     def index(self) -> list[Tensor]:

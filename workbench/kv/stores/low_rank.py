@@ -273,13 +273,14 @@ class LowRankStore(PositionedStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if scoring.window is None and not weights:
+        if scoring.window is None and scoring.slopes is None and not weights:
             out = self._attend_on_gpu(query, query_positions, scoring)
             if out is not None:
                 self._settle()
                 return out, None
         positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, scoring.window)
+        offsets = scoring.offsets(query_positions, positions[:, None, None])
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
         whole, values = (_view(rows, query.dtype) for rows in self.newer)
         coefficients = _view(self.older[1], query.dtype)  # [k or 1, older, r]
@@ -297,7 +298,7 @@ class LowRankStore(PositionedStore):
             products = torch.cat([old, flat @ whole.transpose(1, 2)], dim=-1).float()  # [k, g * q, m]
             seen = visible if visible is None or visible.shape[1] == 1 else visible[:, part]
             probs = attention_weights(
-                products.unflatten(1, asked.shape[1:3]), scoring, None if seen is None else seen[:, None]
+                products.unflatten(1, asked.shape[1:3]), scoring, None if seen is None else seen[:, None], offsets
             )  # [k, g, q, m]
             share = probs.flatten(1, 2).to(query.dtype)
             out = share[..., :older] @ coefficients @ value_basis + share[..., older:] @ values
@@ -322,8 +323,9 @@ class LowRankStore(PositionedStore):
             if table is None:
                 return None
             turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
+        sinks_here = scoring.without_sinks() if self.newer[0].longest else scoring
         out, sums = decode_lowrank(
-            turned, keys.ragged(), values.ragged(), key_basis, value_basis, scoring, query_positions=asked,
+            turned, keys.ragged(), values.ragged(), key_basis, value_basis, sinks_here, query_positions=asked,
             positions=older, rotary=table, lse=True,
         )  # fmt: skip
         if not self.newer[0].longest:

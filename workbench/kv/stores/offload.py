@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workbench.errors import NotApplicable
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import DenseFormat, Format, Shape, left_over
 from workbench.kv.stores.host import HostRows
@@ -41,6 +42,8 @@ class Retriever(ABC):
     @abstractmethod
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Entries [k, e, d], [k, e, dv] at positions [k, e] have moved to the next slots of host memory."""
+
+    follows_slopes: ClassVar[bool] = False  # finds what is wanted in models with slopes of positions (ALiBi) too
 
     observes: ClassVar[bool] = False  # wants to know what queries gave to the entries that they attended to
 
@@ -123,7 +126,18 @@ class OffloadFormat(Format):
             far = HostRows.where(layer.keys, layer.values, others, self.dtype)
         else:
             far = self.recomputing.rows(layer, others, lambda x: x, self.dtype)
-        return OffloadStore(near, far, self.index.build(layer, others), self.sinks, near.longest, self.recent)
+        retriever = self.index.build(layer, others)
+        if layer.scoring.slopes is not None and not retriever.follows_slopes:
+            raise found_by_products(layer)
+        return OffloadStore(near, far, retriever, self.sinks, near.longest, self.recent)
+
+
+def found_by_products(layer: LayerTrace) -> NotApplicable:
+    """The refusal where entries are looked for by their products with queries, which are not all of their scores."""
+    return NotApplicable(
+        f"layer {layer.index}: this model adds slopes of positions to its scores (ALiBi), and what a query needs is "
+        "looked for by products alone"
+    )
 
 
 class OffloadStore(TieredStore):
@@ -192,6 +206,7 @@ class OffloadStore(TieredStore):
                 torch.cat([near.values, self.as_numbers(values, query.dtype)], dim=1),
                 scoring,
                 visible=torch.cat([seen, chosen], dim=2),
+                offsets=scoring.offsets(at, torch.cat([near.positions.expand(len(positions), -1), positions], dim=1)),
                 weights=self.retriever.observes,
             )
             outs.append(out)

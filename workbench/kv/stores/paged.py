@@ -66,7 +66,8 @@ class PagedStore(Store):
         open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
         causal = seen_by(query_positions, positions[None], None, scoring.window)
         visible = open_[None, None] if causal is None else causal & open_
-        return attend(query, near.keys, near.values, scoring, visible=visible, weights=weights)
+        offsets = scoring.offsets(query_positions, positions[None])
+        return attend(query, near.keys, near.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
     def find(self, queries: Tensor, keys: Tensor, positions: Tensor, numbers: Tensor, scale: float) -> tuple[int, ...]:
         """The pages for queries [h, q, d] without rotary embedding; numbers [e]: the page of each long-term slot.

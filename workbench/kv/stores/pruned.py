@@ -89,7 +89,9 @@ class PrunedStore(PositionedStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        visible = seen_by(query_positions, *self.slots(), scoring.window)
+        positions, valid = self.slots()
+        visible = seen_by(query_positions, positions, valid, scoring.window)
+        offsets = scoring.offsets(query_positions, positions[:, None, None])
         thin, whole = self.older[0].view().to(query.dtype), self.newer[0].view().to(query.dtype)
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(query.dtype)  # [k, m, dv]
         kv_heads, slots = values.shape[:2]
@@ -103,7 +105,7 @@ class PrunedStore(PositionedStore):
             new = asked.flatten(1, 2) @ whole.transpose(1, 2)
             products = torch.cat([old, new], dim=-1).float().unflatten(1, asked.shape[1:3])  # [k, g, q, m]
             seen = visible if visible is None or visible.shape[1] == 1 else visible[:, part]
-            probs = attention_weights(products, scoring, None if seen is None else seen[:, None])
+            probs = attention_weights(products, scoring, None if seen is None else seen[:, None], offsets)
             outs.append((probs.flatten(1, 2).to(values.dtype) @ values).view(heads, part.numel(), -1))
             rows.append(probs)
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None

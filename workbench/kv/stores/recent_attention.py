@@ -55,6 +55,7 @@ class RecentAttention(Retriever):
     entries each head fetches.
     """
 
+    follows_slopes = True  # by attention that was paid, slopes and all
     observes = True
 
     def __init__(self, rows: Tensor, positions: Rows, counts: tuple[int, ...], oldest: int = 0) -> None:

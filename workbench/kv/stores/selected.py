@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import Format, Shape
+from workbench.kv.stores.offload import found_by_products
 from workbench.kv.stores.store import Store
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
@@ -82,7 +83,11 @@ class SelectingFormat(Format):
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         store, selector = self.stored.build(layer, tiers, state), self.selection.build(layer, tiers > 0)
-        return store if selector is None else SelectingStore(store, selector)
+        if selector is None:
+            return store
+        if layer.scoring.slopes is not None:
+            raise found_by_products(layer)
+        return SelectingStore(store, selector)
 
 
 class SelectingStore(WrappingStore):
@@ -135,7 +140,13 @@ class SelectingStore(WrappingStore):
 
         visible = chosen.gather(2, where).flatten(0, 1)[:, None]
         out, rows = attend(
-            query, at_chosen(held.keys), at_chosen(held.values), scoring, visible=visible, weights=weights
+            query,
+            at_chosen(held.keys),
+            at_chosen(held.values),
+            scoring,
+            visible=visible,
+            offsets=scoring.offsets(at, at_chosen(positions[..., None])[..., 0]),
+            weights=weights,
         )
         if rows is None:
             return out, None

@@ -133,8 +133,10 @@ class SmoothedStore(PositionedStore):
         asked = query.float() / self.key_factors.float().repeat_interleave(groups, dim=0)[:, None]
         asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
         keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
-        visible = seen_by(query_positions, *self.slots(), scoring.window)
-        out, rows = attend(asked, keys, values, scoring, visible=visible, weights=weights)
+        positions, valid = self.slots()
+        visible = seen_by(query_positions, positions, valid, scoring.window)
+        offsets = scoring.offsets(query_positions, positions)
+        out, rows = attend(asked, keys, values, scoring, visible=visible, offsets=offsets, weights=weights)
         per_head = self.value_factors.float().repeat_interleave(groups, dim=0)[:, None]  # [h, 1, 1]
         return (out.float() / per_head).to(query.dtype), rows
 

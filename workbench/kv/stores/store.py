@@ -217,7 +217,8 @@ class Store(ABC):
                 return out, None
         dense = self.contents(query.dtype)
         visible = seen_by(query_positions, dense.positions, dense.valid, scoring.window)
-        return attend(query, dense.keys, dense.values, scoring, visible=visible, weights=weights)
+        offsets = scoring.offsets(query_positions, dense.positions)
+        return attend(query, dense.keys, dense.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         """The output of `attend` by a kernel that reads what is held in place; None where there is none."""

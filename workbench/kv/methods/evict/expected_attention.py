@@ -13,6 +13,7 @@ from workbench.kv.base import KVMethod, keep_first
 from workbench.kv.ranking import Ranking
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
+from workbench_kernels.softmax import normalised
 
 
 class AdaptiveHeads(KVMethod):
@@ -85,7 +86,7 @@ class ExpectedAttention(AdaptiveHeads):
             spread = (queries - mean).mT @ (queries - mean) / queries.shape[1]  # [h, d, d]
             turned = self._ahead(layer, self._ahead(layer, spread).flatten(0, 1).mT)  # rotation · spread · rotationᵀ
             logits += layer.scale**2 / 2 * (keys @ turned * keys).sum(dim=-1)
-        scores = logits.softmax(dim=-1).mean(dim=1)  # [k, m]
+        scores = normalised(logits[:, :, None], layer.scoring)[:, :, 0].mean(dim=1)  # [k, m]
         if self.value_norm:
             scores = (scores + self.epsilon) * layer.values[:, first:].float().norm(dim=-1)
         return keep_first(pad(scores, (first, 0)), self.sinks)

@@ -125,5 +125,7 @@ class _Repeating:
         """The largest weight [k, p] on each position of the piece, as if only sinks, piece and the pass were there."""
         piece = rows[..., self.piece]
         total = rows[..., recorded.tokens :].sum(dim=-1) + piece.sum(dim=-1) + rows[..., self.sinks].sum(dim=-1)
+        if recorded.scoring.sinks is not None:
+            total = total + (1 - rows.sum(dim=-1))  # learned ones are there too
         shares = piece / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]  # [k, g, rows, p]
         return shares.amax(dim=(1, 2))
