@@ -11,7 +11,7 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap, plus slope * key position
-    if there are slopes; rows see a window, and with sinks a share of their weight goes to no key.
+    if there are slopes; rows see a window or their own chunk, and with sinks a share of their weight goes to no key.
 
     All that attends, on any device, takes these as one value; sinks and slopes exclude one another. Where queries of
     some heads are worked on by themselves, `of` gives what is theirs.
@@ -27,6 +27,8 @@ class Scoring:
     """[h] the score of a key without value that all queries of a head see (GPT-OSS); None: there is none"""
     slopes: Tensor | None = None
     """[h] what is added to a head's scores for each position that a key stands further on (ALiBi); None: nothing"""
+    chunk: int | None = None
+    """how many positions make a chunk (Llama 4), of which a query sees only its own; None: there are no chunks"""
 
     def __post_init__(self) -> None:
         if self.sinks is not None and self.slopes is not None:
@@ -43,8 +45,8 @@ class Scoring:
         return hash(self._numbers)
 
     @property
-    def _numbers(self) -> tuple[float, int | None, float | None]:
-        return self.scale, self.window, self.softcap
+    def _numbers(self) -> tuple[float, int | None, float | None, int | None]:
+        return self.scale, self.window, self.softcap, self.chunk
 
     @property
     def plain(self) -> bool:
@@ -98,8 +100,15 @@ class Scoring:
     def visible(self, query_positions: Tensor, positions: Tensor) -> Tensor:
         """Whether queries at query_positions int [q] see keys at positions int [..., m]: bool [..., q, m]."""
         keys, queries = positions[..., None, :], query_positions[:, None]
-        seen = keys <= queries
-        return seen if self.window is None else seen & (keys > queries - self.window)
+        seen, begin = keys <= queries, self.begin(queries)
+        return seen if begin is None else seen & (keys >= begin)
+
+    def begin(self, query_positions: Tensor) -> Tensor | None:
+        """The first position that queries at these positions see, or one before the text; None: they see all of it."""
+        if self.window is None and self.chunk is None:
+            return None
+        begins = query_positions - (query_positions + 1 if self.window is None else self.window - 1)
+        return begins if self.chunk is None else begins.maximum(query_positions - query_positions % self.chunk)
 
 
 def by_head(numbers: Tensor, scores: Tensor) -> Tensor:

@@ -167,6 +167,19 @@ class AttentionMethod(Method):
         )
 
 
+def within_a_chunk(key: str, scoring: Scoring, tokens: int) -> Scoring:
+    """A layer's scoring as an attention method may take it for so many tokens: without chunks, for all are in one.
+
+    Raises NotApplicable, in the name of the method, where they are not.
+    """
+    if scoring.chunk is not None and tokens > scoring.chunk:
+        raise NotApplicable(
+            f"{key}: this model attends in chunks of {scoring.chunk} tokens, within which alone attention methods "
+            f"work, and {tokens} are read"
+        )
+    return replace(scoring, chunk=None)
+
+
 def visible_entries(tokens: int, window: int | None = None) -> int:
     """Pairs of query and key that causal attention over `tokens` computes, each query seeing `window` positions."""
     width = tokens if window is None else min(window, tokens)

@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from workbench.engine.masks import AnnouncedMask, announced, checked
+from workbench.engine.masks import AnnouncedMask, Span, announced, checked
+from workbench.engine.standing import standing
 from workbench.errors import NotApplicable, WorkbenchError
 from workbench_kernels import Scoring
 
@@ -49,7 +50,8 @@ class _Passing:
     """The pass that a thread is in: who attends, and what its masks may be asked.
 
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
-    by places is a mask by positions. own: masks that the model made by itself and that were found causal.
+    by places is a mask by positions; a token that comes alone in the midst of a text is none of these, for its mask
+    tells nothing. own: masks that the model made by itself and that were found causal.
     """
 
     handler: Handler
@@ -92,34 +94,35 @@ def _attention(
             "attention to something beside the tokens read (an encoder, a prefix, several streams) is not supported"
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
+    span = _span(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
-    scoring = Scoring(scale, window, softcap or None, sinks, slopes)
+    scoring = Scoring(scale, span.window, softcap or None, sinks, slopes, span.chunk)
     out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
 
-def _window(
+def _span(
     passing: _Passing, mask: Tensor | None, sliding_window: int | None, tokens: int, causal: bool, where: str
-) -> int | None:
-    """The window that a layer's mask describes; `sliding_window` is what the layer itself says, where no mask tells."""
+) -> Span:
+    """What a layer's mask lets it see; `sliding_window` is what the layer itself says, where no mask tells."""
     if isinstance(mask, AnnouncedMask):
         span = mask.span
         if span.refusal is not None:
             raise NotApplicable(f"{where} {span.refusal}: it cannot be read exactly as a decoder")
         if span.limit is not None and tokens > span.limit:
             raise NotApplicable(
-                f"{where} attends in chunks of {span.limit} tokens, and {tokens} are read at once; shorten the text"
+                f"{where} does not say what it sees beyond {span.limit} tokens, and {tokens} are read at once; shorten "
+                "the text"
             )
-        return span.window
+        return span
     if mask is None:
         if tokens > 1 and not causal:
             raise NotApplicable(f"{where} attends to later tokens too: it cannot be read exactly as a decoder")
     elif mask is not passing.told and passing.plain and all(mask is not known for known in passing.own):
         checked(mask, tokens)
         passing.own.append(mask)
-    return sliding_window or None
+    return Span(sliding_window or None)
 
 
 def _mask(
@@ -234,16 +237,17 @@ def forward(
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
+    alone = mask is None and positions.numel() == 1 and bool(positions[0] > 0)
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain))
+        before = _passing.set(_Passing(handler, mask, plain and not alone))
         try:
             output = model(
                 input_ids=ids.to(device)[None],
                 attention_mask=mask,
                 position_ids=positions.to(device)[None],
-                past_key_values=cache,
+                past_key_values=standing(model, positions, plain or mask is not None) if cache is None else cache,
                 use_cache=cache is not None,
                 logits_to_keep=kept,
             )

@@ -76,7 +76,8 @@ class _Twice:
         alike = torch.stack([cosine_similarity(one.flatten(1), other.flatten(1), dim=-1) for one, other in spans])
         self.similarity[layer] = alike.mean().cpu()
         visible = self.visible
-        if scoring.window is not None:
-            visible = visible & (self.positions > self.positions[:, None] - scoring.window)
+        begin = scoring.begin(self.positions[:, None])
+        if begin is not None:
+            visible = visible & (self.positions >= begin)
         offsets = scoring.offsets(self.positions, self.positions[None])
         return attend(query, key, value, scoring, visible=visible[None], offsets=offsets)[0]

@@ -50,6 +50,7 @@ class _Learning:
         exact, method = self.exact, self.exact.method
         exact.progress.update("calibrating", exact.layers + layer, 2 * exact.layers)
         self.context.layer = layer
+        scoring = within_a_chunk(method.key, scoring, query.shape[1])
         span = method.span(layer, exact.layers, query.shape[1])
         widths = [width for width in (scoring.window, span) if width is not None]
         scoring = replace(scoring, window=min(widths, default=None))

@@ -58,6 +58,13 @@ class ModelPrefill(ChunkedPrefill):
         decoder = _ObservedDecoder(self.model, used, self.position, progress=self.progress, observer=observer)
         decoder.reserve(ids.numel())
         self.logits = decoder.feed(ids, positions=positions)[-1].cpu()
+        if stores is None:
+            self.stores = decoder.stores  # some layers may have begun another chunk
+        elif any(now is not before for now, before in zip(decoder.stores, stores, strict=True)):
+            raise NotApplicable(
+                f"{self.label} reads on from a cache that it keeps, over the edge of a chunk of this model's attention; "
+                "shorten the text"
+            )
         self.position = decoder.position
         self._sample()
         return self.logits
@@ -155,7 +162,7 @@ class _Probe:
             torch.cat([earlier.keys, key], dim=1),
             torch.cat([earlier.values, value], dim=1),
             scoring,
-            visible=seen_by(probing, positions, valid, scoring.window),
+            visible=scoring.visible(probing, positions) & (True if valid is None else valid[:, None]),
             offsets=scoring.offsets(probing, positions),
             weights=scored,
         )

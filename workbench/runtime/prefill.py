@@ -140,7 +140,7 @@ def read(
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
-        raise PromptTooLong(f"the prompt has {tokens} tokens, but {facts.name} has only {facts.room}; shorten the text")
+        raise PromptTooLong(f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text")
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)

@@ -104,6 +104,11 @@ class Store(ABC):
         return None
 
     @property
+    def chunk(self) -> int | None:
+        """How many positions make a chunk, for a store that keeps those of the newest one alone; None: it does not."""
+        return None
+
+    @property
     def evictable(self) -> Evictable | None:
         """The store as one from which single entries can leave while decoding; None where it has no state for that."""
         return None
