@@ -74,7 +74,7 @@ _NAMED: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # its scores are sums of ReLUs: with few heads they tie, and ties fall as tokens are read
     "index_head_dim": 16,
     "index_topk": 8,
     "ffn_hidden_size": 128,
@@ -209,7 +209,9 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "git": {"vision_config": _VISION},
+    "llama4_text": {"attention_chunk_size": 16, "floor_scale": 8},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
+    "minimax": {"sliding_window": _LEFT},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron_h": {"num_hidden_layers": _LEFT, "n_groups": 2},
     "prophetnet": {"num_hidden_layers": _LEFT, "num_decoder_layers": 2, "num_encoder_layers": 2, **_PADDED},

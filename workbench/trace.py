@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.core.attention_rows import attention_rows
 from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
+from workbench.engine.states import States
 from workbench.errors import NoRotation, NotRead
 from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
@@ -27,13 +28,14 @@ T = TypeVar("T")
 class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
-    index: which layer. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
+    index: which of the layers that attend. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
     `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
     products become scores, with the width of a sliding-window layer. rotary: function that says how the
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
-    shared: the earlier layer whose keys and values this one reads; None: it has its own.
+    shared: the earlier layer whose keys and values this one reads; None: it has its own. number: what the model calls
+    the layer, where others keep no keys and values or have gone; None: as `index` says.
     """
 
     index: int
@@ -46,6 +48,12 @@ class LayerTrace(Brief):
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
     shared: int | None = None
+    number: int | None = None
+
+    @property
+    def called(self) -> int:
+        """The layer's number in the model."""
+        return self.index if self.number is None else self.number
 
     @property
     def scale(self) -> float:
@@ -96,7 +104,8 @@ class LayerTrace(Brief):
         count = self.tokens if tokens is None else tokens
         held = (self.keys_held, self.values_held, self.queries_held)
         keys, values, queries = (torch.empty(x.shape[0], count, x.shape[2], dtype=x.dtype, device="meta") for x in held)
-        return replace(self, keys_held=keys, values_held=values, queries_held=queries)
+        scoring = replace(self.scoring, chosen=None)
+        return replace(self, keys_held=keys, values_held=values, queries_held=queries, scoring=scoring)
 
     @property
     def tokens(self) -> int:
@@ -170,7 +179,7 @@ class LayerTrace(Brief):
         Raises NoRotation where positions are no rotation, NotApplicable where it is one that is not known.
         """
         if self.rotary is None:
-            raise NoRotation(f"layer {self.index} has no rotary position embedding that could be undone")
+            raise NoRotation(f"layer {self.called} has no rotary position embedding that could be undone")
         return self.rotary(self.tokens)
 
 
@@ -184,7 +193,8 @@ class Trace:
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
     heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
     memory: what modules of a compressed model remembered of the prompt. learnt: what an attention method learnt of the
-    model before it read. memo: what was computed of it since (`once`).
+    model before it read. memo: what was computed of it since (`once`). states: what layers that keep another state than
+    keys and values remember of the prompt, on the model's device; None where the model has none.
     """
 
     prompt: Prompt
@@ -198,6 +208,7 @@ class Trace:
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
     memo: Memo = field(default_factory=Memo, repr=False)
+    states: States | None = field(default=None, repr=False)
 
     @property
     def ids(self) -> Tensor:
@@ -233,10 +244,11 @@ class Trace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the recording (never counted as a run's cache)."""
-        return tensor_bytes(
-            held for layer in self.layers for held in (layer.keys_held, layer.values_held, layer.queries_held)
-        )
+        """Bytes held by the recording (never counted as a run's cache), states included."""
+        held = [x for layer in self.layers for x in (layer.keys_held, layer.values_held, layer.queries_held)]
+        chosen = [layer.scoring.chosen.keys for layer in self.layers if layer.scoring.chosen is not None]
+        states = () if self.states is None else self.states.tensors()
+        return tensor_bytes([*held, *(keys for keys in chosen if keys is not None), *states])
 
     @property
     def score_share(self) -> float | None:

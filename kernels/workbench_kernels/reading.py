@@ -16,7 +16,7 @@ _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
 def _takes(query: Tensor, key: Tensor, lse: Tensor | None, scoring: Scoring) -> bool:
-    return scoring.plain and scoring.chunk is None and on_gpu(query, key, lse)
+    return scoring.plain and on_gpu(query, key, lse)
 
 
 @with_kernel("gpu.reading:read_attention", when=_takes)

@@ -8,6 +8,48 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """Which positions an indexer chose for each query of a pass (sparse attention); no other is seen.
+
+    queries int64 [q]: where the queries stand, ascending. keys int [q, c]: what was chosen for each, in any order, later
+    positions among them where there were too few; None: everything. All heads see the same.
+    """
+
+    queries: Tensor
+    keys: Tensor | None
+
+    @property
+    def most(self) -> int | None:
+        """How many keys a query sees at most; None: everything."""
+        return None if self.keys is None else self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.keys is None else self.keys.nbytes
+
+    def to(self, device: torch.device) -> Chosen:
+        """The same on another device."""
+        return Chosen(self.queries, None if self.keys is None else self.keys.to(device))
+
+    def visible(self, query_positions: Tensor, positions: Tensor) -> Tensor | None:
+        """Whether positions int [..., m] were chosen for the queries at query_positions int [q]: bool [..., q, m].
+
+        None: everything was. Raises ValueError for queries of another pass.
+        """
+        if self.keys is None:
+            return None
+        asked = query_positions.to(self.queries.device)
+        rows = torch.searchsorted(self.queries, asked).clamp_max(len(self.queries) - 1)
+        if not torch.equal(self.queries[rows], asked):
+            raise ValueError("what an indexer chose is known of the queries of its own pass only")
+        keys = self.keys[rows.to(self.keys.device)].to(positions.device).long()  # [q, c]
+        size = 1 + max(int(x.max()) if x.numel() else 0 for x in (keys, positions))
+        table = torch.zeros(len(keys), size, dtype=torch.bool, device=keys.device).scatter_(1, keys, True)
+        return table[:, positions.clamp_min(0).long()].movedim(0, -2)
+
+
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap, plus slope * key position
@@ -27,6 +69,8 @@ class Scoring:
     """[h] the score of a key without value that all queries of a head see (GPT-OSS); None: there is none"""
     slopes: Tensor | None = None
     """[h] what is added to a head's scores for each position that a key stands further on (ALiBi); None: nothing"""
+    chosen: Chosen | None = None
+    """what of all that an indexer chose for each query (DeepSeek-V3.2); None: there is no indexer"""
     chunk: int | None = None
     """how many positions make a chunk (Llama 4), of which a query sees only its own; None: there are no chunks"""
 
@@ -39,7 +83,8 @@ class Scoring:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Scoring):
             return NotImplemented
-        return self._numbers == other._numbers and _same(self.sinks, other.sinks) and _same(self.slopes, other.slopes)
+        alike = self._numbers == other._numbers and self.chosen is other.chosen
+        return alike and _same(self.sinks, other.sinks) and _same(self.slopes, other.slopes)
 
     def __hash__(self) -> int:
         return hash(self._numbers)
@@ -50,8 +95,13 @@ class Scoring:
 
     @property
     def plain(self) -> bool:
-        """Whether scores are products alone, and weights their softmax: no sinks and no slopes."""
-        return self.sinks is None and self.slopes is None
+        """Whether scores are products alone, and weights their softmax over a window."""
+        return self.sinks is None and self.in_kernels
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether kernels that decode can compute it: they know neither slopes, what an indexer chose, nor chunks."""
+        return self.slopes is None and self.chosen is None and self.chunk is None
 
     def of(self, heads: slice | int | Tensor) -> Scoring:
         """The same for some of the query heads."""
@@ -101,7 +151,10 @@ class Scoring:
         """Whether queries at query_positions int [q] see keys at positions int [..., m]: bool [..., q, m]."""
         keys, queries = positions[..., None, :], query_positions[:, None]
         seen, begin = keys <= queries, self.begin(queries)
-        return seen if begin is None else seen & (keys >= begin)
+        if begin is not None:
+            seen = seen & (keys >= begin)
+        chosen = None if self.chosen is None else self.chosen.visible(query_positions, positions)
+        return seen if chosen is None else seen & chosen
 
     def begin(self, query_positions: Tensor) -> Tensor | None:
         """The first position that queries at these positions see, or one before the text; None: they see all of it."""

@@ -15,8 +15,8 @@ def attention_weights(
 ) -> Tensor:
     """The softmax over all keys of products q k [..., q, m], float32 or wider, which are overwritten.
 
-    visible: bool, broadcastable to [..., q, m]; None: everything is seen. Every query must see a key. offsets: see
-    `Scoring.bent`.
+    visible: bool, broadcastable to [..., q, m]; None: everything is seen. Every query must see a key, unless an
+    indexer chose what it sees: it then gets zeros. offsets: see `Scoring.bent`.
     """
     return normalised(scoring.scores(products, visible, offsets), scoring)
 
@@ -24,7 +24,7 @@ def attention_weights(
 def normalised(scores: Tensor, scoring: Scoring) -> Tensor:
     """The softmax over all keys of scores [..., q, m], which are overwritten; with sinks rows sum to less than 1."""
     if scoring.sinks is None:
-        return torch.softmax(scores, dim=-1)
+        return torch.softmax(scores, dim=-1) if scoring.chosen is None else partial_softmax(scores)[0]
     return torch.exp(scores.sub_(log_sums(scores, scoring)))
 
 

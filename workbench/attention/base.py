@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from workbench.core.causal_attention import causal_attention
-from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
+from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.registry import Family, Method
 from workbench_kernels import Scoring

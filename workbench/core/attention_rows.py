@@ -99,9 +99,10 @@ def row_blocks(
     first, stop = visible_keys(
         nq, nk, query_positions, key_positions, scoring.window, kv_heads=k, chunk=scoring.chunk
     )  # [k or 1, nq]
+    at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     group = h // k
     if scoring.slopes is not None:
-        at, held = (x.to(queries.device) for x in token_positions(nq, nk, query_positions, key_positions))
+        at, held = at.to(queries.device), held.to(queries.device)
     rows_per_block = _rows_per_block(h * nk * 4, nq, block_bytes, queries.device)
     scratch = torch.empty(h * rows_per_block * nk, dtype=torch.float32, device=queries.device)
 
@@ -131,8 +132,13 @@ def row_blocks(
             offsets = held[:, low:high] - at[rows.stop - 1]  # [k or 1, c]
             by_kv += by_head(scoring.slopes, by_kv) * offsets[:, None, None]
         _hide(by_kv, first_r - low, stop_r - low)
+        chosen = None if scoring.chosen is None else scoring.chosen.visible(at[rows], held[:, low:high])
+        if chosen is not None:  # [k or 1, r, c]
+            by_kv.masked_fill_(~chosen.to(scores.device)[:, None], -torch.inf)
         probs = normalised(by_kv, scoring)
         blind = first_r >= stop_r
+        if chosen is not None:
+            blind = blind | (scores.view(k, group, r, c)[:, 0] == -torch.inf).all(dim=-1).cpu()
         if blind.any():  # the softmax of nothing is not a number; nothing was attended to
             probs.masked_fill_(blind[:, None, :, None].to(probs.device), 0.0)
         yield RowBlock(rows, slice(low, high), probs.view(h, r, c))

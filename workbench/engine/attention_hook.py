@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from workbench.engine.masks import AnnouncedMask, Span, announced, checked
 from workbench.engine.standing import standing
+from workbench.engine.states import States, has_indexer, keeps_states, states_of
 from workbench.errors import NotApplicable, WorkbenchError
-from workbench_kernels import Scoring
+from workbench_kernels import Chosen, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ class Handler(Protocol):
 
     def attend(
         self,
-        layer: int,
+        layer: int,  # which of those that attend
         query: Tensor,  # [h, n, d]
         key: Tensor,  # [k, n, d]: of the tokens of this pass only
         value: Tensor,  # [k, n, dv]
@@ -51,12 +52,15 @@ class _Passing:
 
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
     by places is a mask by positions; a token that comes alone in the midst of a text is none of these, for its mask
-    tells nothing. own: masks that the model made by itself and that were found causal.
+    tells nothing. positions: where its tokens stand, int64 [n]. states: of layers that keep some. own: masks that the
+    model made by itself and that were found causal.
     """
 
     handler: Handler
     told: Tensor | None
     plain: bool
+    positions: Tensor
+    states: States | None = None
     own: list[Tensor] = field(default_factory=list)
 
 
@@ -73,6 +77,7 @@ def _attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     passing = _passing.get()
@@ -85,9 +90,14 @@ def _attention(
         raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
     if s_aux is not None and slopes is not None:
         raise NotApplicable(f"{kind} has learned sinks beside slopes of its positions (ALiBi), which is not supported")
-    index = getattr(module, "layer_idx", None)
+    index, states = getattr(module, "layer_idx", None), passing.states
+    if states is not None:
+        index = states.caller(index)
     if index is None:
         raise NotApplicable(f"{kind} does not say which layer it is (layer_idx)")
+    place = index if states is None else states.places.get(index)
+    if place is None:
+        raise NotApplicable(f"layer {index}: {kind} attends, but the config names another kind of layer there")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise NotApplicable(
             f"layer {index}: {kind} attends with {query.shape[0]} x {query.shape[2]} queries to {key.shape[2]} keys: "
@@ -97,9 +107,19 @@ def _attention(
     span = _span(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
-    scoring = Scoring(scale, span.window, softcap or None, sinks, slopes, span.chunk)
-    out = passing.handler.attend(index, query[0], key[0], value[0], scoring)
+    scoring = Scoring(
+        scale, span.window, softcap or None, sinks, slopes, chosen=_chosen(passing, indices), chunk=span.chunk
+    )
+    out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
+
+
+def _chosen(passing: _Passing, indices: Tensor | None) -> Chosen | None:
+    """What the layer's indexer chose for each token, where it has one: indices [1, n, c] of all tokens so far."""
+    if indices is None:
+        return None
+    total = int(passing.positions[-1]) + 1
+    return Chosen(passing.positions, None if indices.shape[-1] >= total else indices[0])
 
 
 def _span(
@@ -129,6 +149,7 @@ def _mask(
     batch_size: int = 1,  # noqa: ARG001  (transformers hands it by name; it is always 1)
     q_length: int = 0,
     kv_length: int = 0,
+    q_offset: int = 0,
     mask_function: Any = None,
     local_size: int | None = None,
     device: Any = "cpu",
@@ -137,7 +158,9 @@ def _mask(
     """Handlers mask by the true positions of what they hold: of a model's mask they need the rule."""
     passing = _passing.get()
     plain = passing is not None and passing.plain
-    return announced(mask_function, q_length, kv_length, local_size or None, torch.device(device), check=plain)
+    return announced(
+        mask_function, q_length, kv_length, local_size or None, torch.device(device), before=q_offset, check=plain
+    )
 
 
 @cache
@@ -171,7 +194,7 @@ class _Alone:
 @contextmanager
 def remembering() -> Iterator[None]:
     """Until the block ends modules that remember something of a run do so in calls of the model by itself."""
-    before = _passing.set(_Passing(_Alone(), None, plain=False))
+    before = _passing.set(_Passing(_Alone(), None, plain=False, positions=torch.empty(0, dtype=torch.long)))
     try:
         yield
     finally:
@@ -226,28 +249,43 @@ def forward(
     ids: Tensor,
     positions: Tensor,
     *,
-    cache: Cache | None = None,
+    cache: States | None = None,
     logits: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
     """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
 
-    mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
+    cache: what layers that keep another state than keys and values remember of the text before, written on; without it
+    such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
     one, for which the host would wait for the device.
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
     alone = mask is None and positions.numel() == 1 and bool(positions[0] > 0)
+    if cache is None and (keeps_states(model) or has_indexer(model)):
+        if not plain or bool(positions[:1] != 0):
+            raise NotApplicable(
+                f"{type(model).__name__} has layers that keep a state of all that was read before (linear attention, a "
+                "state space, a convolution, an indexer), so it cannot read from the midst of a text, or parts of one, "
+                "as is wanted here"
+            )
+        cache = states_of(model)
+    if has_indexer(model) and (not plain or cast("States", cache).seen != int(positions[0])):
+        raise NotApplicable(
+            f"{type(model).__name__} chooses by an index of all tokens what each attends to, and this pass does not "
+            "read on where that ends; what reads apart from the text, or out of its order, is not supported"
+        )
+    stands = standing(model, positions, plain or mask is not None) if cache is None else cache
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain and not alone))
+        before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache))
         try:
             output = model(
                 input_ids=ids.to(device)[None],
                 attention_mask=mask,
                 position_ids=positions.to(device)[None],
-                past_key_values=standing(model, positions, plain or mask is not None) if cache is None else cache,
+                past_key_values=cast("Cache | None", stands),
                 use_cache=cache is not None,
                 logits_to_keep=kept,
             )

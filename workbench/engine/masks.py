@@ -3,7 +3,8 @@
 Handlers mask by the true positions of what they hold, so they need a mask's rule, not its entries. A model makes its
 masks through transformers' mask interface, which hands over the rule as a predicate; `announced` tries it on chosen
 rows and gives the model an `AnnouncedMask` in return, a tensor without data that carries the rule to the layers. A
-model that computes with it is refused, for what it makes of it is another mask than the one announced.
+model that computes with it is refused, for what it makes of it is another mask than the one announced. Only an indexer
+(sparse attention) gets data: it takes the mask of one head to hide later keys from scores of its own.
 """
 
 from __future__ import annotations
@@ -60,11 +61,21 @@ class AnnouncedMask(Tensor):
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]  # torch's own would read the data
         return f"AnnouncedMask({list(self.shape)}, {self.span})"
 
+    def of_one_head(self) -> Tensor:
+        """The same for one head, with data: bool [1, q, n], where the last query stands at the last key."""
+        if self.span.refusal is not None:
+            raise NotApplicable(f"an indexer {self.span.refusal}: it cannot be read exactly as a decoder")
+        queries, keys = self.shape[-2:]
+        columns = torch.arange(keys, device=self.device)
+        return _visible(columns[keys - queries :], columns, self.span.window)[None]
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares a function there
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         masks = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, AnnouncedMask)]
+        if func is _aten.select.int and args[1] == 1:  # type: ignore[comparison-overlap]
+            return masks[0].of_one_head()
         if func not in _HANDED_ON or len(masks) != 1:
             raise NotApplicable(
                 f"this model computes with its attention mask ({func.__name__}) instead of handing it to its "
@@ -85,16 +96,17 @@ def announced(
     local_size: int | None,
     device: torch.device,
     *,
+    before: int = 0,
     check: bool,
 ) -> AnnouncedMask:
     """The mask of a pass over as many queries as keys, by the rule (batch, head, query, key) -> visible.
 
-    local_size: what the model calls the width of its layer's window or chunk. check: try the rule; without it the
-    width is believed to be a window's (for passes whose positions are not one after another, and of single tokens in
-    the midst of a text).
+    local_size: what the model calls the width of its layer's window or chunk. before: how many keys stand before the
+    first query, of earlier passes. check: try the rule; without it the width is believed to be a window's (for passes
+    whose positions are not one after another, and of single tokens in the midst of a text).
     """
     span = Span(local_size)
-    if queries != keys:
+    if before + queries != keys:
         span = Span(refusal="attends to something beside the tokens read (an encoder, a prefix)")
     elif check:
         span = _span(rule, keys, local_size, device)

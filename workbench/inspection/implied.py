@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.attention.base import AttentionMethod, PassContext
+from workbench.attention.base import AttentionMethod, PassContext, within_a_chunk
 from workbench.core.attention_rows import BLOCK_BYTES, RowBlock
 from workbench.measure.attention import PooledMap, Pooling, Span, cell_edges, check_pooling, pool_blocks
 from workbench.measure.heads import HeadStats, HeadSums

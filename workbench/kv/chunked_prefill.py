@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.core.bisection import largest
 from workbench.errors import BudgetTooSmall, PromptTooLong
-from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.kv.stores import ChunkStore, DenseStore, SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.models import max_positions
 from workbench.progress import Progress

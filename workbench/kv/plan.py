@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from workbench.display import Shown
+from workbench.engine.states import States
 from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import ClosedUpStore, SharedStore, SlidingStore, Store
+from workbench.kv.stores import ChunkStore, ClosedUpStore, SharedStore, SlidingStore, Store
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
@@ -64,6 +65,16 @@ class Plan(Shown):
     def position(self) -> int:
         """Where the next token stands."""
         return self.trace.tokens
+
+    @property
+    def states(self) -> States | None:
+        """What layers that keep another state than keys and values remember; no part of the cache's share."""
+        return self.trace.states
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of those states: the same under every plan."""
+        return 0 if self.states is None else self.states.nbytes
 
     @property
     def endless(self) -> bool:

@@ -133,7 +133,7 @@ class _ExactOutput:
         """The output [h, p, dv] over keys [k, n, d] and values [k, n, dv] in place of the layer's own."""
         where = torch.arange(layer.tokens, device=layer.device)
         positions = self.positions.to(layer.device)
-        visible = seen_by(positions, where[None], None, layer.window)
+        visible = seen_by(positions, where[None], None, layer.scoring)
         queries = layer.queries[:, positions].float()
         offsets = layer.scoring.offsets(positions, where[None])
         return attend(queries, keys, values, layer.scoring, visible=visible, offsets=offsets)[0]

@@ -418,7 +418,13 @@ def _read(
 
     That is on a CPU, where keys were evicted or queries left out, and for what is wrong, which `row_blocks` says.
     """
-    if not on_gpu(queries, keys) or queries.ndim != 3 or keys.ndim != 3 or queries.dtype != keys.dtype:
+    if (
+        not scoring.plain
+        or not on_gpu(queries, keys)
+        or queries.ndim != 3
+        or keys.ndim != 3
+        or queries.dtype != keys.dtype
+    ):
         return None
     (h, nq, d), (k, nk, width) = queries.shape, keys.shape
     fits = 0 < nq <= nk and k > 0 and h > 0 and h % k == 0 and d == width <= _KERNEL_WIDTH

@@ -240,6 +240,7 @@ def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
     import torch
 
     from workbench.engine.attention_hook import forward
+    from workbench.engine.states import attending
 
     config: Any = model.config.get_text_config()
     token = config.vocab_size // 2
@@ -250,11 +251,12 @@ def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
     name, tables = type(model).__name__, _tables(model)
     outcomes: list[Rotation | str | None] = []
     known: list[Rotation] = []
+    places = {layer: place for place, layer in enumerate(attending(model))}
     for layer in range(config.num_hidden_layers):
-        if layer not in show.layers:
+        if (shown := show.layers.get(places.get(layer, -1))) is None:
             outcomes.append(f"layer {layer} of {name} does not use transformers' attention interface")
             continue
-        outcome = _judged(*show.layers[layer], known, tables)
+        outcome = _judged(*shown, known, tables)
         if isinstance(outcome, str):
             outcome = f"layer {layer} of {name} {outcome}; methods that rotate keys cannot be applied to it"
         elif outcome is not None and outcome not in known:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, PassContext
+from workbench.attention.base import AttentionMethod, PassContext, within_a_chunk
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
 from workbench.examples import example

@@ -162,7 +162,7 @@ class _Probe:
             torch.cat([earlier.keys, key], dim=1),
             torch.cat([earlier.values, value], dim=1),
             scoring,
-            visible=scoring.visible(probing, positions) & (True if valid is None else valid[:, None]),
+            visible=seen_by(probing, positions, valid, scoring),
             offsets=scoring.offsets(probing, positions),
             weights=scored,
         )

@@ -157,6 +157,7 @@ class Conversation:
             trace.layers if trace.recorded else (),
             memory=trace.memory,
             learnt=trace.learnt,
+            states=self.plan.states,
         )
 
     def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:
@@ -178,7 +179,7 @@ class Conversation:
             )
 
         def plain_decoder() -> Decoder:
-            return Decoder(self.plain_model, plain.stores(), plain.position)
+            return Decoder(self.plain_model, plain.stores(), plain.position, states=plain.states)
 
         against = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
         answer = run.tokens if given is None else None
@@ -204,6 +205,7 @@ class Conversation:
         categories = {
             "weights": self.weight_nbytes,
             **kv_categories(decoder.stores),
+            **({"state": nbytes} if (nbytes := decoder.state_nbytes) else {}),
             "activations": decoder.activations,
             "workspace": decoder.workspace,
             **({"attention": nbytes} if (nbytes := decoder.attention_nbytes) else {}),

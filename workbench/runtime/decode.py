@@ -11,7 +11,8 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward
-from workbench.errors import BudgetTooSmall
+from workbench.engine.states import States
+from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import ChunkStore, SharedStore, Store, cloned
 from workbench.kv.stores.capabilities import Evictable
@@ -19,6 +20,7 @@ from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.models.facts import chunks
 from workbench.progress import Progress
+from workbench.runtime.continuing import fresh_states
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -36,7 +38,9 @@ class Decoder:
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
     asked at every layer whether to stop. by_store: layers whose stores attend in their own way, without `attention`.
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
-    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model.
+    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model. states: what
+    layers that keep another state than keys and values remember of the text so far, at first of the prompt; a copy of
+    its own. None: the model has no such layers, or begins to read.
     """
 
     model: PreTrainedModel
@@ -51,6 +55,7 @@ class Decoder:
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
+    states: States | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -60,6 +65,10 @@ class Decoder:
     def __post_init__(self) -> None:
         self._context = PassContext(len(self.stores), self.position, state=dict(self.learnt))
         self.memory = dict(self.memory)
+        if self.states is not None:
+            self.states = self.states.clone()
+        elif self.position == 0:
+            self.states = fresh_states(self.model)
         self._causal, self._uncounted = 0, False
         self._chunks = {layer: chunk for layer, chunk in enumerate(chunks(self.model)) if chunk is not None}
         if self.attention is not None:
@@ -89,7 +98,7 @@ class Decoder:
             if measure:
                 rows.append(self._measured(part, logits))
             else:
-                rows.append(forward(self.model, self, part, self._positions, logits=min(logits, part.numel())))
+                rows.append(self._forward(part, logits))
             self.position = int(self._positions[-1]) + 1
         return torch.cat(rows)[-logits:]
 
@@ -100,6 +109,11 @@ class Decoder:
         positions = self._positions.to(key.device)
         if layer in self._chunks:  # of which a pass has one, and the store holds no other
             scoring = replace(scoring, window=None, chunk=None)
+        if scoring.chosen is not None and (reason := self._chooses(layer)) is not None:
+            raise NotApplicable(
+                f"layer {layer}: an indexer of the model chooses what each token attends to, and so does {reason}; use "
+                "a method that keeps or stores entries"
+            )
         if store.holder.sliding_window is not None:
             scoring = replace(scoring, window=store.holder.sliding_window)
         before = self._enter()
@@ -119,7 +133,7 @@ class Decoder:
         # Who evicts by attention needs all its weights, whatever else is computed.
         if evictable is not None or not by_method:
             counted = self._context.computed[layer]
-            self._count_exact(store, query.shape[0], positions, scoring.window)
+            self._count_exact(store, query.shape[0], positions, scoring)
             exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             if (selected := store.holder.scores_computed) is not None:
                 self._context.computed[layer] = counted + selected
@@ -137,24 +151,33 @@ class Decoder:
         store = self.stores[layer]
         dense = store.contents(query.dtype)
         shape = (dense.keys.shape[0], query.shape[1], dense.keys.shape[1])
-        seen = seen_by(positions, dense.positions, dense.valid, scoring.window)
+        seen = seen_by(positions, dense.positions, dense.valid, scoring)
         everything = torch.ones(1, dtype=torch.bool, device=query.device)
         visible = (everything if seen is None else seen).expand(shape)
         return self.attention.decode(query, dense, visible, scoring, self._context)
+
+    def _chooses(self, layer: int) -> str | None:
+        """Who but the model chooses what a layer's queries attend to; None: nobody."""
+        store = self.stores[layer].holder
+        if store.retrieves or store.selects:
+            return f"its store ({type(store).__name__})"
+        return self.attention.key if self.attention is not None and self._attends(layer) else None
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
         holder = self.stores[layer].holder
         return self.attention is not None and holder.sliding_window is None and not holder.attends_itself
 
-    def _count_exact(self, store: Store, heads: int, positions: Tensor, window: int | None) -> None:
-        """Count what `heads` query heads see at positions [q] of all that a store holds, these included."""
+    def _count_exact(self, store: Store, heads: int, positions: Tensor, scoring: Scoring | None) -> None:
+        """Count what `heads` query heads see at positions [q] of all that a store holds, these included; without a
+        scoring each sees all that stands before it.
+        """
         store = store.holder
         if store.retrieves:
             self._uncounted = True
             return
-        if window is not None:
-            seen = seen_by(positions, *store.slots(), window)
+        if scoring is not None and (scoring.window is not None or scoring.chosen is not None):
+            seen = seen_by(positions, *store.slots(), scoring)
             assert seen is not None
             self._context.count_seen(heads, seen.expand(store.kv_heads, -1, -1))
             return
@@ -173,6 +196,11 @@ class Decoder:
     def attention_nbytes(self) -> int:
         """Bytes of what the attention method holds beside the stores."""
         return self._context.state_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the states that layers keep beside keys and values: the same under every recipe."""
+        return 0 if self.states is None else self.states.nbytes
 
     @property
     def memory_nbytes(self) -> int:
@@ -196,7 +224,7 @@ class Decoder:
     def clone(self) -> Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = cloned(self.stores)
-        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
+        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention, states=self.states)
         twin._context = PassContext(len(stores), self._context.tokens, state=dict(self._context.state))
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
@@ -241,7 +269,13 @@ class Decoder:
             ]
 
     def _at_once(self, count: int) -> int:
-        """How many tokens may enter together: no more than half of what an evicting cache holds."""
+        """How many tokens may enter together: no more than half of what an evicting cache holds; one where the model
+        forgets its state otherwise.
+        """
+        if self.states is not None and self.states.singly and self.states.begun and count > 1:
+            note = f"{type(self.model).__name__} read on token by token: several at once would lose its layers' state"
+            self.notes += [] if note in self.notes else [note]
+            return 1
         if self.evicting is None or count <= 1:
             return max(count, 1)
         leaving = (store.rescored or store.evictable for store in self.stores)
@@ -263,11 +297,15 @@ class Decoder:
             positions = positions.masked_fill(empty, -1)
         store.evict(self.evicting.evict(state, positions, room))
 
+    def _forward(self, part: Tensor, logits: int) -> Tensor:
+        count = min(logits, part.numel())
+        return forward(self.model, self, part, self._positions, cache=self.states, logits=count)
+
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:
             self._live, self.activations, self.workspace = live, 0, 0
             try:
-                return forward(self.model, self, part, self._positions, logits=min(logits, part.numel()))
+                return self._forward(part, logits)
             finally:
                 self.activations = max(self.activations, live.peak)
                 self._live = None

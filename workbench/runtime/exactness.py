@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.attention_hook import device_of, exclusive, remembering
+from workbench.engine.states import keeps_states
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
 from workbench.models import Facts, cache_dir
@@ -36,16 +37,18 @@ if TYPE_CHECKING:
 _READ = 12  # tokens that are read at once; those that follow are decoded
 _STEPS = (4, 1)  # so many at a time: several, then one
 _WINDOW = 8  # what sliding windows are narrowed to meanwhile, so that reading and decoding pass their edge
+_CHUNK = 7  # the same of chunks: edges lie within what is read at once and within several decoded tokens
+_CHOSEN = 4  # so many positions an indexer chooses meanwhile, so that it leaves some out
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of a row of logits' spread, by precision
-_RULES = 1  # raise it when what is checked changes: models are then looked at again
+_RULES = 2  # raise it when what is checked changes: models are then looked at again
 
 
 def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = None) -> None:
     """Raise NotApplicable where reading or decoding differs from the model by itself, naming the first layer.
 
     Compared are the logits after 12 tokens read at once, then four together and one more decoded, on uncompressed
-    stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens meanwhile. A model that
-    passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
+    stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens, chunks to 7 and what
+    indexers choose to 4 meanwhile. A model that passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
     libraries. Raises Cancelled between layers.
     """
     seal = cache_dir() / "exact" / fingerprint(model)
@@ -131,16 +134,20 @@ def _parts(ids: Tensor) -> list[Tensor]:
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
-    and all that are decoded.
+    and all that are decoded; one by one and at positions that are said where layers keep states, as `generate` does.
     """
     rows: list[Tensor] = []
-    cache = None
+    cache, states, at = None, keeps_states(model), 0
+    first, *rest = _parts(ids)
+    parts = [first, *(torch.cat(rest).split(1) if states and rest else rest)]
     with torch.inference_mode(), quiet(), remembering():
-        for part in _parts(ids):
+        for part in parts:
             inputs = part.to(device_of(model))[None]
             count = part.numel() if rows else 1
-            output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count)
-            cache = output.past_key_values
+            where = torch.arange(at, at + part.numel(), device=inputs.device)[None]
+            said = {"position_ids": where} if states else {}
+            output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
+            cache, at = output.past_key_values, at + part.numel()
             rows.append(output.logits[0, -count:].float())
     return torch.cat(rows)
 
@@ -150,7 +157,7 @@ def _logits(model: PreTrainedModel, facts: Facts, ids: Tensor, progress: Progres
     first, *parts = _parts(ids)
     trace = read(model, facts, Prompt(first, chat=False), progress=progress)
     plan = make_plan(trace, [Full()], _precision(model), model=model)
-    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory)
+    decoder = Decoder(model, plan.stores(), plan.position, progress=progress, memory=trace.memory, states=plan.states)
     rows = [decoder.feed(part, logits=part.numel()) for part in parts]
     return torch.cat([trace.logits[None].to(device_of(model)), *rows])
 
@@ -206,14 +213,16 @@ def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel) -> Iterator[None]:
-    """Until the block ends sliding windows are 8 tokens wide, where their masks go by the config."""
-    config: Any = model.config.get_text_config()
-    width = getattr(config, "sliding_window", None)
-    if not isinstance(width, int) or width <= _WINDOW:
+    """Until the block ends sliding windows are 8 tokens wide and chunks 7, where their masks go by the config, and
+    indexers choose 4 positions.
+    """
+    config = model.config.get_text_config()
+    wide: list[tuple[Any, str, int]] = [(config, "sliding_window", _WINDOW), (config, "attention_chunk_size", _CHUNK)]
+    wide += [(module, "index_topk", _CHOSEN) for module in model.modules()]
+    with ExitStack() as undo:
+        for place, name, narrow in wide:
+            width = getattr(place, name, None)
+            if isinstance(width, int) and width > narrow:
+                setattr(place, name, narrow)
+                undo.callback(setattr, place, name, width)
         yield
-        return
-    config.sliding_window = _WINDOW
-    try:
-        yield
-    finally:
-        config.sliding_window = width

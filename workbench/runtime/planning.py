@@ -78,7 +78,9 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        return Decoder(model, stores, position, progress=progress).feed(ids, logits=ids.numel())
+        states = trace.states if position == trace.tokens else None
+        decoder = Decoder(model, stores, position, progress=progress, memory=trace.memory, states=states)
+        return decoder.feed(ids, logits=ids.numel())
 
     return Study(trace, model, progress, forcing=forcing, measured=measured)
 

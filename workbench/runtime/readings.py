@@ -112,7 +112,7 @@ class Readings:
             return plain
         key = (weights, attention)
         if key not in self._others:
-            widths = [(layer.keys_held.shape[-1], layer.values_held.shape[-1]) for layer in plain.layers]
+            widths = {x.called: (x.keys_held.shape[-1], x.values_held.shape[-1]) for x in plain.layers}
             reading = read_unrecorded
             if plain.recorded:
                 reading = partial(

@@ -159,6 +159,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 "scale": x.scale,
                 "window": x.window,
                 "softcap": x.softcap,
+                "chunk": x.chunk,
                 "shared": x.shared,
                 "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
             }
@@ -347,6 +348,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                         else None
                         for name in _OF_HEADS
                     ),
+                    chunk=fields.get("chunk"),
                 ),
                 shared=fields.get("shared"),
                 rotary=partial(readings.rotations.of, index),

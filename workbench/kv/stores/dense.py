@@ -196,7 +196,7 @@ class DenseStore(PositionedStore):
         self._append_positions(positions)
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
-        fits, asked = for_kernel(query, self.keys.data, query_positions, scoring.window)
+        fits, asked = for_kernel(query, self.keys.data, query_positions, scoring)
         if not fits:
             return None
         return decode_dense(

@@ -381,7 +381,7 @@ class PackedStore(PositionedStore):
         )
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring)
         if not fits:
             return None
         return decode_packed(

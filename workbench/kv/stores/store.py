@@ -221,7 +221,7 @@ class Store(ABC):
             if out is not None:
                 return out, None
         dense = self.contents(query.dtype)
-        visible = seen_by(query_positions, dense.positions, dense.valid, scoring.window)
+        visible = seen_by(query_positions, dense.positions, dense.valid, scoring)
         offsets = scoring.offsets(query_positions, dense.positions)
         return attend(query, dense.keys, dense.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
@@ -230,15 +230,17 @@ class Store(ABC):
         return None
 
 
-def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
+def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, scoring: Scoring) -> tuple[bool, Tensor | None]:
     """Whether decode kernels take this query [h, q, d] over what a store holds, and the positions that they mask by.
 
     They are for a few queries at 16 bits; the newest token alone sees everything, which needs no mask.
     """
     few = 0 < query.shape[1] <= _FEW_QUERIES
-    if not (few and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype):
+    if not (
+        few and scoring.in_kernels and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype
+    ):
         return False, None
-    alone = query.shape[1] == 1 and window is None
+    alone = query.shape[1] == 1 and scoring.window is None
     return True, None if alone else query_positions.to(query.device)
 
 
@@ -264,19 +266,16 @@ def joined_slots(
     return torch.cat([positions.to(device).expand(heads, -1) for positions, _ in parts], dim=1), valid
 
 
-def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, window: int | None) -> Tensor | None:
+def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, scoring: Scoring) -> Tensor | None:
     """Which slots each query may see, bool [k or 1, q, m]; None when all see all.
 
-    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Dequantised.
+    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Dequantised. Of what an
+    indexer chose only what is held can be seen, which may be nothing.
     """
     real = None if valid is None else valid[:, None]
-    if query_positions.numel() == 1 and window is None:
+    if query_positions.numel() == 1 and scoring.window is None and scoring.chunk is None and scoring.chosen is None:
         return real  # the newest token sees everything held
-    slots = positions[:, None]  # [k or 1, 1, m]
-    query = query_positions.to(slots.device)[None, :, None]
-    visible = slots <= query
-    if window is not None:
-        visible = visible & (slots > query - window)
+    visible = scoring.visible(query_positions.to(positions.device), positions)
     return visible if real is None else visible & real
 
 
