@@ -22,6 +22,8 @@ _STATES = {
     "mlp": "no attention (MLP)",
 }
 _STATE = "it keeps a state of fixed size, no keys and values"
+_NOTHING = "it keeps nothing of the text"
+_CHUNK = "while the prompt is within one chunk; of a longer one it holds the newest chunk, exactly"
 
 
 def attention_findings(
@@ -32,24 +34,25 @@ def attention_findings(
     """
     config: Any = model.config.get_text_config(decoder=True)
     rank = getattr(config, "kv_lora_rank", None) or None
-    seen = {} if trace is None else {layer.index: layer for layer in trace.layers}
+    seen = {} if trace is None else {layer.number: layer for layer in trace.layers}
     return tuple(
-        _recorded(seen[index], trace, rank)
+        _recorded(seen[index], trace, rank, beside=facts.layer_types[index] == "hybrid")
         if trace is not None and index in seen
         else _named(index, facts, rank, otherwise, why)
-        for index in range(max(facts.layers, len(seen)))
+        for index in sorted({*range(facts.layers), *seen})
     )
 
 
-def _recorded(layer: LayerTrace, trace: Trace, rank: int | None) -> Finding:
+def _recorded(layer: LayerTrace, trace: Trace, rank: int | None, *, beside: bool) -> Finding:
+    """beside: whether the layer keeps a state beside its keys and values."""
     why = trace.exact.get(layer.index, "")
     return Finding(
         "attention",
-        (layer.index,),
+        (layer.number,),
         "",
-        _kind(layer, rank),
+        _kind(layer, trace, rank, beside=beside),
         "exact" if why else "compressible",
-        why,
+        why or (_CHUNK if layer.chunk is not None else ""),
         layer.heads,
         layer.kv_heads,
         layer.keys_held.shape[-1],
@@ -57,14 +60,24 @@ def _recorded(layer: LayerTrace, trace: Trace, rank: int | None) -> Finding:
     )
 
 
-def _kind(layer: LayerTrace, rank: int | None) -> str:
+def _kind(layer: LayerTrace, trace: Trace, rank: int | None, *, beside: bool) -> str:
     if layer.shared is not None:
-        return f"shares the KV of layer {layer.shared}"
-    return _attention(f"sliding window of {layer.window}" if layer.window else "full attention", rank)
+        return f"shares the KV of layer {trace.layers[layer.shared].number}"
+    scoring = layer.scoring
+    besides = {
+        "learned sinks": scoring.sinks is not None,
+        "ALiBi": scoring.slopes is not None,
+        f"scores capped at {scoring.softcap}": scoring.softcap is not None,
+        "positions chosen by an indexer": scoring.chosen is not None,
+        "a state beside it": beside,
+    }
+    return _attention(layer.window, layer.chunk, rank, *(words for words, there in besides.items() if there))
 
 
-def _attention(reach: str, rank: int | None) -> str:
-    return reach if rank is None else f"{reach}, latent (MLA) of rank {rank}"
+def _attention(window: int | None, chunk: int | None, rank: int | None, *besides: str) -> str:
+    reach = "full attention" if window is None else f"sliding window of {window}"
+    reach = reach if chunk is None else f"chunks of {chunk}"
+    return ", ".join([reach, *([] if rank is None else [f"latent (MLA) of rank {rank}"]), *besides])
 
 
 def _named(index: int, facts: Facts, rank: int | None, otherwise: Standing, why: str) -> Finding:
@@ -72,12 +85,10 @@ def _named(index: int, facts: Facts, rank: int | None, otherwise: Standing, why:
     word, window = facts.layer_types[index], facts.windows[index]
     if word in _STATES or not ("attention" in word or window):
         kind = _STATES.get(word, word.replace("_", " "))
-        standing, reason = ("exact", _STATE) if otherwise == "compressible" else (otherwise, why)
+        keeps = _NOTHING if kind.startswith("no attention") else _STATE
+        standing, reason = ("exact", keeps) if otherwise == "compressible" else (otherwise, why)
         return Finding("attention", (index,), "", kind, standing, reason)
-    reach = "full attention"
-    if window:
-        reach = f"chunks of {window}" if word == "chunked_attention" else f"sliding window of {window}"
+    chunk = facts.chunks[index] if facts.chunks else None
     size = None if rank is not None else facts.head_dim
-    return Finding(
-        "attention", (index,), "", _attention(reach, rank), otherwise, why, facts.heads, facts.kv_heads, size, size
-    )
+    kind = _attention(window, chunk, rank)
+    return Finding("attention", (index,), "", kind, otherwise, why, facts.heads, facts.kv_heads, size, size)

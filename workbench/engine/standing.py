@@ -26,15 +26,15 @@ class Standing:
     def __init__(self, begin: Tensor) -> None:
         self.begin = begin
 
-    def get_seq_length(self, layer_idx: int = 0) -> Tensor:  # noqa: ARG002  (transformers' signature)
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
         """Where the tokens of this pass begin."""
         return self.begin
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+    def get_query_offset(self, layer_idx: int = 0) -> int:
         """As without a cache: a mask's places count from this pass."""
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As without a cache: length and offset of this pass's keys."""
         return query_length, 0
 

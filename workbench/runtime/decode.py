@@ -239,7 +239,9 @@ class Decoder:
 
     def turns(self, steps: int) -> bool:
         """Whether a layer begins another chunk within so many tokens from here."""
-        return any((self.position - 1) // chunk != (self.position + steps - 1) // chunk for chunk in self._chunks.values())
+        return any(
+            (self.position - 1) // chunk != (self.position + steps - 1) // chunk for chunk in self._chunks.values()
+        )
 
     def _parts(self, positions: Tensor) -> list[int]:
         """How many tokens go into each pass: as many as may enter together, and of no more than one chunk."""

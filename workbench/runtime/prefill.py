@@ -69,7 +69,9 @@ class _Recorder:
         if self.method is None:
             most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
             spans = [len(part) for part in torch.arange(tokens).split(scoring.chunk or tokens)]
-            self.context.count(query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans))
+            self.context.count(
+                query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
+            )
             out = causal_attention(query, key, value, scoring)
         elif scoring.chosen is not None:
             raise NotApplicable(
@@ -161,7 +163,9 @@ def read(
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
-        raise PromptTooLong(f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text")
+        raise PromptTooLong(
+            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text"
+        )
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
