@@ -207,7 +207,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"] * 2}),
     "git": {"vision_config": _VISION},
     "llama4_text": {"attention_chunk_size": 16, "floor_scale": 8},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
@@ -225,7 +225,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "xlnet": {"n_layer": 4, "num_hidden_layers": _LEFT, "d_inner": 128, "d_head": 16},
     "xlstm": {"v_head_dim": _LEFT, "num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {**_PADDED, "default_language": "en_XX"},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "attention_head_dim": 32},
+    **dict.fromkeys(("zamba", "zamba2"), {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT}),
     "zaya": {"num_experts_per_tok": 1},
 }
 

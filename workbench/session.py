@@ -514,7 +514,8 @@ class Session(Shown):
         `workbench.measure.HeadStats` and `Thresholds`. recipe: as in `attention`.
         """
         stats = self.head_stats(recipe, budget=budget, progress=progress, **parameters)
-        return stats.to_frame(self.facts.kv_heads)
+        trace = self.readings.recorded(_recipe(recipe, budget, parameters))
+        return stats.to_frame(self.facts.kv_heads, numbers=trace.numbers)
 
     def head_stats(
         self,

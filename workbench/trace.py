@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench import arguments
 from workbench.core.attention_rows import attention_rows
 from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
 from workbench.engine.states import States
-from workbench.errors import NoRotation, NotRead
+from workbench.errors import BadParameter, NoRotation, NotRead
 from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
@@ -28,8 +29,8 @@ T = TypeVar("T")
 class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
-    index: which of the layers that attend. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
-    `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
+    index: which of the layers that attend. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute
+    precision, on `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
     products become scores, with the width of a sliding-window layer. rotary: function that says how the
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.
@@ -236,6 +237,26 @@ class Trace:
         if not self.recorded:
             raise NotRead("this prompt was taken in without a recording: call read(text) without record=False")
         return self
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the model calls the layers that were recorded: those that attend."""
+        return tuple(layer.called for layer in self.layers)
+
+    def place(self, number: int) -> int:
+        """Where in `layers` the one is that the model calls so.
+
+        Raises BadParameter for one that is not there, or that has no keys and values.
+        """
+        numbers = self.numbers
+        if numbers == tuple(range(len(numbers))):
+            return arguments.index("layer", number, len(numbers), "the model's layers")
+        asked = arguments.whole("layer", number)
+        if asked not in numbers:
+            raise BadParameter(
+                f"layer {asked} has no keys and values here; the layers that have are {', '.join(map(str, numbers))}"
+            )
+        return numbers.index(asked)
 
     @property
     def compressible(self) -> tuple[LayerTrace, ...]:

@@ -12,8 +12,8 @@ from torch import Tensor
 class Chosen:
     """Which positions an indexer chose for each query of a pass (sparse attention); no other is seen.
 
-    queries int64 [q]: where the queries stand, ascending. keys int [q, c]: what was chosen for each, in any order, later
-    positions among them where there were too few; None: everything. All heads see the same.
+    queries int64 [q]: where the queries stand, ascending. keys int [q, c]: what was chosen for each, in any order, with
+    later positions among them where there were too few; None: everything. All heads see the same.
     """
 
     queries: Tensor
@@ -167,6 +167,16 @@ class Scoring:
 def by_head(numbers: Tensor, scores: Tensor) -> Tensor:
     """One number for each head, [h], laid beside scores [..., q, m], whose first dimensions are the heads."""
     return numbers.to(scores.device, scores.dtype).view(*scores.shape[:-2], 1, 1)
+
+
+def with_sinks(out: Tensor, lse: Tensor, scoring: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The state of outputs [h, q, dv] and log-sum-exps [h, q] with the sinks as one key more, whose value is 0; the
+    output as `dtype`.
+    """
+    if scoring.sinks is None:
+        return out.to(dtype), lse
+    whole = torch.logaddexp(lse, scoring.sinks.to(lse.device, lse.dtype)[:, None])
+    return (out * torch.exp(lse - whole)[..., None]).to(dtype), whole
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

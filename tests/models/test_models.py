@@ -601,7 +601,8 @@ def test_facts_of_every_architecture(architecture: str) -> None:
     assert found.max_positions == 2048
     assert found.parameters == sum(weight.numel() for weight in model.parameters())
     assert found.weight_bytes == 2 * found.weight_bytes_16bit == 4 * found.parameters
-    windows = {"mistral": (16, 16, 16, 16), "gemma3": (16, None, 16, None)}.get(architecture, (None,) * 4)
+    alternating = (16, None, 16, None)
+    windows = {"mistral": (16,) * 4, "gemma3": alternating, "gpt-oss": alternating}.get(architecture, (None,) * 4)
     assert found.windows == windows
     assert found.layer_types == tuple("full_attention" if w is None else "sliding_attention" for w in windows)
     assert found.eos_ids == ()

@@ -256,25 +256,27 @@ def forward(
     """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
 
     cache: what layers that keep another state than keys and values remember of the text before, written on; without it
-    such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor of four dimensions. Handlers ignore it, but the model then does not look at the positions to make
-    one, for which the host would wait for the device.
+    such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor
+    of four dimensions. Handlers ignore it, but the model then does not look at the positions to make one, for which the
+    host would wait for the device.
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
     alone = mask is None and positions.numel() == 1 and bool(positions[0] > 0)
-    if cache is None and (keeps_states(model) or has_indexer(model)):
+    if has_indexer(model):
+        cache = states_of(model) if cache is None else cache
+        if not plain or cast("States", cache).seen != int(positions[0]):
+            raise NotApplicable(
+                f"{type(model).__name__} chooses by an index of all tokens what each attends to, so it cannot read apart "
+                "from its text, out of order or in its midst, as wanted here"
+            )
+    elif cache is None and keeps_states(model):
         if not plain or bool(positions[:1] != 0):
             raise NotApplicable(
                 f"{type(model).__name__} has layers that keep a state of all that was read before (linear attention, a "
-                "state space, a convolution, an indexer), so it cannot read from the midst of a text, or parts of one, "
-                "as is wanted here"
+                "state space, a convolution), so it cannot read from the midst of a text or parts of it, as wanted here"
             )
         cache = states_of(model)
-    if has_indexer(model) and (not plain or cast("States", cache).seen != int(positions[0])):
-        raise NotApplicable(
-            f"{type(model).__name__} chooses by an index of all tokens what each attends to, and this pass does not "
-            "read on where that ends; what reads apart from the text, or out of its order, is not supported"
-        )
     stands = standing(model, positions, plain or mask is not None) if cache is None else cache
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)

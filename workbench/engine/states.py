@@ -76,6 +76,17 @@ class States:
         with torch.inference_mode():
             return deepcopy(self)
 
+    def on(self, who: str) -> Self:
+        """A copy for one pass over several tokens. Raises NotApplicable, in the name of `who`, where the model forgets
+        its states in one.
+        """
+        if self.singly and self.begun:
+            raise NotApplicable(
+                f"{who} lets the model read on by several tokens at once, where this one forgets the states that its "
+                "layers keep beside keys and values (it reads on token by token)"
+            )
+        return self.clone()
+
     def kinds(self) -> dict[str, tuple[Tensor, ...]]:
         """All that is held, by what cache or layers call it (conv_states, recurrent_states)."""
         held: dict[str, tuple[Tensor, ...]] = {}
@@ -118,6 +129,8 @@ class States:
             for number, tensor in getattr(layer, f"{kind}_states", {}).items()
             if tensor is not None
         }
+        keys = ((index, getattr(layer, "indexer_keys", None)) for index, layer in enumerate(self.layers))
+        found |= {f"{index}.indexer.0": held for index, held in keys if held is not None}
         if sum(tensor.nbytes for tensor in found.values()) != self.nbytes:
             raise NotApplicable("this model keeps its state in a cache of a kind of its own, which cannot be saved")
         return found
@@ -127,6 +140,9 @@ class States:
         source: Any = self
         for name, tensor in saved.items():
             index, kind, number = name.split(".")
+            if kind == "indexer":
+                source.update_indexer(tensor, int(index))
+                continue
             update = source.update_conv_state if kind == "conv" else source.update_recurrent_state
             update(tensor, int(index), state_idx=int(number))
 

@@ -107,7 +107,7 @@ class Plan(Shown):
         """Which layers stay exact and why, one line a reason."""
         reasons: dict[str, list[int]] = {}
         for layer, reason in self.exact.items():
-            reasons.setdefault(reason, []).append(layer)
+            reasons.setdefault(reason, []).append(self.trace.layers[layer].called)
         return tuple(f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in reasons.items())
 
     @property
@@ -138,14 +138,20 @@ class Plan(Shown):
         return (self.tiers > 0).sum(dim=-1)
 
     def kept(self, layer: int, kv_head: int) -> Tensor:
-        """The positions that KV head keeps, ascending, int64 [m]. Raises BadParameter where there is no such head."""
-        layers, heads, _ = self.tiers.shape
-        if layer not in range(layers) or kv_head not in range(heads):
+        """The positions that a KV head keeps in the layer that the model calls so, ascending, int64 [m].
+
+        Raises BadParameter where there is no such head.
+        """
+        heads = self.tiers.shape[1]
+        numbers = self.trace.numbers
+        if layer not in numbers or kv_head not in range(heads):
+            last = len(numbers) - 1
+            there = f"0 to {last}" if numbers == tuple(range(last + 1)) else ", ".join(map(str, numbers))
             raise BadParameter(
-                f"layer {layer}, KV head {kv_head} does not exist: there are layers 0 to {layers - 1} with KV heads "
-                f"0 to {heads - 1}"
+                f"layer {layer}, KV head {kv_head} does not exist: there are layers {there} with KV heads 0 to "
+                f"{heads - 1}"
             )
-        return self.tiers[layer, kv_head].nonzero()[:, 0].cpu()
+        return self.tiers[numbers.index(layer), kv_head].nonzero()[:, 0].cpu()
 
     def survival(self) -> Tensor:
         """The share of the KV heads of compressible layers that keep each position, float [n]."""
@@ -224,6 +230,7 @@ class Plan(Shown):
 
     def summary(self) -> str:
         """Bytes and kept positions in words."""
+        state = self.state_nbytes
         fewest, most = int(self.counts.min()), int(self.counts.max())
         mean = float(self.counts.float().mean())
         kept = (
@@ -233,6 +240,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
+            *([f"  state  {mib(state)} of layers without keys and values, under every plan"] if state else []),
             f"  kept   {kept}",
         ]
         if len(self.precisions) > 1:
@@ -252,6 +260,7 @@ class Plan(Shown):
             "nbytes": self.nbytes,
             "full_nbytes": self.full_nbytes,
             "host_nbytes": self.host_nbytes,
+            "state_nbytes": self.state_nbytes,
             "kept": [int(kept) for kept in self.counts.sum(dim=1)],
         }
 

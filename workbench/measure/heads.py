@@ -103,8 +103,13 @@ class HeadStats(Brief):
                 classes[layer][head] = name
         return classes
 
-    def to_frame(self, kv_heads: int, thresholds: Thresholds | None = None) -> pd.DataFrame:
-        """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class."""
+    def to_frame(
+        self, kv_heads: int, thresholds: Thresholds | None = None, *, numbers: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class.
+
+        numbers: what the layers are called (default: from 0 on).
+        """
         layers, heads = self.entropy.shape
         if heads % arguments.whole("kv_heads", kv_heads, 1, heads):
             raise BadParameter(f"kv_heads is {kv_heads}: {heads} query heads cannot share so many KV heads")
@@ -113,7 +118,7 @@ class HeadStats(Brief):
         classes = [name for layer in self.classes(thresholds) for name in layer]
         return pd.DataFrame(
             {
-                "layer": torch.arange(layers).repeat_interleave(heads).numpy(),
+                "layer": torch.tensor(list(numbers or range(layers))).repeat_interleave(heads).numpy(),
                 "head": head.repeat(layers).numpy(),
                 "kv_head": (head // (heads // kv_heads)).repeat(layers).numpy(),
                 **columns,

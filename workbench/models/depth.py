@@ -23,6 +23,12 @@ def origins(model: nn.Module) -> tuple[int, ...]:
     return tuple(numbers[index] for index in attending(model))
 
 
+def numbers_in(plain: nn.Module, model: nn.Module) -> tuple[int, ...]:
+    """For each layer of `model` that attends, its number in `plain`, from which it was made."""
+    known = dict(zip(origins(plain), attending(plain), strict=True))
+    return tuple(known[origin] for origin in origins(model))
+
+
 def _kept(model: nn.Module) -> tuple[int, ...]:
     """For each layer, whatever its kind, the number that it had in the whole model."""
     config: Any = model.config

@@ -25,6 +25,15 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 _NO_HEAD_DIM = ("qwen2", "phi3")  # real configs of these families carry none
 
@@ -35,9 +44,9 @@ def tiny(architecture: str = "llama", layers: int = 3, seed: int = 0, window: in
     """A random float32 model: 256 tokens of vocabulary, width 64, 4 query and 2 KV heads of size 16, 2,048 positions.
 
     `architecture` is one of `TINY_ARCHITECTURES`; "mqa" and "mha" are Llama with 1 and 4 KV heads. "mistral" slides in
-    every layer, "gemma3" in every other one starting with the first, by `window` positions. The same `seed` gives the
-    same weights, and the global random state is left alone. Weights are drawn wide, so that attention is far from
-    uniform. No token ends a generation.
+    every layer, "gemma3" and "gpt-oss" in every other one starting with the first, by `window` positions. The same
+    `seed` gives the same weights, and the global random state is left alone. Weights are drawn wide, so that attention
+    is far from uniform. No token ends a generation.
 
         >>> tiny("llama").config.num_key_value_heads
         2
@@ -67,7 +76,7 @@ def tiny(architecture: str = "llama", layers: int = 3, seed: int = 0, window: in
         options["head_dim"] = 16
     if architecture == "mistral":
         options["sliding_window"] = window
-    if architecture == "gemma3":
+    if architecture in ("gemma3", "gpt-oss"):
         options["sliding_window"] = window
         options["layer_types"] = [("sliding_attention", "full_attention")[index % 2] for index in range(layers)]
     config = getattr(transformers, config_class)(**options, dtype=torch.float32)

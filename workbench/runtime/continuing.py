@@ -7,6 +7,7 @@ gives, so the model is asked: if its state is replaced by noise and several toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,8 +51,33 @@ def fresh_states(model: PreTrainedModel) -> States | None:
     return states
 
 
+def restored(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> States | None:
+    """The states that `States.saved` gave, on the model's device; None for a model without any.
+
+    Raises ValueError where they are not those of this model.
+    """
+    states = fresh_states(model)
+    if states is None:
+        if saved:
+            raise ValueError("states of layers that this model does not have")
+        return None
+    like = states.clone()
+    forward(model, _Here(), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), cache=like)
+    wanted = like.saved()
+    if _sizes(saved) != _sizes(wanted):
+        raise ValueError("the states of layers do not have the sizes of this model's")
+    with torch.inference_mode():
+        states.restore({name: x.to(wanted[name].device, wanted[name].dtype) for name, x in saved.items()})
+    return states
+
+
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def _sizes(saved: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The shapes of saved states, without the number of tokens in those that grow."""
+    return {name: [*x.shape[:1], *x.shape[2 if ".indexer." in name else 1 :]] for name, x in saved.items()}
 
 
 class _Here:

@@ -212,14 +212,16 @@ class Conversation:
             **({"core neurons": nbytes} if (nbytes := decoder.memory_nbytes) else {}),
             "trace": self.plan.trace.nbytes,
         }
-        timeline.add(phase, step, categories, [store.nbytes for store in decoder.stores])
+        nbytes_by_layer = [store.nbytes for store in decoder.stores]
+        timeline.add(phase, step, categories, nbytes_by_layer, numbers=self.plan.trace.numbers)
 
 
 def _left_to_stores(decoder: Decoder) -> tuple[str, ...]:
     """What a run has to say about layers at which its attention method does not decode."""
     if decoder.attention is None or not decoder.by_store:
         return ()
-    layers = ", ".join(map(str, decoder.by_store))
+    named = {layer.index: layer.called for layer in decoder.recorded}
+    layers = ", ".join(str(named.get(layer, layer)) for layer in decoder.by_store)
     note = (
         f"layers {layers}: {decoder.attention.key} changes only reading here; how the cache is attended to while "
         "decoding is part of the KV method"

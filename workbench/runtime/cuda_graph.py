@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.engine.attention_hook import device_of, forward
-from workbench.engine.states import has_indexer
 from workbench.errors import NotApplicable
 from workbench.kv.stores.capabilities import Capturable
 from workbench.kv.stores.rows import Rows
@@ -38,8 +37,8 @@ def refusal(decoder: Decoder, steps: int = 1) -> str | None:
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
         return f"{decoder.attention.key} attends in its own way while decoding"
-    if has_indexer(decoder.model):
-        return "an indexer of the model keeps keys of its own, which grow"
+    if decoder.states is not None:
+        return "some layers keep another state than keys and values"
     if decoder.outputs is not None:
         return "each layer's outputs are recorded"
     others = {type(store).__name__ for store in decoder.stores if store.capturable is None}

@@ -34,12 +34,13 @@ class Evaluation(Brief):
 
 class Reference(NamedTuple):
     """The uncompressed model on some tokens, its own answer or a given text: logits [t, v] for them, and each layer's
-    attention outputs [h, t', dv].
+    attention outputs [h, t', dv]. layers: what each of these is called (`models.depth.origins`).
     """
 
     tokens: tuple[int, ...]
     logits: Tensor
     outputs: list[Tensor]
+    layers: tuple[int, ...]
 
 
 def reference(
@@ -63,7 +64,9 @@ def reference(
             answering = decoder()
             answering.progress = progress
             tokens = tuple(greedy(answering, ids, trace.logits, max_new_tokens=max_new_tokens, eos=eos))
-        return Reference(tokens, *teacher_forcing(decoder(), trace.logits, ids, torch.tensor(tokens), progress))
+        reading = decoder()
+        logits, outputs = teacher_forcing(reading, trace.logits, ids, torch.tensor(tokens), progress)
+        return Reference(tokens, logits, outputs, origins(reading.model))
 
     on = max_new_tokens if given is None else tuple(given.tolist())
     return trace.once(("reference", tuple(ids.tolist()), on), compute)
@@ -104,7 +107,8 @@ def evaluate(
     logits, outputs = teacher_forcing(decoder, before, ids, targets, progress)
     figures = compare_logits(against.logits, logits, targets, reference_tokens=against.tokens, tokens=answer)
     errors = torch.full((len(against.outputs), heads), torch.nan)
-    for layer, output in zip(origins(decoder.model), outputs, strict=True):
+    for number, output in zip(origins(decoder.model), outputs, strict=True):
+        layer = against.layers.index(number)
         exact = against.outputs[layer]
         errors[layer] = output_error(exact, output).cpu() if exact.numel() else 0.0
     return Evaluation(figures, errors, against.tokens)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.attention_hook import device_of, exclusive, remembering
-from workbench.engine.states import keeps_states
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
 from workbench.models import Facts, cache_dir
@@ -24,6 +23,7 @@ from workbench.models.decoder import decoder_layers
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
 from workbench.prompt import Prompt
+from workbench.runtime.continuing import fresh_states
 from workbench.runtime.decode import Decoder
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read
@@ -134,18 +134,19 @@ def _parts(ids: Tensor) -> list[Tensor]:
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
-    and all that are decoded; one by one and at positions that are said where layers keep states, as `generate` does.
+    and all that are decoded. Where layers keep states, positions are said, as `generate` does, and those that would
+    be lost among several tokens are given one after another.
     """
     rows: list[Tensor] = []
-    cache, states, at = None, keeps_states(model), 0
+    cache, states, at = None, fresh_states(model), 0
     first, *rest = _parts(ids)
-    parts = [first, *(torch.cat(rest).split(1) if states and rest else rest)]
+    parts = [first, *(torch.cat(rest).split(1) if rest and states is not None and states.singly else rest)]
     with torch.inference_mode(), quiet(), remembering():
         for part in parts:
             inputs = part.to(device_of(model))[None]
             count = part.numel() if rows else 1
             where = torch.arange(at, at + part.numel(), device=inputs.device)[None]
-            said = {"position_ids": where} if states else {}
+            said = {} if states is None else {"position_ids": where}
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
             cache, at = output.past_key_values, at + part.numel()
             rows.append(output.logits[0, -count:].float())

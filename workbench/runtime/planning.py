@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.budget import Budget
 from workbench.core.memo import Memo
+from workbench.engine.states import States
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, uncompressed_nbytes
@@ -49,6 +50,10 @@ class ChunkedPlan(Plan):
     @property
     def position(self) -> int:
         return self.prefill.result.position
+
+    @property
+    def states(self) -> States | None:
+        return self.prefill.states
 
     @property
     def endless(self) -> bool:
@@ -155,5 +160,5 @@ def _check_turning(plan: Plan, model: PreTrainedModel) -> None:
         )
     for layer in plan.trace.compressible:
         if layer.rotary is None:
-            raise NotApplicable(f"{key} closes positions up, but layer {layer.index} has none that could be turned")
+            raise NotApplicable(f"{key} closes positions up, but layer {layer.called} has none that could be turned")
         layer.rotary(0)  # says why, where it cannot be turned

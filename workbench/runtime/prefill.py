@@ -18,7 +18,7 @@ from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
 from workbench.models import Facts, Rotations
-from workbench.models.depth import origins
+from workbench.models.depth import numbers_in
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.runtime.calibration import learnt
@@ -58,8 +58,8 @@ class _Recorder:
         self.progress.update("reading", len(self.layers), self.count)
         if layer in self.layers:
             raise NotApplicable(
-                f"layer {self.origins[layer]} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
-                "them apart"
+                f"layer {self.origins[layer]} of {self.facts.name} attends more than once in a pass; a cache by layers "
+                "cannot tell them apart"
             )
         tokens, model_window = query.shape[1], scoring.window
         window = _combined_window(model_window, self.method, layer, self.count, tokens)
@@ -169,7 +169,7 @@ def read(
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
-    numbers = attending(model) if plain is None else origins(model)
+    numbers = numbers_in(plain or model, model)
     count = len(numbers)
     if not count:
         raise NotApplicable(f"{facts.name} has no layer with attention: there are no keys and values to compress")
@@ -202,8 +202,8 @@ def read(
     _check_layers(recorder.layers, numbers, facts.name)
     if states is not None and states.untouched:
         raise NotApplicable(
-            f"layers {', '.join(map(str, states.untouched))} of {facts.name} keep their state somewhere else than in the "
-            "model's cache, so a prompt cannot be gone on from"
+            f"layers {', '.join(map(str, states.untouched))} of {facts.name} keep their state somewhere else than in "
+            "the model's cache, so a prompt cannot be gone on from"
         )
     if not logits.isfinite().all():
         raise NotApplicable(

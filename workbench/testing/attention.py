@@ -28,7 +28,7 @@ def a_whole_budget_attends_exactly(method: AttentionMethod, subjects: Subjects) 
     if not method.takes_budget():
         return
     whole = method.with_budget(1.0)
-    for architecture in ("llama", "mqa", "gemma3"):
+    for architecture in ("llama", "mqa", "gemma3", "gpt-oss"):
         for tokens in (1, 2, TOKENS):
             reading = subjects.reading(architecture, tokens)
             got = read(reading.model, facts(reading.model), reading.trace.prompt, method=whole)
@@ -89,7 +89,13 @@ def decoding_goes_on_as_reading_would(method: AttentionMethod, subjects: Subject
 def decoding_at_a_whole_budget_is_exact(method: AttentionMethod, subjects: Subjects) -> None:
     if not method.decodes or not method.takes_budget():
         return
-    for architecture, kv in (("llama", ()), ("gemma3", ()), ("mqa", (("knorm", {"budget": 0.5}),)), ("llama", _RAGGED)):
+    for architecture, kv in (
+        ("llama", ()),
+        ("gemma3", ()),
+        ("gpt-oss", ()),
+        ("mqa", (("knorm", {"budget": 0.5}),)),
+        ("llama", _RAGGED),
+    ):
         got, want = (_decoded(subjects, architecture, kv, chosen)[0] for chosen in (method.with_budget(1.0), None))
         furthest = float((got - want).abs().max() / want.abs().max())
         over = f"{architecture}, over what {kv[0][0]} keeps" if kv else architecture

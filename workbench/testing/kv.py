@@ -60,7 +60,12 @@ def a_refusal_names_the_smallest_budget_that_works(method: KVMethod, subjects: S
 
 
 def a_whole_budget_is_exact(method: KVMethod, subjects: Subjects) -> None:
-    reading, ids = subjects.reading(), random_ids(9, seed=1)
+    for architecture in ("llama", "gpt-oss"):  # the second with learned sinks
+        _check_whole(method, subjects.reading(architecture))
+
+
+def _check_whole(method: KVMethod, reading: Reading) -> None:
+    ids = random_ids(9, seed=1)
     plan = plan_on(reading, method, 1.0, torch.float32)
     check_plan(plan)
     fits = plan.nbytes <= plan.full_nbytes or method.supplies("select")  # which holds what it selects by besides

@@ -72,7 +72,8 @@ class KVzip(GlobalHeads):
         for done, (piece, ids) in enumerate(zip(pieces, passes, strict=True)):
             repeating = _Repeating(trace, piece, self.sinks, study.progress, done, len(pieces))
             positions = torch.arange(trace.tokens, trace.tokens + ids.numel())
-            forward(model, repeating, ids, positions)
+            states = None if trace.states is None else trace.states.on(self.key)
+            forward(model, repeating, ids, positions, cache=states)
             scores.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
         study.progress.update("repeating the context", len(trace.layers) * len(pieces), len(trace.layers) * len(pieces))
         return torch.stack([keep_first(layer, self.sinks) for layer in torch.cat(scores, dim=2)])  # [l, k, n]
