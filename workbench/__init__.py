@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.version import __version__
 
 if TYPE_CHECKING:
-    from workbench import attention, kv, weights
+    from workbench import attention, kv, models, weights
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
@@ -27,6 +27,7 @@ __all__ = [
     "kv",
     "method",
     "methods",
+    "models",
     "task",
     "tasks",
     "weights",
@@ -41,6 +42,7 @@ _LAZY = {
     "task": "workbench.tasks",
     "tasks": None,
     "kv": None,
+    "models": None,
     "weights": None,
     "attention": None,
 }

@@ -119,6 +119,8 @@ def test_light_work_imports_neither_torch_nor_transformers(code: str) -> None:
         (["methods", "--family", "poetry"], "kv, weights, attention"),
         (["models", "fetch", "no-such-model"], "no-such-model"),
         (["models", "info", "no-such-model"], "no-such-model"),
+        (["models", "audit", "no-such-model"], "no-such-model"),
+        (["models", "audit", "llama", "--weights", "snapkv"], "changes no weights"),
         (["app", "--port", "99999"], "--port"),
     ],
 )
@@ -324,6 +326,16 @@ def test_models_are_listed_and_described(model: str, capsys: pytest.CaptureFixtu
     assert (known["layers"], known["kv_heads"], known["checkpoint_dtype"]) == (3, 2, "float32")
     assert main(["models", "info", model]) == 0
     assert "kv_heads            2" in capsys.readouterr().out
+
+
+def test_models_are_audited(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "audit", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] is True
+    assert [row["layers"] for row in found["findings"] if row["part"] == "attention"] == [[0], [1], [2]]
+    assert main(["models", "audit", "mistral"]) == 0  # a kind, without weights
+    out = capsys.readouterr().out
+    assert "0-31" in out and "sliding window of 4096" in out and "self_attn.q_proj" in out
 
 
 def test_doctor_reports_what_is_here(

@@ -82,7 +82,8 @@ class _Seeing:
         self.progress.check()
         self.keys[layer] = key
         visible = self.visible
-        if scoring.window is not None:
-            visible = visible & (self.positions > self.positions[:, None] - scoring.window)
+        begin = scoring.begin(self.positions[:, None])
+        if begin is not None:
+            visible = visible & (self.positions >= begin)
         offsets = scoring.offsets(self.positions, self.positions[None])
         return attend(query, key, value, scoring, visible=visible[None], offsets=offsets)[0]
