@@ -106,14 +106,10 @@ class Rows:
         rows = self.of(recipe, budget, tasks)
         return Mean.of(others[row["case"]] - row["nll"] for row in rows if row["case"] in others)
 
-    @property
-    def budgets(self) -> list[str]:
-        """Those measured, large to small."""
-        return sorted({budget for _, budget in self.found if budget != OWN}, key=float, reverse=True)
-
-    @property
-    def small(self) -> list[str]:
-        return [budget for budget in self.budgets if float(budget) < SMALL]
+    def budgets(self, *recipes: str) -> list[str]:
+        """Those at which all these recipes were tried, large to small."""
+        tried = [{budget for name, budget in (*self.found, *self.gaps) if name == recipe} for recipe in recipes]
+        return sorted(set.intersection(*tried) - {OWN}, key=float, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -171,27 +167,29 @@ def _verdict(margin: float, error: float) -> str:
 
 def direction_checks(rows: Rows) -> list[Check]:
     """What the papers together lead us to expect, each on its own at every budget where it says something."""
+    uneven = ("adakv", "pyramidkv", "headkv", "headkv-r2")
     return [
-        *(Check.better(rows, "kvzip", "snapkv", budget) for budget in rows.budgets),
-        *(
-            Check.better(rows, method, even, budget)
-            for method, even in (
-                *((method, "snapkv") for method in ("adakv", "pyramidkv", "headkv", "headkv-r2")),
-                ("kvzip", "kvzip, equal heads"),
-            )
-            for budget in rows.budgets[-1:]
-        ),
-        *(
-            Check.better(rows, method, "snapkv", budget, (ASKED_FIRST,))
-            for method in ("adakv", "pyramidkv", "headkv", "headkv-r2")
-            for budget in rows.budgets[-1:]
-        ),
-        *(Check.better(rows, "mikv", other, budget) for other in ("h2o", "snapkv") for budget in rows.small),
+        *_better(rows, "kvzip", "snapkv"),
+        *(check for method in uneven for check in _better(rows, method, "snapkv")[-1:]),
+        *_better(rows, "kvzip", "kvzip, equal heads")[-1:],
+        *(check for method in uneven for check in _better(rows, method, "snapkv", (ASKED_FIRST,))[-1:]),
+        *(check for other in ("h2o", "snapkv") for check in _better(rows, "mikv", other, below=SMALL)),
         Check.near(rows, "kivi 4-bit", OWN),
         Check.near(rows, "kivi 4-bit", OWN, (HELD,)),
         Check.near(rows, "per-token 2-bit", OWN).turned(f"per-token 2-bit loses more than {NEAR:g} nats a token"),
         Check.better(rows, "kivi 2-bit, no residual", "per-token 2-bit", OWN),
         Check.better(rows, "kivi 2-bit, no residual", "per-token 2-bit", OWN, (HELD,)),
+    ]
+
+
+def _better(
+    rows: Rows, recipe: str, other: str, tasks: Sequence[str] = ASKED_LATER, below: float = math.inf
+) -> list[Check]:
+    """Whether a recipe loses less than another at each budget under `below` at which both were tried."""
+    return [
+        Check.better(rows, recipe, other, budget, tasks)
+        for budget in rows.budgets(recipe, other)
+        if float(budget) < below
     ]
 
 

@@ -238,13 +238,18 @@ def mean(values: Sequence[float]) -> float:
 
 
 def held(linears: Mapping[str, nn.Linear], model: PreTrainedModel, twin: PreTrainedModel) -> int:
-    """Live bytes of what stands in the twin for these weights of the model."""
+    """Live bytes of what stands in the twin for these weights of the model; whole weights at two bytes a number, for
+    which they count in the uncompressed model too, whatever precision the benchmark computes in.
+    """
     theirs = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     tensors = [*twin.parameters(), *twin.buffers()]
+    whole = {id(module.weight) for module in twin.modules() if type(module) is nn.Linear}
+    whole |= {id(linear.weight) for linear in linears.values()}
     present = {id(tensor) for tensor in tensors}
-    left = [linear for linear in linears.values() if id(linear.weight) in present]
-    new = tensor_bytes(tensor for tensor in tensors if id(tensor) not in theirs)
-    return new + sum(2 * linear.weight.numel() for linear in left)
+    left = [linear.weight for linear in linears.values() if id(linear.weight) in present]
+    new = [tensor for tensor in tensors if id(tensor) not in theirs]
+    numbers = sum(tensor.numel() for tensor in (*left, *(tensor for tensor in new if id(tensor) in whole)))
+    return 2 * numbers + tensor_bytes(tensor for tensor in new if id(tensor) not in whole)
 
 
 def measure(options: argparse.Namespace) -> None:

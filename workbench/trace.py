@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench import arguments
 from workbench.core.attention_rows import attention_rows
 from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
-from workbench.errors import NoRotation, NotRead
+from workbench.engine.states import States
+from workbench.errors import BadParameter, NoRotation, NotRead
 from workbench.formatting import Brief, mib
 from workbench.measure.attention import column_sums
 from workbench.measure.memory import Timeline, tensor_bytes
@@ -27,13 +29,14 @@ T = TypeVar("T")
 class LayerTrace(Brief):
     """One layer's reading of the prompt, as its attention saw it (after q/k norms and rotary embedding).
 
-    index: which layer. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute precision, on
-    `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
+    index: which of the layers that attend. keys [k, n, d], values [k, n, dv], queries [h, n, d]: in the model's compute
+    precision, on `device` wherever they are held (a long prompt's recording may rest in host memory). scoring: how
     products become scores, with the width of a sliding-window layer. rotary: function that says how the
     layer rotates where so many tokens were read; None: it does not. narrowed_from: where an attention method set the
     window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
-    shared: the earlier layer whose keys and values this one reads; None: it has its own.
+    shared: the earlier layer whose keys and values this one reads; None: it has its own. number: what the model calls
+    the layer, where others keep no keys and values or have gone; None: as `index` says.
     """
 
     index: int
@@ -46,6 +49,12 @@ class LayerTrace(Brief):
     narrowed_from: int | None = None
     plain_widths: tuple[int, int] | None = None
     shared: int | None = None
+    number: int | None = None
+
+    @property
+    def called(self) -> int:
+        """The layer's number in the model."""
+        return self.index if self.number is None else self.number
 
     @property
     def scale(self) -> float:
@@ -56,6 +65,23 @@ class LayerTrace(Brief):
     def window(self) -> int | None:
         """How many positions a query sees, its own included; None: all up to its own."""
         return self.scoring.window
+
+    @property
+    def chunk(self) -> int | None:
+        """How many positions make a chunk, of which a query sees only its own; None: there are no chunks."""
+        return self.scoring.chunk
+
+    @property
+    def bound(self) -> int | None:
+        """How many positions a query sees at most, however long the text is; None: all up to its own."""
+        given = [width for width in (self.window, self.chunk) if width is not None]
+        return min(given, default=None)
+
+    @property
+    def held(self) -> int:
+        """How many positions the layer's uncompressed cache holds after the prompt: those of its window or chunk."""
+        held = self.tokens if self.window is None else min(self.tokens, self.window)
+        return held if self.chunk is None else min(held, (self.tokens - 1) % self.chunk + 1)
 
     @property
     def softcap(self) -> float | None:
@@ -79,7 +105,8 @@ class LayerTrace(Brief):
         count = self.tokens if tokens is None else tokens
         held = (self.keys_held, self.values_held, self.queries_held)
         keys, values, queries = (torch.empty(x.shape[0], count, x.shape[2], dtype=x.dtype, device="meta") for x in held)
-        return replace(self, keys_held=keys, values_held=values, queries_held=queries)
+        scoring = replace(self.scoring, chosen=None)
+        return replace(self, keys_held=keys, values_held=values, queries_held=queries, scoring=scoring)
 
     @property
     def tokens(self) -> int:
@@ -153,7 +180,7 @@ class LayerTrace(Brief):
         Raises NoRotation where positions are no rotation, NotApplicable where it is one that is not known.
         """
         if self.rotary is None:
-            raise NoRotation(f"layer {self.index} has no rotary position embedding that could be undone")
+            raise NoRotation(f"layer {self.called} has no rotary position embedding that could be undone")
         return self.rotary(self.tokens)
 
 
@@ -167,7 +194,8 @@ class Trace:
     bytes while reading. computed: score entries that reading really computed at each layer, summed over its query
     heads; empty where nothing counted them. gone: shapes of the layers that a weight method took out of the model.
     memory: what modules of a compressed model remembered of the prompt. learnt: what an attention method learnt of the
-    model before it read. memo: what was computed of it since (`once`).
+    model before it read. memo: what was computed of it since (`once`). states: what layers that keep another state than
+    keys and values remember of the prompt, on the model's device; None where the model has none.
     """
 
     prompt: Prompt
@@ -181,6 +209,7 @@ class Trace:
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
     memo: Memo = field(default_factory=Memo, repr=False)
+    states: States | None = field(default=None, repr=False)
 
     @property
     def ids(self) -> Tensor:
@@ -210,6 +239,26 @@ class Trace:
         return self
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the model calls the layers that were recorded: those that attend."""
+        return tuple(layer.called for layer in self.layers)
+
+    def place(self, number: int) -> int:
+        """Where in `layers` the one is that the model calls so.
+
+        Raises BadParameter for one that is not there, or that has no keys and values.
+        """
+        numbers = self.numbers
+        if numbers == tuple(range(len(numbers))):
+            return arguments.index("layer", number, len(numbers), "the model's layers")
+        asked = arguments.whole("layer", number)
+        if asked not in numbers:
+            raise BadParameter(
+                f"layer {asked} has no keys and values here; the layers that have are {', '.join(map(str, numbers))}"
+            )
+        return numbers.index(asked)
+
+    @property
     def compressible(self) -> tuple[LayerTrace, ...]:
         """The layers that KV methods may change."""
         return tuple(layer for layer in self.layers if layer.index not in self.exact)
@@ -223,10 +272,11 @@ class Trace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the recording (never counted as a run's cache)."""
-        return tensor_bytes(
-            held for layer in self.layers for held in (layer.keys_held, layer.values_held, layer.queries_held)
-        )
+        """Bytes held by the recording (never counted as a run's cache), states included."""
+        held = [x for layer in self.layers for x in (layer.keys_held, layer.values_held, layer.queries_held)]
+        chosen = [layer.scoring.chosen.keys for layer in self.layers if layer.scoring.chosen is not None]
+        states = () if self.states is None else self.states.tensors()
+        return tensor_bytes([*held, *(keys for keys in chosen if keys is not None), *states])
 
     @property
     def score_share(self) -> float | None:

@@ -13,10 +13,7 @@ from workbench_kernels.softmax import attention_state
 
 def _takes_dense(query: Tensor, keys: Ragged, scoring: Scoring) -> bool:
     return (
-        scoring.slopes is None
-        and on_gpu(query, keys.data)
-        and query.dtype == keys.data.dtype
-        and query.dtype.itemsize == 2
+        scoring.in_kernels and on_gpu(query, keys.data) and query.dtype == keys.data.dtype and query.dtype.itemsize == 2
     )
 
 
@@ -45,7 +42,7 @@ def decode_dense(
 
 
 def _takes_packed(query: Tensor, keys: PackedRows, scoring: Scoring) -> bool:
-    return scoring.slopes is None and on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
+    return scoring.in_kernels and on_gpu(query, keys.codes.data) and query.dtype.itemsize == 2
 
 
 @with_kernel("gpu.packed:decode_packed", when=_takes_packed)

@@ -16,7 +16,7 @@ def _takes(query: Tensor, keys: SparseRows, values: SparseRows, scoring: Scoring
     tensors = (x.data for side in (keys, values) for x in (side.numbers, side.tail))
     alike = all(x.dtype == query.dtype for x in tensors) and query.dtype in (torch.float16, torch.bfloat16)
     several = keys.numbers.data.shape[1] > 0 and values.numbers.data.shape[1] > 0
-    return on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None and scoring.slopes is None
+    return on_gpu(query, keys.numbers.data) and alike and several and scoring.window is None and scoring.in_kernels
 
 
 @with_kernel("gpu.bitmap:decode_bitmap", when=_takes)

@@ -57,7 +57,7 @@ def decode_lowrank(
 
 def _takes(query: Tensor, keys: Ragged, scoring: Scoring) -> bool:
     alike = query.dtype == keys.data.dtype and query.dtype.itemsize == 2
-    return on_gpu(query, keys.data) and alike and scoring.window is None and scoring.slopes is None
+    return on_gpu(query, keys.data) and alike and scoring.window is None and scoring.in_kernels
 
 
 @with_kernel("gpu.lowrank_decode:decode_rotated", when=_takes)

@@ -101,3 +101,5 @@ def test_errors_are_those_of_what_is_held() -> None:
     assert 0 < found["block"] < 1 and found["kl"] > 0
     both = bench.row("both", Recipe.of([wb.method("wanda", budget=0.5625), wb.method("rtn", bits=4)]))
     assert both["held"] < found["full"] / 2 and both["kl"] > 0
+    narrow = bench.row("narrow", Recipe.of("cfsp", budget=0.9))
+    assert 0.8 * narrow["full"] < narrow["held"] <= 0.9 * narrow["full"]  # whole weights, at two bytes a number

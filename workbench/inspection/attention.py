@@ -58,7 +58,7 @@ def attention_grid(
             return largest
         return view.maps(pixels=pixels, pooling=pooling, progress=steps)
 
-    grid = GridOfMaps.of(of_each_layer(readings, recipe, maps, "attention maps", progress))
+    grid = GridOfMaps.of(of_each_layer(readings, recipe, maps, "attention maps", progress), trace.numbers)
     if surveyed:
         remember(trace, recipe, surveyed)
     return grid

@@ -59,7 +59,7 @@ def channel_table(
 def _of_prompt(kind: Kind, model: PreTrainedModel, trace: Trace, progress: Progress) -> pd.DataFrame:
     if kind == "activations":
         return _small(_residual_stream(model, trace, progress).to_frame())
-    recorded = {layer.index: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}
+    recorded = {layer.called: layer.keys_held if kind == "keys" else layer.values_held for layer in trace.layers}
     stats: dict[int, ChannelStats] = {}
     for index in progress.track(recorded, f"statistics of {kind}", len(recorded)):
         stats.update(layer_stats({index: recorded[index]}).layers)

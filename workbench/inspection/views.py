@@ -19,9 +19,12 @@ View = Captured | Implied
 
 
 def view_of(readings: Readings, recipe: Recipe, layer: int, head: int | None, progress: Progress | None = None) -> View:
-    """Of one layer; head: only of that query head. Raises BadParameter for one that is not there, NotRead."""
+    """Of one layer, by its number in the model; head: only of that query head.
+
+    Raises BadParameter for one that is not there, NotRead.
+    """
     trace = readings.recorded(recipe, progress)
-    layer = arguments.index("layer", layer, len(trace.layers), "the model's layers")
+    layer = trace.place(layer)
     if head is not None:
         head = arguments.index("head", head, readings.facts.heads, "the model's query heads")
     return _viewer(readings, recipe, trace, progress)(layer, head)

@@ -108,7 +108,7 @@ def view(
         values_held=values.gather(1, order[..., None].expand(-1, -1, values.shape[2])),
         queries_held=queries,
         device=keys.device,
-        scoring=replace(layer.scoring, window=None),
+        scoring=replace(layer.scoring, window=None, chosen=None),
         rotary=layer.rotary,
         where=where.gather(1, order),
         asked=asked,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from workbench.display import Shown
+from workbench.engine.states import States
 from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import ClosedUpStore, SharedStore, SlidingStore, Store
+from workbench.kv.stores import ChunkStore, ClosedUpStore, SharedStore, SlidingStore, Store
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
@@ -67,6 +68,16 @@ class Plan(Shown):
         return self.trace.tokens
 
     @property
+    def states(self) -> States | None:
+        """What layers that keep another state than keys and values remember; no part of the cache's share."""
+        return self.trace.states
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of those states: the same under every plan."""
+        return 0 if self.states is None else self.states.nbytes
+
+    @property
     def endless(self) -> bool:
         """Whether what follows may stand beyond the model's positions."""
         bounded = (layer.window is not None or layer.shared is not None for layer in self.trace.layers)
@@ -97,7 +108,7 @@ class Plan(Shown):
         """Which layers stay exact and why, one line a reason."""
         reasons: dict[str, list[int]] = {}
         for layer, reason in self.exact.items():
-            reasons.setdefault(reason, []).append(layer)
+            reasons.setdefault(reason, []).append(self.trace.layers[layer].called)
         return tuple(f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in reasons.items())
 
     @property
@@ -128,15 +139,20 @@ class Plan(Shown):
         return (self.tiers > 0).sum(dim=-1)
 
     def kept(self, layer: int, kv_head: int) -> Tensor:
-        """The positions that KV head keeps, ascending, int64 [m]. Raises BadParameter where there is no such head."""
-        layers = len(self.tiers)
-        heads = self.trace.layers[layer].kv_heads if layer in range(layers) else self.trace.kv_heads
-        if layer not in range(layers) or kv_head not in range(heads):
+        """The positions that a KV head keeps in the layer that the model calls so, ascending, int64 [m].
+
+        Raises BadParameter where there is no such head.
+        """
+        numbers = self.trace.numbers
+        heads = self.trace.layers[numbers.index(layer)].kv_heads if layer in numbers else self.trace.kv_heads
+        if layer not in numbers or kv_head not in range(heads):
+            last = len(numbers) - 1
+            there = f"0 to {last}" if numbers == tuple(range(last + 1)) else ", ".join(map(str, numbers))
             raise BadParameter(
-                f"layer {layer}, KV head {kv_head} does not exist: there are layers 0 to {layers - 1} with KV heads "
-                f"0 to {heads - 1}"
+                f"layer {layer}, KV head {kv_head} does not exist: there are layers {there} with KV heads 0 to "
+                f"{heads - 1}"
             )
-        return as_held(self.tiers[layer], heads)[kv_head].nonzero()[:, 0].cpu()
+        return as_held(self.tiers[numbers.index(layer)], heads)[kv_head].nonzero()[:, 0].cpu()
 
     def survival(self) -> Tensor:
         """The share of the KV heads of compressible layers that keep each position, float [n]."""
@@ -182,6 +198,9 @@ class Plan(Shown):
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
+        if layer.index in self.exact and layer.chunk is not None:
+            held = [x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values)]
+            return ChunkStore(*held, layer.tokens, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:
@@ -212,6 +231,7 @@ class Plan(Shown):
 
     def summary(self) -> str:
         """Bytes and kept positions in words."""
+        state = self.state_nbytes
         fewest, most = int(self.counts.min()), int(self.counts.max())
         mean = float(self.counts.float().mean())
         kept = (
@@ -221,6 +241,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
+            *([f"  state  {mib(state)} beside keys and values, the same under every plan"] if state else []),
             f"  kept   {kept}",
         ]
         if len(self.precisions) > 1:
@@ -240,6 +261,7 @@ class Plan(Shown):
             "nbytes": self.nbytes,
             "full_nbytes": self.full_nbytes,
             "host_nbytes": self.host_nbytes,
+            "state_nbytes": self.state_nbytes,
             "kept": [
                 int(as_held(counts[:, None], layer.kv_heads).sum())
                 for counts, layer in zip(self.counts, self.trace.layers, strict=True)
@@ -303,10 +325,8 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window, everything, or nothing that is another's."""
-    tokens = layer.tokens if layer.window is None else min(layer.tokens, layer.window)
-    if layer.shared is not None:
-        tokens = 0
+    """The size of what a layer can hold at most in `dtype`: its window or chunk, everything, or nothing that is another's."""
+    tokens = layer.held if layer.shared is None else 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index
     )

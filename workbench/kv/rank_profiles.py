@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from workbench.engine.attention_hook import engaged, forward
+from workbench.engine.states import States, keeps_states
 from workbench.kv.base import Study
 from workbench.kv.stores.low_rank import Ranks, Spaces, spaces_of
 from workbench.kv.stores.store import seen_by
@@ -60,9 +61,10 @@ def ranks_at(keys: Sequence[float], values: Sequence[float], threshold: float) -
 def profiles_of(study: Study) -> dict[int, Profile]:
     """What lower ranks cost each compressible layer, by its number.
 
-    Only the positions of some queries are fed to the model. As each of its layers is given the exact attention output
-    of the whole prompt for them, what reaches a layer is what reached it when the prompt was read; the layer is then
-    called again with the output at lower ranks. Without a model, the error is what the threshold leaves out.
+    Only the positions of some queries are fed to the model, or all where some of its layers keep a state of what they
+    read. As each layer is given the exact attention output of the whole prompt for them, what reaches a layer is what
+    reached it when the prompt was read; the layer is then called again with the output at lower ranks. Without a model,
+    the error is what the threshold leaves out.
     """
     trace = study.trace
     profiles: dict[int, Profile] = {}
@@ -70,7 +72,8 @@ def profiles_of(study: Study) -> dict[int, Profile]:
         for layer in trace.compressible:
             profiles[layer.index] = Profile(*_shares(layer), tuple(1 - threshold for threshold in _THRESHOLDS))
         return profiles
-    probes = torch.linspace(0, trace.tokens - 1, min(_PROBES, trace.tokens)).long()
+    most = trace.tokens if keeps_states(study.model) else min(_PROBES, trace.tokens)
+    probes = torch.linspace(0, trace.tokens - 1, most).long()
     attention = _ExactOutput(trace, probes)
     within = {layer.index for layer in trace.compressible}
     layers = list(decoder_layers(study.model).values())
@@ -78,15 +81,20 @@ def profiles_of(study: Study) -> dict[int, Profile]:
 
     def after(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Hidden) -> None:
         nonlocal repeating
-        if repeating or attention.layer not in within:
+        # A layer without attention comes after one that has been measured already.
+        if repeating or attention.layer not in within - profiles.keys():
             return
         repeating = True
+        again = dict(zip(options, unread(options.values()), strict=True))
         number = attention.layer
         study.progress.update("measuring low ranks", len(profiles), len(within))
         profiles[number] = _profile(
-            trace.layers[number], attention, _hidden(output), lambda: _hidden(module(*args, **options))
+            trace.layers[number], attention, _hidden(output), lambda: _hidden(module(*unread(args), **again))
         )
         repeating = False
+
+    def unread(given: Iterable[Any]) -> list[Any]:  # a layer that is called again begins its state anew
+        return [None if isinstance(value, States) else value for value in given]
 
     with engaged(study.model):
         hooks = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
@@ -133,7 +141,7 @@ class _ExactOutput:
         """The output [h, p, dv] over keys [k, n, d] and values [k, n, dv] in place of the layer's own."""
         where = torch.arange(layer.tokens, device=layer.device)
         positions = self.positions.to(layer.device)
-        visible = seen_by(positions, where[None], None, layer.window)
+        visible = seen_by(positions, where[None], None, layer.scoring)
         queries = layer.queries[:, positions].float()
         offsets = layer.scoring.offsets(positions, where[None])
         return attend(queries, keys, values, layer.scoring, visible=visible, offsets=offsets)[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.core.attention_rows import attention_rows
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
+from workbench.engine.states import attending
 from workbench.errors import NotApplicable
 from workbench.kv.needle_tasks import Task
 from workbench.progress import Progress
@@ -44,7 +45,7 @@ def measured(model: PreTrainedModel, task: Task, score: Score, progress: Progres
     """The score of every query head on one task, float32 [layers, h] on the CPU."""
     scoring = _ScoredRows(task, score, progress)
     forward(model, scoring, task.ids, torch.arange(task.ids.numel()))
-    layers = range(model.config.get_text_config().num_hidden_layers)
+    layers = range(len(attending(model)))
     if sorted(scoring.scores) != list(layers):
         raise NotApplicable("the model has layers without attention heads that could be measured")
     return torch.stack([scoring.scores[layer] for layer in layers])

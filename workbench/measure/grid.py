@@ -25,19 +25,23 @@ class GridOfMaps(Brief):
     col_edges: Tensor
     """[cols + 1] int64 positions"""
     pooling: Pooling
+    numbers: tuple[int, ...] = ()
+    """what the model calls the layers; empty: as they are counted, from 0"""
 
     @classmethod
-    def of(cls, layers: Sequence[Sequence[PooledMap]]) -> GridOfMaps:
-        """The grid of maps [l][h] with the same cells."""
+    def of(cls, layers: Sequence[Sequence[PooledMap]], numbers: Sequence[int] = ()) -> GridOfMaps:
+        """The grid of maps [l][h] with the same cells; numbers: those of the layers."""
         first = layers[0][0]
         for layer in layers:
             same_cells(first, layer[0])
         values = torch.stack([torch.stack([each.values for each in layer]) for layer in layers])
-        return cls(values, first.row_edges, first.col_edges, first.pooling)
+        return cls(values, first.row_edges, first.col_edges, first.pooling, tuple(numbers))
 
     def map(self, layer: int, head: int) -> PooledMap:
-        """One of the maps. Raises BadParameter where there is no such layer or head."""
+        """One of the maps, by the layer's number. Raises BadParameter where there is no such layer or head."""
         layers, heads = self.values.shape[:2]
+        if self.numbers not in ((), tuple(range(layers))):
+            layer = self.numbers.index(arguments.choice("layer", layer, self.numbers))
         layer = arguments.index("layer", layer, layers, "the maps' layers")
         head = arguments.index("head", head, heads, "the maps' query heads")
         return PooledMap(self.values[layer, head], self.row_edges, self.col_edges, self.pooling)

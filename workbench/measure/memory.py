@@ -35,7 +35,9 @@ class Sample:
     categories: Mapping[str, int]
     """bytes by category, for instance {"weights": ..., "kv bf16": ..., "kv 4-bit": ..., "activations": ...}"""
     kv_layers: tuple[int, ...] = ()
-    """bytes of the KV cache, layer by layer; empty where not taken"""
+    """bytes of the KV cache, layer by layer of those that have one; empty where not taken"""
+    numbers: tuple[int, ...] = ()
+    """what the model calls these layers; empty: as they are counted, from 0"""
     run: str = ""
     """which run this belongs to, where several were put together"""
 
@@ -82,9 +84,12 @@ class Timeline:
         categories: Mapping[str, int],
         kv_layers: Sequence[int] = (),
         *,
+        numbers: Sequence[int] = (),
         time_s: float | None = None,
     ) -> Sample:
-        """Append what is alive now; time_s: seconds since the timeline began, by default taken from the clock."""
+        """Append what is alive now; time_s: seconds since the timeline began, by default taken from the clock. numbers:
+        those of the layers of `kv_layers` in the model, where it has others too.
+        """
         arguments.choice("phase", phase, get_args(Phase))
         arguments.whole("step", step, low=0)
         if any(nbytes < 0 for nbytes in (*categories.values(), *kv_layers)):
@@ -95,7 +100,13 @@ class Timeline:
                 f"a timeline goes forward: {at} s comes before the last sample's {self._samples[-1].time} s"
             )
         sample = Sample(
-            at, phase, step, {k: int(v) for k, v in categories.items()}, tuple(map(int, kv_layers)), self.run
+            at,
+            phase,
+            step,
+            {k: int(v) for k, v in categories.items()},
+            tuple(map(int, kv_layers)),
+            tuple(map(int, numbers)),
+            self.run,
         )
         self._samples.append(sample)
         return sample
@@ -138,7 +149,7 @@ class Timeline:
         rows = [
             (s.run, s.time, s.phase, s.step, layer, nbytes)
             for s in self._samples
-            for layer, nbytes in enumerate(s.kv_layers)
+            for layer, nbytes in zip(s.numbers or range(len(s.kv_layers)), s.kv_layers, strict=True)
         ]
         return pd.DataFrame(rows, columns=["run", "time", "phase", "step", "layer", "bytes"])
 
@@ -153,6 +164,7 @@ class Timeline:
                     "step": s.step,
                     "categories": dict(s.categories),
                     "kv_layers": list(s.kv_layers),
+                    "numbers": list(s.numbers),
                     "run": s.run,
                 }
                 for s in self._samples
@@ -171,6 +183,7 @@ class Timeline:
                     step=int(s["step"]),
                     categories={str(k): int(v) for k, v in s["categories"].items()},
                     kv_layers=tuple(map(int, s["kv_layers"])),
+                    numbers=tuple(map(int, s.get("numbers", ()))),
                     run=str(s["run"]),
                 )
                 for s in data["samples"]
@@ -189,7 +202,7 @@ class Timeline:
         for timeline in timelines:
             offset = joined._samples[-1].time if joined._samples else 0.0
             joined._samples.extend(
-                Sample(offset + s.time, s.phase, s.step, s.categories, s.kv_layers, s.run)
+                Sample(offset + s.time, s.phase, s.step, s.categories, s.kv_layers, s.numbers, s.run)
                 for s in timeline._samples  # noqa: SLF001  # another of this class
             )
         joined._resume()

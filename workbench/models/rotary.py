@@ -121,7 +121,31 @@ def _embeddings(model: nn.Module) -> list[Any]:
         ]
         if modules:
             return sorted(modules, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
-    return []
+    return [_Sinusoids(buffer) for name, buffer in model.named_buffers() if name.endswith(".embed_positions")][:1]
+
+
+class _Sinusoids:
+    """A table that layers hold as a buffer [positions, r], sines before cosines (GPT-J), asked as a module is asked.
+
+    Beyond its end, where the model reads nothing, it turns on.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+
+    def buffers(self) -> Iterator[Tensor]:
+        yield self._buffer
+
+    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        sin, cos = self._buffer.float().chunk(2, dim=-1)
+        turns = torch.complex(cos, sin)
+        again = position_ids.to(turns.device) // len(turns)
+        turned = turns[position_ids % len(turns)] * (turns[-1] * turns[1]) ** again[..., None]
+        return turned.real.to(like.dtype), turned.imag.to(like.dtype)
+
+    __call__ = forward
 
 
 def _types(embedding: Any, config: Any) -> list[str | None]:
@@ -228,33 +252,54 @@ class _Show:
     """Lets each token attend to itself alone, so that equal tokens stay equal at every layer, and keeps what it saw."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys [k, n, d], queries [h, n, d]
+        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.sloped: set[int] = set()  # layers whose scores tell positions, and not their keys
+
+    @property
+    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys [k, n, d] and queries [h, n, d] of all passes, by layer."""
+        import torch
+
+        return {
+            layer: (torch.cat([key for key, _ in seen], dim=1), torch.cat([query for _, query in seen], dim=1))
+            for layer, seen in self._seen.items()
+        }
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        self.layers[layer] = (key, query)
+        self._seen.setdefault(layer, []).append((key, query))
+        if scoring.slopes is not None:
+            self.sloped.add(layer)
         return value.repeat_interleave(query.shape[0] // value.shape[0], dim=0)
 
 
 def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
-    """The rotation of each layer: one token is shown at many positions, where it differs by its rotation alone."""
+    """The rotation of each layer: one token is shown at many positions, where it differs by its rotation alone.
+
+    Where layers keep a state of what was read the token is shown in as many passes, each from a fresh state.
+    """
     import torch
 
     from workbench.engine.attention_hook import forward
+    from workbench.engine.states import attending, keeps_states, states_of
 
     config: Any = model.config.get_text_config()
     token = config.vocab_size // 2
     token += token == getattr(config, "pad_token_id", None)
     count = min(limit for limit in (_SHOWN, max_positions(model), switch(model)) if limit)
     show = _Show()
-    forward(model, show, torch.full((count,), token), torch.arange(count))
-    name, tables = type(model).__name__, _tables(model)
+    ids, positions = torch.full((count,), token), torch.arange(count)
+    at_once = 1 if keeps_states(model) else count
+    for part, at in zip(ids.split(at_once), positions.split(at_once), strict=True):
+        forward(model, show, part, at, cache=states_of(model))
+    name, tables, shown = type(model).__name__, _tables(model), show.layers
     outcomes: list[Rotation | str | None] = []
     known: list[Rotation] = []
+    places = {layer: place for place, layer in enumerate(attending(model))}
     for layer in range(config.num_hidden_layers):
-        if layer not in show.layers:
+        if (seen := shown.get(places.get(layer, -1))) is None:
             outcomes.append(f"layer {layer} of {name} does not use transformers' attention interface")
             continue
-        outcome = _judged(*show.layers[layer], known, tables)
+        outcome = None if places[layer] in show.sloped else _judged(*seen, known, tables)
         if isinstance(outcome, str):
             outcome = f"layer {layer} of {name} {outcome}; methods that rotate keys cannot be applied to it"
         elif outcome is not None and outcome not in known:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.states import States
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.chunked_prefill import ChunkedPrefill, Observer, PrefillResult
@@ -21,6 +22,7 @@ from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import HOST, CudaBytes, LiveBytes, Timeline, live_bytes, tensor_bytes
 from workbench.measure.timing import Stopwatch
 from workbench.models.rotary import switch, switch_notes
+from workbench.runtime.continuing import fresh_states
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring, attend
@@ -37,13 +39,23 @@ _REMEMBERED = 4  # prefills of a method at different budgets, or for different q
 class ModelPrefill(ChunkedPrefill):
     """A chunked prefill that really runs the model, and notes on a timeline what is alive meanwhile.
 
-    live: what the pass takes beside weights and caches. most_nbytes: the most bytes that the caches have held.
+    live: what the pass takes beside weights and caches. most_nbytes: the most bytes that the caches have held. states:
+    of layers that keep another state than keys and values, carried from piece to piece; they are no part of the limit.
     """
 
     timeline: Timeline
     live: LiveBytes | CudaBytes
     weight_nbytes: int
     most_nbytes: int = field(init=False, default=0)
+    states: States | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.states = self._unread = fresh_states(self.model)
+
+    def reset(self) -> None:
+        super().reset()
+        self.states = self._unread
 
     def feed(
         self,
@@ -53,16 +65,35 @@ class ModelPrefill(ChunkedPrefill):
         positions: Tensor | None = None,
     ) -> Tensor:
         used = list(stores or self.stores)
+        if stores is not None and self.states is not None:
+            raise NotApplicable(
+                f"{self.label} reads into caches beside its own, which is not supported where layers keep another "
+                "state than keys and values: it would not be that of what those caches hold"
+            )
         if any(store.reach is None for store in used):
             self.check_positions(self.position + ids.numel() if positions is None else int(positions[-1]) + 1)
-        decoder = _ObservedDecoder(self.model, used, self.position, progress=self.progress, observer=observer)
+        decoder = _ObservedDecoder(
+            self.model, used, self.position, progress=self.progress, observer=observer, states=self.states
+        )
         decoder.reserve(ids.numel())
         self.logits = decoder.feed(ids, positions=positions)[-1].cpu()
-        self.position = decoder.position
+        if stores is None:
+            self.stores = decoder.stores  # some layers may have begun another chunk
+        elif any(now is not before for now, before in zip(decoder.stores, stores, strict=True)):
+            raise NotApplicable(
+                f"{self.label} reads on from a cache that it keeps, over the edge of a chunk of this model's attention; "
+                "shorten the text"
+            )
+        self.position, self.states = decoder.position, decoder.states
         self._sample()
         return self.logits
 
     def feed_below(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.states is not None:
+            raise NotApplicable(
+                f"{self.label} lets only the lower layers read, which is not supported where layers keep another state "
+                "than keys and values: those above would miss what was read"
+            )
         self.check_positions(self.position + ids.numel())
         decoder = _LowerLayers(self.model, list(self.stores), self.position, progress=self.progress, last=layer)
         for store in self.stores[:layer]:
@@ -74,21 +105,25 @@ class ModelPrefill(ChunkedPrefill):
 
     def probe(self, ids: Tensor, score: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         probe = _Probe(self, score)
-        forward(self.model, probe, ids, torch.arange(self.position, self.position + ids.numel()))
+        states = None if self.states is None else self.states.on(self.label)
+        forward(self.model, probe, ids, torch.arange(self.position, self.position + ids.numel()), cache=states)
         return [probe.scores[layer.index] for layer in self.compressible]
 
     def _sample(self) -> None:
         """Note on the timeline what is alive now."""
         kv = kv_categories(self.stores)
         here = sum(nbytes for name, nbytes in kv.items() if self.device.type == "cpu" or not name.startswith(HOST))
+        state = {} if self.states is None else {"state": self.states.nbytes}
+        here += sum(state.values())
         self.most_nbytes = max(
             self.most_nbytes, sum(nbytes for name, nbytes in kv.items() if not name.startswith(HOST))
         )
         self.timeline.add(
             "read",
             self.position,
-            {"weights": self.weight_nbytes, **kv, "activations": max(self.live.peak - here, 0)},
+            {"weights": self.weight_nbytes, **kv, **state, "activations": max(self.live.peak - here, 0)},
             [store.nbytes for store in self.stores],
+            numbers=[layer.called for layer in self.layers],
         )
         self.live.reset_peak()
 
@@ -155,7 +190,7 @@ class _Probe:
             torch.cat([earlier.keys, key], dim=1),
             torch.cat([earlier.values, value], dim=1),
             scoring,
-            visible=seen_by(probing, positions, valid, scoring.window),
+            visible=seen_by(probing, positions, valid, scoring),
             offsets=scoring.offsets(probing, positions),
             weights=scored,
         )
@@ -183,13 +218,15 @@ def _switched(until: int, read: int) -> Rotation:
 class FinishedPrefill:
     """A chunked prefill that has ended: its result, and what it took.
 
-    seconds: how long. most_nbytes: the most bytes that the caches held meanwhile.
+    seconds: how long. most_nbytes: the most bytes that the caches held meanwhile. states: what layers that keep another
+    state than keys and values remember of what was read.
     """
 
     result: PrefillResult
     timeline: Timeline
     seconds: float
     most_nbytes: int
+    states: States | None = None
 
 
 def chunked_prefill(
@@ -226,7 +263,7 @@ def chunked_prefill(
             )
             result = method.read(prefill)
             result = replace(result, notes=(*result.notes, *switch_notes(model, 0, trace.tokens)))
-        remembered[key] = FinishedPrefill(result, timeline, watch.seconds["read"], prefill.most_nbytes)
+        remembered[key] = FinishedPrefill(result, timeline, watch.seconds["read"], prefill.most_nbytes, prefill.states)
         while len(remembered) > _REMEMBERED:
             remembered.popitem(last=False)
     remembered.move_to_end(key)

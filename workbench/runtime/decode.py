@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward
-from workbench.errors import BudgetTooSmall
+from workbench.engine.states import States
+from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Store, cloned
+from workbench.kv.stores import ChunkStore, SharedStore, Store, cloned
 from workbench.kv.stores.capabilities import Evictable
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
+from workbench.models.facts import chunks
 from workbench.progress import Progress
+from workbench.runtime.continuing import fresh_states
+from workbench.runtime.fused_token import FusedToken, FusedTokens
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -35,7 +39,10 @@ class Decoder:
     the layers of the prompt's trace. outputs: where asked for, each layer's attention outputs [h, t, dv]. progress:
     asked at every layer whether to stop. by_store: layers whose stores attend in their own way, without `attention`.
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
-    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model.
+    notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model. states: what
+    layers that keep another state than keys and values remember of the text so far, at first of the prompt; a copy of
+    its own. None: the model has no such layers, or begins to read.
+    fusing: where `fuse` finds a way to read single tokens without the model's modules, `fused` once it has.
     """
 
     model: PreTrainedModel
@@ -50,6 +57,9 @@ class Decoder:
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
+    fusing: FusedTokens | None = field(default=None, repr=False)
+    fused: FusedToken | None = field(init=False, default=None, repr=False)
+    states: States | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -59,7 +69,12 @@ class Decoder:
     def __post_init__(self) -> None:
         self._context = PassContext(len(self.stores), self.position, state=dict(self.learnt))
         self.memory = dict(self.memory)
+        if self.states is not None:
+            self.states = self.states.clone()
+        elif self.position == 0:
+            self.states = fresh_states(self.model)
         self._causal, self._uncounted = 0, False
+        self._chunks = {layer: chunk for layer, chunk in enumerate(chunks(self.model)) if chunk is not None}
         if self.attention is not None:
             self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
             for layer in self.recorded:
@@ -79,14 +94,17 @@ class Decoder:
         rows = []
         if positions is None:
             positions = torch.arange(self.position, self.position + ids.numel())
-        size = self._at_once(ids.numel())
-        for part, self._positions in zip(ids.split(size), positions.split(size), strict=True):
+        sizes = self._parts(positions)
+        for part, self._positions in zip(ids.split(sizes), positions.split(sizes), strict=True):
+            self._begin_chunks(int(self._positions[0]))
             for store in self.stores:
                 store.reads(part, self._positions)
             if measure:
                 rows.append(self._measured(part, logits))
+            elif self.fused is not None and part.numel() == 1:
+                rows.append(self.fused(self, part, self._positions)[1 - min(logits, 1) :])
             else:
-                rows.append(forward(self.model, self, part, self._positions, logits=min(logits, part.numel())))
+                rows.append(self._forward(part, logits))
             self.position = int(self._positions[-1]) + 1
         return torch.cat(rows)[-logits:]
 
@@ -95,6 +113,13 @@ class Decoder:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
+        if layer in self._chunks:  # of which a pass has one, and the store holds no other
+            scoring = replace(scoring, window=None, chunk=None)
+        if scoring.chosen is not None and (reason := self._chooses(layer)) is not None:
+            raise NotApplicable(
+                f"layer {layer}: an indexer of the model chooses what each token attends to, and so does {reason}; use "
+                "a method that keeps or stores entries"
+            )
         if store.holder.sliding_window is not None:
             scoring = replace(scoring, window=store.holder.sliding_window)
         before = self._enter()
@@ -114,8 +139,11 @@ class Decoder:
         # Who evicts by attention needs all its weights, whatever else is computed.
         if evictable is not None or not by_method:
             counted = self._context.computed[layer]
-            self._count_exact(store, query.shape[0], positions, scoring.window)
-            exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
+            self._count_exact(store, query.shape[0], positions, scoring)
+            in_place = self.fused is not None and evictable is None and positions.numel() == 1
+            exact = self.fused.attend(store, query, scoring) if self.fused is not None and in_place else None
+            if exact is None:
+                exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             if (selected := store.holder.scores_computed) is not None:
                 self._context.computed[layer] = counted + selected
             out = out if by_method else exact
@@ -132,24 +160,33 @@ class Decoder:
         store = self.stores[layer]
         dense = store.contents(query.dtype)
         shape = (dense.keys.shape[0], query.shape[1], dense.keys.shape[1])
-        seen = seen_by(positions, dense.positions, dense.valid, scoring.window)
+        seen = seen_by(positions, dense.positions, dense.valid, scoring)
         everything = torch.ones(1, dtype=torch.bool, device=query.device)
         visible = (everything if seen is None else seen).expand(shape)
         return self.attention.decode(query, dense, visible, scoring, self._context)
+
+    def _chooses(self, layer: int) -> str | None:
+        """Who but the model chooses what a layer's queries attend to; None: nobody."""
+        store = self.stores[layer].holder
+        if store.retrieves or store.selects:
+            return f"its store ({type(store).__name__})"
+        return self.attention.key if self.attention is not None and self._attends(layer) else None
 
     def _attends(self, layer: int) -> bool:
         """Whether the attention method attends at this layer, not the store."""
         holder = self.stores[layer].holder
         return self.attention is not None and holder.sliding_window is None and not holder.attends_itself
 
-    def _count_exact(self, store: Store, heads: int, positions: Tensor, window: int | None) -> None:
-        """Count what `heads` query heads see at positions [q] of all that a store holds, these included."""
+    def _count_exact(self, store: Store, heads: int, positions: Tensor, scoring: Scoring | None) -> None:
+        """Count what `heads` query heads see at positions [q] of all that a store holds, these included; without a
+        scoring each sees all that stands before it.
+        """
         store = store.holder
         if store.retrieves:
             self._uncounted = True
             return
-        if window is not None:
-            seen = seen_by(positions, *store.slots(), window)
+        if scoring is not None and (scoring.window is not None or scoring.chosen is not None):
+            seen = seen_by(positions, *store.slots(), scoring)
             assert seen is not None
             self._context.count_seen(heads, seen.expand(store.kv_heads, -1, -1))
             return
@@ -168,6 +205,11 @@ class Decoder:
     def attention_nbytes(self) -> int:
         """Bytes of what the attention method holds beside the stores."""
         return self._context.state_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the states that layers keep beside keys and values: the same under every recipe."""
+        return 0 if self.states is None else self.states.nbytes
 
     @property
     def memory_nbytes(self) -> int:
@@ -191,12 +233,26 @@ class Decoder:
     def clone(self) -> Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = cloned(self.stores)
-        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention)
+        twin = Decoder(self.model, stores, self.position, self.evicting, self.attention, states=self.states)
         twin._context = PassContext(len(stores), self._context.tokens, state=dict(self._context.state))
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         twin.memory = dict(self.memory)
+        twin.fusing = self.fusing
         return twin
+
+    def fuse(self) -> None:
+        """From here on read tokens that come alone without the model's modules, where that can be done.
+
+        The first time for a model its weights are read once.
+        """
+        if self.fusing is not None:
+            self.fused = self.fusing.of(self.model)
+
+    @property
+    def fused_nbytes(self) -> int:
+        """Bytes of the weights held again for reading tokens faster."""
+        return 0 if self.fused is None else self.fused.nbytes
 
     def reserve(self, tokens: int) -> None:
         """Allocate once for `tokens` more, where the stores will grow."""
@@ -204,8 +260,47 @@ class Decoder:
             for store in self.stores:
                 store.reserve(tokens)
 
+    def turns(self, steps: int) -> bool:
+        """Whether a layer begins another chunk within so many tokens from here."""
+        return any(
+            (self.position - 1) // chunk != (self.position + steps - 1) // chunk for chunk in self._chunks.values()
+        )
+
+    def _parts(self, positions: Tensor) -> list[int]:
+        """How many tokens go into each pass: as many as may enter together, and of no more than one chunk."""
+        count = positions.numel()
+        size = self._at_once(count)
+        edges = {*range(0, count, size), count}
+        for chunk in set(self._chunks.values()):
+            edges |= {int(place) + 1 for place in (positions // chunk).diff().nonzero()}
+        ordered = sorted(edges)
+        return [after - before for before, after in zip(ordered, ordered[1:], strict=False)]
+
+    def _begin_chunks(self, position: int) -> None:
+        """Take from layers for which another chunk begins at this position what they hold, if their store does not let
+        go of it by itself. What follows is held as the model computes.
+        """
+        begun = {layer for layer, chunk in self._chunks.items() if (self.position - 1) // chunk != position // chunk}
+        fresh: dict[int, Store] = {}
+        for layer in begun if self.position else ():
+            store, chunk = self.stores[layer], self._chunks[layer]
+            if store.holder is store and store.chunk is None:
+                held = store.contents(self.model.get_input_embeddings().weight.dtype)  # type: ignore[arg-type]
+                fresh[id(store)] = ChunkStore(held.keys[:, :0].clone(), held.values[:, :0].clone(), position, chunk)
+        if fresh:
+            self.stores = [
+                fresh.get(id(store), store) if store.holder is store else _reading(store, fresh)
+                for store in self.stores
+            ]
+
     def _at_once(self, count: int) -> int:
-        """How many tokens may enter together: no more than half of what an evicting cache holds."""
+        """How many tokens may enter together: no more than half of what an evicting cache holds; one where the model
+        forgets its state otherwise.
+        """
+        if self.states is not None and self.states.singly and self.states.begun and count > 1:
+            note = f"{type(self.model).__name__} read on token by token: several at once would lose its layers' state"
+            self.notes += [] if note in self.notes else [note]
+            return 1
         if self.evicting is None or count <= 1:
             return max(count, 1)
         leaving = (store.rescored or store.evictable for store in self.stores)
@@ -227,11 +322,15 @@ class Decoder:
             positions = positions.masked_fill(empty, -1)
         store.evict(self.evicting.evict(state, positions, room))
 
+    def _forward(self, part: Tensor, logits: int) -> Tensor:
+        count = min(logits, part.numel())
+        return forward(self.model, self, part, self._positions, cache=self.states, logits=count)
+
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:
             self._live, self.activations, self.workspace = live, 0, 0
             try:
-                return forward(self.model, self, part, self._positions, logits=min(logits, part.numel()))
+                return self._forward(part, logits)
             finally:
                 self.activations = max(self.activations, live.peak)
                 self._live = None
@@ -247,3 +346,9 @@ class Decoder:
         if self._live is not None:
             self.workspace = max(self.workspace, self._live.peak - before)
             self._live.reset_peak()
+
+
+def _reading(store: Store, fresh: Mapping[int, Store]) -> Store:
+    """A layer's store that reads another's, or what has taken the place of that."""
+    holder = fresh.get(id(store.holder))
+    return store if holder is None else SharedStore(holder)

@@ -13,6 +13,7 @@ from workbench.formatting import Brief
 from workbench.measure.quality import Quality, compare_logits, output_error
 from workbench.models.depth import origins
 from workbench.progress import Progress
+from workbench.runtime.cuda_graph import WORTH
 from workbench.runtime.decode import Decoder
 from workbench.runtime.greedy import greedy
 from workbench.trace import Trace
@@ -34,12 +35,13 @@ class Evaluation(Brief):
 
 class Reference(NamedTuple):
     """The uncompressed model on some tokens, its own answer or a given text: logits [t, v] for them, and each layer's
-    attention outputs [h, t', dv].
+    attention outputs [h, t', dv]. layers: what each of these is called (`models.depth.origins`).
     """
 
     tokens: tuple[int, ...]
     logits: Tensor
     outputs: list[Tensor]
+    layers: tuple[int, ...]
 
 
 def reference(
@@ -63,7 +65,9 @@ def reference(
             answering = decoder()
             answering.progress = progress
             tokens = tuple(greedy(answering, ids, trace.logits, max_new_tokens=max_new_tokens, eos=eos))
-        return Reference(tokens, *teacher_forcing(decoder(), trace.logits, ids, torch.tensor(tokens), progress))
+        reading = decoder()
+        logits, outputs = teacher_forcing(reading, trace.logits, ids, torch.tensor(tokens), progress)
+        return Reference(tokens, logits, outputs, origins(reading.model))
 
     on = max_new_tokens if given is None else tuple(given.tolist())
     return trace.once(("reference", tuple(ids.tolist()), on), compute)
@@ -80,6 +84,8 @@ def teacher_forcing(
     decoder.outputs = [[] for _ in decoder.stores]
     decoder.progress = progress or Progress()
     rows = [decoder.feed(ids)[-1:]] if ids.numel() else [logits[None]]
+    if len(targets) > WORTH:
+        decoder.fuse()
     read = decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1)
     rows.extend(decoder.feed(token[None]) for token in read)
     outputs = [torch.cat(layer, dim=1) if layer else torch.empty(0) for layer in decoder.outputs]
@@ -104,7 +110,8 @@ def evaluate(
     logits, outputs = teacher_forcing(decoder, before, ids, targets, progress)
     figures = compare_logits(against.logits, logits, targets, reference_tokens=against.tokens, tokens=answer)
     errors = torch.full((len(against.outputs), heads), torch.nan)
-    for layer, output in zip(origins(decoder.model), outputs, strict=True):
+    for number, output in zip(origins(decoder.model), outputs, strict=True):
+        layer = against.layers.index(number)
         exact = against.outputs[layer]
         errors[layer] = output_error(exact, output).cpu() if exact.numel() else 0.0
     return Evaluation(figures, errors, against.tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.budget import Budget
 from workbench.core.memo import Memo
+from workbench.engine.states import States
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, as_held, uncompressed_nbytes
@@ -21,6 +22,7 @@ from workbench.measure.memory import Timeline
 from workbench.models.rotary import switch
 from workbench.progress import Progress
 from workbench.runtime.chunked_prefill import FinishedPrefill, chunked_prefill
+from workbench.runtime.continuing import states_after
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace, Trace
 
@@ -51,6 +53,10 @@ class ChunkedPlan(Plan):
         return self.prefill.result.position
 
     @property
+    def states(self) -> States | None:
+        return self.prefill.states
+
+    @property
     def endless(self) -> bool:
         return all(store.reach is not None for store in self.prefill.result.stores)
 
@@ -78,7 +84,11 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        return Decoder(model, stores, position, progress=progress).feed(ids, logits=ids.numel())
+        states = trace.states
+        if position != trace.tokens:
+            states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position]))
+        decoder = Decoder(model, stores, position, progress=progress, memory=trace.memory, states=states)
+        return decoder.feed(ids, logits=ids.numel())
 
     return Study(trace, model, progress, forcing=forcing, measured=measured)
 
@@ -153,5 +163,5 @@ def _check_turning(plan: Plan, model: PreTrainedModel) -> None:
         )
     for layer in plan.trace.compressible:
         if layer.rotary is None:
-            raise NotApplicable(f"{key} closes positions up, but layer {layer.index} has none that could be turned")
+            raise NotApplicable(f"{key} closes positions up, but layer {layer.called} has none that could be turned")
         layer.rotary(0)  # says why, where it cannot be turned

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries, within_a_chunk
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.states import States, attending
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
 from workbench.measure.timing import Stopwatch
 from workbench.models import Facts, Rotations
-from workbench.models.depth import origins
+from workbench.models.depth import numbers_in
 from workbench.progress import Progress
 from workbench.prompt import Prompt, check_vocabulary
 from workbench.runtime.calibration import learnt
+from workbench.runtime.continuing import fresh_states
 from workbench.trace import LayerTrace, Trace
 from workbench_kernels import Scoring
 
@@ -41,8 +43,9 @@ class _Recorder:
     weights: int
     live: LiveBytes | CudaBytes
     context: PassContext
-    plain_widths: Sequence[tuple[int, int]] | None
+    plain_widths: Mapping[int, tuple[int, int]] | None
     origins: Sequence[int]
+    states: States | None
 
     def __post_init__(self) -> None:
         self.layers: dict[int, LayerTrace] = {}
@@ -55,23 +58,35 @@ class _Recorder:
         self.progress.update("reading", len(self.layers), self.count)
         if layer in self.layers:
             raise NotApplicable(
-                f"layer {layer} of {self.facts.name} attends more than once in a pass; a cache by layers cannot tell "
-                "them apart"
+                f"layer {self.origins[layer]} of {self.facts.name} attends more than once in a pass; a cache by layers "
+                "cannot tell them apart"
             )
         tokens, model_window = query.shape[1], scoring.window
         window = _combined_window(model_window, self.method, layer, self.count, tokens)
         scoring = replace(scoring, window=window)
+        taken = scoring if self.method is None else within_a_chunk(self.method.key, scoring, tokens)
         self.context.layer = layer
         if self.method is None:
-            self.context.count(query.shape[0] * visible_entries(tokens, window))
+            most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
+            spans = [len(part) for part in torch.arange(tokens).split(scoring.chunk or tokens)]
+            self.context.count(
+                query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
+            )
             out = causal_attention(query, key, value, scoring)
+        elif scoring.chosen is not None:
+            raise NotApplicable(
+                f"layer {layer}: an indexer of {self.facts.name} chooses what each token attends to, so "
+                f"{self.method.key} cannot; use a KV or weight method"
+            )
         elif scoring.slopes is not None and not self.method.follows_slopes:
             raise NotApplicable(
                 f"{self.method.key} attends by products alone, and {self.facts.name} by positions (ALiBi)"
             )
         else:
-            out = self.method.attend(query, key, value, scoring, self.context)
-        before = self.recorded_nbytes if self.home == query.device else 0  # of what is live here, the recording so far
+            out = self.method.attend(query, key, value, taken, self.context)
+        kept = {} if self.states is None else {"state": self.states.nbytes}
+        # Of what is live here: the recording so far, and states.
+        before = (self.recorded_nbytes if self.home == query.device else 0) + sum(kept.values())
         shared = self._shared(layer, key)
         recorded = tuple(x.to(self.home) for x in (key, value, query))
         if shared is not None:
@@ -82,17 +97,25 @@ class _Recorder:
             values_held=recorded[1],
             queries_held=recorded[2],
             device=query.device,
-            scoring=scoring,
+            scoring=scoring if scoring.chosen is None else replace(scoring, chosen=scoring.chosen.to(self.home)),
             rotary=partial(self.rotations.of, self.origins[layer], width=key.shape[-1]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
+            number=self.origins[layer],
         )
         self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
+        if scoring.chosen is not None:
+            self.recorded_nbytes += scoring.chosen.nbytes
         self.timeline.add(
             "read",
             layer,
-            {"weights": self.weights, "trace": self.recorded_nbytes, "activations": max(self.live.peak - before, 0)},
+            {
+                "weights": self.weights,
+                "trace": self.recorded_nbytes,
+                **kept,
+                "activations": max(self.live.peak - before, 0),
+            },
         )
         self.live.reset_peak()
         return out
@@ -125,7 +148,7 @@ def read(
     keep_on: torch.device | None = None,
     weight_nbytes: int = 0,
     plain: PreTrainedModel | None = None,
-    plain_widths: Sequence[tuple[int, int]] | None = None,
+    plain_widths: Mapping[int, tuple[int, int]] | None = None,
     rotations: Rotations | None = None,
     progress: Progress | None = None,
 ) -> Trace:
@@ -133,25 +156,30 @@ def read(
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
     host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
-    compressed from, and the sizes (d, dv) of its heads, layer by layer; `facts` are those of the plain model.
+    compressed from, and the sizes (d, dv) of its heads by the layer's number; `facts` are those of the plain model.
     rotations: those of the plain model, where they are remembered for several readings. Raises PromptTooLong,
     BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between
     layers.
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
-        raise PromptTooLong(f"the prompt has {tokens} tokens, but {facts.name} has only {facts.room}; shorten the text")
+        raise PromptTooLong(
+            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text"
+        )
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
-    origin = origins(model)
-    count = len(origin)
+    numbers = numbers_in(plain or model, model)
+    count = len(numbers)
+    if not count:
+        raise NotApplicable(f"{facts.name} has no layer with attention: there are no keys and values to compress")
     if method is not None:
         method.check(tokens, count)
     device = device_of(model)
     progress = progress or Progress()
     watch, timeline = Stopwatch(device), Timeline("read")
     knowledge: dict[Any, Any] = {}
+    states = fresh_states(model)
     if method is not None and method.calibration:
         knowledge = learnt(model, count, method, prompt.tokenizer, progress)
     with watch("read"), live_bytes(device) as live:
@@ -167,10 +195,16 @@ def read(
             live,
             context,
             plain_widths,
-            origin if plain is not None else range(count),
+            numbers,
+            states,
         )
-        logits = forward(model, recorder, prompt.ids, torch.arange(tokens))[-1]
-    _check_layers(recorder.layers, count, facts.name)
+        logits = forward(model, recorder, prompt.ids, torch.arange(tokens), cache=states)[-1]
+    _check_layers(recorder.layers, numbers, facts.name)
+    if states is not None and states.untouched:
+        raise NotApplicable(
+            f"layers {', '.join(map(str, states.untouched))} of {facts.name} keep their state somewhere else than in "
+            "the model's cache, so a prompt cannot be gone on from"
+        )
     if not logits.isfinite().all():
         raise NotApplicable(
             f"{facts.name}: the logits after the prompt are not finite numbers: its weights are damaged, or what it "
@@ -178,24 +212,19 @@ def read(
         )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
-    exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
-    exact |= {
-        layer.index: f"reads the keys and values of layer {layer.shared}"
-        for layer in layers
-        if layer.shared is not None
-    }
-    gone = _gone(layers, facts, sorted(set(range(facts.layers)) - set(origin)), plain_widths)
+    gone = _gone(layers, facts, sorted(set(attending(plain or model)) - set(numbers)), plain_widths)
     trace = Trace(
         prompt,
         layers,
         logits.cpu(),
         watch.seconds["read"],
-        exact,
+        _exact(layers, method),
         timeline,
         tuple(context.computed),
         gone,
         recorder.memory,
         knowledge,
+        states=states,
     )
     _check_compressible(trace, facts.name)
     return trace
@@ -206,17 +235,21 @@ def seen(facts: Facts, trace: Trace) -> Facts:
 
     A config may say otherwise: of DeepSeek's heads it names the rotated part, of Gemma 4's those of one kind of layer.
     """
-    layer = next((layer for layer in trace.layers if layer.window is None), trace.layers[0])
+    layer = next((layer for layer in trace.layers if layer.bound is None), trace.layers[0])
     return replace(facts, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.keys_held.shape[-1])
 
 
-def _check_layers(recorded: Mapping[int, LayerTrace], count: int, name: str) -> None:
-    """Raise NotApplicable unless each of a model's layers attended through the engine, with as many heads as others."""
+def _check_layers(recorded: Mapping[int, LayerTrace], numbers: Sequence[int], name: str) -> None:
+    """Raise NotApplicable unless each of a model's layers with attention, `numbers`, attended through the engine, with
+    as many heads as others.
+    """
+    count = len(numbers)
     missing, more = sorted(set(range(count)) - set(recorded)), sorted(set(recorded) - set(range(count)))
     if more:
         raise NotApplicable(f"{name} has attention in layers {more}, beyond the {count} that its config names")
     if missing:
-        which = "none of the layers" if len(missing) == count else f"layers {', '.join(map(str, missing))}"
+        which = ", ".join(str(numbers[layer]) for layer in missing)
+        which = "none of the layers" if len(missing) == count else f"layers {which}"
         does = "uses" if len(missing) == count else "do not use"
         raise NotApplicable(
             f"{which} of {name} {does} transformers' attention interface (attention of their own kind, linear "
@@ -267,22 +300,35 @@ def read_unrecorded(
     layers = tuple(layer.blank(tokens) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
-    return Trace(prompt, layers, logits, 0.0, first.exact, Timeline("read"), gone=gone)
+    return Trace(prompt, layers, logits, 0.0, _exact(layers, None), Timeline("read"), gone=gone)
 
 
 def _gone(
-    layers: Sequence[LayerTrace], facts: Facts, missing: Sequence[int], widths: Sequence[tuple[int, int]] | None
+    layers: Sequence[LayerTrace], facts: Facts, missing: Sequence[int], widths: Mapping[int, tuple[int, int]] | None
 ) -> tuple[LayerTrace, ...]:
     """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts: those of a layer
     of the same kind, with a window or without.
     """
     gone = []
     for index in missing:
-        window = facts.windows[index]
+        window, chunk = facts.windows[index], facts.chunks[index] if facts.chunks else None
         like = next((layer for layer in layers if (layer.window is None) == (window is None)), layers[0]).blank()
-        scoring, width = replace(like.scoring, window=window), widths[index] if widths else None
-        gone.append(replace(like, index=index, scoring=scoring, plain_widths=width))
+        scoring, width = replace(like.scoring, window=window, chunk=chunk), widths[index] if widths else None
+        gone.append(replace(like, index=index, number=index, scoring=scoring, plain_widths=width))
     return tuple(gone)
+
+
+def _exact(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:
+    """The layers that KV methods must leave alone, and why: those with a window, those that divided the prompt into
+    chunks, and those that hold nothing of their own.
+    """
+    exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
+    for layer in layers:
+        if layer.chunk is not None and layer.tokens > layer.chunk:
+            exact[layer.index] = f"attention in chunks of {layer.chunk} tokens: it holds the newest one only"
+        if layer.shared is not None:
+            exact[layer.index] = f"reads the keys and values of layer {layers[layer.shared].number}"
+    return exact
 
 
 def _window_reason(layer: LayerTrace, method: AttentionMethod | None) -> str:

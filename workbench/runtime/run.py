@@ -169,7 +169,10 @@ class Run(Shown):
             "kv_share": self.plan.share,
             "score_share": self.plan.trace.score_share,
             "decode_score_share": self.decode_score_share,
-            "exact_layers": {str(layer): reason for layer, reason in self.plan.exact.items()},
+            "state_nbytes": self.plan.state_nbytes,
+            "exact_layers": {
+                str(self.plan.trace.layers[layer].called): reason for layer, reason in self.plan.exact.items()
+            },
             "notes": list(self.notes),
             "timing": self.timing.to_dict(),
             "memory": self.memory.to_dict(),
@@ -185,6 +188,7 @@ class Run(Shown):
         """The answer, its cache and, once measured, its quality in words."""
         record = self.to_dict(quality=False)
         nbytes, full, host = (record[name] for name in ("kv_nbytes", "kv_full_nbytes", "kv_host_nbytes"))
+        state = record.get("state_nbytes", 0)  # records of earlier versions have none
         asked = [f"  asked    {self.question}"] if self.question else []
         scores, later = record["score_share"], record.get("decode_score_share")
         attended = (
@@ -198,6 +202,7 @@ class Run(Shown):
             f"  answer   {self.text.strip()}",
             f"  cache    {mib(nbytes)} of {mib(full)} ({nbytes / full:.1%})"
             + (f", {mib(host)} more in host memory" if host else ""),
+            *([f"  state    {mib(state)} beside keys and values, the same under every recipe"] if state else []),
             *attended,
         ]
         if self.measured:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of
+from workbench.engine.states import attending
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
 from workbench.files.folders import located, whole
 from workbench.files.paths import regular
@@ -27,12 +28,13 @@ from workbench.measure.timing import Timing
 from workbench.models import facts
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
+from workbench.runtime.continuing import restored
 from workbench.runtime.evaluate import Evaluation
 from workbench.runtime.readings import Readings
 from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
 from workbench.weights.calibration.texts import Calibration
-from workbench_kernels import Scoring
+from workbench_kernels import Chosen, Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,6 +151,10 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         for name in _OF_HEADS:
             if (numbers := getattr(layer.scoring, name)) is not None:
                 tensors[f"layers.{layer.index}.{name}"] = numbers
+        if layer.scoring.chosen is not None and layer.scoring.chosen.keys is not None:
+            tensors[f"layers.{layer.index}.chosen"] = layer.scoring.chosen.keys
+    states = {} if trace.states is None else trace.states.saved()
+    tensors.update({f"states.{name}": tensor for name, tensor in states.items()})
     return {
         "chat": trace.prompt.chat,
         **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
@@ -159,7 +165,10 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 "scale": x.scale,
                 "window": x.window,
                 "softcap": x.softcap,
+                "chunk": x.chunk,
                 "shared": x.shared,
+                "rounded": x.scoring.rounded,
+                "chosen": None if (chosen := x.scoring.chosen) is None else "all" if chosen.keys is None else "some",
                 "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
             }
             for x in trace.layers
@@ -167,6 +176,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "exact": {str(layer): reason for layer, reason in trace.exact.items()},
         "timeline": trace.timeline.to_dict(),
         "computed": list(trace.computed),
+        "states": list(states),
     }
 
 
@@ -323,13 +333,23 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
     ids = tensor("ids").long()
     model, device = readings.model, device_of(readings.model)
     home = readings.keep_on or device
-    if len(saved["layers"]) != readings.facts.layers:
-        raise ValueError(f"{len(saved['layers'])} layers instead of {readings.facts.layers}")
+    numbers = attending(model)
+    if len(saved["layers"]) != len(numbers):
+        raise ValueError(f"{len(saved['layers'])} layers instead of {len(numbers)}")
     layers = []
     for index, fields in enumerate(saved["layers"]):
         keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
         if not keys.shape[1] == values.shape[1] == queries.shape[1] == ids.numel():  # [k, n, d], [k, n, dv], [h, n, d]
             raise ValueError(f"layer {index} does not hold {ids.numel()} tokens")
+        chosen = None if fields.get("chosen") is None else Chosen(torch.arange(ids.numel()), None)
+        if fields.get("chosen") == "some":
+            chosen = Chosen(torch.arange(ids.numel()), _choices(tensor(f"layers.{index}.chosen"), ids.numel()).to(home))
+        of_heads = {
+            name: _of_heads(tensor(f"layers.{index}.{name}"), len(queries)).to(device)
+            if name in fields.get("of_heads", ())
+            else None
+            for name in _OF_HEADS
+        }
         layers.append(
             LayerTrace(
                 index=index,
@@ -341,15 +361,15 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                     float(fields["scale"]),
                     fields["window"],
                     fields["softcap"],
-                    *(
-                        _of_heads(tensor(f"layers.{index}.{name}"), len(queries)).to(device)
-                        if name in fields.get("of_heads", ())
-                        else None
-                        for name in _OF_HEADS
-                    ),
+                    sinks=of_heads["sinks"],
+                    slopes=of_heads["slopes"],
+                    rounded=bool(fields.get("rounded")),
+                    chosen=chosen,
+                    chunk=fields.get("chunk"),
                 ),
                 shared=fields.get("shared"),
-                rotary=partial(readings.rotations.of, index),
+                rotary=partial(readings.rotations.of, numbers[index]),
+                number=numbers[index],
             )
         )
     return Trace(
@@ -360,6 +380,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         {int(layer): str(reason) for layer, reason in saved["exact"].items()},
         Timeline.from_dict(saved["timeline"]),
         tuple(int(entries) for entries in saved.get("computed", ())),
+        states=restored(model, {str(name): tensor(f"states.{name}") for name in saved.get("states", ())}),
     )
 
 
@@ -367,6 +388,14 @@ def _of_heads(numbers: Tensor, heads: int) -> Tensor:
     if numbers.shape != (heads,) or not numbers.is_floating_point():
         raise ValueError(f"{list(numbers.shape)} numbers for {heads} heads")
     return numbers
+
+
+def _choices(keys: Tensor, tokens: int) -> Tensor:
+    """What an indexer chose for each token: int [n, c], positions in the text."""
+    whole = keys.ndim == 2 and len(keys) == tokens and keys.dtype in (torch.int32, torch.int64)
+    if not whole or not bool(((keys >= 0) & (keys < tokens)).all()):
+        raise ValueError(f"{list(keys.shape)} choices for {tokens} tokens")
+    return keys
 
 
 def _prompt(saved: dict[str, Any], ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:

@@ -58,7 +58,7 @@ class View:
             module=cls.__module__,
             doc=cls.__doc__,
             fields=declared_fields(cls),
-            # Every view in a saved notebook or page carries its script: without comments and indents it is 40 % smaller.
+            # Each view in a saved notebook or page carries its script: without comments and indents it is 40 % smaller.
             source=jsmin(js_constants() + "".join(map(_asset, ("base.js", *cls.parts, cls.module)))),
             style=css_variables() + _asset("views.css"),
         )

@@ -95,7 +95,7 @@ def study(
         for each in (wanted if progress is None else progress.track(wanted, "output error", len(wanted)))
     ]
     error, scaled = torch.tensor(errors, dtype=torch.float32).view(len(wanted), 2).unbind(1)
-    return Study(operator, layer.index, wanted, error, scaled, head, implied, exact)
+    return Study(operator, layer.called, wanted, error, scaled, head, implied, exact)
 
 
 def study_operator(
@@ -107,8 +107,7 @@ def study_operator(
     if not isinstance(operator, Operator):
         raise NotApplicable(f"{quoted(operator)} is no operator: wb.methods('operator') lists them")
     trace.need_recording()
-    at = arguments.index("layer", layer, len(trace.layers), "the model's layers")
-    return study(operator, trace.layers[at], head, pixels=pixels, **view)
+    return study(operator, trace.layers[trace.place(layer)], head, pixels=pixels, **view)
 
 
 def implied_map(

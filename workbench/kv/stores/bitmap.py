@@ -138,7 +138,7 @@ class BitmapStore(PositionedStore):
         )
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
-        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring.window)
+        fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring)
         if not fits or scoring.window is not None:
             return None
         return decode_bitmap(

@@ -90,7 +90,7 @@ class CalibratedStore(SplitStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         held, settled = self.contents(query.dtype), self.parts[1].slots()[0].shape[1]
-        visible = seen_by(query_positions, held.positions, held.valid, scoring.window)
+        visible = seen_by(query_positions, held.positions, held.valid, scoring)
         offsets = scoring.offsets(query_positions, held.positions[:, None, None])
         kv_heads, slots, _ = held.keys.shape
         grouped = query.unflatten(0, (kv_heads, -1))  # [k, g, q, d]

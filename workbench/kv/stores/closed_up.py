@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.core.rope import Rotation
 from workbench.kv.stores.capabilities import Evictable
-from workbench.kv.stores.store import Dequantised, Store
+from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench_kernels import Scoring, attend
 
@@ -55,9 +55,7 @@ class ClosedUpStore(WrappingStore):
         place = before.sum(dim=2).expand(held.keys.shape[0], -1)  # [k, q]
         groups = query.shape[0] // held.keys.shape[0]
         query = self._turned(query, asked[None], place.repeat_interleave(groups, dim=0))
-        visible = held.positions[:, None] <= asked[:, None]
-        if held.valid is not None:
-            visible = visible & held.valid[:, None]
+        visible = seen_by(asked, held.positions, held.valid, scoring)
         offsets = scoring.offsets(asked, held.positions)
         return attend(query, held.keys, held.values, scoring, visible=visible, offsets=offsets, weights=weights)
 

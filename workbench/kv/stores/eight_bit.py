@@ -61,7 +61,7 @@ class EightBitOffloadFormat(Format):
             return DenseStore.where(layer.keys, layer.values, tiers == 1, self.dtype)
         for what, x in (("keys", layer.keys), ("values", layer.values)):
             for end in (x.amin(dim=-1), x.amax(dim=-1) / 255):  # become float16 among the bytes, where nobody looks
-                checked(end, torch.float16, f"layer {layer.index}: {what} in eight bits")
+                checked(end, torch.float16, f"layer {layer.called}: {what} in eight bits")
         keys, values = to_bytes(layer.keys), to_bytes(layer.values)
         near = DenseStore.where(keys, values, tiers == 1, torch.uint8)
         if self.recomputing is None:

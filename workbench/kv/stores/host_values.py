@@ -101,7 +101,7 @@ class HostValuesStore(OffloadStore):
                 keys,
                 keys[..., :0],  # the values are not all here
                 scoring,
-                visible=seen_by(at, positions, valid, scoring.window),
+                visible=seen_by(at, positions, valid, scoring),
                 offsets=scoring.offsets(at, positions),
                 weights=True,
             )

@@ -273,13 +273,13 @@ class LowRankStore(PositionedStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if scoring.window is None and scoring.slopes is None and not weights:
+        if scoring.window is None and scoring.in_kernels and not weights:
             out = self._attend_on_gpu(query, query_positions, scoring)
             if out is not None:
                 self._settle()
                 return out, None
         positions, valid = self.slots()
-        visible = seen_by(query_positions, positions, valid, scoring.window)
+        visible = seen_by(query_positions, positions, valid, scoring)
         offsets = scoring.offsets(query_positions, positions[:, None, None])
         key_basis, value_basis = (basis.to(query.dtype) for basis in self.bases)
         whole, values = (_view(rows, query.dtype) for rows in self.newer)

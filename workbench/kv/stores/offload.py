@@ -194,7 +194,7 @@ class OffloadStore(TieredStore):
             slots, chosen = self.distinct(*self.retriever.find_at(part, at, scoring.scale))
             wait = self.far.fetch(slots)
             near = self.near_contents(query.dtype)
-            seen = seen_by(at, near.positions, near.valid, scoring.window)
+            seen = seen_by(at, near.positions, near.valid, scoring)
             keys, values, positions = wait()
             if scoring.window is not None:
                 chosen = chosen & (positions[:, None] > at[None, :, None] - scoring.window)

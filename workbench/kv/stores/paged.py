@@ -64,7 +64,7 @@ class PagedStore(Store):
             self.pages = self.find(queries, near.keys, positions, numbers, scoring.scale)
         open_ = torch.ones_like(positions, dtype=torch.bool)
         open_[self.sinks : last] = torch.isin(numbers, torch.tensor(self.pages, device=numbers.device))
-        causal = seen_by(query_positions, positions[None], None, scoring.window)
+        causal = seen_by(query_positions, positions[None], None, scoring)
         visible = open_[None, None] if causal is None else causal & open_
         offsets = scoring.offsets(query_positions, positions[None])
         return attend(query, near.keys, near.values, scoring, visible=visible, offsets=offsets, weights=weights)

@@ -90,7 +90,7 @@ class PrunedStore(PositionedStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         positions, valid = self.slots()
-        visible = seen_by(query_positions, positions, valid, scoring.window)
+        visible = seen_by(query_positions, positions, valid, scoring)
         offsets = scoring.offsets(query_positions, positions[:, None, None])
         thin, whole = self.older[0].view().to(query.dtype), self.newer[0].view().to(query.dtype)
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(query.dtype)  # [k, m, dv]

@@ -21,7 +21,7 @@ def check_reach(store: Store, layer: LayerTrace) -> None:
         keys, values = (float(x.abs().max()) for x in (layer.keys, layer.values))
         form = next(str(x.dtype).removeprefix("torch.") for x in short if not bool(_finite(x)))
         raise OutOfRange(
-            f"layer {layer.index}: keys reach {keys:.4g} and values {values:.4g}, too large for the {form} numbers in "
+            f"layer {layer.called}: keys reach {keys:.4g} and values {values:.4g}, too large for the {form} numbers in "
             f'which this cache holds them or their scales: give kv_dtype="bfloat16", or another method'
         )
 

@@ -134,7 +134,7 @@ class SmoothedStore(PositionedStore):
         asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
         keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
         positions, valid = self.slots()
-        visible = seen_by(query_positions, positions, valid, scoring.window)
+        visible = seen_by(query_positions, positions, valid, scoring)
         offsets = scoring.offsets(query_positions, positions)
         out, rows = attend(asked, keys, values, scoring, visible=visible, offsets=offsets, weights=weights)
         per_head = self.value_factors.float().repeat_interleave(groups, dim=0)[:, None]  # [h, 1, 1]

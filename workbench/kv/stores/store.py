@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,6 +17,7 @@ from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, R
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rows import PackedRows, Ragged
 
 _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
 
@@ -104,6 +106,11 @@ class Store(ABC):
         return None
 
     @property
+    def chunk(self) -> int | None:
+        """How many positions make a chunk, for a store that keeps those of the newest one alone; None: it does not."""
+        return None
+
+    @property
     def evictable(self) -> Evictable | None:
         """The store as one from which single entries can leave while decoding; None where it has no state for that."""
         return None
@@ -127,6 +134,16 @@ class Store(ABC):
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
+
+    @property
+    def in_place(self) -> tuple[Ragged | PackedRows, Ragged | PackedRows] | None:
+        """Keys and values of every entry, where the newest token's attention over them is all that `attend` computes;
+        who reads them so says `attended` afterwards. None where it does more.
+        """
+        return None
+
+    def attended(self, library: CDLL | None = None) -> None:  # noqa: B027 (most change nothing by being read)
+        """Know that tokens have attended to what is held; library: what was compiled for that, if they did by it."""
 
     @property
     def holder(self) -> Store:
@@ -216,7 +233,7 @@ class Store(ABC):
             if out is not None:
                 return out, None
         dense = self.contents(query.dtype)
-        visible = seen_by(query_positions, dense.positions, dense.valid, scoring.window)
+        visible = seen_by(query_positions, dense.positions, dense.valid, scoring)
         offsets = scoring.offsets(query_positions, dense.positions)
         return attend(query, dense.keys, dense.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
@@ -225,15 +242,17 @@ class Store(ABC):
         return None
 
 
-def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
+def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, scoring: Scoring) -> tuple[bool, Tensor | None]:
     """Whether decode kernels take this query [h, q, d] over what a store holds, and the positions that they mask by.
 
     They are for a few queries at 16 bits; the newest token alone sees everything, which needs no mask.
     """
     few = 0 < query.shape[1] <= _FEW_QUERIES
-    if not (few and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype):
+    if not (
+        few and scoring.in_kernels and on_gpu(query, rows) and query.dtype.itemsize == 2 and query.dtype == rows.dtype
+    ):
         return False, None
-    alone = query.shape[1] == 1 and window is None
+    alone = query.shape[1] == 1 and scoring.window is None
     return True, None if alone else query_positions.to(query.device)
 
 
@@ -259,19 +278,16 @@ def joined_slots(
     return torch.cat([positions.to(device).expand(heads, -1) for positions, _ in parts], dim=1), valid
 
 
-def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, window: int | None) -> Tensor | None:
+def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, scoring: Scoring) -> Tensor | None:
     """Which slots each query may see, bool [k or 1, q, m]; None when all see all.
 
-    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Dequantised.
+    query_positions int [q]; positions int [k or 1, m] and valid bool [k, m] or None as in Dequantised. Of what an
+    indexer chose only what is held can be seen, which may be nothing.
     """
     real = None if valid is None else valid[:, None]
-    if query_positions.numel() == 1 and window is None:
+    if query_positions.numel() == 1 and scoring.window is None and scoring.chunk is None and scoring.chosen is None:
         return real  # the newest token sees everything held
-    slots = positions[:, None]  # [k or 1, 1, m]
-    query = query_positions.to(slots.device)[None, :, None]
-    visible = slots <= query
-    if window is not None:
-        visible = visible & (slots > query - window)
+    visible = scoring.visible(query_positions.to(positions.device), positions)
     return visible if real is None else visible & real
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,8 @@ class KVzip(GlobalHeads):
         for done, (piece, ids) in enumerate(zip(pieces, passes, strict=True)):
             repeating = _Repeating(trace, piece, self.sinks, study.progress, done, len(pieces))
             positions = torch.arange(trace.tokens, trace.tokens + ids.numel())
-            forward(model, repeating, ids, positions)
+            states = None if trace.states is None else trace.states.on(self.key)
+            forward(model, repeating, ids, positions, cache=states)
             scores.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
         study.progress.update("repeating the context", len(trace.layers) * len(pieces), len(trace.layers) * len(pieces))
         return torch.stack([keep_first(layer, self.sinks) for layer in torch.cat(scores, dim=2)])  # [l, k, n]
@@ -111,7 +114,7 @@ class _Repeating:
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         best = torch.zeros(key.shape[0], self.piece.stop - self.piece.start, device=query.device)
         # The window is the one the prompt was read with, the model's or an attention method's.
-        for block in row_blocks(query, keys, recorded.scoring):
+        for block in row_blocks(query, keys, replace(recorded.scoring, chosen=scoring.chosen)):
             rows = block.probs.unflatten(0, (key.shape[0], -1))  # [k, g, rows, keys]
             mixed = rows.flatten(1, 2).to(values.dtype) @ values[:, block.keys]
             out[:, block.rows] = mixed.view(query.shape[0], -1, values.shape[-1])
