@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import workbench as wb
 from tests.models.test_rotary import built
@@ -49,11 +50,20 @@ def test_a_loaded_session_plans_and_answers_exactly_as_the_saved_one_did(archite
     before = run(session, recipe)
     session.save(tmp_path / "s")
     again = wb.Session.load(tmp_path / "s", model=(tiny(architecture), None))
+    assert [x.scoring for x in again.trace.layers] == [x.scoring for x in session.trace.layers]  # type: ignore[union-attr]
     after = run(again, recipe)
     assert after.tokens == before.tokens
     assert torch.equal(after.plan.tiers, before.plan.tiers)
     assert after.plan.nbytes == before.plan.nbytes and after.plan.exact == before.plan.exact
     assert after.quality.kl == pytest.approx(before.quality.kl, abs=1e-9)
+
+
+def test_sinks_of_other_heads_are_damage(tmp_path: Path) -> None:
+    folder = made("gpt-oss").save(tmp_path / "s")
+    tensors = load_file(folder / sessions.TENSORS)
+    save_file({**tensors, "layers.1.sinks": torch.zeros(3)}, folder / sessions.TENSORS)
+    with pytest.raises(CheckpointRefused, match="numbers for 4 heads"):
+        wb.Session.load(folder, model=(tiny("gpt-oss"), None))
 
 
 def test_what_was_read_comes_back_bit_for_bit(saved: Path) -> None:
