@@ -92,8 +92,7 @@ class Survey:
                 elif module is head:
                     left[path] = "the output head keeps its precision"
                 elif linear is None:
-                    what = "fused experts, not linear layers" if parameter.ndim > 2 else "not a plain linear layer"
-                    left[path] = f"{what} ({type(module).__name__})"
+                    left[path] = f"{_form(module, parameter)} ({type(module).__name__})"
                 else:
                     reason = _read_elsewhere(model, name) or method.refuses(linear)
                     if reason is None:
@@ -180,6 +179,13 @@ def _measured(method: Surveying, linears: Mapping[str, nn.Linear], numbers: int)
     """Bytes of so many numbers as the method measures those of its layers."""
     weights = sum(linear.weight.numel() for linear in linears.values())
     return numbers * sum(map(method.full_nbytes, linears.values())) // weights
+
+
+def _form(module: nn.Module, parameter: nn.Parameter) -> str:
+    """What a matrix is whose module is no linear layer."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "a convolution, not a linear layer"
+    return "fused experts, not linear layers" if parameter.ndim > 2 else "not a plain linear layer"
 
 
 def _read_elsewhere(model: nn.Module, name: str) -> str | None:
