@@ -21,6 +21,7 @@ from workbench.runtime.exactness import verify
 
 IDS = torch.arange(40) * 7 % 251
 # name -> (class, what differs from the common shape, KV heads, window of each layer)
+BART = {"d_model": 64, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
 FALCON = {"ffn_hidden_size": 128, "parallel_attn": True}
 KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
     "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8}, 4, (None,) * 4),
@@ -33,6 +34,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
     ),
     "gpt-neox japanese": ("GPTNeoXJapanese", {}, 4, (None,) * 4),
     "gpt": ("OpenAIGPT", {"n_embd": 64, "n_layer": 4, "n_head": 4}, 4, (None,) * 4),
+    "bart": ("Bart", BART | {"forced_eos_token_id": None}, 4, (None,) * 4),
+    "mvp": ("Mvp", BART | {"forced_eos_token_id": None}, 4, (None,) * 4),
+    "trocr": ("TrOCR", BART, 4, (None,) * 4),
     "xglm": ("XGLM", {"d_model": 64, "num_layers": 4, "attention_heads": 4, "ffn_dim": 128}, 4, (None,) * 4),
     "bloom": ("Bloom", {"n_head": 4}, 4, (None,) * 4),
     "bloom, six heads": ("Bloom", {"hidden_size": 96, "num_attention_heads": 6}, 6, (None,) * 4),
