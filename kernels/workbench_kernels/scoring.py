@@ -53,7 +53,7 @@ class Chosen:
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap, plus slope * key position
-    if there are slopes; rows see a window, and with sinks a share of their weight goes to no key.
+    if there are slopes; rows see a window or their own chunk, and with sinks a share of their weight goes to no key.
 
     All that attends, on any device, takes these as one value; sinks and slopes exclude one another. Where queries of
     some heads are worked on by themselves, `of` gives what is theirs.
@@ -73,6 +73,8 @@ class Scoring:
     """what of all that an indexer chose for each query (DeepSeek-V3.2); None: there is no indexer"""
     rounded: bool = False
     """whether slopes are multiplied with positions, counted from 0, in bfloat16 (Falcon): steps, far from the start"""
+    chunk: int | None = None
+    """how many positions make a chunk (Llama 4), of which a query sees only its own; None: there are no chunks"""
 
     def __post_init__(self) -> None:
         if self.sinks is not None and self.slopes is not None:
@@ -90,18 +92,18 @@ class Scoring:
         return hash(self._numbers)
 
     @property
-    def _numbers(self) -> tuple[float, int | None, float | None, bool]:
-        return self.scale, self.window, self.softcap, self.rounded
+    def _numbers(self) -> tuple[float, int | None, float | None, bool, int | None]:
+        return self.scale, self.window, self.softcap, self.rounded, self.chunk
 
     @property
     def plain(self) -> bool:
-        """Whether scores are products alone, and weights their softmax over a window: no sinks, slopes or choice."""
+        """Whether scores are products alone, and weights their softmax over a window."""
         return self.sinks is None and self.in_kernels
 
     @property
     def in_kernels(self) -> bool:
-        """Whether kernels that decode can compute it: they know neither slopes nor what an indexer chose."""
-        return self.slopes is None and self.chosen is None
+        """Whether kernels that decode can compute it: they know neither slopes, what an indexer chose, nor chunks."""
+        return self.slopes is None and self.chosen is None and self.chunk is None
 
     def of(self, heads: slice | int | Tensor) -> Scoring:
         """The same for some of the query heads."""
@@ -160,16 +162,33 @@ class Scoring:
     def visible(self, query_positions: Tensor, positions: Tensor) -> Tensor:
         """Whether queries at query_positions int [q] see keys at positions int [..., m]: bool [..., q, m]."""
         keys, queries = positions[..., None, :], query_positions[:, None]
-        seen = keys <= queries
-        if self.window is not None:
-            seen = seen & (keys > queries - self.window)
+        seen, begin = keys <= queries, self.begin(queries)
+        if begin is not None:
+            seen = seen & (keys >= begin)
         chosen = None if self.chosen is None else self.chosen.visible(query_positions, positions)
         return seen if chosen is None else seen & chosen
+
+    def begin(self, query_positions: Tensor) -> Tensor | None:
+        """The first position that queries at these positions see, or one before the text; None: they see all of it."""
+        if self.window is None and self.chunk is None:
+            return None
+        begins = query_positions - (query_positions + 1 if self.window is None else self.window - 1)
+        return begins if self.chunk is None else begins.maximum(query_positions - query_positions % self.chunk)
 
 
 def by_head(numbers: Tensor, scores: Tensor) -> Tensor:
     """One number for each head, [h], laid beside scores [..., q, m], whose first dimensions are the heads."""
     return numbers.to(scores.device, scores.dtype).view(*scores.shape[:-2], 1, 1)
+
+
+def with_sinks(out: Tensor, lse: Tensor, scoring: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The state of outputs [h, q, dv] and log-sum-exps [h, q] with the sinks as one key more, whose value is 0; the
+    output as `dtype`.
+    """
+    if scoring.sinks is None:
+        return out.to(dtype), lse
+    whole = torch.logaddexp(lse, scoring.sinks.to(lse.device, lse.dtype)[:, None])
+    return (out * torch.exp(lse - whole)[..., None]).to(dtype), whole
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench_kernels.scoring import Scoring, by_head
+from workbench_kernels.scoring import Scoring, by_head, with_sinks
 
 
 def attention_weights(
@@ -67,16 +67,6 @@ def attention_state(
     weights, lse = partial_softmax(scoring.scores(products, visible[:, None], at))
     out = torch.einsum("kgqm,kmd->kgqd", weights, values.to(dtype))
     return with_sinks(out.reshape(heads, count, -1), lse.reshape(heads, count), scoring, query.dtype)
-
-
-def with_sinks(out: Tensor, lse: Tensor, scoring: Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The state of outputs [h, q, dv] and log-sum-exps [h, q] with the sinks as one key more, whose value is 0; the
-    output as `dtype`.
-    """
-    if scoring.sinks is None:
-        return out.to(dtype), lse
-    whole = torch.logaddexp(lse, scoring.sinks.to(lse.device, lse.dtype)[:, None])
-    return (out * torch.exp(lse - whole)[..., None]).to(dtype), whole
 
 
 def merge_states(states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -42,7 +42,7 @@ def reopened(saved: Path, **options: Any) -> wb.Session:
     return wb.Session.load(saved, **{"model": (tiny("llama"), None), **options})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "mistral", "gpt-oss"])
 def test_a_loaded_session_plans_and_answers_exactly_as_the_saved_one_did(architecture: str, tmp_path: Path) -> None:
     session = made(architecture)
     recipe = "full" if architecture == "mistral" else "snapkv"

@@ -95,7 +95,9 @@ def row_blocks(
     check_scoring(scoring)
     h, nq, k, nk = _check(queries, keys, block_bytes)
     queries, keys_t = queries.detach(), keys.detach().float().transpose(1, 2)  # [k, d, nk]
-    first, stop = visible_keys(nq, nk, query_positions, key_positions, scoring.window, kv_heads=k)  # [k or 1, nq]
+    first, stop = visible_keys(
+        nq, nk, query_positions, key_positions, scoring.window, kv_heads=k, chunk=scoring.chunk
+    )  # [k or 1, nq]
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     group = h // k
     if scoring.slopes is not None:
@@ -186,10 +188,11 @@ def visible_keys(
     window: int | None = None,
     *,
     kv_heads: int = 1,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The half-open range of key slots that each query sees: `first`, `stop`, int64 [k, nq] on the CPU.
 
-    k is 1 where all KV heads share one set of positions. Arguments as in `row_blocks`.
+    k is 1 where all KV heads share one set of positions. Arguments as in `row_blocks`; window, chunk: as of a Scoring.
     """
     at, held = token_positions(nq, nk, query_positions, key_positions)
     if held.shape[0] not in (1, kv_heads):
@@ -198,8 +201,8 @@ def visible_keys(
         )
     at = at.expand(held.shape[0], nq).contiguous()
     stop = torch.searchsorted(held, at, right=True)
-    first = torch.zeros_like(stop) if window is None else torch.searchsorted(held, at - window, right=True)
-    return first, stop
+    begin = Scoring(1.0, window, chunk=chunk).begin(at)
+    return torch.zeros_like(stop) if begin is None else torch.searchsorted(held, begin), stop
 
 
 def token_positions(
@@ -229,6 +232,8 @@ def check_scoring(scoring: Scoring) -> None:
     arguments.number("scale", scoring.scale)
     if scoring.window is not None:
         arguments.whole("window", scoring.window, low=1)
+    if scoring.chunk is not None:
+        arguments.whole("chunk", scoring.chunk, low=1)
     if scoring.softcap is not None:
         arguments.number("softcap", scoring.softcap, low=0, above=True)
 

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.scoring import Scoring
-from workbench_kernels.softmax import with_sinks
+from workbench_kernels.scoring import Scoring, with_sinks
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
