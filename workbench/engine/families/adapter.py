@@ -27,6 +27,7 @@ class Attend(Protocol):
         sliding_window: int | None = None,
         slopes: Tensor | None = None,  # [h]: what is added to a score for each position that a key stands further on
         rounded: bool = False,  # whether that is rounded to bfloat16
+        layer_idx: int | None = None,  # where the module does not say it
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
