@@ -133,6 +133,15 @@ def test_in_16_bits_it_agrees_with_itself(kind: str) -> None:
     assert session.run("kivi", bits=4, max_new_tokens=3).tokens
 
 
+def test_blooms_scores_are_not_rounded_in_16_bits() -> None:
+    ids = torch.randint(0, 256, (700,), generator=torch.Generator().manual_seed(0))
+    low = model_of("bloom").bfloat16()
+    with torch.inference_mode():
+        want, own = model_of("bloom").bfloat16().float()(ids[None]).logits[0, 600:], low(ids[None]).logits[0, 600:]
+    got = forward(low, Exact(), ids, torch.arange(700), logits=100)
+    assert (got - want).norm() < 0.3 * (own.float() - want).norm()
+
+
 def test_a_module_that_transformers_has_changed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("gptj")
     before = state(model)
