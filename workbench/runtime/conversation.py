@@ -23,6 +23,7 @@ from workbench.prompt import check_vocabulary, notes_on, text_ids
 from workbench.recipe import Recipe
 from workbench.runtime.decode import Decoder
 from workbench.runtime.evaluate import Evaluation, evaluate, reference
+from workbench.runtime.fused_token import FusedTokens
 from workbench.runtime.greedy import greedy
 from workbench.runtime.run import Question, Run, RunState, Stream, Token
 
@@ -36,7 +37,8 @@ class Conversation:
 
     plan: what the recipe keeps of its reading of the prompt. plain: the plan that keeps everything of the plain model's
     reading, which the answers are compared with, None where nothing was recorded; plain_model runs it. on_run is
-    called with every finished run. graphs: decode by CUDA graphs where that can be done.
+    called with every finished run. graphs: decode by CUDA graphs where that can be done. fusing: what
+    reads single tokens faster on a CPU, kept from run to run.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Conversation:
     notes: tuple[str, ...]
     on_run: Callable[[Run], None]
     graphs: bool = True
+    fusing: FusedTokens | None = None
 
     def begin(self, question: Question, max_new_tokens: int, progress: Progress, plan_s: float) -> Stream:
         """The first question after the prompt (None: go on from the prompt), answered as the stream is iterated."""
@@ -157,6 +160,7 @@ class Conversation:
             trace.layers if trace.recorded else (),
             memory=trace.memory,
             learnt=trace.learnt,
+            fusing=self.fusing,
             states=self.plan.states,
         )
 
@@ -175,11 +179,11 @@ class Conversation:
         if most > self.facts.max_positions:  # where the recipe has no end
             raise PromptTooLong(
                 f"a run of {most} tokens cannot be compared with the uncompressed {self.facts.name}, which has only "
-                f"{self.facts.room}"
+                f"{self.facts.max_positions} positions"
             )
 
         def plain_decoder() -> Decoder:
-            return Decoder(self.plain_model, plain.stores(), plain.position, states=plain.states)
+            return Decoder(self.plain_model, plain.stores(), plain.position, states=plain.states, fusing=self.fusing)
 
         against = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
         answer = run.tokens if given is None else None
@@ -193,7 +197,7 @@ class Conversation:
         if read + more > self.facts.max_positions and not self.plan.endless:
             raise PromptTooLong(
                 f"{read} tokens read and {more} to generate are too many for {self.facts.name}, which has "
-                f"{self.facts.room}; shorten the text or lower max_new_tokens"
+                f"{self.facts.max_positions} positions; shorten the text or lower max_new_tokens"
             )
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -210,6 +214,7 @@ class Conversation:
             "workspace": decoder.workspace,
             **({"attention": nbytes} if (nbytes := decoder.attention_nbytes) else {}),
             **({"core neurons": nbytes} if (nbytes := decoder.memory_nbytes) else {}),
+            **({"weights in fewer bytes": nbytes} if (nbytes := decoder.fused_nbytes) else {}),
             "trace": self.plan.trace.nbytes,
         }
         nbytes_by_layer = [store.nbytes for store in decoder.stores]

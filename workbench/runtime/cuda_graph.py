@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.engine.attention_hook import device_of, forward
@@ -16,6 +16,7 @@ from workbench.kv.stores.capabilities import Capturable
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
 from workbench.runtime.decode import Decoder
+from workbench.runtime.plain_layers import device_weight, plain_layers
 from workbench_kernels import Scoring
 from workbench_kernels.rows import Ragged
 from workbench_kernels.step import add_rms_norm, rotate_append, silu_times
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 
 EVERY = 8  # steps after which the host looks at the tokens
 WORTH = 16  # steps for which capturing pays: it costs about four of those that it saves
-_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # whose decoder layers `_Fused` knows
 _CUBLAS = 2 * (32 << 20)  # what cuBLAS takes for its products: once for each of the two streams, on Hopper
 
 
-def refusal(decoder: Decoder) -> str | None:
-    """Why the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
+def refusal(decoder: Decoder, steps: int = 1) -> str | None:
+    """Why so many of the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
+    if decoder.turns(steps):
+        return "on the way its attention begins another chunk"
     if decoder.evicting is not None:
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
@@ -72,11 +74,6 @@ def predicted_nbytes(decoder: Decoder, max_new_tokens: int) -> int:
     return tensor_bytes([*model.parameters(), *model.buffers()]) + stores + hidden + logits + _CUBLAS
 
 
-def device_weight(model: PreTrainedModel) -> Tensor:
-    """The embedding's weight, which says in what precision a model computes."""
-    return cast("Tensor", model.get_input_embeddings().weight)
-
-
 class CapturedStep:
     """Greedy decoding, a token a call, on tensors that stay where they are.
 
@@ -92,7 +89,7 @@ class CapturedStep:
         fused: use fused operations between the matrix products where the model's layers are known. graph: capture the
         step where there is a GPU. Raises NotApplicable where the model or a store does not allow it.
         """
-        why = refusal(decoder)
+        why = refusal(decoder, steps)
         if why is not None:
             raise NotApplicable(why)
         self.decoder, self.model, self.steps = decoder, decoder.model, steps
@@ -122,7 +119,7 @@ class CapturedStep:
             self._mask = torch.zeros(1, 1, 1, 1, device=device)
         self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
         self._launched = self._settled = 0
-        self._fused = _Fused(self.model, self._layers) if fused and _Fused.fits(self.model) else None
+        self._fused = _Fused(self.model, self._layers) if fused and plain_layers(self.model) else None
         self._replay: Callable[[], object] | None = None
         self.memory = decoder.memory
 
@@ -339,10 +336,6 @@ class _Layer:
         self.until = sys.maxsize if until is None else until
 
 
-# transformers leaves hooks behind that only note what passes, once all attentions or hidden states were asked for.
-_LISTENERS = "transformers.utils.output_capturing"
-
-
 class _Fused:
     """The forward pass of one token through a model of the Llama family, with what stands between products fused.
 
@@ -352,29 +345,6 @@ class _Fused:
     def __init__(self, model: PreTrainedModel, layers: Sequence[_Layer]) -> None:
         self._model: Any = model
         self._layers = layers
-
-    @staticmethod
-    def fits(model: PreTrainedModel) -> bool:
-        """Whether all modules that are passed over are transformers' own and do nothing else."""
-        family = type(model).__name__.removesuffix("ForCausalLM")
-        if family not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
-            return False
-        if getattr(model.config, "sliding_window", None) or model.config.hidden_act != "silu":
-            return False
-        home, inner = sys.modules[type(model).__module__], model.model
-        dtype = device_weight(model).dtype
-        passed: list[tuple[nn.Module, str]] = [(inner, "Model"), (inner.norm, "RMSNorm")]
-        for layer in inner.layers:
-            passed += [(layer, "DecoderLayer"), (layer.self_attn, "Attention"), (layer.mlp, "MLP")]
-            passed += [(layer.input_layernorm, "RMSNorm"), (layer.post_attention_layernorm, "RMSNorm")]
-            if family == "Qwen3":
-                passed += [(layer.self_attn.q_norm, "RMSNorm"), (layer.self_attn.k_norm, "RMSNorm")]
-        return all(
-            type(module) is getattr(home, family + name)
-            and _only_listened_to(module)
-            and (name != "RMSNorm" or module.weight.dtype == dtype)
-            for module, name in passed
-        )
 
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         """The logits [v] behind token [1] at position [1]; each layer's key and value join its store's rows."""
@@ -402,12 +372,6 @@ class _Fused:
 
 def _normed(x: Tensor, norm: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
-
-
-def _only_listened_to(module: nn.Module) -> bool:
-    """Whether no hook changes what goes into a module or comes out of it."""
-    after, before = module._forward_hooks, module._forward_pre_hooks  # noqa: SLF001 (torch tells no other way)
-    return not before and all(getattr(hook, "__module__", None) == _LISTENERS for hook in after.values())
 
 
 class _NoWaiting(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,14 @@ from workbench.engine.attention_hook import device_of, forward
 from workbench.engine.states import States
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Store, cloned
+from workbench.kv.stores import ChunkStore, SharedStore, Store, cloned
 from workbench.kv.stores.capabilities import Evictable
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
+from workbench.models.facts import chunks
 from workbench.progress import Progress
 from workbench.runtime.continuing import fresh_states
+from workbench.runtime.fused_token import FusedToken, FusedTokens
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -40,6 +42,7 @@ class Decoder:
     notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model. states: what
     layers that keep another state than keys and values remember of the text so far, at first of the prompt; a copy of
     its own. None: the model has no such layers, or begins to read.
+    fusing: where `fuse` finds a way to read single tokens without the model's modules, `fused` once it has.
     """
 
     model: PreTrainedModel
@@ -54,6 +57,8 @@ class Decoder:
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
+    fusing: FusedTokens | None = field(default=None, repr=False)
+    fused: FusedToken | None = field(init=False, default=None, repr=False)
     states: States | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
@@ -69,6 +74,7 @@ class Decoder:
         elif self.position == 0:
             self.states = fresh_states(self.model)
         self._causal, self._uncounted = 0, False
+        self._chunks = {layer: chunk for layer, chunk in enumerate(chunks(self.model)) if chunk is not None}
         if self.attention is not None:
             self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
             for layer in self.recorded:
@@ -88,12 +94,15 @@ class Decoder:
         rows = []
         if positions is None:
             positions = torch.arange(self.position, self.position + ids.numel())
-        size = self._at_once(ids.numel())
-        for part, self._positions in zip(ids.split(size), positions.split(size), strict=True):
+        sizes = self._parts(positions)
+        for part, self._positions in zip(ids.split(sizes), positions.split(sizes), strict=True):
+            self._begin_chunks(int(self._positions[0]))
             for store in self.stores:
                 store.reads(part, self._positions)
             if measure:
                 rows.append(self._measured(part, logits))
+            elif self.fused is not None and part.numel() == 1:
+                rows.append(self.fused(self, part, self._positions)[1 - min(logits, 1) :])
             else:
                 rows.append(self._forward(part, logits))
             self.position = int(self._positions[-1]) + 1
@@ -104,6 +113,8 @@ class Decoder:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
+        if layer in self._chunks:  # of which a pass has one, and the store holds no other
+            scoring = replace(scoring, window=None, chunk=None)
         if scoring.chosen is not None and (reason := self._chooses(layer)) is not None:
             raise NotApplicable(
                 f"layer {layer}: an indexer of the model chooses what each token attends to, and so does {reason}; use "
@@ -129,7 +140,10 @@ class Decoder:
         if evictable is not None or not by_method:
             counted = self._context.computed[layer]
             self._count_exact(store, query.shape[0], positions, scoring)
-            exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
+            in_place = self.fused is not None and evictable is None and positions.numel() == 1
+            exact = self.fused.attend(store, query, scoring) if self.fused is not None and in_place else None
+            if exact is None:
+                exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             if (selected := store.holder.scores_computed) is not None:
                 self._context.computed[layer] = counted + selected
             out = out if by_method else exact
@@ -224,13 +238,60 @@ class Decoder:
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
         twin.memory = dict(self.memory)
+        twin.fusing = self.fusing
         return twin
+
+    def fuse(self) -> None:
+        """From here on read tokens that come alone without the model's modules, where that can be done.
+
+        The first time for a model its weights are read once.
+        """
+        if self.fusing is not None:
+            self.fused = self.fusing.of(self.model)
+
+    @property
+    def fused_nbytes(self) -> int:
+        """Bytes of the weights held again for reading tokens faster."""
+        return 0 if self.fused is None else self.fused.nbytes
 
     def reserve(self, tokens: int) -> None:
         """Allocate once for `tokens` more, where the stores will grow."""
         if self.evicting is None:
             for store in self.stores:
                 store.reserve(tokens)
+
+    def turns(self, steps: int) -> bool:
+        """Whether a layer begins another chunk within so many tokens from here."""
+        return any(
+            (self.position - 1) // chunk != (self.position + steps - 1) // chunk for chunk in self._chunks.values()
+        )
+
+    def _parts(self, positions: Tensor) -> list[int]:
+        """How many tokens go into each pass: as many as may enter together, and of no more than one chunk."""
+        count = positions.numel()
+        size = self._at_once(count)
+        edges = {*range(0, count, size), count}
+        for chunk in set(self._chunks.values()):
+            edges |= {int(place) + 1 for place in (positions // chunk).diff().nonzero()}
+        ordered = sorted(edges)
+        return [after - before for before, after in zip(ordered, ordered[1:], strict=False)]
+
+    def _begin_chunks(self, position: int) -> None:
+        """Take from layers for which another chunk begins at this position what they hold, if their store does not let
+        go of it by itself. What follows is held as the model computes.
+        """
+        begun = {layer for layer, chunk in self._chunks.items() if (self.position - 1) // chunk != position // chunk}
+        fresh: dict[int, Store] = {}
+        for layer in begun if self.position else ():
+            store, chunk = self.stores[layer], self._chunks[layer]
+            if store.holder is store and store.chunk is None:
+                held = store.contents(self.model.get_input_embeddings().weight.dtype)  # type: ignore[arg-type]
+                fresh[id(store)] = ChunkStore(held.keys[:, :0].clone(), held.values[:, :0].clone(), position, chunk)
+        if fresh:
+            self.stores = [
+                fresh.get(id(store), store) if store.holder is store else _reading(store, fresh)
+                for store in self.stores
+            ]
 
     def _at_once(self, count: int) -> int:
         """How many tokens may enter together: no more than half of what an evicting cache holds; one where the model
@@ -285,3 +346,9 @@ class Decoder:
         if self._live is not None:
             self.workspace = max(self.workspace, self._live.peak - before)
             self._live.reset_peak()
+
+
+def _reading(store: Store, fresh: Mapping[int, Store]) -> Store:
+    """A layer's store that reads another's, or what has taken the place of that."""
+    holder = fresh.get(id(store.holder))
+    return store if holder is None else SharedStore(holder)

@@ -13,6 +13,7 @@ from workbench.formatting import Brief
 from workbench.measure.quality import Quality, compare_logits, output_error
 from workbench.models.depth import origins
 from workbench.progress import Progress
+from workbench.runtime.cuda_graph import WORTH
 from workbench.runtime.decode import Decoder
 from workbench.runtime.greedy import greedy
 from workbench.trace import Trace
@@ -83,6 +84,8 @@ def teacher_forcing(
     decoder.outputs = [[] for _ in decoder.stores]
     decoder.progress = progress or Progress()
     rows = [decoder.feed(ids)[-1:]] if ids.numel() else [logits[None]]
+    if len(targets) > WORTH:
+        decoder.fuse()
     read = decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1)
     rows.extend(decoder.feed(token[None]) for token in read)
     outputs = [torch.cat(layer, dim=1) if layer else torch.empty(0) for layer in decoder.outputs]

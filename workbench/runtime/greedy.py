@@ -40,6 +40,8 @@ def greedy(
         if token in eos or step == max_new_tokens - 1:
             return
         left = max_new_tokens - step - 1
+        if step == 1 and left >= cuda_graph.WORTH:
+            decoder.fuse()
         if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
             try:  # the first token has been read as all are without a graph, and was measured
                 following = cuda_graph.capture(decoder, token, left)

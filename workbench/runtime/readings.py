@@ -19,6 +19,7 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
 from workbench.recipe import Recipe
 from workbench.runtime.exactness import verify
+from workbench.runtime.fused_token import FusedTokens
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read, read_unrecorded, seen
 from workbench.weights.variants import Variants
@@ -44,7 +45,8 @@ class Readings:
     which caches are stored and the uncompressed one is counted. keep_on: where recordings rest (None: on the model's
     device). trusted: whether the model is read without being compared with itself first (`exactness`). plain: the
     reading by the model as it is; None before the first. timelines: of every reading and run so far. variants: the
-    model under weight methods. rotations: how its layers turn queries and keys.
+    model under weight methods. rotations: how its layers turn queries and keys. fusing: how single tokens
+    are read on a CPU.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Readings:
         self.timelines: list[Timeline] = []
         self.variants = Variants(self.model, self.tokenizer)
         self.rotations = Rotations(self.model)
+        self.fusing = FusedTokens()
         self._others: OrderedDict[tuple[tuple[Method, ...], AttentionMethod | None], Trace] = OrderedDict()
 
     def read(

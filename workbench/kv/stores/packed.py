@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from typing import Self
 
 import torch
@@ -14,6 +15,7 @@ from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import for_kernel
 from workbench_kernels import Scoring
 from workbench_kernels.building import dequantise_rows, kept, quantise_rows
+from workbench_kernels.cpu.token import leave
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.kept import Kept
 from workbench_kernels.rows import Axis, Ragged
@@ -225,7 +227,7 @@ class PackedStore(PositionedStore):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         attended = super().attend(query, query_positions, scoring, weights=weights)
-        self.settle()
+        self.attended()
         return attended
 
     def take(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -280,6 +282,10 @@ class PackedStore(PositionedStore):
 
     def _flush(self, tail: Rows, packed: PackedRows) -> None:
         if packed.bits == WHOLE:
+            return
+        if tail.uniform and tail.longest <= self.residual and packed.axis == "token":
+            return
+        if tail.uniform and tail.longest < max(self.residual, packed.group) and packed.axis == "channel":
             return
         ready = packed_length(tail.counts.min(), self.residual, packed.group, packed.axis, packed.bits)
         if int(ready):
@@ -378,6 +384,30 @@ class PackedStore(PositionedStore):
             joined(self.keys.codes, self.key_tail, self.keys.dequantised(dtype)),
             joined(self.values.codes, self.value_tail, self.values.dequantised(dtype)),
         )
+
+    @property
+    def in_place(self) -> tuple[KernelRows, KernelRows]:
+        return self.keys.ragged(self.key_tail), self.values.ragged(self.value_tail)
+
+    def attended(self, library: CDLL | None = None) -> None:
+        if library is not None:
+            self._leave(library)
+        self.settle()
+
+    def _leave(self, library: CDLL) -> None:
+        """Let a value leave the tail by compiled code, where one at a time does, and no more wait."""
+        tail, packed = self.value_tail, self.values
+        parts = packed.codes, packed.scale, packed.zero
+        if packed.bits == WHOLE or packed.axis != "token" or packed.balance is not None or self.drops:
+            return
+        if tail.longest != self.residual + 1 or not all(rows.uniform for rows in (tail, *parts)):
+            return
+        for rows in parts:
+            rows.reserve_block(self._block)
+        if leave(*(rows.stretch for rows in (tail, *parts)), packed.bits, packed.group, library):
+            for rows in parts:
+                rows.grow(1)
+            tail.cut(1)
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
         fits, asked = for_kernel(query, self.key_tail.data, query_positions, scoring)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench.core.precision import appended
 from workbench_kernels.building import gather, kept
+from workbench_kernels.cpu.token import Stretch
 from workbench_kernels.kept import Kept
 from workbench_kernels.rows import Ragged
 
@@ -169,6 +170,16 @@ class Rows:
         step = torch.arange(self.total, device=self.data.device) - (counts.cumsum(0) - counts)[head]
         grown[starts[head] + step] = self.data[self.starts.long()[head] + step]
         self.data, self._spare, self.starts = grown, rows, starts.to(torch.int32)
+
+    def reserve_block(self, block: int) -> None:
+        """Make room for `block` further rows a head where there is none for one."""
+        if self.lengths is None and self.longest == self._room:
+            self.reserve(block)
+
+    @property
+    def stretch(self) -> Stretch:
+        """The rows of heads that are all equally long."""
+        return Stretch(self.data, self._room, self.longest)
 
     def reserved_nbytes(self, rows: int) -> int:
         """The bytes of all tensors after `reserve(rows)`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,6 +17,7 @@ from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, R
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
+from workbench_kernels.rows import PackedRows, Ragged
 
 _FEW_QUERIES = 64  # beyond, one matrix product over everything held is the faster way
 
@@ -104,6 +106,11 @@ class Store(ABC):
         return None
 
     @property
+    def chunk(self) -> int | None:
+        """How many positions make a chunk, for a store that keeps those of the newest one alone; None: it does not."""
+        return None
+
+    @property
     def evictable(self) -> Evictable | None:
         """The store as one from which single entries can leave while decoding; None where it has no state for that."""
         return None
@@ -127,6 +134,16 @@ class Store(ABC):
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
+
+    @property
+    def in_place(self) -> tuple[Ragged | PackedRows, Ragged | PackedRows] | None:
+        """Keys and values of every entry, where the newest token's attention over them is all that `attend` computes;
+        who reads them so says `attended` afterwards. None where it does more.
+        """
+        return None
+
+    def attended(self, library: CDLL | None = None) -> None:  # noqa: B027 (most change nothing by being read)
+        """Know that tokens have attended to what is held; library: what was compiled for that, if they did by it."""
 
     @property
     def holder(self) -> Store:
@@ -268,7 +285,7 @@ def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, sc
     indexer chose only what is held can be seen, which may be nothing.
     """
     real = None if valid is None else valid[:, None]
-    if query_positions.numel() == 1 and scoring.window is None and scoring.chosen is None:
+    if query_positions.numel() == 1 and scoring.window is None and scoring.chunk is None and scoring.chosen is None:
         return real  # the newest token sees everything held
     visible = scoring.visible(query_positions.to(positions.device), positions)
     return visible if real is None else visible & real
