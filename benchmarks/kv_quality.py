@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from benchmarks.kv_cases import HELD, HELD_TOKENS, TASKS, Spec, build, held_text, specs
+from benchmarks.kv_cases import HELD, HELD_TOKENS, TASKS, Spec, build, specs
 from benchmarks.kv_evidence import report
 from benchmarks.kv_recipes import OWN, Entry, entries, fixed
 from benchmarks.parts import Part, Row, identity, read_parts, settled
@@ -114,17 +114,15 @@ class Bench:
         if spec == self.spec:
             return
         self.spec = None
+        case = build(spec, lambda text: self.tokenizer(text)["input_ids"])
+        self.question = case.question
         if spec.task == HELD:
-            ids = torch.tensor(self.tokenizer(held_text(spec.draw))["input_ids"])
-            text: str | Tensor = ids[: spec.length]
-            self.question = None
-            self.targets, self.counted = ids[spec.length :][:HELD_TOKENS], HELD_TOKENS - 1
+            self.targets, self.counted = torch.tensor(case.continuation), HELD_TOKENS - 1
         else:
-            case = build(spec, lambda text: len(self.tokenizer(text)["input_ids"]))
-            text, self.question = case.text, case.question
-            self.targets = text_ids(f"{case.lead} {case.answer}", self.session.tokenizer)
+            (answer,) = case.answers
+            self.targets = text_ids(f"{case.lead} {answer}", self.session.tokenizer)
             self.counted = len(self.targets) - len(text_ids(case.lead, self.session.tokenizer))
-        self.session.read(text, progress=self.progress)
+        self.session.read(case.text, progress=self.progress)
         self.full, _ = self._reply(fixed(wb.Recipe.of("full")), OWN)
         self.spec = spec
 

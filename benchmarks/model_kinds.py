@@ -2,7 +2,7 @@
 
 Each kind is built as a tiny random model. What the workbench reads and decodes with it is compared with transformers'
 own `generate`, and on those that are exact a few methods and looks are tried. `python -m benchmarks.model_kinds` writes
-the table; tests/models/test_kinds.py holds it.
+the figures, of which docs/model_kinds.py makes a page with a row for each kind; tests/models/test_kinds.py holds them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import workbench as wb
 from benchmarks.record import environment, write
 from workbench.errors import WorkbenchError
+from workbench.models.findings import ranges
 from workbench.models.quiet import quiet
 
 MOST_BYTES = 5_000_000  # of weights in float32: larger ones are not built
@@ -131,6 +132,9 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_GEMMA4 = {"text_config": _TEXT | {"pad_token_id": 0, "per_layer_config": {"3": {"head_dim": 32}}}}
+_ONE_STREAM = {"num_codebooks": 1, **_PADDED}
+_BYTES = ("patcher", "encoder", "decoder", "global")  # the models that BLT is made of
 _ALTERNATING = ["linear_attention", "full_attention"] * 2
 # What one kind needs besides, so that the model of transformers itself can be built and run.
 _KINDS: dict[str, Mapping[str, Any]] = {
@@ -141,6 +145,11 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"layer_types": _ALTERNATING},
     "kimi_linear": {"layer_types": _ALTERNATING},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        **{f"{part}_config": _TEXT | {"hidden_size_global": 64, "num_key_value_heads": 4} for part in _BYTES},
+        "encoder_hash_byte_group_size": [3, 4],
+        "encoder_hash_byte_group_vocab": 500,
+    },
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -162,13 +171,49 @@ _KINDS: dict[str, Mapping[str, Any]] = {
         "layer_types": [f"{span}_attention" for span in ("sliding", "sliding", "full", "sliding", "full")],
         "activation_sparsity_pattern": [0.0] * 5,
     },
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA4),
+    **dict.fromkeys(("emu3", "mllama"), _IDS),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), _ONE_STREAM),
+    "moss_transcribe_diarize": {
+        "text_config": {"model_type": "qwen3", **_TEXT},
+        "audio_config": {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32},
+    },
+    "phi4_multimodal": {
+        "vision_config": _VISION | {"crop_size": 28},
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+            "nemo_conv_channels": 16,
+        },
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+    },
+    "got_ocr2": {
+        "text_config": {"model_type": "qwen2", **_TEXT},
+        "vision_config": _VISION | {"mlp_dim": 32, "output_channels": 16},
+    },
     "gemma4_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gemma4_unified_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4, "window_size": 16},
+    "granite_swa": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granitemoe_swa": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"] * 2}),
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     "git": {"vision_config": _VISION},
+    "llama4_text": {"attention_chunk_size": 16, "floor_scale": 8},
     "longcat_flash": {"num_layers": 2, "head_dim": 8},
     "minimax": {"sliding_window": _LEFT},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -184,7 +229,8 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "xlnet": {"n_layer": 4, "num_hidden_layers": _LEFT, "d_inner": 128, "d_head": 16},
     "xlstm": {"v_head_dim": _LEFT, "num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {**_PADDED, "default_language": "en_XX"},
-    **dict.fromkeys(("zamba", "zamba2"), {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT}),
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": _LEFT},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -198,9 +244,18 @@ def kinds() -> dict[str, type]:
     return {config.model_type: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
 
 
-def config_of(kind: str) -> Any:
-    """A tiny config of a kind."""
+def same_as(kind: str) -> str | None:
+    """The other kind whose model this kind's is: that of the config of its text; None where it has its own."""
     made = kinds()[kind]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[made]
+    others = (name for name, other in kinds().items() if other is model_class.config_class and other is not made)
+    return next(others, None)
+
+
+def config_of(kind: str) -> Any:
+    """A tiny config of a kind; where its model takes that of its decoder alone, as MusicGen's does, one of that."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kinds()[kind]]
+    made = model_class.config_class
     try:
         names = set(made().to_dict()) | set(getattr(made, "attribute_map", {}))
     except Exception:  # noqa: BLE001  configs without defaults, or that import what is not installed
@@ -215,20 +270,12 @@ def config_of(kind: str) -> Any:
 
 def tiny_of(kind: str) -> PreTrainedModel:
     """A tiny random float32 model of a kind, the same each time. Raises Unbuildable."""
-    same_as, size = None, 0
     try:
-        config = config_of(kind)
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        text = config.get_text_config()
-        if type(config) is not model_class.config_class and isinstance(text, model_class.config_class):
-            same_as = text.model_type
-        else:
-            with torch.device("meta"):
-                size = 4 * sum(weight.numel() for weight in model_class(config).parameters())
+        config, model_class = config_of(kind), cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING[kinds()[kind]])
+        with torch.device("meta"):
+            size = 4 * sum(weight.numel() for weight in model_class(config).parameters())
     except Exception as error:  # every kind has its own way to fail
         raise Unbuildable(_line(error)) from error
-    if same_as is not None:
-        raise Unbuildable(f"the same model as {same_as}")
     if size > MOST_BYTES:
         raise Unbuildable(f"{size / 1e6:.0f} MB of weights")
     with torch.random.fork_rng(devices=[]):
@@ -249,13 +296,17 @@ class Outcome:
 
     exact: reading, decoding one by one and several tokens at once equal transformers' own. refused: in one line (why).
     broken: transformers cannot run its own model (why). unbuilt: it cannot be made tiny (why). wrong: something else,
-    which is a defect here (why). looks: on an exact one, what each method or look said: "works", or why not.
+    which is a defect here (why). looks: on an exact one, what each method or look said: "works", or why not. left: on
+    an exact one, the layers that KV methods leave as they are, as "0-2, 4", by reason. same_as: the kind whose model
+    this one's is, and which was tried in its place.
     """
 
     kind: str
     result: Literal["exact", "refused", "broken", "unbuilt", "wrong"]
     why: str = ""
     looks: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    same_as: str | None = None
 
 
 LOOKS: dict[str, Callable[[wb.Session], Any]] = {
@@ -269,6 +320,9 @@ LOOKS: dict[str, Callable[[wb.Session], Any]] = {
 
 def outcome(kind: str) -> Outcome:
     """What becomes of one kind; nothing is raised."""
+    other = same_as(kind)
+    if other is not None:
+        return replace(outcome(other), kind=kind, same_as=other)
     try:
         model = tiny_of(kind)
     except Unbuildable as error:
@@ -288,7 +342,16 @@ def outcome(kind: str) -> Outcome:
         return Outcome(kind, "wrong", _line(error))
     if got != want:
         return Outcome(kind, "wrong", f"{got} where transformers has {want}")
-    return Outcome(kind, "exact", looks={name: _looked(session, look) for name, look in LOOKS.items()})
+    looks = {name: _looked(session, look) for name, look in LOOKS.items()}
+    return Outcome(kind, "exact", looks=looks, left=_left(session))
+
+
+def _left(session: wb.Session) -> dict[str, str]:
+    assert session.trace is not None
+    layers: dict[str, list[int]] = {}
+    for layer, why in session.trace.exact.items():
+        layers.setdefault(why, []).append(layer)
+    return {why: ranges(numbers) for why, numbers in layers.items()}
 
 
 def _generated(model: PreTrainedModel, ids: Tensor) -> list[int]:
@@ -332,22 +395,27 @@ def _line(error: Exception) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     before = environment()
-    found = [outcome(kind) for kind in sorted(kinds())]
+    found = _outcomes()
     counts = Counter(one.result for one in found)
     said = Counter((name, said) for one in found for name, said in one.looks.items())
-    table = [["kind", "outcome", "why"]]
-    table += [[one.kind, one.result, (one.why or _exceptions(one)).replace("|", "\\|")] for one in found]
     summary = [["outcome", "kinds"], *([name, str(count)] for name, count in counts.most_common())]
     looks = [["on exact kinds", "works", "refused, with the reason"]]
     for name in LOOKS:
         works = said[name, "works"]
         looks.append([name, str(works), str(counts["exact"] - works)])
-    figures = {"counts": dict(counts), "kinds": [asdict(one) for one in found]}
-    write("model_kinds", json.loads(json.dumps(figures)), summary, before, looks, table)
+    rows = [{"config": kinds()[one.kind].__name__, **asdict(one)} for one in found]
+    figures = {"counts": dict(counts), "kinds": rows}
+    write("model_kinds", json.loads(json.dumps(figures)), summary, before, looks)
 
 
-def _exceptions(one: Outcome) -> str:
-    return "; ".join(f"{name}: {said}" for name, said in one.looks.items() if said != "works")
+def _outcomes() -> list[Outcome]:
+    """What becomes of every kind, by name; a model of several kinds is tried once."""
+    found = {kind: outcome(kind) for kind in kinds() if same_as(kind) is None}
+    for kind in kinds().keys() - found.keys():
+        other = same_as(kind)
+        assert other is not None
+        found[kind] = replace(found[other], kind=kind, same_as=other)
+    return [found[kind] for kind in sorted(found)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What mkdocs asks of this project while it builds the site: pages that are made, not kept, and a check of the result.
 
-Made are the method catalogue (`catalogue.py`), the reference of the command line, and pages out of files that lie
-elsewhere in the repository: they are included as they are, with links to other files turned into links between pages.
+Made are the method catalogue (`catalogue.py`), the page of all kinds of models (`model_kinds.py`), the reference of the
+command line, and pages out of files that lie elsewhere in the repository: they are included as they are, with links to
+other files turned into links between pages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import catalogue
+import model_kinds
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
@@ -92,6 +94,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, place in places.items():
         if not name.startswith("docs/"):
             made[place] = included(name, place, places)
+    made["benchmarks/model_kinds.md"] = model_kinds.page()  # every row, of which the table has the sums
     for place, text in made.items():
         files.append(File.generated(config, place, content=text))
     return files

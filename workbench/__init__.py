@@ -11,13 +11,27 @@ from typing import TYPE_CHECKING, Any
 from workbench.version import __version__
 
 if TYPE_CHECKING:
-    from workbench import attention, kv, weights
+    from workbench import attention, kv, models, weights
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
     from workbench.session import Session
+    from workbench.tasks.catalogue import task, tasks
 
-__all__ = ["Progress", "Recipe", "Session", "__version__", "attention", "kv", "method", "methods", "weights"]
+__all__ = [
+    "Progress",
+    "Recipe",
+    "Session",
+    "__version__",
+    "attention",
+    "kv",
+    "method",
+    "methods",
+    "models",
+    "task",
+    "tasks",
+    "weights",
+]
 
 _LAZY = {
     "Session": "workbench.session",
@@ -25,7 +39,10 @@ _LAZY = {
     "Progress": "workbench.progress",
     "method": "workbench.registry",
     "methods": "workbench.registry",
+    "task": "workbench.tasks",
+    "tasks": None,
     "kv": None,
+    "models": None,
     "weights": None,
     "attention": None,
 }

@@ -26,6 +26,10 @@ class UnknownMethod(InputError):
     """No method is registered under this key."""
 
 
+class UnknownTask(InputError):
+    """No kind of task has this key."""
+
+
 class PluginConflict(InputError):
     """Two installed packages offer methods under the same key."""
 

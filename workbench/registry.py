@@ -14,13 +14,13 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from workbench import arguments
 from workbench.budget import Budget, BudgetLike
-from workbench.errors import BadBudget, BadParameter, BadRecipe, PluginConflict, UnknownMethod
+from workbench.described import Described
+from workbench.errors import BadBudget, BadParameter, BadRecipe, InputError, PluginConflict, UnknownMethod
 from workbench.formatting import quoted
-from workbench.parameters import Parameter, choices_of, closest, declared, explained, param, plain_number
+from workbench.parameters import Parameter, closest, param
 from workbench.published import OURS, Fidelity, Preset
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Paper:
         return f"{self.title} ({self.authors}{number})"
 
 
-class Method(BaseModel):
+class Method(Described):
     """A description of one compression method: family, budget, parameters. Immutable and hashable.
 
     A subclass sets `key`, `title`, `paper`, `claim`, `fidelity` and `presets`, and declares its parameters with
@@ -73,11 +73,7 @@ class Method(BaseModel):
     raise BadParameter, a bad budget BadBudget.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
-
     family: ClassVar[Family]
-    key: ClassVar[str] = ""
-    title: ClassVar[str] = ""
     ring: ClassVar[int] = 1
     paper: ClassVar[Paper | None] = None
     claim: ClassVar[str] = ""
@@ -94,21 +90,10 @@ class Method(BaseModel):
             if hasattr(cls, former):  # it would be passed over without a word
                 raise TypeError(f"{cls.__name__} defines `{former}`, which is called `{name}` now")
 
-    def __init__(self, **values: Any) -> None:
-        for name, field in type(self).model_fields.items():
-            if isinstance(values.get(name), bool) and (choices := choices_of(field)):  # True is 1 for pydantic
-                arguments.choice(f"{self.key}: {name}", values[name], choices)
-        try:
-            super().__init__(**{name: plain_number(value) for name, value in values.items()})
-        except ValidationError as error:
-            budget_only = all(problem["loc"] == ("budget",) for problem in error.errors())
-            raise (BadBudget if budget_only else BadParameter)(
-                explained(self.key, list(type(self).model_fields), error)
-            ) from None
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if declared(field).get("odd") and value % 2 == 0:
-                raise BadParameter(f"{self.key}: {name} must be odd, not {value}")
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> type[InputError]:
+        """BadBudget where nothing but the budget is wrong."""
+        return BadBudget if all(problem["loc"] == ("budget",) for problem in error.errors()) else BadParameter
 
     @classmethod
     def takes_budget(cls) -> bool:
@@ -146,14 +131,9 @@ class Method(BaseModel):
         return {"method": self.key, **self.model_dump(mode="json")}
 
     @classmethod
-    def summary(cls) -> str:
-        """What the method does, in one sentence."""
-        return (cls.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
-
-    @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
         """The method's own parameters, without the budget."""
-        return tuple(Parameter.of(name, field) for name, field in cls.model_fields.items() if name != "budget")
+        return tuple(parameter for parameter in super().parameters() if parameter.name != "budget")
 
     @classmethod
     def preset(cls, name: str) -> Mapping[str, Any]:
@@ -171,10 +151,6 @@ class Method(BaseModel):
             if {**defaults, **values} == {**defaults, **cls.preset(name)}:
                 return name
         return None
-
-    @classmethod
-    def _default(cls, name: str) -> Any:
-        return cls.model_fields[name].default
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabul
 from workbench.runtime.conversation import Conversation
 from workbench.runtime.readings import Readings
 from workbench.runtime.run import Question, Run, Stream
+from workbench.runtime.task_evaluation import TASK_COLUMNS, TaskEvaluation
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
 
 if TYPE_CHECKING:
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
     from workbench.measure.heads import HeadStats
     from workbench.prompt import Text
     from workbench.registry import Method
+    from workbench.tasks import Task
     from workbench.trace import Trace
     from workbench.weights.calibration.study import WeightStudy
     from workbench.weights.calibration.texts import Calibration
     from workbench.weights.reports.spectra import Spectra
 
-__all__ = ["COLUMNS", "Outliers", "Session", "Spec", "row_of"]
+__all__ = ["COLUMNS", "TASK_COLUMNS", "Outliers", "Session", "Spec", "row_of"]
 
 _KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CACHES = 4  # runs whose caches stay, so that more can be asked of them
@@ -431,6 +433,65 @@ class Session(Shown):
         Recipes without a budget (the full cache, weights alone) run once. A recipe that fails, for instance at a budget
         that it cannot meet, gives a row whose `error` says why. What ends all of it (`progress` was cancelled, Ctrl-C)
         carries the rows so far as `finished`, a DataFrame; `compare_rows` gives them one by one, and takes the same.
+        """
+
+    # -- evaluating
+
+    def evaluate_rows(
+        self,
+        task: Task | str,
+        recipes: Sequence[Spec] | Spec = "full",
+        *,
+        budgets: Sequence[BudgetLike] | BudgetLike = (0.5, 0.25),
+        cases: int | None = None,
+        chat: bool | None = None,
+        max_new_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Row]:
+        """The same as `evaluate`, row by row, each as soon as it is measured; `TASK_COLUMNS` are what a row has.
+
+        What is wrong with all of them raises at once: an unknown task or method, a bad budget, a file that is missing.
+        """
+        comparison, progress = Comparison.of(recipes, budgets), progress or Progress()
+        evaluation = TaskEvaluation.of(
+            task, comparison, self.tokenizer, cases=cases, chat=chat, max_new_tokens=max_new_tokens
+        )
+        beside = self._beside()
+
+        def read(text: Text, chat: bool | None) -> Trace:
+            return beside.read(text, chat=chat, progress=progress)
+
+        def run(recipe: Recipe, question: Question, max_new_tokens: int) -> Run:
+            return beside.run(recipe, question=question, max_new_tokens=max_new_tokens, progress=progress)
+
+        return evaluation.rows(read, run, progress)
+
+    def _beside(self) -> Session:
+        """A session with the same model and its twins under weight methods, for prompts that leave this one's alone."""
+        other = Session(
+            LoadedModel(self.model, self.tokenizer, self.source, self.facts),
+            kv_dtype=self.kv_dtype,
+            seed=self.seed,
+            keep_trace_on=self.readings.keep_on,
+            graphs=self.graphs,
+            trust=self.readings.trusted,
+        )
+        other.readings.variants = self.readings.variants
+        return other
+
+    @tabulated(evaluate_rows, TASK_COLUMNS)
+    def evaluate(self, task: Task | str, recipes: Sequence[Spec] | Spec = "full", **options: Any) -> None:
+        """What recipes get right of a task: one row a case, recipe and budget, as a pandas DataFrame.
+
+        task: as `wb.task` makes it, or the key of one. recipes, budgets: as in `compare`. cases: how many (default: all
+        of a file, 4 of a task that has no end). chat: whether texts are wrapped in the chat template (default: where
+        there is one, but for texts that the reply continues). max_new_tokens: the longest reply (default: as the task
+        says).
+
+        Beside the columns of `compare`: task, case (its seed), tokens, question, expected; right and score of the
+        recipe's reply, full_right and full_score of the uncompressed model's, and that reply, full_text. score goes
+        from 0 to 1, right is a score of 1. Each prompt is read once; this session's own prompt and runs stay as they
+        are. A case that cannot be read, or a recipe that fails, gives rows whose `error` says why.
         """
 
     # -- looking

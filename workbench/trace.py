@@ -67,6 +67,23 @@ class LayerTrace(Brief):
         return self.scoring.window
 
     @property
+    def chunk(self) -> int | None:
+        """How many positions make a chunk, of which a query sees only its own; None: there are no chunks."""
+        return self.scoring.chunk
+
+    @property
+    def bound(self) -> int | None:
+        """How many positions a query sees at most, however long the text is; None: all up to its own."""
+        given = [width for width in (self.window, self.chunk) if width is not None]
+        return min(given, default=None)
+
+    @property
+    def held(self) -> int:
+        """How many positions the layer's uncompressed cache holds after the prompt: those of its window or chunk."""
+        held = self.tokens if self.window is None else min(self.tokens, self.window)
+        return held if self.chunk is None else min(held, (self.tokens - 1) % self.chunk + 1)
+
+    @property
     def softcap(self) -> float | None:
         """The bound of scores; None: unbounded."""
         return self.scoring.softcap

@@ -54,8 +54,8 @@ def _check_groups(x: Tensor, bits: int, group: int, axis: Axis, chosen: Kept | N
             raise ValueError(f"groups of {group} rows: each head must have a multiple of {group} rows")
 
 
-def _takes_rows(x: Tensor, group: int, axis: Axis, balance: Tensor | None, clip: float) -> bool:
-    return on_gpu(x, balance) and x.dtype in FLOATS and clip <= 0 and _fits(x.shape[2], group, axis)
+def _takes_rows(x: Tensor, group: int, axis: Axis, balance: Tensor | None) -> bool:
+    return on_gpu(x, balance) and x.dtype in FLOATS and _fits(x.shape[2], group, axis)
 
 
 def _fits(channels: int, group: int, axis: Axis) -> bool:
@@ -71,13 +71,12 @@ def quantise_rows(
     *,
     chosen: Kept | None = None,
     balance: Tensor | None = None,
-    clip: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise and pack the chosen rows of x [k, n, d], all of them by default, one head after another.
 
     axis "channel": every channel has a scale and zero per `group` consecutive rows of a head, of which each head must
     have a multiple of `group`. axis "token": every row has a scale and zero per `group` channels, the last group of a
-    row may be narrower. balance [k, d]: what each head's channels are multiplied with before. clip: see `quantise`.
+    row may be narrower. balance [k, d]: what each head's channels are multiplied with before.
     Returns codes uint8 [t, ceil(d * bits / 8)] as `pack` lays them out, scale and zero float16 [t / group, d]
     (channel) or [t, ceil(d / group)] (token): on any device the same as `quantise` and `pack` on a CPU, to the bit.
     """
@@ -91,12 +90,12 @@ def quantise_rows(
     if balance is not None:
         rows = rows * balance.float()[owners]
     if axis == "channel":
-        codes, scale, zero = quantise(rows.unflatten(0, (-1, group)).transpose(1, 2), bits, clip)  # of [t / g, d, g]
+        codes, scale, zero = quantise(rows.unflatten(0, (-1, group)).transpose(1, 2), bits)  # of [t / g, d, g]
         return pack(codes.transpose(1, 2).flatten(0, 1).contiguous(), bits), scale, zero
     missing = -channels % group
     if missing:  # a narrower last group repeats its last channel, which changes neither minimum nor maximum
         rows = torch.cat([rows, rows[:, -1:].expand(-1, missing)], dim=1)
-    codes, scale, zero = quantise(rows.unflatten(1, (-1, group)), bits, clip)
+    codes, scale, zero = quantise(rows.unflatten(1, (-1, group)), bits)
     return pack(codes.flatten(1)[:, :channels].contiguous(), bits), scale, zero
 
 

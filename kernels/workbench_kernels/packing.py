@@ -6,35 +6,21 @@ import torch
 from torch import Tensor
 
 
-def quantise(x: Tensor, bits: int, clip: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Round groups to `bits` bits between their own minimum and maximum, or between two quantiles.
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round groups to `bits` bits between their own minimum and maximum.
 
     x [..., g]: each last dimension is one group. Returns codes (uint8 [..., g], not yet packed), scale and zero
     (float16 [...]): x is about codes * scale + zero. Scale and zero are rounded to 16 bits before the codes are
-    chosen, so the codes fit what is stored. clip (0 to below 0.5): the levels reach from the quantile `clip` of the
-    group to the quantile 1 - clip, and what lies beyond is rounded to the ends; with one bit these are the two values.
+    chosen, so the codes fit what is stored.
     """
     x = x.float()
-    low, high = _ends(x, clip)
+    low, high = x.amin(dim=-1), x.amax(dim=-1)
     steps = 2**bits - 1
     zero = low.to(torch.float16)
     scale = ((high - zero.float()) / steps).to(torch.float16)
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
     codes = ((x - zero.float()[..., None]) / divisor[..., None]).round_().clamp_(0, steps)
     return codes.to(torch.uint8), scale, zero
-
-
-def _ends(x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """The quantiles clip and 1 - clip of each last dimension, linear between neighbours."""
-    if clip <= 0:
-        return x.amin(dim=-1), x.amax(dim=-1)
-    place = clip * (x.shape[-1] - 1)
-    below, part = int(place), place - int(place)
-    above = min(below + 1, x.shape[-1] - 1)
-    ascending = x.sort(dim=-1).values
-    low = torch.lerp(ascending[..., below], ascending[..., above], part)
-    high = torch.lerp(ascending[..., -1 - below], ascending[..., -1 - above], part)
-    return low, high
 
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -36,7 +36,8 @@ def read_attention(
     """Column sums, column maxima, row entropies and pooled maps of all heads' causal attention, in one pass over Q K^T.
 
     query [h, n, d] and key [k, m, d] after the rotary embedding, h a multiple of k, n <= m: the queries are those of
-    the last n keys. scoring: as the layer attends; a row sees `window` keys, its own included.
+    the last n keys. scoring: as the layer attends; a row sees `window` keys, its own included, or those of its
+    chunk (in plain PyTorch).
     lse: each row's log-sum-exp [h, n] float32, sinks included, which flash attention leaves; found here if it is not
     given, which takes a pass of its own. So does the entropy, on a GPU, where lse was given; where not, both are one
     pass.

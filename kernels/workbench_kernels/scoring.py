@@ -53,7 +53,7 @@ class Chosen:
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """A score is scale * q k, bent to softcap * tanh(score / softcap) if there is a softcap, plus slope * key position
-    if there are slopes; rows see a window, and with sinks a share of their weight goes to no key.
+    if there are slopes; rows see a window or their own chunk, and with sinks a share of their weight goes to no key.
 
     All that attends, on any device, takes these as one value; sinks and slopes exclude one another. Where queries of
     some heads are worked on by themselves, `of` gives what is theirs.
@@ -69,9 +69,12 @@ class Scoring:
     """[h] the score of a key without value that all queries of a head see (GPT-OSS); None: there is none"""
     slopes: Tensor | None = None
     """[h] what is added to a head's scores for each position that a key stands further on (ALiBi); None: nothing"""
-
     chosen: Chosen | None = None
     """what of all that an indexer chose for each query (DeepSeek-V3.2); None: there is no indexer"""
+    rounded: bool = False
+    """whether slopes are multiplied with positions, counted from 0, in bfloat16 (Falcon): steps, far from the start"""
+    chunk: int | None = None
+    """how many positions make a chunk (Llama 4), of which a query sees only its own; None: there are no chunks"""
 
     def __post_init__(self) -> None:
         if self.sinks is not None and self.slopes is not None:
@@ -89,18 +92,18 @@ class Scoring:
         return hash(self._numbers)
 
     @property
-    def _numbers(self) -> tuple[float, int | None, float | None]:
-        return self.scale, self.window, self.softcap
+    def _numbers(self) -> tuple[float, int | None, float | None, bool, int | None]:
+        return self.scale, self.window, self.softcap, self.rounded, self.chunk
 
     @property
     def plain(self) -> bool:
-        """Whether scores are products alone, and weights their softmax over a window: no sinks, slopes or choice."""
+        """Whether scores are products alone, and weights their softmax over a window."""
         return self.sinks is None and self.in_kernels
 
     @property
     def in_kernels(self) -> bool:
-        """Whether kernels that decode can compute it: they know neither slopes nor what an indexer chose."""
-        return self.slopes is None and self.chosen is None
+        """Whether kernels that decode can compute it: they know neither slopes, what an indexer chose, nor chunks."""
+        return self.slopes is None and self.chosen is None and self.chunk is None
 
     def of(self, heads: slice | int | Tensor) -> Scoring:
         """The same for some of the query heads."""
@@ -116,9 +119,11 @@ class Scoring:
         """How far keys at positions int [..., m] stand ahead of the last of the queries; None where it is no matter.
 
         What is the same for all keys of a row cancels in its softmax, so one query serves for all; near it float32
-        tells neighbours apart however long the text is.
+        tells neighbours apart however long the text is. Where products are rounded they stay positions.
         """
-        return None if self.slopes is None else positions - query_positions.max().to(positions.device)
+        if self.slopes is None or self.rounded:
+            return None if self.slopes is None else positions
+        return positions - query_positions.max().to(positions.device)
 
     def cap(self, scores: Tensor) -> Tensor:
         """Scaled scores of any shape, bent by the softcap; themselves where there is none."""
@@ -134,7 +139,15 @@ class Scoring:
             return scores
         if offsets is None:
             raise ValueError("scores with slopes (ALiBi) are made from the positions of keys too: give offsets")
-        return scores + by_head(self.slopes, scores) * offsets
+        return scores + self.biases(scores, offsets)
+
+    def biases(self, scores: Tensor, offsets: Tensor) -> Tensor:
+        """What slopes add to scores [..., q, m], broadcastable to them; offsets as for `bent`."""
+        assert self.slopes is not None
+        slopes = by_head(self.slopes, scores)
+        if self.rounded:
+            return (slopes.bfloat16() * offsets.bfloat16()).to(scores.dtype)
+        return slopes * offsets
 
     def scores(self, products: Tensor, visible: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
         """Scores of products q k [..., q, m], float32 or wider, which are overwritten: scaled, capped, biased and
@@ -149,11 +162,18 @@ class Scoring:
     def visible(self, query_positions: Tensor, positions: Tensor) -> Tensor:
         """Whether queries at query_positions int [q] see keys at positions int [..., m]: bool [..., q, m]."""
         keys, queries = positions[..., None, :], query_positions[:, None]
-        seen = keys <= queries
-        if self.window is not None:
-            seen = seen & (keys > queries - self.window)
+        seen, begin = keys <= queries, self.begin(queries)
+        if begin is not None:
+            seen = seen & (keys >= begin)
         chosen = None if self.chosen is None else self.chosen.visible(query_positions, positions)
         return seen if chosen is None else seen & chosen
+
+    def begin(self, query_positions: Tensor) -> Tensor | None:
+        """The first position that queries at these positions see, or one before the text; None: they see all of it."""
+        if self.window is None and self.chunk is None:
+            return None
+        begins = query_positions - (query_positions + 1 if self.window is None else self.window - 1)
+        return begins if self.chunk is None else begins.maximum(query_positions - query_positions % self.chunk)
 
 
 def by_head(numbers: Tensor, scores: Tensor) -> Tensor:

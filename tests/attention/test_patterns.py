@@ -14,7 +14,7 @@ from tests.attention.support import attend, sharp
 from workbench.attention import BlockSparse, StreamingWindow
 from workbench.attention.base import visible_entries
 from workbench.attention.lines import Lines, a_shape, heaviest, heaviest_of_both, line_attention, probed, widest_probe
-from workbench.attention.pattern_search import judge, judges, judging_entries
+from workbench.attention.pattern_search import fill_heads, judge, judges, judging_entries
 from workbench.attention.token_blocks import blocks_seen, blocks_within
 from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import PartialSoftmax
@@ -350,3 +350,19 @@ def test_the_error_falls_as_the_budget_grows(default_session: wb.Session, key: s
         got, _ = attend(wb.method(key, budget=budget), tensors, layer.scoring)
         errors.append(float((got - want).norm() / want.norm()))
     assert errors == sorted(errors, reverse=True) and errors[0] > 2 * errors[3] and errors[-1] < 1e-5
+
+
+def test_each_head_is_filled_in_its_own_pattern() -> None:
+    query, _, value = tensors = sharp(50)
+    first, best = 40, [2, 0, 1, 2]
+    probes = probed(*tensors, first, Scoring(0.4))
+    lines = [heaviest(probes.columns[:, :first], probes.diagonals[:, :first], 300, share) for share in (0.2, 0.8)]
+    plan, rows = blocks_within(first, 500, 8), torch.arange(first)
+    out = torch.full((len(query), first, value.shape[-1]), torch.nan)
+    computed = fill_heads(out, *tensors, best, lines, plan, Scoring(0.4), sinks=True)
+    of_prompt = [x[:, :first] for x in tensors]
+    seen = [*(each.seen(rows, first) for each in lines), blocks_seen(*of_prompt[:2], plan, rows, first, sinks=True)]
+    own = torch.stack([seen[choice][head] for head, choice in enumerate(best)])
+    torch.testing.assert_close(out, on_pairs(*of_prompt, own, 0.4, None), rtol=1e-4, atol=1e-5)
+    counted = [plan.entries if choice == 2 else int(lines[choice].entries()[head]) for head, choice in enumerate(best)]
+    assert computed == sum(counted)

@@ -12,7 +12,8 @@ import workbench as wb
 from tests.attention.support import alike, attend
 from workbench.attention import CoreContext, DeltaAttention
 from workbench.attention.base import AttentionMethod, visible_entries
-from workbench.attention.methods.deltallm import _Shape, delta_attention
+from workbench.attention.core_tokens import widest_shape
+from workbench.attention.key_differences import DeltaShape, delta_attention
 from workbench.attention.token_groups import groups_behind, split
 from workbench.core.causal_attention import causal_attention
 from workbench.examples import needle
@@ -37,6 +38,26 @@ def test_pairs_are_those_that_a_loop_counts(group: int, window: int, sinks: int,
 
 
 # --- CCA
+
+
+@pytest.mark.parametrize("allowed", [1, 40, 90, 200, 400])
+@pytest.mark.parametrize("groups", [(4,), (8, 4), (2, 16)])
+def test_the_window_is_the_widest_that_the_entries_allow(allowed: int, groups: tuple[int, ...]) -> None:
+    tokens, sinks = 30, 3
+
+    def entries(group: int, window: int) -> int:
+        pairs = split(tokens, group, window, sinks)
+        return pairs.coarse + pairs.exact + pairs.groups * group
+
+    found = widest_shape(tokens, groups, allowed, sinks)
+    fitting = [(g, [w for w in range(1, tokens + 1) if entries(g, w) <= allowed]) for g in groups]
+    first = next(((g, windows) for g, windows in fitting if windows), None)
+    if first is None:
+        assert found.entries == min(entries(g, 1) for g in groups)
+    else:
+        assert (found.group, found.window) == (first[0], max(first[1]))
+    assert found.entries == entries(found.group, found.window)
+    assert found.whole == (not split(tokens, found.group, found.window, sinks).groups)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -98,7 +119,7 @@ def test_the_window_is_the_widest_that_the_budget_allows(budget: float, group: s
 # --- DeltaLLM
 
 
-def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: _Shape, cap: float | None) -> tuple[Tensor, int]:
+def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: DeltaShape, cap: float | None) -> tuple[Tensor, int]:
     """Scores outside the window as running sums of products with what moved, and the products made, in a loop."""
     query, key, value = tensors
     tokens, width, made = query.shape[1], query.shape[2], 0
@@ -133,7 +154,7 @@ def by_sums(tensors: tuple[Tensor, Tensor, Tensor], shape: _Shape, cap: float | 
 @pytest.mark.parametrize(("group", "window", "zeros"), [(4, 1, 0.5), (8, 3, 0.8), (16, 4, 0.3), (8, 2, 1.0)])
 def test_only_channels_that_moved_are_multiplied(group: int, window: int, zeros: float, softcap: float | None) -> None:
     tensors = alike(37)
-    shape = _Shape.of(37, group, window, zeros)
+    shape = DeltaShape.of(37, group, window, zeros)
     got, computed = delta_attention(*tensors, shape, Scoring(0.4, softcap=softcap))
     want, products = by_sums(tensors, shape, softcap)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,8 @@ views in a browser, the first failure is the end, and tables tell what was measu
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from benchmarks import attention_view
 from benchmarks.attention_view import VIEWS, amount, cell, comparison, expected_bytes, longest
 from benchmarks.claims import Ablation, Claim, claims
-from benchmarks.kv_cases import ASKED_FIRST, HELD, TASKS, build, specs
+from benchmarks.kv_cases import ASKED_FIRST, HELD, TASKS, Spec, build, specs
 from benchmarks.kv_evidence import NEAR, Check, Mean, Rows, claim_check, direction_checks, reason, report
 from benchmarks.kv_quality import case_of, items, missing
 from benchmarks.kv_recipes import NOTES, OWN, entries
@@ -104,14 +106,34 @@ def test_cases_are_balanced_from_the_beginning_and_never_repeat() -> None:
 
 
 def test_a_case_is_the_same_every_time_and_holds_its_answer() -> None:
-    def count(text: str) -> int:
-        return len(text.split())
+    def encode(text: str) -> list[int]:
+        return [len(word) for word in text.split()]
 
     for spec in specs([task for task in TASKS if task != HELD], (256,), 2):
-        case = build(spec, count)
-        assert case == build(spec, count)
-        assert case.answer in case.text and case.answer not in case.lead
+        case = build(spec, encode)
+        assert case == build(spec, encode)
+        (answer,) = case.answers
+        assert isinstance(case.text, str) and answer in case.text and answer not in case.lead
         assert (case.question is None) == (spec.task == ASKED_FIRST)
+
+
+def test_the_cases_are_those_of_which_the_committed_figures_were_measured() -> None:
+    """Texts, questions, leads and answers of two draws at three lengths, words for tokens; made before tasks were."""
+    found = {}
+    for spec in specs([task for task in TASKS if task != HELD], (256, 512, 1024), 2):
+        case = build(spec, lambda text: [len(word) for word in text.split()])
+        found[spec.key] = _digest(json.dumps([case.text, case.question, case.lead, *case.answers]))
+    held = [build(Spec(HELD, 40, None, draw), lambda text: list(text.encode())) for draw in range(3)]
+    assert [bytes(case.text).decode()[:20] for case in held if isinstance(case.text, tuple)] == [
+        "The harbour town of ",
+        '"""A small queue of ',
+        "Mira: Did you book a",
+    ]
+    assert _digest(json.dumps(found, sort_keys=True)) == "6d60bb1eaaa829ef"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_items_cover_every_recipe_of_every_case_and_model_once() -> None:

@@ -65,6 +65,8 @@ def python(code: str) -> str:
         "from workbench.cli import main; main(['--help'])",
         "from workbench.cli import main; main(['run', '--help'])",
         "from workbench.cli import main; main(['models', 'list', '--json'])",
+        "from workbench.cli import main; main(['tasks'])",
+        "from workbench.cli import main; main(['evaluate', '--task', 'neddle'])",
         "from workbench.cli import main; main(['run', 'snapkv', '--text', ''])",
         "from workbench.cli import main; main(['compare', 'snapkv', '--text', 'a', '--budgets', 'nan'])",
     ],
@@ -105,9 +107,20 @@ def test_light_work_imports_neither_torch_nor_transformers(code: str) -> None:
         (["compare", "snapkv", "--text", "hi", "--budgets", "0.5,2"], "budget 2"),
         (["sweep", "snapkv", "--text", "hi", "--out", "table.xls"], ".csv, .json, .parquet"),
         (["sweep", "snapkv", "--text", "hi", "--out", "/no/such/folder/table.csv"], "cannot be written"),
+        (["evaluate", "--task", "neddle"], "did you mean needle"),
+        (["evaluate", "--task", "needle", "--length", "3"], "length=3"),
+        (["evaluate", "--task", "file", "--length", "300"], "unknown parameter 'length'"),
+        (["evaluate", "--task-set", "depth"], "name=value"),
+        (["evaluate", "--task-set", "dept=0.1"], "did you mean 'depth'"),
+        (["evaluate", "--task", "file"], "path is missing"),
+        (["evaluate", "--task", "ruler", "--task-set", "path=/no/such/file.jsonl"], "No such file"),
+        (["evaluate", "snapvk", "--task", "needle"], "did you mean snapkv"),
+        (["evaluate", "snapkv", "--budgets", "2"], "budget 2"),
         (["methods", "--family", "poetry"], "kv, weights, attention"),
         (["models", "fetch", "no-such-model"], "no-such-model"),
         (["models", "info", "no-such-model"], "no-such-model"),
+        (["models", "audit", "no-such-model"], "no-such-model"),
+        (["models", "audit", "llama", "--weights", "snapkv"], "changes no weights"),
         (["app", "--port", "99999"], "--port"),
     ],
 )
@@ -252,6 +265,37 @@ def test_compare_has_a_row_for_each_recipe_and_budget(model: str, capsys: pytest
     assert "snapkv 0.5" in shown and "smallest" in shown
 
 
+def test_evaluate_has_a_row_for_each_case_and_recipe_and_says_how_many_were_right(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"text": TEXT, "question": "Who?", "answer": "fox"}) + "\n{broken\n")
+    asked = ["evaluate", "full", "knorm", "--budgets", "0.5", "--model", model, "--task", "file"]
+    asked += ["--task-set", f"path={path}", "--task-set", "match=all", "--max-new-tokens", "3"]
+    assert main([*asked, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert [(row["case"], row["recipe"]) for row in rows] == [
+        (0, "full"),
+        (0, "knorm 0.5"),
+        (1, "full"),
+        (1, "knorm 0.5"),
+    ]
+    assert [row["right"] for row in rows] == [False, False, None, None] and rows[0]["full_right"] is False
+    assert rows[2]["error"].startswith("mine.jsonl, line 2: not JSON")
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "knorm 0.5: 0 of 1 right; the uncompressed model: 0" in shown and "line 2" in shown
+
+
+def test_tasks_as_json_describe_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks", "--json"]) == 0
+    found = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    depth = next(parameter for parameter in found["needle"]["parameters"] if parameter["name"] == "depth")
+    assert (depth["default"], depth["low"], depth["high"], depth["kind"]) == (0.5, 0, 1, "float")
+    assert main(["tasks"]) == 0
+    assert "variable-tracking" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ending", ["csv", "json"])
 def test_sweep_writes_a_table(model: str, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
     import pandas as pd
@@ -284,6 +328,16 @@ def test_models_are_listed_and_described(model: str, capsys: pytest.CaptureFixtu
     assert "kv_heads            2" in capsys.readouterr().out
 
 
+def test_models_are_audited(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "audit", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] is True
+    assert [row["layers"] for row in found["findings"] if row["part"] == "attention"] == [[0], [1], [2]]
+    assert main(["models", "audit", "mistral"]) == 0  # a kind, without weights
+    out = capsys.readouterr().out
+    assert "0-31" in out and "sliding window of 4096" in out and "self_attn.q_proj" in out
+
+
 def test_doctor_reports_what_is_here(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +359,7 @@ def test_doctor_reports_what_is_here(
         "notebooks",
         "weights",
         "export",
+        "tasks",
     }
     assert main(["doctor"]) == 0
     assert "workbench models fetch smollm2-135m" in capsys.readouterr().out

@@ -5,6 +5,7 @@ whole and fetches nothing, and the catalogue tells every method with all its par
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import subprocess
@@ -39,9 +40,10 @@ def docs() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         import catalogue
+        import model_kinds
         import site_hook
 
-        yield {"catalogue": catalogue, "site_hook": site_hook}
+        yield {"catalogue": catalogue, "model_kinds": model_kinds, "site_hook": site_hook}
     finally:
         sys.path.remove(str(ROOT / "docs"))
 
@@ -181,3 +183,26 @@ def test_the_workflow_tries_every_python_that_the_package_supports() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     supported = re.findall(r"Python :: (3\.\d+)\"", project)
     assert re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", workflow)[1]) == supported
+
+
+def test_the_page_of_kinds_has_each_kind_with_its_outcome(docs: dict[str, ModuleType]) -> None:
+    page = docs["model_kinds"].page()
+    parts = {part.split(":")[0]: part for part in page.split("\n## ")[1:]}
+    of = {"exact": ("Exact in every layer", "Exact, with layers left as they are"), "refused": ("Refused",)}
+    rows = json.loads(docs["model_kinds"].RESULTS.read_text(encoding="utf-8"))["kinds"]
+    for row in rows:
+        lines = [line for part in of.get(row["result"], ("Not tried",)) for line in parts[part].splitlines()]
+        (line,) = [line for line in lines if line.startswith(f"| {row['kind']} |")]
+        assert docs["model_kinds"].cell(row["why"]) in line
+    assert page.count("\n| ") == len(rows) + 2 * len(parts)
+
+
+def test_the_page_of_kinds_says_which_layers_are_left(docs: dict[str, ModuleType], tmp_path: Path) -> None:
+    row = {"result": "exact", "why": "", "looks": {"spectra": "no | list"}, "left": {"a window": "0-2"}}
+    rows = [{**row, "kind": "a", "config": "AConfig", "same_as": "a_text"}, {**row, "kind": "b", "left": {}}]
+    where = {"transformers": "5", "torch": "2", "date": "today", "command": "python"}
+    (tmp_path / "kinds.json").write_text(json.dumps({"kinds": rows, "environment": where}))
+    page = docs["model_kinds"].page(tmp_path / "kinds.json")
+    whole, some, *_ = page.split("\n## ")[1:]
+    assert "| a | `AConfig` (the same model as a_text) | 0-2: a window; spectra: no \\| list |" in some
+    assert "| b |  | spectra: no \\| list |" in whole

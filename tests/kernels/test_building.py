@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.support import interpreted
-from workbench_kernels import building, quantise, unpack
+from workbench_kernels import building, unpack
 from workbench_kernels.kept import Kept
 from workbench_kernels.rows import Axis
 
@@ -146,14 +146,6 @@ def test_ties_go_to_the_first_channels() -> None:
     x = torch.tensor([[[1.0, -1.0, 2.0, 1.0, 0.0, 1.0]]])
     held, bitmap = gpu.sparse_rows(x, 3, torch.float32)
     assert held.tolist() == [[1.0, -1.0, 2.0]] and unpack(bitmap, 1, 6).tolist() == [[1, 1, 1, 0, 0, 0]]
-
-
-def test_quantiles_are_left_to_the_reference() -> None:
-    x = numbers(2, 64, 32)
-    codes, scale, zero = building.quantise_rows(x, 2, 32, "token", clip=0.1)
-    wanted = quantise(x.view(-1, 32), 2, 0.1)
-    assert torch.equal(unpack(codes, 2, 32), wanted[0]) and torch.equal(scale[:, 0], wanted[1])
-    assert torch.equal(zero[:, 0], wanted[2])
 
 
 def test_input_that_does_not_fit_is_refused() -> None:

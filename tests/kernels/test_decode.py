@@ -77,6 +77,19 @@ def test_dense_and_ragged_equal_float64(lengths, groups, queries, width, value_w
     torch.testing.assert_close(lse.double(), sums, atol=1e-4, rtol=0)
 
 
+def test_sinks_join_what_a_kernel_found():
+    from workbench_kernels.gpu.dense import Config
+    from workbench_kernels.gpu.dense import decode_dense as kernel
+
+    keys, values = random_rows([50, 0, 90], 32), random_rows([50, 0, 90], 24, seed=1)
+    query = torch.randn(6, 2, 32, generator=torch.Generator().manual_seed(2)).to(KIND)
+    scoring = Scoring(0.2, sinks=torch.randn(6, generator=torch.Generator().manual_seed(3)))
+    out, sums = kernel(query, keys, values, scoring, lse=True, config=Config(2, 16, 2, 1))
+    wanted, whole = decode_dense.reference(query.double(), keys, values, scoring, lse=True)
+    assert error(out, wanted) < 1e-3
+    torch.testing.assert_close(sums.double(), whole, atol=1e-4, rtol=0)  # of a head that holds nothing: the sinks alone
+
+
 @pytest.mark.parametrize("window", [None, 40])
 def test_queries_see_positions_up_to_their_own(window):
     from workbench_kernels.gpu.dense import Config

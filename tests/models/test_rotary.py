@@ -57,6 +57,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool, tuple[int, ...]]] = {
     "pairs, where it slides": ("Cohere2", {"sliding_window": 8, "head_dim": 16}, True, (16, 16, 16, 0)),
     "pairs of angles in halves": ("Helium", {"head_dim": 16}, True, (16,) * 4),
     "pairs of some": ("Glm", {"head_dim": 16, "rope_parameters": PARTLY}, True, (8,) * 4),
+    "pairs of some, from a buffer": ("GPTJ", {"rotary_dim": 8}, True, (8,) * 4),
     "complex numbers": (
         "Llama4",
         {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 128, "attention_chunk_size": 4096},
@@ -169,6 +170,19 @@ def test_learned_positions_are_no_rotation(family: str) -> None:
     with pytest.raises(NoRotation, match=f"{family}.*methods that rotate keys"):
         layer.unrotated_queries()
     assert rotary_of(layer) is None and spaces_of(layer).rotary is None
+
+
+def test_a_table_that_ends_turns_on_behind_its_end() -> None:
+    ends, goes_on = (rotation_of(built("GPTJ", rotary_dim=8, max_position_embeddings=size), 0) for size in (40, 512))
+    for some, more in zip(ends(torch.arange(300)), goes_on(torch.arange(300)), strict=True):
+        torch.testing.assert_close(some, more, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"alibi": True, "ffn_hidden_size": 128}, {}], ids=["Falcon", "Bloom"])
+def test_slopes_of_positions_are_no_rotation(options: dict[str, Any]) -> None:
+    model = built("Falcon" if options else "Bloom", **options)
+    with pytest.raises(NoRotation, match="methods that rotate keys"):
+        rotation_of(model, 1)
 
 
 def test_a_layer_that_does_not_rotate_is_found_and_has_no_table() -> None:

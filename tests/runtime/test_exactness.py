@@ -16,7 +16,7 @@ import workbench as wb
 from benchmarks.model_kinds import COMMON
 from workbench.engine.attention_hook import forward
 from workbench.engine.masks import AnnouncedMask, Span, announced
-from workbench.errors import ModelNotFound, NotApplicable, PromptTooLong
+from workbench.errors import ModelNotFound, NotApplicable
 from workbench.models import UNLIMITED, facts, tiny
 from workbench.runtime import exactness
 from workbench.runtime.exactness import fingerprint, verify
@@ -79,25 +79,26 @@ def ahead(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return (kv <= q) | (kv < 5)
 
 
-@pytest.mark.parametrize("tokens", [2, 7, 8, 40, 700])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 40, 700])
 def test_the_rule_of_a_mask_is_recognised_whatever_its_length(tokens: int) -> None:
     def span(rule: Any, local_size: int | None) -> Span:
         return announced(rule, tokens, tokens, local_size, torch.device("cpu"), check=True).span
 
     assert span(causal, None) == Span()
     assert span(sliding, 7) == Span(window=7)
+    assert span(chunks, 7) == Span(chunk=7)  # also before a token stands beyond
     if tokens > 7:
         assert span(sliding, None) == Span(window=7)  # found, where the model does not say it
-        assert span(chunks, 7).refusal == "attends in chunks or blocks"
-    else:
-        assert span(chunks, 7) == Span(limit=7)  # what lies beyond is tried before a token stands there
+        assert span(chunks, 5).refusal == "attends in blocks"
     assert span(ahead, None).refusal == "attends to later tokens too"
 
 
 def test_a_mask_can_be_handed_on_but_not_computed_with() -> None:
-    mask = announced(sliding, 9, 9, 7, torch.device("cpu"), check=True)
-    for same in (mask[..., :9], mask.to(torch.float32), mask.to("cpu"), mask[:, :, -4:, :9]):
-        assert isinstance(same, AnnouncedMask) and same.span == Span(window=7)
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            mask = announced(sliding, 9, 9, 7, torch.device("cpu"), check=True)
+            for same in (mask[..., :9], mask.to(torch.bool), mask.to(torch.float32), mask.to("cpu"), mask[:, :, -4:]):
+                assert isinstance(same, AnnouncedMask) and same.span == Span(window=7)
     assert mask[:, :, -4:, :6].shape == (1, 1, 4, 6)
     for compute in (lambda: mask & mask, mask.any, lambda: torch.zeros(9, 9) + mask, lambda: mask[0, 0, 0]):
         with pytest.raises(NotApplicable, match="computes with its attention mask"):
@@ -113,16 +114,6 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
 
 def test_a_model_that_makes_its_own_mask_of_the_causal_one_is_refused() -> None:
     assert "computes with its attention mask" in refusal(made("DogeConfig", "DogeForCausalLM", keep_window_size=8))
-
-
-def test_attention_in_chunks_is_read_up_to_the_first_chunks_end() -> None:
-    options = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "attention_chunk_size": 60}
-    model = made("Llama4TextConfig", "Llama4ForCausalLM", **options)
-    session = as_transformers(model, tokens=40)
-    with pytest.raises(PromptTooLong, match="60 positions: beyond, its attention begins another chunk"):
-        session.run("full", max_new_tokens=21)
-    with pytest.raises(PromptTooLong, match="60 positions: beyond, its attention begins another chunk"):
-        session.read(torch.cat([IDS, IDS]))
 
 
 def test_a_window_is_taken_from_the_mask_not_from_what_the_layer_says() -> None:

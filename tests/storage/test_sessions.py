@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.models.test_rotary import built
 from tests.readings import session_on
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, WorkbenchError
 from workbench.models import tiny
@@ -41,7 +42,7 @@ def reopened(saved: Path, **options: Any) -> wb.Session:
     return wb.Session.load(saved, **{"model": (tiny("llama"), None), **options})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "mistral", "gpt-oss"])
 def test_a_loaded_session_plans_and_answers_exactly_as_the_saved_one_did(architecture: str, tmp_path: Path) -> None:
     session = made(architecture)
     recipe = "full" if architecture == "mistral" else "snapkv"
@@ -63,6 +64,17 @@ def test_what_was_read_comes_back_bit_for_bit(saved: Path) -> None:
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("keys", "values", "queries"))
         assert (a.scale, a.window, a.softcap) == (b.scale, b.window, b.softcap)
         assert torch.allclose(a.unrotated_queries(), b.unrotated_queries())
+
+
+def test_how_positions_weigh_comes_back(tmp_path: Path) -> None:
+    model = built("Falcon", alibi=True, ffn_hidden_size=128)
+    session = wb.Session((model, None), kv_dtype="float32")
+    session.read(IDS)
+    session.save(tmp_path / "s")
+    again = wb.Session.load(tmp_path / "s", model=(model, None))
+    assert [layer.scoring for layer in again.trace.layers] == [layer.scoring for layer in session.trace.layers]
+    assert again.trace.layers[0].scoring.slopes is not None and again.trace.layers[0].scoring.rounded
+    assert run(again, "full").tokens == run(session, "full").tokens
 
 
 def test_settings_come_back_and_may_be_overridden(saved: Path) -> None:

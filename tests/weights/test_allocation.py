@@ -31,6 +31,7 @@ from workbench.weights.reports.spectra import Spectrum, singular_values
 from workbench.weights.surgery.depth import shorten
 from workbench.weights.surgery.sharing_copy import sharing_copy
 from workbench.weights.survey import Survey
+from workbench_widgets import weight_views
 
 SAMPLED = Calibration("sampled", samples=8, tokens=32)
 LLAMA_LAYER_BYTES = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
@@ -242,8 +243,8 @@ def test_the_search_can_be_cancelled_between_candidates() -> None:
     ("values", "message"),
     [
         ({"of": "snapkv"}, "no weight method"),
-        ({"of": "evopress"}, "no weight method"),
-        ({"of": "transact"}, "compresses layers together"),
+        ({"of": "evopress"}, "chosen together"),
+        ({"of": "transact"}, "cannot be switched one by one"),
         ({"of": "rtn group_size"}, "a method and its parameters"),
         ({"of": "rtn bits=3"}, "a method and its parameters"),
         ({"levels": "5"}, "bits=5"),
@@ -416,6 +417,27 @@ def test_tied_matrices_are_listed_once() -> None:
     made = wb.Session((LlamaForCausalLM(config).eval().requires_grad_(False), None))
     frame = made.census("rtn", group_size=32, outputs=False)
     assert list(frame[frame.layer.isna()].name) == ["model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [("awq", "scales of its inputs are held by"), ("quarot", "is rotated"), (["quarot", "rtn"], "is rotated")],
+)
+def test_layers_that_stand_for_something_else_have_no_errors_and_the_census_says_why(recipe: Any, why: str) -> None:
+    made = session()
+    frame = made.census(recipe).set_index("name")
+    reads = frame.loc[[name for name in frame.index if name.endswith(("q_proj", "up_proj", "gate_proj"))]]
+    assert len(reads) and reads[["weight_error", "output_error"]].isna().all(axis=None)
+    assert (reads.reason.str.startswith("not compared: ") & reads.reason.str.contains(why)).all()
+    assert why in weight_views.not_compared(frame.reset_index())
+    assert "Output error" not in [figure.name for figure in weight_views.weight_figures(frame.reset_index())]
+
+
+def test_layers_that_hold_their_own_scales_have_their_errors() -> None:
+    frame = session().census("awq", fold=False, bits=4)
+    small = frame[frame.form != "plain"]
+    assert small[["weight_error", "output_error"]].notna().all(axis=None) and not small.reason.any()
+    assert weight_views.not_compared(frame) == ""
 
 
 def test_rank_and_narrower_layers_are_told_in_the_census() -> None:

@@ -11,12 +11,14 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import workbench as wb
 from tests.weights.support import logits
 from workbench.errors import BudgetTooSmall, InputError, NotApplicable
 from workbench.inspection.channels import channel_table
 from workbench.models import UNLIMITED, max_positions, tiny
 from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
+from workbench.progress import Progress
 from workbench.registry import registered
 from workbench.weights import PBLLM, RTN, SVD, DenseShift, Magnitude
 from workbench.weights.base import WeightMethod
@@ -347,3 +349,15 @@ def test_errors_of_a_matrix_of_zeros_are_missing() -> None:
     assert found.effective_rank != found.effective_rank and found.rank_for(0.9) == 0
     frame = spectra_of(plain).to_frame()
     assert frame["effective_rank"].isna().sum() == frame["stable_rank"].isna().sum() == 1
+
+
+@pytest.mark.parametrize("key", ["comp", "evopress-depth", "foldgpt"])
+def test_blocks_with_inputs_of_their_own_are_refused_before_anything_is_learned(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightStudy, "once", lambda *_: pytest.fail("learned something first"))
+    monkeypatch.setattr(WeightStudy, "similarity", lambda *_: pytest.fail("measured something first"))
+    progress = Progress(lambda *_: pytest.fail("began"))
+    with pytest.raises(NotApplicable, match="an input of its own, so none can be left out"):
+        compressed(model("gemma3n"), [wb.method(key, budget=0.7)], progress)
+    assert wb.method(key, budget=1).survey(model("gemma3n")).linears

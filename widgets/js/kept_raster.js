@@ -9,6 +9,7 @@ const BOTTOM = 34;
  * @typedef {object} Fields
  * @property {Packed} kept
  * @property {number} layers
+ * @property {number[]} numbers
  * @property {number} heads
  * @property {number} positions
  * @property {string[]} tiers
@@ -24,7 +25,7 @@ export default {
     return mount(
       host,
       "Kept positions by layer and head",
-      ["kept", "layers", "heads", "positions", "tiers", "tokens", "label", "selected", "marked"],
+      ["kept", "layers", "numbers", "heads", "positions", "tiers", "tokens", "label", "selected", "marked"],
       (/** @type {View<Fields>} */ view) => {
         const { root, get } = view;
         const head = node("div", "wb-head", root);
@@ -137,7 +138,7 @@ export default {
               if (rowHeight >= 4) context.fillRect(LEFT, y - 0.5, width, 1);
             }
             context.fillStyle = muted;
-            if (layer % step === 0) context.fillText(`L${layer}`, LEFT - 8, y + layerHeight / 2);
+            if (layer % step === 0) context.fillText(`L${called(layer)}`, LEFT - 8, y + layerHeight / 2);
           }
           for (let row = 0; row < rows; row++) {
             context.fillStyle = line;
@@ -176,7 +177,7 @@ export default {
             context.setLineDash([]);
           };
           const selected = get("selected");
-          if (selected) outline(selected[0] * heads + selected[1], mark, []);
+          if (selected) outline(placeOf(selected[0]) * heads + selected[1], mark, []);
           if (cursor) {
             outline(cursor[0], accent, [4, 3]);
             context.fillStyle = ink;
@@ -205,13 +206,18 @@ export default {
           ];
           const names = get("tiers");
           const tokens = get("tokens");
-          const lines = [`layer ${Math.floor(row / heads)}, head ${row % heads}`, `position ${span(from, to)}`];
+          const lines = [`layer ${called(Math.floor(row / heads))}, head ${row % heads}`, `position ${span(from, to)}`];
           if (tokens.length > from) lines.push(quoted(tokens.slice(from, Math.min(to, from + 12)).join("")));
           if (to - from === 1) lines.push(names[tier[row * columns + low]] ?? `tier ${tier[row * columns + low]}`);
           else lines.push(`${percent(keptIn(row, low, Math.min(high, columns)))} of these kept`);
           lines.push(`this head keeps ${percent(rowShare[row])}`);
           return lines;
         }
+
+        /** @param {number} place what the model calls the layer that is drawn there */
+        const called = (place) => get("numbers")[place] ?? place;
+        /** @param {number} layer */
+        const placeOf = (layer) => (get("numbers").length ? get("numbers").indexOf(layer) : layer);
 
         /**
          * The row and position under the pointer.
@@ -231,7 +237,7 @@ export default {
         function choose(row) {
           const heads = get("heads");
           /** @type {Pair} */
-          const picked = [Math.floor(row / heads), row % heads];
+          const picked = [called(Math.floor(row / heads)), row % heads];
           const now = get("selected");
           view.commit("selected", now && now[0] === picked[0] && now[1] === picked[1] ? null : picked);
         }
@@ -273,7 +279,7 @@ export default {
         canvas.addEventListener("keydown", (event) => {
           if (!rows) return;
           const selected = get("selected");
-          const [row, position] = cursor ?? [selected ? selected[0] * get("heads") + selected[1] : 0, 0];
+          const [row, position] = cursor ?? [selected ? placeOf(selected[0]) * get("heads") + selected[1] : 0, 0];
           const stride = Math.max(1, Math.round(get("positions") / geometry.width)) * (event.shiftKey ? 20 : 1);
           press(event, {
             ArrowUp: () => move(row - 1, position),

@@ -21,7 +21,7 @@ const HEAD = 18;
  */
 
 /** One head's map: `kind` is an index into the class names, `values` has one number a measure. */
-/** @typedef {{ layer: number, head: number, kind: number | null, values: number[] }} HeadMap */
+/** @typedef {{ layer: number, row: number, head: number, kind: number | null, values: number[] }} HeadMap */
 
 export default {
   /** @param {Host} host */
@@ -56,6 +56,8 @@ export default {
       const foot = node("div", "wb-foot", root);
       /** @type {HeadMap[]} in the order of the tiles */
       let maps = [];
+      /** @type {number[]} what each row of layers is called */
+      let layers = [];
       /** @type {number[]} indices of maps as they are laid out */
       let order = [];
       let side = 0;
@@ -78,8 +80,10 @@ export default {
         const kinds = unpack(get("classes")).data;
         const { shape: measured, data: numbers } = unpack(get("measures"));
         const count = shape.length === 3 ? shape[0] : 0;
+        layers = [...new Set(Array.from({ length: count }, (_, i) => places[2 * i]))];
         maps = Array.from({ length: count }, (_, i) => ({
           layer: places[2 * i],
+          row: layers.indexOf(places[2 * i]),
           head: places[2 * i + 1],
           kind: kinds.length ? kinds[i] : null,
           values:
@@ -133,7 +137,7 @@ export default {
           columns,
           left,
           top: inOrder() ? HEAD : 2,
-          rows: inOrder() ? Math.max(...maps.map((map) => map.layer)) + 1 : Math.ceil(maps.length / columns),
+          rows: inOrder() ? layers.length : Math.ceil(maps.length / columns),
         };
       }
 
@@ -142,7 +146,7 @@ export default {
       /** @param {number} place */
       const at = (place) =>
         inOrder()
-          ? [maps[order[place]].layer, maps[order[place]].head]
+          ? [maps[order[place]].row, maps[order[place]].head]
           : [Math.floor(place / grid.columns), place % grid.columns];
       /**
        * @param {number} row
@@ -150,7 +154,7 @@ export default {
        */
       const placeAt = (row, column) =>
         inOrder()
-          ? order.findIndex((i) => maps[i].layer === row && maps[i].head === column)
+          ? order.findIndex((i) => maps[i].row === row && maps[i].head === column)
           : row * grid.columns + column;
 
       /** @param {number} place */
@@ -178,7 +182,7 @@ export default {
           context.fillText("head", grid.left - 8, 9);
           const skip = Math.max(1, Math.ceil(14 / stepY()));
           for (let row = 0; row < grid.rows; row += skip)
-            context.fillText(`${row ? "" : "layer "}${row}`, grid.left - 8, grid.top + row * stepY() + cell / 2);
+            context.fillText(`${row ? "" : "layer "}${layers[row]}`, grid.left - 8, grid.top + row * stepY() + cell / 2);
         }
         context.imageSmoothingEnabled = cell < side;
         context.imageSmoothingQuality = "high";

@@ -12,6 +12,7 @@ import time
 import ipywidgets as w
 
 from workbench.errors import BadRecipe, Cancelled, NotRead, WorkbenchError
+from workbench.kv.base import KVMethod
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import Method, find, registered
@@ -55,6 +56,8 @@ class Controls(w.VBox):
         self._planner = LatestJob()
         self._updated = 0.0
         kv = registered("kv")
+        rescoring = tuple(cls for cls in kv if issubclass(cls, KVMethod) and cls.only_rescores())
+        beside = tuple(cls for cls in kv if cls not in rescoring)
         self.budget = w.FloatSlider(
             value=budget,
             min=0.02,
@@ -65,7 +68,8 @@ class Controls(w.VBox):
             layout=w.Layout(width="100%"),
         )
         self.first = MethodControls("Cache", kv, method, self.replan, optional=False)
-        self.second = MethodControls("and, on top", kv, NONE, self.replan, optional=True)
+        self.second = MethodControls("and, on top", beside, NONE, self.replan, optional=True)
+        self.decoding = MethodControls("and while decoding", rescoring, NONE, self.replan, optional=True)
         self.weights = MethodControls("Weights (when run)", registered("weights"), NONE, self._weigh, optional=True)
         self.weights_budget = w.FloatSlider(
             value=1,
@@ -110,7 +114,7 @@ class Controls(w.VBox):
         weights_box = w.VBox([self.weights, self.weights_budget], layout=w.Layout(width="190px"))
         super().__init__(
             [
-                w.Box([budget_box, self.first, self.second, weights_box], layout=chosen),
+                w.Box([budget_box, self.first, self.second, self.decoding, weights_box], layout=chosen),
                 self.trouble,
                 self.view,
                 w.Box([self.question, self.length, self.run_button, self.cancel_button, self.bar], layout=wrap),
@@ -127,7 +131,7 @@ class Controls(w.VBox):
 
     def recipe(self) -> Recipe:
         """What the controls say. Raises BadParameter or BadRecipe where they contradict a method's rules."""
-        return self._recipe(self.first, self.second, self.weights)
+        return self._recipe(self.first, self.second, self.decoding, self.weights)
 
     def replan(self) -> None:
         """Show the plan for what the controls say now; returns at once."""
@@ -166,7 +170,7 @@ class Controls(w.VBox):
         chosen = [self._with_size(method) for part in parts if (method := part.method()) is not None]
         kv = [method for method in chosen if method.family == "kv"]
         if len({method.key for method in kv}) < len(kv):
-            raise BadRecipe("choose two different cache methods, or none on top")
+            raise BadRecipe("choose each cache method once: different ones, or none on top")
         limited = any(method.takes_budget() for method in kv)
         if limited and len(chosen) == 1:
             return Recipe.of(chosen[0].with_budget(self.budget.value))
@@ -190,7 +194,7 @@ class Controls(w.VBox):
 
     def _plan_now(self) -> None:
         try:
-            recipe = self._recipe(self.first, self.second)
+            recipe = self._recipe(self.first, self.second, self.decoding)
             self.budget.disabled = not recipe.takes_budget()
             self.view.plan = self._session.plan(recipe, progress=Progress(self._planning))
             _say(self.trouble, "")

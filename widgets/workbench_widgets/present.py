@@ -56,7 +56,7 @@ def token_text(plan: Plan, tokens: Sequence[str], selected: tuple[int, int] | No
         label = "Prompt, by the share of layers and heads that keep each token"
         return {"tokens": tokens, "shares": plan.survival().numpy(), "groups": groups, "label": label}
     layer, head = selected
-    tier_of = plan.tiers[layer, head].cpu().numpy()
+    tier_of = plan.tiers[plan.trace.place(layer), head].cpu().numpy()
     return {
         "tokens": tokens,
         "tier_of": tier_of,
@@ -65,9 +65,15 @@ def token_text(plan: Plan, tokens: Sequence[str], selected: tuple[int, int] | No
     }
 
 
+def nearest(layer: int, numbers: Sequence[int]) -> int:
+    """The one of the layers `numbers` that is nearest to a number."""
+    return min(numbers, key=lambda number: abs(number - layer))
+
+
 def kept_raster(plan: Plan, tokens: Sequence[str]) -> dict[str, object]:
     """Keywords for KeptRaster: every layer, KV head and position with its tier."""
-    return {"kept": plan.tiers.cpu().numpy(), "tiers": tier_names(plan), "tokens": tokens}
+    kept, numbers = plan.tiers.cpu().numpy(), plan.trace.numbers
+    return {"kept": kept, "tiers": tier_names(plan), "tokens": tokens, "numbers": numbers}
 
 
 def attention_map(
@@ -135,6 +141,7 @@ def map_grid(
     """Keywords for MapGrid from `Session.attention_grid` and, for classes and measures, `Session.heads`."""
     keywords: dict[str, object] = {
         "maps": grid.values.numpy(),
+        "numbers": grid.numbers,
         # In maps so small sinks and the diagonal fill every pooled cell on a log scale; ranks still show the rest.
         "scale": "log" if difference else "percentile",
         "diverging": difference,
@@ -227,9 +234,12 @@ def run_figures(run: Run) -> list[KeyFigure]:
     ]
 
 
-def head_error(errors: Tensor, *, of: str) -> dict[str, object]:
-    """Keywords for Heatmap from a plan's `error` or a run's `verdict.output_error` [layers, heads]."""
-    return Heatmap.grid(errors.numpy(), what=f"Relative error of each head's output, {of}")
+def head_error(errors: Tensor, *, of: str, numbers: Sequence[int] = ()) -> dict[str, object]:
+    """Keywords for Heatmap from a plan's `error` or a run's `verdict.output_error` [layers, heads]; numbers: what the
+    layers are called (default: from 0 on).
+    """
+    keywords = Heatmap.grid(errors.numpy(), what=f"Relative error of each head's output, {of}")
+    return keywords | ({"row_labels": [str(number) for number in numbers]} if numbers else {})
 
 
 def outlier_map(frame: pd.DataFrame, *, kind: str) -> dict[str, object] | None:

@@ -100,6 +100,16 @@ def weight_figures(census: pd.DataFrame) -> list[KeyFigure]:
     return key_figures
 
 
+def not_compared(census: pd.DataFrame) -> str:
+    """Of how many layers there are no errors, and why; empty where all have them."""
+    reasons = census.reason[census.form != "plain"]
+    reasons = reasons[reasons.str.startswith("not compared: ")].str.removeprefix("not compared: ")
+    if not len(reasons):
+        return ""
+    kinds = reasons.str.replace(r"(?<= by ).*|(?<= of what ).*", "…", regex=True).unique()
+    return f"{len(reasons)} layers have no errors, for their numbers stand for something else: {'; '.join(kinds)}."
+
+
 def left_alone(census: pd.DataFrame) -> pd.DataFrame:
     """What keeps its precision: name, MiB at 16 bits, and why."""
     plain = census[census.form == "plain"]

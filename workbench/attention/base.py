@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from workbench.core.causal_attention import causal_attention
-from workbench.errors import BadBudget, BadParameter, BudgetTooSmall
+from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
 from workbench.measure.memory import tensor_bytes
 from workbench.registry import Family, Method
 from workbench_kernels import Scoring
@@ -165,6 +165,19 @@ class AttentionMethod(Method):
             f"the smallest possible is {smallest:.4g}",
             smallest,
         )
+
+
+def within_a_chunk(key: str, scoring: Scoring, tokens: int) -> Scoring:
+    """A layer's scoring as an attention method may take it for so many tokens: without chunks, for all are in one.
+
+    Raises NotApplicable, in the name of the method, where they are not.
+    """
+    if scoring.chunk is not None and tokens > scoring.chunk:
+        raise NotApplicable(
+            f"{key}: this model attends in chunks of {scoring.chunk} tokens, within which alone attention methods "
+            f"work, and {tokens} are read"
+        )
+    return replace(scoring, chunk=None)
 
 
 def visible_entries(tokens: int, window: int | None = None) -> int:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workbench.attention.lines import Lines, line_attention
+from workbench.attention.token_blocks import Blocks, block_attention
 from workbench.core.attention_rows import row_blocks
 from workbench.core.partial_softmax import weighted_sum
 from workbench_kernels import Scoring
@@ -49,3 +51,36 @@ def judges(rows: int, allowed: int) -> list[int]:
 def judging_entries(rows: Sequence[int]) -> int:
     """The entries of a head that judging by these queries takes at most."""
     return 2 * sum(row + 1 for row in rows)
+
+
+def fill_heads(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    best: Sequence[int],
+    lines: Sequence[Lines],
+    plan: Blocks,
+    scoring: Scoring,
+    *,
+    sinks: bool,
+) -> int:
+    """Fill in `out` [h, r, dv] the attention of the first r queries, each head's in its own pattern; how many entries
+    that computes.
+
+    query [h, n, d], key [k, n, d], value [k, n, dv]. best: each head's pattern, by its number in `lines`, or the number
+    after the last of them for blocks.
+    """
+    first, computed = out.shape[1], 0
+    for head, choice in enumerate(best):
+        group = head * len(key) // len(query)
+        rotated, keys, values = query[head, :first], key[group, :first], value[group, :first]
+        if choice == len(lines):
+            computed += plan.entries
+            blocks = block_attention(rotated[None], keys[None], values[None], plan, scoring.of(head), sinks=sinks)
+            out[head] = blocks[0]
+        else:
+            columns, diagonals = (x[head] for x in lines[choice])
+            computed += int(lines[choice].entries()[head])
+            out[head] = line_attention(rotated, keys, values, columns, diagonals, scoring.of(head))
+    return computed

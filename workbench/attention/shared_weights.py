@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from workbench.kv.stores import Dequantised
 
 
 class SharedRows(NamedTuple):
@@ -48,3 +51,17 @@ def moved(step: SharedStep, positions: Tensor) -> Tensor:
     last = max(int(step.positions.max()), int(positions.max()))
     spread = step.weights.new_zeros(heads, rows, last + 1)
     return spread.scatter_add_(2, index(step.positions), step.weights).gather(2, index(positions))
+
+
+def compensation(value: Tensor, lost: Tensor) -> Tensor:
+    """What of an output `lost` [h, n, dv] is linear in a layer's values [k, n, dv]: float32 [k * dv, h * dv]."""
+    side_by_side = (x.double().transpose(0, 1).flatten(1) for x in (value, lost))  # [n, k * dv] and [n, h * dv]
+    given: Tensor = torch.linalg.pinv(next(side_by_side)) @ next(side_by_side)
+    return given.float()
+
+
+def newest_values(contents: Dequantised, positions: Tensor) -> Tensor:
+    """The values [k, q, dv] that are held of the tokens at positions [q]."""
+    held = contents.positions.expand(len(contents.values), -1)  # [k, m]
+    slots = (held[:, None] == positions.to(held.device)[:, None]).byte().argmax(dim=-1)  # [k, q]
+    return contents.values.gather(1, slots[..., None].expand(-1, -1, contents.values.shape[-1]))

@@ -100,7 +100,8 @@ def block_attention(
             best = best_blocks(rows, means[:, :number], top - 1, sinks=sinks)
             keys, values = (x[owner, best].flatten(1, 2) for x in blocks)  # [h, t * size, d]
             if offsets is not None:
-                offsets = (best[..., None] * size + torch.arange(size, device=key.device)).flatten(1) - (stop - 1)
+                chosen = (best[..., None] * size + torch.arange(size, device=key.device)).flatten(1)
+                offsets = scoring.offsets(torch.tensor(stop - 1), chosen)
             part = part.merged(PartialSoftmax.over(rows, keys, values, scoring, offsets=offsets))
         out[:, start:stop] = part.output(scoring)
     return out

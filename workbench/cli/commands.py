@@ -27,6 +27,7 @@ from workbench.cli.options import (
     Settings,
     bundled,
 )
+from workbench.cli.task_commands import evaluate, list_tasks
 from workbench.errors import BadParameter, Cancelled, MissingExtra
 from workbench.formatting import mib, quoted
 
@@ -44,7 +45,8 @@ app = typer.Typer(
     no_args_is_help=False,
 )
 models_app = typer.Typer(
-    help="Models: list those packaged, fetch one, or show what is known of one.", rich_markup_mode=None
+    help="Models: list those packaged, fetch one, show what is known of one, or audit its layers.",
+    rich_markup_mode=None,
 )
 app.add_typer(models_app, name="models")
 
@@ -248,6 +250,10 @@ def sweep(
         print(f"{len(rows)} rows written to {out}")
 
 
+app.command()(evaluate)
+app.command("tasks")(list_tasks)
+
+
 @app.command("sensitivity")
 @bundled
 def measure_sensitivity(
@@ -409,6 +415,32 @@ def model_info(
         return
     for fact, value in known.items():
         print(f"{fact:20}{_by_layer(value) if isinstance(value, tuple) else value}")
+
+
+@models_app.command("audit")
+def audit_model(
+    name: Annotated[
+        str, typer.Argument(help="catalogue name, hub id, folder, .gguf file, or a model type without weights: qwen3")
+    ] = DEFAULT_MODEL,
+    weights: Annotated[str, typer.Option("--weights", help="the weight method that is asked what it takes")] = "rtn",
+    as_json: AsJson = False,
+) -> None:
+    """Say what each layer of a model is, and what of it is compressed, left exact or refused, with the reason."""
+    from workbench.models import audit
+
+    with terminal.working() as bar:
+        done = audit(name, weights=weights, progress=bar.progress)
+    if as_json:
+        terminal.document(done.to_dict())
+        return
+    print(done)
+    rows = [row if row["why"] != done.why else {**row, "why": ""} for row in (each.row() for each in done.folded())]
+    attention = {"heads": "heads", "kv_heads": "KV heads", "key_size": "key", "value_size": "value"}
+    weight = {"module": "weights", "numbers": "numbers"}
+    for part, columns in (("attention", attention), ("weights", weight)):
+        print()
+        shown = {"layers": "layers", "kind": "kind", **columns, "standing": part, "why": "why"}
+        terminal.table([row for row in rows if row["part"] == part], shown)
 
 
 def _by_layer(values: tuple[Any, ...]) -> object:

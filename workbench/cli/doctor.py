@@ -21,6 +21,7 @@ _EXTRAS = {
     "notebooks": ("jupyterlab", "ipykernel", "nbval", "anywidget", "ipywidgets", "plotly"),
     "weights": ("hqq",),
     "export": ("compressed_tensors",),
+    "tasks": ("nltk",),
 }
 
 

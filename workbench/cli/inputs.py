@@ -13,6 +13,7 @@ from workbench.formatting import quoted
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe
+    from workbench.tasks import Task
 
 
 _LONGEST = 64  # characters of a number
@@ -92,6 +93,23 @@ def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
             )
         values[owner][name] = _value(right.strip())
     return [Recipe.of([method(key, **values[key]) for key in row]) for row in keys]
+
+
+def task(key: str, length: int | None, settings: Sequence[str]) -> Task:
+    """A task by its key, of a length where one is given, with what `--task-set` says of it.
+
+    Raises UnknownTask, BadParameter.
+    """
+    from workbench.tasks import find
+
+    kind = find(key)
+    values: dict[str, Any] = {} if length is None else {"length": length}
+    for setting in settings:
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
+            raise BadParameter(f"--task-set {quoted(setting)}: write it as name=value")
+        values[name] = value if name == "path" else _value(value)
+    return kind(**values)
 
 
 def _value(text: str) -> Any:

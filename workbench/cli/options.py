@@ -38,6 +38,7 @@ Calibration = Annotated[
     str | None, typer.Option("--calibration", help="what weight methods look at: workbench, python, sampled, or a file")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+KVDtype = Annotated[str | None, typer.Option("--kv-dtype", help="how caches are stored: float32, bfloat16, float16")]
 Model = Annotated[str, typer.Option("--model", help="catalogue name, hub id, folder, or .gguf file")]
 
 
@@ -98,9 +99,7 @@ class CacheOptions:
     """How caches are held and answers made."""
 
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="the longest answer, in tokens")] = 32
-    kv_dtype: Annotated[
-        str | None, typer.Option("--kv-dtype", help="how caches are stored: float32, bfloat16, float16")
-    ] = None
+    kv_dtype: KVDtype = None
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="for methods that draw at random")] = 0
 
 

@@ -18,7 +18,6 @@ from workbench import arguments
 from workbench.errors import InputError
 from workbench.progress import Progress
 from workbench_kernels import Scoring
-from workbench_kernels.scoring import by_head
 from workbench_kernels.softmax import normalised
 
 BLOCK_BYTES = 64 * 2**20
@@ -96,7 +95,9 @@ def row_blocks(
     check_scoring(scoring)
     h, nq, k, nk = _check(queries, keys, block_bytes)
     queries, keys_t = queries.detach(), keys.detach().float().transpose(1, 2)  # [k, d, nk]
-    first, stop = visible_keys(nq, nk, query_positions, key_positions, scoring.window, kv_heads=k)  # [k or 1, nq]
+    first, stop = visible_keys(
+        nq, nk, query_positions, key_positions, scoring.window, kv_heads=k, chunk=scoring.chunk
+    )  # [k or 1, nq]
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     group = h // k
     if scoring.slopes is not None:
@@ -127,8 +128,9 @@ def row_blocks(
             scores.tanh_().mul_(scoring.softcap)
         by_kv = scores.view(k, group, r, c)
         if scoring.slopes is not None:
-            offsets = held[:, low:high] - at[rows.stop - 1]  # [k or 1, c]
-            by_kv += by_head(scoring.slopes, by_kv) * offsets[:, None, None]
+            offsets = scoring.offsets(at[rows.stop - 1], held[:, low:high])  # [k or 1, c]
+            assert offsets is not None
+            by_kv += scoring.biases(by_kv, offsets[:, None, None])
         _hide(by_kv, first_r - low, stop_r - low)
         chosen = None if scoring.chosen is None else scoring.chosen.visible(at[rows], held[:, low:high])
         if chosen is not None:  # [k or 1, r, c]
@@ -186,10 +188,11 @@ def visible_keys(
     window: int | None = None,
     *,
     kv_heads: int = 1,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The half-open range of key slots that each query sees: `first`, `stop`, int64 [k, nq] on the CPU.
 
-    k is 1 where all KV heads share one set of positions. Arguments as in `row_blocks`.
+    k is 1 where all KV heads share one set of positions. Arguments as in `row_blocks`; window, chunk: as of a Scoring.
     """
     at, held = token_positions(nq, nk, query_positions, key_positions)
     if held.shape[0] not in (1, kv_heads):
@@ -198,8 +201,8 @@ def visible_keys(
         )
     at = at.expand(held.shape[0], nq).contiguous()
     stop = torch.searchsorted(held, at, right=True)
-    first = torch.zeros_like(stop) if window is None else torch.searchsorted(held, at - window, right=True)
-    return first, stop
+    begin = Scoring(1.0, window, chunk=chunk).begin(at)
+    return torch.zeros_like(stop) if begin is None else torch.searchsorted(held, begin), stop
 
 
 def token_positions(
@@ -229,6 +232,8 @@ def check_scoring(scoring: Scoring) -> None:
     arguments.number("scale", scoring.scale)
     if scoring.window is not None:
         arguments.whole("window", scoring.window, low=1)
+    if scoring.chunk is not None:
+        arguments.whole("chunk", scoring.chunk, low=1)
     if scoring.softcap is not None:
         arguments.number("softcap", scoring.softcap, low=0, above=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,6 +17,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 
     Memory grows with n, not n * n.
     """
+    if scoring.chunk is not None:  # chunks do not see each other
+        alone, parts = replace(scoring, chunk=None), (x.split(scoring.chunk, dim=1) for x in (query, key, value))
+        return torch.cat([causal_attention(q, k, v, alone) for q, k, v in zip(*parts, strict=True)], dim=1)
     tokens, window = query.shape[1], scoring.window
     # On a CPU torch attends to values of another size than the keys' with all n * n weights in memory.
     in_blocks = query.device.type == "cpu" and value.shape[-1] != query.shape[-1]

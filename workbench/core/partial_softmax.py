@@ -26,7 +26,9 @@ def scaled_scores(rows: Tensor, keys: Tensor, scoring: Scoring, offsets: Tensor 
 
 def between(scoring: Scoring, stop: int, low: int, high: int, device: torch.device) -> Tensor | None:
     """Offsets, where there are slopes, of keys at positions low .. high - 1 for queries up to the one before `stop`."""
-    return None if scoring.slopes is None else torch.arange(low, high, device=device) - (stop - 1)
+    if scoring.slopes is None:
+        return None
+    return scoring.offsets(torch.tensor(stop - 1), torch.arange(low, high, device=device))
 
 
 def by_query_head(offsets: Tensor | None, heads: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -19,7 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from workbench.engine.masks import AnnouncedMask, announced, checked
+from workbench.engine.families.in_place import adapted
+from workbench.engine.masks import AnnouncedMask, Span, announced, checked
+from workbench.engine.standing import standing
 from workbench.engine.states import States, has_indexer, keeps_states, states_of
 from workbench.errors import NotApplicable, WorkbenchError
 from workbench_kernels import Chosen, Scoring
@@ -50,8 +52,9 @@ class _Passing:
     """The pass that a thread is in: who attends, and what its masks may be asked.
 
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
-    by places is a mask by positions. positions: where its tokens stand, int64 [n]. states: of layers that keep some.
-    own: masks that the model made by itself and that were found causal.
+    by places is a mask by positions; a token that comes alone in the midst of a text is none of these, for its mask
+    tells nothing. positions: where its tokens stand, int64 [n]. states: of layers that keep some. own: masks that the
+    model made by itself and that were found causal.
     """
 
     handler: Handler
@@ -75,6 +78,8 @@ def _attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    rounded: bool = False,
+    layer_idx: int | None = None,  # of layers that do not say it themselves
     indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +93,7 @@ def _attention(
         raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
     if s_aux is not None and slopes is not None:
         raise NotApplicable(f"{kind} has learned sinks beside slopes of its positions (ALiBi), which is not supported")
-    index, states = getattr(module, "layer_idx", None), passing.states
+    index, states = getattr(module, "layer_idx", layer_idx), passing.states
     if states is not None:
         index = states.caller(index)
     if index is None:
@@ -102,10 +107,12 @@ def _attention(
             "attention to something beside the tokens read (an encoder, a prefix, several streams) is not supported"
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    window = _window(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
+    span = _span(passing, attention_mask, sliding_window, query.shape[2], bool(causal), f"layer {index}: {kind}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks, slopes = (None if x is None else x.detach().reshape(-1) for x in (s_aux, slopes))
-    scoring = Scoring(scale, window, softcap or None, sinks, slopes, _chosen(passing, indices))
+    scoring = Scoring(
+        scale, span.window, softcap or None, sinks, slopes, _chosen(passing, indices), rounded=rounded, chunk=span.chunk
+    )
     out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
@@ -118,26 +125,27 @@ def _chosen(passing: _Passing, indices: Tensor | None) -> Chosen | None:
     return Chosen(passing.positions, None if indices.shape[-1] >= total else indices[0])
 
 
-def _window(
+def _span(
     passing: _Passing, mask: Tensor | None, sliding_window: int | None, tokens: int, causal: bool, where: str
-) -> int | None:
-    """The window that a layer's mask describes; `sliding_window` is what the layer itself says, where no mask tells."""
+) -> Span:
+    """What a layer's mask lets it see; `sliding_window` is what the layer itself says, where no mask tells."""
     if isinstance(mask, AnnouncedMask):
         span = mask.span
         if span.refusal is not None:
             raise NotApplicable(f"{where} {span.refusal}: it cannot be read exactly as a decoder")
         if span.limit is not None and tokens > span.limit:
             raise NotApplicable(
-                f"{where} attends in chunks of {span.limit} tokens, and {tokens} are read at once; shorten the text"
+                f"{where} does not say what it sees beyond {span.limit} tokens, and {tokens} are read at once; shorten "
+                "the text"
             )
-        return span.window
+        return span
     if mask is None:
         if tokens > 1 and not causal:
             raise NotApplicable(f"{where} attends to later tokens too: it cannot be read exactly as a decoder")
     elif mask is not passing.told and passing.plain and all(mask is not known for known in passing.own):
         checked(mask, tokens)
         passing.own.append(mask)
-    return sliding_window or None
+    return Span(sliding_window or None)
 
 
 def _mask(
@@ -226,11 +234,18 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
-        model.set_attn_implementation(NAME)
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(before)
+        with adapted(model, _attention) as by_adapters:
+            switch = partial(_switch_masks, model) if by_adapters else model.set_attn_implementation
+            switch(NAME)
+            try:
+                yield
+            finally:
+                switch(before)
+
+
+def _switch_masks(model: PreTrainedModel, name: str) -> None:
+    """What `set_attn_implementation` refuses a model without the interface, though its masks do go by the name."""
+    model.config._attn_implementation = name  # noqa: SLF001  (as transformers itself sets it, with all configs inside)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -257,12 +272,13 @@ def forward(
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
+    alone = mask is None and positions.numel() == 1 and bool(positions[0] > 0)
     if has_indexer(model):
         cache = states_of(model) if cache is None else cache
         if not plain or cast("States", cache).seen != int(positions[0]):
             raise NotApplicable(
-                f"{type(model).__name__} chooses by an index of all tokens what each attends to, so it cannot read apart "
-                "from its text, out of order or in its midst, as wanted here"
+                f"{type(model).__name__} chooses by an index of all tokens what each attends to, so it cannot read "
+                "apart from its text, out of order or in its midst, as wanted here"
             )
     elif cache is None and keeps_states(model):
         if not plain or bool(positions[:1] != 0):
@@ -271,16 +287,17 @@ def forward(
                 "state space, a convolution), so it cannot read from the midst of a text or parts of it, as wanted here"
             )
         cache = states_of(model)
+    stands = standing(model, positions, plain or mask is not None) if cache is None else cache
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain, positions, cache))
+        before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache))
         try:
             output = model(
                 input_ids=ids.to(device)[None],
                 attention_mask=mask,
                 position_ids=positions.to(device)[None],
-                past_key_values=cast("Cache | None", cache),
+                past_key_values=cast("Cache | None", stands),
                 use_cache=cache is not None,
                 logits_to_keep=kept,
             )

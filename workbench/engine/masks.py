@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from workbench.errors import NotApplicable
+from workbench_kernels import Scoring
 
 _ROWS = 48  # of a long mask so many rows are tried, besides those at a window's edge
 _aten = torch.ops.aten  # what a layer may do to a mask it only hands on: cut, copy, move
 _HANDED_ON = (
     _aten.slice.Tensor,
     _aten._to_copy.default,  # noqa: SLF001  (the operator's name)
+    _aten.to.dtype,  # what the same is in inference mode
+    _aten.to.dtype_layout,
     _aten.alias.default,
     _aten.detach.default,
 )
@@ -31,14 +34,16 @@ _HANDED_ON = (
 
 @dataclass(frozen=True)
 class Span:
-    """Which positions a query sees: all up to its own, or the last `window` of them, its own included.
+    """Which positions a query sees: all up to its own, the last `window` of them, its own included, or those of its own
+    `chunk`, of so many positions each.
 
-    limit: where more tokens than this are seen the rule is another one (attention in chunks); None: it never is.
+    limit: where more tokens than this are seen the rule is unknown; None: it never is.
     refusal: why a layer with this mask cannot be read as a decoder; None: it can.
     """
 
     window: int | None = None
     limit: int | None = None
+    chunk: int | None = None
     refusal: str | None = None
 
 
@@ -99,13 +104,13 @@ def announced(
     """The mask of a pass over as many queries as keys, by the rule (batch, head, query, key) -> visible.
 
     local_size: what the model calls the width of its layer's window or chunk. before: how many keys stand before the
-    first query, of earlier passes. check: try the rule; without it the width is believed (for passes whose positions
-    are not one after another, and of single tokens).
+    first query, of earlier passes. check: try the rule; without it the width is believed to be a window's (for passes
+    whose positions are not one after another, and of single tokens in the midst of a text).
     """
     span = Span(local_size)
     if before + queries != keys:
         span = Span(refusal="attends to something beside the tokens read (an encoder, a prefix)")
-    elif check and keys > 1:
+    elif check:
         span = _span(rule, keys, local_size, device)
     return AnnouncedMask(torch.Size((1, 1, queries, keys)), device, span)
 
@@ -135,11 +140,13 @@ def _span(rule: Callable[..., Tensor], keys: int, local_size: int | None, device
     columns = torch.arange(keys, device=device)
     seen = _tried(rule, rows, columns)
     width = local_size
+    if width is not None and bool((seen == _visible(rows, columns, chunk=width)).all()) and width < keys:
+        return Span(chunk=width)
     if not bool((seen == _visible(rows, columns, width)).all()):
         width = int(seen[-1].sum()) if not bool(seen[-1].all()) else None  # the last row sees as far as any
         if not bool((seen == _visible(rows, columns, width)).all()):
             ahead = bool((seen & ~_visible(rows, columns, None)).any())
-            return Span(refusal="attends to later tokens too" if ahead else "attends in chunks or blocks")
+            return Span(refusal="attends to later tokens too" if ahead else "attends in blocks")
     if width is None or width >= keys:
         return _far(rule, local_size, device) if local_size is not None else Span(width)
     return Span(width)
@@ -153,7 +160,10 @@ def _far(rule: Callable[..., Tensor], width: int, device: torch.device) -> Span:
         seen = _tried(rule, rows, columns)
     except IndexError:  # a rule that looks things up by position, and has them for the tokens of this pass only
         return Span(width, limit=width)
-    return Span(width) if bool((seen == _visible(rows, columns, width)).all()) else Span(None, limit=width)
+    for span in (Span(width), Span(chunk=width)):
+        if bool((seen == _visible(rows, columns, span.window, span.chunk)).all()):
+            return span
+    return Span(None, limit=width)
 
 
 def _tried(rule: Callable[..., Tensor], rows: Tensor, columns: Tensor) -> Tensor:
@@ -163,7 +173,6 @@ def _tried(rule: Callable[..., Tensor], rows: Tensor, columns: Tensor) -> Tensor
     return torch.as_tensor(seen, device=rows.device).expand(rows.numel(), columns.numel())
 
 
-def _visible(rows: Tensor, columns: Tensor, width: int | None) -> Tensor:
-    """A causal window over rows [r] and columns [n]: bool [r, n]."""
-    seen = columns[None, :] <= rows[:, None]
-    return seen if width is None else seen & (columns[None, :] > rows[:, None] - width)
+def _visible(rows: Tensor, columns: Tensor, width: int | None = None, chunk: int | None = None) -> Tensor:
+    """A causal window, or causal chunks, over rows [r] and columns [n]: bool [r, n]."""
+    return Scoring(1.0, width, chunk=chunk).visible(rows, columns)

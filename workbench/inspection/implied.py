@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench import arguments
-from workbench.attention.base import AttentionMethod, PassContext
+from workbench.attention.base import AttentionMethod, PassContext, within_a_chunk
 from workbench.core.attention_rows import BLOCK_BYTES, RowBlock
 from workbench.measure.attention import PooledMap, Pooling, Span, cell_edges, check_pooling, pool_blocks
 from workbench.measure.heads import HeadStats, HeadSums
@@ -135,7 +135,8 @@ class _Part:
             ones = torch.zeros(1, tokens, stop - start, device=layer.device)
             ones[0, positions, torch.bucketize(positions, inside, right=True) - 1] = 1
             context = PassContext(self.of.layers, tokens, layer.index, state=dict(self.of.state))
-            out = method.attend(query, key, ones, layer.scoring.of(heads), context)
+            scoring = within_a_chunk(method.key, layer.scoring, layer.tokens)
+            out = method.attend(query, key, ones, scoring.of(heads), context)
             yield RowBlock(slice(0, tokens), slice(start, stop), out[self.own].float())
 
     def pooled(
@@ -154,7 +155,7 @@ class _Part:
         """What takes the statistics of these heads."""
         layer, at = self.of.layer, torch.arange(self.of.tokens)
         heads = self.own.stop - self.own.start
-        return HeadSums(heads, 1, layer.device, at, at[None], ids.cpu(), layer.window, whole=False)
+        return HeadSums(heads, 1, layer.device, at, at[None], ids.cpu(), layer.scoring, whole=False)
 
 
 def _judged(blocks: Iterator[RowBlock], sums: HeadSums) -> Iterator[RowBlock]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.core.bisection import largest
 from workbench.errors import BudgetTooSmall, PromptTooLong
-from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.kv.stores import ChunkStore, DenseStore, SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.models import max_positions
 from workbench.progress import Progress
@@ -160,8 +160,8 @@ class ChunkedPrefill(ABC):
 
     @property
     def widest_window(self) -> int:
-        """The widest sliding window of the layers that stay exact; 0 where none slides."""
-        return max((layer.window or 0 for layer in self.layers if layer.index in self.exact), default=0)
+        """The widest window or chunk of the layers that stay exact; 0 where there is none."""
+        return max((layer.bound or 0 for layer in self.layers if layer.index in self.exact), default=0)
 
     def shape(self, layer: LayerTrace) -> Shape:
         """The size of a layer's uncompressed cache."""
@@ -175,6 +175,8 @@ class ChunkedPrefill(ABC):
         """
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
         keys, values = (torch.empty(layer.kv_heads, 0, w, dtype=self.dtype, device=self.device) for w in widths)
+        if layer.index in self.exact and layer.chunk is not None:
+            return ChunkStore(keys, values, 0, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore(keys, values, 0, layer.window)
         everything = keys.new_ones(keys.shape[:2], dtype=torch.bool)
@@ -220,7 +222,7 @@ class ChunkedPrefill(ABC):
         """What the layers that stay exact take at most."""
         exact = (layer for layer in self.layers if layer.index in self.exact)
         return sum(
-            min(layer.window or self.tokens, self.tokens) * layer.kv_heads * self.shape(layer).entry_nbytes
+            min(layer.bound or self.tokens, self.tokens) * layer.kv_heads * self.shape(layer).entry_nbytes
             for layer in exact
         )
 
@@ -228,7 +230,7 @@ class ChunkedPrefill(ABC):
     def scattered_nbytes(self) -> int:
         """What sliding layers hold besides at most while their positions do not follow one another."""
         exact = (layer for layer in self.layers if layer.index in self.exact)
-        return sum(INDEX_BYTES * min(layer.window or 0, self.tokens) for layer in exact)
+        return sum(INDEX_BYTES * min(layer.bound or 0, self.tokens) for layer in exact)
 
     def entries(self, least: int, extra: Callable[[int], int] | None = None) -> int:
         """How many entries each head of each layer may hold at any moment: at least `least`, at most all.

@@ -46,8 +46,8 @@ def key_similarity(
 ) -> dict[int, Tensor]:
     """For each layer, the mean cosine similarity of its keys of ids [n] under full causal and block-wise attention.
 
-    In one pass over the ids twice: the first time all see what is before them, the second time a quarter sees only
-    itself, the second half of the quarter before it, and the first `sinks`. Nothing is cached.
+    In two passes over the ids: in the first all see what is before them, in the second a quarter sees only itself, the
+    second half of the quarter before it, and the first `sinks`. Nothing is cached but the first pass's keys.
     """
     count = len(ids)
     steps = torch.arange(count, device=device_of(model))
@@ -55,28 +55,35 @@ def key_similarity(
     size = max(-(-count // _BLOCKS), 1)
     low = steps // size * size - size // 2  # the first position that each query sees in its blocks
     local = causal & ((steps >= low[:, None]) | (steps < sinks))
-    twice = _Twice(torch.block_diag(causal, local).bool(), steps.repeat(2), progress or Progress())
-    forward(model, twice, ids.repeat(2), steps.repeat(2))
-    return twice.similarity
+    progress = progress or Progress()
+    full, blocks = (_Seeing(visible, steps, progress) for visible in (causal, local))
+    for seeing in (full, blocks):
+        forward(model, seeing, ids, steps)
+    return {layer: _alike(keys, blocks.keys[layer]) for layer, keys in full.keys.items()}
+
+
+def _alike(one: Tensor, other: Tensor) -> Tensor:
+    """The mean similarity of keys [k, n, d], a span of tokens after another."""
+    spans = zip(one.float().split(_SPAN, dim=1), other.float().split(_SPAN, dim=1), strict=True)
+    alike = [cosine_similarity(a.flatten(1), b.flatten(1), dim=-1) for a, b in spans]
+    return torch.stack(alike).mean().cpu()
 
 
 @dataclass
-class _Twice:
-    """One pass over the same tokens twice, which do not see each other. visible: bool [2n, 2n]; positions: [2n]."""
+class _Seeing:
+    """A pass that keeps each layer's keys. visible: bool [n, n]; positions: [n]."""
 
     visible: Tensor
     positions: Tensor
     progress: Progress
-    similarity: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.progress.check()
-        full, local = key.float().chunk(2, dim=1)
-        spans = zip(full.split(_SPAN, dim=1), local.split(_SPAN, dim=1), strict=True)
-        alike = torch.stack([cosine_similarity(one.flatten(1), other.flatten(1), dim=-1) for one, other in spans])
-        self.similarity[layer] = alike.mean().cpu()
+        self.keys[layer] = key
         visible = self.visible
-        if scoring.window is not None:
-            visible = visible & (self.positions > self.positions[:, None] - scoring.window)
+        begin = scoring.begin(self.positions[:, None])
+        if begin is not None:
+            visible = visible & (self.positions >= begin)
         offsets = scoring.offsets(self.positions, self.positions[None])
         return attend(query, key, value, scoring, visible=visible[None], offsets=offsets)[0]

@@ -287,6 +287,11 @@ class KVMethod(Method):
         """Whether the stage is this class's own."""
         return stage in cls.contributed
 
+    @classmethod
+    def only_rescores(cls) -> bool:
+        """Whether all that it brings to a recipe is that others' scores are taken anew while decoding."""
+        return cls.rescores and not any(cls.contributes(stage) for stage in STAGES if stage != "evict")
+
     def supplies(self, stage: str) -> bool:
         """Whether this method, with its parameters, has more than the frame's default for the stage."""
         if stage == "evict" and not self.evicts_while_decoding:

@@ -15,7 +15,7 @@ from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import ClosedUpStore, SharedStore, SlidingStore, Store
+from workbench.kv.stores import ChunkStore, ClosedUpStore, SharedStore, SlidingStore, Store
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
@@ -197,6 +197,9 @@ class Plan(Shown):
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
+        if layer.index in self.exact and layer.chunk is not None:
+            held = [x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values)]
+            return ChunkStore(*held, layer.tokens, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:
@@ -237,7 +240,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
-            *([f"  state  {mib(state)} of layers without keys and values, under every plan"] if state else []),
+            *([f"  state  {mib(state)} beside keys and values, the same under every plan"] if state else []),
             f"  kept   {kept}",
         ]
         if len(self.precisions) > 1:
@@ -311,10 +314,8 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window, everything, or nothing that is another's."""
-    tokens = layer.tokens if layer.window is None else min(layer.tokens, layer.window)
-    if layer.shared is not None:
-        tokens = 0
+    """The size of what a layer can hold at most in `dtype`: its window or chunk, everything, or nothing that is another's."""
+    tokens = layer.held if layer.shared is None else 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index
     )

@@ -45,7 +45,7 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
     )
     for layer in trace.layers:
         if layer.index in trace.exact:
-            tiers[layer.index, :, -(layer.window or trace.tokens) :] = 1
+            tiers[layer.index, :, -layer.held :] = 1
     if not layers:
         limited = total_budget(methods, stages, budget)
         limit = None if limited is None else limited.nbytes(full)

@@ -444,13 +444,14 @@ def queries_per_key(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """How many queries can see each key: int64 [k, nk] on the CPU, k being 1 where KV heads share positions.
 
     `column_sums / queries_per_key` is the mean attention that a key gets from those who could attend to it.
     """
     held = token_positions(nq, nk, query_positions, key_positions)[1]
-    first, stop = visible_keys(nq, nk, query_positions, key_positions, window, kv_heads=held.shape[0])
+    first, stop = visible_keys(nq, nk, query_positions, key_positions, window, kv_heads=held.shape[0], chunk=chunk)
     # Each query adds 1 from its first key on and takes it back after its last.
     steps = torch.zeros(held.shape[0], nk + 1, dtype=torch.int64)
     ones = torch.ones_like(first)

@@ -165,7 +165,7 @@ def head_stats(
     at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
     if int(at[-1]) >= len(ids):
         raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
-    visible_keys(nq, nk, at, held, scoring.window, kv_heads=k)  # complains about positions that do not fit
+    visible_keys(nq, nk, at, held, kv_heads=k)  # complains about positions that do not fit
     stats, received = [], []
     for part in head_groups(queries, keys, held, progress):
         here = held if part.key_positions is None else part.key_positions.view(-1, nk)
@@ -176,7 +176,7 @@ def head_stats(
             at,
             here,
             ids.cpu(),
-            scoring.window,
+            scoring,
             sinks=sinks,
             recent=recent,
             probes=probes,
@@ -203,7 +203,7 @@ class HeadSums:
     """The sums that one pass over a layer's attention makes: `add` its blocks, then take its `stats` and `received`.
 
     heads, kv_heads: how many query heads on how many KV heads. at: positions of the queries [nq]; held: of the keys
-    [k or 1, nk]; ids, window, sinks, recent, probes: as in `head_stats`. whole: whether every block holds all there is
+    [k or 1, nk]; ids, scoring, sinks, recent, probes: as in `head_stats`. whole: whether every block holds all there is
     of its rows, each of which adds up to 1; otherwise blocks may divide rows, and rows add up to whatever they do.
     """
 
@@ -215,7 +215,7 @@ class HeadSums:
         at: Tensor,
         held: Tensor,
         ids: Tensor,
-        window: int | None,
+        scoring: Scoring,
         *,
         sinks: int = SINKS,
         recent: int = RECENT,
@@ -227,7 +227,7 @@ class HeadSums:
         self.heads, self.kv_heads, self.sinks, self.recent = heads, kv_heads, sinks, recent
         self.at, self.held = at, held  # [nq], [k or 1, nk]
         self.at_there, self.held_there = at.to(device), held.to(device)
-        first, stop = visible_keys(nq, nk, at, held, window, kv_heads=kv_heads)
+        first, stop = visible_keys(nq, nk, at, held, scoring.window, kv_heads=kv_heads, chunk=scoring.chunk)
         self.seeing = first < stop  # [k or 1, nq]
         self.first_sinks = int((held < sinks).sum(dim=1).max())  # slots that may hold sinks
         self.probed = probe_positions(nq, probes)  # slots of queries
@@ -239,7 +239,7 @@ class HeadSums:
         own = ids[at]
         before = ids[(held - 1).clamp(0, len(ids) - 1)].masked_fill((held < 1) | (held >= len(ids)), -1)
         self.own, self.before = own.to(device, torch.float32), before.to(device, torch.float32)
-        self.retrieving, self.itself = _earlier(own, at, before, held, window)  # [k or 1, nq] each
+        self.retrieving, self.itself = _earlier(own, at, before, held, scoring.begin(at))  # [k or 1, nq] each
         self.itself_slot = torch.searchsorted(held, at.expand(len(held), -1).contiguous()).clamp(max=nk - 1)
 
         self.received = torch.zeros(heads, nk, device=device)
@@ -389,10 +389,10 @@ class HeadSums:
         return x.repeat_interleave(self.heads // len(x), dim=0)
 
 
-def _earlier(own: Tensor, at: Tensor, before: Tensor, held: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def _earlier(own: Tensor, at: Tensor, before: Tensor, held: Tensor, begin: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which queries see an earlier key that followed their token, and whose own key did so: bool [k or 1, nq] each.
 
-    own [nq]: the queries' tokens, at positions at [nq]; before [k or 1, nk]: the tokens before the keys held [k or 1,
+    own [nq]: the queries' tokens, at positions at [nq], which see those from begin [nq] on (None: all); before [k or 1, nk]: the tokens before the keys held [k or 1,
     nk].
     """
     beyond = int(max(at[-1], held.max())) + 1
@@ -404,8 +404,8 @@ def _earlier(own: Tensor, at: Tensor, before: Tensor, held: Tensor, window: int 
         last = known[(place - 1).clamp(min=0)]  # the most recent one that is
         nearest = last - own * beyond
         sees[kv] = (place > 0) & (nearest >= 0) & (nearest < beyond)
-        if window is not None:
-            sees[kv] &= nearest > at - window
+        if begin is not None:
+            sees[kv] &= nearest >= begin
         itself[kv] = known[place.clamp(max=len(known) - 1)] == mine
     return sees, itself
 

@@ -33,16 +33,12 @@ class Facts:
     weight_bytes: int  # as they lie in memory now
     weight_bytes_16bit: int  # the same parameters at two bytes each
     checkpoint_dtype: torch.dtype | None  # what the checkpoint was stored in, where it says so
-    layer_types: tuple[str, ...]  # per layer: "full_attention", "sliding_attention", or another word of transformers
+    # Per layer: "full_attention", "sliding_attention", or another word of transformers, which for layers that keep a
+    # state instead of keys and values, or beside them, is "linear_attention", "conv", "hybrid"; all count as layers.
+    layer_types: tuple[str, ...]
     windows: tuple[int | None, ...]  # per layer: how many positions a query sees, itself included; None for all
     eos_ids: tuple[int, ...]  # token ids that end a generation
-    chunked: bool = False  # layers attend in chunks of `max_positions` tokens, of which the first is read
-
-    @property
-    def room(self) -> str:
-        """How many tokens can be read, in words."""
-        why = ": beyond, its attention begins another chunk, which is not supported" if self.chunked else ""
-        return f"{self.max_positions} positions{why}"
+    chunks: tuple[int | None, ...] = ()  # per layer: how many positions make a chunk that sees itself alone; None: all
 
     @property
     def group(self) -> int:
@@ -87,7 +83,7 @@ def facts(model: PreTrainedModel, name: str | None = None, checkpoint_dtype: tor
         layer_types=layer_types,
         windows=windows,
         eos_ids=_eos_ids(model),
-        chunked=_chunk(config) == max_positions(model),
+        chunks=chunks(model),
     )
 
 
@@ -109,8 +105,7 @@ def _head_dim(config: Any, heads: int) -> int:
 def max_positions(model: PreTrainedModel) -> int:
     """How many tokens a model can read; `UNLIMITED` where nothing in its config limits them (ALiBi, a state space).
 
-    Attention in chunks is causal attention up to the first chunk's end, and it ends there for us. A table of positions
-    that begins behind its padding (RoBERTa) has fewer than the config says.
+    A table of positions that begins behind its padding (RoBERTa) has fewer than the config says.
     """
     from torch import nn
 
@@ -122,13 +117,14 @@ def max_positions(model: PreTrainedModel) -> int:
             continue
         if module.num_embeddings == limit and module.padding_idx is not None:
             return limit - module.padding_idx - 1
-    return min(limit, _chunk(config) or UNLIMITED)
+    return limit
 
 
-def _chunk(config: Any) -> int | None:
-    """How many tokens attend to each other in a model's layers that attend in chunks."""
-    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
-    return _said(config, "attention_chunk_size") if chunked else None
+def chunks(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Of each layer how many positions make a chunk, of which a query sees only its own; None: there are no chunks."""
+    config: Any = model.config.get_text_config(decoder=True)
+    chunk = _said(config, "attention_chunk_size")
+    return tuple(chunk if kind == "chunked_attention" else None for kind in getattr(config, "layer_types", None) or ())
 
 
 def _attention_span(config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
@@ -147,7 +143,8 @@ def _attention_span(config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...
     for index in range(count):
         layer: Any = layers[index] if index < len(layers) else None  # layers that reuse another's KV have none
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
-        windows.append(window)
+        chunked = named is not None and index < len(named) and named[index] == "chunked_attention"
+        windows.append(None if chunked else window)  # for the cache one and the same
         if named is not None and index < len(named):
             types.append(named[index])
         else:

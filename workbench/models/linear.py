@@ -57,19 +57,22 @@ def _same(module: nn.Linear) -> bool:
     return bool((output - want).abs().max() <= _CLOSE * want.abs().max())
 
 
-def multiplied_weights(owner: nn.Module) -> frozenset[str]:
-    """The linear layers whose weights a module multiplies itself, by name, instead of calling them: nothing can stand
-    in their place.
+def wanted_weights(owner: nn.Module) -> frozenset[str]:
+    """The linear layers whose weights a module reads itself, by name: it multiplies them instead of calling the layer,
+    or calls it with inputs of the weight's dtype. Nothing can stand in their place.
     """
-    return _multiplied(type(owner).__module__, type(owner).__qualname__)
+    return _wanted(type(owner).__module__, type(owner).__qualname__)
 
 
 @cache
-def _multiplied(where: str, which: str) -> frozenset[str]:
+def _wanted(where: str, which: str) -> frozenset[str]:
     owner = getattr(sys.modules[where], which, None)
     try:
         source = "" if owner is None else inspect.getsource(owner)
     except OSError:  # written in no file
         return frozenset()
     found = re.findall(r"\bself\.(\w+)\.weight *@|@ *self\.(\w+)\.weight\b", source)
-    return frozenset(name for pair in found for name in pair if name)
+    named = {name for pair in found for name in pair if name}
+    return frozenset(
+        named.union(re.findall(r"\bself\.(\w+)\([^()]*\.to\((?:dtype=)?self\.\1\.weight\.dtype\)", source))
+    )

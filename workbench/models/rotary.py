@@ -121,7 +121,31 @@ def _embeddings(model: nn.Module) -> list[Any]:
         ]
         if modules:
             return sorted(modules, key=lambda module: module is not getattr(decoder, "rotary_emb", None))
-    return []
+    return [_Sinusoids(buffer) for name, buffer in model.named_buffers() if name.endswith(".embed_positions")][:1]
+
+
+class _Sinusoids:
+    """A table that layers hold as a buffer [positions, r], sines before cosines (GPT-J), asked as a module is asked.
+
+    Beyond its end, where the model reads nothing, it turns on.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+
+    def buffers(self) -> Iterator[Tensor]:
+        yield self._buffer
+
+    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        sin, cos = self._buffer.float().chunk(2, dim=-1)
+        turns = torch.complex(cos, sin)
+        again = position_ids.to(turns.device) // len(turns)
+        turned = turns[position_ids % len(turns)] * (turns[-1] * turns[1]) ** again[..., None]
+        return turned.real.to(like.dtype), turned.imag.to(like.dtype)
+
+    __call__ = forward
 
 
 def _types(embedding: Any, config: Any) -> list[str | None]:
@@ -229,6 +253,7 @@ class _Show:
 
     def __init__(self) -> None:
         self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.sloped: set[int] = set()  # layers whose scores tell positions, and not their keys
 
     @property
     def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -242,6 +267,8 @@ class _Show:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self._seen.setdefault(layer, []).append((key, query))
+        if scoring.slopes is not None:
+            self.sloped.add(layer)
         return value.repeat_interleave(query.shape[0] // value.shape[0], dim=0)
 
 
@@ -272,7 +299,7 @@ def _find(model: PreTrainedModel) -> tuple[Rotation | str | None, ...]:
         if (seen := shown.get(places.get(layer, -1))) is None:
             outcomes.append(f"layer {layer} of {name} does not use transformers' attention interface")
             continue
-        outcome = _judged(*seen, known, tables)
+        outcome = None if places[layer] in show.sloped else _judged(*seen, known, tables)
         if isinstance(outcome, str):
             outcome = f"layer {layer} of {name} {outcome}; methods that rotate keys cannot be applied to it"
         elif outcome is not None and outcome not in known:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, PassContext
+from workbench.attention.base import AttentionMethod, PassContext, within_a_chunk
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
 from workbench.examples import example
@@ -50,6 +50,7 @@ class _Learning:
         exact, method = self.exact, self.exact.method
         exact.progress.update("calibrating", exact.layers + layer, 2 * exact.layers)
         self.context.layer = layer
+        scoring = within_a_chunk(method.key, scoring, query.shape[1])
         span = method.span(layer, exact.layers, query.shape[1])
         widths = [width for width in (scoring.window, span) if width is not None]
         scoring = replace(scoring, window=min(widths, default=None))

@@ -77,6 +77,13 @@ class ModelPrefill(ChunkedPrefill):
         )
         decoder.reserve(ids.numel())
         self.logits = decoder.feed(ids, positions=positions)[-1].cpu()
+        if stores is None:
+            self.stores = decoder.stores  # some layers may have begun another chunk
+        elif any(now is not before for now, before in zip(decoder.stores, stores, strict=True)):
+            raise NotApplicable(
+                f"{self.label} reads on from a cache that it keeps, over the edge of a chunk of this model's attention; "
+                "shorten the text"
+            )
         self.position, self.states = decoder.position, decoder.states
         self._sample()
         return self.logits

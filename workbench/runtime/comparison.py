@@ -19,6 +19,7 @@ from workbench.registry import Method
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.measure.quality import Quality
     from workbench.runtime.run import Run
 
 P = ParamSpec("P")
@@ -56,26 +57,32 @@ class Comparison:
         """One row a case, as soon as its run is measured; of a case that fails its `error` says why."""
         for done, (recipe, budget) in enumerate(self.cases):
             progress.update("comparing", done, len(self.cases))
-            label = recipe.label
             try:
-                spec = Recipe.of(recipe, budget=budget)
-                label = spec.label
-                finished = run(spec)
+                finished = run(Recipe.of(recipe, budget=budget))
                 finished.measure(progress=progress)
                 row = row_of(finished)
             except Cancelled:
                 raise
             except Exception as error:  # noqa: BLE001  one recipe that fails must not take the others with it
-                reason = " ".join(str(error).split())
-                told = reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
-                row = {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _written(budget), "error": told}
+                row = failed_row(recipe, budget, error)
             yield row
         progress.update("comparing", len(self.cases), len(self.cases))
 
 
-def row_of(run: Run) -> Row:
-    """A run as one row of a table, with `COLUMNS`."""
-    quality = run.quality
+def failed_row(recipe: Recipe, budget: Budget | None, error: Exception) -> Row:
+    """A row with `COLUMNS` that says why there is no run of a recipe at a budget (None: at its own)."""
+    reason = " ".join(str(error).split())
+    told = reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
+    try:
+        label = Recipe.of(recipe, budget=budget).label
+    except WorkbenchError:
+        label = recipe.label
+    return {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _written(budget), "error": told}
+
+
+def row_of(run: Run, quality: Quality | None = None) -> Row:
+    """A run as one row of a table, with `COLUMNS`. quality: the figures to show (None: those of its answer)."""
+    quality = quality or run.quality
     budget = run.recipe.budget
     if budget is None and len(run.recipe.methods) == 1:
         budget = run.recipe.methods[0].effective_budget
@@ -100,8 +107,10 @@ def row_of(run: Run) -> Row:
     }
 
 
-def table(rows: Iterable[Row]) -> pd.DataFrame:
-    """All rows as one table. What ends them early, Cancelled or Ctrl-C, carries those so far as `finished`."""
+def table(rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """All rows as one table with these columns. What ends them early, Cancelled or Ctrl-C, carries those so far as
+    `finished`.
+    """
     import pandas as pd
 
     finished: list[Row] = []
@@ -109,19 +118,21 @@ def table(rows: Iterable[Row]) -> pd.DataFrame:
         for row in rows:
             finished.append(row)  # noqa: PERF402  those before an interruption must be there
     except (Cancelled, KeyboardInterrupt) as stopped:
-        stopped.finished = pd.DataFrame(finished, columns=list(COLUMNS))  # type: ignore[union-attr]
+        stopped.finished = pd.DataFrame(finished, columns=list(columns))  # type: ignore[union-attr]
         stopped.add_note(f"{len(finished)} rows were finished before that: they are in this error's `finished`")
         raise
-    return pd.DataFrame(finished, columns=list(COLUMNS))
+    return pd.DataFrame(finished, columns=list(columns))
 
 
-def tabulated(rows: Callable[P, Iterator[Row]]) -> Callable[[Callable[..., object]], Callable[P, pd.DataFrame]]:
+def tabulated(
+    rows: Callable[P, Iterator[Row]], columns: Sequence[str] = COLUMNS
+) -> Callable[[Callable[..., object]], Callable[P, pd.DataFrame]]:
     """Decorator: a function that takes what `rows` takes and gives its rows as one table; its docstring is its own."""
 
     def decorate(described: Callable[..., object]) -> Callable[P, pd.DataFrame]:
         @wraps(described)
         def tabulate(*args: P.args, **kwargs: P.kwargs) -> pd.DataFrame:
-            return table(rows(*args, **kwargs))
+            return table(rows(*args, **kwargs), columns)
 
         shown: Any = tabulate  # functions have a signature of their own where one is set
         shown.__signature__ = signature(rows).replace(return_annotation="pd.DataFrame")

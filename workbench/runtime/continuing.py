@@ -51,6 +51,14 @@ def fresh_states(model: PreTrainedModel) -> States | None:
     return states
 
 
+def states_after(model: PreTrainedModel, ids: Tensor) -> States | None:
+    """The states after ids [n] were read with exact attention; None for a model without any."""
+    states = fresh_states(model)
+    if states is not None and ids.numel():
+        forward(model, _Here(), ids, torch.arange(ids.numel()), cache=states)
+    return states
+
+
 def restored(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> States | None:
     """The states that `States.saved` gave, on the model's device; None for a model without any.
 

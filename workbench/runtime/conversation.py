@@ -179,7 +179,7 @@ class Conversation:
         if most > self.facts.max_positions:  # where the recipe has no end
             raise PromptTooLong(
                 f"a run of {most} tokens cannot be compared with the uncompressed {self.facts.name}, which has only "
-                f"{self.facts.room}"
+                f"{self.facts.max_positions} positions"
             )
 
         def plain_decoder() -> Decoder:
@@ -197,7 +197,7 @@ class Conversation:
         if read + more > self.facts.max_positions and not self.plan.endless:
             raise PromptTooLong(
                 f"{read} tokens read and {more} to generate are too many for {self.facts.name}, which has "
-                f"{self.facts.room}; shorten the text or lower max_new_tokens"
+                f"{self.facts.max_positions} positions; shorten the text or lower max_new_tokens"
             )
 
     def _text(self, tokens: Sequence[int]) -> str:

@@ -29,8 +29,10 @@ WORTH = 16  # steps for which capturing pays: it costs about four of those that 
 _CUBLAS = 2 * (32 << 20)  # what cuBLAS takes for its products: once for each of the two streams, on Hopper
 
 
-def refusal(decoder: Decoder) -> str | None:
-    """Why the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
+def refusal(decoder: Decoder, steps: int = 1) -> str | None:
+    """Why so many of the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
+    if decoder.turns(steps):
+        return "on the way its attention begins another chunk"
     if decoder.evicting is not None:
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
@@ -87,7 +89,7 @@ class CapturedStep:
         fused: use fused operations between the matrix products where the model's layers are known. graph: capture the
         step where there is a GPU. Raises NotApplicable where the model or a store does not allow it.
         """
-        why = refusal(decoder)
+        why = refusal(decoder, steps)
         if why is not None:
             raise NotApplicable(why)
         self.decoder, self.model, self.steps = decoder, decoder.model, steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from workbench.engine.attention_hook import device_of, forward
 from workbench.engine.states import States
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Store, cloned
+from workbench.kv.stores import ChunkStore, SharedStore, Store, cloned
 from workbench.kv.stores.capabilities import Evictable
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
+from workbench.models.facts import chunks
 from workbench.progress import Progress
 from workbench.runtime.continuing import fresh_states
 from workbench.runtime.fused_token import FusedToken, FusedTokens
@@ -73,6 +74,7 @@ class Decoder:
         elif self.position == 0:
             self.states = fresh_states(self.model)
         self._causal, self._uncounted = 0, False
+        self._chunks = {layer: chunk for layer, chunk in enumerate(chunks(self.model)) if chunk is not None}
         if self.attention is not None:
             self.by_store = tuple(i for i, store in enumerate(self.stores) if store.holder.attends_itself)
             for layer in self.recorded:
@@ -92,8 +94,9 @@ class Decoder:
         rows = []
         if positions is None:
             positions = torch.arange(self.position, self.position + ids.numel())
-        size = self._at_once(ids.numel())
-        for part, self._positions in zip(ids.split(size), positions.split(size), strict=True):
+        sizes = self._parts(positions)
+        for part, self._positions in zip(ids.split(sizes), positions.split(sizes), strict=True):
+            self._begin_chunks(int(self._positions[0]))
             for store in self.stores:
                 store.reads(part, self._positions)
             if measure:
@@ -110,6 +113,8 @@ class Decoder:
             self.progress.check()
         store = self.stores[layer]
         positions = self._positions.to(key.device)
+        if layer in self._chunks:  # of which a pass has one, and the store holds no other
+            scoring = replace(scoring, window=None, chunk=None)
         if scoring.chosen is not None and (reason := self._chooses(layer)) is not None:
             raise NotApplicable(
                 f"layer {layer}: an indexer of the model chooses what each token attends to, and so does {reason}; use "
@@ -255,6 +260,39 @@ class Decoder:
             for store in self.stores:
                 store.reserve(tokens)
 
+    def turns(self, steps: int) -> bool:
+        """Whether a layer begins another chunk within so many tokens from here."""
+        return any(
+            (self.position - 1) // chunk != (self.position + steps - 1) // chunk for chunk in self._chunks.values()
+        )
+
+    def _parts(self, positions: Tensor) -> list[int]:
+        """How many tokens go into each pass: as many as may enter together, and of no more than one chunk."""
+        count = positions.numel()
+        size = self._at_once(count)
+        edges = {*range(0, count, size), count}
+        for chunk in set(self._chunks.values()):
+            edges |= {int(place) + 1 for place in (positions // chunk).diff().nonzero()}
+        ordered = sorted(edges)
+        return [after - before for before, after in zip(ordered, ordered[1:], strict=False)]
+
+    def _begin_chunks(self, position: int) -> None:
+        """Take from layers for which another chunk begins at this position what they hold, if their store does not let
+        go of it by itself. What follows is held as the model computes.
+        """
+        begun = {layer for layer, chunk in self._chunks.items() if (self.position - 1) // chunk != position // chunk}
+        fresh: dict[int, Store] = {}
+        for layer in begun if self.position else ():
+            store, chunk = self.stores[layer], self._chunks[layer]
+            if store.holder is store and store.chunk is None:
+                held = store.contents(self.model.get_input_embeddings().weight.dtype)  # type: ignore[arg-type]
+                fresh[id(store)] = ChunkStore(held.keys[:, :0].clone(), held.values[:, :0].clone(), position, chunk)
+        if fresh:
+            self.stores = [
+                fresh.get(id(store), store) if store.holder is store else _reading(store, fresh)
+                for store in self.stores
+            ]
+
     def _at_once(self, count: int) -> int:
         """How many tokens may enter together: no more than half of what an evicting cache holds; one where the model
         forgets its state otherwise.
@@ -308,3 +346,9 @@ class Decoder:
         if self._live is not None:
             self.workspace = max(self.workspace, self._live.peak - before)
             self._live.reset_peak()
+
+
+def _reading(store: Store, fresh: Mapping[int, Store]) -> Store:
+    """A layer's store that reads another's, or what has taken the place of that."""
+    holder = fresh.get(id(store.holder))
+    return store if holder is None else SharedStore(holder)

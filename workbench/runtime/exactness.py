@@ -32,9 +32,12 @@ from workbench.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workbench.trace import Trace
+
 _READ = 12  # tokens that are read at once; those that follow are decoded
 _STEPS = (4, 1)  # so many at a time: several, then one
 _WINDOW = 8  # what sliding windows are narrowed to meanwhile, so that reading and decoding pass their edge
+_CHUNK = 7  # the same of chunks: edges lie within what is read at once and within several decoded tokens
 _CHOSEN = 4  # so many positions an indexer chooses meanwhile, so that it leaves some out
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of a row of logits' spread, by precision
 _RULES = 2  # raise it when what is checked changes: models are then looked at again
@@ -44,9 +47,9 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
     """Raise NotApplicable where reading or decoding differs from the model by itself, naming the first layer.
 
     Compared are the logits after 12 tokens read at once, then four together and one more decoded, on uncompressed
-    stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens and what indexers choose
-    to 4 meanwhile. A model that passes is remembered in the cache folder by its config, its modules, its precision and the versions of the
-    libraries. Raises Cancelled between layers.
+    stores here and on the model's own cache there, with sliding windows narrowed to 8 tokens, chunks to 7 and what
+    indexers choose to 4 meanwhile. A model that passes is remembered in the cache folder by its config, its modules,
+    its precision and the versions of the libraries. Raises Cancelled between layers.
     """
     seal = cache_dir() / "exact" / fingerprint(model)
     if seal.exists():
@@ -96,6 +99,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
+def probed(model: PreTrainedModel, facts: Facts, progress: Progress | None = None) -> Trace:
+    """What reading 12 random tokens records of a model. Raises NotApplicable, Cancelled."""
+    ids = _ids(model, facts, min(_READ, facts.max_positions))
+    return read(model, facts, Prompt(ids, chat=False), progress=progress)
+
+
 def _precision(model: PreTrainedModel) -> torch.dtype:
     return cast("Tensor", model.get_input_embeddings().weight).dtype
 
@@ -126,20 +135,21 @@ def _parts(ids: Tensor) -> list[Tensor]:
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
     and all that are decoded. Where layers keep states, positions are said, as `generate` does, and those that would
-    be lost among several tokens are given one after another.
+    be lost among several tokens are given one after another. A model without a cache reads everything each time.
     """
     rows: list[Tensor] = []
-    cache, states, at = None, fresh_states(model), 0
+    cache, states, end = None, fresh_states(model), 0
     first, *rest = _parts(ids)
     parts = [first, *(torch.cat(rest).split(1) if rest and states is not None and states.singly else rest)]
     with torch.inference_mode(), quiet(), remembering():
         for part in parts:
-            inputs = part.to(device_of(model))[None]
+            at, end = 0 if cache is None else end, end + part.numel()
+            inputs = ids[at:end].to(device_of(model))[None]
             count = part.numel() if rows else 1
-            where = torch.arange(at, at + part.numel(), device=inputs.device)[None]
+            where = torch.arange(at, end, device=inputs.device)[None]
             said = {} if states is None else {"position_ids": where}
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
-            cache, at = output.past_key_values, at + part.numel()
+            cache = getattr(output, "past_key_values", None)
             rows.append(output.logits[0, -count:].float())
     return torch.cat(rows)
 
@@ -205,10 +215,11 @@ def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel) -> Iterator[None]:
-    """Until the block ends sliding windows are 8 tokens wide, where their masks go by the config, and indexers choose 4
-    positions.
+    """Until the block ends sliding windows are 8 tokens wide and chunks 7, where their masks go by the config, and
+    indexers choose 4 positions.
     """
-    wide: list[tuple[Any, str, int]] = [(model.config.get_text_config(), "sliding_window", _WINDOW)]
+    config = model.config.get_text_config()
+    wide: list[tuple[Any, str, int]] = [(config, "sliding_window", _WINDOW), (config, "attention_chunk_size", _CHUNK)]
     wide += [(module, "index_topk", _CHOSEN) for module in model.modules()]
     with ExitStack() as undo:
         for place, name, narrow in wide:

@@ -22,6 +22,7 @@ from workbench.measure.memory import Timeline
 from workbench.models.rotary import switch
 from workbench.progress import Progress
 from workbench.runtime.chunked_prefill import FinishedPrefill, chunked_prefill
+from workbench.runtime.continuing import states_after
 from workbench.runtime.decode import Decoder
 from workbench.trace import LayerTrace, Trace
 
@@ -83,7 +84,9 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        states = trace.states if position == trace.tokens else None
+        states = trace.states
+        if position != trace.tokens:
+            states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position]))
         decoder = Decoder(model, stores, position, progress=progress, memory=trace.memory, states=states)
         return decoder.feed(ids, logits=ids.numel())
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.attention.base import AttentionMethod, PassContext, visible_entries
+from workbench.attention.base import AttentionMethod, PassContext, visible_entries, within_a_chunk
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import device_of, forward
 from workbench.engine.states import States, attending
@@ -64,10 +64,14 @@ class _Recorder:
         tokens, model_window = query.shape[1], scoring.window
         window = _combined_window(model_window, self.method, layer, self.count, tokens)
         scoring = replace(scoring, window=window)
+        taken = scoring if self.method is None else within_a_chunk(self.method.key, scoring, tokens)
         self.context.layer = layer
         if self.method is None:
             most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
-            self.context.count(query.shape[0] * visible_entries(tokens, min(most) if most else None))
+            spans = [len(part) for part in torch.arange(tokens).split(scoring.chunk or tokens)]
+            self.context.count(
+                query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
+            )
             out = causal_attention(query, key, value, scoring)
         elif scoring.chosen is not None:
             raise NotApplicable(
@@ -79,7 +83,7 @@ class _Recorder:
                 f"{self.method.key} attends by products alone, and {self.facts.name} by positions (ALiBi)"
             )
         else:
-            out = self.method.attend(query, key, value, scoring, self.context)
+            out = self.method.attend(query, key, value, taken, self.context)
         kept = {} if self.states is None else {"state": self.states.nbytes}
         # Of what is live here: the recording so far, and states.
         before = (self.recorded_nbytes if self.home == query.device else 0) + sum(kept.values())
@@ -159,7 +163,9 @@ def read(
     """
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
-        raise PromptTooLong(f"the prompt has {tokens} tokens, but {facts.name} has only {facts.room}; shorten the text")
+        raise PromptTooLong(
+            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text"
+        )
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
@@ -206,19 +212,13 @@ def read(
         )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
-    exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
-    exact |= {
-        layer.index: f"reads the keys and values of layer {numbers[layer.shared]}"
-        for layer in layers
-        if layer.shared is not None
-    }
     gone = _gone(layers[0], facts, sorted(set(attending(plain or model)) - set(numbers)), plain_widths)
     return Trace(
         prompt,
         layers,
         logits.cpu(),
         watch.seconds["read"],
-        exact,
+        _exact(layers, method),
         timeline,
         tuple(context.computed),
         gone,
@@ -233,7 +233,7 @@ def seen(facts: Facts, trace: Trace) -> Facts:
 
     A config may say otherwise: of DeepSeek's heads it names the rotated part, of Gemma 4's those of one kind of layer.
     """
-    layer = next((layer for layer in trace.layers if layer.window is None), trace.layers[0])
+    layer = next((layer for layer in trace.layers if layer.bound is None), trace.layers[0])
     return replace(facts, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.keys_held.shape[-1])
 
 
@@ -287,7 +287,7 @@ def read_unrecorded(
     layers = tuple(layer.blank(tokens) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
-    return Trace(prompt, layers, logits, 0.0, first.exact, Timeline("read"), gone=gone)
+    return Trace(prompt, layers, logits, 0.0, _exact(layers, None), Timeline("read"), gone=gone)
 
 
 def _gone(
@@ -300,11 +300,26 @@ def _gone(
             blank,
             index=index,
             number=index,
-            scoring=replace(blank.scoring, window=facts.windows[index]),
+            scoring=replace(
+                blank.scoring, window=facts.windows[index], chunk=facts.chunks[index] if facts.chunks else None
+            ),
             plain_widths=widths[index] if widths else None,
         )
         for index in missing
     )
+
+
+def _exact(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:
+    """The layers that KV methods must leave alone, and why: those with a window, those that divided the prompt into
+    chunks, and those that hold nothing of their own.
+    """
+    exact = {layer.index: _window_reason(layer, method) for layer in layers if layer.window}
+    for layer in layers:
+        if layer.chunk is not None and layer.tokens > layer.chunk:
+            exact[layer.index] = f"attention in chunks of {layer.chunk} tokens: it holds the newest one only"
+        if layer.shared is not None:
+            exact[layer.index] = f"reads the keys and values of layer {layers[layer.shared].number}"
+    return exact
 
 
 def _window_reason(layer: LayerTrace, method: AttentionMethod | None) -> str:

@@ -202,7 +202,7 @@ class Run(Shown):
             f"  answer   {self.text.strip()}",
             f"  cache    {mib(nbytes)} of {mib(full)} ({nbytes / full:.1%})"
             + (f", {mib(host)} more in host memory" if host else ""),
-            *([f"  state    {mib(state)} of layers without keys and values, under every recipe"] if state else []),
+            *([f"  state    {mib(state)} beside keys and values, the same under every recipe"] if state else []),
             *attended,
         ]
         if self.measured:

@@ -165,7 +165,9 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 "scale": x.scale,
                 "window": x.window,
                 "softcap": x.softcap,
+                "chunk": x.chunk,
                 "shared": x.shared,
+                "rounded": x.scoring.rounded,
                 "chosen": None if (chosen := x.scoring.chosen) is None else "all" if chosen.keys is None else "some",
                 "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
             }
@@ -359,7 +361,9 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                         else None
                         for name in _OF_HEADS
                     ),
+                    rounded=bool(fields.get("rounded")),
                     chosen=chosen,
+                    chunk=fields.get("chunk"),
                 ),
                 shared=fields.get("shared"),
                 rotary=partial(readings.rotations.of, numbers[index]),

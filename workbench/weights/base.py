@@ -48,12 +48,18 @@ class WeightMethod(Method):
     stage: ClassVar[Stage] = "round"  # the methods of a recipe are applied in this order
     takes_pruned: ClassVar[bool] = False  # keeps weights at zero that a method before it left out (`kept_of`)
     every_size: ClassVar[bool] = False  # made once for all budgets: another one only loads more or less of it
-    alone: ClassVar[bool] = True  # each small layer stands for the one of its name, whatever becomes of the others
 
     @classmethod
     def takes_budget(cls) -> bool:
         """Whether a budget chooses how small the weights become; elsewhere that follows from the parameters."""
         return cls.default_budget is not None or cls.every_size
+
+    @property
+    def together(self) -> str:
+        """Why its layers only make sense together; empty: each stands for the one of its name, whatever becomes of the
+        others.
+        """
+        return ""
 
     def refuses(self, linear: nn.Linear) -> str | None:
         """Why this layer must be left alone whatever the parameters; None if it can be compressed."""
@@ -178,6 +184,16 @@ class WeightMethod(Method):
     def left_alone(self, model: nn.Module) -> dict[str, str]:
         """The weight matrices that keep their precision, by name, and why; vectors such as biases are not listed."""
         return self.survey(model).left
+
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        """The layers whose numbers stand for something else than the model's afterwards, by name, and why.
+
+        Their weights and outputs are not to be compared with those of the same name in the model, though what the
+        model computes is the same: factors of their inputs or outputs are held elsewhere, or what flows between layers
+        was rotated.
+        """
+        del model
+        return {}
 
     def note(self, model: nn.Module) -> str:
         """One line for a run's record: what was compressed to which size, and what was left alone."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from workbench.errors import BadBudget, BudgetTooSmall, NotApplicable
 from workbench.models.decoder import decoder_layers
-from workbench.models.linear import linear_of, multiplied_weights
+from workbench.models.linear import linear_of, wanted_weights
 from workbench.weights.surgery.linears import output_head
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class Survey:
                 elif module is head:
                     left[path] = "the output head keeps its precision"
                 elif linear is None:
-                    what = "fused experts, not linear layers" if parameter.ndim > 2 else "not a plain linear layer"
-                    left[path] = f"{what} ({type(module).__name__})"
+                    left[path] = f"{_form(module, parameter)} ({type(module).__name__})"
                 else:
                     reason = _read_elsewhere(model, name) or method.refuses(linear)
                     if reason is None:
@@ -182,11 +181,18 @@ def _measured(method: Surveying, linears: Mapping[str, nn.Linear], numbers: int)
     return numbers * sum(map(method.full_nbytes, linears.values())) // weights
 
 
+def _form(module: nn.Module, parameter: nn.Parameter) -> str:
+    """What a matrix is whose module is no linear layer."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "a convolution, not a linear layer"
+    return "fused experts, not linear layers" if parameter.ndim > 2 else "not a plain linear layer"
+
+
 def _read_elsewhere(model: nn.Module, name: str) -> str | None:
-    """Why nothing can stand in the place of a linear layer: its owner multiplies the weight itself."""
+    """Why nothing can stand in the place of a linear layer: its owner reads the weight itself."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
-    return f"{type(owner).__name__} multiplies its weight itself" if key in multiplied_weights(owner) else None
+    return f"{type(owner).__name__} reads its weight itself" if key in wanted_weights(owner) else None
 
 
 def grouped(reasons: Mapping[str, str]) -> str:

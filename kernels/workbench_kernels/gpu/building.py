@@ -345,10 +345,8 @@ def _blocks(width: int, bits: int, group: int) -> tuple[dict[str, int], int]:
 
 def quantise_rows(
     x: Tensor, bits: int, group: int, axis: Axis, *, chosen: Kept | None = None, balance: Tensor | None = None,
-    clip: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `workbench_kernels.building.quantise_rows`; no quantiles."""
-    assert clip <= 0, "quantiles are the reference's"
+    """See `workbench_kernels.building.quantise_rows`."""
     x = _whole(x)
     heads, tokens, width = x.shape
     pointers, total, longest = _chosen(chosen, x)

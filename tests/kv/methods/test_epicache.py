@@ -15,13 +15,9 @@ from workbench import testing
 from workbench.core.kmeans import kmeans
 from workbench.engine.attention_hook import forward
 from workbench.kv import EpiCache
+from workbench.kv.episodes import embedding
+from workbench.kv.head_order import best, most_attended, with_sinks
 from workbench.kv.layer_sensitivity import key_similarity, layer_counts, layer_weights
-from workbench.kv.methods.chunked.epicache import (
-    best,
-    embedding,
-    most_attended,
-    with_sinks,
-)
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt
 from workbench.runtime.planning import make_plan

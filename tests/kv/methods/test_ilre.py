@@ -14,7 +14,7 @@ from workbench import testing
 from workbench.engine.attention_hook import forward
 from workbench.errors import BudgetTooSmall, PromptTooLong
 from workbench.kv import ILRe
-from workbench.kv.methods.chunked.ilre import attention_to, recalled, widths
+from workbench.kv.recall import attention_to, recalled, widths
 from workbench.models import tiny
 from workbench.runtime.planning import make_plan
 

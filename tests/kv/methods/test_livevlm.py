@@ -12,7 +12,7 @@ import torch
 import workbench as wb
 from tests.kv.support import SHORT, ids_of, reading
 from workbench.kv import LiveVLM
-from workbench.kv.methods.chunked.livevlm import bucketed
+from workbench.kv.bucketing import bucketed
 from workbench.kv.stores import DenseStore
 from workbench.kv.stores.paged import PagedStore
 from workbench.models import tiny

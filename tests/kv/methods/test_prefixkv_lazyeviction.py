@@ -14,9 +14,9 @@ from workbench.errors import BadBudget
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
 from workbench.kv.methods.allocate.prefixkv import held_before
-from workbench.kv.methods.evict.lazyeviction import mri_score, track_recurrence
 from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
+from workbench.kv.recurrence import mri_score, track_recurrence
 from workbench.kv.stores import DenseStore
 from workbench.models import tiny
 from workbench.runtime.decode import Decoder

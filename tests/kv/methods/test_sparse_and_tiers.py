@@ -477,20 +477,13 @@ def test_single_bits_come_back_as_they_were(channels: int, rows: int, seed: int)
     assert packed.shape == (rows, -(-channels // 8)) and torch.equal(unpack(packed, 1, channels), codes)
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.1, 0.2, 0.45])
-def test_one_bit_rounds_to_the_nearer_of_two_quantiles(clip: float) -> None:
+def test_one_bit_rounds_to_the_nearer_of_two_ends() -> None:
     x = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
-    back = dequantise(*quantise(x, 1, clip))
+    back = dequantise(*quantise(x, 1))
     for row, found in zip(x.double(), back, strict=True):
-        low, high = torch.quantile(row, clip), torch.quantile(row, 1 - clip)
+        low, high = row.min(), row.max()
         expected = torch.where((row - low).abs() < (row - high).abs(), low, high)
         assert torch.allclose(found.double(), expected, atol=4e-3)
-
-
-def test_quantiles_are_closer_than_extremes_at_one_bit() -> None:
-    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
-    errors = {clip: float((dequantise(*quantise(x, 1, clip)) - x).norm()) for clip in (0.0, 0.1, 0.2, 0.3, 0.4)}
-    assert min(errors, key=errors.__getitem__) == 0.2 and errors[0.2] < 0.6 * errors[0.0]
 
 
 def test_only_the_given_stretch_is_at_one_bit_with_two_levels_a_channel() -> None:

@@ -14,7 +14,8 @@ from tests.kv.support import ids_of, numbers, reading
 from workbench import testing
 from workbench.errors import BudgetTooSmall
 from workbench.kv import StreamMem
-from workbench.kv.methods.chunked.streammem import chosen, template_ids, with_prototypes
+from workbench.kv.frame_prototypes import chosen, with_prototypes
+from workbench.kv.methods.chunked.streammem import template_ids
 from workbench.kv.stores import DenseStore
 from workbench.models import facts, tiny
 from workbench.prompt import Prompt

@@ -15,7 +15,7 @@ from tests.kv.support import ids_of
 from workbench import testing
 from workbench.kv import XL3M
 from workbench.kv.asked import asked
-from workbench.kv.methods.chunked.xl3m import entropy, surest
+from workbench.kv.segments import entropy, surest
 from workbench.kv.stores import SlidingStore
 from workbench.models import tiny
 from workbench.prompt import Prompt

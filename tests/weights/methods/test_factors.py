@@ -20,11 +20,11 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CodebookLinear, DictionaryLinear, codebook_nbytes, dictionary_nbytes
 from workbench.weights.layers.low_rank import LowRankLinear
 from workbench.weights.layers.narrow_attention import NarrowAttention
-from workbench.weights.methods.low_rank.cospadi import learn, pursue
 from workbench.weights.methods.low_rank.fwsvd import importance
 from workbench.weights.methods.low_rank.greenformers import semi_nonnegative
 from workbench.weights.methods.quantise.vq_logits import clusters
 from workbench.weights.solvers.block_widths import shares
+from workbench.weights.solvers.dictionary import learn, pursue
 from workbench.weights.solvers.low_rank import row_weighted, truncated, updated, whitened
 from workbench.weights.solvers.module_decompositions import leverage, mixtures, nystrom, pair_scores, value_moment
 from workbench.weights.solvers.whitening import root

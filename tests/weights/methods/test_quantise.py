@@ -25,9 +25,9 @@ from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers import CompactLinear, PackedLinear, Parts
-from workbench.weights.methods.quantise.awq import awq_columns, group_errors
 from workbench.weights.methods.quantise.owq import weak_columns
 from workbench.weights.solvers import gptq as gptq_module
+from workbench.weights.solvers.activation_scales import awq_columns, group_errors
 from workbench.weights.solvers.bit_exchange import bits_by_divergence, bits_exchanged, drawn_inputs
 from workbench.weights.solvers.gptq import gptq
 from workbench.weights.solvers.group_grids import binary, near_grid, salient_grid

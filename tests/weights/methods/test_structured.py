@@ -27,12 +27,13 @@ from workbench.weights.calibration.block_gates import block_gates
 from workbench.weights.compress import compressed
 from workbench.weights.layers.core_mlp import CoreMLP, votes
 from workbench.weights.methods.structured.cfsp import CFSP, kept_shares, neuron_scores
-from workbench.weights.methods.structured.comp import COMP, leverage, remaining, tuned
+from workbench.weights.methods.structured.comp import COMP
 from workbench.weights.methods.structured.coreinfer import CoreInfer
 from workbench.weights.methods.structured.foldgpt import FoldGPT, folding
 from workbench.weights.methods.structured.udfc import UDFC, gains
 from workbench.weights.methods.structured.ziplm import ZipLM
 from workbench.weights.solvers.least_squares import refitted
+from workbench.weights.solvers.matrix_condition import leverage, remaining, tuned
 from workbench.weights.solvers.random_inputs import channels, data_free_scores, overlap, rebuilt
 from workbench.weights.solvers.structure_removal import removal
 from workbench.weights.solvers.widths import shared_out

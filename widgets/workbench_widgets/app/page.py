@@ -21,6 +21,7 @@ from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
 from workbench.weights.base import WeightMethod
+from workbench_widgets import present
 from workbench_widgets.app.elements.notice import Notice
 from workbench_widgets.app.elements.theme import EXTENSIONS, HEADING_STYLE, theme_config
 from workbench_widgets.app.panels import (
@@ -298,10 +299,10 @@ class Page:
     def _was_read(self, event: Event) -> None:
         if event.new is None:
             return
-        facts = event.new.session.facts
+        facts, numbers = event.new.session.facts, event.new.trace.numbers
         layer, head = self._linked_head
         self._linked_head = (0, 0)
-        self.workspace.selected = cell = (min(layer, facts.layers - 1), min(head, facts.heads - 1))
+        self.workspace.selected = cell = (present.nearest(layer, numbers), min(head, facts.heads - 1))
         if cell != (layer, head):
             note = f"{facts.name} has no layer {layer}, head {head}: layer {cell[0]}, head {cell[1]} is shown."
             self.link.say(f"{self.link.object} {note}".strip())

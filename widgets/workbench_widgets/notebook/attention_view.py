@@ -21,7 +21,7 @@ _PIXELS = 512
 
 
 class AttentionView(ipywidgets.VBox):
-    """What a session's prompt attends to: `AttentionView(session, layer=8, head=2)`.
+    """What a session's prompt attends to: `AttentionView(session, layer=8, head=2)`; by default the first layer's.
 
     recipe: show what is left under it (default: all keys). minus: show the difference to this recipe instead; "full"
     is all keys. operator: in place of a recipe, the map that this attention operator implies, a key of
@@ -34,7 +34,7 @@ class AttentionView(ipywidgets.VBox):
     def __init__(
         self,
         session: Session,
-        layer: int = 0,
+        layer: int | None = None,
         head: int = 0,
         recipe: Spec | None = None,
         *,
@@ -54,7 +54,8 @@ class AttentionView(ipywidgets.VBox):
             self._minus = None  # is its own affair
         trace = session.trace
         self._tokens = [] if trace is None else present.pieces(session.tokenizer, trace.ids)
-        self._selected = (layer, head)
+        first = 0 if trace is None else trace.numbers[0]
+        self._selected = (first if layer is None else layer, head)
         self.scale = ipywidgets.Dropdown(options=["log", "linear", "percentile"], description="Colours")
         self.pooling = ipywidgets.Dropdown(options=["max", "mean", "sum"], description="Cell shows")
         self.operator = MethodControls(

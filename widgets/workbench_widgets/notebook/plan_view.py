@@ -43,8 +43,8 @@ class PlanView(ipywidgets.VBox):
         self._choose(self.raster.selected)
 
     def _choose(self, selected: tuple[int, int] | None) -> None:
-        layers, heads, _ = self._plan.tiers.shape
-        inside = selected is not None and selected[0] < layers and selected[1] < heads
+        heads = self._plan.tiers.shape[1]
+        inside = selected is not None and selected[0] in self._plan.trace.numbers and selected[1] < heads
         TokenText.update(self.text, **present.token_text(self._plan, self._tokens, selected if inside else None))
 
     def _mark(self, position: int | None) -> None:

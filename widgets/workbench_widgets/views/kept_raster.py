@@ -24,6 +24,7 @@ class KeptRaster(View):
     module: ClassVar[str] = "kept_raster.js"
     kept: bytes = b""  # uint8 [layers * heads, n] tiers, or [2, layers * heads, pixels]: main tier and share kept
     layers: int = 0
+    numbers: list[int]  # what the model calls these layers; empty: as they are counted
     heads: int = 0
     positions: int = 0
     tiers: list[str]
@@ -39,12 +40,14 @@ class KeptRaster(View):
         *,
         tiers: Sequence[str] = ("dropped", "kept"),
         tokens: Sequence[str] = (),
+        numbers: Sequence[int] = (),
         pixels: int = 8192,
     ) -> dict[str, object]:
         """Field values from `kept` [layers, heads, n]: bool, or for each cell its index into `tiers` (0 is dropped).
 
-        Beyond `pixels` positions, columns are pooled: a pixel shows the most frequent tier, as strong as the share
-        kept. Raises `BadParameter` for other shapes and for tiers that have no name.
+        numbers: what the layers are called, where the model has others too. Beyond `pixels` positions, columns are
+        pooled: a pixel shows the most frequent tier, as strong as the share kept. Raises `BadParameter` for other
+        shapes and for tiers that have no name.
         """
         cells = np.asarray(kept)
         if cells.ndim != 3 or cells.dtype.kind not in "biu":
@@ -60,6 +63,7 @@ class KeptRaster(View):
         return {
             "kept": pack(grid if n <= pixels else pool_tiers(grid, pixels)),
             "layers": layers,
+            "numbers": list(numbers),
             "heads": heads,
             "positions": n,
             "tiers": list(tiers),

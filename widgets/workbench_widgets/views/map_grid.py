@@ -43,6 +43,7 @@ class MapGrid(View):
         classes: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         measures: Mapping[str, ArrayLike] | None = None,
+        numbers: Sequence[int] = (),
         scale: Scale = "log",
         diverging: bool = False,
     ) -> dict[str, object]:
@@ -51,8 +52,8 @@ class MapGrid(View):
 
         `classes`: what each head is called, layer by layer [layers x heads]; `class_names` gives their order (and
         colours), by default as they come. `measures`: named numbers, [layers x heads] each, told on hover and to sort
-        by. All maps share one colour scale; `diverging`: they are differences. Raises `BadParameter` where shapes do
-        not fit.
+        by. `numbers`: what the layers are called (default: from 0 on). All maps share one colour scale; `diverging`:
+        they are differences. Raises `BadParameter` where shapes do not fit.
         """
         array = np.asarray(maps, dtype=np.float32)
         if array.ndim != 4 or array.shape[2] != array.shape[3]:
@@ -74,10 +75,13 @@ class MapGrid(View):
             raise BadParameter(f"MapGrid: class {min(unknown)!r} is not among class_names {names}")
         kinds = np.array([names.index(name) for name in classes or []], dtype=np.uint8)
         knots = scale_differences(flat, scale) if diverging else scale_values(flat, scale)
+        places = np.stack(np.divmod(np.arange(len(flat)), max(heads, 1)), axis=1)
+        if numbers:
+            places[:, 0] = np.asarray(numbers)[places[:, 0]]
         return {
             "tiles": pack(quantise(flat, knots)),
             "diverging": diverging,
-            "places": pack(np.stack(np.divmod(np.arange(len(flat)), max(heads, 1)), axis=1).astype(np.int32)),
+            "places": pack(places.astype(np.int32)),
             "classes": pack(kinds) if classes is not None else b"",
             "class_names": names,
             "measures": pack(np.stack(list(columns.values()))) if columns else b"",

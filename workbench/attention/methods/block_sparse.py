@@ -9,8 +9,8 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
 from workbench.attention.entry_budget import allowed_entries, windowed_attention
-from workbench.attention.lines import Lines, a_shape, heaviest, heaviest_of_both, line_attention, probed, widest_probe
-from workbench.attention.pattern_search import Judged, judge, judges, judging_entries
+from workbench.attention.lines import Lines, a_shape, heaviest, heaviest_of_both, probed, widest_probe
+from workbench.attention.pattern_search import Judged, fill_heads, judge, judges, judging_entries
 from workbench.attention.token_blocks import block_attention, blocks_seen, blocks_within
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench_kernels import Scoring
@@ -140,18 +140,8 @@ class BlockSparse(AttentionMethod):
                 seen.append(blocks_seen(query[:, :first], key[:, :first], plan, rows, first, sinks=self.sinks))
             judged = judge(query, key, value, rows, seen, scoring)
             best = judged.best.tolist()
-        for head, choice in enumerate(best):
-            group = head * len(key) // heads
-            rotated, keys, values = query[head, :first], key[group, :first], value[group, :first]
-            if choice == len(lines):
-                context.count(plan.entries)
-                out[head, :first] = block_attention(
-                    rotated[None], keys[None], values[None], plan, scoring.of(head), sinks=self.sinks
-                )[0]
-            else:
-                columns, diagonals = (x[head] for x in lines[choice])
-                context.count(int(lines[choice].entries()[head]))
-                out[head, :first] = line_attention(rotated, keys, values, columns, diagonals, scoring.of(head))
+        computed = fill_heads(out[:, :first], query, key, value, best, lines, plan, scoring, sinks=self.sinks)
+        context.count(computed)
         if judged is not None:
             out[:, rows] = judged.out
         out[:, first:] = probes.out

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries
-from workbench.attention.shared_weights import SharedRows, SharedStep, moved, within
+from workbench.attention.shared_layers import source_layer
+from workbench.attention.shared_weights import SharedRows, SharedStep, compensation, moved, newest_values, within
 from workbench.core.attention_rows import row_blocks
 from workbench.core.causal_attention import causal_attention
 from workbench.core.partial_softmax import by_query_head, weighted_sum
@@ -84,14 +85,7 @@ class UniAttn(AttentionMethod):
 
     def source_layer(self, layer: int, layers: int) -> int:
         """The layer whose weights this one uses, itself if it computes its own."""
-        reusing, size = self._reusing(layers), self._size(layers)
-        top = layers - 1 - layer  # how many are above it
-        whole, rest = divmod(reusing, size - 1)
-        if top < whole * size:
-            return layers - (top // size + 1) * size
-        if rest and top < whole * size + rest + 1:
-            return layers - whole * size - rest - 1
-        return layer
+        return source_layer(layer, layers, self._reusing(layers), self.size)
 
     def entries(self, tokens: int, layers: int) -> int:
         return (layers - self._reusing(layers)) * visible_entries(tokens)
@@ -125,9 +119,7 @@ class UniAttn(AttentionMethod):
         self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, context: PassContext, exact: Tensor
     ) -> Tensor:
         lost = exact - self.attend(query, key, value, scoring, context)
-        side_by_side = (x.double().transpose(0, 1).flatten(1) for x in (value, lost))  # [n, k * dv] and [n, h * dv]
-        given = torch.linalg.pinv(next(side_by_side)) @ next(side_by_side)
-        context.state[_COMPENSATION, context.layer] = given.float()
+        context.state[_COMPENSATION, context.layer] = compensation(value, lost)
         return exact - lost + self._given_back(value, context)
 
     def _given_back(self, value: Tensor, context: PassContext) -> Tensor | float:
@@ -152,7 +144,7 @@ class UniAttn(AttentionMethod):
             if scoring.sinks is not None:
                 kept = kept + (1 - shared.weights.sum(dim=-1, keepdim=True))  # what sinks got
             weights /= kept.clamp_min(torch.finfo(weights.dtype).tiny)
-            given = self._given_back(_newest(contents, context.positions), context)
+            given = self._given_back(newest_values(contents, context.positions), context)
         else:  # also where the layer that it would follow has a sliding window and did not leave its weights
             context.count_seen(len(query), visible)
             rows = query.float().unflatten(0, (-1, groups)).flatten(1, 2)  # [k, g * q, d]
@@ -169,13 +161,6 @@ class UniAttn(AttentionMethod):
         assert budget is not None
         return min(math.ceil((1 - budget.amount) * layers - 1e-9), layers - 1)
 
-    def _size(self, layers: int) -> int:
-        """The layers of a block: `size`, or more if otherwise too few could reuse weights."""
-        reusing, size = self._reusing(layers), self.size
-        while reusing > 0 and -(-reusing // (size - 1)) + reusing > layers:
-            size += 1
-        return size
-
     def _serves(self, anchor: int, layer: int, layers: int) -> bool:
         return layer < layers and layer != anchor and self.source_layer(layer, layers) == anchor
 
@@ -189,10 +174,3 @@ class UniAttn(AttentionMethod):
                 f"uniattn: the weights that layers share take {nbytes / 2**20:,.0f} MiB for {query.shape[1]} tokens, "
                 f"and `keep` allows {self.keep:,}; raise it, or shorten the prompt{calibrated}"
             )
-
-
-def _newest(contents: Dequantised, positions: Tensor) -> Tensor:
-    """The values [k, q, dv] that are held of the tokens at positions [q]."""
-    held = contents.positions.expand(len(contents.values), -1)  # [k, m]
-    slots = (held[:, None] == positions.to(held.device)[:, None]).byte().argmax(dim=-1)  # [k, q]
-    return contents.values.gather(1, slots[..., None].expand(-1, -1, contents.values.shape[-1]))

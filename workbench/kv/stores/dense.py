@@ -266,7 +266,7 @@ class SlidingStore(Store):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         begin, last = positions[[0, -1]].tolist()
         # Tokens read together still need the window of the first of them: the rest is cut once they have attended.
-        self._cut(begin - self.window + 1)
+        self._cut(self._sees(begin))
         if self._scattered is not None or begin != self.end or last - begin + 1 != positions.numel():
             self._scattered = torch.cat([self._positions, positions.to(self.keys.device)]).to(torch.int32)
         self.keys = torch.cat([self.keys, appended(keys, self.keys.dtype, "new keys")], dim=1)
@@ -277,9 +277,13 @@ class SlidingStore(Store):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         attended = super().attend(query, query_positions, scoring, weights=weights)
-        if not self._for_others and self._cut(self.end - self.window):
+        if not self._for_others and self._cut(self._sees(self.end - 1)):
             self.keys, self.values = self.keys.clone(), self.values.clone()
         return attended
+
+    def _sees(self, position: int) -> int:
+        """The first position that a query at this one sees."""
+        return position - self.window + 1
 
     def _cut(self, begin: int) -> bool:
         """Forget the positions before `begin`; whether there were any."""
@@ -311,6 +315,20 @@ class SlidingStore(Store):
     def clone(self) -> Self:
         scattered = None if self._scattered is None else self._scattered.clone()
         return type(self)(self.keys.clone(), self.values.clone(), self.end, self.window, scattered)
+
+
+class ChunkStore(SlidingStore):
+    """The newest positions of a layer that attends in chunks of `window`, exact: those of the chunk of the last one.
+
+    Tokens of several chunks come one chunk after the other (`Decoder.feed`).
+    """
+
+    @property
+    def chunk(self) -> int:
+        return self.window
+
+    def _sees(self, position: int) -> int:
+        return position - position % self.window
 
 
 def _name(dtype: torch.dtype) -> str:

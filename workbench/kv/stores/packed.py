@@ -63,12 +63,11 @@ class PackedRows:
         group: int,
         axis: Axis,
         balance: Tensor | None = None,
-        clip: float = 0.0,
     ) -> PackedRows:
-        """Quantise x [t, d], head after head with `lengths` [k] rows each; for `clip` see `quantise`."""
+        """Quantise x [t, d], head after head with `lengths` [k] rows each."""
         if balance is not None:
             x = x * torch.repeat_interleave(balance.float(), lengths, dim=0)
-        quantised = quantise_rows(x[None], bits, group, axis, clip=clip)
+        quantised = quantise_rows(x[None], bits, group, axis)
         return cls(*_rows(quantised, lengths, group, axis), bits, group, axis, x.shape[1], balance)
 
     @classmethod

@@ -106,6 +106,11 @@ class Store(ABC):
         return None
 
     @property
+    def chunk(self) -> int | None:
+        """How many positions make a chunk, for a store that keeps those of the newest one alone; None: it does not."""
+        return None
+
+    @property
     def evictable(self) -> Evictable | None:
         """The store as one from which single entries can leave while decoding; None where it has no state for that."""
         return None
@@ -280,7 +285,7 @@ def seen_by(query_positions: Tensor, positions: Tensor, valid: Tensor | None, sc
     indexer chose only what is held can be seen, which may be nothing.
     """
     real = None if valid is None else valid[:, None]
-    if query_positions.numel() == 1 and scoring.window is None and scoring.chosen is None:
+    if query_positions.numel() == 1 and scoring.window is None and scoring.chunk is None and scoring.chosen is None:
         return real  # the newest token sees everything held
     visible = scoring.visible(query_positions.to(positions.device), positions)
     return visible if real is None else visible & real

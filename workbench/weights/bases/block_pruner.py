@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from workbench.models.decoder import decoder_layers, placed
 from workbench.weights.bases.structured import StructuredMethod, WithinBudget
+from workbench.weights.surgery.depth import check_depth
 from workbench.weights.surgery.linears import outside
 from workbench.weights.survey import Survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class BlockPruner(StructuredMethod):
@@ -20,6 +25,8 @@ class BlockPruner(StructuredMethod):
 
     def survey(self, model: nn.Module) -> WithinBudget:
         survey = Survey.of(model, self)
+        if self.limit(survey.linears) is not None:  # before anything is learned
+            check_depth(cast("PreTrainedModel", model))
         sizes = [size for size in self.block_nbytes(model, survey.linears) if size]
         return WithinBudget(**vars(survey), whole=sum(sizes), least=max(sizes))
 

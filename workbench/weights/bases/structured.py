@@ -19,8 +19,11 @@ class StructuredMethod(WeightMethod):
     """
 
     measure: ClassVar[str] = "size"
-    alone: ClassVar[bool] = False
     stage: ClassVar[Stage] = "structure"
+
+    @property
+    def together(self) -> str:
+        return "what one layer leaves out is missing from the next"
 
     def full_nbytes(self, linear: nn.Linear) -> int:
         return linear.weight.numel() * linear.weight.element_size()

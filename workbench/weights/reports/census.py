@@ -44,7 +44,8 @@ def census(
     arguments.flag("outputs", outputs)
     twin = variants.get(chosen, progress)
     reasons = {name: why for method in chosen for name, why in method.left_alone(variants.model).items()}
-    return census_of(variants.model, twin, variants.study() if outputs else None, reasons, progress)
+    recast = {name: why for method in chosen for name, why in method.recast(variants.model).items()}
+    return census_of(variants.model, twin, variants.study() if outputs else None, reasons, progress, recast)
 
 
 def census_of(
@@ -53,6 +54,7 @@ def census_of(
     study: WeightStudy | None = None,
     reasons: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    recast: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """One row for each weight matrix of `model`, with what `twin`, a compressed copy of it, has in its place.
 
@@ -61,8 +63,9 @@ def census_of(
     chosen: what that layer says of itself. bytes: of what stands for it, plain ones at 16 bits; share: of the
     original at 16 bits. weight_error: ‖ΔW‖ / ‖W‖, missing where W is zero. output_error: the same of its outputs
     over the calibration texts of `study`, the root of tr(ΔW M ΔWᵀ) / tr(W M Wᵀ), for the linear layers of blocks.
-    Errors are missing where the two have no common shape, and they are not small, though nothing is lost, where a
-    method rotated what flows between layers. reason: why it was left as it is, from `reasons`. Rows of tied
+    Errors are missing where the two have no common shape, and of layers in `recast`, whose numbers stand for something
+    else than the model's of the same name: factors of their inputs are held elsewhere, or what flows between layers was
+    rotated. reason: why it was left as it is, from `reasons`, or why it has no errors, from `recast`. Rows of tied
     matrices come once, at the first module that has them; matrices that the twin has besides come last.
     """
     progress = progress or Progress()
@@ -76,6 +79,9 @@ def census_of(
         row["share"] = row["bytes"] / (2 * weight.numel())
         row["reason"] = _reason(reasons or {}, full) if row["form"] == "plain" else ""
         rows[full] = row
+        if row["form"] != "plain" and full in (recast or {}):
+            row["weight_error"], row["reason"] = math.nan, f"not compared: {(recast or {})[full]}"
+            continue
         stands = _at(twin, full)
         if row["form"] != "plain" and linear_of(module) is not None and stands is not None:
             changes[full] = (weight, stands)

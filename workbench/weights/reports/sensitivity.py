@@ -46,8 +46,8 @@ def sensitivity(
     """
     chosen = weight_methods(methods)
     for method in chosen:
-        if not method.alone:
-            raise NotApplicable(f"{method.key} changes layers together: no part of what it does stands alone")
+        if why := method.together:
+            raise NotApplicable(f"{method.key}: no part of what it does stands alone: {why}")
     arguments.choice("each", each, get_args(Each))
     ids = variants.ids(texts, tokens)
     return sensitivity_of(variants.model, variants.get(chosen, progress), ids, each, progress)

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from workbench.progress import Progress
+from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.solvers.latency import ProductTimes
-from workbench.weights.solvers.structure_removal import Removal
+from workbench.weights.solvers.structure_removal import Removal, removal
 from workbench.weights.surgery.prunable import PrunableModule
+
+_ROUNDS = 64  # in how many steps at least the structures of a head go: several at once where there are many
 
 
 def module_times(
@@ -29,6 +33,38 @@ def module_times(
             total += torch.tensor([times.of(*size) for size in sizes], dtype=torch.float64)
         rows.append(total.cummin(dim=0).values)
     return torch.stack(rows)
+
+
+def removals_of(
+    modules: Sequence[PrunableModule],
+    levels: Sequence[Sequence[int]],
+    linears: Mapping[str, nn.Linear],
+    study: WeightStudy,
+    damping: float,
+    progress: Progress,
+) -> dict[str, Removal]:
+    """In which order each module's structures go, by its name, and what that costs at each of its widths."""
+    widths = {module.name: set(row) for module, row in zip(modules, levels, strict=True)}
+    found: dict[str, Removal] = {}
+    for _, inputs in study.inputs(hessians=True, progress=progress):
+        for module in (module for module in modules if module.out in inputs):
+            progress.update("finding what costs least", len(found), len(modules))
+            each = torch.arange(module.width).expand(module.heads, -1)
+            structures = module.columns(each).view(module.heads, -1, module.width).transpose(1, 2)  # [heads, width, c]
+            hessian = inputs[module.out].hessian
+            found[module.name] = removal(
+                linears[module.out].weight.detach(), hessian, structures.to(hessian.device), damping,
+                max(module.width // _ROUNDS, 1), widths[module.name],
+            )  # fmt: skip
+    return found
+
+
+def errors_of(
+    modules: Sequence[PrunableModule], levels: Sequence[Sequence[int]], removals: Mapping[str, Removal]
+) -> Tensor:
+    """What each module loses at each of its widths [u, v]."""
+    rows = zip(modules, levels, strict=True)
+    return torch.stack([removals[x.name].errors[[x.width - width for width in row]] for x, row in rows])
 
 
 class Selected(nn.Module):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from workbench.models.decoder import decoder_layers
 from workbench.weights.surgery.rotation import known_norm, projections
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Fold(NamedTuple):
@@ -41,6 +46,26 @@ def folds(block: nn.Module) -> list[Fold]:
     if block.get_submodule(reading[-1]).weight.shape == block.get_submodule(out).weight.shape:
         found.append(Fold(reading[-1], (out,), None))
     return [*found, Fold(norms[1], tuple(widening), "mlp"), Fold(widening[-1], (down,), None)]
+
+
+def foldable(name: str, block: nn.Module, linears: Container[str]) -> list[Fold]:
+    """`folds` of the block of this name, if all their layers are among `linears`; else nothing: a layer that stays
+    plain has to keep its input.
+    """
+    places = folds(block)
+    return places if all(f"{name}.{layer}" in linears for place in places for layer in place.layers) else []
+
+
+def folded_layers(model: nn.Module, linears: Container[str]) -> dict[str, str]:
+    """The layers of a model whose weights change by folding factors of these layers' inputs, by name, and how."""
+    found: dict[str, str] = {}
+    for name, block in decoder_layers(cast("PreTrainedModel", model)).items():
+        for place in foldable(name, block, linears):
+            before = f"{name}.{place.before}"
+            found |= {f"{name}.{layer}": f"scales of its inputs are held by {place.before}" for layer in place.layers}
+            if isinstance(block.get_submodule(place.before), nn.Linear):
+                found.setdefault(before, f"it holds scales of what {' and '.join(place.layers)} read")
+    return found
 
 
 def fold(block: nn.Module, where: Fold, scales: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +190,13 @@ def unrotatable(key: str, model: nn.Module, names: Iterable[str]) -> dict[str, s
         if type(module) is nn.Linear and name.startswith(known) and name not in found:
             raise NotApplicable(f"{key}: {name} shares its weight, which would be rotated twice")
     return {name: "it stands in no block of the decoder" for name in names if not name.startswith(known)}
+
+
+def rotated_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers in the blocks of a model whose numbers a rotation changes, by name, and why."""
+    within = tuple(f"{name}." for name in decoder_layers(cast("PreTrainedModel", model)))
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name: "what flows between layers is rotated" for name in layers if name.startswith(within)}
 
 
 def rotation_nbytes(linears: Mapping[str, nn.Linear]) -> int:

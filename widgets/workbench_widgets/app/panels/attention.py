@@ -143,7 +143,8 @@ class AttentionPanel(Panel):
 
     def _slide(self, event: Event) -> None:
         if not self._quiet:
-            self.workspace.selected = (self.layer.value, self.head.value)
+            numbers = (0,) if self._trace is None else self._trace.numbers
+            self.workspace.selected = (present.nearest(self.layer.value, numbers), self.head.value)
 
     def _changed(self) -> None:
         if not self._quiet:
@@ -177,9 +178,9 @@ class AttentionPanel(Panel):
             return
         self._hint.object = "<p>The map is being computed …</p>"  # until it is there
         with self._quiet.setting():  # controls that follow do not lead
-            layer, head = workspace.selected or (0, 0)
-            facts = reading.session.facts
-            self.layer.param.update(end=facts.layers - 1, value=layer)
+            facts, numbers = reading.session.facts, reading.trace.numbers
+            layer, head = workspace.selected or (numbers[0], 0)
+            self.layer.param.update(start=numbers[0], end=numbers[-1], value=layer)
             self.head.param.update(end=facts.heads - 1, value=head)
             if reading.trace is not self._trace:
                 self._trace = reading.trace
@@ -303,7 +304,9 @@ class AttentionPanel(Panel):
         key = (self._trace, subject)
         if key == self._grid_key:
             return
-        entries = facts.layers * facts.heads * reading.trace.tokens**2 * sum(map(cost_of_entry, subject.recipes))
+        entries = (
+            len(reading.trace.layers) * facts.heads * reading.trace.tokens**2 * sum(map(cost_of_entry, subject.recipes))
+        )
         known = all(grid_key(recipe) in cache for recipe in subject.recipes)
         if not (asked or known or entries <= _AT_ONCE):
             self.survey.visible, self.grid.visible = True, False

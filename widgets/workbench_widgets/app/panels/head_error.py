@@ -33,11 +33,12 @@ class HeadErrorPanel(Panel):
         Heatmap.watch(self.map, "selected", self._choose)
         self.body = pn.Column(self.source, self._hint, self.map, sizing_mode="stretch_width", margin=(6, 0))
         self._quiet = Quiet()
+        self._numbers: tuple[int, ...] = ()  # what the layers shown are called
         super().__init__(workspace)
 
     def _choose(self, cell: tuple[int, int] | None) -> None:
         if not self._quiet and cell is not None:
-            self.workspace.selected = (int(cell[0]), int(cell[1]))
+            self.workspace.selected = (self._numbers[int(cell[0])], int(cell[1]))
 
     def refresh(self) -> None:
         workspace = self.workspace
@@ -52,17 +53,26 @@ class HeadErrorPanel(Panel):
             return
 
         self._hint.object = "<p>The errors are being computed …</p>"  # until they are there
+        reading = workspace.reading
+        numbers: tuple[int, ...] = ()  # an answer's errors are by the layers of the model as it is
+        if of_run and reading is not None:
+            numbers = reading.trace.numbers
+        elif plan is not None:
+            numbers = plan.trace.numbers
 
         def work(_progress: Progress) -> dict[str, object]:
             if of_run:
                 assert run is not None
-                return present.head_error(run.verdict.output_error, of="on the answer")
+                return present.head_error(run.verdict.output_error, of="on the answer", numbers=numbers)
             assert plan is not None
-            return present.head_error(plan.error, of="for the prompt's last 64 tokens")
+            return present.head_error(plan.error, of="for the prompt's last 64 tokens", numbers=numbers)
 
         def show(keywords: dict[str, object]) -> None:
+            self._numbers, chosen = numbers, workspace.selected
+            there = chosen is not None and chosen[0] in numbers
             with self._quiet.setting():
-                Heatmap.update(self.map, **keywords, selected=workspace.selected, dark=workspace.dark)
+                cell = (numbers.index(chosen[0]), chosen[1]) if chosen is not None and there else None
+                Heatmap.update(self.map, **keywords, selected=cell, dark=workspace.dark)
             self.map.visible, self._hint.visible = True, False
 
         workspace.look(work, self.in_view(show))

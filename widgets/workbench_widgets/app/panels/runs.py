@@ -15,7 +15,7 @@ from workbench_widgets.app.elements.method_form import method_title
 from workbench_widgets.app.elements.table import csv_of, fill, table
 from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.app.panels.panel import Panel, hint
-from workbench_widgets.app.state.recipe_slots import kv_methods
+from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, kv_methods
 from workbench_widgets.app.work.workspace import Workspace
 
 _COLUMNS = MappingProxyType(
@@ -50,9 +50,7 @@ class RunsPanel(Panel):
     needs = ("rows", "working", "reading")
 
     def __init__(self, workspace: Workspace, compare: Callable[[list[str], list[str]], None]) -> None:
-        every = {
-            method_title(cls): cls.key for slot in ("kv", "store", "retrieve", "select") for cls in kv_methods(slot)
-        }
+        every = {method_title(cls): cls.key for slot in CACHE_SLOTS if slot != "allocate" for cls in kv_methods(slot)}
         self.methods = pmu.MultiChoice(
             label="Methods",
             options=every,

@@ -52,7 +52,8 @@ class TokensPanel(Panel):
             workspace.focused = False
             return
         layer, kv_head = cell
-        groups = workspace.reading.trace.layers[layer].groups
+        trace = workspace.reading.trace
+        groups = trace.layers[trace.place(layer)].groups
         if workspace.kv_head != (layer, kv_head):  # else the query head that was chosen in another tab stays
             workspace.param.update(selected=(layer, kv_head * groups), focused=True)
         else:

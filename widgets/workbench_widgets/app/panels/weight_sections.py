@@ -67,8 +67,9 @@ def layers(query: WeightQuery, progress: Progress) -> SectionContent:
     census = census_of(query, progress)
     measure = query.measure if query.measure in weight_views.chosen(census) else weight_views.chosen(census)[0]
     return SectionContent(
-        weight_views.weight_figures(census), weight_views.weight_map(census, measure), table=_rows(census)
-    )
+        weight_views.weight_figures(census), weight_views.weight_map(census, measure), table=_rows(census),
+        remark=weight_views.not_compared(census),
+    )  # fmt: skip
 
 
 def spectra(query: WeightQuery, progress: Progress) -> SectionContent:
@@ -168,7 +169,20 @@ def sensitivity_key(query: WeightQuery) -> Hashable:
 
 def _rows(census: pd.DataFrame) -> pd.DataFrame:
     shown = census.assign(mib=census.bytes / 2**20, rank=census["rank"].astype(float), chosen=census.chosen.fillna(""))
-    columns = ("name", "form", "bits", "rank", "density", "mib", "share", "weight_error", "output_error", "chosen")
+    shown["reason"] = shown.reason.where(shown.form != "plain", "")  # of those left alone another section tells
+    columns = (
+        "name",
+        "form",
+        "bits",
+        "rank",
+        "density",
+        "mib",
+        "share",
+        "weight_error",
+        "output_error",
+        "chosen",
+        "reason",
+    )
     filled = [name for name in columns if shown[name].replace("", None).notna().any()]
     return shown[filled].assign(name=shown.name.str.removeprefix("model."))
 

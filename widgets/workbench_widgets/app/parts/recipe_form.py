@@ -38,6 +38,11 @@ _CHOICES = MappingProxyType(
             "All that is on the device",
             "A method that chooses by each query what it attends to. It saves reading, no memory.",
         ),
+        "evict": (
+            "Leaves while decoding",
+            "What the method above lets leave",
+            "A method that scores what is held anew as the answer grows, by the method above. The lowest leave.",
+        ),
         "weights": (
             "Weights",
             "As they are",

@@ -80,6 +80,7 @@ class PageState:
     store: Annotated[_Name, _method("store")] = ""
     retrieve: Annotated[_Name, _method("retrieve")] = ""
     select: Annotated[_Name, _method("select")] = ""
+    evict: Annotated[_Name, _method("evict")] = ""
     weights: Annotated[_Name, _method("weights")] = ""
     attention: Annotated[_Name, _method("attention")] = ""
     values: dict[str, dict[str, Any]] = field(default_factory=dict)  # method key -> parameters unlike their defaults

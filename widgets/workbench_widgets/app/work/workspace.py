@@ -333,7 +333,8 @@ class Workspace(param.Parameterized):
         if self.selected is None or self.reading is None:
             return None
         layer, head = self.selected
-        return layer, head // self.reading.trace.layers[layer].groups
+        trace = self.reading.trace
+        return layer, head // trace.layers[trace.place(layer)].groups
 
     # -- inside
 

@@ -6,21 +6,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
-from workbench.core.kmeans import kmeans
-from workbench.engine.attention_hook import device_of
 from workbench.errors import BudgetTooSmall
 from workbench.kv.asked import asked
 from workbench.kv.base import KVMethod
+from workbench.kv.episodes import embedding, nearest_episode
+from workbench.kv.head_order import best, most_attended, with_sinks
 from workbench.kv.layer_sensitivity import key_similarity, layer_counts, layer_weights
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.prompt import Prompt
 from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from workbench.kv.chunked_prefill import ChunkedPrefill, PrefillResult
 
 _PROFILED = 512  # first tokens of the prompt on which the layers' sensitivity is measured
@@ -144,20 +141,15 @@ class EpiCache(KVMethod):
 
     def matched(self, prefill: ChunkedPrefill) -> Episode:
         """The episode of the prompt that its question is about."""
-        model, prompt = prefill.model, prefill.prompt
+        prompt = prefill.prompt
         segments = prompt.ids.split(self.segment)
-        embedded = torch.stack([embedding(model, ids) for ids in segments])
-        centroids, members = kmeans(embedded, self.episodes)
         words = prompt.ids[-self.segment :] if prefill.question is None else asked(prompt, prefill.question)
-        question = embedding(model, words)
-        episode = int(cosine_similarity(centroids, question[None]).argmax())
-        of_episode = (members == episode).nonzero()[:, 0]
-        closeness = cosine_similarity(embedded[of_episode], centroids[episode][None])
-        nearest = of_episode[closeness.argsort(descending=True, stable=True)[: self.medoids]].sort().values.tolist()
+        embedded = torch.stack([embedding(prefill.model, ids) for ids in (*segments, words)])
+        found = nearest_episode(embedded[:-1], embedded[-1], self.episodes, self.medoids)
         return Episode(
-            torch.cat([_instruction(prompt), *(segments[index] for index in nearest)]),
-            f"EpiCache answers from episode {episode + 1} of {len(centroids)}: {len(of_episode)} of {len(segments)} "
-            f"segments, represented by number {', '.join(str(index + 1) for index in nearest)}",
+            torch.cat([_instruction(prompt), *(segments[index] for index in found.medoids)]),
+            f"EpiCache answers from episode {found.number + 1} of {found.episodes}: {found.members} of {len(segments)} "
+            f"segments, represented by number {', '.join(str(index + 1) for index in found.medoids)}",
         )
 
     def _layer_weights(self, prefill: ChunkedPrefill) -> Tensor:
@@ -194,42 +186,8 @@ class Episode(NamedTuple):
     note: str
 
 
-def embedding(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The mean of the model's input embeddings of ids [n], of length 1, float64 [w] on the CPU."""
-    with torch.no_grad():
-        rows = model.get_input_embeddings()(ids.to(device_of(model)))  # [n, w]
-    return normalize(rows.double().mean(dim=0), dim=0).cpu()
-
-
 def _instruction(prompt: Prompt) -> Tensor:
     """The ids [q] that ask for what matters, with the chat template around them where there is one."""
     if prompt.tokenizer is None:
         return prompt.ids[:0]
     return prompt.question_ids(_WANTED if prompt.chat else f"\n\n{_WANTED}\n", prompt.tokenizer)
-
-
-def most_attended(rows: Tensor) -> Tensor:
-    """Scores [k, m] of entries by attention rows [k, g, q, m]: the largest share that any query pays to each."""
-    shares = rows / rows.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return shares.amax(dim=(1, 2))
-
-
-def with_sinks(scores: Tensor, positions: Tensor, sinks: int) -> Tensor:
-    """The same scores [k, m], of at most 1, with the first `sinks` positions above all, the earlier the higher."""
-    return torch.where(positions < sinks, 2.0 + sinks - positions, scores)
-
-
-def best(scores: Tensor, count: int, *, equal: bool) -> Tensor:
-    """The `count` highest of scores [k, m] over all heads, but one of each head at least; bool [k, m].
-
-    equal: as many of each head.
-    """
-    heads, slots = scores.shape
-    if equal:
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, : count // heads]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-    scores = scores.scatter(1, scores.argmax(dim=1, keepdim=True), torch.inf)
-    chosen = scores.flatten().argsort(descending=True, stable=True)[:count]
-    return (
-        torch.zeros(heads * slots, dtype=torch.bool, device=scores.device).index_fill_(0, chosen, True).view(heads, -1)
-    )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d
 
-from workbench.core.attention_rows import row_blocks
 from workbench.kv.base import KVMethod
-from workbench.kv.stores import Dequantised, Store
+from workbench.kv.recall import attention_to, recalled, widths
 from workbench.kv.stores.format import INDEX_BYTES
+from workbench.kv.stores.keys_only import KeyStore
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
@@ -197,70 +196,3 @@ def _make_room(prefill: ChunkedPrefill, layer: LayerTrace, sinks: int, window: i
     """Leave an early layer its sinks and the window before the next token."""
     positions = prefill.stores[layer.index].slot_positions.expand(layer.kv_heads, -1)
     prefill.keep(layer.index, (positions < sinks) | (positions >= prefill.position - window))
-
-
-def attention_to(queries: Tensor, keys: Tensor, positions: Tensor, layer: LayerTrace) -> Tensor:
-    """The softmax of queries [h, q, d] at positions [q] over keys [k, n, d] from 0 on, their mean: float32 [n]."""
-    received = torch.zeros(keys.shape[1], device=keys.device)
-    for block in row_blocks(queries, keys, layer.scoring, query_positions=positions):
-        received[block.keys] += block.probs.sum(dim=(0, 1))
-    return (received / (queries.shape[0] * queries.shape[1])).cpu()
-
-
-def widths(count: int, widest: int) -> list[int]:
-    """Odd pooling widths from 1 to `widest`, in equal ratios as near as may be, each once."""
-    steps = [widest ** (step / (count - 1)) for step in range(count)] if count > 1 else [float(widest)]
-    return sorted({2 * round((step - 1) / 2) + 1 for step in steps})
-
-
-def recalled(scores: Tensor, kernels: list[int], count: int, sinks: int, last: int) -> Tensor:
-    """The `count` positions, ascending, that the max-pooled scores [n] of each width choose in turns.
-
-    The first `sinks` and the `last` are among them.
-    """
-    tokens = scores.numel()
-    turn = torch.full((tokens,), tokens * len(kernels))
-    for order, width in enumerate(kernels):
-        pooled = max_pool1d(scores[None], width, stride=1, padding=width // 2)[0]
-        place = pooled.argsort(descending=True, stable=True).argsort()
-        turn = torch.minimum(turn, place * len(kernels) + order)
-    turn[:sinks] = turn[tokens - last :] = -1
-    return turn.argsort(stable=True)[:count].sort().values
-
-
-class KeyStore(Store):
-    """The keys [k, n, d] of one layer, without values, in room made for all of them at once."""
-
-    def __init__(self, keys: Tensor, count: int = 0) -> None:
-        self.keys, self.count = keys, count
-
-    @property
-    def appended(self) -> Tensor:
-        """Those that are there, [k, m, d]."""
-        return self.keys[:, : self.count]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.keys.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
-
-    def slots(self) -> tuple[Tensor, Tensor | None]:
-        return torch.arange(self.count, device=self.device)[None], None
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        end = self.count + keys.shape[1]
-        self.keys[:, self.count : end] = keys
-        self.count = end
-
-    def contents(self, dtype: torch.dtype) -> Dequantised:
-        keys = self.appended.to(dtype)
-        return Dequantised(keys, keys[..., :0], *self.slots())
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        return {str(self.keys.dtype).removeprefix("torch."): [self.keys]}
-
-    def clone(self) -> Self:
-        return type(self)(self.keys.clone(), self.count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from workbench.kv.asked import asked
 from workbench.kv.base import KVMethod
+from workbench.kv.segments import entropy, overlapping, surest
 from workbench.registry import Fidelity, Paper, Preset, param, register
 
 if TYPE_CHECKING:
@@ -138,23 +138,3 @@ class XL3M(KVMethod):
         prefill.progress.update(f"judging segments for {self.key}", int(segment[0]), prefill.tokens)
         prefill.reset()
         return entropy(prefill.feed(torch.cat([prefill.ids[:sinks], prefill.ids[segment], question])))
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """The entropy in nats of the distribution that logits [v] give."""
-    uncertainty: Tensor = torch.distributions.Categorical(logits=logits.float()).entropy()
-    return uncertainty
-
-
-def overlapping(where: Tensor, size: int, overlap: float) -> list[Tensor]:
-    """Positions [n] in segments of `size`, each beginning with the last `overlap` of the one before."""
-    step = max(size - int(overlap * size), 1)
-    starts = range(0, max(len(where) - (size - step), 1), step)
-    return [where[start : start + size] for start in starts]
-
-
-def surest(segments: Sequence[Tensor], entropies: Tensor, room: int) -> Tensor:
-    """The positions, ascending, of the segments with the lowest entropies [s], as many as there is room for."""
-    order = entropies.argsort(stable=True).tolist()
-    wanted = dict.fromkeys(torch.cat([segments[index] for index in order]).tolist())  # each once, the surest first
-    return torch.tensor(list(wanted)[:room]).sort().values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -112,7 +114,7 @@ class _Repeating:
         out = torch.empty(*query.shape[:2], value.shape[-1], dtype=query.dtype, device=query.device)
         best = torch.zeros(key.shape[0], self.piece.stop - self.piece.start, device=query.device)
         # The window is the one the prompt was read with, the model's or an attention method's.
-        for block in row_blocks(query, keys, recorded.scoring):
+        for block in row_blocks(query, keys, replace(recorded.scoring, chosen=scoring.chosen)):
             rows = block.probs.unflatten(0, (key.shape[0], -1))  # [k, g, rows, keys]
             mixed = rows.flatten(1, 2).to(values.dtype) @ values[:, block.keys]
             out[:, block.rows] = mixed.view(query.shape[0], -1, values.shape[-1])

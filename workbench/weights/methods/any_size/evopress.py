@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from workbench.core.evolution import evolve, exchanges, filled, switched, uniform
-from workbench.errors import BadBudget, BadParameter, BudgetTooSmall, NotApplicable
+from workbench.errors import BadBudget, NotApplicable
 from workbench.models.decoder import decoder_layers, placed
 from workbench.progress import Progress
-from workbench.registry import Fidelity, Paper, Preset, find, param, register
+from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.base import WeightMethod
+from workbench.weights.calibration.level_search import fittest
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.switched_model import SwitchedModel
 from workbench.weights.compress import compressed_once
+from workbench.weights.levels import Profile, level_name, levels_of, possible_levels, sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_BITS = (2, 3, 4, 8)
-_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares to choose from, beside the budget
-
-
-class Profile(NamedTuple):
-    """What the search chose: the level of each layer by name, and the divergence on its texts, before and after.
-
-    before: with the same level everywhere, and what room was left filled at random.
-    """
-
-    levels: dict[str, str]
-    before: float
-    after: float
 
 
 @register
@@ -116,26 +102,13 @@ class EvoPress(WeightMethod):
             raise BadBudget(f"{self.key}: the budget is a share (0.2) or a size, not {self.budget}")
         self.methods()  # a wrong `of` or level is refused here
 
+    @property
+    def together(self) -> str:
+        return "their levels were chosen together"
+
     def methods(self) -> tuple[WeightMethod, ...]:
         """The method that compresses, at each level, in the order they were written."""
-        key, *settings = self.of.split()
-        cls = find(key)
-        if not issubclass(cls, WeightMethod) or issubclass(cls, EvoPress):
-            raise BadParameter(f"{self.key}: of={key!r} is no weight method that could compress single layers")
-        if not cls.alone or cls.total_nbytes is not WeightMethod.total_nbytes:
-            raise BadParameter(
-                f"{self.key}: {key} compresses layers together, so that they cannot be switched one by one"
-            )
-        values = dict(_setting(self.key, text) for text in settings)
-        levels = [text.strip() for text in self.levels.split(",") if text.strip()]
-        if "bits" in cls.model_fields:
-            return tuple(cls(**{**values, "bits": _number(level)}) for level in levels or map(str, _BITS))
-        return tuple(cls(**{**values, "budget": _number(level)}) for level in levels or self._shares())
-
-    def _shares(self) -> list[str]:
-        budget = self.effective_budget
-        middle = budget.amount if budget is not None and budget.kind == "share" else 0.5
-        return [f"{middle + step:.4g}" for step in _STEPS if 0 < middle + step <= 1]
+        return levels_of(self.key, self.of, self.levels, self.effective_budget)
 
     def refuses(self, linear: nn.Linear) -> str | None:
         return self.methods()[0].refuses(linear)
@@ -155,7 +128,7 @@ class EvoPress(WeightMethod):
         self.possible(linears)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
-        sizes = _sizes(self.possible(linears), linears)
+        sizes = sizes_of(self.possible(linears), linears)
         least, most = int(sizes.amin(dim=1).sum()), int(sizes.amax(dim=1).sum())
         limit = self.limit(linears)
         return most if limit is None else max(least, min(limit, most))
@@ -167,16 +140,7 @@ class EvoPress(WeightMethod):
 
     def possible(self, linears: Mapping[str, nn.Linear]) -> list[WeightMethod]:
         """The levels that all these layers can have, smallest first. Raises what the last of them raised if none."""
-        methods, refusal = [], None
-        for method in self.methods():
-            try:
-                method.check(linears)
-                methods.append(method)
-            except BudgetTooSmall as error:
-                refusal = error
-        if not methods and refusal is not None:
-            raise refusal
-        return sorted(methods, key=lambda method: sum(method.nbytes(linear) for linear in linears.values()))
+        return possible_levels(self.methods(), linears)
 
     def apply(
         self, twin: PreTrainedModel, linears: Mapping[str, nn.Linear], study: WeightStudy, progress: Progress
@@ -186,15 +150,14 @@ class EvoPress(WeightMethod):
             compressed_once(study, method, linears, progress.part(index, len(methods), f"compressing by {self.of}"))
             for index, method in enumerate(methods)
         ]
-        sizes, limit = _sizes(methods, linears), self.limit(linears)
+        sizes, limit = sizes_of(methods, linears), self.limit(linears)
         if bool((sizes.diff(dim=1) < 0).any()):
             raise NotApplicable(f"{self.key}: the levels of {self.of} are not in the same order for every layer")
-        names = list(linears)
         if limit is None:
-            levels = torch.full((len(names),), len(methods) - 1)
+            levels = torch.full((len(linears),), len(methods) - 1)
         else:
-            levels = self.searched(study, names, made, sizes, limit, progress)[0]
-        for name, level in zip(names, levels.tolist(), strict=True):
+            levels = self.searched(study, made, sizes, limit, progress)[0]
+        for name, level in zip(linears, levels.tolist(), strict=True):
             twin.set_submodule(name, made[level][name])
 
     def profile(self, model: PreTrainedModel, study: WeightStudy, progress: Progress | None = None) -> Profile:
@@ -205,15 +168,14 @@ class EvoPress(WeightMethod):
         assert limit is not None  # there is a default budget
         methods, progress = asked.possible(linears), progress or Progress()
         made = [compressed_once(study, method, linears, progress) for method in methods]
-        levels, before, after = asked.searched(study, list(linears), made, _sizes(methods, linears), limit, progress)
-        labels = [_label(method) for method in methods]
+        levels, before, after = asked.searched(study, made, sizes_of(methods, linears), limit, progress)
+        labels = [level_name(method) for method in methods]
         chosen = {name: labels[level] for name, level in zip(linears, levels.tolist(), strict=True)}
         return Profile(chosen, before, after)
 
     def searched(
         self,
         study: WeightStudy,
-        names: Sequence[str],
         made: Sequence[Mapping[str, nn.Module]],
         sizes: Tensor,
         limit: int,
@@ -223,57 +185,12 @@ class EvoPress(WeightMethod):
 
         def search() -> tuple[Tensor, float, float]:
             ids = study.ids[: self.texts, : self.tokens]
-            trial = SwitchedModel(study.model, ids, names, made, progress)
-            draw = torch.Generator().manual_seed(self.seed)
-            even = filled(uniform(sizes, limit), sizes, limit, draw)
-            before = trial.divergence(even, range(ids.shape[0]))
-            fittest = evolve(
-                self._begun(trial, even, before, sizes, limit, progress),
-                lambda parent, draw: switched(parent, sizes, limit, draw),
-                trial.divergence,
-                samples=ids.shape[0],
-                generations=self.generations,
-                offspring=self.offspring,
-                seed=self.seed,
+            trial = SwitchedModel(study.model, ids, list(made[0]), made, progress)
+            found = fittest(
+                trial, sizes, limit,
+                slopes=self.slopes, generations=self.generations, offspring=self.offspring, seed=self.seed,
                 progress=progress,
-                stage="searching levels",
-            )
-            return fittest.levels, before, fittest.unfitness
+            )  # fmt: skip
+            return found.levels, found.before, found.unfitness
 
         return study.once((self.parameter_key(), limit), search)
-
-    def _begun(
-        self, trial: SwitchedModel, even: Tensor, before: float, sizes: Tensor, limit: int, progress: Progress
-    ) -> Tensor:
-        """Where the search begins: the best of a few levels on the way of exchanges, or the same level everywhere."""
-        if not self.slopes:
-            return even
-        slopes = trial.slopes(even, range(min(self.slopes, trial.texts)), progress)
-        way = exchanges(even, slopes, sizes, limit)
-        places = sorted({len(way) * part // 8 for part in (1, 2, 4, 8)} - {0})
-        tried = [(before, even), *((trial.divergence(way[n - 1], range(trial.texts)), way[n - 1]) for n in places)]
-        return min(tried, key=lambda pair: pair[0])[1]
-
-
-def _sizes(methods: Sequence[WeightMethod], linears: Mapping[str, nn.Linear]) -> Tensor:
-    """Bytes of each layer at each level, int64 [u, v]."""
-    return torch.tensor([[method.nbytes(linear) for method in methods] for linear in linears.values()])
-
-
-def _label(method: WeightMethod) -> str:
-    bits = getattr(method, "bits", None)
-    return f"{bits} bits" if bits is not None else str(method.effective_budget)
-
-
-def _setting(key: str, text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or name in ("bits", "budget"):
-        raise BadParameter(f'{key}: of takes a method and its parameters ("rtn group_size=32"), but not {text!r}')
-    return name, _number(value)
-
-
-def _number(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -33,7 +33,6 @@ class FlashSVD(TruncatedSVD):
     key = "flashsvd"
     title = "FlashSVD"
     paper = Paper("FlashSVD: Memory-Efficient Inference with Streaming for Low-Rank Models", "Shao et al. 2025")
-    alone = False
     fidelity = Fidelity("deviates", "the feed-forward part is streamed; queries, keys and values are made whole")
     claim = "70 % less peak activation memory with low-rank weights, at the same outputs"
 
@@ -44,6 +43,10 @@ class FlashSVD(TruncatedSVD):
     tile: int = param(
         128, ge=8, le=4096, help="tokens, and neurons, that a CPU computes together", own="of this machine"
     )
+
+    @property
+    def together(self) -> str:
+        return "its layers are streamed together"
 
     @property
     def whitens(self) -> bool:

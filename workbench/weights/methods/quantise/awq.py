@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from workbench.core.precision import half
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.weights.bases.quantiser import Quantiser
 from workbench.weights.calibration.block_pass import BlockPass
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.layers import PackedLinear, packed_nbytes
-from workbench.weights.solvers.quantisation_grid import Grid, fit
-from workbench.weights.surgery.folding import Fold, fold, folds
-
-_STEPS = 20  # exponents that are tried, from 0 to below 1
-_LIMITS = tuple(1 - step / 20 for step in range(10))  # of a group's largest magnitude, down to 0.55
-_LEAST = 1e-4  # mean magnitude of an input channel: smaller ones are no smaller for the scales
-
-
-def awq_scales(inputs: InputStats, step: int) -> Tensor:
-    """What the columns of weights are multiplied by before rounding [i], at one of the steps that are tried.
-
-    The inputs' mean magnitudes to some power from 0 (plain rounding) to below 1; their geometric middle is 1 (Lin et
-    al. 2023, arXiv:2306.00978, equation 5).
-    """
-    scales = inputs.absmean.clamp_min(_LEAST) ** (step / _STEPS)
-    return scales / (scales.max() * scales.min()).sqrt()
-
-
-def awq_columns(weight: Tensor, inputs: InputStats, nearest: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the columns of a weight [o, i] are divided by before rounding and multiplied by afterwards [i].
-
-    The inverse, as float16 has it, of those scales that change the outputs least, tr(Δ M Δᵀ) (equation 4). nearest:
-    rounds a scaled weight.
-    """
-    best: Tensor | None = None
-    least = float("inf")
-    for step in range(_STEPS):
-        columns = half(1 / awq_scales(inputs, step), "the factors of its columns").float()
-        change = nearest(weight / columns).mul_(columns).sub_(weight)
-        error = float(inputs.output_error(change).sum())
-        if best is None or error < least:
-            best, least = columns, error
-    assert best is not None
-    return best
-
-
-def scaled_inputs(inputs: InputStats, scales: Tensor) -> InputStats:
-    """What is known of inputs once each is divided by its scale [i]."""
-    hessian = inputs.hessian / scales / scales[:, None]
-    channels = (inputs.mean / scales, inputs.absmean / scales, inputs.absmax / scales, inputs.square / scales.square())
-    return InputStats(inputs.tokens, *channels, hessian)
-
-
-def group_errors(change: Tensor, hessian: Tensor, group: int) -> Tensor:
-    """Mean squares of what each group of columns of a change [o, i] adds to an output by itself [o, g].
-
-    hessian: of the inputs [i, i], of which only the groups' own blocks are looked at.
-    """
-    groups = pad(change, (0, -change.shape[1] % group)).unflatten(1, (-1, group)).transpose(0, 1)  # [g, o, c]
-    errors: Tensor = ((groups @ _own_blocks(hessian, group)) * groups).sum(dim=-1).T
-    return errors
-
-
-def _own_blocks(hessian: Tensor, group: int) -> Tensor:
-    """The blocks of a Hessian [i, i] that belong to one group each [g, c, c]; zeros beyond the last column."""
-    more = -len(hessian) % group
-    whole = pad(hessian, (0, more, 0, more)).unflatten(0, (-1, group)).unflatten(2, (-1, group))  # [g, c, g, c]
-    own: Tensor = whole.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    return own
+from workbench.weights.solvers.activation_scales import STEPS, awq_columns, awq_scales, clipped, scaled_inputs
+from workbench.weights.surgery.folding import Fold, fold, foldable, folded_layers
 
 
 @register
@@ -102,7 +42,6 @@ class AWQ(Quantiser):
     fidelity = Fidelity("as published")
     presets = (Preset("authors", "mit-han-lab/llm-awq, awq/quantize/pre_quant.py, 02c1dd6", clip=True, fold=True),)
     needs_hessian = True
-    alone: ClassVar[bool] = False
 
     clip: bool = param(True, help="also search how much of each group's range to cover")
     fold: bool = param(
@@ -116,6 +55,14 @@ class AWQ(Quantiser):
         help="calibration texts on which modules are judged",
         own="the authors' 128 take hours on a CPU",
     )
+
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        linears = self.survey(model).linears if self.fold else {}
+        return folded_layers(model, linears) if linears else {}
+
+    @property
+    def together(self) -> str:
+        return "what is before them holds their scales (with fold=false each holds its own)" if self.fold else ""
 
     @property
     def texts_refined(self) -> int:
@@ -131,10 +78,7 @@ class AWQ(Quantiser):
         return super().total_nbytes(linears) + biases
 
     def refine(self, passed: BlockPass, linears: Mapping[str, nn.Linear]) -> Mapping[str, nn.Module]:
-        places = folds(passed.block) if self.fold else []
-        names = {f"{passed.name}.{name}" for place in places for name in place.layers}
-        if not names <= linears.keys():  # a layer that stays plain has to keep its input
-            return {}
+        places = foldable(passed.name, passed.block, linears) if self.fold else []
         inputs = dict(passed.inputs)
         scales = []
         for place in places:
@@ -163,7 +107,7 @@ class AWQ(Quantiser):
         run = passed.again(passed.block.get_submodule(place.inside))
         want, errors = run().float(), []
         try:
-            for step in range(_STEPS):
+            for step in range(STEPS):
                 scales = awq_scales(inputs, step)
                 for layer, weight, before in zip(layers, weights, plain, strict=True):
                     near = self._nearest(weight * scales) / scales
@@ -172,7 +116,7 @@ class AWQ(Quantiser):
         finally:
             for layer, before in zip(layers, plain, strict=True):
                 layer.weight = before
-        return awq_scales(inputs, min(range(_STEPS), key=errors.__getitem__))
+        return awq_scales(inputs, min(range(STEPS), key=errors.__getitem__))
 
     def _nearest(self, weight: Tensor) -> Tensor:
         return self.grid(weight).nearest(weight)
@@ -182,7 +126,7 @@ class AWQ(Quantiser):
         weight = linear.weight.detach().float()
         grid = self.grid(weight)
         if self.clip and not name.endswith(("q_proj", "k_proj")):
-            grid = self._clipped(weight, inputs, grid)
+            grid = clipped(weight, inputs, grid, symmetric=self.symmetric)
         return self.packed(grid.codes(weight), grid, linear.bias)
 
     def compress(self, linear: nn.Linear, inputs: InputStats | None = None) -> PackedLinear:
@@ -192,26 +136,5 @@ class AWQ(Quantiser):
         scaled = weight / columns
         grid = self.grid(scaled)
         if self.clip:
-            grid = self._clipped(scaled, scaled_inputs(inputs, 1 / columns), grid)
+            grid = clipped(scaled, scaled_inputs(inputs, 1 / columns), grid, symmetric=self.symmetric)
         return self.packed(grid.codes(scaled), grid, linear.bias, columns)
-
-    def _clipped(self, weight: Tensor, inputs: InputStats, whole: Grid) -> Grid:
-        """A grid for a weight [o, i] that leaves out the ends of groups where that helps their row."""
-        group = whole.group
-        groups = pad(weight.abs(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-        largest, found, least = groups.amax(dim=-1), whole, torch.full_like(whole.scale, torch.inf)
-        for limit in _LIMITS:
-            ends = whole.spread(limit * largest, weight.shape[1])
-            cut = weight.clamp(-ends, ends)
-            grid = fit(cut, self.bits, group, symmetric=self.symmetric, every_level=True)
-            cost = group_errors(grid.nearest(weight).sub_(weight), inputs.hessian, group)
-            found, least = _either(cost < least, grid, found), torch.minimum(cost, least)
-        errors = (inputs.output_error(grid.nearest(weight) - weight)[:, None] for grid in (whole, found))
-        with_all, without = errors
-        return _either(without < with_all, found, whole)
-
-
-def _either(first: Tensor, one: Grid, other: Grid) -> Grid:
-    """One grid where `first` [o, g] or [o, 1] says so, else the other."""
-    scale, zero = (torch.where(first, a, b) for a, b in ((one.scale, other.scale), (one.zero, other.zero)))
-    return Grid(scale, zero, one.bits, one.group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from workbench.weights.solvers.quantisation_grid import Grid
 from workbench.weights.surgery.rotation import (
     DecoderRotation,
     LayerRotation,
+    rotated_layers,
     rotated_linear,
     rotation_nbytes,
     unrotatable,
@@ -62,7 +63,6 @@ class OSTQuant(Quantiser):
     fidelity = Fidelity(
         "untrained part of a trained method", "rotations and scalings are given by formula: nothing is learned"
     )
-    alone: ClassVar[bool] = False
 
     rounding: Literal["gptq", "nearest"] = param(
         "gptq", help="how the rotated weights are rounded", own="the paper rounds weights by GPTQ (section 5)"
@@ -78,8 +78,15 @@ class OSTQuant(Quantiser):
     )
     seed: int = param(0, ge=0, le=2**31 - 1, help="which random signs", own="no source gives one")
 
+    @property
+    def together(self) -> str:
+        return "its layers share one rotation"
+
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         return unrotatable(self.key, model, linears)
+
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        return rotated_layers(model)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
         return super().total_nbytes(linears) + rotation_nbytes(linears)

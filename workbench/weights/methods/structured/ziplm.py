@@ -16,16 +16,15 @@ from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.calibration.switched_model import SwitchedModel
 from workbench.weights.solvers.latency import ProductTimes, parsed
 from workbench.weights.solvers.least_squares import refitted
-from workbench.weights.solvers.module_levels import kept_of, module_times, stand_ins
+from workbench.weights.solvers.module_levels import errors_of, kept_of, module_times, removals_of, stand_ins
 from workbench.weights.solvers.spdy import searched, within_both
-from workbench.weights.solvers.structure_removal import Removal, removal
+from workbench.weights.solvers.structure_removal import Removal
 from workbench.weights.solvers.widths import ladders
 from workbench.weights.surgery.prunable import PrunableAttention, PrunableMLP, PrunableModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ROUNDS = 64  # in how many steps at least the structures of a head go: several at once where there are many
 _BUCKETS = 10_000  # steps into which a total time is divided
 
 
@@ -126,7 +125,7 @@ class ZipLM(StructuredPruner):
         modules = self.prunable_modules(twin, tuple(linears))
         levels = ladders([module.width for module in modules], self.shrink)
         key = ("ziplm", self.damping, self.shrink)
-        removals = study.once(key, lambda: self._removals(modules, levels, linears, study, progress))
+        removals = study.once(key, lambda: removals_of(modules, levels, linears, study, self.damping, progress))
         counts = study.once(
             (self.parameter_key(), limit),
             lambda: self._searched(modules, levels, removals, linears, limit, study, progress),
@@ -144,30 +143,6 @@ class ZipLM(StructuredPruner):
                 done += 1
         progress.update(f"compressing by {self.key}", len(modules), len(modules))
 
-    def _removals(
-        self,
-        modules: Sequence[PrunableModule],
-        levels: Sequence[Sequence[int]],
-        linears: Mapping[str, nn.Linear],
-        study: WeightStudy,
-        progress: Progress,
-    ) -> dict[str, Removal]:
-        widths = {module.name: set(row) for module, row in zip(modules, levels, strict=True)}
-        removals: dict[str, Removal] = {}
-        for _, inputs in study.inputs(hessians=True, progress=progress):
-            for module in (module for module in modules if module.out in inputs):
-                progress.update("finding what costs least", len(removals), len(modules))
-                each = torch.arange(module.width).expand(module.heads, -1)
-                structures = (
-                    module.columns(each).view(module.heads, -1, module.width).transpose(1, 2)
-                )  # [heads, width, c]
-                hessian = inputs[module.out].hessian
-                removals[module.name] = removal(
-                    linears[module.out].weight.detach(), hessian, structures.to(hessian.device), self.damping,
-                    max(module.width // _ROUNDS, 1), widths[module.name],
-                )  # fmt: skip
-        return removals
-
     def _searched(
         self,
         modules: Sequence[PrunableModule],
@@ -179,12 +154,7 @@ class ZipLM(StructuredPruner):
         progress: Progress,
     ) -> dict[str, int]:
         """How many dimensions each module keeps."""
-        errors = torch.stack(
-            [
-                removals[x.name].errors[[x.width - width for width in row]]
-                for x, row in zip(modules, levels, strict=True)
-            ]
-        )  # [u, v]
+        errors = errors_of(modules, levels, removals)
         widths = torch.tensor(levels)
         nbytes = widths * torch.tensor([module.dimension_nbytes for module in modules])[:, None]
         times = module_times(modules, levels, linears, ProductTimes(parsed(self.table)))

@@ -13,7 +13,13 @@ from workbench.registry import Fidelity, Paper, param, register
 from workbench.weights.base import Stage, WeightMethod
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.layers.rotated import RotatedLinear
-from workbench.weights.surgery.rotation import DecoderRotation, rotated_linear, rotation_nbytes, unrotatable
+from workbench.weights.surgery.rotation import (
+    DecoderRotation,
+    rotated_layers,
+    rotated_linear,
+    rotation_nbytes,
+    unrotatable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,11 +49,14 @@ class QuaRot(WeightMethod):
     fidelity = Fidelity("as published")
     measure: ClassVar[str] = "size"
     stage: ClassVar[Stage] = "transform"
-    alone: ClassVar[bool] = False
 
     seed: int = param(
         0, ge=0, le=2**31 - 1, help="which random signs", own="the authors' code draws another with each run"
     )
+
+    @property
+    def together(self) -> str:
+        return "its layers share one rotation"
 
     def refused(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
         return unrotatable(self.key, model, linears)
@@ -57,6 +66,9 @@ class QuaRot(WeightMethod):
 
     def nbytes(self, linear: nn.Linear) -> int:
         return self.full_nbytes(linear)
+
+    def recast(self, model: nn.Module) -> dict[str, str]:
+        return rotated_layers(model)
 
     def total_nbytes(self, linears: Mapping[str, nn.Linear]) -> int:
         return super().total_nbytes(linears) + rotation_nbytes(linears)

@@ -1,0 +1,68 @@
+"""Layers that ask the model's cache how many tokens came before theirs (Llama 4, which sharpens attention by position).
+
+A pass here has no cache of the model's: a handler holds what was read before. What is asked for the position alone gets
+a cache that holds nothing and knows where it stands.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from workbench.errors import NotApplicable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+
+class Standing:
+    """What a model takes for its cache: `begin` tokens came before, int64 [], and none of their keys are here."""
+
+    def __init__(self, begin: Tensor) -> None:
+        self.begin = begin
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+        """Where the tokens of this pass begin."""
+        return self.begin
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As without a cache: a mask's places count from this pass."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As without a cache: length and offset of this pass's keys."""
+        return query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """The keys and values of this pass as they come."""
+        return key_states, value_states
+
+
+def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cache | None:
+    """For a pass at positions int64 [n] of a model whose layers ask where they are; None where none does.
+
+    following: whether the positions follow one another. Raises NotApplicable where they do not: layers that are told
+    the first take the others for those after it.
+    """
+    if not _asks(type(model)):
+        return None
+    if not following:
+        raise NotApplicable(
+            f"{type(model).__name__} takes tokens that are read together for neighbours, which they are not here"
+        )
+    return cast("Cache", Standing(positions[0].to(model.device)))
+
+
+@cache
+def _asks(kind: type[nn.Module]) -> bool:
+    """Whether layers written beside this kind of model do so."""
+    try:
+        source = inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError):  # written in no file
+        return False
+    return "get_seq_length(self.layer_idx)" in source

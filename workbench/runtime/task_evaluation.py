@@ -1,0 +1,168 @@
+"""A task under recipes: one row a case and recipe, each prompt read once.
+
+Every row says what the recipe's reply is worth, and what the uncompressed model's reply to the same case is worth: a
+recipe that is wrong where the model itself is wrong has lost nothing, and one that is right there has been lucky.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workbench import arguments
+from workbench.errors import BadPrompt, Cancelled
+from workbench.progress import Progress
+from workbench.prompt import text_ids
+from workbench.recipe import Recipe
+from workbench.runtime.comparison import COLUMNS, Comparison, failed_row, row_of
+from workbench.tasks import Case, Encode, Task, find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from workbench.prompt import Text
+    from workbench.runtime.comparison import Row
+    from workbench.runtime.run import Question, Run
+    from workbench.trace import Trace
+
+TASK_COLUMNS = (
+    *("task", "case", "tokens", "question", "expected", "right", "full_right", "score", "full_score", "full_text"),
+    *COLUMNS,
+)
+_NOTHING = dict.fromkeys(TASK_COLUMNS)
+
+
+def task_of(task: Task | str, **parameters: Any) -> Task:
+    """A task as it stands, or by its key. Raises UnknownTask, BadParameter."""
+    return task if isinstance(task, Task) else find(task)(**parameters)
+
+
+def encoding(tokenizer: PreTrainedTokenizerBase | None) -> Encode:
+    """How many tokens a text has and which, as the session's tokenizer reads it by itself. Raises BadPrompt."""
+    if tokenizer is None:
+        raise BadPrompt("tasks are texts, and this session reads token ids only: give it a tokenizer")
+    return lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What is evaluated: cases of a task, under each of a comparison's recipes at its budgets.
+
+    numbers: of the cases. chat: whether texts are wrapped in the chat template (None: where there is one, but for texts
+    that the reply continues). reply_tokens: the longest reply (None: as the task says).
+    """
+
+    task: Task
+    comparison: Comparison
+    numbers: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    chat: bool | None = None
+    reply_tokens: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        task: Task | str,
+        comparison: Comparison,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        cases: int | None = None,
+        chat: bool | None = None,
+        max_new_tokens: int | None = None,
+    ) -> TaskEvaluation:
+        """cases: as `Task.count` reads it. Raises UnknownTask, BadParameter, BadPrompt."""
+        chosen = task_of(task)
+        encoding(tokenizer)
+        if chat is not None:
+            arguments.flag("chat", chat)
+        if max_new_tokens is not None:
+            arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
+        return cls(chosen, comparison, tuple(range(chosen.count(cases))), tokenizer, chat, max_new_tokens)
+
+    def rows(
+        self,
+        read: Callable[[Text, bool | None], Trace],
+        run: Callable[[Recipe, Question, int], Run],
+        progress: Progress,
+    ) -> Iterator[Row]:
+        """One row a case and recipe, as soon as it is measured; of what fails its `error` says why.
+
+        read: takes a prompt in, with or without its chat template. run: a recipe on it, with what is asked and the
+        longest reply. A text that follows itself, as in conversations with many questions, is read once.
+        """
+        encode, reading = encoding(self.tokenizer), _Reading(read)
+        recipes = self.comparison.cases
+        for done, number in enumerate(self.numbers):
+            about: Row = {"task": self.task.label, "case": self.task.seed + number}
+            progress.update("evaluating", done, len(self.numbers))
+            try:
+                case = self.task.case(encode, number)
+                trace = reading.of(case, self.chat)
+            except Cancelled:
+                raise
+            except Exception as error:  # noqa: BLE001  one case that fails must not take the others with it
+                yield from ({**_NOTHING, **about, **failed_row(*each, error)} for each in recipes)
+                continue
+            about |= {"tokens": trace.tokens, "question": case.question, "expected": ", ".join(case.answers) or None}
+            for recipe, budget in recipes:
+                try:
+                    row = self._row(case, trace, run, Recipe.of(recipe, budget=budget), progress)
+                except Cancelled:
+                    raise
+                except Exception as error:  # noqa: BLE001  nor one recipe
+                    row = failed_row(recipe, budget, error)
+                yield {**_NOTHING, **about, **row}
+        progress.update("evaluating", len(self.numbers), len(self.numbers))
+
+    def _row(
+        self, case: Case, trace: Trace, run: Callable[[Recipe, Question, int], Run], recipe: Recipe, progress: Progress
+    ) -> Row:
+        if case.continuation:
+            finished = run(recipe, None, 1)
+            figures = finished.measure(torch.tensor(case.continuation), progress=progress).figures
+            finished.release()
+            return {**row_of(finished, figures), "text": None}
+        asked = asked_ids(case, trace, self.tokenizer)
+        finished = run(recipe, asked, self.reply_tokens or case.reply_tokens)
+        plain = self._text(finished.measure(progress=progress).reference)
+        finished.release()
+        return {
+            **row_of(finished),
+            "right": case.right(finished.text),
+            "full_right": case.right(plain),
+            "score": case.score(finished.text),
+            "full_score": case.score(plain),
+            "full_text": plain,
+        }
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+class _Reading:
+    """The prompt that was read last."""
+
+    def __init__(self, read: Callable[[Text, bool | None], Trace]) -> None:
+        self._read = read
+        self._last: tuple[str | tuple[int, ...], bool | None, Trace] | None = None
+
+    def of(self, case: Case, chat: bool | None) -> Trace:
+        chat = False if chat is None and case.goes_on else chat
+        if self._last is None or self._last[:2] != (case.text, chat):
+            self._last = None  # it must not outlive a reading that fails
+            self._last = (case.text, chat, self._read(case.text, chat))
+        return self._last[2]
+
+
+def asked_ids(case: Case, trace: Trace, tokenizer: Any) -> Question:
+    """What is read after the text [q]: the question as the chat template or plain text has it, and the reply's lead."""
+    if trace.prompt.chat:
+        asked = trace.prompt.question_ids(case.question, tokenizer)
+        return torch.cat([asked, text_ids(case.lead, tokenizer)]) if case.lead else asked
+    if case.goes_on or (case.question is None and not case.lead):
+        return None
+    question = "" if case.question is None else f"\n\nQuestion: {case.question}\nAnswer:"
+    return f"{question} {case.lead}".rstrip()
