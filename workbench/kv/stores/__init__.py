@@ -22,7 +22,7 @@ the device; host memory is counted apart, in categories that begin with "host ",
 copied on a stream of its own.
 
 On a CPU a store dequantises and calls the reference in `workbench_kernels`. On a GPU a kernel of the same signature
-takes its place where the model computes in 16 bits.
+takes its place where the model computes in 16 bits. What a store has `in_place` a CPU's compiled step reads as it lies.
 """
 
 from workbench.kv.stores.closed_up import ClosedUpStore
