@@ -314,7 +314,7 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window or chunk, everything, or nothing that is another's."""
+    """The size of what a layer can hold at most in `dtype`: its window, chunk or everything; nothing of another's."""
     tokens = layer.held if layer.shared is None else 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index

@@ -164,7 +164,8 @@ def read(
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
         raise PromptTooLong(
-            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text"
+            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the "
+            "text"
         )
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
