@@ -198,8 +198,8 @@ class Plan(Shown):
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
         if layer.index in self.exact and layer.chunk is not None:
-            held = [x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values)]
-            return ChunkStore(*held, layer.tokens, layer.chunk)
+            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
+            return ChunkStore(keys, values, layer.tokens, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:

@@ -285,7 +285,7 @@ class Decoder:
         fresh: dict[int, Store] = {}
         for layer in begun if self.position else ():
             store, chunk = self.stores[layer], self._chunks[layer]
-            if store.holder is store and store.chunk is None:
+            if store.holder is store and store.newest_chunk is None:
                 held = store.contents(self.model.get_input_embeddings().weight.dtype)  # type: ignore[arg-type]
                 fresh[id(store)] = ChunkStore(held.keys[:, :0].clone(), held.values[:, :0].clone(), position, chunk)
         if fresh:

@@ -68,7 +68,8 @@ class _Recorder:
         self.context.layer = layer
         if self.method is None:
             most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
-            spans = [len(part) for part in torch.arange(tokens).split(scoring.chunk or tokens)]
+            alone = scoring.chunk or tokens
+            spans = [min(alone, tokens - start) for start in range(0, tokens, alone)]
             self.context.count(
                 query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
             )
