@@ -90,7 +90,8 @@ def test_the_rule_of_a_mask_is_recognised_whatever_its_length(tokens: int) -> No
     if tokens > 7:
         assert span(sliding, None) == Span(window=7)  # found, where the model does not say it
         assert span(chunks, 5).refusal == "attends in blocks"
-    assert span(ahead, None).refusal == "attends to later tokens too"
+    if tokens > 1:
+        assert span(ahead, None).refusal == "attends to later tokens too"
 
 
 def test_a_mask_can_be_handed_on_but_not_computed_with() -> None:
