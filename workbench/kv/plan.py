@@ -199,8 +199,8 @@ class Plan(Shown):
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
         if layer.index in self.exact and layer.chunk is not None:
-            held = [x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values)]
-            return ChunkStore(*held, layer.tokens, layer.chunk)
+            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
+            return ChunkStore(keys, values, layer.tokens, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:
@@ -325,7 +325,7 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window or chunk, everything, or nothing that is another's."""
+    """The size of what a layer can hold at most in `dtype`: its window, chunk or everything; nothing of another's."""
     tokens = layer.held if layer.shared is None else 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index

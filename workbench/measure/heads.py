@@ -399,8 +399,8 @@ class HeadSums:
 def _earlier(own: Tensor, at: Tensor, before: Tensor, held: Tensor, begin: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which queries see an earlier key that followed their token, and whose own key did so: bool [k or 1, nq] each.
 
-    own [nq]: the queries' tokens, at positions at [nq], which see those from begin [nq] on (None: all); before [k or 1, nk]: the tokens before the keys held [k or 1,
-    nk].
+    own [nq]: the queries' tokens, at positions at [nq], which see those from begin [nq] on (None: all); before [k or 1,
+    nk]: the tokens before the keys held [k or 1, nk].
     """
     beyond = int(max(at[-1], held.max())) + 1
     mine = own * beyond + at  # tokens and positions as one number, by token first

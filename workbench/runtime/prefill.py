@@ -68,7 +68,8 @@ class _Recorder:
         self.context.layer = layer
         if self.method is None:
             most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
-            spans = [len(part) for part in torch.arange(tokens).split(scoring.chunk or tokens)]
+            alone = scoring.chunk or tokens
+            spans = [min(alone, tokens - start) for start in range(0, tokens, alone)]
             self.context.count(
                 query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
             )
@@ -164,7 +165,8 @@ def read(
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
         raise PromptTooLong(
-            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text"
+            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the "
+            "text"
         )
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
