@@ -15,7 +15,7 @@ from workbench.attention.methods.memory_efficient import chunked_attention
 from workbench.attention.token_blocks import Blocks, block_attention
 from workbench.core.attention_rows import row_blocks
 from workbench.core.causal_attention import causal_attention
-from workbench_kernels import Scoring, attend
+from workbench_kernels import Chosen, Scoring, attend
 from workbench_kernels.lowrank import attend_factors
 from workbench_kernels.reading import read_attention
 from workbench_kernels.softmax import attention_state, merge_states
@@ -156,3 +156,33 @@ def test_scorings_with_equal_numbers_are_equal() -> None:
     assert one != Scoring(1.0, sinks=SINKS + 1)
     assert Scoring(1.0).of(2) == Scoring(1.0)
     assert torch.equal(one.of(slice(1, 3)).sinks, SINKS[1:3])
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_a_query_attends_to_what_was_chosen_for_it_and_stands_before_it(sinks: Tensor | None) -> None:
+    query, key, value = drawn()
+    keys = torch.stack(
+        [torch.randperm(TOKENS, generator=torch.Generator().manual_seed(row))[:5] for row in range(TOKENS)]
+    )
+    scoring = Scoring(0.3, sinks=sinks, chosen=Chosen(torch.arange(TOKENS), keys.int()))
+    want = torch.zeros(HEADS, TOKENS, WIDTH)
+    for head in range(HEADS):
+        group = head * KV_HEADS // HEADS
+        for row in range(TOKENS):
+            seen = [column for column in sorted(keys[row].tolist()) if column <= row]
+            weights = {at: math.exp(0.3 * float(query[head, row] @ key[group, at])) for at in seen}
+            total = sum(weights.values()) + (0.0 if sinks is None else math.exp(float(sinks[head])))
+            for column, weight in weights.items():
+                want[head, row] += weight / total * value[group, column]
+    torch.testing.assert_close(causal_attention(query, key, value, scoring), want)
+    positions = torch.arange(TOKENS)
+    visible = scoring.visible(positions[-7:], positions[None])
+    got, _ = attend(query[:, -7:], key, value, scoring, visible=visible)
+    torch.testing.assert_close(got, want[:, -7:])
+
+
+def test_a_choice_says_nothing_of_queries_of_another_pass() -> None:
+    chosen = Chosen(torch.tensor([4, 5]), torch.tensor([[0, 1], [2, 3]]))
+    assert chosen.visible(torch.tensor([5]), torch.tensor([0, 2, 3])).tolist() == [[False, True, True]]
+    with pytest.raises(ValueError, match="own pass"):
+        chosen.visible(torch.tensor([6]), torch.tensor([0]))

@@ -67,7 +67,8 @@ class _Recorder:
         taken = scoring if self.method is None else within_a_chunk(self.method.key, scoring, tokens)
         self.context.layer = layer
         if self.method is None:
-            most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
+            chosen = None if scoring.chosen is None else scoring.chosen.most
+            most = [width for width in (window, chosen) if width is not None]
             alone = scoring.chunk or tokens
             spans = [min(alone, tokens - start) for start in range(0, tokens, alone)]
             self.context.count(
