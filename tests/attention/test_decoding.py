@@ -96,7 +96,7 @@ class Steps:
         start, self.end = self.end, self.end + count
         held = self.contents(self.end)
         self.context.positions = torch.arange(start, self.end)
-        seen = seen_by(self.context.positions, held.positions, held.valid, None)
+        seen = seen_by(self.context.positions, held.positions, held.valid, Scoring(1.0))
         shape = (len(held.keys), count, held.keys.shape[1])
         visible = (torch.ones(1, dtype=torch.bool) if seen is None else seen).expand(shape)
         query = self.tensors[0][:, start : self.end]

@@ -34,7 +34,7 @@ def attention_findings(
     """
     config: Any = model.config.get_text_config(decoder=True)
     rank = getattr(config, "kv_lora_rank", None) or None
-    seen = {} if trace is None else {layer.number: layer for layer in trace.layers}
+    seen = {} if trace is None else {layer.called: layer for layer in trace.layers}
     return tuple(
         _recorded(seen[index], trace, rank, beside=facts.layer_types[index] == "hybrid")
         if trace is not None and index in seen
@@ -48,7 +48,7 @@ def _recorded(layer: LayerTrace, trace: Trace, rank: int | None, *, beside: bool
     why = trace.exact.get(layer.index, "")
     return Finding(
         "attention",
-        (layer.number,),
+        (layer.called,),
         "",
         _kind(layer, trace, rank, beside=beside),
         "exact" if why else "compressible",
@@ -62,7 +62,7 @@ def _recorded(layer: LayerTrace, trace: Trace, rank: int | None, *, beside: bool
 
 def _kind(layer: LayerTrace, trace: Trace, rank: int | None, *, beside: bool) -> str:
     if layer.shared is not None:
-        return f"shares the KV of layer {trace.layers[layer.shared].number}"
+        return f"shares the KV of layer {trace.layers[layer.shared].called}"
     scoring = layer.scoring
     besides = {
         "learned sinks": scoring.sinks is not None,
@@ -86,8 +86,9 @@ def _named(index: int, facts: Facts, rank: int | None, otherwise: Standing, why:
     if word in _STATES or not ("attention" in word or window):
         kind = _STATES.get(word, word.replace("_", " "))
         keeps = _NOTHING if kind.startswith("no attention") else _STATE
-        standing, reason = ("exact", keeps) if otherwise == "compressible" else (otherwise, why)
-        return Finding("attention", (index,), "", kind, standing, reason)
+        if otherwise == "compressible":
+            return Finding("attention", (index,), "", kind, "exact", keeps)
+        return Finding("attention", (index,), "", kind, otherwise, why)
     chunk = facts.chunks[index] if facts.chunks else None
     size = None if rank is not None else facts.head_dim
     kind = _attention(window, chunk, rank)

@@ -67,13 +67,11 @@ class _Recorder:
         taken = scoring if self.method is None else within_a_chunk(self.method.key, scoring, tokens)
         self.context.layer = layer
         if self.method is None:
-            chosen = None if scoring.chosen is None else scoring.chosen.most
-            most = [width for width in (window, chosen) if width is not None]
+            widest = None if scoring.chosen is None else scoring.chosen.most
+            most = min((width for width in (window, widest) if width is not None), default=None)
             alone = scoring.chunk or tokens
             spans = [min(alone, tokens - start) for start in range(0, tokens, alone)]
-            self.context.count(
-                query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
-            )
+            self.context.count(query.shape[0] * sum(visible_entries(span, most) for span in spans))
             out = causal_attention(query, key, value, scoring)
         elif scoring.chosen is not None:
             raise NotApplicable(
@@ -330,7 +328,7 @@ def _exact(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict
         if layer.chunk is not None and layer.tokens > layer.chunk:
             exact[layer.index] = f"attention in chunks of {layer.chunk} tokens: it holds the newest one only"
         if layer.shared is not None:
-            exact[layer.index] = f"reads the keys and values of layer {layers[layer.shared].number}"
+            exact[layer.index] = f"reads the keys and values of layer {layers[layer.shared].called}"
     return exact
 
 
