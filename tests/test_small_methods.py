@@ -19,7 +19,7 @@ import pytest
 from workbench.registry import Method, registered
 
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-MEDIANS = {"kv": 30, "weights": 55, "attention": 60, "operator": 60}
+MEDIANS = {"kv": 30, "weights": 55, "attention": 65, "operator": 65}
 MOST = 150
 SOURCES = {cls.key: Path(inspect.getfile(cls)) for cls in registered() if cls.__module__.startswith("workbench.")}
 

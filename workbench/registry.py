@@ -144,11 +144,16 @@ class Method(Described):
         return known[name]
 
     @classmethod
+    def preset_values(cls, name: str) -> dict[str, Any]:
+        """All of the method's parameters as a preset has them: its values, and defaults beside. Raises BadParameter."""
+        return {**{parameter.name: parameter.default for parameter in cls.parameters()}, **cls.preset(name)}
+
+    @classmethod
     def preset_of(cls, values: Mapping[str, Any]) -> str | None:
         """The preset that gives all of the method's parameters these values, "ours" first; None: they were changed."""
-        defaults = {parameter.name: parameter.default for parameter in cls.parameters()}
+        current = {**cls.preset_values(OURS), **values}
         for name in (OURS, *(preset.name for preset in cls.presets)):
-            if {**defaults, **values} == {**defaults, **cls.preset(name)}:
+            if current == cls.preset_values(name):
                 return name
         return None
 

@@ -151,6 +151,17 @@ def test_every_kv_method_can_be_chosen_in_one_place_at_least() -> None:
     assert set(places) == {cls.key for cls in registered("kv")}
 
 
+def test_what_only_scores_anew_while_decoding_stands_beside_any_scorer() -> None:
+    assert [cls.key for cls in kv_methods("evict")] == ["decoding"]
+    assert not {"decoding"} & {cls.key for cls in kv_methods("kv")}
+    assert {"prefixkv", "lagkv", "h2o"} <= {cls.key for cls in kv_methods("kv")}  # these score, or share out, too
+    recipe = chosen(kv="keydiff", evict="decoding").recipe("25%")
+    assert [method.key for method in recipe.methods] == ["keydiff", "decoding"] and str(recipe.budget) == "0.25"
+    assert [method.key for method in chosen(kv="full", evict="decoding").recipe("25%").methods] == ["decoding"]
+    state = PageState(kv="keydiff", evict="decoding", values={"decoding": {"every": 64}})
+    assert state.query() == "?kv=keydiff&evict=decoding&values=%7B%22decoding%22%3A+%7B%22every%22%3A+64%7D%7D"
+
+
 # -- recipes
 
 

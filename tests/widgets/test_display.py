@@ -212,6 +212,17 @@ def test_a_budget_that_cannot_be_met_is_told_and_keeps_the_last_plan(controls):
     assert controls.trouble.value == ""
 
 
+def test_scoring_anew_while_decoding_has_a_place_beside_scorer_and_store(controls):
+    controls.first.choice.value, controls.second.choice.value = "keydiff", "turbomind"
+    controls.decoding.choice.value = "decoding"
+    controls.decoding._controls["every"].value = 8
+    recipe = controls.recipe()
+    assert [method.key for method in recipe.methods] == ["keydiff", "turbomind", "decoding"]
+    assert recipe.methods[2].every == 8 and recipe.budget is not None
+    assert "decoding" not in {key for _, key in controls.second.choice.options}  # one place for it
+    assert [key for _, key in controls.decoding.choice.options] == ["", "decoding"]
+
+
 def test_a_weight_method_whose_size_can_be_chosen_has_a_slider_for_it(controls):
     assert controls.weights_budget.layout.display == "none"
     controls.weights.choice.value = "bitstack"

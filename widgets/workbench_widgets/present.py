@@ -15,6 +15,7 @@ from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
 from workbench.measure.heads import HeadClass
 from workbench.measure.memory import Timeline
+from workbench.published import OURS
 from workbench.registry import Method
 from workbench.runtime.run import Run
 from workbench_widgets.plain_text import in_markup
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+CHANGED = ""  # the choice of presets where a method's values are those of none
 HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
 
 
@@ -34,6 +36,11 @@ class KeyFigure(NamedTuple):
     name: str
     value: str
     note: str
+
+
+def preset_choices(cls: type[Method]) -> dict[str, str]:
+    """Where a method's parameters can come from: what is shown -> the preset, or CHANGED."""
+    return {"the defaults": OURS, **{preset.name: preset.name for preset in cls.presets}, "changed": CHANGED}
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int] | Tensor) -> list[str]:

@@ -92,7 +92,7 @@ def weight_figures(census: pd.DataFrame) -> list[KeyFigure]:
         ),
     ]
     if len(errors):
-        worst = str(small.name.loc[errors == errors.max()].iloc[0])
+        worst = str(small.name.loc[errors.idxmax()])
         key_figures += [
             KeyFigure("Output error", f"{errors.median():.1%}", "median, relative to the outputs"),
             KeyFigure("Worst", f"{errors.max():.1%}", worst.removeprefix("model.")),
@@ -106,8 +106,9 @@ def not_compared(census: pd.DataFrame) -> str:
     reasons = reasons[reasons.str.startswith("not compared: ")].str.removeprefix("not compared: ")
     if not len(reasons):
         return ""
-    kinds = reasons.str.replace(r"(?<= by ).*|(?<= of what ).*", "…", regex=True).unique()
-    return f"{len(reasons)} layers have no errors, for their numbers stand for something else: {'; '.join(kinds)}."
+    return (
+        f"Not compared: {len(reasons)} layers, whose numbers stand for something else ({'; '.join(reasons.unique())})."
+    )
 
 
 def left_alone(census: pd.DataFrame) -> pd.DataFrame:

@@ -41,7 +41,7 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
     label = " + ".join(method.key for method in methods)
 
     tiers = torch.zeros(
-        len(trace.layers), trace.layers[0].kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
+        len(trace.layers), trace.kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
     )
     for layer in trace.layers:
         if layer.index in trace.exact:
@@ -227,9 +227,10 @@ def _check_stored(form: Format, storing: KVMethod, selecting: KVMethod, stages: 
             f"{stages.place.key} with true positions"
         )
     if stages.evict is not None and rescores and form.droppable() is None:
+        way = "use it with decode=False" if "decode" in type(stages.evict).model_fields else "leave it out"
         raise BadRecipe(
-            f"{storing.key} stores entries together, so that none can leave by itself while decoding: leave out "
-            f"{stages.evict.key}, or use it with decode=False where it has that"
+            f"{storing.key} stores entries together, so that none can leave by itself while decoding, as "
+            f"{stages.evict.key} wants: {way}"
         )
     if stages.merge is not None and rescores and not form.rewritable:
         raise BadRecipe(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import ipywidgets as w
 
-from workbench.published import OURS
 from workbench.registry import Method, Parameter, find
 from workbench_widgets.plain_text import in_markup
+from workbench_widgets.present import CHANGED, preset_choices
 
 NONE = ""  # the choice "none" of a dropdown
 
@@ -76,9 +76,7 @@ class MethodControls(w.VBox):
         """The published values of the chosen method, and which of them its controls have."""
         self._following = True
         presets = () if cls is None else cls.presets
-        self.preset.options = [
-            ("the defaults", OURS), *((preset.name, preset.name) for preset in presets), ("changed", NONE)
-        ]  # fmt: skip
+        self.preset.options = [] if cls is None else list(preset_choices(cls).items())
         self.preset.layout.display = "" if presets else "none"
         self._following = False
         self._follow()
@@ -88,7 +86,7 @@ class MethodControls(w.VBox):
         if cls is not None:
             self._following = True
             values = {name: control.value for name, control in self._controls.items()}
-            self.preset.value = cls.preset_of(values) or NONE
+            self.preset.value = cls.preset_of(values) or CHANGED
             self._following = False
 
     def _edited(self, change: object) -> None:
@@ -98,13 +96,12 @@ class MethodControls(w.VBox):
 
     def _preset_chosen(self, change: Mapping[str, object]) -> None:
         """All controls at the values of the preset, in one change."""
-        if self._following or change["new"] == NONE:
+        if self._following or change["new"] in (CHANGED, None):
             return
         cls = find(self.choice.value)
-        given = cls.preset(str(change["new"]))
         self._following = True
-        for parameter in cls.parameters():
-            self._controls[parameter.name].value = given.get(parameter.name, parameter.default)
+        for name, value in cls.preset_values(str(change["new"])).items():
+            self._controls[name].value = value
         self._following = False
         self._on_change()
 

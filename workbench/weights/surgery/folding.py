@@ -57,15 +57,12 @@ def foldable(name: str, block: nn.Module, linears: Container[str]) -> list[Fold]
 
 
 def folded_layers(model: nn.Module, linears: Container[str]) -> dict[str, str]:
-    """The layers of a model whose weights change by folding factors of these layers' inputs, by name, and how."""
-    found: dict[str, str] = {}
-    for name, block in decoder_layers(cast("PreTrainedModel", model)).items():
-        for place in foldable(name, block, linears):
-            before = f"{name}.{place.before}"
-            found |= {f"{name}.{layer}": f"scales of its inputs are held by {place.before}" for layer in place.layers}
-            if isinstance(block.get_submodule(place.before), nn.Linear):
-                found.setdefault(before, f"it holds scales of what {' and '.join(place.layers)} read")
-    return found
+    """The layers of a model whose weights change where factors of these layers' inputs are folded, by name, and how."""
+    blocks = decoder_layers(cast("PreTrainedModel", model)).items()
+    found = [
+        f"{name}.{layer}" for name, block in blocks for fold in foldable(name, block, linears) for layer in fold.layers
+    ]
+    return dict.fromkeys(found, "scales of its inputs are held by what is before it")
 
 
 def fold(block: nn.Module, where: Fold, scales: Tensor) -> None:

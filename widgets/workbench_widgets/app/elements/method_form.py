@@ -12,8 +12,7 @@ from workbench.published import OURS
 from workbench.registry import Method, Parameter
 from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.plain_text import in_label
-
-CHANGED = ""  # the choice of presets where values are those of none
+from workbench_widgets.present import CHANGED, preset_choices
 
 
 def control(parameter: Parameter, value: object = None) -> MaterialWidget:
@@ -111,9 +110,8 @@ class MethodForm:
         if self._following or event.new == CHANGED:
             return
         self._following = True
-        given = self.cls.preset(event.new)
-        for parameter in self.cls.parameters():
-            self.widgets[parameter.name].value = given.get(parameter.name, parameter.default)
+        for name, value in self.cls.preset_values(event.new).items():
+            self.widgets[name].value = value
         self._following = False
         self._changed()
 
@@ -134,7 +132,7 @@ def _preset_menu(cls: type[Method]) -> MaterialWidget:
     sources = "; ".join(f"{preset.name}: {preset.source}" for preset in cls.presets)
     return pmu.Select(
         label="Values",
-        options={"the defaults": OURS, **{in_label(p.name): p.name for p in cls.presets}, "changed": CHANGED},
+        options={in_label(shown): name for shown, name in preset_choices(cls).items()},
         value=OURS,
         description=in_label(sources),
         size="small",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.kv.base import KVMethod
+from workbench.kv.key_context import KeyContext
 from workbench.kv.recall import attention_to, recalled, widths
 from workbench.kv.stores.format import INDEX_BYTES
 from workbench.kv.stores.keys_only import KeyStore
@@ -22,7 +22,7 @@ _LEAST = 4  # entries of an early layer with which a stream still has a sink, a 
 
 
 @register
-class ILRe(KVMethod):
+class ILRe(KeyContext):
     """Recall tokens for the question at an early layer, and read only those through the whole model.
 
     The context is streamed in pieces through the layers below the retrieval layer, which hold only sinks and a sliding
@@ -68,22 +68,6 @@ class ILRe(KVMethod):
         own="found for each model: on smollm2-135m 0.6 loses 0.01 nats in half of the cache and finds 3 of 3 needles "
         "in 512 tokens, layer 3 of 32 loses 1.44 and finds 1",
     )
-    query: int = param(
-        32,
-        ge=1,
-        le=1024,
-        unit="tokens",
-        help="at the prompt's end: stay, and stand for a question",
-        own="the abstract has no number for it",
-    )
-    sinks: int = param(
-        4,
-        ge=0,
-        le=256,
-        unit="tokens",
-        help="tokens at the beginning that always stay",
-        own="the abstract has no number for it",
-    )
     window: int = param(
         512,
         ge=1,
@@ -91,14 +75,6 @@ class ILRe(KVMethod):
         unit="tokens",
         help="what layers before that one see of the past, at most",
         own="the abstract has no number for it",
-    )
-    chunk: int = param(
-        256,
-        ge=1,
-        le=4096,
-        unit="tokens",
-        help="how many are read at once, at most",
-        own="how the prompt is read, not what stays: the budget holds while it is",
     )
     kernels: int = param(
         3,
@@ -136,8 +112,7 @@ class ILRe(KVMethod):
 
         spare = None if prefill.limit is None or not stream else (prefill.room - keys) // stream
         scores = self._scores(prefill, retrieval, early, spare)
-        sinks = min(self.sinks, (total - slide) // 4)
-        last = max(slide, min(self.query, total // 2), 1)
+        sinks, last = self.ends(total, slide)
         where = recalled(scores, widths(self.kernels, self.widest), total, sinks, last)
         prefill.read_only(where, self.chunk)
         notes = () if prefill.question is not None else ("no question was known: the prompt's end stood for it",)

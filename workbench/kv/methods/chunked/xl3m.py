@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.kv.asked import asked
-from workbench.kv.base import KVMethod
+from workbench.kv.key_context import KeyContext
 from workbench.kv.segments import entropy, overlapping, surest
 from workbench.registry import Fidelity, Paper, Preset, param, register
 
@@ -20,7 +20,7 @@ _FREE = 8  # of a text longer than the model's positions, one in so many is left
 
 
 @register
-class XL3M(KVMethod):
+class XL3M(KeyContext):
     """Read each segment with the question alone, and keep together those that leave the model surest of its answer.
 
     The context is cut into segments; each is read with the question on an empty cache, and the entropy of the next
@@ -68,30 +68,6 @@ class XL3M(KVMethod):
         own="the paper's windows overlap so that no sentence is cut for all; by how much was not read",
     )
     template: bool = param(False, help="whether the chat template's tokens after the question are read before judging")
-    query: int = param(
-        32,
-        ge=1,
-        le=1024,
-        unit="tokens",
-        help="at the prompt's end: stay, and stand for a question",
-        own="a few tokens, the abstract says",
-    )
-    sinks: int = param(
-        4,
-        ge=0,
-        le=256,
-        unit="tokens",
-        help="tokens at the beginning, before every segment",
-        own="not in the abstract: attention sinks",
-    )
-    chunk: int = param(
-        256,
-        ge=1,
-        le=4096,
-        unit="tokens",
-        help="how many are read at once in the end, at most",
-        own="how the prompt is read, not what stays: the budget holds while it is",
-    )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
         tokens, positions = prefill.tokens, prefill.max_positions
@@ -104,8 +80,7 @@ class XL3M(KVMethod):
             prefill.feed_prompt(self.chunk)
             return prefill.result()
 
-        sinks = min(self.sinks, (total - slide) // 4)
-        last = max(slide, min(self.query, total // 2), 1)
+        sinks, last = self.ends(total, slide)
         question = prefill.ids[-self.query :] if prefill.question is None else self._judged(prefill)
         question = question[-max(total // 2, 1) :]
         room = total - sinks - last
@@ -122,7 +97,8 @@ class XL3M(KVMethod):
             f"the text is longer than the model's {positions:,} positions: the {where.numel():,} tokens kept of it "
             "stand one after another"
         )
-        tiers = torch.zeros(len(prefill.layers), prefill.layers[0].kv_heads, tokens, dtype=torch.uint8)
+        heads = (prefill.compressible or prefill.layers)[0].kv_heads
+        tiers = torch.zeros(len(prefill.layers), heads, tokens, dtype=torch.uint8)
         for layer in prefill.layers:
             kept = torch.arange(tokens - (layer.window or 0), tokens) if layer.index in prefill.exact else where
             tiers[layer.index, :, kept] = 1

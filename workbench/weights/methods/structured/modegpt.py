@@ -16,13 +16,13 @@ from workbench.weights.bases.structured_pruner import IntraModulePruner
 from workbench.weights.calibration.hessian import InputStats
 from workbench.weights.calibration.study import WeightStudy
 from workbench.weights.solvers.block_widths import allocate, by_block, shares
+from workbench.weights.solvers.mixed_values import mix_values
 from workbench.weights.solvers.module_decompositions import (
     leverage,
     moment_of,
     nystrom,
     pair_scores,
 )
-from workbench.weights.surgery.mixed_values import mix_values
 from workbench.weights.surgery.prunable import (
     PrunableAttention,
     PrunableModule,
