@@ -63,7 +63,8 @@ class Session(Shown):
     precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision in which caches are stored and the
     uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
     transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
-    "cpu" for a model on a GPU. graphs: on a GPU, decode by replaying a CUDA graph where method and model allow it.
+    "cpu" for a model on a GPU. graphs: where method and model allow it, decode by replaying a CUDA graph
+    on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer bytes.
     trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
 
     Wherever a recipe is taken, `budget` and further parameters are those of its method; with several methods `budget`
@@ -393,7 +394,7 @@ class Session(Shown):
             notes=(*prompt.prompt.notes, *plan.notes, *variants.said(weights), *variants.notes),
             on_run=partial(self._remember, prompt),
             graphs=self.graphs,
-            fusing=self.readings.fusing,
+            fusing=self.readings.fusing if self.graphs else None,
         )
 
     def _remember(self, trace: Trace, run: Run) -> None:

@@ -72,7 +72,6 @@ class Rows:
         self.width, self.rows = weights[0].shape[1], sum(len(weight) for weight in weights)
         self.copies: list[Tensor] = []
         self._parts = (_Part * len(weights))()
-        self._scratch = torch.empty(2 * self.width + self.width // _BLOCK)
         for part, weight, bias in zip(self._parts, weights, biases, strict=True):
             part.count, part.rows, part.bias = len(weight), weight.data_ptr(), None if bias is None else bias.data_ptr()
             if library is not None and (copy := coded(weight, library)) is not None:
@@ -97,6 +96,7 @@ class Rows:
         if self._library is None:
             return self._reference(x, norm, eps, gated, plus)
         out = torch.empty(self.rows)
+        scratch = torch.empty(2 * self.width + self.width // _BLOCK)  # each call's own: two threads may be in one
         self._library.wb_linear(
             2 if gated else int(norm is not None),
             x.data_ptr(),
@@ -107,7 +107,7 @@ class Rows:
             self._parts,
             None if plus is None else plus.data_ptr(),
             out.data_ptr(),
-            self._scratch.data_ptr(),
+            scratch.data_ptr(),
             torch.get_num_threads(),
         )
         return out
