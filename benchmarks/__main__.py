@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("session_speed", "app_latency", "attention_long", "attention_view", "map_frames")
+ALL = ("session_speed", "cpu_decode", "app_latency", "attention_long", "attention_view", "map_frames")
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ALL:

@@ -136,6 +136,7 @@ _GEMMA4 = {"text_config": _TEXT | {"pad_token_id": 0, "per_layer_config": {"3": 
 _ONE_STREAM = {"num_codebooks": 1, **_PADDED}
 _BYTES = ("patcher", "encoder", "decoder", "global")  # the models that BLT is made of
 _ALTERNATING = ["linear_attention", "full_attention"] * 2
+_SLIDING = ["sliding_attention", "full_attention"] * 2
 # What one kind needs besides, so that the model of transformers itself can be built and run.
 _KINDS: dict[str, Mapping[str, Any]] = {
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _PADDED),
@@ -205,8 +206,9 @@ _KINDS: dict[str, Mapping[str, Any]] = {
     "gemma4_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gemma4_unified_text": {"head_dim": _LEFT, "per_layer_config": {"3": {"head_dim": 32}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4, "window_size": 16},
-    "granite_swa": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "granitemoe_swa": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granite_swa": {"layer_types": _SLIDING},
+    "granitemoe_swa": {"layer_types": _SLIDING},
+    "mimo_v2_flash": {"layer_types": _SLIDING},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},

@@ -59,6 +59,10 @@ RESULTS = {
         "Speed of a session",
         "What reading and running cost beside plain transformers, and how long a plan takes.",
     ),
+    "cpu_decode": (
+        "Decoding on a CPU",
+        "Tokens a second after 512 tokens of prompt, beside plain transformers, measured in turns.",
+    ),
     "app_latency": ("Speed of the app", "From moving the slider to views that are drawn again, and memory."),
     "attention_long": (
         "Attention of long prompts",

@@ -37,6 +37,10 @@ def test_the_wheel_holds_every_module_of_the_three_packages(names: set[str]) -> 
         assert sources <= names
 
 
+def test_the_wheel_ships_the_source_that_is_compiled_where_it_runs(names: set[str]) -> None:
+    assert "workbench_kernels/cpu/token.c" in names
+
+
 def test_the_wheel_ships_the_front_end_sources_inside_the_widgets_package(names: set[str]) -> None:
     sources = {path.name for path in (ROOT / "widgets/js").iterdir() if path.suffix in {".js", ".css"}}
     assert sources

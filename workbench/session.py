@@ -577,7 +577,7 @@ class Session(Shown):
         """
         stats = self.head_stats(recipe, budget=budget, progress=progress, **parameters)
         trace = self.readings.recorded(_recipe(recipe, budget, parameters))
-        return stats.to_frame(self.facts.kv_heads, numbers=trace.numbers)
+        return stats.to_frame([layer.kv_heads for layer in trace.layers], numbers=trace.numbers)
 
     def head_stats(
         self,

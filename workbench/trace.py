@@ -264,6 +264,13 @@ class Trace:
         return tuple(layer for layer in self.layers if layer.index not in self.exact)
 
     @property
+    def kv_heads(self) -> int:
+        """How many KV heads the layers have that KV methods may change, of all if there are none; others that stay as
+        they are may have more or fewer.
+        """
+        return (self.compressible or self.layers)[0].kv_heads
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by the recording (never counted as a run's cache), states included."""
         held = [x for layer in self.layers for x in (layer.keys_held, layer.values_held, layer.queries_held)]

@@ -15,6 +15,7 @@ from workbench.engine import attention_hook
 from workbench.engine.states import has_indexer
 from workbench.errors import NotApplicable, WorkbenchError
 from workbench.models import facts
+from workbench.models.linear import wanted_weights
 from workbench.registry import registered
 from workbench.runtime.exactness import verify
 from workbench_kernels import Chosen, Scoring
@@ -84,13 +85,20 @@ def test_a_query_sees_what_was_chosen_and_is_still_held_or_the_method_says_why_n
             continue
         heads = store.kv_heads
         store.append(rows[:heads], rows[:heads, :, :16], torch.tensor([TOKENS]))
+        positions, valid = store.slots()  # some move entries once they have attended
         _, weights = store.attend(rows, torch.tensor([TOKENS]), scoring, weights=True)
         assert weights is not None  # [k, g, 1, m]
-        positions, valid = store.slots()
         allowed = torch.isin(positions, chosen) if valid is None else torch.isin(positions, chosen) & valid
         outside = weights[:, :, 0].masked_fill(allowed[:, None].expand_as(weights[:, :, 0]), 0.0)
         assert not outside.any(), type(store).__name__
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+
+
+def test_a_layer_whose_owner_asks_for_its_dtype_stays_and_the_others_are_compressed(session: wb.Session) -> None:
+    mixed = wb.method("rtn") | wb.method("snapkv", budget=0.5)
+    assert len(session.run(mixed, max_new_tokens=3).tokens) == 3
+    owner = tiny_of("deepseek_v32").get_submodule("model.layers.0.self_attn.indexer")
+    assert wanted_weights(owner) == {"weights_proj"}
 
 
 def test_a_query_none_of_whose_choice_is_held_gets_zeros(session: wb.Session) -> None:

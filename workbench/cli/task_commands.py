@@ -49,8 +49,16 @@ def evaluate(
     try:
         with terminal.working() as bar:
             session = model.session(bar, CacheOptions(kv_dtype=kv_dtype))
-            options = {"cases": cases, "chat": chat, "max_new_tokens": max_new_tokens, "progress": bar.progress}
-            for row in session.evaluate_rows(chosen, recipes, budgets=sizes, **options):
+            evaluated = session.evaluate_rows(
+                chosen,
+                recipes,
+                budgets=sizes,
+                cases=cases,
+                chat=chat,
+                max_new_tokens=max_new_tokens,
+                progress=bar.progress,
+            )
+            for row in evaluated:
                 rows.append(row)  # noqa: PERF402  those before an interruption are shown
     finally:
         if rows:

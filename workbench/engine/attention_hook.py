@@ -83,11 +83,7 @@ def _attention(
     indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    passing = _passing.get()
-    if passing is None:
-        raise WorkbenchError(
-            "this model was called directly while a session is running it in another thread; wait for the run to end"
-        )
+    passing = _current()
     kind = type(module).__name__
     if kwargs.get("position_bias") is not None:
         raise NotApplicable(f"{kind} adds a bias of its own to each score (position_bias), which is not supported")
@@ -178,6 +174,20 @@ def _make_known() -> None:
 _passing: ContextVar[_Passing | None] = ContextVar("passing", default=None)
 
 
+def _current() -> _Passing:
+    """The pass of this thread; WorkbenchError where another thread's has the model engaged."""
+    passing = _passing.get()
+    if passing is None:
+        raise WorkbenchError(
+            "this model was called directly while a session is running it in another thread; wait for the run to end"
+        )
+    return passing
+
+
+def _positions() -> Tensor:
+    return _current().positions
+
+
 def passing() -> Handler | None:
     """The handler of the pass that calls this, for modules that remember something of a run in the run itself."""
     current = _passing.get()
@@ -234,7 +244,7 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
-        with adapted(model, _attention) as by_adapters:
+        with adapted(model, _attention, _positions) as by_adapters:
             switch = partial(_switch_masks, model) if by_adapters else model.set_attn_implementation
             switch(NAME)
             try:
@@ -303,4 +313,4 @@ def forward(
             )
         finally:
             _passing.reset(before)
-        return cast("Tensor", output.logits[0].float())
+        return cast("Tensor", output.logits[0, -kept.numel() :].float())  # some (TrOCR) give all

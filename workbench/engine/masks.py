@@ -76,7 +76,7 @@ class AnnouncedMask(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         masks = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, AnnouncedMask)]
-        if func is _aten.select.int and args[1] == 1:  # type: ignore[comparison-overlap]
+        if func is _aten.select.int and args[1] == 1:
             return masks[0].of_one_head()
         if func not in _HANDED_ON or len(masks) != 1:
             raise NotApplicable(

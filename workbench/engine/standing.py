@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from workbench.errors import NotApplicable
 
@@ -49,7 +49,7 @@ def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cach
     following: whether the positions follow one another. Raises NotApplicable where they do not: layers that are told
     the first take the others for those after it.
     """
-    if not _asks(type(model)):
+    if not _asks(type(model).__module__):
         return None
     if not following:
         raise NotApplicable(
@@ -59,10 +59,10 @@ def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cach
 
 
 @cache
-def _asks(kind: type[nn.Module]) -> bool:
-    """Whether layers written beside this kind of model do so."""
+def _asks(module: str) -> bool:
+    """Whether layers that are written in this module do so."""
     try:
-        source = inspect.getsource(sys.modules[kind.__module__])
+        source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError):  # written in no file
         return False
     return "get_seq_length(self.layer_idx)" in source

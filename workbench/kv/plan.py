@@ -30,9 +30,10 @@ _PROBES = 64  # queries at the end of the prompt with which a plan's error is me
 class Plan(Shown):
     """What KV methods decided on a trace.
 
-    tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`. nbytes: what the stores
-    will hold on the device, host_nbytes: in host memory; full_nbytes: what the uncompressed cache would hold. ranking:
-    the order by which entries were chosen. exact: layers left alone, with the reason.
+    tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`; k as in those layers that
+    may be compressed, whatever others have. nbytes: what the stores will hold on the device, host_nbytes: in host
+    memory; full_nbytes: what the uncompressed cache would hold. ranking: the order by which entries were chosen. exact:
+    layers left alone, with the reason.
     """
 
     trace: Trace
@@ -142,8 +143,8 @@ class Plan(Shown):
 
         Raises BadParameter where there is no such head.
         """
-        heads = self.tiers.shape[1]
         numbers = self.trace.numbers
+        heads = self.trace.layers[numbers.index(layer)].kv_heads if layer in numbers else self.trace.kv_heads
         if layer not in numbers or kv_head not in range(heads):
             last = len(numbers) - 1
             there = f"0 to {last}" if numbers == tuple(range(last + 1)) else ", ".join(map(str, numbers))
@@ -151,7 +152,7 @@ class Plan(Shown):
                 f"layer {layer}, KV head {kv_head} does not exist: there are layers {there} with KV heads 0 to "
                 f"{heads - 1}"
             )
-        return self.tiers[numbers.index(layer), kv_head].nonzero()[:, 0].cpu()
+        return as_held(self.tiers[numbers.index(layer)], heads)[kv_head].nonzero()[:, 0].cpu()
 
     def survival(self) -> Tensor:
         """The share of the KV heads of compressible layers that keep each position, float [n]."""
@@ -192,14 +193,14 @@ class Plan(Shown):
         return dict(zip(group, made, strict=True))
 
     def _store(self, layer: LayerTrace) -> Store:
-        tiers = self.tiers[layer.index]
+        tiers = as_held(self.tiers[layer.index], layer.kv_heads)
         merging = self.stages.merge
         if merging is not None and layer.index not in self.exact and not self.keeps_all:
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
         if layer.index in self.exact and layer.chunk is not None:
-            held = [x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values)]
-            return ChunkStore(*held, layer.tokens, layer.chunk)
+            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
+            return ChunkStore(keys, values, layer.tokens, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
         if layer.index in self.exact:
@@ -261,7 +262,10 @@ class Plan(Shown):
             "full_nbytes": self.full_nbytes,
             "host_nbytes": self.host_nbytes,
             "state_nbytes": self.state_nbytes,
-            "kept": [int(kept) for kept in self.counts.sum(dim=1)],
+            "kept": [
+                int(as_held(counts[:, None], layer.kv_heads).sum())
+                for counts, layer in zip(self.counts, self.trace.layers, strict=True)
+            ],
         }
 
     @cached_property
@@ -277,7 +281,7 @@ class Plan(Shown):
         for layer in self.trace.layers:
             probes = layer.queries[:, -_PROBES:].float()
             positions = torch.arange(layer.tokens - probes.shape[1], layer.tokens, device=probes.device)
-            everything = torch.ones_like(self.tiers[layer.index])
+            everything = torch.ones_like(as_held(self.tiers[layer.index], layer.kv_heads))
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
@@ -286,6 +290,13 @@ class Plan(Shown):
             want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
         return torch.stack(rows).cpu()
+
+
+def as_held(tiers: Tensor, heads: int) -> Tensor:
+    """A layer's tiers [k, n] for as many KV heads. One that has more or fewer than those that may be compressed stays
+    exact, and all its heads hold the same.
+    """
+    return tiers if len(tiers) == heads else tiers[:1].expand(heads, -1)
 
 
 def _attended(store: Store, queries: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
@@ -314,7 +325,7 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window or chunk, everything, or nothing that is another's."""
+    """The size of what a layer can hold at most in `dtype`: its window, chunk or everything; nothing of another's."""
     tokens = layer.held if layer.shared is None else 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index

@@ -41,7 +41,7 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
     label = " + ".join(method.key for method in methods)
 
     tiers = torch.zeros(
-        len(trace.layers), trace.layers[0].kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
+        len(trace.layers), trace.kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
     )
     for layer in trace.layers:
         if layer.index in trace.exact:

@@ -104,15 +104,22 @@ class HeadStats(Brief):
         return classes
 
     def to_frame(
-        self, kv_heads: int, thresholds: Thresholds | None = None, *, numbers: Sequence[int] | None = None
+        self,
+        kv_heads: int | Sequence[int],
+        thresholds: Thresholds | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
     ) -> pd.DataFrame:
         """One row a layer and query head: layer, head, kv_head, entropy, sink, local, retrieval, distance, class.
 
-        numbers: what the layers are called (default: from 0 on).
+        kv_heads: how many KV heads each layer has, one number for all or one a layer. numbers: what the layers are
+        called (default: from 0 on).
         """
         layers, heads = self.entropy.shape
-        if heads % arguments.whole("kv_heads", kv_heads, 1, heads):
-            raise BadParameter(f"kv_heads is {kv_heads}: {heads} query heads cannot share so many KV heads")
+        counts = [kv_heads] * layers if isinstance(kv_heads, int) else list(kv_heads)
+        for count in counts:
+            if heads % arguments.whole("kv_heads", count, 1, heads):
+                raise BadParameter(f"kv_heads is {count}: {heads} query heads cannot share so many KV heads")
         head = torch.arange(heads)
         columns = {name: getattr(self, name).flatten().numpy() for name in _COLUMNS}
         classes = [name for layer in self.classes(thresholds) for name in layer]
@@ -120,7 +127,7 @@ class HeadStats(Brief):
             {
                 "layer": torch.tensor(list(numbers or range(layers))).repeat_interleave(heads).numpy(),
                 "head": head.repeat(layers).numpy(),
-                "kv_head": (head // (heads // kv_heads)).repeat(layers).numpy(),
+                "kv_head": torch.cat([head // (heads // count) for count in counts]).numpy(),
                 **columns,
                 "class": classes,
             }
@@ -392,8 +399,8 @@ class HeadSums:
 def _earlier(own: Tensor, at: Tensor, before: Tensor, held: Tensor, begin: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which queries see an earlier key that followed their token, and whose own key did so: bool [k or 1, nq] each.
 
-    own [nq]: the queries' tokens, at positions at [nq], which see those from begin [nq] on (None: all); before [k or 1, nk]: the tokens before the keys held [k or 1,
-    nk].
+    own [nq]: the queries' tokens, at positions at [nq], which see those from begin [nq] on (None: all); before [k or 1,
+    nk]: the tokens before the keys held [k or 1, nk].
     """
     beyond = int(max(at[-1], held.max())) + 1
     mine = own * beyond + at  # tokens and positions as one number, by token first

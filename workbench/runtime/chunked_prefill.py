@@ -81,8 +81,8 @@ class ModelPrefill(ChunkedPrefill):
             self.stores = decoder.stores  # some layers may have begun another chunk
         elif any(now is not before for now, before in zip(decoder.stores, stores, strict=True)):
             raise NotApplicable(
-                f"{self.label} reads on from a cache that it keeps, over the edge of a chunk of this model's attention; "
-                "shorten the text"
+                f"{self.label} reads on from a cache that it keeps, over the edge of a chunk of this model's "
+                "attention; shorten the text"
             )
         self.position, self.states = decoder.position, decoder.states
         self._sample()

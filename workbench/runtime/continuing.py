@@ -8,7 +8,7 @@ gives, so the model is asked: if its state is replaced by noise and several toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ def fresh_states(model: PreTrainedModel) -> States | None:
     states = states_of(model)
     if states is None or not keeps_states(model):
         return states
-    ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (_BEFORE + _AFTER,), generator=_generator())
+    vocabulary = len(cast("Tensor", model.get_input_embeddings().weight))
+    ids = torch.randint(0, vocabulary, (_BEFORE + _AFTER,), generator=_generator())
     before, after = ids[:_BEFORE], ids[_BEFORE:]
     positions = torch.arange(len(ids))
     begun = states.clone()

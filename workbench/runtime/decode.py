@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -274,7 +275,7 @@ class Decoder:
         for chunk in set(self._chunks.values()):
             edges |= {int(place) + 1 for place in (positions // chunk).diff().nonzero()}
         ordered = sorted(edges)
-        return [after - before for before, after in zip(ordered, ordered[1:], strict=False)]
+        return [after - before for before, after in pairwise(ordered)]
 
     def _begin_chunks(self, position: int) -> None:
         """Take from layers for which another chunk begins at this position what they hold, if their store does not let
@@ -284,7 +285,7 @@ class Decoder:
         fresh: dict[int, Store] = {}
         for layer in begun if self.position else ():
             store, chunk = self.stores[layer], self._chunks[layer]
-            if store.holder is store and store.chunk is None:
+            if store.holder is store and store.newest_chunk is None:
                 held = store.contents(self.model.get_input_embeddings().weight.dtype)  # type: ignore[arg-type]
                 fresh[id(store)] = ChunkStore(held.keys[:, :0].clone(), held.values[:, :0].clone(), position, chunk)
         if fresh:

@@ -91,6 +91,11 @@ class FusedToken:
         )
 
     @property
+    def compiled(self) -> bool:
+        """Whether compiled code computes, where there is a compiler, or PyTorch."""
+        return self._compiled is not None
+
+    @property
     def current(self) -> bool:
         """Whether the weights are still those that were taken: the same tensors, and not written into since."""
         return self._versions == [weight._version for _, weight, _ in self._linears] and all(  # noqa: SLF001

@@ -14,7 +14,7 @@ from workbench.core.memo import Memo
 from workbench.engine.states import States
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.plan import Plan, uncompressed_nbytes
+from workbench.kv.plan import Plan, as_held, uncompressed_nbytes
 from workbench.kv.read_and_stored import notes_on, read_and_stored
 from workbench.kv.selection import plan_of
 from workbench.kv.stores import Store, cloned
@@ -136,7 +136,7 @@ def make_plan(
         finished = replace(finished, result=result)
     tiers = result.tiers
     if tiers is None:
-        tiers = torch.stack([store.tiers(trace.tokens) for store in result.stores])
+        tiers = torch.stack([as_held(store.tiers(trace.tokens), trace.kv_heads) for store in result.stores])
     copies = cloned(result.stores)
     return ChunkedPlan(
         trace,

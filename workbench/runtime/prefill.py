@@ -68,7 +68,8 @@ class _Recorder:
         self.context.layer = layer
         if self.method is None:
             most = [width for width in (window, scoring.chosen and scoring.chosen.most) if width is not None]
-            spans = [len(part) for part in torch.arange(tokens).split(scoring.chunk or tokens)]
+            alone = scoring.chunk or tokens
+            spans = [min(alone, tokens - start) for start in range(0, tokens, alone)]
             self.context.count(
                 query.shape[0] * sum(visible_entries(span, min(most) if most else None) for span in spans)
             )
@@ -164,7 +165,8 @@ def read(
     tokens = prompt.ids.numel()
     if tokens > facts.max_positions:
         raise PromptTooLong(
-            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the text"
+            f"the prompt has {tokens} tokens, but {facts.name} has only {facts.max_positions} positions; shorten the "
+            "text"
         )
     if not tokens:
         raise BadPrompt("the text has no tokens: there is nothing to read")
@@ -212,8 +214,8 @@ def read(
         )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
-    gone = _gone(layers[0], facts, sorted(set(attending(plain or model)) - set(numbers)), plain_widths)
-    return Trace(
+    gone = _gone(layers, facts, sorted(set(attending(plain or model)) - set(numbers)), plain_widths)
+    trace = Trace(
         prompt,
         layers,
         logits.cpu(),
@@ -226,6 +228,8 @@ def read(
         knowledge,
         states=states,
     )
+    _check_compressible(trace, facts.name)
+    return trace
 
 
 def seen(facts: Facts, trace: Trace) -> Facts:
@@ -253,10 +257,21 @@ def _check_layers(recorded: Mapping[int, LayerTrace], numbers: Sequence[int], na
             f"{which} of {name} {does} transformers' attention interface (attention of their own kind, linear "
             "attention or a state space), so they cannot be read"
         )
-    heads = sorted({(layer.heads, layer.kv_heads) for layer in recorded.values()})
+    heads = sorted({layer.heads for layer in recorded.values()})
     if len(heads) > 1:
-        counts = ", ".join(f"{h} on {k} KV heads" for h, k in heads)
+        counts = ", ".join(map(str, heads))
         raise NotApplicable(f"the layers of {name} differ in their number of heads ({counts}), which is not supported")
+
+
+def _check_compressible(trace: Trace, name: str) -> None:
+    """Raise NotApplicable unless the layers that KV methods may change have equally many KV heads."""
+    heads = sorted({layer.kv_heads for layer in trace.compressible})
+    if len(heads) > 1:
+        counts = ", ".join(map(str, heads))
+        raise NotApplicable(
+            f"the layers of {name} that attend to everything differ in their number of KV heads ({counts}), which is "
+            "not supported"
+        )
 
 
 def read_unrecorded(
@@ -291,22 +306,18 @@ def read_unrecorded(
 
 
 def _gone(
-    like: LayerTrace, facts: Facts, missing: Sequence[int], widths: Mapping[int, tuple[int, int]] | None
+    layers: Sequence[LayerTrace], facts: Facts, missing: Sequence[int], widths: Mapping[int, tuple[int, int]] | None
 ) -> tuple[LayerTrace, ...]:
-    """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts."""
-    blank = like.blank()
-    return tuple(
-        replace(
-            blank,
-            index=index,
-            number=index,
-            scoring=replace(
-                blank.scoring, window=facts.windows[index], chunk=facts.chunks[index] if facts.chunks else None
-            ),
-            plain_widths=widths[index] if widths else None,
-        )
-        for index in missing
-    )
+    """Shapes of the layers that a shortened model has not, which the uncompressed cache still counts: those of a layer
+    of the same kind, with a window or without.
+    """
+    gone = []
+    for index in missing:
+        window, chunk = facts.windows[index], facts.chunks[index] if facts.chunks else None
+        like = next((layer for layer in layers if (layer.window is None) == (window is None)), layers[0]).blank()
+        scoring, width = replace(like.scoring, window=window, chunk=chunk), widths[index] if widths else None
+        gone.append(replace(like, index=index, number=index, scoring=scoring, plain_widths=width))
+    return tuple(gone)
 
 
 def _exact(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:

@@ -344,6 +344,12 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         chosen = None if fields.get("chosen") is None else Chosen(torch.arange(ids.numel()), None)
         if fields.get("chosen") == "some":
             chosen = Chosen(torch.arange(ids.numel()), _choices(tensor(f"layers.{index}.chosen"), ids.numel()).to(home))
+        sinks, slopes = (
+            _of_heads(tensor(f"layers.{index}.{name}"), len(queries)).to(device)
+            if name in fields.get("of_heads", ())
+            else None
+            for name in _OF_HEADS
+        )
         layers.append(
             LayerTrace(
                 index=index,
@@ -355,12 +361,8 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                     float(fields["scale"]),
                     fields["window"],
                     fields["softcap"],
-                    *(
-                        _of_heads(tensor(f"layers.{index}.{name}"), len(queries)).to(device)
-                        if name in fields.get("of_heads", ())
-                        else None
-                        for name in _OF_HEADS
-                    ),
+                    sinks,
+                    slopes,
                     rounded=bool(fields.get("rounded")),
                     chosen=chosen,
                     chunk=fields.get("chunk"),

@@ -45,7 +45,8 @@ def check_plan(plan: Plan) -> list[Store]:
     must(live == said + host, f"the stores count {said + host} bytes, their tensors hold {live}")
     must(int(plan.counts.min()) >= 1, "a head keeps nothing")
     for layer, store in enumerate(stores):
-        must(len(store.positions) == plan.tiers.shape[1], f"layer {layer} stores {len(store.positions)} KV heads")
+        heads = plan.trace.layers[layer].kv_heads
+        must(len(store.positions) == heads, f"layer {layer} stores {len(store.positions)} KV heads of {heads}")
         for head, positions in enumerate(store.positions):
             kept, where = plan.kept(layer, head), f"layer {layer}, KV head {head}"
             must(torch.equal(positions.cpu(), kept), f"{where}: kept are {kept.tolist()}, stored {positions.tolist()}")

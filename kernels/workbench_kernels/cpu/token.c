@@ -16,6 +16,8 @@
 #define QUERIES 8      /* query heads of a KV head that share one pass over its values */
 
 typedef float vf __attribute__((vector_size(64)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint8_t vb __attribute__((vector_size(16)));
@@ -43,11 +45,10 @@ static inline vf chosen(vi where, vf x, vf y) {
 }
 
 static inline float sum(vf x) {
-    float s[WIDE];
-    store(s, x);
-    for (int half = WIDE / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) s[i] += s[i + half];
-    return s[0];
+    union { vf whole; struct { v8 low, high; } half; } a = {x};
+    union { v8 whole; struct { v4 low, high; } half; } b = {a.half.low + a.half.high};
+    v4 s = b.half.low + b.half.high;
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 /* e ** x by 2 ** n times a polynomial of what is left (Cephes), for x <= 88. */
@@ -332,9 +333,13 @@ static inline __attribute__((always_inline)) vf held(const void *p, long i, int 
 }
 
 /* The codes of channels c .. c + 15 of a row, whose bytes hold the codes j, j + b, j + 2 b and so on. */
-static inline vf codes_at(const uint8_t *row, long c, long stride, int bits) {
-    vu u = bytes(row + c % stride);
-    return __builtin_convertvector((vi)((u >> (uint32_t)(c / stride * bits)) & ((1u << bits) - 1)), vf);
+typedef struct { int byte, shift, group; } Place;
+static inline Place place(const Side *s, long c) {
+    long stride = s->width * s->bits / 8;
+    return (Place){(int)(c % stride), (int)(c / stride) * s->bits, (int)(c / s->group)};
+}
+static inline vf codes_at(const uint8_t *row, Place where, uint32_t mask) {
+    return __builtin_convertvector((vi)((bytes(row + where.byte) >> (uint32_t)where.shift) & mask), vf);
 }
 
 static void packed_scores(const Side *s, long head, const float *query, long queries, long stride_out, float *out) {
@@ -343,6 +348,9 @@ static void packed_scores(const Side *s, long head, const float *query, long que
     long rows = s->lengths[head];
     float turned[queries * d], shift[queries];
     float sums[queries * groups];
+    uint32_t mask = (1u << s->bits) - 1;
+    Place places[d / WIDE];
+    for (long c = 0; c < d; c += WIDE) places[c / WIDE] = place(s, c);
     if (!s->channel)
         for (long q = 0; q < queries; q++)
             for (long g = 0; g < groups; g++) {
@@ -350,11 +358,12 @@ static void packed_scores(const Side *s, long head, const float *query, long que
                 for (long c = g * s->group; c < d && c < (g + 1) * s->group; c++) total += query[q * d + c];
                 sums[q * groups + g] = total;
             }
-    for (long r = 0; r < rows; r++) {
+    for (long r = 0, in_group = 0, group = 0; r < rows; r++, in_group++) {
         const uint8_t *row = codes + r * b;
-        if (s->channel && r % s->group == 0) {
-            const _Float16 *scale = s->scale + (s->scale_starts[head] + r / s->group) * d;
-            const _Float16 *zero = s->zero + (s->zero_starts[head] + r / s->group) * d;
+        if (in_group == s->group) { in_group = 0; group++; }
+        if (s->channel && in_group == 0) {
+            const _Float16 *scale = s->scale + (s->scale_starts[head] + group) * d;
+            const _Float16 *zero = s->zero + (s->zero_starts[head] + group) * d;
             for (long q = 0; q < queries; q++) {
                 vf total = {0};
                 for (long c = 0; c < d; c += WIDE) {
@@ -371,11 +380,11 @@ static void packed_scores(const Side *s, long head, const float *query, long que
             long count = queries - first < QUERIES ? queries - first : QUERIES;
             for (long q = 0; q < count; q++) total[q] = (vf){0};
             for (long c = 0; c < d; c += WIDE) {
-                vf code = codes_at(row, c, b, s->bits);
+                vf code = codes_at(row, places[c / WIDE], mask);
                 if (s->channel)
                     for (long q = 0; q < count; q++) total[q] += load(turned + (first + q) * d + c) * code;
                 else {
-                    code *= (float)s->scale[(s->scale_starts[head] + r) * groups + c / s->group];
+                    code *= (float)s->scale[(s->scale_starts[head] + r) * groups + places[c / WIDE].group];
                     for (long q = 0; q < count; q++) total[q] += load(query + (first + q) * d + c) * code;
                 }
             }
@@ -419,10 +428,12 @@ static void packed_values(const Side *s, long head, const float *weights, long s
         for (long c = 0; c < d; c += WIDE) {
             vf total[QUERIES];
             float shift[QUERIES];
+            Place where = place(s, c);
+            uint32_t mask = (1u << s->bits) - 1;
             for (long q = 0; q < count; q++) { total[q] = load(out + (first + q) * d + c); shift[q] = 0; }
             for (long r = 0; r < rows; r++) {
-                vf code = codes_at(codes + r * b, c, b, s->bits);
-                float by = (float)scale[r * groups + c / s->group], from = (float)zero[r * groups + c / s->group];
+                vf code = codes_at(codes + r * b, where, mask);
+                float by = (float)scale[r * groups + where.group], from = (float)zero[r * groups + where.group];
                 for (long q = 0; q < count; q++) {
                     float weight = weights[(first + q) * stride + r];
                     total[q] += code * (weight * by);

@@ -211,7 +211,7 @@ def _side(rows: Ragged | PackedRows) -> tuple[_Side, int]:
 
 
 class Stretch(NamedTuple):
-    """Rows of heads that are all equally long: data [h * room, w], of which the first `longest` of each head are used."""
+    """Rows of heads that are all equally long: data [h * room, w], of which each head uses the first `longest`."""
 
     data: Tensor
     room: int

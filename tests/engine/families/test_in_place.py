@@ -21,6 +21,7 @@ from workbench.runtime.exactness import verify
 
 IDS = torch.arange(40) * 7 % 251
 # name -> (class, what differs from the common shape, KV heads, window of each layer)
+BART = {"d_model": 64, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
 FALCON = {"ffn_hidden_size": 128, "parallel_attn": True}
 KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
     "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8}, 4, (None,) * 4),
@@ -33,6 +34,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int | None, ...]]] = {
     ),
     "gpt-neox japanese": ("GPTNeoXJapanese", {}, 4, (None,) * 4),
     "gpt": ("OpenAIGPT", {"n_embd": 64, "n_layer": 4, "n_head": 4}, 4, (None,) * 4),
+    "bart": ("Bart", BART | {"forced_eos_token_id": None}, 4, (None,) * 4),
+    "mvp": ("Mvp", BART | {"forced_eos_token_id": None}, 4, (None,) * 4),
+    "trocr": ("TrOCR", BART, 4, (None,) * 4),
     "xglm": ("XGLM", {"d_model": 64, "num_layers": 4, "attention_heads": 4, "ffn_dim": 128}, 4, (None,) * 4),
     "bloom": ("Bloom", {"n_head": 4}, 4, (None,) * 4),
     "bloom, six heads": ("Bloom", {"hidden_size": 96, "num_attention_heads": 6}, 6, (None,) * 4),
@@ -127,6 +131,15 @@ def test_in_16_bits_it_agrees_with_itself(kind: str) -> None:
     session.read(IDS)
     assert session.trace.layers[0].keys_held.dtype == session.trace.layers[0].queries_held.dtype == torch.bfloat16
     assert session.run("kivi", bits=4, max_new_tokens=3).tokens
+
+
+def test_blooms_scores_are_not_rounded_in_16_bits() -> None:
+    ids = torch.randint(0, 256, (700,), generator=torch.Generator().manual_seed(0))
+    low = model_of("bloom").bfloat16()
+    with torch.inference_mode():
+        want, own = model_of("bloom").bfloat16().float()(ids[None]).logits[0, 600:], low(ids[None]).logits[0, 600:]
+    got = forward(low, Exact(), ids, torch.arange(700), logits=100)
+    assert (got - want).norm() < 0.3 * (own.float() - want).norm()
 
 
 def test_a_module_that_transformers_has_changed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,12 @@ class Attend(Protocol):
         sliding_window: int | None = None,
         slopes: Tensor | None = None,  # [h]: what is added to a score for each position that a key stands further on
         rounded: bool = False,  # whether that is rounded to bfloat16
+        layer_idx: int | None = None,  # where the module does not say it
     ) -> tuple[Tensor, Tensor | None]: ...
+
+
+Positions = Callable[[], Tensor]
+"""Where the tokens of the pass stand, int64 [n], on any device."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,21 @@ class Adapter:
     """An attribute of a module's instances, and what takes its place.
 
     parts: the attributes that `function` reads, with dots where they lie deeper. function: (module, attend, *arguments
-    of the method whose place it takes); for another attribute `value` takes its place.
+    of the method whose place it takes); for another attribute `value` takes its place. positions: the function is given
+    those in the place of `attend`, and its model may use transformers' attention interface.
     """
 
     name: str
     parts: tuple[str, ...] = ()
     function: Callable[..., Any] | None = None
     value: object = None
+    positions: bool = False
 
-    def made(self, module: nn.Module, attend: Attend) -> object:
+    def made(self, module: nn.Module, attend: Attend, positions: Positions) -> object:
         """What is to stand on this instance."""
-        return self.value if self.function is None else partial(self.function, module, attend)
+        if self.function is None:
+            return self.value
+        return partial(self.function, module, positions if self.positions else attend)
 
     def changed(self, module: nn.Module) -> Iterator[str]:
         """What this module lacks of what is read of it, or takes besides what is understood: nothing, if it fits."""
@@ -63,7 +72,7 @@ class Adapter:
 def _differences(method: Callable[..., Any], function: Callable[..., Any]) -> tuple[str, ...]:
     """Which arguments of a method a function in its place does not know, or awaits in vain."""
     theirs = list(inspect.signature(method).parameters.values())[1:]  # without self
-    ours = list(inspect.signature(function).parameters.values())[2:]  # without the module and our attention
+    ours = list(inspect.signature(function).parameters.values())[2:]  # without the module and what it is given
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     given, known = ({p.name for p in each if p.kind not in kinds} for each in (theirs, ours))
     new = [] if any(p.kind in kinds for p in ours) else sorted(given - known)

@@ -1,4 +1,8 @@
-"""Bloom: a fused projection for each head, and scores with ALiBi."""
+"""Bloom: a fused projection for each head, and scores with ALiBi.
+
+In 16 bits the model itself rounds scores with the slopes in them, to steps that grow with the text. That is not
+imitated: scores are float32 here, and logits of long texts nearer to those of the same weights in float32.
+"""
 
 from __future__ import annotations
 

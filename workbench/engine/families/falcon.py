@@ -6,6 +6,7 @@ of rotations instead, which is not used.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,10 +44,10 @@ def _forward(
 
 def _slopes(module: Any, device: torch.device) -> Tensor:
     """[h]: times a position, rounded, they are the model's bias, which is rounded and divided then."""
-    size = module.head_dim
+    size: int = module.head_dim
     if size & (size - 1) or size.bit_length() % 2 == 0:
         raise NotApplicable(f"Falcon's ALiBi is exact for heads of 16, 64 or 256 channels only, not {size}")
-    return slopes(module.num_heads, device).bfloat16().float() * size**-0.5
+    return slopes(module.num_heads, device).bfloat16().float() / math.sqrt(size)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

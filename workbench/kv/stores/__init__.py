@@ -5,10 +5,11 @@ and grown by blocks. While all heads are equally long, lengths are plain numbers
 starts and lengths are int32 tensors, as a kernel wants them. Nothing loops over tokens or heads in Python.
 
 `DenseStore` holds rows at one precision, ragged where heads differ, and what an evicting method knows of each entry;
-`SlidingStore` a window, `ChunkStore` the newest chunk (Llama 4); `PackedStore` codes of 2, 4 or 8 bits with a full-precision tail; `FrozenStore` codes that
-never move; `BitmapStore` the largest numbers of every row (Mustafar); `PrunedStore` keys without their least used
-channels (ThinK); `MixedStore` important entries exact and the others at few bits; `SmoothedStore` smoothed integers
-(FireQ); `DeltaStore` differences between neighbours (DeltaLLM); `LowRankStore` coefficients (Eigen Attention, CSKV);
+`SlidingStore` a window, `ChunkStore` the newest chunk (Llama 4); `PackedStore` codes of 2, 4 or 8 bits with a
+full-precision tail; `FrozenStore` codes that never move; `BitmapStore` the largest numbers of every row
+(Mustafar); `PrunedStore` keys without their least used channels (ThinK); `MixedStore` important entries exact and the
+others at few bits; `SmoothedStore` smoothed integers (FireQ); `DeltaStore` differences between neighbours (DeltaLLM);
+`LowRankStore` coefficients (Eigen Attention, CSKV);
 `CalibratedStore` a stretch of tokens at one bit, whose scores it lowers (CalibQuant);
 `MergedLayerStore` what two layers have in common, and a layer's own (MiniCache); `SplitStore` several stores over
 different positions; `SharedStore` nothing, for it attends to another layer's store; `ClosedUpStore` any of them whose
@@ -22,7 +23,7 @@ the device; host memory is counted apart, in categories that begin with "host ",
 copied on a stream of its own.
 
 On a CPU a store dequantises and calls the reference in `workbench_kernels`. On a GPU a kernel of the same signature
-takes its place where the model computes in 16 bits.
+takes its place where the model computes in 16 bits. What a store has `in_place` a CPU's compiled step reads as it lies.
 """
 
 from workbench.kv.stores.closed_up import ClosedUpStore

@@ -324,7 +324,7 @@ class ChunkStore(SlidingStore):
     """
 
     @property
-    def chunk(self) -> int:
+    def newest_chunk(self) -> int:
         return self.window
 
     def _sees(self, position: int) -> int:

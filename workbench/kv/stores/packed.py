@@ -404,7 +404,8 @@ class PackedStore(PositionedStore):
             return
         for rows in parts:
             rows.reserve_block(self._block)
-        if leave(*(rows.stretch for rows in (tail, *parts)), packed.bits, packed.group, library):
+        codes, scale, zero = (rows.stretch for rows in parts)
+        if leave(tail.stretch, codes, scale, zero, packed.bits, packed.group, library):
             for rows in parts:
                 rows.grow(1)
             tail.cut(1)

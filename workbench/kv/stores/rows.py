@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -94,8 +95,8 @@ class Rows:
     def ragged(self) -> Ragged:
         """The rows as kernels take them, lengths on the device."""
         if self.lengths is None or self.starts is None:
-            heads = torch.arange(self.heads, dtype=torch.int32, device=self.data.device)
-            return Ragged(self.data, heads * self._room, torch.full_like(heads, self.longest), self.longest)
+            starts, lengths = _even(self.heads, self._room, self.longest, str(self.data.device))
+            return Ragged(self.data, starts, lengths, self.longest)
         return Ragged(self.data, self.starts, self.lengths, self.longest)
 
     def laid_out(self, data: Tensor) -> Tensor:
@@ -253,6 +254,13 @@ class Rows:
             self.longest -= rows
             self.total -= self.heads * rows
         return taken
+
+
+@lru_cache(maxsize=64)  # a step asks once a layer
+def _even(heads: int, room: int, longest: int, device: str) -> tuple[Tensor, Tensor]:
+    """Where the rows of equally long heads begin, and how many they are, int32 [k] each; nobody writes into them."""
+    starts = torch.arange(heads, dtype=torch.int32, device=device) * room
+    return starts, torch.full_like(starts, longest)
 
 
 def joined(first: Rows, second: Rows, first_data: Tensor | None = None) -> Tensor:

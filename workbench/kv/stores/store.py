@@ -106,7 +106,7 @@ class Store(ABC):
         return None
 
     @property
-    def chunk(self) -> int | None:
+    def newest_chunk(self) -> int | None:
         """How many positions make a chunk, for a store that keeps those of the newest one alone; None: it does not."""
         return None
 

@@ -120,7 +120,8 @@ class Dialogue(Generated):
         self, draw: random.Random, speakers: list[str], asked: list[str], others: list[str], encode: Encode
     ) -> list[str]:
         """Days of turns with what is asked at random places: at most `length` tokens."""
-        lines, room, day = [], self.length - sum(len(encode(f"{turn}\n")) for turn in asked), 0
+        lines: list[str] = []
+        room, day = self.length - sum(len(encode(f"{turn}\n")) for turn in asked), 0
         while True:
             block = [others.pop()] if others and draw.random() < 1 / 2 else []
             for _ in range(draw.randrange(1, _BETWEEN)):

@@ -56,7 +56,7 @@ class MeasuredHeads(SnapKV):
         key = (self.reasoning, self.tasks, self.task_tokens, study.trace.prompt.tokenizer is None)
         importance = study.of_model.once(("retrieval heads", *key), lambda: self._measured(study))
         compressible = importance[[layer.index for layer in study.trace.compressible]]  # [l, h]
-        by_kv_head: Tensor = compressible.unflatten(1, (study.trace.layers[0].kv_heads, -1)).mean(dim=2)
+        by_kv_head: Tensor = compressible.unflatten(1, (study.trace.kv_heads, -1)).mean(dim=2)
         return by_kv_head
 
     def _measured(self, study: Study) -> Tensor:

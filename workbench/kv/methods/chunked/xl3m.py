@@ -97,7 +97,8 @@ class XL3M(KeyContext):
             f"the text is longer than the model's {positions:,} positions: the {where.numel():,} tokens kept of it "
             "stand one after another"
         )
-        tiers = torch.zeros(len(prefill.layers), prefill.layers[0].kv_heads, tokens, dtype=torch.uint8)
+        heads = (prefill.compressible or prefill.layers)[0].kv_heads
+        tiers = torch.zeros(len(prefill.layers), heads, tokens, dtype=torch.uint8)
         for layer in prefill.layers:
             kept = torch.arange(tokens - (layer.window or 0), tokens) if layer.index in prefill.exact else where
             tiers[layer.index, :, kept] = 1

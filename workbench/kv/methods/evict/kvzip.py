@@ -59,7 +59,7 @@ class KVzip(GlobalHeads):
     def scores(self, study: Study) -> Tensor:
         trace, model = study.trace, study.reader(self.key)
         if not trace.compressible:
-            return torch.zeros(0, trace.layers[0].kv_heads, trace.tokens)
+            return torch.zeros(0, trace.kv_heads, trace.tokens)
         starts = range(0, trace.tokens, self.chunk)
         pieces = [slice(start, min(start + self.chunk, trace.tokens)) for start in starts]
         passes = [torch.cat([_instruction(trace.prompt, piece.start), trace.ids[piece]]) for piece in pieces]

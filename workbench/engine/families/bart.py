@@ -1,4 +1,6 @@
-"""XGLM: Bart's attention as it was before transformers' attention interface."""
+"""Bart's kin: positions are counted from what the model's own cache holds. XGLM, MVP and TrOCR have Bart's attention
+too, as it was before transformers' attention interface.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from workbench.engine.families.adapter import Adapter, Attend
+from workbench.engine.families.adapter import Adapter, Attend, Positions
 
 
 def _forward(
@@ -26,4 +28,17 @@ def _forward(
     return module.out_proj(out.flatten(2)), weights
 
 
+def _embedded(
+    module: Any,
+    positions: Positions,
+    *given: Any,  # ids or their shape, and the length again
+    past_key_values_length: int = 0,  # noqa: ARG001  (0: there is no such cache)
+    position_ids: Tensor | None = None,  # noqa: ARG001
+) -> Tensor:
+    at = positions().to(module.weight.device)
+    embedded: Tensor = type(module).forward(module, given[0], position_ids=at)
+    return embedded
+
+
+POSITIONS = Adapter("forward", ("weight",), _embedded, positions=True)
 ATTENTION = Adapter("forward", ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim", "scaling", "layer_idx"), _forward)
