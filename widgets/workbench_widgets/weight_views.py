@@ -92,7 +92,7 @@ def weight_figures(census: pd.DataFrame) -> list[KeyFigure]:
         ),
     ]
     if len(errors):
-        worst = str(small.name.loc[errors.idxmax()])
+        worst = str(small.name[small.output_error.astype(float) == errors.max()].iloc[0])
         key_figures += [
             KeyFigure("Output error", f"{errors.median():.1%}", "median, relative to the outputs"),
             KeyFigure("Worst", f"{errors.max():.1%}", worst.removeprefix("model.")),
