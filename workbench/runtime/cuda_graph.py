@@ -132,6 +132,8 @@ class CapturedStep:
         """Attention of one new token over everything that its layer holds, itself included."""
         if scoring.window is not None:
             raise NotApplicable(f"layer {layer} sees a window only")
+        if not scoring.in_kernels:  # captured attention knows no position of what is held
+            raise NotApplicable(f"layer {layer} scores or chooses by positions")
         self._layers[layer].append(key[:, 0], value[:, 0])
         return self._layers[layer].attend(query, scoring)
 
