@@ -28,12 +28,14 @@ _EMPTY = ("moe", "mlp")  # layers without attention that keep nothing either
 class States:
     """The states of a model's layers after what has been read. Mixed into the model's own kind of cache (`states_of`).
 
-    places: the number of each layer that attends among those that do, by its number in the model. singly: whether
-    tokens have to follow one by one, for the model forgets its state where several do (see `runtime/continuing.py`).
+    places: the number of each layer that attends among those that do, by its number in the model. keeping: the numbers
+    of those that keep a state. singly: whether tokens have to follow one by one, for the model forgets its state where
+    several do (see `runtime/continuing.py`).
     """
 
     layers: list[Any]
     places: Mapping[int, int]
+    keeping: tuple[int, ...] = ()
     singly: bool = False
     _caller: int | None = None
 
@@ -112,7 +114,7 @@ class States:
         return tuple(
             index
             for index, layer in enumerate(self.layers)
-            if index not in self.places and not any(getattr(layer, "has_previous_state", {0: True}).values())
+            if index in self.keeping and not any(layer.has_previous_state.values())
         )
 
     @property
@@ -176,6 +178,7 @@ def states_of(model: PreTrainedModel) -> States | None:
     config = model.config.get_text_config(decoder=True)
     states = made(config=config) if "config" in signature(own).parameters else made()
     states.places = {layer: place for place, layer in enumerate(attending(model))}
+    states.keeping = tuple(index for index, keeps in enumerate(_kinds(model)[1]) if keeps)
     return cast("States", states)
 
 
