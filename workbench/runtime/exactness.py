@@ -92,6 +92,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         torch.__version__,
         f"{kind.__module__}.{kind.__qualname__}",
         device_of(model).type,
+        model.config._attn_implementation,  # noqa: SLF001  (Falcon's ALiBi is another one with "eager")
         _precision(model),
         *((name, config[name]) for name in names),
         model,  # its modules and their sizes
