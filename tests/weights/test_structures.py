@@ -360,4 +360,5 @@ def test_blocks_with_inputs_of_their_own_are_refused_before_anything_is_learned(
     progress = Progress(lambda *_: pytest.fail("began"))
     with pytest.raises(NotApplicable, match="an input of its own, so none can be left out"):
         compressed(model("gemma3n"), [wb.method(key, budget=0.7)], progress)
-    assert wb.method(key, budget=1).survey(model("gemma3n")).linears
+    if key != "comp":  # which finds no gated MLP there either
+        assert wb.method(key, budget=1).survey(model("gemma3n")).linears
