@@ -29,7 +29,9 @@ def test_blocks_are_no_longer_than_they_have_to_be(layers: int) -> None:
     for size in range(2, 6):
         for reusing in range(layers):
             found = block_size(layers, reusing, size)
-            enough = [n for n in range(size, size + layers + 2) if not reusing or reusing + -(-reusing // (n - 1)) <= layers]
+            enough = [
+                n for n in range(size, size + layers + 2) if not reusing or reusing + -(-reusing // (n - 1)) <= layers
+            ]
             assert found == enough[0]
 
 
