@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import panel_material_ui as pmu
 from panel_material_ui.widgets.base import MaterialWidget
@@ -116,7 +117,7 @@ class MethodForm:
         self._changed()
 
     @property
-    def values(self) -> dict[str, object]:
+    def values(self) -> dict[str, Any]:
         """What differs from the method's defaults; an emptied field counts as the default."""
         defaults = {p.name: p.default for p in self.cls.parameters()}
         current = {name: widget.value for name, widget in self.widgets.items()}
