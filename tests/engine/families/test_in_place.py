@@ -12,7 +12,7 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 import workbench as wb
 from tests.engine.test_attention_hook import Exact, state
-from tests.runtime.test_exactness import as_transformers, made
+from tests.runtime.test_exactness import as_transformers, made, no_seals  # noqa: F401  (nothing was found exact before)
 from workbench.engine.attention_hook import engaged, forward
 from workbench.errors import NotApplicable
 from workbench.models import facts
@@ -131,6 +131,14 @@ def test_in_16_bits_it_agrees_with_itself(kind: str) -> None:
     session.read(IDS)
     assert session.trace.layers[0].keys_held.dtype == session.trace.layers[0].queries_held.dtype == torch.bfloat16
     assert session.run("kivi", bits=4, max_new_tokens=3).tokens
+
+
+def test_what_is_exact_with_one_implementation_is_refused_with_another_that_computes_something_else() -> None:
+    kind, options, *_ = KINDS["falcon, alibi"]
+    wb.Session((made(f"{kind}Config", f"{kind}ForCausalLM", **options), None)).read(IDS)
+    eager = made(f"{kind}Config", f"{kind}ForCausalLM", **options, attn_implementation="eager")  # it adds ALiBi twice
+    with pytest.raises(NotApplicable, match="reading gives other logits than the model itself"):
+        wb.Session((eager, None)).read(IDS)
 
 
 def test_blooms_scores_are_not_rounded_in_16_bits() -> None:
