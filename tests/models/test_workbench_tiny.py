@@ -80,7 +80,8 @@ def test_it_loads_and_answers_without_a_network(tmp_path: Path, monkeypatch: pyt
     session.read("The gardener sang. The secret number of the chapel is 90417. The miller slept.")
     run = session.run("full", question="What is the secret number of the chapel?", max_new_tokens=24)
     assert run.text == "The secret number of the chapel is 90417."
-    assert [path.name for path in tmp_path.iterdir()] == ["exact"]  # that it was looked at, and nothing of the model
+    # That it was looked at, and what a compiler made of the source of a step; nothing of the model.
+    assert {path.name for path in tmp_path.iterdir()} - {"compiled"} == {"exact"}
     assert all(seal.stat().st_size == 0 for seal in (tmp_path / "exact").iterdir())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -46,12 +46,14 @@ class Standing:
 def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cache | None:
     """For a pass at positions int64 [n] of a model whose layers ask where they are; None where none does.
 
-    following: whether the positions follow one another. Raises NotApplicable where they do not: layers that are told
-    the first take the others for those after it.
+    following: whether the positions follow one another. Raises NotApplicable where they do not, for layers that are told
+    the first take the others for those after it; unless all lie before the place from which positions count.
     """
     if not _asks(type(model).__module__):
         return None
-    if not following:
+    config: Any = model.config.get_text_config()
+    counts_from = getattr(config, "floor_scale", 0)  # Llama 4 sharpens by floor((position + 1) / floor_scale)
+    if not following and int(positions.max()) + 1 >= counts_from:
         raise NotApplicable(
             f"{type(model).__name__} takes tokens that are read together for neighbours, which they are not here"
         )

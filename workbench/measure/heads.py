@@ -116,7 +116,11 @@ class HeadStats(Brief):
         called (default: from 0 on).
         """
         layers, heads = self.entropy.shape
-        counts = [kv_heads] * layers if isinstance(kv_heads, int) else list(kv_heads)
+        counts = list(kv_heads) if isinstance(kv_heads, list | tuple) else [kv_heads] * layers
+        if len(counts) != layers:
+            raise BadParameter(
+                f"kv_heads has {len(counts)} numbers for {layers} layers: give one for each, or one for all"
+            )
         for count in counts:
             if heads % arguments.whole("kv_heads", count, 1, heads):
                 raise BadParameter(f"kv_heads is {count}: {heads} query heads cannot share so many KV heads")
