@@ -46,8 +46,8 @@ class Standing:
 def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cache | None:
     """For a pass at positions int64 [n] of a model whose layers ask where they are; None where none does.
 
-    following: whether the positions follow one another. Raises NotApplicable where they do not, for layers that are told
-    the first take the others for those after it; unless all lie before the place from which positions count.
+    following: whether the positions follow one another. Raises NotApplicable where they do not, for layers that are
+    told the first take the others for those after it; unless all lie before the place from which positions count.
     """
     if not _asks(type(model).__module__):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -116,7 +116,7 @@ class HeadStats(Brief):
         called (default: from 0 on).
         """
         layers, heads = self.entropy.shape
-        counts = list(kv_heads) if isinstance(kv_heads, list | tuple) else [kv_heads] * layers
+        counts: list[Any] = list(kv_heads) if isinstance(kv_heads, list | tuple) else [kv_heads] * layers
         if len(counts) != layers:
             raise BadParameter(
                 f"kv_heads has {len(counts)} numbers for {layers} layers: give one for each, or one for all"
