@@ -507,7 +507,7 @@ def test_a_step_computes_what_the_core_neurons_alone_give(tiny_llama: PreTrained
 
     mlp: Any = tiny_llama.get_submodule("model.layers.0.mlp")
     core, handler = CoreMLP(mlp, mlp.act_fn, 0, 0.4, 0.25), Remembering()
-    token = attention_hook._passing.set(attention_hook._Passing(handler, None, plain=True))  # type: ignore[arg-type]
+    token = attention_hook._passing.set(attention_hook._Passing(handler, None, plain=True, positions=torch.arange(9)))  # type: ignore[arg-type]
     try:
         read, x = drawn(1, 9, 64), drawn(1, 1, 64, seed=1)
         assert torch.allclose(core(read), mlp(read))
