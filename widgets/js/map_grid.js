@@ -182,7 +182,11 @@ export default {
           context.fillText("head", grid.left - 8, 9);
           const skip = Math.max(1, Math.ceil(14 / stepY()));
           for (let row = 0; row < grid.rows; row += skip)
-            context.fillText(`${row ? "" : "layer "}${layers[row]}`, grid.left - 8, grid.top + row * stepY() + cell / 2);
+            context.fillText(
+              `${row ? "" : "layer "}${layers[row]}`,
+              grid.left - 8,
+              grid.top + row * stepY() + cell / 2,
+            );
         }
         context.imageSmoothingEnabled = cell < side;
         context.imageSmoothingQuality = "high";
