@@ -468,7 +468,7 @@ class Session(Shown):
         return evaluation.rows(read, run, progress)
 
     def _beside(self) -> Session:
-        """A session with the same model and its twins under weight methods, for prompts that leave this one's alone."""
+        """A session with what is known of the same model and its twins, for prompts that leave this one's alone."""
         other = Session(
             LoadedModel(self.model, self.tokenizer, self.source, self.facts),
             kv_dtype=self.kv_dtype,
@@ -477,7 +477,8 @@ class Session(Shown):
             graphs=self.graphs,
             trust=self.readings.trusted,
         )
-        other.readings.variants = self.readings.variants
+        known, mine = other.readings, self.readings
+        known.variants, known.rotations, known.fusing = mine.variants, mine.rotations, mine.fusing
         return other
 
     @tabulated(evaluate_rows, TASK_COLUMNS)

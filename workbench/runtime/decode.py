@@ -141,8 +141,9 @@ class Decoder:
         if evictable is not None or not by_method:
             counted = self._context.computed[layer]
             self._count_exact(store, query.shape[0], positions, scoring)
-            in_place = self.fused is not None and evictable is None and positions.numel() == 1
-            exact = self.fused.attend(store, query, scoring) if self.fused is not None and in_place else None
+            exact = None
+            if self.fused is not None and evictable is None and positions.numel() == 1:
+                exact = self.fused.attend(store, query, scoring)
             if exact is None:
                 exact, weights = store.attend(query, positions, scoring, weights=evictable is not None)
             if (selected := store.holder.scores_computed) is not None:

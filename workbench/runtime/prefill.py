@@ -64,11 +64,9 @@ class _Recorder:
         tokens, model_window = query.shape[1], scoring.window
         window = _combined_window(model_window, self.method, layer, self.count, tokens)
         scoring = replace(scoring, window=window)
-        taken = scoring if self.method is None else within_a_chunk(self.method.key, scoring, tokens)
         self.context.layer = layer
         if self.method is None:
-            widest = None if scoring.chosen is None else scoring.chosen.most
-            most = min((width for width in (window, widest) if width is not None), default=None)
+            most = _narrower(window, None if scoring.chosen is None else scoring.chosen.most)
             alone = scoring.chunk or tokens
             spans = [min(alone, tokens - start) for start in range(0, tokens, alone)]
             self.context.count(query.shape[0] * sum(visible_entries(span, most) for span in spans))
@@ -83,7 +81,8 @@ class _Recorder:
                 f"{self.method.key} attends by products alone, and {self.facts.name} by positions (ALiBi)"
             )
         else:
-            out = self.method.attend(query, key, value, taken, self.context)
+            within = within_a_chunk(self.method.key, scoring, tokens)
+            out = self.method.attend(query, key, value, within, self.context)
         kept = {} if self.states is None else {"state": self.states.nbytes}
         # Of what is live here: the recording so far, and states.
         before = (self.recorded_nbytes if self.home == query.device else 0) + sum(kept.values())
@@ -134,9 +133,12 @@ def _combined_window(
     model_window: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
 ) -> int | None:
     """The narrower of the model's own window and the method's."""
-    other = method.span(layer, layers, tokens) if method is not None else None
-    given = [width for width in (model_window, other) if width is not None]
-    return min(given) if given else None
+    return _narrower(model_window, None if method is None else method.span(layer, layers, tokens))
+
+
+def _narrower(*widths: int | None) -> int | None:
+    """The least of those that are a limit."""
+    return min((width for width in widths if width is not None), default=None)
 
 
 def read(

@@ -106,7 +106,7 @@ def test_all_pages_open_is_plain_attention() -> None:
     store = paged(layer, share=1.0)
     at = torch.arange(66, 70)
     got, _ = store.attend(layer.queries[:, 66:], at, layer.scoring)
-    want, _ = store.near.attend(layer.queries[:, 66:], at, layer.scoring)
+    want, _ = store.inner.attend(layer.queries[:, 66:], at, layer.scoring)
     torch.testing.assert_close(got, want)
 
 

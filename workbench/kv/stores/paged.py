@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from workbench.core.rope import Rotation
-from workbench.kv.stores.store import Dequantised, Store, seen_by
+from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.wrapping import WrappingStore
 from workbench_kernels import Scoring, attend
 
 
-class PagedStore(Store):
+class PagedStore(WrappingStore):
     """The first `sinks` entries, pages of what is older than position `recent`, and everything since.
 
     A pass over several tokens is a question: it chooses `share` of the pages, and single tokens that follow attend to
@@ -36,25 +37,20 @@ class PagedStore(Store):
         pages: tuple[int, ...] | None = None,
     ) -> None:
         """rotation: the layer's. pages: those chosen, None before the first pass."""
-        self.near, self.rotation = near, rotation
+        super().__init__(near)
+        self.rotation = rotation
         self.sinks, self.recent, self.page, self.share = sinks, recent, page, share
         self.pages = pages
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        self.near.append(keys, values, positions)
-
     def rebuilt(self, build: Callable[[Store], Store]) -> Store:
         twin = self.clone()
-        twin.near = build(self.near)
+        twin.inner = build(self.inner)
         return twin
-
-    def reserve(self, tokens: int) -> None:
-        self.near.reserve(tokens)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        near = self.near.contents(query.dtype)
+        near = self.inner.contents(query.dtype)
         positions = near.positions[0].long()
         last = int((positions < self.recent).sum())
         numbers = torch.arange(last - self.sinks, device=positions.device) // self.page  # of each long-term slot
@@ -86,23 +82,6 @@ class PagedStore(Store):
         relevance = rows.softmax(dim=-1).mean(dim=(0, 1, 2))
         return tuple(sorted(relevance.topk(math.ceil(self.share * count)).indices.tolist()))
 
-    @property
-    def kv_heads(self) -> int:
-        return self.near.kv_heads
-
-    @property
-    def device(self) -> torch.device:
-        return self.near.device
-
-    def slots(self) -> tuple[Tensor, Tensor | None]:
-        return self.near.slots()
-
-    def contents(self, dtype: torch.dtype) -> Dequantised:
-        return self.near.contents(dtype)
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        return self.near.tensors()
-
     def clone(self) -> Self:
         sizes = {"sinks": self.sinks, "recent": self.recent, "page": self.page}
-        return type(self)(self.near.clone(), self.rotation, **sizes, share=self.share, pages=self.pages)
+        return type(self)(self.inner.clone(), self.rotation, **sizes, share=self.share, pages=self.pages)
