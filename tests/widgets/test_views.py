@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,8 +15,10 @@ from workbench.errors import BadParameter
 from workbench_widgets import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText, View, figures
 from workbench_widgets.views.colour_levels import quantise, scale_differences, scale_values
 from workbench_widgets.views.pooling import edges, pool_map, pool_tiers
+from workbench_widgets.views.view import compact
 from workbench_widgets.views.wire import pack, unpack
 
+SCRIPTS = sorted((Path(__file__).parents[2] / "widgets" / "js").glob("*.js"))
 VIEWS = [AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText]
 
 
@@ -345,3 +349,37 @@ def test_a_log_axis_has_a_few_round_numbers_and_a_narrow_one_plotlys_own(decades
     assert 2 <= len(marks) <= 10 and min(np.diff(np.log10(marks))) > 0.29
     narrow = figures.lines([0, 1], {"x": [1.2, 1.9]}, title="", x_title="", y_title="", log=True)
     assert narrow.layout.yaxis.type == "log" and narrow.layout.yaxis.tickvals is None
+
+
+def test_a_script_loses_indents_and_lines_of_comments_and_nothing_else() -> None:
+    script = """\
+    /** What it does.
+     * @param {string} a b
+     */
+    export const f = (x) => {
+      // so
+      const a = /** @type {any} */ (x); // kept: it shares a line
+
+      return `${x} tokens${x ? `, ${a} kept` : ""}, a  b`;
+    };
+    /* one line */
+    """
+    assert compact(script) == (
+        "export const f = (x) => {\n"
+        "const a = /** @type {any} */ (x); // kept: it shares a line\n"
+        'return `${x} tokens${x ? `, ${a} kept` : ""}, a  b`;\n'
+        "};\n"
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_no_line_of_a_script_is_changed_within(path: Path) -> None:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert not [line for line in lines if line.count("`") % 2]  # a template of several lines would lose its indents
+    code, inside = [], False
+    for line in lines:
+        inside = inside or (line.startswith("/*") and not re.search(r"\*/.", line))
+        if line and not inside and not line.startswith("//"):
+            code.append(line)
+        inside = inside and not line.endswith("*/")
+    assert compact(path.read_text(encoding="utf-8")).splitlines() == code

@@ -154,6 +154,12 @@ def test_only_the_tokens_in_sight_are_in_the_page(served):
     assert watched.page.locator("[data-i]").count() < 1500
 
 
+def test_how_many_tokens_there_are_and_how_much_of_them_is_kept_stands_above_them(served):
+    _, watched = served(tokens_view)
+    share = round(100 * float((kept(N) > 0).mean()))
+    assert watched.page.locator(".wb-note").first.text_content() == f"{N:,} tokens, {share} % kept"
+
+
 def test_hovering_a_token_tells_its_text_position_and_share(served):
     _, watched = served(tokens_view)
     watched.page.locator("[data-i='5']").hover()

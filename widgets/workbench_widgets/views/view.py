@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from rjsmin import jsmin
 
 from workbench.errors import BadParameter
 from workbench_widgets.colours import css_variables, js_constants
@@ -36,6 +35,19 @@ def _asset(name: str) -> str:
     """A file of widgets/js: beside the package in a checkout, inside it in an installed wheel."""
     inside = _PACKAGE / "js" / name
     return (inside if inside.exists() else _PACKAGE.parent / "js" / name).read_text(encoding="utf-8")
+
+
+_COMMENT = re.compile(r"^[ \t]*/\*(?:(?!\*/).)*\*/[ \t]*\n", re.DOTALL | re.MULTILINE)  # on lines of its own
+
+
+def compact(script: str) -> str:
+    """A script without indents, empty lines and comments that have lines of their own: a third smaller.
+
+    Each view in a saved notebook or page carries its script. No line is changed within, so templates in templates stay
+    as they are; the scripts of `widgets/js` have none of several lines.
+    """
+    lines = (line.strip() for line in _COMMENT.sub("", script).splitlines())
+    return "".join(f"{line}\n" for line in lines if line and not line.startswith("//"))
 
 
 class View:
@@ -58,8 +70,7 @@ class View:
             module=cls.__module__,
             doc=cls.__doc__,
             fields=declared_fields(cls),
-            # Each view in a saved notebook or page carries its script: without comments and indents it is 40 % smaller.
-            source=jsmin(js_constants() + "".join(map(_asset, ("base.js", *cls.parts, cls.module)))),
+            source=js_constants() + compact("".join(map(_asset, ("base.js", *cls.parts, cls.module)))),
             style=css_variables() + _asset("views.css"),
         )
 
