@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
+    from workbench.results import Results
     from workbench.session import Session
     from workbench.tasks.catalogue import task, tasks
 
 __all__ = [
     "Progress",
     "Recipe",
+    "Results",
     "Session",
     "__version__",
     "attention",
@@ -36,6 +38,7 @@ __all__ = [
 _LAZY = {
     "Session": "workbench.session",
     "Recipe": "workbench.recipe",
+    "Results": "workbench.results",
     "Progress": "workbench.progress",
     "method": "workbench.registry",
     "methods": "workbench.registry",
