@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from workbench.budget import Budget
 from workbench.core.knapsack import cheapest
 from workbench.errors import BadParameter
-from workbench.kv.base import KVMethod, Study
+from workbench.kv.base import Study
 from workbench.kv.isolated_loss import isolated_losses
+from workbench.kv.layerwise import LayerwiseMethod
 from workbench.kv.stores.format import DenseFormat, Format, PackedFormat, Shape
 from workbench.kv.stores.layered import LayeredFormat
 from workbench.kv.stores.packed import WHOLE
@@ -26,7 +27,7 @@ _OFFLINE = "the authors find it offline, for each model; here a budget decides"
 
 
 @register
-class KVTuner(KVMethod):
+class KVTuner(LayerwiseMethod):
     """Keep every token, keys and values of each layer at bits of their own, fewer where the model minds least.
 
     Layers differ in how much rounding harms (section 4). "auto" holds each layer alone at each pair of bits and reads
@@ -103,9 +104,20 @@ class KVTuner(KVMethod):
             return self._within(dtype, shapes, limit, self.pairs)
         if limit is None:
             limit = int((self.default_budget or 1) * sum(shape.full_nbytes for shape in shapes))
-        residual = next((r for r in self._residuals() if int(self.sizes(dtype, shapes, r)[:, 0].sum()) <= limit), 0)
-        levels = cheapest(self.losses(study, dtype), self.sizes(dtype, shapes, residual), limit)
-        return self._format(dtype, shapes, [PAIRS[level] for level in levels.tolist()], residual)
+        for residual in self._residuals():
+            chosen = self.shortened(residual)
+            if int(chosen.sizes(dtype, shapes)[:, 0].sum()) <= limit:
+                break
+        levels = cheapest(self.losses(study, dtype), chosen.sizes(dtype, shapes), limit)
+        return chosen.at_levels(levels.tolist()).layout(study, dtype, shapes, None)
+
+    def shortened(self, residual: int) -> Self:
+        """The same method with another number of exact tokens."""
+        return type(self)(**{**dict(self), "residual": residual})
+
+    @property
+    def levels(self) -> int:
+        return len(PAIRS)
 
     def losses(self, study: Study, dtype: torch.dtype) -> Tensor:
         """What each layer alone loses at each of `PAIRS`, float64 [l, v], nats a token; measured once for a prompt."""
@@ -121,11 +133,13 @@ class KVTuner(KVMethod):
         key = ("isolated losses", self.key_axis, self.group, self.window, dtype)
         return study.trace.once(key, measure)
 
-    def sizes(self, dtype: torch.dtype, shapes: Sequence[Shape], residual: int | None = None) -> Tensor:
-        """Bytes of each layer at each of `PAIRS`, every token kept: int64 [l, v]. residual: as the parameter."""
-        exact = self.residual if residual is None else residual
-        formats = [self._pair(dtype, pair, exact) for pair in PAIRS]
+    def sizes(self, dtype: torch.dtype, shapes: Sequence[Shape]) -> Tensor:
+        formats = [self._pair(dtype, pair, self.residual) for pair in PAIRS]
         return torch.tensor([[_size(form, shape) for form in formats] for shape in shapes])
+
+    def at_levels(self, levels: Sequence[int]) -> Self:
+        values = {**dict(self), "bits": written([PAIRS[level] for level in levels]), "budget": None}
+        return type(self)(**values)
 
     def _within(
         self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None, pairs: Sequence[tuple[int, int]]
