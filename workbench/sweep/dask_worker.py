@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from distributed import WorkerPlugin, get_worker
 
 from workbench.errors import Cancelled, WorkbenchError
 from workbench.progress import Progress
-from workbench.results.schema import Row
+from workbench.results.schema import Row, checked
 from workbench.sweep.grid import Item, ModelSpec, Options
 from workbench.sweep.measuring import Workplace, computing_on, keys_of, measure
 from workbench.sweep.placement import pinned
@@ -53,13 +53,11 @@ def measured(plugin: str, model: ModelSpec, items: tuple[Item, ...], rank: int) 
 
     def give(row: Row) -> None:
         rows.append(row)
-        here.worker.log_event(here.name, pickle.dumps(row))
+        here.worker.log_event(here.name, checked(row))
 
-    with here.one_at_a_time, computing_on(here.options.threads):
-        try:
-            measure(_workplace(here).bench(_here(model, rank), here.progress), items, give, here.progress)
-        except Cancelled:
-            pass  # what was measured is what there is
+    # Where it was cancelled, what was measured is what there is.
+    with here.one_at_a_time, computing_on(here.options.threads), suppress(Cancelled):
+        measure(_workplace(here).bench(_here(model, rank), here.progress), items, give, here.progress)
     return rows
 
 

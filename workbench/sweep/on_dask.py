@@ -1,13 +1,12 @@
 """Sweeps on the workers of a Dask cluster, wherever that runs.
 
-The driver hands out pieces of work, one to a worker at a time, so that a worker keeps the model it holds and never holds
-two. Rows come back one by one and are stored by the driver alone: workers need no common disk. What a worker was at when
-it died is given to another.
+The driver hands out pieces of work, one to a worker at a time, so that a worker keeps the model it holds and never
+holds two. Rows come back one by one and are stored by the driver alone: workers need no common disk. What a worker was
+at when it died is given to another.
 """
 
 from __future__ import annotations
 
-import pickle
 import queue
 import time
 from collections import Counter, deque
@@ -61,7 +60,7 @@ def on_dask(grid: Grid, into: Results, known: frozenset[str], progress: Progress
         arrived: queue.SimpleQueue[Row] = queue.SimpleQueue()
         try:
             client.register_plugin(plugin, name=plugin.name)
-            client.subscribe_topic(plugin.name, lambda event: arrived.put(pickle.loads(event[1])))
+            client.subscribe_topic(plugin.name, lambda event: arrived.put(event[1]))
             _Driver(grid, into, known, progress, client, plugin.name, arrived).run()
         finally:
             with suppress(Exception):  # of a cluster that is lost nothing is left to put right
@@ -110,23 +109,16 @@ class _Driver:
         self.stored: set[str] = set()
         self.refused: dict[ModelSpec, WorkbenchError] = {}
         self.tally = Tally(progress, grid.total)
+        self.seen_at = time.monotonic()  # when there was a worker
 
     def run(self) -> None:
         for model in self.grid.models:
             self.waiting[model].append(Piece(model, self.grid.items))
-        idle_since = time.monotonic()
         try:
             while self.given or any(self.waiting.values()):
                 self.progress.check()
                 workers = self._workers()
-                if workers:
-                    idle_since = time.monotonic()
-                    check_fits(
-                        {m: self.needed[m] for m in self.grid.models},
-                        [worker["memory_limit"] for worker in workers.values()],
-                    )
-                elif time.monotonic() - idle_since > _PATIENCE_S:
-                    raise WorkbenchError(f"the cluster has had no worker for {_PATIENCE_S:.0f} s; rows so far are kept")
+                check_fits(self.needed, [worker["memory_limit"] for worker in workers.values()])
                 self._bury(workers)
                 self._hand_out(workers)
                 self._take(_LOOK_S)
@@ -139,7 +131,12 @@ class _Driver:
     def _workers(self) -> dict[str, Any]:
         if self.client.status != "running":
             raise WorkbenchError("the Dask scheduler is gone; rows so far are kept: run the same again to go on")
-        return dict(self.client.scheduler_info(n_workers=-1)["workers"])
+        workers = dict(self.client.scheduler_info(n_workers=-1)["workers"])
+        if workers:
+            self.seen_at = time.monotonic()
+        elif time.monotonic() - self.seen_at > _PATIENCE_S:
+            raise WorkbenchError(f"the cluster has had no worker for {_PATIENCE_S:.0f} s; rows so far are kept")
+        return workers
 
     def _hand_out(self, workers: dict[str, Any]) -> None:
         ranks = _ranks(workers)
