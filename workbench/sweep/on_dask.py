@@ -21,7 +21,7 @@ from distributed import Client
 from workbench.errors import Cancelled, InputError, WorkbenchError
 from workbench.progress import Progress
 from workbench.results import Results
-from workbench.results.schema import Row
+from workbench.results.schema import COLUMNS, Row
 from workbench.sweep.dask_worker import SweepPlugin, measured, named_keys, stop
 from workbench.sweep.grid import Grid, Item, ModelSpec
 from workbench.sweep.placement import check_fits, check_sendable, choose, needed_nbytes
@@ -60,12 +60,18 @@ def on_dask(grid: Grid, into: Results, known: frozenset[str], progress: Progress
         arrived: queue.SimpleQueue[Row] = queue.SimpleQueue()
         try:
             client.register_plugin(plugin, name=plugin.name)
-            client.subscribe_topic(plugin.name, lambda event: arrived.put(event[1]))
+            client.subscribe_topic(plugin.name, lambda event: arrived.put(_row_of(event)))
             _Driver(grid, into, known, progress, client, plugin.name, arrived).run()
         finally:
-            with suppress(Exception):  # of a cluster that is lost nothing is left to put right
-                client.unsubscribe_topic(plugin.name)
-                client.unregister_worker_plugin(plugin.name)
+            with suppress(Exception):  # of a cluster that is lost in between nothing is left to put right
+                if client.status == "running":
+                    client.unsubscribe_topic(plugin.name)
+                    client.unregister_worker_plugin(plugin.name)
+
+
+def _row_of(event: tuple[float, dict[str, Any]]) -> Row:
+    """The row that a worker told; Dask adds which worker that was."""
+    return {name: value for name, value in event[1].items() if name in COLUMNS}
 
 
 @contextmanager
@@ -83,7 +89,7 @@ def _client(executor: Any) -> Iterator[Any]:
     try:
         yield client
     finally:
-        client.close()
+        client.close(timeout=2)
 
 
 class _Driver:
@@ -232,9 +238,10 @@ class _Driver:
     def _stop(self) -> None:
         """Tell workers to stop, and store what still comes."""
         with suppress(Exception):  # the cluster may be what is wrong
-            self.client.run(stop, self.plugin)
-            self._take(_LOOK_S)
-            self.client.cancel([given.future for given in self.given.values()])
+            if self.client.status == "running":
+                self.client.run(stop, self.plugin)
+                self._take(_LOOK_S)
+                self.client.cancel([given.future for given in self.given.values()])
         with suppress(Cancelled, WorkbenchError):
             self._take(0.0)
 
