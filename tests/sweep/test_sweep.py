@@ -258,7 +258,7 @@ def test_two_workers_of_which_one_is_killed_give_the_table_of_one_process_and_a_
     alone = wb.sweep(model, recipes, [0.9, 0.7], task, results=tmp_path / "alone", threads=1)
 
     def kill_a_worker(stage: str, done: int, total: int) -> None:
-        if done >= 5 and at["workers"]:
+        if done >= 5 and len(at["workers"]) == 2:
             os.kill(at["workers"].pop(), signal.SIGKILL)
 
     there = tmp_path / "there"
@@ -266,7 +266,7 @@ def test_two_workers_of_which_one_is_killed_give_the_table_of_one_process_and_a_
         model, recipes, [0.9, 0.7], task, executor=at["address"], results=there, threads=1,
         progress=Progress(kill_a_worker),
     )  # fmt: skip
-    assert len(at["workers"]) < 2
+    assert len(at["workers"]) == 1
     tables = [results.frame().set_index("key").sort_index()[SAME] for results in (alone, together)]
     assert tables[0].equals(tables[1]) and len(tables[0]) == 40 == len(stored_keys(there))
 
