@@ -35,15 +35,15 @@ def grouped(figures: tuple[str, ...], source: str) -> str:
     means = ", ".join(f"avg(CAST({name} AS DOUBLE)) FILTER (status = 'done') AS {name}" for name in figures)
     cases = "count(DISTINCT hash(task_json, case_number, prompt_hash)) FILTER (status = 'done')"
     return f"""
-        WITH chosen AS ({source}),
+        WITH chosen AS (SELECT *, coalesce(model_fingerprint, model, '') AS fingerprint FROM ({source})),
         each AS (
-            SELECT model, model_fingerprint, settings, device, recipe, recipe_json, any_value(budget) AS budget,
+            SELECT model, fingerprint, settings, device, recipe, recipe_json, budget,
                 {cases} AS cases, count(*) FILTER (status = 'failed') AS failed, {means}
             FROM chosen GROUP BY ALL
         ),
-        every AS (SELECT model_fingerprint, {cases} AS all_cases FROM chosen GROUP BY ALL)
+        every AS (SELECT fingerprint, {cases} AS all_cases FROM chosen GROUP BY ALL)
         SELECT model, recipe, budget, cases, all_cases, failed, {", ".join(figures)}, recipe_json
-        FROM each JOIN every USING (model_fingerprint) ORDER BY model, recipe
+        FROM each JOIN every USING (fingerprint) ORDER BY model, recipe
     """  # noqa: S608  names of ours, and the user's own condition
 
 

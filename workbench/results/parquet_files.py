@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NAME = re.compile(r"runs-v(\d+)-[0-9a-f]+-[0-9a-f]+\.parquet")
+_ERRNO = re.compile(r'"errno":"(\d+)"')
 _UNFINISHED = ".unfinished-"
 _LEFT_S = 3600.0  # after which a file that nobody finished was left by a program that was killed
 
@@ -137,7 +138,9 @@ def sweep_up(folder: Path) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what a library says, which may go on for a page."""
+    """The first line of what a library says, which may go on for a page; of what a system refuses, its own words."""
+    if refused := _ERRNO.search(str(error)):
+        return os.strerror(int(refused[1]))
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -14,6 +14,7 @@ from workbench.errors import BadParameter, InputError
 from workbench.files.folders import located
 from workbench.results import parquet_files
 from workbench.results.front import SHOWN, check_figure, front_of, grouped
+from workbench.results.old_files import rows_of
 from workbench.results.schema import COLUMNS, Row, checked
 
 if TYPE_CHECKING:
@@ -78,6 +79,17 @@ class Results(Shown):
             if len(names) > 1:
                 made = parquet_files.fold(self._database, self.path, names)
                 self._mine = [] if made is None else [made]
+
+    def import_old(self, path: str | Path) -> int:
+        """Take in a CSV of an old sweep, or a kv_quality.json; returns how many rows came. Again, it changes nothing.
+
+        Raises InputError for a file that is neither.
+        """
+        rows = rows_of(arguments.path("path", path))
+        known = self.keys("done") | self.keys("failed")
+        fresh = {row["key"]: row for row in rows if row["key"] not in known}
+        self.add(fresh.values())
+        return len(fresh)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Take rows away by their keys. A sweep would measure them again."""

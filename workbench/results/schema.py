@@ -143,6 +143,16 @@ def checked(row: Mapping[str, Any]) -> Row:
     return {name: _value(name, column.kind, row.get(name)) for name, column in COLUMNS.items()}
 
 
+def _time(value: Any) -> str | None:
+    """A time in UTC as text; None for what is none."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    return value.isoformat(sep=" ") if isinstance(value, datetime) and value.tzinfo is None else None
+
+
 def _value(name: str, kind: Kind, value: Any) -> Any:
     if value is None:
         return None
@@ -153,7 +163,7 @@ def _value(name: str, kind: Kind, value: Any) -> Any:
     elif kind == "BOOLEAN":
         found = bool(value) if isinstance(value, bool) or type(value).__name__ == "bool_" else None
     elif kind == "TIMESTAMP":
-        found = value.isoformat(sep=" ") if isinstance(value, datetime) and value.tzinfo is None else None
+        found = _time(value)
     elif kind == "BIGINT":
         found = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     else:
