@@ -20,7 +20,6 @@ from workbench.kv.plan import held_shape
 from workbench.models import LoadedModel
 from workbench.progress import Progress
 from workbench.recipe import Recipe
-from workbench.recipe_text import keyed
 from workbench.registry import find
 from workbench.results import Results
 from workbench.results.schema import key_of
@@ -33,7 +32,7 @@ from workbench.search.space import Space, WeightOption, at_sizes, chosen_methods
 from workbench.search.standing import layers, promoted, rungs
 from workbench.session import Session
 from workbench.sweep.bench import Bench
-from workbench.tasks import Task, task
+from workbench.sweep.grid import TaskLike, tasks_of
 from workbench.weights.base import WeightMethod
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ _LOSSES = 2  # cases on which each layer alone is measured
 
 def search(
     model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel | Session,
-    tasks: Sequence[Task | str] | Task | str = TASKS,
+    tasks: Sequence[TaskLike] | TaskLike = TASKS,
     *,
     limit: BudgetLike | None = None,
     quality: Mapping[str, float] | None = None,
@@ -97,7 +96,7 @@ def search(
     as `finished`.
     """
     goal = Goal.of(limit, memory, quality)
-    wanted = _tasks(tasks)
+    wanted = tasks_of(tasks)
     trials = arguments.whole("trials", trials, 1)
     seed = arguments.whole("seed", seed, 0, 2**31 - 1)
     chosen = chosen_methods(methods, host="free" if goal.memory == "device" else "counts")
@@ -337,17 +336,6 @@ class _Search:
                 sizes.append(method.sizes(dtype, shapes))
             self._levels = Levels(torch.stack(losses).mean(0), torch.stack(sizes).amax(0))
         return self._levels
-
-
-def _tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
-    alone = isinstance(tasks, str | Task)
-    given: list[Any] = [tasks] if alone else arguments.several("tasks", tasks, "tasks")
-    return [each if isinstance(each, Task) else _task(each) for each in given]
-
-
-def _task(text: str) -> Task:
-    key, values = keyed(text)
-    return task(key, **values)
 
 
 def _session(model: Any, device: Any, dtype: Any, kv_dtype: Any, progress: Progress) -> Session:
