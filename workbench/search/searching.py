@@ -13,7 +13,7 @@ import torch
 
 from workbench import arguments
 from workbench.budget import BudgetLike
-from workbench.errors import BudgetTooSmall, Cancelled
+from workbench.errors import BudgetTooSmall, Cancelled, WorkbenchError
 from workbench.formatting import mib
 from workbench.kv.layerwise import LayerwiseMethod
 from workbench.kv.plan import held_shape
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from workbench.search.sampler import Levels
+    from workbench.trace import Trace
 
 TASKS = ("needle length=512", "multi-key length=512")
 _BATCH = 8  # trials that are drawn together
@@ -182,8 +183,12 @@ class _Search:
             for parameters in self.space.beginnings():
                 self.study.enqueue_trial(parameters)
         self._take_up()
+        begun = len(list(self.space.beginnings()))
         while len(self.candidates) < self.trials and time.monotonic() < self.drawn_until:
+            before = len(self.candidates)
             self._batch()
+            if before < begun <= len(self.candidates):
+                self._check_limit()
         self._finish()
         return f"{len(self.candidates)} trials were done" if len(self.candidates) >= self.trials else "time for drawing"
 
@@ -273,6 +278,32 @@ class _Search:
             for number in ahead:
                 self.on[number] = last
 
+    def _check_limit(self) -> None:
+        """Raise BudgetTooSmall where no method by itself is within the limit, nor could be."""
+        limit = self.goal.limit
+        if limit is None or any(
+            each.measured.error is None and not self.goal.excess(each.measured) for each in self.tried()
+        ):
+            return
+        session, sizes = self.measuring.bench.session, []
+        option, room = min(zip(self.space.weights, self.space.room, strict=True), key=lambda pair: pair[0].nbytes)
+        for key in (*self.space.keep, *self.space.store):
+            self.measuring.progress.check()
+            try:
+                session.plan(key, budget="1 byte")
+            except BudgetTooSmall as refusal:
+                sizes.append((int(refusal.smallest * self.space.full), key))
+            except WorkbenchError:
+                continue  # it takes no budget, or not this model: its row said so
+        least, key = min(sizes, default=(self.space.full, "full"))
+        if room is not None and least > room:
+            whole = least if self.goal.memory == "kv" else least + limit - room
+            raise BudgetTooSmall(
+                f"nothing here fits into {_size(limit)}: the least that any method takes by itself is {_size(whole)}, "
+                f"{key}" + ("" if option.method is None else f" with {option.label}"),
+                float(whole),
+            )
+
     # -- the space
 
     def _space(self, chosen: Any, plain: Candidate) -> Space:
@@ -287,11 +318,10 @@ class _Search:
         if not fitting:
             least = min(options, key=lambda each: each.nbytes)
             raise BudgetTooSmall(
-                f"nothing here fits into {mib(limit or 0)}: weights alone take at least {mib(least.nbytes + states)}, "
-                f"{least.label}; give a larger limit, or methods that make weights smaller",
+                f"nothing here fits into {_size(limit or 0)}: weights alone take at least "
+                f"{_size(least.nbytes + states)}, {least.label}; give a larger limit, or methods that make them smaller",
                 float(least.nbytes + states),
             )
-        trace = self.measuring.bench.session.trace
         return Space(
             chosen.keep,
             chosen.beside,
@@ -300,11 +330,11 @@ class _Search:
             tuple(each for each, _ in fitting),
             tuple(room for _, room in fitting),
             full,
-            0 if trace is None else len(trace.compressible),
+            len((self.measuring.bench.session.trace or self._read(0)).compressible),
         )
 
     def _weight_options(self, keys: Sequence[str], plain: Mapping[str, Any]) -> list[WeightOption]:
-        """Ways to hold the weights, most bytes first. What a method makes of them is foretold, not made."""
+        """Ways to hold the weights, in the order in which they are tried. What a method makes of them is foretold."""
         session = self.measuring.bench.session
         deployed = self.goal.memory == "deployed"
         live = plain["weight_deployed_nbytes" if deployed else "weight_nbytes"]
@@ -316,7 +346,7 @@ class _Search:
                 (2 if deployed else x.weight.element_size()) * x.weight.numel() for x in survey.linears.values()
             )
             options.append(WeightOption(method, live - taken + survey.nbytes))
-        return sorted(options, key=lambda option: -option.nbytes)
+        return options
 
     def _known_levels(self) -> Levels:
         """What each layer alone loses at each level, the mean over some cases, and its bytes at the largest."""
@@ -326,16 +356,24 @@ class _Search:
             bench, progress = self.measuring.bench, self.measuring.progress
             method = next(cls() for key in self.space.store if issubclass(cls := find(key), LayerwiseMethod))
             losses, sizes = [], []
-            for each, number in self.measuring.cases[:_LOSSES]:
-                case = each.case(bench.encode, number)
-                chat = False if bench.chat is None and case.goes_on else bench.chat
-                trace = bench.session.read(case.text, chat=chat, progress=progress)
-                dtype = bench.session.kv_dtype
+            for place in range(min(_LOSSES, len(self.measuring.cases))):
+                trace, dtype = self._read(place), bench.session.kv_dtype
                 shapes = [held_shape(layer, dtype) for layer in trace.compressible]
                 losses.append(method.losses(study_of(trace, bench.session.model, progress), dtype))
                 sizes.append(method.sizes(dtype, shapes))
             self._levels = Levels(torch.stack(losses).mean(0), torch.stack(sizes).amax(0))
         return self._levels
+
+    def _read(self, place: int) -> Trace:
+        """A case, read by the model as it is."""
+        bench, (task, number) = self.measuring.bench, self.measuring.cases[place]
+        case = task.case(bench.encode, number)
+        chat = False if bench.chat is None and case.goes_on else bench.chat
+        return bench.session.read(case.text, chat=chat, progress=self.measuring.progress)
+
+
+def _size(nbytes: int) -> str:
+    return mib(nbytes) if nbytes >= 2**20 else f"{nbytes:,} bytes"
 
 
 def _session(model: Any, device: Any, dtype: Any, kv_dtype: Any, progress: Progress) -> Session:

@@ -42,9 +42,9 @@ class Space:
     """What a search may choose from.
 
     keep: KV methods that choose what stays, beside: those that divide or merge it, store: those that hold it in fewer
-    bytes; each by key. attention: methods of reading. weights: options, most bytes first. room: bytes for the cache,
-    by the place of the weights' option (None: no limit). full: bytes of the largest uncompressed cache. layers: how
-    many layers may be compressed.
+    bytes; each by key. attention: methods of reading. weights: options, in the order they are tried in. room: bytes
+    for the cache, by the place of the weights' option (None: no limit). full: bytes of the largest uncompressed cache.
+    layers: how many layers may be compressed.
     """
 
     keep: tuple[str, ...]
@@ -158,10 +158,10 @@ def fit(kinds: Sequence[type[KVMethod]]) -> bool:
 
 
 def at_sizes(cls: type[WeightMethod]) -> Iterator[WeightMethod]:
-    """A weight method at the sizes that a search tries: each number of bits, or shares around its default budget."""
+    """A weight method at the sizes that are tried, largest first: all its bits, or shares of its default budget."""
     widths = next((choices(each) for each in cls.parameters() if each.name == "bits"), ())
     if widths:
-        for bits in widths:
+        for bits in sorted(widths, reverse=True):
             values: dict[str, Any] = {"bits": bits}
             yield cls(**values)
     elif cls.default_budget is not None:
