@@ -130,9 +130,9 @@ def test_weights_make_room_within_a_total(session: wb.Session) -> None:
 
 
 def test_the_smallest_that_is_good_enough(tiny_session: wb.Session) -> None:
-    found = wb.search(tiny_session, "needle length=128", cases=2, methods=["turbomind", "knorm"], memory="kv", minutes=None,
-        quality={"correct": 0.95, "kl": 0.05}, trials=8,
-    )  # fmt: skip
+    bounds = {"correct": 0.95, "kl": 0.05}
+    given: dict[str, Any] = {"cases": 2, "methods": ["turbomind", "knorm"], "memory": "kv", "minutes": None}
+    found = wb.search(tiny_session, "needle length=128", quality=bounds, trials=8, **given)
     best = next(each for each in found.tried if each.recipe == found.best())
     assert best.measured.kl <= 0.05 and best.measured.correct >= 0.95 * best.measured.full_correct
     full = next(each for each in found.tried if each.recipe == Recipe.of("full"))

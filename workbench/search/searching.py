@@ -319,7 +319,7 @@ class _Search:
             least = min(options, key=lambda each: each.nbytes)
             raise BudgetTooSmall(
                 f"nothing here fits into {_size(limit or 0)}: weights alone take at least "
-                f"{_size(least.nbytes + states)}, {least.label}; give a larger limit, or methods that make them smaller",
+                f"{_size(least.nbytes + states)}, {least.label}; give a larger limit or methods for smaller weights",
                 float(least.nbytes + states),
             )
         return Space(
