@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from workbench_kernels.scoring import Scoring
 
 Pooling = Literal["max", "mean", "sum"]
+_ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
 class Reading(NamedTuple):
@@ -31,6 +33,20 @@ def cell_edges(size: int, pixels: int, device: torch.device) -> Tensor:
     """Where the cells of at most `pixels` begin, and the last one ends: int64 [cells + 1]."""
     cells = min(pixels, size)
     return torch.arange(cells + 1, device=device) * size // cells
+
+
+def score_blocks(query: Tensor, key: Tensor, scoring: Scoring, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Scores [h, r, m] of consecutive blocks of rows, minus infinity where a row does not look."""
+    (h, n, _), (k, m, _) = query.shape, key.shape
+    keys = key.to(dtype).transpose(1, 2)
+    cols = torch.arange(m, device=query.device)
+    step = max(1, _ROWS_BYTES // (4 * h * m))
+    for start in range(0, n, step):
+        block = slice(start, min(n, start + step))
+        part = query[:, block].to(dtype).reshape(k, -1, query.shape[2])
+        products = torch.matmul(part, keys).view(h, -1, m)
+        rows = torch.arange(m - n + block.start, m - n + block.stop, device=query.device)
+        yield block, scoring.scores(products, scoring.visible(rows, cols), scoring.offsets(rows, cols))
 
 
 def check_reading(

@@ -116,7 +116,7 @@ def test_the_reference_reads_what_the_whole_matrix_holds(case: dict[str, Any]) -
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(4, 2, 50)
     wanted = expected(query, key, Scoring(0.25), rows=(3, 30))
-    monkeypatch.setattr("workbench_kernels.reading._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
+    monkeypatch.setattr("workbench_kernels.attention_statistics._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
     found = read_attention.reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
     assert_same(found, wanted)
 
