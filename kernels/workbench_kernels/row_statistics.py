@@ -27,7 +27,7 @@ class RowStatistics(NamedTuple):
     follows: Tensor
     """[h, n] share that goes to earlier keys that follow an occurrence of the row's own token"""
     within: Tensor
-    """[h, bins + 1, n] share that goes less than 2 ** b positions back, b being 0 .. bins - 1, and less than `recent`"""
+    """[h, bins + 1, n] share that goes less than 2 ** b positions back, b being 0 .. bins - 1; then `recent`"""
 
 
 def _takes(query: Tensor, key: Tensor, scoring: Scoring) -> bool:

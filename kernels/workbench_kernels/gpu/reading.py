@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workbench_kernels.attention_statistics import Pooling, Reading, cell_edges, check_reading
-from workbench_kernels.gpu.scores import LOG2E, aligned, exp2, interpreted, row_tiles, scores
+from workbench_kernels.gpu.scores import LOG2E, aligned, exp2, interpreted, scores
 from workbench_kernels.scoring import Scoring
 
 _PART_BYTES = 16 << 20  # parts of cells, where several programs share one, are made for so many heads at a time
@@ -395,7 +395,7 @@ def read_attention(
         given = lse is not None
         lse = query.new_empty((h, n), dtype=torch.float32) if lse is None else lse.contiguous()
         spread = query.new_empty((h, n), dtype=torch.float32) if entropy else None
-        tall, wide, warps, stages = row_tiles(query, shared["BLOCK_D"])
+        tall, wide, warps, stages = _row_tiles(query, shared["BLOCK_D"])
         keys = TensorDescriptor.from_tensor(key, [1, wide, shared["BLOCK_D"]])
         _rows[(triton.cdiv(n, tall) * h,)](
             query,
@@ -512,3 +512,12 @@ def _tiles(query: Tensor, width: int, most: bool, m: int, pixels: int | None) ->
         if wide > 128 and -(-wide // 128) * 128 <= 0.8 * (-(-wide // 256) * 256):
             cols = 128
     return Config(64, 256, 4, 3) if cols == 256 else Config(128, 128, 8, 2, registers=None if most else 128)
+
+
+def _row_tiles(query: Tensor, width: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile of `_rows`, its warps and stages."""
+    if interpreted():
+        return 16, 32, 4, 1
+    if query.dtype == torch.float32:
+        return 64, 64 if width <= 128 else 32, 4, 2
+    return (128, 128, 8, 2) if width <= 128 else (64, 64, 4, 2)

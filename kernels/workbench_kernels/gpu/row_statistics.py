@@ -8,18 +8,45 @@ power of two; only the tiles near it are looked at bound by bound. Nothing is sh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from workbench_kernels.gpu.scores import LOG2E, aligned, exp2, interpreted, row_tiles, scores
+from workbench_kernels.gpu.scores import LOG2E, aligned, exp2, interpreted, scores
 from workbench_kernels.row_statistics import RowStatistics, check_statistics
 from workbench_kernels.scoring import Scoring
 
 _COUNTS = ["n", "m", "window", "near", "early", "recent", "bins", "heads", "group"]
 _NEVER = 1 << 30  # a window that hides nothing
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows and columns of a tile, warps, stages, and the most registers of a thread."""
+
+    rows: int = 64
+    cols: int = 128
+    warps: int = 4
+    stages: int = 2
+    registers: int | None = 168
+
+
+CONFIGS = [
+    Config(),
+    Config(128, 64, 8, 2, 128),
+    Config(64, 64, 4, 2, 168),
+    Config(64, 64, 4, 3, 128),
+    Config(128, 128, 8, 2, None),
+    Config(64, 128, 4, 2, None),
+    Config(128, 64, 8, 3, 128),
+]
+"""Worth trying on a Hopper GPU with 16 bit inputs and d = 128: most leave room for two programs or three on a
+multiprocessor, whose products and exponentials then take turns.
+"""
 
 
 @triton.jit
@@ -47,10 +74,11 @@ def _added(x, high, total, spread, moment, first, followed, match, left, cols, a
 
 
 @triton.jit
-def _write_beyond(to, bound, p, past, high, behind, at, left, there):
+def _write_beyond(to, bound, p, past, high, at, cols, left, there):
     """Write the logarithm of all weights `bound` or more positions back, for rows whose bound lies in this tile."""
-    beyond = past + tl.sum(tl.where(behind >= bound, p, 0.0), 1)
-    tl.store(to, tl.log2(tl.maximum(beyond, 1e-38)) + high, mask=there & (at - bound >= left))
+    last = at - bound
+    beyond = past + tl.sum(tl.where(cols[None, :] <= last[:, None], p, 0.0), 1)
+    tl.store(to, tl.log2(tl.maximum(beyond, 1e-38)) + high, mask=there & (last >= left))
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -133,9 +161,8 @@ def _statistics(
         k = tl.reshape(keys.load([kv, left, 0]), (COLS, BLOCK_D))
         before = tl.load(tokens_ptr + cols - 1, mask=cols > 0, other=-2)
         x = scores(q, tl.trans(k), factor, cap, SOFTCAP, PRECISION, INTERPRET)
-        behind = at[:, None] - cols[None, :]
         if WINDOW:
-            x = tl.where(behind < window, x, -1.0e30)
+            x = tl.where(cols[None, :] > (at - window)[:, None], x, -1.0e30)
         match = own[:, None] == before[None, :]
         high, total, spread, moment, first, followed, p, past = _added(
             x, high, total, spread, moment, first, followed, match, left, cols, at, early, INTERPRET
@@ -144,7 +171,7 @@ def _statistics(
             bound = bound // 2
             place -= 1
         if bound > offset + top - left - COLS:
-            _write_beyond(beyond_at + tl.cast(place, tl.int64) * n, bound, p, past, high, behind, at, left, there)
+            _write_beyond(beyond_at + tl.cast(place, tl.int64) * n, bound, p, past, high, at, cols, left, there)
 
     for tile in tl.range(middle, stop, num_stages=1):
         left = tile * COLS
@@ -152,9 +179,8 @@ def _statistics(
         k = tl.reshape(keys.load([kv, left, 0]), (COLS, BLOCK_D))
         before = tl.load(tokens_ptr + cols - 1, mask=(cols > 0) & (cols < m), other=-2)
         x = scores(q, tl.trans(k), factor, cap, SOFTCAP, PRECISION, INTERPRET)
-        behind = at[:, None] - cols[None, :]
-        x = tl.where((behind >= 0) & (behind < window), x, -1.0e30)
-        match = (own[:, None] == before[None, :]) & (behind > 0)
+        x = tl.where((cols[None, :] <= at[:, None]) & (cols[None, :] > (at - window)[:, None]), x, -1.0e30)
+        match = (own[:, None] == before[None, :]) & (cols[None, :] < at[:, None])
         high, total, spread, moment, first, followed, p, past = _added(
             x, high, total, spread, moment, first, followed, match, left, cols, at, early, INTERPRET
         )
@@ -163,7 +189,7 @@ def _statistics(
             if index < bins:
                 limit = 1 << index
             if (limit > offset + top - left - COLS) & (limit <= offset + bottom - 1 - left):
-                _write_beyond(beyond_at + tl.cast(index, tl.int64) * n, limit, p, past, high, behind, at, left, there)
+                _write_beyond(beyond_at + tl.cast(index, tl.int64) * n, limit, p, past, high, at, cols, left, there)
 
     whole = total
     if SINKS:
@@ -185,21 +211,21 @@ def row_statistics(
     early: int,
     recent: int,
     bins: int,
-    tiles: tuple[int, int, int, int] | None = None,
+    config: Config | None = None,
 ) -> RowStatistics:
-    """As `workbench_kernels.row_statistics.row_statistics`; tiles: rows and columns of a tile, warps and stages."""
+    """As `workbench_kernels.row_statistics.row_statistics`; config: how the work is cut."""
     check_statistics(query, key, scoring, tokens, early, recent, bins)
     scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
     query, key = aligned(query), aligned(key)
     (h, n, d), (k, m, _) = query.shape, key.shape
     factor, cap = (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E)
     width = max(16, triton.next_power_of_2(d))
-    tall, wide, warps, stages = tiles or row_tiles(query, width)
+    chosen = config or _tiles(query, width)
     lse, entropy, distance, first, follows = (query.new_empty((h, n), dtype=torch.float32) for _ in range(5))
     within = query.new_full((h, bins + 1, n), -torch.inf, dtype=torch.float32)  # nothing lies beyond
-    _statistics[(triton.cdiv(n, tall) * h,)](
+    _statistics[(triton.cdiv(n, chosen.rows) * h,)](
         query,
-        TensorDescriptor.from_tensor(key, [1, wide, width]),
+        TensorDescriptor.from_tensor(key, [1, chosen.cols, width]),
         tokens.to(query.device, torch.int32).contiguous(),
         None if sinks is None else sinks.to(query.device, torch.float32),
         lse,
@@ -211,7 +237,7 @@ def row_statistics(
         n,
         m,
         _NEVER if scoring.window is None else min(scoring.window, _NEVER),
-        max(triton.next_power_of_2(tall + wide), recent + 1),
+        max(triton.next_power_of_2(chosen.rows + chosen.cols), recent + 1),
         early,
         recent,
         bins,
@@ -223,18 +249,28 @@ def row_statistics(
         cap,
         D=d,
         BLOCK_D=width,
-        ROWS=tall,
-        COLS=wide,
-        STAGES=stages,
+        ROWS=chosen.rows,
+        COLS=chosen.cols,
+        STAGES=chosen.stages,
         WINDOW=scoring.window is not None,
         SINKS=sinks is not None,
         SOFTCAP=softcap is not None,
         # One TF32 product would lose half of the digits; three keep nearly all.
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         INTERPRET=interpreted(),
-        num_warps=warps,
+        num_warps=chosen.warps,
+        maxnreg=chosen.registers,
     )
     # What the keys get of a row, less what lies beyond each bound.
     within.sub_(lse[:, None], alpha=LOG2E).exp2_().neg_()
     within += 1 if sinks is None else 1 - torch.exp(sinks.to(lse.device, lse.dtype)[:, None] - lse)[:, None]
     return RowStatistics(lse, entropy, distance, first, follows, within.clamp_(min=0.0))
+
+
+def _tiles(query: Tensor, width: int) -> Config:
+    """The tiles that fit into registers and shared memory."""
+    if interpreted():
+        return Config(16, 32, 4, 1, None)
+    if query.dtype == torch.float32:
+        return Config(64, 64 if width <= 128 else 32, 4, 2, None)
+    return CONFIGS[0] if width <= 128 else Config(64, 64, 4, 2, None)

@@ -48,8 +48,10 @@ def _assembly(polynomial: int) -> str:
 _EXP2_0, _EXP2_1, _EXP2_2 = (tl.constexpr(_assembly(share)) for share in range(3))
 _CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
 
+
 @triton.jit
 def exp2(x, POLYNOMIAL: tl.constexpr, INTERPRET: tl.constexpr):
+    """2 ** x; POLYNOMIAL: how many of four are polynomials on the multiply-add units."""
     if INTERPRET:
         if POLYNOMIAL == 0:
             return tl.exp2(x)
@@ -85,15 +87,6 @@ def scores(q, k_t, factor, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, 
 def interpreted() -> bool:
     """Whether kernels are interpreted and not compiled."""
     return isinstance(exp2, InterpretedFunction)
-
-
-def row_tiles(query: Tensor, width: int) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile of kernels that own rows, their warps and stages."""
-    if interpreted():
-        return 16, 32, 4, 1
-    if query.dtype == torch.float32:
-        return 64, 64 if width <= 128 else 32, 4, 2
-    return (128, 128, 8, 2) if width <= 128 else (64, 64, 4, 2)
 
 
 def aligned(x: Tensor) -> Tensor:
