@@ -39,8 +39,8 @@ class ClosedUpStore(WrappingStore):
         """Everything held, with keys turned to their places."""
         held = self.inner.contents(dtype)
         where = held.positions
-        if bool((where == where[:1]).all()) and held.valid is None:
-            where = where[:1]  # one table for all heads
+        if held.valid is None and not where.is_cuda and bool((where == where[:1]).all()):
+            where = where[:1]  # one table for all heads; a GPU would have to be waited for
         keys = self._turned(held.keys, where, places(where, held.valid))
         return Dequantised(keys, held.values, held.positions, held.valid)
 
