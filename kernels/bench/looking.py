@@ -1,4 +1,4 @@
-"""Looking at a long prompt in a session: heads, maps, sums, outliers, and new budgets of every method that scores.
+"""Looking at a long prompt in a session: heads, maps, sums, outliers, quality, and new budgets of all that scores.
 
 A model shaped like Llama 3.1 8B with random weights has read 32,768 random tokens; no time depends on what they are.
 *First* is the first call of the process, kernels compiled or fetched from their cache included; then everything that a
@@ -42,6 +42,7 @@ CHECKED = (2048, 1999)
 HOW = {"early": 4, "recent": 32}
 BUDGETS = (0.25, 0.2, 0.33, 0.125, 0.4)
 LAST = ("kvzip", "evopress", "headkv", "headkv-r2")  # the model reads again before they can score
+JUDGED, ANSWER = ("full", "snapkv", "kivi", "h2o"), 32
 SHOWN = 14  # functions of a profile
 
 
@@ -54,6 +55,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
         yield from sweep(tokens)
     session = reading(tokens, quick)
     yield from looks(session, tokens)
+    yield from qualities(session, tokens)
     yield from budgets(session, tokens)
 
 
@@ -162,6 +164,21 @@ def looks(session: wb.Session, n: int) -> Iterator[dict[str, Any]]:
             forget(session)
             if os.environ.get("WORKBENCH_PROFILE"):
                 waited(work, f"{name}, a later call")
+        yield row
+
+
+def qualities(session: wb.Session, n: int) -> Iterator[dict[str, Any]]:
+    """What comparing an answer with the full cache's takes, the latter's own answer included."""
+    for key in JUDGED:
+        row: dict[str, Any] = {"what": f"quality of {ANSWER} tokens, {key}", "n": n}
+        with failures(row):
+            times = []
+            for name in (f"{row['what']}, first call", "", ""):
+                forget(session)
+                run = session.run(key, max_new_tokens=ANSWER, **({} if key in ("full", "kivi") else {"budget": 0.25}))
+                times.append(waited(partial(getattr, run, "quality"), name))
+                run.release()
+            row |= {"first": 1e6 * times[0], "us": 1e6 * median(times[1:])}
         yield row
 
 
