@@ -3,10 +3,10 @@ them.
 """
 
 from workbench_kernels.attend import attend
-from workbench_kernels.attention_statistics import Reading
+from workbench_kernels.attention_statistics import Reading, RowStatistics
 from workbench_kernels.packing import dequantise, pack, quantise, unpack
 from workbench_kernels.reading import read_attention
-from workbench_kernels.row_statistics import RowStatistics, row_statistics
+from workbench_kernels.row_statistics import row_statistics
 from workbench_kernels.scoring import Chosen, Scoring
 
 __all__ = [

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from workbench_kernels.attention_statistics import check_reading, score_blocks
+from workbench_kernels.attention_statistics import RowStatistics, check_statistics, score_blocks
 from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import log_sums
 
 
-class RowStatistics(NamedTuple):
-    """What was read of each row, float32 unless said otherwise. With sinks, their share of a row is none of these."""
-
-    lse: Tensor
-    """[h, n] natural logarithm of the row's sum of exp(score), sinks included"""
-    entropy: Tensor
-    """[h, n] -sum P log P over the keys it sees, in nats"""
-    distance: Tensor
-    """[h, n] sum of P times how many positions the key stands behind the row"""
-    early: Tensor
-    """[h, n] share that goes to the first positions"""
-    follows: Tensor
-    """[h, n] share that goes to earlier keys that follow an occurrence of the row's own token"""
-    within: Tensor
-    """[h, bins + 1, n] share that goes less than 2 ** b positions back, b being 0 .. bins - 1; then `recent`"""
-
-
 def _takes(query: Tensor, key: Tensor, scoring: Scoring) -> bool:
     return scoring.in_kernels and on_gpu(query, key)
-
-
-def check_statistics(
-    query: Tensor, key: Tensor, scoring: Scoring, tokens: Tensor, early: int, recent: int, bins: int
-) -> None:
-    """Raise ValueError for arguments of `row_statistics` that do not fit together."""
-    check_reading(query, key, scoring, None, None, None, 1)
-    if tokens.shape != key.shape[1:2] or tokens.is_floating_point():
-        raise ValueError(f"tokens must be the ids of {key.shape[1]} positions, not {list(tokens.shape)} {tokens.dtype}")
-    for name, number in (("early", early), ("recent", recent), ("bins", bins)):
-        if not 0 < number < 1 << 30:
-            raise ValueError(f"{name} is {number}: give at least 1")
-    if key.shape[1] > 1 << bins - 1:
-        raise ValueError(f"{bins} bins reach back {1 << bins - 1:,} positions, but there are {key.shape[1]:,} keys")
 
 
 @with_kernel("gpu.row_statistics:row_statistics", when=_takes)

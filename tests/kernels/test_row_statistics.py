@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.kernels.support import interpreted
 from tests.kernels.test_reading import layer, whole
-from workbench_kernels.row_statistics import RowStatistics, row_statistics
+from workbench_kernels.attention_statistics import RowStatistics
+from workbench_kernels.row_statistics import row_statistics
 from workbench_kernels.scoring import Scoring
 
 HOW: dict[str, Any] = {"early": 4, "recent": 24, "bins": 10}

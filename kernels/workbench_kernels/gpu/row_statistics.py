@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from workbench_kernels.attention_statistics import RowStatistics, check_statistics
 from workbench_kernels.gpu.scores import LOG2E, aligned, exp2, interpreted, scores
-from workbench_kernels.row_statistics import RowStatistics, check_statistics
 from workbench_kernels.scoring import Scoring
 
 _COUNTS = ["n", "m", "window", "near", "early", "recent", "bins", "heads", "group"]
