@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from workbench.budget import Budget
 from workbench.core.bisection import largest
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
+from workbench.kv.latents import expanded_by, for_all_heads
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
 from workbench.kv.ranking import Ranking
 from workbench.kv.rescoring import observing
@@ -35,10 +37,13 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
         )
     layers = trace.compressible
-    shapes = [held_shape(layer, dtype) for layer in layers]
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
     full = uncompressed_nbytes(trace, dtype)
-    fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
+    expanded = None if _keeps_all(methods, stages, budget, trace.tokens, full) else expanded_by(stages, layers, dtype)
+    shapes = [held_shape(layer.rows if expanded is None else layer, dtype) for layer in layers]
+    fixed = sum(held_shape(layer.rows, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
     label = " + ".join(method.key for method in methods)
+    label += "" if expanded is None else f" ({expanded}, which latent rows have to be expanded for)"
 
     tiers = torch.zeros(
         len(trace.layers), trace.kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
@@ -63,7 +68,7 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
     finished = _finished(form, counts, shapes)
     nbytes = fixed + stored_nbytes(finished, shapes, counts)
     host = stored_nbytes(finished, shapes, counts, host=True)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking)
+    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking, expanded)
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -111,7 +116,8 @@ def _fit(
         return form, everything, None
 
     allocating = stages.allocate or selecting
-    ranked = _Ranked(study, selecting, rank(study, selecting).beside(_importance(study, allocating, selecting)))
+    shared = shapes[0].kv_heads < study.trace.kv_heads
+    ranked = _Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), shared)
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
@@ -154,21 +160,33 @@ def _fit(
 
 @dataclass
 class _Ranked:
-    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered."""
+    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered.
+
+    whole: that of every head's. shared: whether all heads keep the same entries.
+    """
 
     study: Study
     selecting: KVMethod
-    plain: Ranking
+    whole: Ranking
+    importance: Tensor | None
+    shared: bool
     _last: tuple[int, Ranking] | None = None
+
+    @cached_property
+    def plain(self) -> Ranking:
+        """However many stay."""
+        return self._of(self.whole.scores) if self.shared else self.whole.beside(self.importance)
+
+    def _of(self, scores: Tensor) -> Ranking:
+        return Ranking(for_all_heads(scores) if self.shared else scores).beside(self.importance)
 
     def at(self, entries: int) -> Ranking:
         """By which so many entries are chosen."""
         if type(self.selecting).scores_at is KVMethod.scores_at:
             return self.plain
         if self._last is None or self._last[0] != entries:
-            scores = self.plain.scores
-            scores = self.selecting.scores_at(self.study, scores, entries / scores.numel())
-            self._last = entries, Ranking(scores).beside(self.plain.importance)
+            scores, share = self.whole.scores, entries / self.plain.scores.numel()
+            self._last = entries, self._of(self.selecting.scores_at(self.study, scores, share))
         return self._last[1]
 
 
@@ -261,6 +279,19 @@ def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | N
     if budget is None and stages.store is not None:
         return stages.store.budget
     return budget
+
+
+def _keeps_all(
+    methods: Sequence[KVMethod], stages: Stages, budget: Budget | None, tokens: int, full: int
+) -> bool:
+    """Whether the budgets of methods that only drop entries have room for all of them."""
+    if stages.score is None or stages.store is not None or stages.retrieve is not None or stages.select is not None:
+        return False
+    limits = [total_budget(methods, stages, budget), None if budget is not None else _selecting_budget(methods, stages)]
+    given = [limit for limit in limits if limit is not None]
+    return bool(given) and all(
+        limit.amount >= tokens if limit.kind == "tokens" else (limit.nbytes(full) or 0) >= full for limit in given
+    )
 
 
 def _check(nbytes: int, room: int | None, full: int, fixed: int, label: str, *, droppable: bool = True) -> None:

@@ -45,7 +45,9 @@ class Store(ABC):
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add tokens: keys [k, q, d], values [k, q, dv], positions int [q], larger than any held."""
+        """Add tokens: keys [k, q, d], values [k, q, dv], positions int [q], larger than any held. One that
+        `holds_latents` takes rotated rows [1, q, w] for keys and latent ones [1, q, r] for values.
+        """
 
     @property
     @abstractmethod
@@ -89,6 +91,7 @@ class Store(ABC):
     retrieves: ClassVar[bool] = False  # looks for what a query needs: how many scores it computes is its own affair
     moves_by_attention: ClassVar[bool] = False  # moves entries by the attention that they got
     selects: ClassVar[bool] = False  # of what it holds, a token that comes alone attends to a part
+    holds_latents: ClassVar[bool] = False  # takes the rows of which a layer makes keys and values in place of these
 
     @property
     def attends_itself(self) -> bool:

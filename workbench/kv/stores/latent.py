@@ -1,0 +1,89 @@
+"""What a layer of latent attention (MLA) holds: a row a token, of which all its heads make their keys and values."""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workbench.engine.latents import Expansion
+from workbench.kv.stores.capabilities import Evictable
+from workbench.kv.stores.store import Dequantised, Store, seen_by
+from workbench.kv.stores.wrapping import WrappingStore
+from workbench_kernels import Scoring, attend
+
+
+class LatentStore(WrappingStore):
+    """Latent and rotated rows in another store, each once for all heads: r + w numbers a token where it is exact.
+
+    inner: its one head's keys are the rotated rows [1, m, w], its values the latent ones [1, m, r]. Attention is
+    absorbed: queries go through the map that makes keys, and what comes out through the one that makes values (DeepSeek-
+    V2, arXiv:2405.04434, section 2.1.2), so nothing is expanded but the maps, in each pass. To others it has the keys
+    and values of all `heads`, and so it is shown.
+    """
+
+    holds_latents = True
+
+    def __init__(self, inner: Store, expansion: Expansion, heads: int) -> None:
+        super().__init__(inner)
+        self.expansion, self.heads = expansion, heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def entries(self) -> int:
+        return self.heads * self.inner.entries
+
+    def slots(self) -> tuple[Tensor, Tensor | None]:
+        positions, valid = self.inner.slots()
+        return positions, None if valid is None else valid.expand(self.heads, -1)
+
+    def contents(self, dtype: torch.dtype) -> Dequantised:
+        """The keys and values of all heads."""
+        rows = self.inner.contents(dtype)
+        keys, values = self.expansion(rows.values, rows.keys)
+        return Dequantised(keys, values, rows.positions, None if rows.valid is None else rows.valid.expand(len(keys), -1))
+
+    def attend(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """As any store does; the softmax rows are [1, h, q, m], for entries leave from all heads at once."""
+        rows = self.inner.contents(query.dtype)
+        to_keys, to_values = (x.to(query.dtype) for x in self.expansion.maps(rows.values, rows.keys))
+        visible = seen_by(query_positions, rows.positions, rows.valid, scoring)
+        offsets = scoring.offsets(query_positions, rows.positions)
+        asked = query @ to_keys.transpose(1, 2)  # [h, q, r + w]
+        keys = torch.cat([rows.values, rows.keys], dim=-1)  # [1, m, r + w]
+        out, by_slot = attend(asked, keys, rows.values, scoring, visible=visible, offsets=offsets, weights=weights)
+        self.inner.attended()
+        return out @ to_values, by_slot
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return self.inner.tensors()
+
+    def clone(self) -> Self:
+        return type(self)(self.inner.clone(), self.expansion, self.heads)
+
+    # -- what the inner store declares
+
+    @property
+    def sliding_window(self) -> int | None:
+        return self.inner.sliding_window
+
+    @property
+    def reach(self) -> int | None:
+        return self.inner.reach
+
+    @property
+    def evictable(self) -> Evictable | None:
+        return self.inner.evictable
+
+    def attended(self, library: CDLL | None = None) -> None:
+        self.inner.attended(library)
+
+    def keep_for_others(self) -> None:
+        self.inner.keep_for_others()
