@@ -63,9 +63,7 @@ class Latents:
 
     def blank(self, tokens: int) -> Self:
         """As many rows without data."""
-        rows = (
-            torch.empty(1, tokens, x.shape[-1], dtype=x.dtype, device="meta") for x in (self.latent, self.rotated)
-        )
+        rows = (torch.empty(1, tokens, x.shape[-1], dtype=x.dtype, device="meta") for x in (self.latent, self.rotated))
         latent, rotated = rows
         return replace(self, latent=latent, rotated=rotated)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from workbench.kv.method import KVMethod
 from workbench.kv.stages import Stages
@@ -23,15 +22,12 @@ def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype
     if not all(layer.latents for layer in layers):
         return None
     choosing, storing = stages.allocate or stages.score, stages.store
-    evicting = stages.evict if stages.evict is not None and stages.evict.rescores else None
     reasons = {
         "gives each head a length of its own": choosing if choosing is not None and choosing.head_adaptive else None,
         "merges the keys and values of each head": stages.merge,
         "stores keys and values": storing if storing is not None and not _of_rows(storing, layers, dtype) else None,
         "finds keys again by queries": stages.retrieve,
         "selects keys by queries": stages.select,
-        "turns keys to other positions": stages.place,
-        "scores the keys of each head anew": evicting,
         "reads the prompt into stores of its own": stages.read,
     }
     return next((f"{who.key} {does}" for does, who in reasons.items() if who is not None), None)
@@ -40,8 +36,3 @@ def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype
 def _of_rows(storing: KVMethod, layers: Sequence[LayerTrace], dtype: torch.dtype) -> bool:
     rows = [held_shape(layer.rows, dtype) for layer in layers]
     return storing.of_entries and storing.store(dtype, rows, None).of_rows
-
-
-def for_all_heads(scores: Tensor) -> Tensor:
-    """Scores [l, k, n] of rows that all heads share: the mean over these, [l, 1, n]."""
-    return scores.float().mean(dim=1, keepdim=True)

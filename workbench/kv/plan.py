@@ -212,24 +212,14 @@ class Plan(Shown):
         return dict(zip(group, made, strict=True))
 
     def _store(self, layer: LayerTrace) -> Store:
-        if layer.latents is not None and (layer.index in self.exact or self.expanded is None):
-            rows = self._built(layer.rows, self.tiers[layer.index, :1])
-            return LatentStore(rows, layer.latents.expansion, layer.heads)
-        return self._built(layer, as_held(self.tiers[layer.index], layer.kv_heads))
-
-    def _built(self, layer: LayerTrace, tiers: Tensor) -> Store:
-        """The store of a layer, or of its rows, under tiers [k, n]."""
+        tiers = as_held(self.tiers[layer.index], layer.kv_heads)
+        if layer.index in self.exact:
+            rows = self._exact(layer.rows, tiers)
+            return rows if layer.latents is None else LatentStore(rows, layer.latents.expansion, layer.heads)
         merging = self.stages.merge
-        if merging is not None and layer.index not in self.exact and not self.keeps_all:
+        if merging is not None and not self.keeps_all:
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
-        if layer.index in self.exact and layer.chunk is not None:
-            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
-            return ChunkStore(keys, values, layer.tokens, layer.chunk)
-        if layer.index in self.exact and layer.window is not None:
-            return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
-        if layer.index in self.exact:
-            return DenseFormat(self.dtype).build(layer, tiers, None)
         if self.keeps_all and not self.evicts:
             return self.format.of_everything().build(layer, tiers, None)
         state = None
@@ -241,6 +231,15 @@ class Plan(Shown):
             )
         store = self.format.build(layer, tiers, state)
         return ClosedUpStore(store, layer.rotation) if self.closes_up else store
+
+    def _exact(self, layer: LayerTrace, tiers: Tensor) -> Store:
+        """The store of a layer that is left alone."""
+        if layer.chunk is not None:
+            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
+            return ChunkStore(keys, values, layer.tokens, layer.chunk)
+        if layer.window is not None:
+            return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
+        return DenseFormat(self.dtype).build(layer, tiers[: layer.keys_held.shape[0]], None)
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""

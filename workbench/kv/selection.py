@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from workbench.budget import Budget
 from workbench.core.bisection import largest
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.latents import expanded_by, for_all_heads
+from workbench.kv.latents import expanded_by
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
-from workbench.kv.ranking import Ranking
+from workbench.kv.ranking import Ranking, for_all_heads
 from workbench.kv.rescoring import observing
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
+from workbench.kv.stores.latent import LatentFormat
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.stores.selected import SelectingFormat
 
@@ -39,11 +40,11 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
     layers = trace.compressible
     rows = [held_shape(layer.rows, dtype) for layer in layers]
     full = uncompressed_nbytes(trace, dtype)
-    expanded = None if _keeps_all(methods, stages, budget, trace.tokens, full) else expanded_by(stages, layers, dtype)
-    shapes = [held_shape(layer.rows if expanded is None else layer, dtype) for layer in layers]
+    expanded = expanded_by(stages, layers, dtype)
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
+    shapes = rows if expanded is None else [held_shape(layer, dtype) for layer in layers]
     fixed = sum(held_shape(layer.rows, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
     label = " + ".join(method.key for method in methods)
-    label += "" if expanded is None else f" ({expanded}, which latent rows have to be expanded for)"
 
     tiers = torch.zeros(
         len(trace.layers), trace.kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
@@ -61,7 +62,17 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             )
         return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
 
-    form, selected, ranking = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
+    fitting = partial(_fit, study, methods, stages, shapes, dtype, budget, full, fixed)
+    if expanded is None:
+        form, selected, ranking = fitting(label, latent=bool(layers[0].latents))
+    else:
+        # What keeps everything needs no keys and values of its own.
+        kept = fitting(label, whole=True) if _keeps_all(methods, stages, budget, trace.tokens, full) else None
+        if kept is not None and bool(kept[1].all()):
+            form, selected, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
+            shapes, expanded = rows, None
+        else:
+            form, selected, ranking = fitting(f"{label} ({expanded}, which latent rows have to be expanded for)")
     rest = 2 if form.keeps_rest else 0
     tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
     counts = selected.sum(dim=-1)
@@ -88,15 +99,22 @@ def _fit(
     full: int,
     fixed: int,
     label: str,
+    *,
+    latent: bool = False,
+    whole: bool = False,
 ) -> tuple[Format, Tensor, Ranking | None]:
-    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which."""
+    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which.
+
+    latent: the shapes are those of latent rows. whole: whatever budgets say, all is selected that may be.
+    """
+    held: Callable[[Format], Format] = LatentFormat if latent else lambda form: form
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
     observed = observing(study, stages, dtype)
     state = stages.evict.state_width if stages.evict else 0
-    whole = stages.evict is not None and stages.evict.leaves_prompt
-    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=whole)))
+    later = stages.evict is not None and stages.evict.leaves_prompt
+    dense = observed(held(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=later))))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -105,22 +123,21 @@ def _fit(
     form = dense
     if selecting is None:
         if storing is not None:
-            form = _stored(stages, study, dtype, shapes, room)
+            form = held(_stored(stages, study, dtype, shapes, room))
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
         return form, everything, None
 
-    if whole:
+    if later:
         _check_whole(limited, tokens, label)
         return form, everything, None
 
     allocating = stages.allocate or selecting
-    shared = shapes[0].kv_heads < study.trace.kv_heads
-    ranked = _Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), shared)
+    ranked = _Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), latent)
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
-        form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
+        form = held(_stored(stages, study, dtype, shapes, room if storing is selecting else None))
         _check_stored(form, storing, selecting, stages)
         form = observed(form)
     elif stages.retrieve is not None:
@@ -138,7 +155,9 @@ def _fit(
     # A storage method on top leaves the selection as it would be at the uncompressed precision.
     counted = dense if selected_budget is not None and storing is not None and stages.score is not storing else form
     entries = most
-    if selected_budget is not None and selected_budget.kind == "tokens":
+    if whole:
+        pass
+    elif selected_budget is not None and selected_budget.kind == "tokens":
         entries = min(layers * kv_heads * int(selected_budget.amount), most)
     else:
         target = room if selected_budget is None else (selected_budget.nbytes(full) or 0) - fixed
@@ -148,11 +167,11 @@ def _fit(
             _check(nbytes(entries), target, full, fixed, label)
         elif (wanted := selecting.wanted(ranked.plain)) is not None:
             entries = min(max(wanted, least), most)
-    if room is not None and counted is not form and storing is not None:
+    if room is not None and not whole and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
-        form = observed(_stored(stages, study, dtype, chosen, room - beside))
+        form = observed(held(_stored(stages, study, dtype, chosen, room - beside)))
         _check(measured(form)(entries), room, full, fixed, label)
     ranking = ranked.at(entries)
     return form, ranking.selected(allocating.allocate(ranking, entries).to(everything.device)), ranking
@@ -281,11 +300,11 @@ def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | N
     return budget
 
 
-def _keeps_all(
-    methods: Sequence[KVMethod], stages: Stages, budget: Budget | None, tokens: int, full: int
-) -> bool:
+def _keeps_all(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None, tokens: int, full: int) -> bool:
     """Whether the budgets of methods that only drop entries have room for all of them."""
-    if stages.score is None or stages.store is not None or stages.retrieve is not None or stages.select is not None:
+    others = (stages.store, stages.retrieve, stages.select)
+    leaves = stages.evict is not None and stages.evict.leaves_prompt
+    if stages.score is None or leaves or any(other is not None for other in others):
         return False
     limits = [total_budget(methods, stages, budget), None if budget is not None else _selecting_budget(methods, stages)]
     given = [limit for limit in limits if limit is not None]

@@ -51,7 +51,8 @@ class Format(ABC):
     by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
     whether its stores attend in a way of their own: keys cannot be turned for them, nor what they attend to be chosen.
     rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows does not depend on
-    their being keys and values that queries meet, so that its stores can hold others (latents).
+    their being keys and values that queries meet, so that its stores can hold others (latents). exact: whether entries
+    are held as they are.
     """
 
     tiers: tuple[str, ...]
@@ -59,6 +60,7 @@ class Format(ABC):
     attends_itself: ClassVar[bool] = False
     rewritable: ClassVar[bool] = False
     of_rows: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
     needs_all: ClassVar[bool] = False  # cannot be built where positions were dropped
 
     @property
@@ -127,6 +129,7 @@ class DenseFormat(Format):
 
     rewritable: ClassVar[bool] = True
     of_rows: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     dtype: torch.dtype
     state: int = 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from ctypes import CDLL
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from workbench.engine.latents import Expansion
-from workbench.kv.stores.capabilities import Evictable
+from workbench.kv.stores.capabilities import Droppable, Evictable
+from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.wrapping import WrappingStore
+from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
 
 
@@ -24,11 +27,13 @@ class LatentStore(WrappingStore):
     and values of all `heads`, and so it is shown.
     """
 
-    holds_latents = True
-
     def __init__(self, inner: Store, expansion: Expansion, heads: int) -> None:
         super().__init__(inner)
         self.expansion, self.heads = expansion, heads
+
+    @property
+    def holds_latents(self) -> bool:
+        return True
 
     @property
     def kv_heads(self) -> int:
@@ -46,12 +51,14 @@ class LatentStore(WrappingStore):
         """The keys and values of all heads."""
         rows = self.inner.contents(dtype)
         keys, values = self.expansion(rows.values, rows.keys)
-        return Dequantised(keys, values, rows.positions, None if rows.valid is None else rows.valid.expand(len(keys), -1))
+        return Dequantised(
+            keys, values, rows.positions, None if rows.valid is None else rows.valid.expand(len(keys), -1)
+        )
 
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """As any store does; the softmax rows are [1, h, q, m], for entries leave from all heads at once."""
+        """As any store does; the softmax rows are [1, h, q, m], for all heads share what is held."""
         rows = self.inner.contents(query.dtype)
         to_keys, to_values = (x.to(query.dtype) for x in self.expansion.maps(rows.values, rows.keys))
         visible = seen_by(query_positions, rows.positions, rows.valid, scoring)
@@ -82,8 +89,49 @@ class LatentStore(WrappingStore):
     def evictable(self) -> Evictable | None:
         return self.inner.evictable
 
+    @property
+    def droppable(self) -> Droppable | None:
+        return self.inner.droppable
+
     def attended(self, library: CDLL | None = None) -> None:
         self.inner.attended(library)
 
     def keep_for_others(self) -> None:
         self.inner.keep_for_others()
+
+
+@dataclass(frozen=True)
+class LatentFormat(Format):
+    """Latent and rotated rows in another format, as its only head's; shapes are those of the rows."""
+
+    inner: Format
+
+    @property
+    def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.tiers
+
+    @property
+    def by_layer(self) -> bool:  # type: ignore[override]
+        return self.inner.by_layer
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.inner.exact
+
+    def nbytes(self, shape: Shape, selected: Tensor) -> int:
+        return self.inner.nbytes(shape, selected)
+
+    def beside(self, shape: Shape) -> int:
+        return self.inner.beside(shape)
+
+    def of_everything(self) -> Format:
+        return LatentFormat(self.inner.of_everything())
+
+    def droppable(self) -> Format | None:
+        inner = self.inner.droppable()
+        return None if inner is None else LatentFormat(inner)
+
+    def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
+        """state [1, n] or [1, n, w]: of the entries that all heads share."""
+        assert layer.latents is not None
+        return LatentStore(self.inner.build(layer.rows, tiers[:1], state), layer.latents.expansion, layer.heads)

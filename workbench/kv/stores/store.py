@@ -91,7 +91,6 @@ class Store(ABC):
     retrieves: ClassVar[bool] = False  # looks for what a query needs: how many scores it computes is its own affair
     moves_by_attention: ClassVar[bool] = False  # moves entries by the attention that they got
     selects: ClassVar[bool] = False  # of what it holds, a token that comes alone attends to a part
-    holds_latents: ClassVar[bool] = False  # takes the rows of which a layer makes keys and values in place of these
 
     @property
     def attends_itself(self) -> bool:
@@ -102,6 +101,11 @@ class Store(ABC):
     def scores_computed(self) -> int | None:
         """How many scores the last pass took, over all query heads, by a store that selected; None: all there are."""
         return None
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether it takes the rows of which a layer makes its keys and values in place of these (see `append`)."""
+        return False
 
     @property
     def sliding_window(self) -> int | None:
