@@ -295,6 +295,11 @@ class Trace:
         return tuple(layer for layer in self.layers if layer.index not in self.exact)
 
     @property
+    def latent(self) -> str:
+        """What the cache of layers with latent attention holds, as "MLA, latent 512 + 64"; nothing where none has."""
+        return next((layer.latents.kind for layer in self.layers if layer.latents), "")
+
+    @property
     def kv_heads(self) -> int:
         """How many KV heads the layers have that KV methods may change, of all if there are none; others that stay as
         they are may have more or fewer.

@@ -68,12 +68,19 @@ class Latents:
         return replace(self, latent=latent, rotated=rotated)
 
     @property
+    def kind(self) -> str:
+        """What the layer's cache holds, in words: the numbers of a latent and of a rotated row."""
+        return f"MLA, latent {self.latent.shape[-1]} + {self.rotated.shape[-1]}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
         return self.latent.nbytes + self.rotated.nbytes
 
-    def makes(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether keys [h, n, d] and values [h, n, dv] are these rows times the expansion's maps, and no more."""
+    def makes(self, keys: Tensor, values: Tensor, close: float | None = None) -> bool:
+        """Whether keys [h, n, d] and values [h, n, dv] are these rows times the expansion's maps, and no more: up to
+        rounding, or to `close` of their norm.
+        """
         to_keys, to_values = self.expansion.maps(self.latent, self.rotated)
         if to_values.shape[-1] != values.shape[-1] or to_keys.shape[-1] != keys.shape[-1]:
             return False
@@ -82,7 +89,7 @@ class Latents:
             (torch.cat([latent, rotated], dim=-1) @ to_keys.float(), keys[:, :_TRIED].float()),
             (latent @ to_values.float(), values[:, :_TRIED].float()),
         )
-        limit = _CLOSE.get(keys.dtype, 1e-4)
+        limit = close or _CLOSE.get(keys.dtype, 1e-4)
         return all(bool((made - known).norm() <= limit * known.norm()) for made, known in pairs)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from workbench.kv.method import KVMethod
-from workbench.kv.stages import Stages
 from workbench.kv.plan import held_shape
+from workbench.kv.stages import Stages
 from workbench.trace import LayerTrace
 
 

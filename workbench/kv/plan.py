@@ -123,10 +123,11 @@ class Plan(Shown):
         if self.expanded is not None:
             one = layers[0].blank(1)
             times = held_shape(one, self.dtype).full_nbytes / held_shape(one.rows, self.dtype).full_nbytes
-            return (
+            note = (
                 f"{named}: {self.expanded}, so keys and values are held here in place of the latent rows (MLA) that "
-                f"they are made of: {times:.1f} times as many numbers a token",
+                f"they are made of: {times:.1f} times as many numbers a token"
             )
+            return (note,)
         same = "" if self.ranking is None else "; all heads keep the same tokens, by the mean of their scores"
         return (f"{named}: latent rows (MLA) are held{same}",)
 
@@ -266,6 +267,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
+            *([f"  rows   {kind} numbers a token"] if self.expanded is None and (kind := self.trace.latent) else []),
             *([f"  state  {mib(state)} beside keys and values, the same under every plan"] if state else []),
             f"  kept   {kept}",
         ]

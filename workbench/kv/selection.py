@@ -72,7 +72,8 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             form, selected, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
             shapes, expanded = rows, None
         else:
-            form, selected, ranking = fitting(f"{label} ({expanded}, which latent rows have to be expanded for)")
+            why = f"{label} ({expanded}, which latent rows have to be expanded for)"
+            form, selected, ranking = fitting(why, droppable=not _stores(stages))
     rest = 2 if form.keeps_rest else 0
     tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
     counts = selected.sum(dim=-1)
@@ -102,10 +103,12 @@ def _fit(
     *,
     latent: bool = False,
     whole: bool = False,
+    droppable: bool = True,
 ) -> tuple[Format, Tensor, Ranking | None]:
     """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which.
 
-    latent: the shapes are those of latent rows. whole: whatever budgets say, all is selected that may be.
+    latent: the shapes are those of latent rows. whole: whatever budgets say, all is selected that may be. droppable:
+    keeping all exact takes no more than the uncompressed cache.
     """
     held: Callable[[Format], Format] = LatentFormat if latent else lambda form: form
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
@@ -164,7 +167,7 @@ def _fit(
         if target is not None:
             nbytes = measured(counted)
             entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)
-            _check(nbytes(entries), target, full, fixed, label)
+            _check(nbytes(entries), target, full, fixed, label, droppable=droppable)
         elif (wanted := selecting.wanted(ranked.plain)) is not None:
             entries = min(max(wanted, least), most)
     if room is not None and not whole and counted is not form and storing is not None:
@@ -172,7 +175,7 @@ def _fit(
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
         form = observed(held(_stored(stages, study, dtype, chosen, room - beside)))
-        _check(measured(form)(entries), room, full, fixed, label)
+        _check(measured(form)(entries), room, full, fixed, label, droppable=droppable)
     ranking = ranked.at(entries)
     return form, ranking.selected(allocating.allocate(ranking, entries).to(everything.device)), ranking
 
@@ -300,11 +303,15 @@ def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | N
     return budget
 
 
+def _stores(stages: Stages) -> bool:
+    """Whether entries that stay are held in another way than as they are."""
+    return any(stage is not None for stage in (stages.store, stages.retrieve, stages.select))
+
+
 def _keeps_all(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None, tokens: int, full: int) -> bool:
     """Whether the budgets of methods that only drop entries have room for all of them."""
-    others = (stages.store, stages.retrieve, stages.select)
     leaves = stages.evict is not None and stages.evict.leaves_prompt
-    if stages.score is None or leaves or any(other is not None for other in others):
+    if stages.score is None or leaves or _stores(stages):
         return False
     limits = [total_budget(methods, stages, budget), None if budget is not None else _selecting_budget(methods, stages)]
     given = [limit for limit in limits if limit is not None]

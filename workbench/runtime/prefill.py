@@ -230,6 +230,9 @@ def read(
     exact = _exact(layers, method)
     if len({layer.latents is None for layer in layers if layer.index not in exact}) > 1:  # plans are of one kind
         layers = tuple(layer if layer.index in exact else replace(layer, latents=None) for layer in layers)
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) and not any(x.latents for x in layers):
+        note = f"{facts.name} has latent attention (MLA), but does not show here what it is held as"
+        prompt = replace(prompt, notes=(*prompt.notes, f"{note}: keys and values are held and counted"))
     gone = _gone(layers, facts, sorted(set(attending(plain or model)) - set(numbers)), plain_widths)
     trace = Trace(
         prompt,

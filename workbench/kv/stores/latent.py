@@ -22,9 +22,9 @@ class LatentStore(WrappingStore):
     """Latent and rotated rows in another store, each once for all heads: r + w numbers a token where it is exact.
 
     inner: its one head's keys are the rotated rows [1, m, w], its values the latent ones [1, m, r]. Attention is
-    absorbed: queries go through the map that makes keys, and what comes out through the one that makes values (DeepSeek-
-    V2, arXiv:2405.04434, section 2.1.2), so nothing is expanded but the maps, in each pass. To others it has the keys
-    and values of all `heads`, and so it is shown.
+    absorbed (DeepSeek-V2, arXiv:2405.04434, section 2.1.2): queries go through the map that makes keys, and what comes
+    out through the one that makes values, so nothing is expanded but the maps, in each pass; or all rows, while they
+    are fewer than the maps have. To others it has the keys and values of all `heads`, and so it is shown.
     """
 
     def __init__(self, inner: Store, expansion: Expansion, heads: int) -> None:
@@ -58,19 +58,25 @@ class LatentStore(WrappingStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """As any store does; the softmax rows are [1, h, q, m], for all heads share what is held."""
+        """As any store does; the softmax rows are those of one KV head that all query heads share, [1, h, q, m]."""
         rows = self.inner.contents(query.dtype)
-        to_keys, to_values = (x.to(query.dtype) for x in self.expansion.maps(rows.values, rows.keys))
         visible = seen_by(query_positions, rows.positions, rows.valid, scoring)
         offsets = scoring.offsets(query_positions, rows.positions)
-        asked = query @ to_keys.transpose(1, 2)  # [h, q, r + w]
-        keys = torch.cat([rows.values, rows.keys], dim=-1)  # [1, m, r + w]
-        out, by_slot = attend(asked, keys, rows.values, scoring, visible=visible, offsets=offsets, weights=weights)
+        both = torch.cat([rows.values, rows.keys], dim=-1)  # [1, m, r + w]
+        if both.shape[1] < both.shape[2]:
+            given: tuple[Tensor, Tensor, Tensor] = query, *self.expansion(rows.values, rows.keys)
+            to_values = None
+        else:
+            to_keys, to_values = self.expansion.maps(rows.values, rows.keys)
+            given = query @ to_keys.transpose(1, 2), both, rows.values  # [h, q, r + w]
+        out, by_slot = attend(*given, scoring, visible=visible, offsets=offsets, weights=weights)
         self.inner.attended()
-        return out @ to_values, by_slot
+        if by_slot is not None:
+            by_slot = by_slot.view(1, -1, *by_slot.shape[2:])
+        return (out if to_values is None else out @ to_values), by_slot
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        return self.inner.tensors()
+        return {f"latent {name}": tensors for name, tensors in self.inner.tensors().items()}
 
     def clone(self) -> Self:
         return type(self)(self.inner.clone(), self.expansion, self.heads)
