@@ -110,8 +110,8 @@ class LayerTrace(Brief):
         keys, values, queries = (torch.empty(x.shape[0], count, x.shape[2], dtype=x.dtype, device="meta") for x in held)
         scoring = replace(self.scoring, chosen=None)
         latents = None if self.latents is None else self.latents.blank(count)
-        held = {"keys_held": keys, "values_held": values, "queries_held": queries}
-        return replace(self, **held, scoring=scoring, latents=latents)
+        blank = replace(self, keys_held=keys, values_held=values, queries_held=queries)
+        return replace(blank, scoring=scoring, latents=latents)
 
     @property
     def rows(self) -> LayerTrace:

@@ -357,8 +357,11 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         )
         latents = None
         if fields.get("latents") and numbers[index] in expanding:
-            rows = (tensor(f"layers.{index}.{name}").to(device, model.dtype) for name in ("latent", "rotated"))
-            latents = _latents(Latents(*rows, expanding[numbers[index]]), keys.to(device), values.to(device)).to(home)
+            latent, rotated = (
+                tensor(f"layers.{index}.{name}").to(device, model.dtype) for name in ("latent", "rotated")
+            )
+            rows = Latents(latent, rotated, expanding[numbers[index]])
+            latents = _latents(rows, keys.to(device), values.to(device)).to(home)
         layers.append(
             LayerTrace(
                 index=index,
