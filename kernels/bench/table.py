@@ -32,6 +32,8 @@ FIGURES: dict[str, tuple[str, Any]] = {
     "TFLOP/s": ("TFLOP/s", lambda x: f"{x:,.1f}"),
     "limit": ("of the limit", lambda x: f"{x:.0%}"),
     "tokens/s": ("tokens/s", lambda x: f"{x:,.1f}"),
+    "first to last": ("tokens/s, first to last", lambda x: f"{x:,.1f}"),
+    "plan ms": ("first plan, ms", lambda x: f"{x:,.1f}"),
     "speedup": ("times as fast", lambda x: f"{x:.2f}"),
     "peak": ("extra MB", lambda x: f"{x / 1e6:,.1f}"),
     "allocated": ("peak MB", lambda x: f"{x / 1e6:,.0f}"),

@@ -231,7 +231,10 @@ class Plan(Shown):
                 lambda: evicting.eviction_state(layer.absorbed if absorbs else layer),
             )
         store = self.format.build(layer, tiers, state)
-        return ClosedUpStore(store, layer.rotation) if self.closes_up else store
+        if not self.closes_up:
+            return store
+        evict = self.stages.evict if self.evicts else None
+        return ClosedUpStore(store, layer.rotation, together=evict is None or evict.evicts_by_position)
 
     def _exact(self, layer: LayerTrace, tiers: Tensor) -> Store:
         """The store of a layer that is left alone."""
