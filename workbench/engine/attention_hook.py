@@ -55,8 +55,7 @@ class _Passing:
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
     by places is a mask by positions; a token that comes alone in the midst of a text is none of these, for its mask
     tells nothing. positions: where its tokens stand, int64 [n]. states: of layers that keep some. own: masks that the
-    model made by itself and that were found causal. noting: what notes of which rows layers make keys and values;
-    latents: those of the layer that attends.
+    model made by itself and that were found causal. noting: what notes of which rows layers make keys and values.
     """
 
     handler: Handler
@@ -66,7 +65,6 @@ class _Passing:
     states: States | None = None
     own: list[Tensor] = field(default_factory=list)
     noting: Noting | None = None
-    latents: list[Latents | None] = field(default_factory=lambda: [None])
 
 
 def _attention(
@@ -113,9 +111,8 @@ def _attention(
     scoring = Scoring(
         scale, span.window, softcap or None, sinks, slopes, _chosen(passing, indices), rounded=rounded, chunk=span.chunk
     )
-    if passing.noting is not None:
-        passing.latents[0] = passing.noting.taken(module, key)
-    out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
+    with showing(None if passing.noting is None else passing.noting.taken(module, key)):
+        out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
 
@@ -200,9 +197,22 @@ def passing() -> Handler | None:
     return None if current is None else current.handler
 
 
+_latents: ContextVar[Latents | None] = ContextVar("latents", default=None)
+
+
 def latents() -> Latents | None:
     """The rows of which the layer that attends just now made its keys and values; None where there are none."""
-    return _current().latents[0]
+    return _latents.get()
+
+
+@contextmanager
+def showing(rows: Latents | None) -> Iterator[None]:
+    """Until the block ends, let a handler find these rows in `latents`."""
+    before = _latents.set(rows)
+    try:
+        yield
+    finally:
+        _latents.reset(before)
 
 
 class _Alone:

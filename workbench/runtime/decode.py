@@ -157,8 +157,9 @@ class Decoder:
                 self._context.computed[layer] = counted + selected
             out = out if by_method else exact
         if self.evicting is not None and evictable is not None and weights is not None:
-            weights = weights.view(len(evictable.counts), -1, *weights.shape[2:])  # heads may share what is held
-            evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))
+            state = evictable.eviction_state
+            weights = weights.view(len(state), -1, *weights.shape[2:])  # all heads may share what is held
+            evictable.replace_state(self.evicting.update_state(state, weights))
         if self.outputs is not None:
             self.outputs[layer].append(out)
         self._leave(before)
