@@ -18,6 +18,7 @@ from workbench.kv.ranking import for_all_heads
 from workbench.kv.stores import LatentStore
 from workbench.models import facts
 from workbench.runtime.exactness import verify
+from workbench.runtime.steady_step import SteadyStep
 from workbench.storage import sessions
 from workbench.testing.stores import check_plan
 
@@ -131,6 +132,13 @@ def test_who_evicts_while_decoding_evicts_from_all_heads_and_stays_as_large(sess
         assert store.entries <= planned.entries
         assert len({tuple(row.tolist()) for row in store.positions}) == 1
         assert int(store.positions[0].max()) == TOKENS + 10
+
+
+def test_steps_of_a_full_cache_are_the_same_work(session: wb.Session) -> None:
+    run = session.run("h2o", budget=0.5, max_new_tokens=8)
+    decoder = run.conversation.decoder()
+    first = int(session.trace.logits.argmax())
+    assert [first, *SteadyStep(decoder, first, 7).answer(())] == list(run.tokens)
 
 
 def test_what_eviction_begins_with_is_the_attention_of_all_heads(session: wb.Session) -> None:

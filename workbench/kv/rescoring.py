@@ -182,7 +182,7 @@ class ObservedStore(WrappingStore):
         scores = scores_by_slot(self.layer, held, queries, asked, lambda layer: self._scores(layer, holding))
         if held.valid is not None:
             scores = scores.masked_fill(~held.valid, torch.inf)
-        if len(self.counts) < len(scores):  # heads that share all entries
+        if self.holds_latents:  # rows that all heads share
             scores = for_all_heads(scores)
         where = held.positions.expand_as(scores)
         if held.valid is not None:  # what holds nothing stands behind all that does
