@@ -55,16 +55,21 @@ def run_search(
     as_json: AsJson = False,
 ) -> None:
     """Find the recipe that serves best within a limit of memory, or the smallest that is good enough."""
-    from workbench.search import search
+    from workbench.search import Goal, search
     from workbench.search.searching import TASKS
+    from workbench.search.space import chosen_methods
+    from workbench.sweep.grid import tasks_of
 
     bounds = dict(map(_bound, quality or []))
+    Goal.of(limit, memory, bounds)  # what is wrong is said before a model is loaded
+    chosen_methods(methods or None, host="counts")
+    wanted = tasks_of(tasks or TASKS)
     try:
         with terminal.working() as bar:
             session = model.session(bar, CacheOptions(kv_dtype=kv_dtype))
             found = search(
                 session,
-                tasks or TASKS,
+                wanted,
                 limit=limit,
                 quality=bounds or None,
                 memory=memory,

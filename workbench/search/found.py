@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,7 @@ class Found(Results):
             best, why = self.best().to_dict(), None
         except WorkbenchError as error:
             best, why = None, str(error)
+        front = [{**row, "recipe_json": json.loads(row["recipe_json"])} for row in self.front().to_dict("records")]
         return {
             "goal": self.goal.words,
             "limit": self.goal.limit,
@@ -152,7 +154,7 @@ class Found(Results):
             "ended": self.ended,
             "best": best,
             "why_none": why,
-            "front": self.front().to_dict("records"),
+            "front": front,
             "path": None if self._folder is not None else str(self.path),
         }
 
@@ -163,8 +165,6 @@ def _figures(measured: Measured) -> str:
 
 
 def _table(tried: Sequence[Tried], goal: Goal) -> pd.DataFrame:
-    import json
-
     import pandas as pd
 
     rows = [
