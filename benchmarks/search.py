@@ -1,8 +1,8 @@
 """What a search finds beside the best single method at its best published setting, at the same bytes.
 
-`python -m benchmarks.search [--model workbench-tiny] [--seed 0]`. Every KV method by itself, at its defaults and at each
-published setting, gets the same limit and the same cases; one that has more wrong answers than the best so far is
-measured no further, for it cannot be the best. Both bests are then measured on other cases, which neither was chosen by.
+`python -m benchmarks.search [--model workbench-tiny] [--seed 0]`. Every KV method by itself, at its defaults and at
+each published setting, gets the same limit and the same cases; one that has more wrong answers than the best so far is
+measured no further, for it cannot be the best. Both bests are then measured on other cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workbench.budget import Budget
 from workbench.recipe import Recipe
 from workbench.registry import find, method
 from workbench.results import Results
-from workbench.search import Goal, Measured
+from workbench.search import Goal, Measured, search
 from workbench.search.measuring import Candidate, Measuring, Patience
 from workbench.search.ranges import TUNED, settings
 from workbench.search.searching import TASKS
@@ -81,7 +81,7 @@ def compared(model: str, limit: str, memory: str, seed: int, trials: int) -> dic
     session = wb.Session(model)
     first: list[float] = []
     began = time.perf_counter()
-    found = wb.search(
+    found = search(
         session, limit=limit, memory=memory, seed=seed, trials=trials, cases=CASES, minutes=None, patience=30,
         on_front=lambda now: first.append(time.perf_counter() - began) if len(now.front()) and not first else None,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def report(records: list[dict[str, Any]], before: dict[str, Any]) -> None:
             here, there = record[name], record[f"{name}_elsewhere"]
             rows.append([
                 record["model"], f"{record['memory']} {record['limit']}",
-                f"searched, {record['trials']} trials" if name == "searched" else f"best of {record['singles']} singles",
+                f"{record['trials']} trials" if name == "searched" else f"best of {record['singles']} singles",
                 here["recipe"], f"{here['bytes'] / 2**20:.3f}", f"{here['correct']} of {here['judged']}",
                 f"{here['kl']:.4g}", f"{there['correct']} of {there['judged']}", f"{there['kl']:.4g}",
             ])  # fmt: skip
