@@ -7,14 +7,12 @@ the model's, so what is handed to it is noted, for handlers that hold rows in pl
 
 from __future__ import annotations
 
-import inspect
-import sys
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +23,14 @@ _TRIED = 4  # rows with which it is tried whether the expansion is linear
 
 @dataclass(frozen=True, repr=False)
 class Expansion:
-    """How a layer makes keys and values of its rows, in the model's own way and precision `dtype`."""
+    """How a layer makes keys and values of its rows, in the model's own way and precision `dtype`.
+
+    plain: whether its maps are those of one projection's weight (`kv_b_proj`), where they can be read.
+    """
 
     module: nn.Module
     dtype: torch.dtype
+    plain: bool = False
 
     def __call__(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [h, n, d] and values [h, n, dv] of latent [1, n, r] and rotated [1, n, w]."""
@@ -41,10 +43,46 @@ class Expansion:
         """What rows like latent [1, n, r] and rotated [1, n, w] are multiplied with: [h, r + w, d] for the keys, where
         the latent comes first, and [h, r, dv] for the values.
         """
+        if self.plain:
+            return self._of_weight(rotated.shape[-1])
         rank, width = latent.shape[-1], rotated.shape[-1]
         units = torch.eye(rank + width, dtype=latent.dtype, device=latent.device)[None]
         keys, values = self(units[..., :rank], units[..., rank:])
         return keys, values[:, :rank]
+
+    def _of_weight(self, width: int) -> tuple[Tensor, Tensor]:
+        """The same out of the projection's weight, in its precision: keys' channels of a head before the values', and
+        `width` rotated ones behind those of the keys.
+        """
+        layer: Any = self.module
+        weight = layer.kv_b_proj.weight.detach()
+        size, rank = layer.v_head_dim, weight.shape[1]
+        by_head = weight.view(-1, layer.qk_nope_head_dim + size, rank).transpose(1, 2)  # [h, r, d - w + dv]
+        to_keys, to_values = by_head[..., :-size], by_head[..., -size:]
+        rotated = torch.eye(width, dtype=weight.dtype, device=weight.device).expand(len(by_head), -1, -1)
+        latent, rotated = pad(to_keys, (0, width)), pad(rotated, (to_keys.shape[-1], 0))
+        return torch.cat([latent, rotated], dim=1), to_values
+
+    def looked_at(self, latent: Tensor, rotated: Tensor) -> Expansion:
+        """The same, knowing whether it is plain for rows like these: then its maps cost no product."""
+        projection = getattr(self.module, "kv_b_proj", None)
+        if (
+            type(projection) is not nn.Linear
+            or projection.bias is not None
+            or projection.weight.device != latent.device
+        ):
+            return self
+        plain = replace(self, plain=True)
+        try:
+            maps = plain.maps(latent, rotated)
+        except (AttributeError, RuntimeError):  # sizes under other names, or in another order
+            return self
+        made = self.maps(latent, rotated)
+        alike = (
+            a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)
+            for a, b in zip(maps, made, strict=True)
+        )
+        return plain if all(alike) else self
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +98,10 @@ class Latents:
 
     def to(self, device: torch.device) -> Self:
         return replace(self, latent=self.latent.to(device), rotated=self.rotated.to(device))
+
+    def looked_at(self) -> Self:
+        """The same, with an expansion that was looked at."""
+        return replace(self, expansion=self.expansion.looked_at(self.latent, self.rotated))
 
     def blank(self, tokens: int) -> Self:
         """As many rows without data."""
@@ -114,21 +156,7 @@ class Noting:
         return Latents(latent[0], rotated[0], Expansion(module, latent.dtype))
 
 
-def expands(model: PreTrainedModel) -> bool:
-    """Whether layers of the model expand latents."""
-    return _expanding(type(model.get_decoder()).__module__)
-
-
 def expansions(model: PreTrainedModel) -> dict[int, Expansion]:
     """How each layer that can expand latents does it, by its number in the model."""
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
     return {cast("int", layer.layer_idx): Expansion(layer, model.dtype) for layer in layers}
-
-
-@cache
-def _expanding(module: str) -> bool:
-    """Whether layers that are written in this module do so."""
-    try:
-        return ".expand_kv(" in inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):  # written in no file
-        return False

@@ -138,7 +138,9 @@ def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
     these: it made them in a way that is not linear, or holds a chunk of the text alone.
     """
     rows = latents()
-    return rows if rows is not None and scoring.chunk is None and rows.makes(key, value) else None
+    if rows is None or scoring.chunk is not None or not rows.makes(key, value):
+        return None
+    return rows.looked_at()
 
 
 def _combined_window(
