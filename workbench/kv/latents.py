@@ -19,7 +19,7 @@ def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype
 
     Rows can stay where every head keeps the same tokens and nothing but their numbers matters to who stores them.
     """
-    if not all(layer.latents for layer in layers):
+    if not layers or not all(layer.latents for layer in layers):
         return None
     choosing, storing = stages.allocate or stages.score, stages.store
     reasons = {
