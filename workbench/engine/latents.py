@@ -7,6 +7,8 @@ the model's, so what is handed to it is noted, for handlers that hold rows in pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -17,19 +19,20 @@ from torch.nn.functional import pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of a row's norm, by precision
-_TRIED = 4  # rows with which it is tried whether the expansion is linear
+_TRIED = 4  # rows with which an expansion is tried
 
 
 @dataclass(frozen=True, repr=False)
 class Expansion:
     """How a layer makes keys and values of its rows, in the model's own way and precision `dtype`.
 
-    plain: whether its maps are those of one projection's weight (`kv_b_proj`), where they can be read.
+    linear: whether they are rows times its `maps`, which a module that rounds what it is given has not. plain: whether
+    these are one projection's weight (`kv_b_proj`), where they can be read.
     """
 
     module: nn.Module
     dtype: torch.dtype
+    linear: bool = False
     plain: bool = False
 
     def __call__(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,25 +67,21 @@ class Expansion:
         return torch.cat([latent, rotated], dim=1), to_values
 
     def looked_at(self, latent: Tensor, rotated: Tensor) -> Expansion:
-        """The same, knowing whether it is plain for rows like these: then its maps cost no product."""
+        """The same, knowing of what kind it is for rows like these: [1, n, r] and [1, n, w]."""
+        latent, rotated = latent[:, :_TRIED], rotated[:, :_TRIED]
+        maps = self.maps(latent, rotated)
+        rows = torch.cat([latent, rotated], dim=-1).float(), latent.float()
+        made = [x @ to.float() for x, to in zip(rows, maps, strict=True)]
+        if not _alike(made, self(latent, rotated), _close(self.dtype)):
+            return self
+        plain = replace(self, linear=True, plain=True)
         projection = getattr(self.module, "kv_b_proj", None)
-        if (
-            type(projection) is not nn.Linear
-            or projection.bias is not None
-            or projection.weight.device != latent.device
-        ):
-            return self
-        plain = replace(self, plain=True)
-        try:
-            maps = plain.maps(latent, rotated)
-        except (AttributeError, RuntimeError):  # sizes under other names, or in another order
-            return self
-        made = self.maps(latent, rotated)
-        alike = (
-            a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)
-            for a, b in zip(maps, made, strict=True)
-        )
-        return plain if all(alike) else self
+        if type(projection) is nn.Linear and projection.bias is None and projection.weight.device == latent.device:
+            # Where sizes go by other names, or another order, it is not plain.
+            with suppress(AttributeError, RuntimeError):
+                if _alike(plain.maps(latent, rotated), maps, _close(torch.float32)):
+                    return plain
+        return replace(self, linear=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,19 +119,11 @@ class Latents:
         return self.latent.nbytes + self.rotated.nbytes
 
     def makes(self, keys: Tensor, values: Tensor, close: float | None = None) -> bool:
-        """Whether keys [h, n, d] and values [h, n, dv] are these rows times the expansion's maps, and no more: up to
-        rounding, or to `close` of their norm.
+        """Whether keys [h, n, d] and values [h, n, dv] are made of these rows: up to rounding, or to `close` of their
+        norm.
         """
-        to_keys, to_values = self.expansion.maps(self.latent, self.rotated)
-        if to_values.shape[-1] != values.shape[-1] or to_keys.shape[-1] != keys.shape[-1]:
-            return False
-        latent, rotated = self.latent[:, :_TRIED].float(), self.rotated[:, :_TRIED].float()
-        pairs = (
-            (torch.cat([latent, rotated], dim=-1) @ to_keys.float(), keys[:, :_TRIED].float()),
-            (latent @ to_values.float(), values[:, :_TRIED].float()),
-        )
-        limit = close or _CLOSE.get(keys.dtype, 1e-4)
-        return all(bool((made - known).norm() <= limit * known.norm()) for made, known in pairs)
+        made = self.expansion(self.latent[:, :_TRIED], self.rotated[:, :_TRIED])
+        return _alike(made, (keys[:, :_TRIED], values[:, :_TRIED]), close or _close(self.expansion.dtype))
 
 
 class Noting:
@@ -154,6 +145,18 @@ class Noting:
         if not rows or latent.data_ptr() == key.data_ptr():  # what comes expanded is no latent
             return None
         return Latents(latent[0], rotated[0], Expansion(module, latent.dtype))
+
+
+def _close(dtype: torch.dtype) -> float:
+    return {torch.bfloat16: 0.03, torch.float16: 0.01}.get(dtype, 1e-4)
+
+
+def _alike(some: Sequence[Tensor], others: Sequence[Tensor], limit: float) -> bool:
+    """Whether tensors differ from others by no more than `limit` of the norm of these."""
+    pairs = list(zip(some, others, strict=True))
+    return all(
+        x.shape == y.shape and bool((x.float() - y.float()).norm() <= limit * y.float().norm()) for x, y in pairs
+    )
 
 
 def expansions(model: PreTrainedModel) -> dict[int, Expansion]:
