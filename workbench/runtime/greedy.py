@@ -33,12 +33,7 @@ def greedy(
         logits = decoder.feed(ids, measure=True)[-1]
         progress.update("question", 1, 1)
     for step in range(max_new_tokens):
-        largest, token = _largest(logits)
-        if not isfinite(largest):  # what was appended on a GPU is not checked token by token
-            raise OutOfRange(
-                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
-                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
-            )
+        token = most_likely(logits, step)
         yield token
         progress.update("decoding", step + 1, max_new_tokens)
         if token in eos or step == max_new_tokens - 1:
@@ -54,10 +49,18 @@ def greedy(
         logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]
 
 
-def _largest(logits: Tensor) -> tuple[float, int]:
-    """The largest of logits [v] and its place, for which the host waits once."""
+def most_likely(logits: Tensor, step: int) -> int:
+    """The place of the largest of logits [v], for which the host waits once; step: how many tokens there are before it.
+
+    Raises OutOfRange where it is not finite: what was appended on a GPU is not checked token by token.
+    """
     largest, place = torch.stack([logits.max().double(), logits.argmax().double()]).tolist()
-    return largest, int(place)
+    if not isfinite(largest):
+        raise OutOfRange(
+            f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
+            'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
+        )
+    return int(place)
 
 
 def _faster(decoder: Decoder, token: int, steps: int, graphs: bool) -> CapturedStep | SteadyStep | None:
