@@ -66,6 +66,7 @@ def python(code: str) -> str:
         "from workbench.cli import main; main(['models', 'list', '--json'])",
         "from workbench.cli import main; main(['tasks'])",
         "from workbench.cli import main; main(['evaluate', '--task', 'neddle'])",
+        "from workbench.cli import main; main(['results', '/no/such/folder'])",
         "from workbench.cli import main; main(['run', 'snapkv', '--text', ''])",
         "from workbench.cli import main; main(['compare', 'snapkv', '--text', 'a', '--budgets', 'nan'])",
     ],

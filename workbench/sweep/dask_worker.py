@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from distributed import WorkerPlugin, get_worker
@@ -69,7 +69,7 @@ def stop(plugin: str, dask_worker: Any = None) -> None:
 
 
 def _plugin(name: str) -> SweepPlugin:
-    return get_worker().plugins[name]  # type: ignore[no-any-return]
+    return cast("SweepPlugin", get_worker().plugins[name])
 
 
 def _workplace(plugin: SweepPlugin) -> Workplace:

@@ -25,7 +25,7 @@ from workbench.results.schema import COLUMNS, Row
 from workbench.sweep.dask_worker import SweepPlugin, measured, named_keys, stop
 from workbench.sweep.grid import Grid, Item, ModelSpec
 from workbench.sweep.placement import check_fits, check_sendable, choose, needed_nbytes
-from workbench.sweep.sweeping import Tally, check_loaded
+from workbench.sweep.tally import Tally, check_loaded
 
 _LOOK_S = 0.2  # between looks at what has come
 _DEATHS = 3  # of workers at the same row, after which it is given up

@@ -15,6 +15,7 @@ from workbench.results import Results
 from workbench.results.schema import Row
 from workbench.sweep.grid import Grid, ModelSpec, Options, TaskLike, grid_of
 from workbench.sweep.measuring import Workplace, computing_on, keys_of, measure
+from workbench.sweep.tally import Tally, check_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,30 +121,6 @@ def in_process(grid: Grid, into: Results, known: frozenset[str], progress: Progr
             tell = Tally(progress, grid.total - index * len(grid.items) - len(grid.items) + len(missing))
             measure(bench, missing, partial(_store, into, tell), progress.quiet())
     check_loaded(grid, refused)
-
-
-def check_loaded(grid: Grid, refused: dict[ModelSpec, WorkbenchError]) -> None:
-    """Raise for the models that could not be loaded."""
-    if not refused:
-        return
-    if len(grid.models) == 1:
-        raise next(iter(refused.values()))
-    told = "; ".join(f"{model.name}: {error}" for model, error in refused.items())
-    raise WorkbenchError(f"{len(refused)} of {len(grid.models)} models could not be loaded: {told}")
-
-
-class Tally:
-    """How many rows of so many are there, told to a progress."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress = progress
-        self.done, self.total = 0, total
-        self.tell(0)
-
-    def tell(self, more: int = 1) -> None:
-        """There are more rows. Raises Cancelled."""
-        self.done += more
-        self.progress.update("sweeping", self.done, self.total)
 
 
 def _store(into: Results, tally: Tally, row: Row) -> None:
