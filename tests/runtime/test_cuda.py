@@ -58,7 +58,8 @@ def test_a_plan_on_the_gpu_is_the_plan_of_host_memory(key):
     assert torch.equal(plans[0].tiers.cpu(), plans[1].tiers.cpu())
     runs = [session.run(key, question=ids(8, seed=2), max_new_tokens=16, **options) for session in (here, there)]
     assert runs[0].tokens == runs[1].tokens
-    assert sum(store.nbytes for store in plans[0].stores()) == plans[0].nbytes <= plans[0].full_nbytes
+    assert sum(store.nbytes for store in plans[0].stores()) == plans[0].nbytes
+    assert plans[0].nbytes <= plans[0].full_nbytes or key == "quest"  # all of the cache, and bounds of its pages
 
 
 def test_the_timeline_follows_the_allocator():

@@ -129,8 +129,9 @@ class DenseStore(PositionedStore):
         """Drop the entries in slots [k, e] of each head; the last entries move into the freed slots."""
         count = slots.shape[1]
         if count == 1:
+            last = self.keys.counts[:, None] - 1
             for rows in self._rows:
-                rows.move(rows.counts[:, None] - 1, slots, 1)
+                rows.move(last, slots, 1)
             return
         heads, device = slots.shape[0], slots.device
         # Of the last `count` slots of a head, those that stay fill those freed before them.
