@@ -170,7 +170,8 @@ class _Ranked:
         if self._last is None or self._last[0] != entries:
             scores = self.plain.scores
             scores = self.selecting.scores_at(self.study, scores, entries / scores.numel())
-            self._last = entries, Ranking(scores).beside(self.plain.importance)
+            other = scores is not self.plain.scores
+            self._last = entries, Ranking(scores).beside(self.plain.importance) if other else self.plain
         return self._last[1]
 
 
