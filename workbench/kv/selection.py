@@ -50,20 +50,25 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
         limited = total_budget(methods, stages, budget)
         limit = None if limited is None else limited.nbytes(full)
         if limit is not None and fixed > limit:
-            smallest = math.ceil(fixed / full * 1e4) / 1e4
-            raise BudgetTooSmall(
-                f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
-            )
+            raise nothing_left(label, fixed, full)
         return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
 
     form, selected, ranking = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
     rest = 2 if form.keeps_rest else 0
     tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
     counts = selected.sum(dim=-1)
-    finished = _finished(form, counts, shapes)
-    nbytes = fixed + stored_nbytes(finished, shapes, counts)
-    host = stored_nbytes(finished, shapes, counts, host=True)
+    form_held = finished(form, counts, shapes)
+    nbytes = fixed + stored_nbytes(form_held, shapes, counts)
+    host = stored_nbytes(form_held, shapes, counts, host=True)
     return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking)
+
+
+def nothing_left(label: str, fixed: int, full: int) -> BudgetTooSmall:
+    """What a budget below the bytes `fixed` of layers that stay exact raises."""
+    smallest = math.ceil(fixed / full * 1e4) / 1e4
+    return BudgetTooSmall(
+        f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
+    )
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -85,6 +90,33 @@ def _fit(
     label: str,
 ) -> tuple[Format, Tensor, Ranking | None]:
     """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which."""
+    ranked, selecting = None, stages.score
+    if selecting is not None and not (stages.evict is not None and stages.evict.leaves_prompt):
+        allocating = stages.allocate or selecting
+        ranked = Ranked(study, selecting, rank(study, selecting).beside(_importance(study, allocating, selecting)))
+    form, counts, ranking = sized(study, methods, stages, shapes, dtype, budget, full, fixed, label, ranked)
+    device = study.trace.layers[0].device
+    if ranking is None:
+        everything = torch.ones(len(shapes), shapes[0].kv_heads, shapes[0].tokens, dtype=torch.bool, device=device)
+        return form, everything, None
+    return form, ranking.selected(counts.to(device)), ranking
+
+
+def sized(
+    study: Study,
+    methods: Sequence[KVMethod],
+    stages: Stages,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    budget: Budget | None,
+    full: int,
+    fixed: int,
+    label: str,
+    ranked: Ranked | None,
+) -> tuple[Format, Tensor, Ranking | None]:
+    """The format, entries of each head [l, k] at the largest size that meets the budgets, and the order by which; None
+    where everything stays. ranked: the order, where the recipe scores.
+    """
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
@@ -95,7 +127,7 @@ def _fit(
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
-    everything = torch.ones(layers, kv_heads, tokens, dtype=torch.bool, device=study.trace.layers[0].device)
+    everything = torch.full((layers, kv_heads), tokens)
 
     form = dense
     if selecting is None:
@@ -103,15 +135,14 @@ def _fit(
             form = _stored(stages, study, dtype, shapes, room)
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
-        _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
+        _check(stored_nbytes(form, shapes, everything), room, full, fixed, label, droppable=False)
         return form, everything, None
 
     if whole:
         _check_whole(limited, tokens, label)
         return form, everything, None
 
-    allocating = stages.allocate or selecting
-    ranked = _Ranked(study, selecting, rank(study, selecting).beside(_importance(study, allocating, selecting)))
+    assert ranked is not None
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
@@ -123,8 +154,8 @@ def _fit(
 
     def measured(kind: Format) -> Callable[[int], int]:
         def nbytes(entries: int) -> int:
-            counts = allocating.allocate(ranked.at(entries), entries)
-            return stored_nbytes(_finished(kind, counts, shapes), shapes, counts)
+            counts = ranked.allocated(stages.allocate or selecting, entries)
+            return stored_nbytes(finished(kind, counts, shapes), shapes, counts)
 
         return nbytes
 
@@ -140,7 +171,7 @@ def _fit(
             nbytes = measured(counted)
             entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)
             _check(nbytes(entries), target, full, fixed, label)
-        elif (wanted := selecting.wanted(ranked.plain)) is not None:
+        elif (wanted := ranked.wanted()) is not None:
             entries = min(max(wanted, least), most)
     if room is not None and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
@@ -148,12 +179,11 @@ def _fit(
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
         form = observed(_stored(stages, study, dtype, chosen, room - beside))
         _check(measured(form)(entries), room, full, fixed, label)
-    ranking = ranked.at(entries)
-    return form, ranking.selected(allocating.allocate(ranking, entries).to(everything.device)), ranking
+    return form, ranked.allocated(stages.allocate or selecting, entries), ranked.at(entries)
 
 
 @dataclass
-class _Ranked:
+class Ranked:
     """The order of a method's scores, which may depend on how many entries stay; the last one is remembered."""
 
     study: Study
@@ -170,6 +200,14 @@ class _Ranked:
             scores = self.selecting.scores_at(self.study, scores, entries / scores.numel())
             self._last = entries, Ranking(scores).beside(self.plain.importance)
         return self._last[1]
+
+    def wanted(self) -> int | None:
+        """How many entries the scorer keeps where no budget says so; None: all."""
+        return self.selecting.wanted(self.plain)
+
+    def allocated(self, allocating: KVMethod, entries: int) -> Tensor:
+        """How many of `entries` each head keeps, int64 [l, k]."""
+        return allocating.allocate(self.at(entries), entries)
 
 
 def _attended(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], stored: Format) -> Format:
@@ -239,7 +277,7 @@ def _check_stored(form: Format, storing: KVMethod, selecting: KVMethod, stages: 
         )
 
 
-def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
+def finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
     """A plan that keeps everything needs nothing to evict by."""
     return form.of_everything() if bool((counts == shapes[0].tokens).all()) else form
 

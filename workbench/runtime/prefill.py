@@ -221,7 +221,7 @@ def read(
         layers,
         logits.cpu(),
         watch.seconds["read"],
-        _exact(layers, method),
+        exact_layers(layers, method),
         timeline,
         tuple(context.computed),
         gone,
@@ -303,7 +303,7 @@ def read_unrecorded(
     layers = tuple(layer.blank(tokens) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
-    return Trace(prompt, layers, logits, 0.0, _exact(layers, None), Timeline("read"), gone=gone)
+    return Trace(prompt, layers, logits, 0.0, exact_layers(layers, None), Timeline("read"), gone=gone)
 
 
 def _gone(
@@ -321,7 +321,7 @@ def _gone(
     return tuple(gone)
 
 
-def _exact(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:
+def exact_layers(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:
     """The layers that KV methods must leave alone, and why: those with a window, those that divided the prompt into
     chunks, and those that hold nothing of their own.
     """
