@@ -17,13 +17,16 @@ from workbench.kv.selection import Ranked, finished, nothing_left, sized, total_
 from workbench.kv.stores.format import DenseFormat, Format, stored_nbytes
 from workbench.trace import Trace
 
+_NONE = torch.zeros(0, 0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Foretold:
     """What a recipe's cache will hold of a prompt that nobody has read: bytes, and how entries are stored.
 
     form: the format of the layers that may be compressed. counts: entries of each of their heads, int64 [l, k].
-    at_most: whether the prompt decides how much less it becomes, by its scores.
+    at_most: whether the prompt decides how much less it becomes; counts are then a guess, or none. even: whether bytes
+    are those of heads that are given equally much, where the prompt decides otherwise and no budget bounds them.
     """
 
     form: Format
@@ -32,13 +35,14 @@ class Foretold:
     host_nbytes: int
     full_nbytes: int
     at_most: bool = False
+    even: bool = False
 
 
 def foretell(trace: Trace, methods: Sequence[KVMethod], dtype: torch.dtype, budget: Budget | None = None) -> Foretold:
     """What `plan_of` will hold of a prompt of this trace's shapes, none of whose numbers are there (meta tensors).
 
     Where an allocator goes by scores, each head is given as much as others. Raises what `plan_of` raises, and
-    NotApplicable where the size itself follows from what is read.
+    NotApplicable where the size follows from what is read and no budget bounds it.
     """
     stages, label = Stages.of(methods), " + ".join(method.key for method in methods)
     layers = trace.compressible
@@ -47,14 +51,18 @@ def foretell(trace: Trace, methods: Sequence[KVMethod], dtype: torch.dtype, budg
     fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
+    bound = None if limit is None else Foretold(DenseFormat(dtype), _NONE, min(limit, full), 0, full, at_most=True)
     if stages.read is not None:
-        if limit is None:
-            raise NotApplicable(f"{label} decides while it reads what stays: give it a budget as a share or a size")
-        return Foretold(DenseFormat(dtype), torch.zeros(0, 0, dtype=torch.int64), min(limit, full), 0, full, True)
+        if limited is not None and limited.kind == "tokens":
+            limit = int(limited.amount * full / trace.tokens)
+            bound = Foretold(DenseFormat(dtype), _NONE, min(limit, full), 0, full, at_most=True)
+        if bound is None:
+            raise NotApplicable(f"{label} decides while it reads what stays: give it a budget")
+        return bound
     if not layers:
         if limit is not None and fixed > limit:
             raise nothing_left(label, fixed, full)
-        return Foretold(DenseFormat(dtype), torch.zeros(0, 0, dtype=torch.int64), fixed, 0, full)
+        return Foretold(DenseFormat(dtype), _NONE, fixed, 0, full)
     selecting, allocating = stages.score, stages.allocate or stages.score
     ranked = None
     if selecting is not None and allocating is not None:
@@ -63,11 +71,17 @@ def foretell(trace: Trace, methods: Sequence[KVMethod], dtype: torch.dtype, budg
     try:
         form, counts, _ = sized(Study(trace), methods, stages, shapes, dtype, budget, full, fixed, label, ranked)
     except (RuntimeError, NotImplementedError) as error:  # what torch says where a number is asked for
-        raise NotApplicable(f"{label} measures what it reads before it can tell its size") from error
-    at_most = ranked is not None and ranked.guessed
+        if bound is None:
+            raise NotApplicable(
+                f"{label} measures what it reads before it can tell its size: give a budget, which it keeps to"
+            ) from error
+        return bound
+    even = ranked is not None and ranked.guessed
     nbytes = fixed + stored_nbytes(finished(form, counts, shapes), shapes, counts)
     host = stored_nbytes(finished(form, counts, shapes), shapes, counts, host=True)
-    return Foretold(form, counts, nbytes, host, full, at_most)
+    if even and limit is not None:
+        return Foretold(form, counts, min(limit, full), host, full, at_most=True)
+    return Foretold(form, counts, nbytes, host, full, even=even)
 
 
 @dataclass
