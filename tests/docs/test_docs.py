@@ -84,6 +84,13 @@ def test_the_program_of_the_tutorial_runs() -> None:
     assert needle(1000, depth=0.3).answer in names["full"].text
 
 
+def test_the_program_of_the_page_about_cost_runs() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("docs/how-to/cost.md", "python"):
+        exec(block, names)
+    assert abs(names["small"].measured.error) < 0.09
+
+
 def test_the_readme_is_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 
