@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from workbench.cost.architecture import Architecture
+from workbench.cost.cache import Cache
 from workbench.cost.memory import Memory
 from workbench.cost.times import Machine, Term, seconds
+from workbench.cost.weights import Weights
 from workbench.display import Shown
 from workbench.formatting import mib
 from workbench.recipe import Recipe
@@ -43,6 +45,8 @@ class Cost(Shown):
     sequence_nbytes: int
     prefill: tuple[Term, ...]
     decode: tuple[Term, ...]
+    weights: Weights
+    cache: Cache
     notes: tuple[str, ...] = ()
     measured: Beside | None = None
 

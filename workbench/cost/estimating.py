@@ -106,6 +106,8 @@ def cost(
         sequence_nbytes=cache.nbytes + states,
         prefill=prefill_terms(shape, weights, machine, sequences, tokens, at_once),
         decode=decode,
+        weights=weights,
+        cache=cache,
         notes=tuple(notes),
         measured=_measured(shape, chosen, machine, tokens, sequences, seconds(decode)),
     )
