@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from workbench.cli import inputs, terminal
-from workbench.cli.cost_commands import estimate, list_hardware
+from workbench.cli.cost_commands import estimate, list_hardware, run_system
 from workbench.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -255,6 +255,7 @@ app.command()(evaluate)
 app.command("tasks")(list_tasks)
 app.command("cost")(estimate)
 app.command("hardware")(list_hardware)
+app.command("systems")(run_system)
 
 
 @app.command("sensitivity")

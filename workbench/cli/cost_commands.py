@@ -53,6 +53,28 @@ def estimate(
     print(found.explain() if explain else found.summary())
 
 
+def run_system(
+    key: Annotated[str | None, typer.Argument(help="a system's key; without one all are listed")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a serving system from the literature as a model, beside its paper's claim, or list those there are."""
+    from workbench.cost import system, systems
+
+    if key is None:
+        rows = systems().to_dict("records")
+        if as_json:
+            terminal.document(rows)
+        else:
+            terminal.table(rows, {"key": "key", "model": "what is modelled", "claim": "the paper claims"})
+        return
+    found = system(key, **inputs.values(settings or []))
+    if as_json:
+        terminal.document(found.numbers())
+    else:
+        print(found.summary())
+
+
 def list_hardware(as_json: AsJson = False) -> None:
     """List the devices that estimates know, with their peaks; with --json every figure and its source."""
     from workbench.cost import catalogue

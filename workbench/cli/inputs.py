@@ -112,6 +112,17 @@ def task(key: str, length: int | None, settings: Sequence[str]) -> Task:
     return kind(**values)
 
 
+def values(settings: Sequence[str]) -> dict[str, Any]:
+    """What `--set` says, by name. Raises BadParameter."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
+            raise BadParameter(f"--set {quoted(setting)}: write it as name=value")
+        found[name] = _value(value)
+    return found
+
+
 def _value(text: str) -> Any:
     """A number, true or false where it reads as one, else the text itself."""
     if len(text) > _LONGEST:

@@ -90,7 +90,9 @@ def blank(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _cache_layers(config: Any, model: Any, known: Facts, dtype: torch.dtype) -> tuple[CacheLayer, ...]:
-    short, long = _kept(config, model, _SHORT, dtype), _kept(config, model, _LONG, dtype)
+    long = _kept(config, model, _LONG, dtype)
+    states = any(name not in ("keys", "values") for kept in long for name in kept)
+    short = _kept(config, model, _SHORT, dtype) if states else []  # keys alone say themselves how they grow
     text: Any = model.config.get_text_config(decoder=True)
     layers: list[CacheLayer] = []
     for index in range(max(known.layers, len(long))):
@@ -143,7 +145,7 @@ def _layer(index: int, short: Mapping[str, Tensor], long: Mapping[str, Tensor], 
     odd = NotApplicable(f"{kind}: layer {index} keeps what grows neither by the token nor not at all")
     made = CacheLayer(index)
     if keys is not None and values is not None and keys.numel():
-        if keys.shape[2] != _LONG or short["keys"].shape[2] != _SHORT:
+        if keys.shape[2] != _LONG or (short and short["keys"].shape[2] != _SHORT):
             raise odd
         entry = keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]
         made = replace(made, kv_heads=keys.shape[1], key_width=keys.shape[3], value_width=values.shape[3], entry=entry)

@@ -17,6 +17,7 @@ from workbench.models.quiet import quiet
 from workbench.parameters import closest
 
 _CONFIG = "config.json"
+_ANYWHERE = {"head_dim", "torch_dtype", "architectures", "quantization_config"}  # read where no default declares them
 
 
 def config_of(model: Any) -> tuple[Any, str]:
@@ -107,7 +108,7 @@ def _of_numbers(numbers: dict[str, Any], *, strict: bool = True) -> Any:
 
 def _check_names(kind: str, made: Any, numbers: Mapping[str, Any]) -> None:
     try:
-        known = set(made().to_dict()) | set(getattr(made, "attribute_map", {}))
+        known = set(made().to_dict()) | set(getattr(made, "attribute_map", {})) | _ANYWHERE
     except Exception:  # noqa: BLE001  a config without defaults says itself what it wants
         return
     for name in numbers:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from workbench.cost.serving.jobs import Job, Plan, Serving
 from workbench.described import Described
 from workbench.parameters import param
+from workbench.registry import Paper
 
 
 class Policy(Described):
@@ -20,7 +21,7 @@ class Policy(Described):
 
     key = "fcfs"
     title = "First come, first served"
-    paper: ClassVar[str] = ""
+    paper: ClassVar[Paper | None] = None
     claim: ClassVar[str] = ""
     preempts: ClassVar[bool] = False  # one that runs may have to wait for another that comes before it in the order
 

@@ -72,7 +72,8 @@ class Iteration:
 class Simulation(Shown):
     """What became of a workload: a model's figures, not a measurement.
 
-    jobs: all requests with their times; gaps: seconds between tokens of a request, all in one row.
+    jobs: all requests with their times; gaps: seconds between tokens of a request, all in one row; joules: of the time
+    in which servers were busy.
     """
 
     workload: Workload

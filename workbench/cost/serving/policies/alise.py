@@ -9,6 +9,7 @@ from random import Random
 from workbench.cost.serving.jobs import Job, Serving
 from workbench.cost.serving.policy import Policy
 from workbench.parameters import param
+from workbench.registry import Paper
 
 
 class Alise(Policy):
@@ -20,7 +21,9 @@ class Alise(Policy):
 
     key = "alise"
     title = "ALISE"
-    paper = "ALISE: Accelerating Large Language Model Serving with Speculative Scheduling (Zhao 2024, arXiv:2410.23537)"
+    paper = Paper(
+        "ALISE: Accelerating Large Language Model Serving with Speculative Scheduling", "Zhao 2024", "2410.23537"
+    )
     claim = "up to 1.8 times (Alpaca) and 2.1 times (ShareGPT) the throughput at the same latency"
     preempts = True
 

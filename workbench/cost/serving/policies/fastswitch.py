@@ -8,6 +8,7 @@ from random import Random
 from workbench.cost.serving.jobs import Job, Plan, Serving
 from workbench.cost.serving.policy import Policy
 from workbench.parameters import param
+from workbench.registry import Paper
 
 
 class FastSwitch(Policy):
@@ -19,8 +20,10 @@ class FastSwitch(Policy):
 
     key = "fastswitch"
     title = "FastSwitch"
-    paper = (
-        "FastSwitch: Optimizing Context Switching Efficiency in Fairness-aware Large Language Model Serving (Shen 2024)"
+    paper = Paper(
+        "FastSwitch: Optimizing Context Switching Efficiency in Fairness-aware Large Language Model Serving",
+        "Shen 2024",
+        "2411.18424",
     )
     claim = "1.4 to 11.2 times shorter tails of the time to the first token and between tokens"
     preempts = True

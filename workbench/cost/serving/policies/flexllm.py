@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from workbench.cost.serving.jobs import Job, Plan, Serving
 from workbench.cost.serving.policy import Policy
 from workbench.parameters import param
+from workbench.registry import Paper
 
 _BACKWARD = 2.0  # operations of a backward pass over those of a forward one
 
@@ -19,8 +20,10 @@ class FlexLLM(Policy):
 
     key = "flexllm"
     title = "FlexLLM"
-    paper = (
-        "FlexLLM: A System for Co-Serving Large Language Model Inference and Parameter-Efficient Finetuning (Miao 2024)"
+    paper = Paper(
+        "FlexLLM: A System for Co-Serving Large Language Model Inference and Parameter-Efficient Finetuning",
+        "Miao 2024",
+        "2402.18789",
     )
     claim = "over 80 % of the peak fine-tuning throughput, and 8 times less activation memory"
 

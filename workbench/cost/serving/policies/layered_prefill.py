@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from workbench.cost.serving.jobs import Job, Plan, Serving
 from workbench.cost.serving.policy import Policy
 from workbench.parameters import param
+from workbench.registry import Paper
 
 
 class LayeredPrefill(Policy):
@@ -16,7 +17,11 @@ class LayeredPrefill(Policy):
 
     key = "layered-prefill"
     title = "Layered prefill"
-    paper = "From Tokens to Layers: Redefining Stall-Free Scheduling for LLM Serving with Layered Prefill (Lee 2025)"
+    paper = Paper(
+        "From Tokens to Layers: Redefining Stall-Free Scheduling for LLM Serving with Layered Prefill",
+        "Lee 2025",
+        "2510.08055",
+    )
     claim = "time to the first token 70 % shorter, latency 41 %, energy a token 22 % less, than chunked prefill"
 
     groups: int = param(8, ge=1, help="of layers, each an iteration of a prompt's")
