@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from workbench.export.model import Exported, Format
     from workbench.measure.attention import PooledMap, Pooling, Span
     from workbench.measure.grid import GridOfMaps
-    from workbench.measure.heads import HeadStats
+    from workbench.measure.head_classes import HeadStats
     from workbench.prompt import Text
     from workbench.registry import Method
     from workbench.tasks import Task

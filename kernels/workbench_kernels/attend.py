@@ -9,6 +9,7 @@ from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_weights
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
+_PART, _FEW_ROWS = 512, 64  # of a sum in parts: slots in each, and rows up to which it is made so
 
 
 def attend(
@@ -45,9 +46,27 @@ def attend(
             None if seen is None else seen[:, None],
             None if offsets is None else offsets[:, None, None],
         )
-        out = torch.matmul(probs.flatten(1, 2).to(values.dtype), values)  # [k, g*q, dv]
+        out = _weighted(probs.flatten(1, 2).to(values.dtype), values)  # [k, g*q, dv]
         outs.append(out.view(heads, part.shape[2], values.shape[-1]))
         if weights:
             rows.append(probs)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     return out, (torch.cat(rows, dim=2) if weights else None)
+
+
+def _weighted(probs: Tensor, values: Tensor) -> Tensor:
+    """Sums of values [k, m, dv] weighted by probs [k, r, m]: [k, r, dv].
+
+    A GPU's product of few rows gives each sum to one processor, however long it is. So long ones are made in parts.
+    """
+    rows, slots = probs.shape[1:]
+    parts = slots // _PART
+    if not probs.is_cuda or rows > _FEW_ROWS or parts < 2:
+        return torch.matmul(probs, values)
+    even = parts * _PART
+    weights = probs[..., :even].unflatten(2, (parts, _PART)).transpose(1, 2)  # [k, p, r, c]
+    sums = torch.matmul(weights, values[:, :even].unflatten(1, (parts, _PART)))
+    out = sums.sum(dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
+    if even < slots:
+        out += torch.matmul(probs[..., even:], values[:, even:])
+    return out.to(values.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from workbench_kernels.scoring import Scoring
 
 Pooling = Literal["max", "mean", "sum"]
+_ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
 class Reading(NamedTuple):
@@ -27,10 +29,41 @@ class Reading(NamedTuple):
     """[h, min(pixels, n), min(pixels, m)] the pooled map"""
 
 
+class RowStatistics(NamedTuple):
+    """What was read of each row, float32 unless said otherwise. With sinks, their share of a row is none of these."""
+
+    lse: Tensor
+    """[h, n] natural logarithm of the row's sum of exp(score), sinks included"""
+    entropy: Tensor
+    """[h, n] -sum P log P over the keys it sees, in nats"""
+    distance: Tensor
+    """[h, n] sum of P times how many positions the key stands behind the row"""
+    early: Tensor
+    """[h, n] share that goes to the first positions"""
+    follows: Tensor
+    """[h, n] share that goes to earlier keys that follow an occurrence of the row's own token"""
+    within: Tensor
+    """[h, bins + 1, n] share that goes less than 2 ** b positions back, b being 0 .. bins - 1; then `recent`"""
+
+
 def cell_edges(size: int, pixels: int, device: torch.device) -> Tensor:
     """Where the cells of at most `pixels` begin, and the last one ends: int64 [cells + 1]."""
     cells = min(pixels, size)
     return torch.arange(cells + 1, device=device) * size // cells
+
+
+def score_blocks(query: Tensor, key: Tensor, scoring: Scoring, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Scores [h, r, m] of consecutive blocks of rows, minus infinity where a row does not look."""
+    (h, n, _), (k, m, _) = query.shape, key.shape
+    keys = key.to(dtype).transpose(1, 2)
+    cols = torch.arange(m, device=query.device)
+    step = max(1, _ROWS_BYTES // (4 * h * m))
+    for start in range(0, n, step):
+        block = slice(start, min(n, start + step))
+        part = query[:, block].to(dtype).reshape(k, -1, query.shape[2])
+        products = torch.matmul(part, keys).view(h, -1, m)
+        rows = torch.arange(m - n + block.start, m - n + block.stop, device=query.device)
+        yield block, scoring.scores(products, scoring.visible(rows, cols), scoring.offsets(rows, cols))
 
 
 def check_reading(
@@ -54,6 +87,20 @@ def check_reading(
     if pooling is not None:
         _check_map(pooling, rows, pixels)
     return (0, n) if rows is None else rows
+
+
+def check_statistics(
+    query: Tensor, key: Tensor, scoring: Scoring, tokens: Tensor, early: int, recent: int, bins: int
+) -> None:
+    """Raise ValueError for arguments of `row_statistics` that do not fit together."""
+    check_reading(query, key, scoring, None, None, None, 1)
+    if tokens.shape != key.shape[1:2] or tokens.is_floating_point():
+        raise ValueError(f"tokens must be the ids of {key.shape[1]} positions, not {list(tokens.shape)} {tokens.dtype}")
+    for name, number in (("early", early), ("recent", recent), ("bins", bins)):
+        if not 0 < number < 1 << 30:
+            raise ValueError(f"{name} is {number}: give at least 1")
+    if key.shape[1] > 1 << bins - 1:
+        raise ValueError(f"{bins} bins reach back {1 << bins - 1:,} positions, but there are {key.shape[1]:,} keys")
 
 
 def _check_tensors(query: Tensor, key: Tensor, lse: Tensor | None) -> None:

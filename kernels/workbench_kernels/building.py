@@ -165,7 +165,7 @@ def sparse_rows(x: Tensor, count: int, dtype: torch.dtype, *, chosen: Kept | Non
 def _bit_order(width: int, device: torch.device) -> Tensor:
     """The channels in the order of their bits in a row's bitmap, int64 [width]."""
     order = torch.arange(-(-width // 8) * 8, device=device).view(8, -1).t().flatten()
-    return order[order < width]
+    return order[(order >= width).to(torch.uint8).argsort(stable=True)[:width]]  # no mask: a GPU would be waited for
 
 
 def _takes_bitmap(numbers: Tensor, bitmap: Tensor, width: int, dtype: torch.dtype) -> bool:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from workbench_kernels.attention_statistics import Pooling, Reading, cell_edges, check_reading
+from workbench_kernels.attention_statistics import Pooling, Reading, cell_edges, check_reading, score_blocks
 from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import log_sums
-
-_ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
 def _takes(query: Tensor, key: Tensor, lse: Tensor | None, scoring: Scoring) -> bool:
@@ -65,7 +61,7 @@ def read_attention(
         row_cell = torch.bucketize(torch.arange(n, device=device), tops, right=True) - 1
         col_cell = torch.bucketize(torch.arange(m, device=device), lefts, right=True) - 1
         how = "amax" if pooling == "max" else "sum"
-    for block, scores in _score_blocks(query, key, scoring, wide):
+    for block, scores in score_blocks(query, key, scoring, wide):
         if lse is None:
             row_lse[:, block] = log_sums(scores, scoring)[..., 0]
         logs = scores - row_lse[:, block, None]
@@ -85,17 +81,3 @@ def read_attention(
     if cells is not None and pooling == "mean":
         cells /= tops.diff()[:, None] * lefts.diff()
     return Reading(row_lse, received, largest, spread, cells)
-
-
-def _score_blocks(query: Tensor, key: Tensor, scoring: Scoring, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Scores [h, r, m] of consecutive blocks of rows, minus infinity where a row does not look."""
-    (h, n, _), (k, m, _) = query.shape, key.shape
-    keys = key.to(dtype).transpose(1, 2)
-    cols = torch.arange(m, device=query.device)
-    step = max(1, _ROWS_BYTES // (4 * h * m))
-    for start in range(0, n, step):
-        block = slice(start, min(n, start + step))
-        part = query[:, block].to(dtype).reshape(k, -1, query.shape[2])
-        products = torch.matmul(part, keys).view(h, -1, m)
-        rows = torch.arange(m - n + block.start, m - n + block.stop, device=query.device)
-        yield block, scoring.scores(products, scoring.visible(rows, cols), scoring.offsets(rows, cols))

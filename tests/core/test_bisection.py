@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
-from workbench.core.bisection import boundary, largest, largest_each
+import pytest
+
+from workbench.core.bisection import boundary, largest, largest_within
 
 
 @pytest.mark.parametrize("low", [0, 3])
@@ -24,15 +24,32 @@ def test_the_largest_that_fits_is_found_wherever_it_lies(low: int, size: int) ->
         assert len(tried) == len(set(tried)) <= (size - 1).bit_length()
 
 
-def test_many_are_found_at_once() -> None:
-    last = torch.arange(-3, 30)
+MEASURES: dict[str, Callable[[int], float]] = {
+    "proportional": lambda number: 512.0 * number,
+    "in steps": lambda number: 512.0 * (number // 256),
+    "with much beside": lambda number: 1e9 + 3.0 * number,
+    "bent": lambda number: float(number) ** 2,
+    "nothing at first": lambda number: max(number - 500_000, 0),
+    "everything at once": lambda number: 7.0 * (number > 300_000),
+}
 
-    def fits(numbers: Tensor) -> Tensor:
-        return numbers <= last
 
-    for beyond in (1, 2, 5, 16, 17):
-        found = largest_each(fits, torch.zeros_like(last), beyond)
-        assert found.tolist() == [largest(lambda number, end=end: number <= end, 0, beyond) for end in last.tolist()]
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_grows_evenly_is_found_in_few_tries_and_anything_else_is_found_too(name: str) -> None:
+    measure, low, high = MEASURES[name], 5, 1_000_000
+    for limit in (-1.0, 0.0, *(measure(high) * share for share in (1e-6, 0.1, 0.25, 0.5, 0.9, 0.9999)), measure(high)):
+        tried: list[int] = []
+
+        def watched(number: int, tried: list[int] = tried) -> float:
+            tried.append(number)
+            return measure(number)
+
+        wanted = largest(lambda number, limit=limit: measure(number) <= limit, low, high)
+        for guess in (int(high * max(limit, 0) / measure(high)), low, -3):
+            tried.clear()
+            assert largest_within(watched, limit, low, high, guess) == wanted
+            assert all(low < number < high for number in tried), "an end was tried"
+            assert len(tried) <= (13 if name in ("proportional", "in steps") and guess > 2 * low else 40)
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(0.0, 1.0), (1.0, 0.0), (-3.0, 5.0)])

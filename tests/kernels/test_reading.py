@@ -116,7 +116,7 @@ def test_the_reference_reads_what_the_whole_matrix_holds(case: dict[str, Any]) -
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = layer(4, 2, 50)
     wanted = expected(query, key, Scoring(0.25), rows=(3, 30))
-    monkeypatch.setattr("workbench_kernels.reading._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
+    monkeypatch.setattr("workbench_kernels.attention_statistics._ROWS_BYTES", 4 * 4 * 50 * 7)  # seven rows a block
     found = read_attention.reference(query, key, Scoring(0.25), rows=(3, 30), most=True, entropy=True)
     assert_same(found, wanted)
 
@@ -231,7 +231,7 @@ class Everywhere:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.readings = 0
-        monkeypatch.setattr("workbench.measure.attention.on_gpu", lambda *_: True)
+        monkeypatch.setattr("workbench.measure.whole_prompts.on_gpu", lambda *_: True)
         monkeypatch.setattr("workbench.measure.attention.read_attention", self.read)
 
     def read(self, query: Tensor, key: Tensor, scoring: Scoring, **how: Any) -> Reading:
@@ -252,6 +252,19 @@ def test_on_a_gpu_whole_prompts_are_read_by_the_kernel_with_the_same_figures(mon
         torch.testing.assert_close(ours.values, theirs.values)
         assert torch.equal(ours.row_edges, theirs.row_edges)
         assert torch.equal(ours.col_edges, theirs.col_edges)
+
+
+def test_on_a_gpu_sinks_take_their_share_of_what_the_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = layer(4, 2, 50)
+    scoring = Scoring(0.25, window=20, sinks=torch.tensor([-3.0, 0.0, 2.0, 30.0]))
+    streamed = column_sums(query, key, scoring), row_entropy(query, key, scoring), pooled_maps(query, key, scoring)
+    gpu = Everywhere(monkeypatch)
+    read = column_sums(query, key, scoring), row_entropy(query, key, scoring), pooled_maps(query, key, scoring)
+    assert gpu.readings == 6
+    torch.testing.assert_close(read[0], streamed[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(read[1], streamed[1], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(read[2], streamed[2], strict=True):
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-6, rtol=1e-5)
 
 
 def test_on_a_gpu_rows_are_streamed_where_only_some_tokens_are_left(monkeypatch: pytest.MonkeyPatch) -> None:

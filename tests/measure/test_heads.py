@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 
 import pandas as pd
 import pytest
@@ -19,7 +20,8 @@ from workbench.errors import BadParameter, Cancelled, InputError, NotRead
 from workbench.kv import HACK
 from workbench.kv.base import Study
 from workbench.measure import HeadStats, LiveBytes, Thresholds, column_sums, head_stats
-from workbench.measure.heads import contextual, probe_positions
+from workbench.measure.head_classes import contextual
+from workbench.measure.head_queries import probe_positions
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench_kernels import Scoring
@@ -114,6 +116,24 @@ def test_statistics_follow_true_positions_after_eviction(shape, window, block_by
         by_loops(head, ids.tolist(), at.tolist(), mine, window, 4, 5) for head, mine in zip(full, rows, strict=True)
     ]
     compared(stats, expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks", "extra", "room"),
+    [(None, None, False, 0, 1), (13, None, False, 9, 1), (None, 4.0, True, 0, 1 << 28), (20, None, True, 3, 1 << 28)],
+)
+def test_kernels_on_a_gpu_find_what_streamed_rows_say(window, softcap, sinks, extra, room, monkeypatch):
+    n = 70
+    queries, keys = some(3, 6, 3, n, n + extra)
+    ids = torch.randint(0, 9, (n + extra,), generator=torch.Generator().manual_seed(3))
+    scoring = Scoring(0.3, window, softcap, torch.linspace(-1, 2, 6) if sinks else None)
+    stats, received = head_stats(queries, keys, ids, scoring, sinks=5, recent=12)
+    monkeypatch.setattr("workbench.measure.whole_prompts.on_gpu", lambda *_: True)
+    monkeypatch.setattr("workbench.measure.head_rows._SHARES_BYTES", room)  # 1: each KV head by itself
+    found, more = head_stats(queries, keys, ids, scoring, sinks=5, recent=12)
+    torch.testing.assert_close(more, received, atol=1e-4, rtol=1e-5)
+    for each in fields(HeadStats):
+        torch.testing.assert_close(getattr(found, each.name), getattr(stats, each.name), atol=1e-5, rtol=1e-5)
 
 
 def test_slots_beyond_the_prompt_count_for_nothing():

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import workbench as wb
 from workbench.runtime.decode import Decoder
-from workbench.runtime.fused_token import FusedToken, FusedTokens
+from workbench.runtime.fused_token import FusedToken
+from workbench.runtime.single_tokens import SingleTokens
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -49,7 +50,7 @@ def fed(
 ) -> torch.Tensor:
     plan = opened.plan(method, **parameters)
     evicting = plan.stages.evict if plan.evicts else None
-    decoder = Decoder(opened.model, plan.stores(), plan.position, evicting, fusing=FusedTokens())
+    decoder = Decoder(opened.model, plan.stores(), plan.position, evicting, fusing=SingleTokens())
     if fused:
         decoder.fuse()
         assert decoder.fused is not None
@@ -86,7 +87,7 @@ def test_runs_are_the_same_tokens_and_count_what_they_hold() -> None:
 
 
 def test_weights_that_were_written_into_are_taken_again() -> None:
-    opened, fusing = session("llama"), FusedTokens()
+    opened, fusing = session("llama"), SingleTokens()
     first = fusing.of(opened.model)
     assert fusing.of(opened.model) is first
     with torch.no_grad():

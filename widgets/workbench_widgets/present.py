@@ -13,7 +13,7 @@ from workbench.attention.operators import Operator, Study
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
-from workbench.measure.heads import HeadClass
+from workbench.measure.head_classes import HeadClass
 from workbench.measure.memory import Timeline
 from workbench.published import OURS
 from workbench.registry import Method

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+_NEAR = 256  # so near a guess is worth no better one
+_GUESSES = 3
 
 
 def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -19,17 +19,28 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def largest_each(fits: Callable[[Tensor], Tensor], low: Tensor, high: int) -> Tensor:
-    """The same for many numbers at once, int64 of any shape: `fits` says of each whether it does, bool of that shape.
+def largest_within(measure: Callable[[int], float], limit: float, low: int, high: int, guess: int) -> int:
+    """The largest number of [low, high) whose measure is at most `limit`; `low` where none's is.
 
-    One step more or less a number is nothing beside waiting for a device, so all take as many.
+    For a measure that grows about in proportion to the number and never shrinks: from the guess on each try says where
+    the next should be, and what then remains on one side of it is halved. Half as many tries as halving alone takes.
+    Neither end is tried.
     """
-    beyond = torch.full_like(low, high)
-    for _ in range(high.bit_length()):
-        middle = (low + beyond) // 2
-        fitting = fits(middle)
-        low, beyond = torch.where(fitting, middle, low), torch.where(fitting, beyond, middle)
-    return low
+    step = guesses = 0
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        found = measure(guess)
+        fits = found <= limit
+        low, high = (guess, high) if fits else (low, guess)
+        expected = int(guess * limit / found) if found > 0 else high
+        if abs(expected - guess) > _NEAR and step == 0 and guesses < _GUESSES:
+            guess, guesses = expected, guesses + 1
+            continue
+        if step * (1 if fits else -1) < 0:  # it lies between this try and the one before
+            break
+        step = 4 * step or (_NEAR if fits else -_NEAR)
+        guess += step
+    return largest(lambda number: measure(number) <= limit, low, high)
 
 
 def boundary(

@@ -10,7 +10,7 @@ from workbench.inspection.implied import Implied
 from workbench.inspection.views import View, of_each_layer, view_of
 from workbench.measure.attention import PooledMap, Pooling, Span, check_pooling
 from workbench.measure.grid import GridOfMaps
-from workbench.measure.heads import HeadStats
+from workbench.measure.head_classes import HeadStats
 
 if TYPE_CHECKING:
     from torch import Tensor

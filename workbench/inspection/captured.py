@@ -17,7 +17,8 @@ from workbench.inspection.implied import Implied
 from workbench.kv.plan import Plan
 from workbench.kv.stores.format import DenseFormat
 from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, pooled_maps
-from workbench.measure.heads import HeadStats, head_stats
+from workbench.measure.head_classes import HeadStats
+from workbench.measure.heads import head_stats
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from workbench.inspection.captured import changes_reading
 from workbench.inspection.views import View, of_each_layer
-from workbench.measure.heads import HeadStats
+from workbench.measure.head_classes import HeadStats
 from workbench.runtime.readings import Readings, attention_method
 
 if TYPE_CHECKING:

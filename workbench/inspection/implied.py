@@ -14,7 +14,8 @@ from workbench import arguments
 from workbench.attention.base import AttentionMethod, PassContext, within_a_chunk
 from workbench.core.attention_rows import BLOCK_BYTES, RowBlock
 from workbench.measure.attention import PooledMap, Pooling, Span, cell_edges, check_pooling, pool_blocks
-from workbench.measure.heads import HeadStats, HeadSums
+from workbench.measure.head_classes import HeadStats
+from workbench.measure.heads import HeadSums
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
 

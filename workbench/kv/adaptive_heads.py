@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from workbench.core.bisection import largest_each
 from workbench.kv.ranking import Ranking, places
 
 
@@ -21,9 +22,7 @@ def best_beyond_least(ranking: Ranking, entries: int, share: float) -> Tensor:
     def counts(taken: Tensor) -> Tensor:  # [l] best entries of a layer taken -> [l, k] of each head
         return _taken(ranking, taken).clamp_min(certain)
 
-    none = torch.zeros(ranking.layers, dtype=torch.int64, device=ranking.in_layer.device)
-    beyond = heads * ranking.tokens + 1
-    return counts(largest_each(lambda taken: counts(taken).sum(dim=1) <= total, none, beyond))
+    return adding_up(counts, torch.full((ranking.layers,), total))
 
 
 def best_and_equal(ranking: Ranking, entries: int, share: float) -> Tensor:
@@ -33,16 +32,31 @@ def best_and_equal(ranking: Ranking, entries: int, share: float) -> Tensor:
     Fractions are rounded so that a layer has its whole room, the largest remainders up.
     """
     heads, total = ranking.kv_heads, _of_a_layer(ranking, entries)
-    certain = (ranking.scores == torch.inf).sum(dim=-1).clamp_min(1)  # [l, k]
+    certain = ranking.certain.clamp_min(1)  # [l, k]
     pool = total - certain.sum(dim=-1, keepdim=True)  # [l, 1]
     if bool((pool <= 0).any()):
         return best_beyond_least(ranking, entries, 0.0)
-    best = _taken(ranking, torch.full((ranking.layers,), total, device=certain.device))  # the certain come first
+    best = _taken(ranking, torch.full((ranking.layers,), total))  # the certain come first
     beyond = share * (total / heads - certain.double()).clamp_min(0) + (1 - share) * (best - certain).clamp_min(0)
     beyond *= pool / beyond.sum(dim=-1, keepdim=True)  # 1, unless a head has more that is certain than an equal split
     whole = beyond.floor().long()
     spare = pool - whole.sum(dim=-1, keepdim=True)
     return certain + whole + (places(beyond - whole) < spare)
+
+
+def adding_up(counts: Callable[[Tensor], Tensor], total: Tensor) -> Tensor:
+    """The counts [g, heads] of as many of the best entries, taken [g], as add up to `total` [g]: int64.
+
+    counts: what each head has of so many best, in which one more adds to one head or, where it has that many for
+    certain, to none. So from above each step may go down by all that is too much, and never goes too far.
+    """
+    taken = total
+    while True:
+        found = counts(taken)
+        over = (found.sum(dim=1) - total).clamp_min(0).minimum(taken)  # none left: what is certain is too much already
+        if not over.any():
+            return found
+        taken = taken - over
 
 
 def _of_a_layer(ranking: Ranking, entries: int) -> int:
@@ -52,5 +66,5 @@ def _of_a_layer(ranking: Ranking, entries: int) -> int:
 
 def _taken(ranking: Ranking, best: Tensor) -> Tensor:
     """How many of the best [l] entries of each layer are each head's: int64 [l, k]."""
-    limits = best[:, None, None].expand(-1, ranking.kv_heads, 1).contiguous()
+    limits = best.to(ranking.in_layer.dtype)[:, None, None].expand(-1, ranking.kv_heads, 1).contiguous()
     return torch.searchsorted(ranking.in_layer, limits)[..., 0]

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.core.bisection import largest
+from workbench.kv.adaptive_heads import adding_up
 from workbench.kv.base import KVMethod
 from workbench.kv.ranking import Ranking
 from workbench.registry import param
@@ -29,9 +29,10 @@ class GlobalHeads(KVMethod):
         if self.heads == "equal":
             return super().allocate(ranking, entries)
 
-        def counts(taken: int) -> Tensor:  # of the `taken` best entries of all, how many are each head's: [l, k]
-            limits = torch.full((ranking.layers, ranking.kv_heads, 1), taken, device=ranking.in_all.device)
-            return torch.searchsorted(ranking.in_all, limits)[..., 0].clamp_min(1)
+        def counts(taken: Tensor) -> Tensor:  # [1] best entries of all -> how many are each head's, [1, l * k]
+            limits = taken.to(ranking.in_all.dtype).expand(ranking.layers, ranking.kv_heads)[..., None].contiguous()
+            return torch.searchsorted(ranking.in_all, limits).view(1, -1).clamp_min(1)
 
         # What every head keeps at least counts too: where it was not among the best, fewer of them are taken.
-        return counts(largest(lambda taken: int(counts(taken).sum()) <= entries, 0, ranking.scores.numel() + 1))
+        total = torch.tensor([min(entries, ranking.scores.numel())])
+        return adding_up(counts, total).view(ranking.layers, ranking.kv_heads)

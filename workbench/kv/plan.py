@@ -214,7 +214,10 @@ class Plan(Shown):
                 ("eviction state", evicting.parameter_key(), layer.index), lambda: evicting.eviction_state(layer)
             )
         store = self.format.build(layer, tiers, state)
-        return ClosedUpStore(store, layer.rotation) if self.closes_up else store
+        if not self.closes_up:
+            return store
+        evict = self.stages.evict if self.evicts else None
+        return ClosedUpStore(store, layer.rotation, together=evict is None or evict.evicts_by_position)
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""

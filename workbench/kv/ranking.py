@@ -34,22 +34,29 @@ class Ranking:
         return places(self.scores)
 
     @cached_property
-    def in_layer(self) -> Tensor:
-        """The places of each head's entries, best first, among all entries of their layer: int64 [l, k, n], ascending.
+    def certain(self) -> Tensor:
+        """How many entries of each head stay in any case: int64 [l, k], on the CPU."""
+        return (self.scores == torch.inf).sum(dim=-1).cpu()
 
-        Equal scores of different heads take turns, so that no head is served before the others.
+    @cached_property
+    def in_layer(self) -> Tensor:
+        """The places of each head's entries, best first, among all entries of their layer: int [l, k, n], ascending.
+
+        Equal scores of different heads take turns, so that no head is served before the others. On the CPU: a few of
+        them are looked up for every size that is tried, and each look at a device would be waited for.
         """
         best_first = self.scores.gather(-1, _order(self.scores)).transpose(1, 2).flatten(1)  # [l, n * k]
         order = torch.argsort(best_first, dim=-1, descending=True, stable=True)
-        steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        place = torch.empty_like(order).scatter_(-1, order, steps)
-        return place.view(self.layers, self.tokens, self.kv_heads).transpose(1, 2).contiguous()
+        whole = torch.int32 if order.shape[1] < 2**31 else torch.int64
+        steps = torch.arange(order.shape[1], dtype=whole, device=order.device).expand_as(order)
+        place = torch.empty_like(order, dtype=whole).scatter_(-1, order, steps)
+        return place.view(self.layers, self.tokens, self.kv_heads).transpose(1, 2).contiguous().cpu()
 
     @cached_property
     def in_all(self) -> Tensor:
-        """The places of each head's entries, best first, among all entries of all layers: int64 [l, k, n], ascending.
+        """The places of each head's entries, best first, among all entries of all layers: int [l, k, n], ascending.
 
-        Equal scores of different heads take turns here too.
+        Equal scores of different heads take turns here too. On the CPU.
         """
         together = Ranking(self.scores.view(1, -1, self.tokens))
         return together.in_layer.view(self.layers, self.kv_heads, self.tokens)

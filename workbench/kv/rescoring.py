@@ -150,9 +150,9 @@ class ObservedStore(WrappingStore):
         return self._inner.longest
 
     @property
-    def counts(self) -> Tensor:
-        """Entries of each head, int64 [k]."""
-        return self._inner.counts
+    def shortest(self) -> int:
+        """Entries of the head that has fewest."""
+        return self._inner.shortest
 
     def make_room(self, room: int) -> None:
         """Let entries leave so that each head has room for as many more; those of the lowest scores, of equals the
@@ -160,8 +160,8 @@ class ObservedStore(WrappingStore):
         """
         tokens = int(self.slots()[0].max()) + 1
         if self.begun is None:
-            self.begun = int(self.counts.min()), tokens
-        while entries := int(self.counts.min()):
+            self.begun = self.shortest, tokens
+        while entries := self.shortest:
             holding = Holding(entries, room, tokens, *self.begun)
             leaving = self.rescoring.evicting.leaving_at_once(holding)
             if leaving <= 0:

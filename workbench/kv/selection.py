@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.budget import Budget
-from workbench.core.bisection import largest
+from workbench.core.bisection import largest_within
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
@@ -169,7 +169,9 @@ def sized(
         target = room if selected_budget is None else (selected_budget.nbytes(full) or 0) - fixed
         if target is not None:
             nbytes = measured(counted)
-            entries = most if nbytes(most) <= target else largest(lambda count: nbytes(count) <= target, least, most)
+            entries, everything_nbytes = most, nbytes(most)
+            if everything_nbytes > target:
+                entries = largest_within(nbytes, target, least, most, most * max(target, 0) // everything_nbytes)
             _check(nbytes(entries), target, full, fixed, label)
         elif (wanted := ranked.wanted()) is not None:
             entries = min(max(wanted, least), most)

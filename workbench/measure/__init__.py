@@ -12,7 +12,8 @@ from workbench.measure.attention import (
     sink_mass,
 )
 from workbench.measure.grid import GridOfMaps
-from workbench.measure.heads import HeadStats, Thresholds, head_stats
+from workbench.measure.head_classes import HeadStats, Thresholds
+from workbench.measure.heads import head_stats
 from workbench.measure.memory import CudaBytes, LiveBytes, Sample, Timeline, live_bytes, tensor_bytes
 from workbench.measure.outliers import (
     ChannelStats,

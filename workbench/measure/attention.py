@@ -28,14 +28,14 @@ from workbench.core.attention_rows import (
 )
 from workbench.errors import InputError
 from workbench.formatting import Brief
+from workbench.measure.whole_prompts import reads_whole
 from workbench.progress import Progress
 from workbench_kernels import Reading, Scoring, read_attention
-from workbench_kernels.dispatch import on_gpu
 
 Pooling = Literal["max", "mean", "sum"]
 Span = tuple[int, int]
 
-_KERNEL_PIXELS, _KERNEL_WIDTH = 1024, 256  # the largest maps and head sizes that the kernel makes
+_KERNEL_PIXELS = 1024  # the largest maps that the kernel makes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -418,23 +418,16 @@ def _read(
 
     That is on a CPU, where keys were evicted or queries left out, and for what is wrong, which `row_blocks` says.
     """
-    if (
-        not scoring.plain
-        or not on_gpu(queries, keys)
-        or queries.ndim != 3
-        or keys.ndim != 3
-        or queries.dtype != keys.dtype
-    ):
-        return None
-    (h, nq, d), (k, nk, width) = queries.shape, keys.shape
-    fits = 0 < nq <= nk and k > 0 and h > 0 and h % k == 0 and d == width <= _KERNEL_WIDTH
-    if not fits or queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not scoring.in_kernels or not reads_whole(queries, keys, query_positions, key_positions):
         return None
     check_scoring(scoring)
-    at, held = token_positions(nq, nk, query_positions, key_positions)
-    if len(held) > 1 or not torch.equal(held[0], torch.arange(nk)) or not torch.equal(at, held[0, nk - nq :]):
-        return None
-    return read_attention(queries.detach(), keys.detach(), scoring, **wanted)
+    queries, keys = queries.detach(), keys.detach()
+    if scoring.sinks is None:
+        return read_attention(queries, keys, scoring, **wanted)
+    # The kernel knows no sinks: they are a part of each row's sum, and of nothing else.
+    plain, sinks = scoring.without_sinks(), scoring.sinks.to(queries.device, torch.float32)
+    lse = read_attention(queries, keys, plain, sums=False).lse
+    return read_attention(queries, keys, plain, lse=torch.logaddexp(lse, sinks[:, None]), **wanted)
 
 
 def queries_per_key(

@@ -20,6 +20,7 @@ from workbench.errors import InputError
 
 # Statistics are taken in float64, this many bytes of channels at a time.
 _CHUNK_BYTES = 4 * 2**20  # stays in the processor's cache
+_CUDA_CHUNK_BYTES = 512 * 2**20  # on a GPU small pieces only wait for one another
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,8 @@ def channel_stats(x: Tensor) -> ChannelStats:
     if x.ndim < 2 or 0 in x.shape:
         raise InputError(f"channel statistics need a non-empty [..., tokens, channels], not {list(x.shape)}")
     x = x.detach()
-    width = max(1, _CHUNK_BYTES * x.shape[-1] // (8 * x.numel()))
+    chunk = _CUDA_CHUNK_BYTES if x.is_cuda else _CHUNK_BYTES
+    width = max(1, chunk * x.shape[-1] // (8 * x.numel()))
     parts = [_moments(part.double()) for part in x.split(width, dim=-1)]
     absmax, kurtosis, squares = (torch.cat(part, dim=-1).cpu() for part in zip(*parts, strict=True))
     energy = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

@@ -66,12 +66,14 @@ def compare_logits(
     *,
     reference_tokens: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> Quality:
     """Compare the logits of a run with the reference's, token by token.
 
     reference, logits: [t, v], any dtype; row i predicts targets[i]. targets: [t] token ids. Probabilities are computed
     in float64, a few rows at a time, so memory does not grow with t.
-    reference_tokens, tokens: what both runs generated greedily, for `first_divergence`.
+    reference_tokens, tokens: what both runs generated greedily, for `first_divergence`. device: where to compute, by
+    default where the reference lies.
     """
     if reference.ndim != 2 or reference.shape != logits.shape or targets.shape != reference.shape[:1]:
         raise InputError(
@@ -90,7 +92,9 @@ def compare_logits(
     step = max(1, _CHUNK_BYTES // (3 * 8 * v))
     for start in range(0, t, step):
         rows = slice(start, start + step)
-        p = torch.log_softmax(reference[rows].detach(), dim=-1, dtype=torch.float64)  # [step, v]
+        p = torch.log_softmax(
+            reference[rows].detach().to(device or reference.device), dim=-1, dtype=torch.float64
+        )  # [step, v]
         q = torch.log_softmax(logits[rows].detach().to(p.device), dim=-1, dtype=torch.float64)
         target = targets[rows].to(p.device)[:, None]
         nll[0, rows] = -p.gather(1, target)[:, 0].cpu()

@@ -23,9 +23,9 @@ from workbench.prompt import check_vocabulary, notes_on, text_ids
 from workbench.recipe import Recipe
 from workbench.runtime.decode import Decoder
 from workbench.runtime.evaluate import Evaluation, evaluate, reference
-from workbench.runtime.fused_token import FusedTokens
 from workbench.runtime.greedy import greedy
 from workbench.runtime.run import Question, Run, RunState, Stream, Token
+from workbench.runtime.single_tokens import SingleTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class Conversation:
     notes: tuple[str, ...]
     on_run: Callable[[Run], None]
     graphs: bool = True
-    fusing: FusedTokens | None = None
+    fusing: SingleTokens | None = None
 
     def begin(self, question: Question, max_new_tokens: int, progress: Progress, plan_s: float) -> Stream:
         """The first question after the prompt (None: go on from the prompt), answered as the stream is iterated."""

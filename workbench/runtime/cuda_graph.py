@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.engine.attention_hook import device_of, forward
 from workbench.errors import NotApplicable
@@ -16,13 +14,11 @@ from workbench.kv.stores.capabilities import Capturable
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
 from workbench.runtime.decode import Decoder
+from workbench.runtime.fused_step import FusedStep
+from workbench.runtime.no_waiting import NoWaiting
 from workbench.runtime.plain_layers import device_weight, plain_layers
 from workbench_kernels import Scoring
 from workbench_kernels.rows import Ragged
-from workbench_kernels.step import add_rms_norm, rotate_append, silu_times
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EVERY = 8  # steps after which the host looks at the tokens
 WORTH = 16  # steps for which capturing pays: it costs about four of those that it saves
@@ -51,8 +47,8 @@ def note(decoder: Decoder) -> str | None:
     if not any(periods):
         return None
     return (
-        "decoded by a CUDA graph, between whose replays entries are quantised: what leaves the exact tail one token at "
-        f"a time otherwise leaves it up to {max(period or 0 for period in periods)} tokens at a time"
+        "decoded by a CUDA graph, between whose replays entries are quantised or pruned: what leaves the exact tail "
+        f"one token at a time otherwise leaves it up to {max(period or 0 for period in periods)} tokens at a time"
     )
 
 
@@ -119,7 +115,7 @@ class CapturedStep:
             self._mask = torch.zeros(1, 1, 1, 1, device=device)
         self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
         self._launched = self._settled = 0
-        self._fused = _Fused(self.model, self._layers) if fused and plain_layers(self.model) else None
+        self._fused = FusedStep(self.model, self._layers) if fused and plain_layers(self.model) else None
         self._replay: Callable[[], object] | None = None
         self.memory = decoder.memory
 
@@ -170,7 +166,7 @@ class CapturedStep:
     def _try(self, changed: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Run one step and take it back."""
         try:
-            with _NoWaiting():
+            with NoWaiting(self._token.device):
                 self()
         finally:
             for x, old in zip(changed, before, strict=True):
@@ -336,67 +332,3 @@ class _Layer:
         """Count the steps until the tail has to be quantised."""
         until = self.store.steps_until_settled
         self.until = sys.maxsize if until is None else until
-
-
-class _Fused:
-    """The forward pass of one token through a model of the Llama family, with what stands between products fused.
-
-    Modules are read and linear layers called, so compressed ones and their hooks work; nothing is changed in the model.
-    """
-
-    def __init__(self, model: PreTrainedModel, layers: Sequence[_Layer]) -> None:
-        self._model: Any = model
-        self._layers = layers
-
-    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
-        """The logits [v] behind token [1] at position [1]; each layer's key and value join its store's rows."""
-        inner = self._model.model
-        hidden = inner.embed_tokens(token)  # [1, w]
-        cos, sin = (x[0, 0] for x in inner.rotary_emb(hidden, position_ids=position[None]))  # [d]
-        blocks = list(inner.layers[: self._model.config.num_hidden_layers])
-        norms = [*(block.input_layernorm for block in blocks[1:]), inner.norm]
-        hidden, x = _normed(hidden, blocks[0].input_layernorm)
-        for block, store, norm in zip(blocks, self._layers, norms, strict=True):
-            attention, mlp = block.self_attn, block.mlp
-            query, key, value = (
-                product(x).view(-1, attention.head_dim)
-                for product in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            if hasattr(attention, "q_norm"):
-                query, key = _normed(query, attention.q_norm)[1], _normed(key, attention.k_norm)[1]
-            turned = rotate_append(query, key, value, cos, sin, *store.rows)
-            out = store.attend(turned[:, None], Scoring(attention.scaling)).reshape(1, -1)
-            hidden, x = _normed(attention.o_proj(out), block.post_attention_layernorm, hidden)
-            hidden, x = _normed(mlp.down_proj(silu_times(mlp.gate_proj(x), mlp.up_proj(x))), norm, hidden)
-        logits: Tensor = self._model.lm_head(x)[0]
-        return logits
-
-
-def _normed(x: Tensor, norm: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, norm.weight, norm.variance_epsilon, residual)
-
-
-class _NoWaiting(TorchDispatchMode):
-    """Raises NotApplicable at an operation whose result the host has to wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.name()
-        picked = args[1] if name in ("aten::index.Tensor", "aten::index_put", "aten::index_put_") else ()
-        if name in _WAITING or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in picked):
-            raise NotApplicable(f"the model waits for the device in the midst of a token ({name})")
-        return func(*args, **(kwargs or {}))
-
-
-_WAITING = {
-    f"aten::{name}"
-    for name in (
-        "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "argwhere", "where", "masked_select",
-        "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", "equal", "allclose",
-        "repeat_interleave.Tensor", "repeat_interleave.self_Tensor",
-    )
-}  # fmt: skip

@@ -22,7 +22,7 @@ from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_by
 from workbench.models.facts import chunks
 from workbench.progress import Progress
 from workbench.runtime.continuing import fresh_states
-from workbench.runtime.fused_token import FusedToken, FusedTokens
+from workbench.runtime.single_tokens import SingleToken, SingleTokens
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 
@@ -58,14 +58,15 @@ class Decoder:
     workspace: int = 0
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     learnt: dict[Any, Any] = field(default_factory=dict, repr=False)
-    fusing: FusedTokens | None = field(default=None, repr=False)
-    fused: FusedToken | None = field(init=False, default=None, repr=False)
+    fusing: SingleTokens | None = field(default=None, repr=False)
+    fused: SingleToken | None = field(init=False, default=None, repr=False)
     states: States | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
     _context: PassContext = field(init=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
+    _there: dict[torch.device, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._context = PassContext(len(self.stores), self.position, state=dict(self.learnt))
@@ -97,6 +98,7 @@ class Decoder:
             positions = torch.arange(self.position, self.position + ids.numel())
         sizes = self._parts(positions)
         for part, self._positions in zip(ids.split(sizes), positions.split(sizes), strict=True):
+            self._there = {}
             self._begin_chunks(int(self._positions[0]))
             for store in self.stores:
                 store.reads(part, self._positions)
@@ -113,7 +115,7 @@ class Decoder:
         if self.progress is not None:
             self.progress.check()
         store = self.stores[layer]
-        positions = self._positions.to(key.device)
+        positions = self._positions_on(key.device)
         if layer in self._chunks:  # of which a pass has one, and the store holds no other
             scoring = replace(scoring, window=None, chunk=None)
         if scoring.chosen is not None and (reason := self._chooses(layer)) is not None:
@@ -155,6 +157,14 @@ class Decoder:
             self.outputs[layer].append(out)
         self._leave(before)
         return out
+
+    def _positions_on(self, device: torch.device) -> Tensor:
+        """The positions of this pass on a device, which is not waited for where one token comes."""
+        if device not in self._there:
+            alone = self._positions.numel() == 1
+            there = torch.full((1,), int(self._positions), device=device) if alone else self._positions.to(device)
+            self._there[device] = there
+        return self._there[device]
 
     def _by_method(self, layer: int, query: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """The attention method's output over what the layer's store holds."""
@@ -232,6 +242,24 @@ class Decoder:
             self._count_exact(store, heads, positions, None)
         self.position += count
 
+    def stand(self, position: Tensor) -> None:
+        """Let the next pass, of one token, find its position [1] on the device there, where it may change."""
+        self._positions = torch.tensor([self.position])
+        self._there = {position.device: position}
+
+    @property
+    def scores_computed(self) -> tuple[int, ...]:
+        """Score entries that each layer computed since this decoder began or was copied."""
+        return tuple(self._context.computed)
+
+    def repeated(self, scores: Sequence[int]) -> None:
+        """Take up a token that was read by replaying a step, in which layers compute so many scores."""
+        heads = self.model.config.get_text_config().num_attention_heads
+        self.position += 1
+        self._causal += heads * len(self.stores) * self.position
+        for layer, count in enumerate(scores):
+            self._context.computed[layer] += count
+
     def clone(self) -> Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = cloned(self.stores)
@@ -243,17 +271,24 @@ class Decoder:
         twin.fusing = self.fusing
         return twin
 
-    def fuse(self) -> None:
-        """From here on read tokens that come alone without the model's modules, where that can be done.
+    def fuse(self) -> str | None:
+        """From here on read tokens that come alone without the model's modules; why not, where that cannot be done.
 
-        The first time for a model its weights are read once.
+        The first time for a model its weights are read once, or graphs of its step captured.
         """
-        if self.fusing is not None:
+        if self.fusing is None:
+            return "that was turned off"
+        if self.states is not None:
+            return "some layers keep another state than keys and values"
+        try:
             self.fused = self.fusing.of(self.model)
+        except NotApplicable as reason:
+            return str(reason)
+        return None
 
     @property
     def fused_nbytes(self) -> int:
-        """Bytes of the weights held again for reading tokens faster."""
+        """Bytes held for reading tokens faster: weights again, or what passes between graphs."""
         return 0 if self.fused is None else self.fused.nbytes
 
     def reserve(self, tokens: int) -> None:
@@ -306,7 +341,7 @@ class Decoder:
         if self.evicting is None or count <= 1:
             return max(count, 1)
         leaving = (store.rescored or store.evictable for store in self.stores)
-        shortest = [int(store.counts.min()) for store in leaving if store is not None]
+        shortest = [store.shortest for store in leaving if store is not None]
         return min(count, max(min(shortest, default=count) // 2, 1))
 
     def _make_room(self, store: Evictable, capacity: int, count: int) -> None:
@@ -315,7 +350,7 @@ class Decoder:
         room = store.longest + count - capacity
         if room <= 0:
             return
-        if room > int(store.counts.min()):
+        if room > store.shortest:
             raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
         state, (positions, valid) = store.eviction_state, store.slots()
         if valid is not None:  # slots beyond a head's length hold nothing and cannot leave

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from workbench.engine.attention_hook import device_of
 from workbench.formatting import Brief
 from workbench.measure.quality import Quality, compare_logits, output_error
 from workbench.models.depth import origins
 from workbench.progress import Progress
 from workbench.runtime.cuda_graph import WORTH
 from workbench.runtime.decode import Decoder
-from workbench.runtime.greedy import greedy
+from workbench.runtime.greedy import most_likely
 from workbench.trace import Trace
 
 
@@ -35,13 +37,15 @@ class Evaluation(Brief):
 
 class Reference(NamedTuple):
     """The uncompressed model on some tokens, its own answer or a given text: logits [t, v] for them, and each layer's
-    attention outputs [h, t', dv]. layers: what each of these is called (`models.depth.origins`).
+    attention outputs [h, t', dv]. layers: what each of these is called (`models.depth.origins`). fused: whether single
+    tokens were read as fast as the model allows; what is compared with it has to be read in the same way.
     """
 
     tokens: tuple[int, ...]
     logits: Tensor
     outputs: list[Tensor]
     layers: tuple[int, ...]
+    fused: bool
 
 
 def reference(
@@ -59,37 +63,66 @@ def reference(
     """
 
     def compute() -> Reference:
-        if given is not None:
-            tokens = tuple(given.tolist())
-        else:
-            answering = decoder()
-            answering.progress = progress
-            tokens = tuple(greedy(answering, ids, trace.logits, max_new_tokens=max_new_tokens, eos=eos))
         reading = decoder()
-        logits, outputs = teacher_forcing(reading, trace.logits, ids, torch.tensor(tokens), progress)
-        return Reference(tokens, logits, outputs, origins(reading.model))
+        most = max_new_tokens if given is None else given.numel()
+        choose, ends = (most_likely, eos) if given is None else (partial(_given, given.tolist()), ())
+        fuse = most > WORTH
+        tokens, logits, outputs = _read(reading, trace.logits, ids, choose, most, ends, fuse, progress)
+        return Reference(tokens, logits, outputs, origins(reading.model), fuse)
 
     on = max_new_tokens if given is None else tuple(given.tolist())
     return trace.once(("reference", tuple(ids.tolist()), on), compute)
 
 
 def teacher_forcing(
-    decoder: Decoder, logits: Tensor, ids: Tensor, targets: Tensor, progress: Progress | None = None
+    decoder: Decoder,
+    logits: Tensor,
+    ids: Tensor,
+    targets: Tensor,
+    progress: Progress | None = None,
+    *,
+    fuse: bool | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits [t, v] that predict targets [t] after ids [q], and each layer's attention outputs [h, t', dv] on the way.
 
     logits [v]: those before ids, for when there are none. The targets are read one at a time, as in decoding, so that
-    stores flush and evict as they would there.
+    stores flush and evict as they would there. fuse: whether as fast as the model allows; None: if that is worth it.
+    """
+    choose, most = partial(_given, targets.tolist()), len(targets)
+    fuse = most > WORTH if fuse is None else fuse
+    return _read(decoder, logits, ids, choose, most, (), fuse, progress or Progress())[1:]
+
+
+def _given(tokens: Sequence[int], _logits: Tensor, step: int) -> int:
+    return tokens[step]
+
+
+def _read(
+    decoder: Decoder,
+    logits: Tensor,
+    ids: Tensor,
+    choose: Callable[[Tensor, int], int],
+    most: int,
+    ends: Sequence[int],
+    fuse: bool,
+    progress: Progress,
+) -> tuple[tuple[int, ...], Tensor, list[Tensor]]:
+    """At most so many tokens, chosen by the logits [v] that predict them and their number, up to one of `ends`; the
+    logits [t, v], and each layer's attention outputs. The last token is not read.
     """
     decoder.outputs = [[] for _ in decoder.stores]
-    decoder.progress = progress or Progress()
+    decoder.progress = progress
     rows = [decoder.feed(ids)[-1:]] if ids.numel() else [logits[None]]
-    if len(targets) > WORTH:
+    if fuse:
         decoder.fuse()
-    read = decoder.progress.track(targets[:-1], "comparing with the full cache", len(targets) - 1)
-    rows.extend(decoder.feed(token[None]) for token in read)
+    tokens: list[int] = []
+    for step in progress.track(range(most), "comparing with the full cache", most):
+        tokens.append(choose(rows[-1][-1], step))
+        if step == most - 1 or tokens[-1] in ends:
+            break
+        rows.append(decoder.feed(torch.tensor(tokens[-1:])))
     outputs = [torch.cat(layer, dim=1) if layer else torch.empty(0) for layer in decoder.outputs]
-    return torch.cat([row.cpu() for row in rows]), outputs
+    return tuple(tokens), torch.cat([row.cpu() for row in rows]), outputs
 
 
 def evaluate(
@@ -107,8 +140,15 @@ def evaluate(
     answer: what the run itself answered, if the reference is an answer too.
     """
     targets = torch.tensor(against.tokens)
-    logits, outputs = teacher_forcing(decoder, before, ids, targets, progress)
-    figures = compare_logits(against.logits, logits, targets, reference_tokens=against.tokens, tokens=answer)
+    logits, outputs = teacher_forcing(decoder, before, ids, targets, progress, fuse=against.fused)
+    figures = compare_logits(
+        against.logits,
+        logits,
+        targets,
+        reference_tokens=against.tokens,
+        tokens=answer,
+        device=device_of(decoder.model),
+    )
     errors = torch.full((len(against.outputs), heads), torch.nan)
     for number, output in zip(origins(decoder.model), outputs, strict=True):
         layer = against.layers.index(number)

@@ -9,32 +9,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from workbench.engine.attention_hook import Handler
 from workbench.kv.stores import Store
 from workbench.measure.memory import tensor_bytes
-from workbench.models.fetch import cache_dir
 from workbench.runtime.plain_layers import device_weight, only_listened_to, plain_layers
 from workbench_kernels import Scoring
-from workbench_kernels.cpu.library import library
 from workbench_kernels.cpu.token import Rows, attend, attends, turn
 from workbench_kernels.step import add_rms_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Attending(Protocol):
-    """What a token's attention is left to, layer by layer."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        """As an `engine.attention_hook.Handler` attends."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +93,7 @@ class FusedToken:
             linear.weight is weight and linear.bias is bias for linear, weight, bias in self._linears
         )
 
-    def __call__(self, handler: Attending, ids: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, handler: Handler, ids: Tensor, positions: Tensor) -> Tensor:
         """The logits [1, v] behind token ids [1] at positions [1]."""
         with torch.inference_mode():
             hidden = embedding(ids, self._embedding)
@@ -123,7 +114,7 @@ class FusedToken:
         store.attended(self._compiled)
         return out
 
-    def _through(self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, handler: Attending) -> Tensor:
+    def _through(self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, handler: Handler) -> Tensor:
         before, after = layer.norms
         made = layer.fronts(hidden, norm=before.weight, eps=before.variance_epsilon).view(-1, layer.head_dim)
         kv_heads = (made.shape[0] - layer.heads) // 2
@@ -172,20 +163,3 @@ def _plain(linear: nn.Module) -> bool:
     return all(
         x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and not x.is_inference() for x in held
     )
-
-
-@dataclass
-class FusedTokens:
-    """For each model its `FusedToken`, made when first asked for and again when weights have changed."""
-
-    _made: WeakKeyDictionary[PreTrainedModel, FusedToken] = field(default_factory=WeakKeyDictionary, repr=False)
-
-    def of(self, model: PreTrainedModel) -> FusedToken | None:
-        """None where the model cannot be computed so."""
-        if not FusedToken.fits(model):
-            self._made.pop(model, None)
-            return None
-        made = self._made.get(model)
-        if made is None or not made.current:
-            made = self._made[model] = FusedToken(model, library(str(cache_dir() / "compiled")))
-        return made

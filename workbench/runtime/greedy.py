@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from workbench.engine.attention_hook import device_of
 from workbench.errors import NotApplicable, OutOfRange
 from workbench.progress import Progress
 from workbench.runtime import cuda_graph
+from workbench.runtime.cuda_graph import WORTH, CapturedStep
 from workbench.runtime.decode import Decoder
+from workbench.runtime.steady_step import SteadyStep
 
 
 def greedy(
@@ -29,28 +33,47 @@ def greedy(
         logits = decoder.feed(ids, measure=True)[-1]
         progress.update("question", 1, 1)
     for step in range(max_new_tokens):
-        if not bool(logits.max().isfinite()):  # what was appended on a GPU is not checked token by token
-            raise OutOfRange(
-                f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
-                'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
-            )
-        token = int(logits.argmax())
+        token = most_likely(logits, step)
         yield token
         progress.update("decoding", step + 1, max_new_tokens)
         if token in eos or step == max_new_tokens - 1:
             return
         left = max_new_tokens - step - 1
-        if step == 1 and left >= cuda_graph.WORTH:
-            decoder.fuse()
-        if graphs and step == 1 and left >= cuda_graph.WORTH and device_of(decoder.model).type == "cuda":
-            try:  # the first token has been read as all are without a graph, and was measured
-                following = cuda_graph.capture(decoder, token, left)
-            except NotApplicable as reason:
-                decoder.notes.append(f"decoded without a CUDA graph: {reason}")
-            else:
-                decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
+        if step == 1 and left >= WORTH:  # the first token was read as all are without, and was measured
+            following = _faster(decoder, token, left, graphs)
+            if following is not None:
                 for more, token in enumerate(following.answer(eos), step + 2):
                     yield token
                     progress.update("decoding", more, max_new_tokens)
                 return
         logits = decoder.feed(torch.tensor([token]), measure=step == 0)[-1]
+
+
+def most_likely(logits: Tensor, step: int) -> int:
+    """The place of the largest of logits [v], for which the host waits once; step: how many tokens there are before it.
+
+    Raises OutOfRange where it is not finite: what was appended on a GPU is not checked token by token.
+    """
+    largest, place = torch.stack([logits.max().double(), logits.argmax().double()]).tolist()
+    if not isfinite(largest):
+        raise OutOfRange(
+            f"after {step} tokens the logits are not finite numbers: what the model computes, or its keys and "
+            'values in this cache, may be too large for their precision; try kv_dtype="bfloat16", or another method'
+        )
+    return int(place)
+
+
+def _faster(decoder: Decoder, token: int, steps: int, graphs: bool) -> CapturedStep | SteadyStep | None:
+    """Captured steps from here on; None where the decoder goes on token by token, then as fast as it can."""
+    on_gpu = device_of(decoder.model).type == "cuda"
+    if graphs and on_gpu:
+        with suppress(NotApplicable):
+            if decoder.evicting is not None:
+                return SteadyStep(decoder, token, steps)
+            following = cuda_graph.capture(decoder, token, steps)
+            decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
+            return following
+    reason = decoder.fuse()
+    if graphs and on_gpu and reason is not None:
+        decoder.notes.append(f"decoded without CUDA graphs: {reason}")
+    return None

@@ -19,9 +19,9 @@ from workbench.progress import Progress
 from workbench.prompt import Prompt, Text
 from workbench.recipe import Recipe
 from workbench.runtime.exactness import verify
-from workbench.runtime.fused_token import FusedTokens
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read, read_unrecorded, seen
+from workbench.runtime.single_tokens import SingleTokens
 from workbench.weights.variants import Variants
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Readings:
     device). trusted: whether the model is read without being compared with itself first (`exactness`). plain: the
     reading by the model as it is; None before the first. timelines: of every reading and run so far. variants: the
     model under weight methods. rotations: how its layers turn queries and keys. fusing: how single tokens
-    are read on a CPU.
+    are read.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Readings:
         self.timelines: list[Timeline] = []
         self.variants = Variants(self.model, self.tokenizer)
         self.rotations = Rotations(self.model)
-        self.fusing = FusedTokens()
+        self.fusing = SingleTokens()
         self._others: OrderedDict[tuple[tuple[Method, ...], AttentionMethod | None], Trace] = OrderedDict()
 
     def read(

@@ -9,20 +9,18 @@ time. Column sums stay in registers, folded only within a thread; cells of the m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workbench_kernels.attention_statistics import Pooling, Reading, cell_edges, check_reading
+from workbench_kernels.gpu.scores import LOG2E, aligned, exp2, interpreted, scores
 from workbench_kernels.scoring import Scoring
 
-_LOG2E = 1.4426950408889634
 _PART_BYTES = 16 << 20  # parts of cells, where several programs share one, are made for so many heads at a time
 _COUNTS = ["n", "m", "first", "last", "window", "heads", "group", "map_rows", "map_cols"]
 _COUNTS += ["tall", "parts"]
@@ -62,64 +60,9 @@ CONFIGS = [
 multiprocessor, whose products and exponentials then take turns, but for the tallest."""
 
 
-# 2 ** x = 2 ** i * 2 ** f with f in [-1/2, 1/2]: adding 1.5 * 2 ** 23 rounds to the integer, whose bits then stand at
-# the end of the sum, and are shifted into the exponent. The polynomial of degree 4 is off by 2.6e-6 at most.
-_POLYNOMIAL = """{{
-    .reg .f32 t, f, y;
-    .reg .b32 i, j;
-    max.f32 f, {x}, 0fC2FC0000;
-    add.rn.f32 t, f, 0f4B400000;
-    mov.b32 i, t;
-    add.rn.f32 t, t, 0fCB400000;
-    sub.rn.f32 f, f, t;
-    fma.rn.f32 y, f, 0f{c4}, 0f{c3};
-    fma.rn.f32 y, y, f, 0f{c2};
-    fma.rn.f32 y, y, f, 0f{c1};
-    fma.rn.f32 y, y, f, 0f{c0};
-    shl.b32 i, i, 23;
-    mov.b32 j, y;
-    add.s32 {y}, j, i;
-}}"""
-_COEFFICIENTS = {"c0": "3F7FFFF4", "c1": "3F31706E", "c2": "3E76036D", "c3": "3D650A20", "c4": "3C1CCBEA"}
-
-
-def _assembly(polynomial: int) -> str:
-    """PTX for four exponentials, `polynomial` of them as polynomials."""
-    lines = []
-    for at in range(4):
-        if at < polynomial:
-            lines.append(_POLYNOMIAL.format(x=f"${4 + at}", y=f"${at}", **_COEFFICIENTS))
-        else:
-            lines.append(f"ex2.approx.ftz.f32 ${at}, ${4 + at};")
-    return "\n".join(lines)
-
-
-_EXP2_0, _EXP2_1, _EXP2_2 = (tl.constexpr(_assembly(share)) for share in range(3))
-_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
-
 # Few tiles are masked. Were there nothing in their branch that has to stay there, the assembler would mask every tile,
 # under a predicate, which costs as much as all the rest.
 _STAY = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
-
-
-@triton.jit
-def _exp2(x, POLYNOMIAL: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET:
-        if POLYNOMIAL == 0:
-            return tl.exp2(x)
-        x = tl.maximum(x, -126.0)
-        i = tl.floor(x + 0.5)
-        f = x - i
-        y = ((0.009570101276040077 * f + 0.05591785907745361) * f + 0.240247443318367) * f
-        y = (y + 0.6931217908859253) * f + 0.9999992847442627
-        return y * tl.exp2(i)
-    if POLYNOMIAL == 0:
-        y = tl.inline_asm_elementwise(_EXP2_0, _CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=4)
-    elif POLYNOMIAL == 1:
-        y = tl.inline_asm_elementwise(_EXP2_1, _CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=4)
-    else:
-        y = tl.inline_asm_elementwise(_EXP2_2, _CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=4)
-    return y
 
 
 @triton.jit
@@ -134,19 +77,6 @@ def _edge(i, size, cells, each, EVEN: tl.constexpr):
 def _cell(at, size, cells):
     """The cell that position `at` lies in."""
     return ((tl.cast(at + 1, tl.int64) * cells - 1) // size).to(tl.int32)
-
-
-@triton.jit
-def _scores(q, k_t, factor, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """Scores times log2(e): products times `factor`, or cap * tanh(products * factor)."""
-    if INTERPRET:  # which multiplies the bits of bfloat16 as integers
-        q = q.to(tl.float32)
-        k_t = k_t.to(tl.float32)
-    s = tl.dot(q, k_t, input_precision=PRECISION)
-    if SOFTCAP:
-        e = _exp2(tl.minimum(s * (2 * factor * 1.4426950408889634), 80.0), 0, INTERPRET)
-        return cap * ((e - 1.0) / (e + 1.0))
-    return s * factor
 
 
 @triton.jit
@@ -295,7 +225,7 @@ def _columns(
         # A row that does not count has an infinite log-sum-exp: all its weights are zero, without a mask.
         counted = (rows >= first) & (rows < tl.minimum(last, bottom))
         lse = tl.load(lse_base + rows, mask=counted, other=float("inf")) * 1.4426950408889634
-        s = _scores(q, k_t, factor, cap, SOFTCAP, PRECISION, INTERPRET)
+        s = scores(q, k_t, factor, cap, SOFTCAP, PRECISION, INTERPRET)
         x = s - lse[:, None]
         if (top < whole) | (bottom > leaving):
             base = offset
@@ -307,7 +237,7 @@ def _columns(
                 x = tl.where(cols[None, :] > place - window, x, float("-inf"))
         if RAGGED:
             x = tl.where(there[None, :], x, float("-inf"))
-        p = _exp2(x, POLYNOMIAL, INTERPRET)
+        p = exp2(x, POLYNOMIAL, INTERPRET)
         if SUMS:
             sums += _fold(p, WARPS, False)
         if MOST:
@@ -403,18 +333,18 @@ def _rows(
     for tile in tl.range(start, stop, num_stages=STAGES):
         left = tile * COLS
         k = tl.reshape(keys.load([kv, left, 0]), (COLS, BLOCK_D))
-        x = _scores(q, tl.trans(k), factor, cap, SOFTCAP, PRECISION, INTERPRET)
+        x = scores(q, tl.trans(k), factor, cap, SOFTCAP, PRECISION, INTERPRET)
         if (left + COLS > offset + top + 1) | (left <= offset + bottom - 1 - window):
             behind = (offset + rows)[:, None] - (left + tl.arange(0, COLS))[None, :]
             x = tl.where((behind >= 0) & (behind < window), x, -1.0e30)
         if GIVEN:
             x -= high[:, None]
-            p = _exp2(x, 0, INTERPRET)
+            p = exp2(x, 0, INTERPRET)
             spread += tl.sum(p * x, 1)
         else:
             higher = tl.maximum(high, tl.max(x, 1))
             x -= higher[:, None]
-            p = _exp2(x, 0, INTERPRET)
+            p = exp2(x, 0, INTERPRET)
             moved = high - higher
             shrink = tl.exp2(moved)
             if ENTROPY:
@@ -428,11 +358,6 @@ def _rows(
         if ENTROPY:
             value = (tl.log2(total) - spread / total) * 0.6931471805599453
             tl.store(entropy_ptr + out, tl.maximum(value, 0.0), mask=rows < n)
-
-
-@cache
-def _interpreted() -> bool:
-    return isinstance(_columns, InterpretedFunction)
 
 
 def read_attention(
@@ -452,19 +377,19 @@ def read_attention(
     """As `workbench_kernels.reading.read_attention`; config: how the work is cut, chosen by default."""
     first, last = check_reading(query, key, scoring, lse, rows, pooling, pixels)
     scale, window, softcap = scoring.scale, scoring.window, scoring.softcap
-    query, key = _aligned(query), _aligned(key)
+    query, key = aligned(query), aligned(key)
     (h, n, d), (k, m, _) = query.shape, key.shape
     group = h // k
     spread = None
     reach = _NEVER if window is None else min(window, _NEVER)
-    factor, cap = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    factor, cap = (scale * LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2E)
     shared: dict[str, Any] = {
         "D": d,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "SOFTCAP": softcap is not None,
         # One TF32 product would lose half of the digits; three keep nearly all.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
-        "INTERPRET": _interpreted(),
+        "INTERPRET": interpreted(),
     }
     if lse is None or entropy:
         given = lse is not None
@@ -573,7 +498,7 @@ def read_attention(
 
 def _tiles(query: Tensor, width: int, most: bool, m: int, pixels: int | None) -> Config:
     """The tiles of `_columns` that fit into registers and shared memory, and waste little at the edges of cells."""
-    if _interpreted():
+    if interpreted():
         return Config(16, 32, 4, 1)
     if query.dtype == torch.float32:
         return Config(64, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
@@ -591,20 +516,8 @@ def _tiles(query: Tensor, width: int, most: bool, m: int, pixels: int | None) ->
 
 def _row_tiles(query: Tensor, width: int) -> tuple[int, int, int, int]:
     """Rows and columns of a tile of `_rows`, its warps and stages."""
-    if _interpreted():
+    if interpreted():
         return 16, 32, 4, 1
     if query.dtype == torch.float32:
         return 64, 64 if width <= 128 else 32, 4, 2
     return (128, 128, 8, 2) if width <= 128 else (64, 64, 4, 2)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """As the copy units of a Hopper GPU want it: the last dimension contiguous, all else at multiples of 16 bytes.
-
-    The queries and keys of a model are so already; others are copied.
-    """
-    step = 16 // x.element_size()
-    if x.shape[2] % step:
-        x = torch.nn.functional.pad(x, (0, step - x.shape[2] % step))
-    fits = x.stride(2) == 1 and x.stride(0) % step == 0 and x.stride(1) % step == 0 and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()

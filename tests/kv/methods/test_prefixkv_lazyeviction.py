@@ -13,7 +13,7 @@ from tests.kv.support import random_ranking, softmax_rows, trace_of
 from workbench.errors import BadBudget
 from workbench.kv import LazyEviction, PrefixKV, SnapKV
 from workbench.kv.base import Study
-from workbench.kv.methods.allocate.prefixkv import held_before
+from workbench.kv.methods.allocate.prefixkv import held_before, joining
 from workbench.kv.plan import rank
 from workbench.kv.ranking import Ranking
 from workbench.kv.recurrence import mri_score, track_recurrence
@@ -32,12 +32,12 @@ TOKENS = 60
 # -- PrefixKV
 
 
-def peaked(layers: int = 5, heads: int = 2, tokens: int = 80) -> tuple[Ranking, Tensor]:
-    """Importance [l, n] that concentrates more and more from layer to layer, and a ranking beside its curves."""
+def peaked(layers: int = 5, heads: int = 2, tokens: int = 80, protected: int = 5) -> tuple[Ranking, Tensor]:
+    """Importance [l, n] that concentrates more and more from layer to layer, and a ranking beside its order."""
     uniform = torch.rand(layers, tokens, generator=torch.Generator().manual_seed(3))
     importance = uniform ** (1 + 3 * torch.arange(layers)[:, None])
     curves = torch.stack([held_before(layer) for layer in importance])
-    return random_ranking(layers, heads, tokens).beside(curves), importance
+    return random_ranking(layers, heads, tokens).beside(joining(curves, protected)), importance
 
 
 def size_at(importance: list[float], prefix: float, protected: int) -> int:
@@ -74,7 +74,7 @@ def test_sizes_are_those_that_a_binary_search_for_the_prefix_finds(share: float)
 
 
 def test_every_layer_holds_nearly_the_same_share_of_its_importance() -> None:
-    ranking, importance = peaked(tokens=2000)
+    ranking, importance = peaked(tokens=2000, protected=1)
     counts = PrefixKV(sinks=0, recent=1).allocate(ranking, ranking.scores.numel() // 5)[:, 0]
     best = importance.sort(descending=True).values
     held = [float(layer[: int(count)].sum() / layer.sum()) for layer, count in zip(best, counts, strict=True)]
@@ -83,8 +83,9 @@ def test_every_layer_holds_nearly_the_same_share_of_its_importance() -> None:
 
 
 def test_sizes_only_grow_with_the_budget_and_are_met_to_the_entry() -> None:
-    uniform = random_ranking(4, 2, 30).beside(torch.stack([held_before(torch.ones(30))] * 4))
-    nothing = random_ranking(4, 2, 30).beside(torch.stack([held_before(torch.eye(30)[layer]) for layer in range(4)]))
+    alike = torch.stack([held_before(torch.ones(30))] * 4)
+    single = torch.stack([held_before(torch.eye(30)[layer]) for layer in range(4)])
+    uniform, nothing = (random_ranking(4, 2, 30).beside(joining(before, 5)) for before in (alike, single))
     for ranking in (peaked()[0], uniform, nothing):
         before = torch.zeros(ranking.layers, ranking.kv_heads, dtype=torch.long)
         for total in range(ranking.layers, ranking.layers * ranking.tokens + 1, 3):
@@ -95,7 +96,7 @@ def test_sizes_only_grow_with_the_budget_and_are_met_to_the_entry() -> None:
 
 
 def test_sinks_and_the_last_token_come_first_in_all_layers() -> None:
-    ranking, _ = peaked()
+    ranking, _ = peaked(protected=6)
     for total in (5, 12, 30):
         counts = PrefixKV(sinks=4, recent=2).allocate(ranking, total * ranking.kv_heads)[:, 0]
         assert int(counts.max() - counts.min()) <= 1

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Pin
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.pruned import kept_of
@@ -18,7 +19,10 @@ from workbench_kernels import Scoring
 from workbench_kernels.building import expand_rows, kept, sparse_rows
 from workbench_kernels.decode_bitmap import decode_bitmap
 from workbench_kernels.kept import Kept
+from workbench_kernels.rows import Ragged
 from workbench_kernels.rows import SparseRows as KernelRows
+
+_BLOCK = 32  # tokens that are pruned together between captured steps
 
 
 class SparseRows:
@@ -109,7 +113,11 @@ class BitmapStore(PositionedStore):
         self.key_tail.append(keys)
         self.value_tail.append(values)
         self._append_positions(positions)
-        ready = int(self.key_tail.counts.min()) - self.recent
+        self.settle()
+
+    def settle(self) -> None:
+        """Prune what has been in the tail for long enough."""
+        ready = self.key_tail.shortest - self.recent
         if ready > 0:
             self.keys.append(self.key_tail.cut_front(ready))
             self.values.append(self.value_tail.cut_front(ready))
@@ -118,6 +126,52 @@ class BitmapStore(PositionedStore):
         sparse_rows = (self.keys.numbers, self.keys.bitmap, self.values.numbers, self.values.bitmap)
         for rows in (*sparse_rows, *self._positions):
             rows.reserve(tokens)
+
+    # -- captured decode steps: what leaves the tail one at a time otherwise leaves it in blocks
+
+    @property
+    def capturable(self) -> Capturable | None:
+        return self
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.key_tail, self.value_tail
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        pruned = max(self.key_tail.shortest + steps - self.recent, 0)
+        room = [(rows, steps) for rows in (self.key_tail, self.value_tail, *self._positions)]
+        return room + [(rows, pruned) for side in (self.keys, self.values) for rows in (side.numbers, side.bitmap)]
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        more = min(steps, self.steps_until_settled)
+        return self.key_tail.longest + more, self.value_tail.longest + more
+
+    @property
+    def fixed_nbytes(self) -> int:
+        return 0
+
+    @property
+    def period(self) -> int:
+        return max(self.recent, _BLOCK)
+
+    @property
+    def steps_until_settled(self) -> int:
+        return max(self.recent + self.period - self.key_tail.shortest, 1)
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        more = self.key_tail.longest + steps  # all that is pruned has been in the tail
+
+        def pinned(side: SparseRows, tail: Ragged) -> KernelRows:
+            numbers, bitmap = (pin(rows, rows.longest + more) for rows in (side.numbers, side.bitmap))
+            return KernelRows(numbers, bitmap, tail)
+
+        sides = pinned(self.keys, keys), pinned(self.values, values)
+        return lambda query, scoring: decode_bitmap(query, *sides, scoring)[0]
+
+    def advance(self, positions: Tensor) -> None:
+        self.key_tail.grow(positions.numel())
+        self.value_tail.grow(positions.numel())
+        self._append_positions(positions)
 
     @property
     def kv_heads(self) -> int:

@@ -20,8 +20,8 @@ class Droppable(Protocol):
         """Entries of the head that has most."""
 
     @property
-    def counts(self) -> Tensor:
-        """Entries of each head, int64 [k]."""
+    def shortest(self) -> int:
+        """Entries of the head that has fewest."""
 
     def slots(self) -> tuple[Tensor, Tensor | None]:
         """The position in each slot, int [k or 1, m], and which slots are real, bool [k, m]; None: all."""
@@ -49,8 +49,8 @@ class Rescored(Protocol):
         """Entries of the head that has most."""
 
     @property
-    def counts(self) -> Tensor:
-        """Entries of each head, int64 [k]."""
+    def shortest(self) -> int:
+        """Entries of the head that has fewest."""
 
     def make_room(self, room: int) -> None:
         """Let entries leave so that each head has room for so many more; below zero: so many could still come."""
@@ -92,14 +92,14 @@ class Capturable(Protocol):
 
     @property
     def period(self) -> int | None:
-        """How many tokens are quantised together; None where none ever is."""
+        """How many tokens are compressed together; None where none ever is."""
 
     @property
     def steps_until_settled(self) -> int | None:
-        """How many tokens may come before entries have to be quantised, at least one; None: any number."""
+        """How many tokens may come before entries have to be compressed, at least one; None: any number."""
 
     def settle(self) -> None:
-        """Quantise what has waited for long enough, in place."""
+        """Quantise or prune what has waited for long enough, in place."""
 
     def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
         """Attention over everything held, with `growing` at the places keys and values, for so many steps."""

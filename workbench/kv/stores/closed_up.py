@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Self
 
 import torch
@@ -23,9 +24,12 @@ class ClosedUpStore(WrappingStore):
     larger than the cache. Positions stay true everywhere else: masks and evictions go by them.
     """
 
-    def __init__(self, inner: Store, rotation: Rotation) -> None:
+    def __init__(self, inner: Store, rotation: Rotation, *, together: bool) -> None:
+        """together: heads that hold the same positions will always do, for nothing leaves but by its position."""
         super().__init__(inner)
         self.rotation = rotation
+        where, valid = inner.slots()
+        self._alike = together and valid is None and bool((where == where[:1]).all())
 
     @property
     def attends_itself(self) -> bool:
@@ -39,7 +43,7 @@ class ClosedUpStore(WrappingStore):
         """Everything held, with keys turned to their places."""
         held = self.inner.contents(dtype)
         where = held.positions
-        if bool((where == where[:1]).all()) and held.valid is None:
+        if self._alike:
             where = where[:1]  # one table for all heads
         keys = self._turned(held.keys, where, places(where, held.valid))
         return Dequantised(keys, held.values, held.positions, held.valid)
@@ -68,7 +72,9 @@ class ClosedUpStore(WrappingStore):
         return self.rotation.by(x.float(), cos, sin).to(x.dtype)
 
     def clone(self) -> Self:
-        return type(self)(self.inner.clone(), self.rotation)
+        twin = copy(self)
+        twin.inner = self.inner.clone()
+        return twin
 
 
 def places(positions: Tensor, valid: Tensor | None) -> Tensor:

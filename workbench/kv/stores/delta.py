@@ -56,7 +56,7 @@ class DeltaRows:
     def append(self, x: Tensor) -> None:
         """Add x [k, q, d]; whole blocks leave the tail as soon as `window` tokens stay behind them."""
         self.tail.append(x)
-        ready = int(older(self.tail.counts.min(), self.group, self.window))
+        ready = int(older(torch.tensor(self.tail.shortest), self.group, self.window))
         if self.moves is None or not ready:
             return
         blocks = self.tail.cut_front(ready).view(-1, self.group, x.shape[-1])

@@ -76,6 +76,11 @@ class DenseStore(PositionedStore):
         return self.keys.longest
 
     @property
+    def shortest(self) -> int:
+        """Entries of the head that has fewest."""
+        return self.keys.shortest
+
+    @property
     def _complete_length(self) -> int:
         return self.keys.longest
 
@@ -102,11 +107,6 @@ class DenseStore(PositionedStore):
         self.values.write(values)
 
     @property
-    def counts(self) -> Tensor:
-        """Entries of each head, int64 [k]."""
-        return self.keys.counts
-
-    @property
     def eviction_state(self) -> Tensor:
         """The eviction state of the entry in each slot, float32 [k, m], or [k, m, w] where it is w > 1 numbers."""
         assert self.state is not None
@@ -128,6 +128,11 @@ class DenseStore(PositionedStore):
     def evict(self, slots: Tensor) -> None:
         """Drop the entries in slots [k, e] of each head; the last entries move into the freed slots."""
         count = slots.shape[1]
+        if count == 1:
+            last = self.keys.counts[:, None] - 1
+            for rows in self._rows:
+                rows.move(last, slots, 1)
+            return
         heads, device = slots.shape[0], slots.device
         # Of the last `count` slots of a head, those that stay fill those freed before them.
         ends = self.keys.counts[:, None] - count + torch.arange(count, device=device)  # [k, e]

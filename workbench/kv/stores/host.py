@@ -83,7 +83,7 @@ class HostRows:
         slots = slots.to("cpu")
         parts = []
         for rows in of:
-            at = (rows.slots()[:, :1] + slots).clamp_max_(max(rows.data.shape[0] - 1, 0))
+            at = (rows.begins[:, None] + slots).clamp_max_(max(rows.data.shape[0] - 1, 0))
             part = rows.data.new_empty(*slots.shape, rows.data.shape[1], pin_memory=self._stream is not None)
             torch.index_select(rows.data, 0, at.flatten(), out=part.view(-1, rows.data.shape[1]))
             parts.append(part)

@@ -215,7 +215,7 @@ class LowRankStore(PositionedStore):
 
     def _settle(self) -> None:
         """Project what is more than the window."""
-        tokens = int(older_of(self.newer[0].counts.min(), self.window, self.group))
+        tokens = int(older_of(torch.tensor(self.newer[0].shortest), self.window, self.group))
         if not tokens:
             return
         if not self._positions:

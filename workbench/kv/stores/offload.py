@@ -227,6 +227,8 @@ class OffloadStore(TieredStore):
     def distinct(self, slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Of slots [k, q, c] found by several queries: each once, int64 [k, u], and whose it is, bool [k, q, u]."""
         kv_heads, queries, _ = slots.shape
+        if queries == 1:
+            return slots[:, 0], counts
         wanted = torch.zeros(kv_heads, queries, self.far.longest + 1, dtype=torch.bool, device=slots.device)
         wanted.scatter_(2, torch.where(counts, slots, self.far.longest), True)
         wanted = wanted[..., :-1]

@@ -261,9 +261,9 @@ class PackedStore(PositionedStore):
         return self.keys.codes.longest + self.key_tail.longest  # one of the two has all of them
 
     @property
-    def counts(self) -> Tensor:
-        """Entries of each head, int64 [k]."""
-        return self.keys.codes.counts + self.key_tail.counts
+    def shortest(self) -> int:
+        """Entries of the head that has fewest."""
+        return self.keys.codes.shortest + self.key_tail.shortest
 
     def evict(self, slots: Tensor) -> None:
         """Drop the entries in slots [k, e] of each head; the others keep their order."""
@@ -287,9 +287,9 @@ class PackedStore(PositionedStore):
             return
         if tail.uniform and tail.longest < max(self.residual, packed.group) and packed.axis == "channel":
             return
-        ready = packed_length(tail.counts.min(), self.residual, packed.group, packed.axis, packed.bits)
-        if int(ready):
-            packed.append(tail.cut_front(int(ready)).float(), self._block)
+        held = torch.tensor(tail.shortest)
+        if ready := int(packed_length(held, self.residual, packed.group, packed.axis, packed.bits)):
+            packed.append(tail.cut_front(ready).float(), self._block)
 
     def reserve(self, tokens: int) -> None:
         for rows in (self.key_tail, self.value_tail, *self._positions):
@@ -312,7 +312,7 @@ class PackedStore(PositionedStore):
     def room_for(self, steps: int) -> list[tuple[Rows, int]]:
         room = [(rows, steps) for rows in (self.key_tail, self.value_tail, *self._positions)]
         for packed, tail in self._sides:
-            most = 0 if packed.bits == WHOLE else int(tail.counts.min()) + steps
+            most = 0 if packed.bits == WHOLE else tail.shortest + steps
             per_scale = packed.group if packed.axis == "channel" else 1
             most = most // per_scale * per_scale
             room += [(packed.codes, most), (packed.scale, most // per_scale), (packed.zero, most // per_scale)]
@@ -320,7 +320,7 @@ class PackedStore(PositionedStore):
 
     def most_rows(self, steps: int) -> tuple[int, int]:
         keys, values = (
-            tail.longest + (steps if limit is None else max(limit - int(tail.counts.min()), 1))
+            tail.longest + (steps if limit is None else max(limit - tail.shortest, 1))
             for tail, limit in zip(self.growing, self._limits, strict=True)
         )
         return keys, values
@@ -343,9 +343,7 @@ class PackedStore(PositionedStore):
     @property
     def steps_until_settled(self) -> int | None:
         waits = [
-            limit - int(tail.counts.min())
-            for tail, limit in zip(self.growing, self._limits, strict=True)
-            if limit is not None
+            limit - tail.shortest for tail, limit in zip(self.growing, self._limits, strict=True) if limit is not None
         ]
         return max(min(waits), 1) if waits else None
 

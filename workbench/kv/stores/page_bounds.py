@@ -77,8 +77,10 @@ class PageBounds(Selector):
     def choose(self, query: Tensor, order: Tensor, seen: Tensor) -> Tensor:
         least, greatest = self.bounds.view().float().chunk(2, dim=2)  # [k, p, d]
         highest = query.clamp_min(0) @ greatest.mT + query.clamp_max(0) @ least.mT  # [k, g, p]
-        begun, padding = (torch.tensor(each, device=order.device)[:, None] for each in (self._begun, self._padding))
-        page = torch.where(order < begun, order, order + padding) // self.page  # [k, m]
+        if any(self._padding):
+            begun, padding = (torch.tensor(x, device=order.device)[:, None] for x in (self._begun, self._padding))
+            order = torch.where(order < begun, order, order + padding)
+        page = order // self.page  # [k, m]
         page = page.clamp_max(least.shape[1] - 1)  # slots that hold nothing come last
         open_ = torch.zeros_like(highest[:, 0], dtype=torch.uint8).scatter_reduce_(
             1, page, seen.to(torch.uint8), "amax"

@@ -19,7 +19,8 @@ class Rows:
     """For each head some rows [length, d], kept one head after another in one contiguous buffer that grows by blocks.
 
     While all heads are equally long, lengths are plain numbers and `view` costs nothing; otherwise starts and lengths
-    are int32 tensors [k], as a kernel wants them, and `view` gathers.
+    are int32 tensors [k], as a kernel wants them, and `view` gathers. longest, shortest: rows of the heads that have
+    most and fewest; heads grow and shrink together, so these are always known without asking the device.
     """
 
     def __init__(self, data: Tensor, heads: int, lengths: Tensor | None = None) -> None:
@@ -30,12 +31,13 @@ class Rows:
         self.data = data
         self.heads = heads
         self.longest = data.shape[0] // heads if lengths is None else int(lengths.max())
+        self.shortest = self.longest if lengths is None else int(lengths.min())
         self.total = data.shape[0]
         self._room = self.longest  # rows that fit into each head's part while equally long
         self._spare = 0  # further rows that fit into each head's part while not
         self.starts: Tensor | None = None
         self.lengths: Tensor | None = None
-        if lengths is not None and int(lengths.min()) != self.longest:
+        if lengths is not None and self.shortest != self.longest:
             self.lengths = lengths.to(data.device, torch.int32, copy=True)
             self.starts = (lengths.cumsum(0) - lengths).to(data.device, torch.int32)
 
@@ -95,7 +97,8 @@ class Rows:
     def ragged(self) -> Ragged:
         """The rows as kernels take them, lengths on the device."""
         if self.lengths is None or self.starts is None:
-            starts, lengths = _even(self.heads, self._room, self.longest, str(self.data.device))
+            even = _even if not _capturing(self.data) else _even.__wrapped__  # what a graph makes is its own
+            starts, lengths = even(self.heads, self._room, self.longest, str(self.data.device))
             return Ragged(self.data, starts, lengths, self.longest)
         return Ragged(self.data, self.starts, self.lengths, self.longest)
 
@@ -107,11 +110,11 @@ class Rows:
 
     def at(self, rows: Tensor) -> Tensor:
         """Each head's rows number `rows` [k, e], copied: [k, e, d]."""
-        return self.data[self.slots()[:, :1] + rows]
+        return self.data[self.begins[:, None] + rows]
 
     def put(self, rows: Tensor, x: Tensor) -> None:
         """Write x [k, e, d] over each head's rows number `rows` [k, e]."""
-        self.data[self.slots()[:, :1] + rows] = x.to(self.data.dtype)
+        self.data[self.begins[:, None] + rows] = x.to(self.data.dtype)
 
     def slots(self) -> Tensor:
         """Where in the buffer each row lies, int64 [k, longest]; beyond a head's length, the place of some row."""
@@ -193,6 +196,7 @@ class Rows:
     def grow(self, count: int) -> None:
         """Take up `count` rows that were written behind those of every head, where room was reserved, by others."""
         self.longest += count
+        self.shortest += count
         self.total += self.heads * count
         if self.lengths is not None:
             self.lengths += count
@@ -228,13 +232,14 @@ class Rows:
         """Copy each head's rows source [k, s] over its rows target [k, s], then cut the last `drop` rows of every
         head.
         """
-        begin = self.slots()[:, :1]
+        begin = self.begins[:, None]
         self.data[begin + target] = self.data[begin + source]
         self.cut(drop)
 
     def cut(self, rows: int) -> None:
         """Forget the last `rows` rows of every head."""
         self.longest -= rows
+        self.shortest -= rows
         self.total -= self.heads * rows
         if self.lengths is not None:
             self.lengths -= rows
@@ -252,8 +257,14 @@ class Rows:
             self.starts += rows
             self.lengths -= rows
             self.longest -= rows
+            self.shortest -= rows
             self.total -= self.heads * rows
         return taken
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=64)  # a step asks once a layer

@@ -122,17 +122,19 @@ class SelectingStore(WrappingStore):
             return self.inner.attend(query, query_positions, scoring, weights=weights)
         held = self.inner.contents(query.dtype)
         heads, slots, _ = held.keys.shape
-        at, positions = query_positions.to(self.device), held.positions.expand(heads, -1).long()  # [k, m]
+        at, positions = query_positions.to(self.device), held.positions.long()  # [k or 1, m]
         seen = positions <= at
         if held.valid is not None:
             seen, positions = seen & held.valid, positions.masked_fill(~held.valid, torch.iinfo(torch.int64).max)
         if scoring.window is not None:
             seen = seen & (positions > at - scoring.window)
         order = positions.argsort(dim=1, stable=True).argsort(dim=1)
+        seen, positions, order = (x.expand(heads, -1) for x in (seen, positions, order))
         chosen = self.selector.choose(query.float().view(heads, -1, query.shape[-1]), order, seen)  # [k, g, m]
         counts = chosen.sum(dim=2)
-        self._computed = int(counts.sum()) + chosen.shape[1] * self.selector.looks_at
-        where = chosen.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., : max(int(counts.max()), 1)]
+        total, most = torch.stack([counts.sum(), counts.max()]).tolist()
+        self._computed = total + chosen.shape[1] * self.selector.looks_at
+        where = chosen.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., : max(most, 1)]
 
         def at_chosen(x: Tensor) -> Tensor:
             wide = x[:, None].expand(-1, chosen.shape[1], -1, -1)

@@ -9,7 +9,8 @@ from workbench.core.apportion import apportion
 from workbench.core.attention_rows import attention_rows
 from workbench.kv.base import KVMethod, Study, keep_first, keep_last
 from workbench.kv.ranking import Ranking
-from workbench.measure.heads import contextual, probe_positions
+from workbench.measure.head_classes import contextual
+from workbench.measure.head_queries import probe_positions
 from workbench.registry import Fidelity, Paper, param, register
 from workbench.trace import LayerTrace
 

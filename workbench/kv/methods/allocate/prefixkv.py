@@ -82,15 +82,16 @@ class PrefixKV(SharedAttention):
     default_budget = 0.5
 
     def importance(self, study: Study) -> Tensor:
-        """The share of its importance that a layer's best positions hold before each, float64 [l, n], ascending."""
-        return torch.stack([held_before(self.shared(layer)) for layer in study.trace.compressible]).cpu()
+        """The place at which each layer's best positions join, among those of all layers: int64 [l, n], ascending."""
+        before = torch.stack([held_before(self.shared(layer)) for layer in study.trace.compressible])
+        return joining(before, self.sinks + self.recent).cpu()
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
         total = min(entries // ranking.kv_heads, ranking.layers * ranking.tokens)  # over all layers, of one head
         if ranking.importance is None or total < ranking.layers:
             return super().allocate(ranking, entries)
-        sizes = prefix_sizes(ranking.importance, total, self.sinks + self.recent)
-        return sizes[:, None].expand(-1, ranking.kv_heads)
+        sizes = torch.searchsorted(ranking.importance, torch.full((ranking.layers, 1), total))
+        return sizes.expand(-1, ranking.kv_heads)
 
 
 def held_before(importance: Tensor) -> Tensor:
@@ -100,15 +101,16 @@ def held_before(importance: Tensor) -> Tensor:
     return (sums - best_first) / sums[-1:]
 
 
-def prefix_sizes(before: Tensor, total: int, protected: int) -> Tensor:
-    """The sizes [l], `total` together, at which all layers hold the same prefix: int64.
+def joining(before: Tensor, protected: int) -> Tensor:
+    """The places at which the positions of all layers join, so that all hold the same prefix: int64 [l, n], ascending.
 
     before: the share held before each position, float64 [l, n], ascending. Every layer's first one and `protected` more
     come before all others, layer by layer in turns.
     """
     layers, tokens = before.shape
     certain = min(protected, tokens - 1)
-    turns = torch.arange(certain, dtype=before.dtype).expand(layers, -1) / tokens - 1  # below 0
+    turns = torch.arange(certain, dtype=before.dtype, device=before.device).expand(layers, -1) / tokens - 1  # below 0
     joins = torch.cat([turns, before[:, : tokens - certain]], dim=1)
-    chosen = joins.T.flatten().argsort(stable=True)[:total]  # ties in turns
-    return torch.bincount(chosen % layers, minlength=layers)
+    order = joins.T.flatten().argsort(stable=True)  # ties in turns
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return places.view(tokens, layers).T.contiguous()

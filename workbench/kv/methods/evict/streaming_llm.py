@@ -27,6 +27,7 @@ class StreamingLLM(SinksAndRecent):
     paper = Paper("Efficient Streaming Language Models with Attention Sinks", "Xiao et al. 2023", "2309.17453")
     claim = "four sinks and a window keep perplexity stable over 4 million tokens"
     default_budget = 0.5
+    evicts_by_position = True
     fidelity = Fidelity("as published")
     presets = (
         Preset(

@@ -1,0 +1,113 @@
+"""Every KV method in a session, as a user gets it: the shape of Llama 3.1 8B has read 32,768 tokens, and answers.
+
+Weights and tokens are random numbers. Methods that take a budget get a quarter, otherwise all is as published. *us* is
+a token's time in the last half of the answer, *first to last* the tokens a second over all of the answer but its first
+token: capturing, and compiling what is not in the kernel cache, included. *Bytes* are all weights that a token needs
+and what the cache holds on the device: who attends to a part of it alone may beat that limit. *Plan* is the first plan
+for this prompt. `transformers` is the model's own decoding over its own cache.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import workbench as wb
+from bench.end_to_end import eight_billion
+from workbench.errors import BudgetTooSmall
+from workbench.registry import registered
+
+TOKENS, FEW = 32 << 10, 2 << 10
+ANSWER = 256
+LONGEST_S = 12.0  # of one answer
+
+Row = dict[str, Any]
+
+
+def rows(quick: bool, keys: Sequence[str] | None = None) -> Iterator[Row]:
+    """A row for transformers and one for each method; quick: a short prompt."""
+    model = eight_billion()
+    tokens = FEW if quick else TOKENS
+    session, ids = read(model, tokens)
+    if keys is None:
+        yield plain(model, ids)
+    for key in keys or [method.key for method in registered("kv")]:
+        try:
+            yield answered(session, key, tokens)
+        except Exception as problem:  # noqa: BLE001  the others are measured all the same
+            yield {"what": key, "n": tokens, "failed": f"{type(problem).__name__}: {problem}"[:160]}
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def read(model: PreTrainedModel, tokens: int) -> tuple[wb.Session, torch.Tensor]:
+    """A session whose model has read random tokens and never ends an answer by itself, and these tokens."""
+    session = wb.Session((model, None))
+    ids = torch.randint(3, 128000, (tokens,), generator=torch.Generator().manual_seed(0))
+    session.read(ids)
+    session.readings.facts = replace(session.facts, eos_ids=())
+    return session, ids
+
+
+def weight_nbytes(model: Any) -> int:
+    """What a token reads: all weights but the embeddings of other tokens."""
+    return sum(x.nbytes for x in model.parameters()) - model.get_input_embeddings().weight.nbytes
+
+
+def answered(session: wb.Session, key: str, tokens: int) -> Row:
+    """How fast a method answers; an answer that takes too long is stopped, and what came counts."""
+    options = {"budget": 0.25} if wb.method(key).takes_budget() else {}
+    began = perf_counter()
+    try:
+        stream = session.stream(key, max_new_tokens=ANSWER, **options)
+    except BudgetTooSmall as refusal:
+        options = {"budget": refusal.smallest}
+        began = perf_counter()
+        stream = session.stream(key, max_new_tokens=ANSWER, **options)
+    torch.cuda.synchronize()
+    planned = perf_counter()
+    times = []
+    for _ in stream:
+        times.append(perf_counter())
+        if times[-1] - planned > LONGEST_S:
+            break
+    row: Row = {"what": key, "n": tokens, "budget": options.get("budget", "own"), "plan ms": 1e3 * (planned - began)}
+    half = len(times) // 2
+    if half < 2:
+        return {**row, "failed": f"{len(times)} tokens in {times[-1] - planned:.0f} s"}
+    row["us"] = 1e6 * (times[-1] - times[half]) / (len(times) - 1 - half)
+    row["tokens/s"] = 1e6 / row["us"]
+    row["first to last"] = (len(times) - 1) / (times[-1] - times[0])
+    if len(times) == ANSWER:
+        run = stream.run
+        row["bytes"] = weight_nbytes(session.model) + run.kv_nbytes
+        without = [note for note in run.notes if "without CUDA graphs" in note]
+        row["way"] = "modules" if without else "graphs"
+        run.release()
+    else:
+        stream.cancel()
+    return row
+
+
+@torch.inference_mode()
+def plain(model: Any, ids: torch.Tensor) -> Row:
+    """transformers' own decoding, over a cache that grows."""
+    output = model(ids[None].cuda(), use_cache=True, logits_to_keep=1)
+    times = []
+    for _ in range(32):
+        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        torch.cuda.synchronize()
+        times.append(perf_counter())
+    us = 1e6 * (times[-1] - times[8]) / (len(times) - 9)
+    cache = sum(x.nbytes for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
+    return {
+        "what": "transformers", "n": ids.numel(), "us": us, "tokens/s": 1e6 / us, "bytes": weight_nbytes(model) + cache,
+        "way": model.config._attn_implementation,  # noqa: SLF001  (there is no public name for it)
+    }  # fmt: skip
