@@ -78,6 +78,12 @@ def test_no_way_is_faster_than_the_bound(outcomes: dict[str, Outcome]) -> None:
     assert rows[0]["with"] == 1024 // 32 * 258  # bytes, as the paper has them
 
 
+def test_a_tree_beats_a_ring_by_more_the_more_devices_there_are(outcomes: dict[str, Outcome]) -> None:
+    times = [float(row["times"]) for row in run("tree-attention", outcomes).rows]
+    assert times == sorted(times) and times[-1] > 2
+    assert all(1 <= float(row["times"]) <= 2 for row in run("burst-attention", outcomes).rows)
+
+
 def test_unknown_systems_and_parameters_are_said() -> None:
     with pytest.raises(BadParameter, match="did you mean splitwise"):
         system("splitwize")

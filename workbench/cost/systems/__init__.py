@@ -11,6 +11,7 @@ from workbench.cost.systems.bounds import ExpertWeave, FlashFormer, FlightLLM, I
 from workbench.cost.systems.melange import Melange
 from workbench.cost.systems.policies import AliseStudy, FastSwitchStudy, FlexLLMStudy, LayeredPrefillStudy
 from workbench.cost.systems.pools import EPD, EMoE, IdealizedRuntime, Polca, RuntimeDissection, ServingSettings
+from workbench.cost.systems.sharded import BurstAttention, TreeAttention
 from workbench.cost.systems.splitwise import Splitwise
 from workbench.cost.systems.system import Outcome, System, found
 
@@ -25,7 +26,7 @@ SYSTEMS: Mapping[str, type[System]] = MappingProxyType(
         for each in (
             LongContext, Apex, LayeredPrefillStudy, AliseStudy, FastSwitchStudy, Splitwise, EMoE, FlexLLMStudy,
             FlightLLM, EPD, Melange, InstInfer, FlashFormer, ExpertWeave, Polca, IdealizedRuntime, ServingSettings,
-            RuntimeDissection, TopLoc,
+            RuntimeDissection, TopLoc, TreeAttention, BurstAttention,
         )
     }
 )  # fmt: skip
