@@ -11,8 +11,21 @@ from workbench.cost.estimating import cost
 from workbench.cost.hardware import Figure, Hardware, catalogue, hardware
 from workbench.cost.memory import Memory
 from workbench.cost.systems import system, systems
+from workbench.cost.targets import targets
 from workbench.cost.times import Term
 
-__all__ = ["Cost", "Figure", "Hardware", "Memory", "Term", "catalogue", "cost", "hardware", "system", "systems"]
+__all__ = [
+    "Cost",
+    "Figure",
+    "Hardware",
+    "Memory",
+    "Term",
+    "catalogue",
+    "cost",
+    "hardware",
+    "system",
+    "systems",
+    "targets",
+]
 
 callable_as(__name__, cost)
