@@ -63,8 +63,9 @@ def test_bytes_are_those_that_the_session_counts(kind: str) -> None:
     session = wb.Session((tiny_of(kind), None), kv_dtype="float32")
     trace = session.read(torch.full((N,), 5))
     shape = architecture(config_of(kind), kind, torch.float32)
-    assert shape.heads_nbytes(N, torch.float32) == uncompressed_nbytes(trace, torch.float32)
     blank = shape.trace(N, torch.float32)
+    assert uncompressed_nbytes(blank, torch.float32) == uncompressed_nbytes(trace, torch.float32)
+    assert shape.kv_nbytes(N, torch.float32) == uncompressed_nbytes(trace, torch.float32)
     assert blank.exact == trace.exact and blank.numbers == trace.numbers
     assert shape.state_nbytes(N) == (trace.states.nbytes if trace.states else 0)
 
@@ -121,6 +122,13 @@ def session() -> wb.Session:
     return made
 
 
+@pytest.fixture(scope="module")
+def latent() -> wb.Session:
+    made = wb.Session((tiny_of("deepseek_v3"), None), kv_dtype="float32")
+    made.read(torch.randint(3, 250, (200,), generator=torch.Generator().manual_seed(1)))
+    return made
+
+
 READING = {cls.key for cls in registered("kv") if "read" in cls.supplied}
 
 
@@ -139,6 +147,17 @@ def test_a_cache_under_a_recipe_is_what_planning_holds(session: wb.Session, key:
         assert plan.nbytes <= told.memory.kv <= told.memory.full_kv
     else:
         assert (told.memory.kv, told.memory.host) == (plan.nbytes, plan.host_nbytes)
+
+
+@pytest.mark.parametrize("key", ["full", "snapkv", "kivi", "streaming-llm", "adakv", "look-m"])
+def test_a_cache_of_latent_rows_under_a_recipe_is_what_planning_holds(latent: wb.Session, key: str) -> None:
+    budget = {"snapkv": 0.5, "streaming-llm": 0.5}.get(key)
+    told = wb.cost(config_of("deepseek_v3"), key, context=200, budget=budget, dtype="float32")
+    plan = latent.plan(key, budget=budget)
+    assert told.memory.full_kv == plan.full_nbytes == 4 * 200 * (32 + 8) * 4
+    bounded = any("upper bound" in note for note in told.notes)
+    assert plan.nbytes <= told.memory.kv if bounded else plan.nbytes == told.memory.kv
+    assert any("in place of latent rows" in note for note in told.notes) == (plan.expanded is not None)
 
 
 def test_two_cache_methods_together_are_what_planning_holds(session: wb.Session) -> None:

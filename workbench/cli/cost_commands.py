@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -62,7 +62,7 @@ def run_system(
     from workbench.cost import system, systems
 
     if key is None:
-        rows = systems().to_dict("records")
+        rows = cast("list[dict[str, Any]]", systems().to_dict("records"))
         if as_json:
             terminal.document(rows)
         else:
@@ -91,4 +91,4 @@ def list_hardware(as_json: AsJson = False) -> None:
         "tflops_16bit": "16-bit TFLOP/s",
         "tops_int8": "8-bit TOP/s",
     }
-    terminal.table(catalogue().to_dict("records"), columns)
+    terminal.table(cast("list[dict[str, Any]]", catalogue().to_dict("records")), columns)

@@ -63,7 +63,7 @@ def ring_attention(
         coming = lengths[(rank - step - 1) % size]
         room = [_room(each, coming) for each in part]
         moving = _passed_on(part, room, rank, size, group) if step + 1 < size else []
-        state = state.merged(_state(queries, query_positions, *part, scoring))
+        state = state.merged(_state(queries, query_positions, part[0], part[1], part[2], scoring))
         for work in moving:
             work.wait()
         part = room

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
-from workbench.kv.plan import uncompressed_nbytes
+from workbench.engine.latents import Expansion, Latents
 from workbench.models import Facts
 from workbench.prompt import Prompt
 from workbench.runtime.prefill import exact_layers
@@ -22,8 +23,8 @@ class CacheLayer:
     entry: numbers that its model's own cache holds of a token, fewer than those of all heads where that holds latents.
     window, chunk: how many positions a query sees; None: all. shared: the earlier layer whose keys and values it reads.
     state_nbytes: of a state of one size, whatever n is; token_nbytes: of what grows by a token beside keys and values
-    (an indexer's keys). latent: r + d_r, numbers of a latent entry and its rotated key, where keys and values are made
-    of one (MLA).
+    (an indexer's keys). latent: r and d_r, numbers of a latent row and of its rotated one, of which all heads make
+    their keys and values (MLA).
     """
 
     layer: int
@@ -36,12 +37,17 @@ class CacheLayer:
     shared: int | None = None
     state_nbytes: int = 0
     token_nbytes: int = 0
-    latent: int | None = None
+    latent: tuple[int, int] | None = None
 
     @property
     def attends(self) -> bool:
         """Whether it has attention, over its own keys and values or another layer's."""
         return self.kv_heads > 0 or self.shared is not None
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether its cache holds latent rows in place of keys and values."""
+        return self.latent is not None and self.entry == sum(self.latent)
 
     def held(self, tokens: int) -> int:
         """How many positions it holds of so many."""
@@ -126,6 +132,7 @@ class Architecture:
         """The shapes of a reading of so many tokens, without a number in them, as planning wants them."""
         layers: list[LayerTrace] = []
         places: dict[int, int] = {}
+        nothing = Expansion(nn.Identity(), dtype)  # of rows without numbers
         for each in self.layers:
             if not each.attends:
                 continue
@@ -142,11 +149,15 @@ class Architecture:
                     scoring=scoring,
                     shared=None if each.shared is None else places[each.shared],
                     number=each.layer,
+                    latents=None if not each.holds_rows else Latents(*_rows(each.latent, tokens, dtype), nothing),
                 )
             )
+        exact = exact_layers(layers, None)
+        if len({layer.latents is None for layer in layers if layer.index not in exact}) > 1:  # plans are of one kind
+            layers = [layer if layer.index in exact else replace(layer, latents=None) for layer in layers]
         prompt = Prompt(torch.empty(tokens, dtype=torch.int64, device="meta"), chat=False)
         logits = torch.empty(self.facts.vocab_size, device="meta")
-        return Trace(prompt, tuple(layers), logits, 0.0, exact_layers(layers, None))
+        return Trace(prompt, tuple(layers), logits, 0.0, exact)
 
     def _of(self, number: int) -> CacheLayer:
         return next(layer for layer in self.layers if layer.layer == number)
@@ -156,16 +167,24 @@ class Architecture:
         return sum(layer.held(tokens) * layer.entry for layer in self.layers) * dtype.itemsize
 
     def heads_nbytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """The same where every head is held, as the workbench's stores do: more for latent attention (MLA)."""
-        trace = self.trace(tokens, dtype)
-        return uncompressed_nbytes(trace, dtype) if trace.layers else 0
+        """The same where every head is held: more for latent attention (MLA)."""
+        widths = (layer.held(tokens) * layer.kv_heads * (layer.key_width + layer.value_width) for layer in self.layers)
+        return sum(widths) * dtype.itemsize
 
     def latent_nbytes(self, tokens: int, dtype: torch.dtype) -> int | None:
         """The same where latent attention holds latents and rotated keys; None where there is none."""
         if not any(layer.latent for layer in self.layers):
             return None
-        return sum(layer.held(tokens) * (layer.latent or layer.entry) for layer in self.layers) * dtype.itemsize
+        numbers = (layer.held(tokens) * (sum(layer.latent or ()) or layer.entry) for layer in self.layers)
+        return sum(numbers) * dtype.itemsize
 
     def state_nbytes(self, tokens: int) -> int:
         """Bytes of what layers keep beside keys and values, or in their place, after so many tokens."""
         return sum(layer.state_nbytes + tokens * layer.token_nbytes for layer in self.layers)
+
+
+def _rows(latent: tuple[int, int] | None, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Latent and rotated rows [1, n, r], [1, n, d_r] without numbers."""
+    assert latent is not None
+    rank, rotated = (torch.empty(1, tokens, width, dtype=dtype, device="meta") for width in latent)
+    return rank, rotated

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from workbench.cost.architecture import Architecture
 from workbench.kv.base import KVMethod, Stages
 from workbench.kv.foretelling import Foretold, foretell
 from workbench.kv.plan import held_shape
+from workbench.kv.selection import Decision
+from workbench.trace import Trace
 
 _DENSE, _RAGGED = "attention", "attention ragged"
 _MEASURED = ("8-bit", "4-bit", "2-bit")
@@ -57,16 +58,18 @@ def cache_under(
     kv = [method for method in methods if isinstance(method, KVMethod)]
     changes = [method for method in kv if method.supplied]
     if not changes or not trace.layers:
+        by_number = {layer.layer: layer for layer in architecture.layers}
+        sources = [by_number[layer.layer if layer.shared is None else layer.shared] for layer in architecture.layers]
         own = [
-            HeldLayer(layer.held(tokens) * layer.entry * dtype.itemsize, layer.held(tokens), _DENSE)
-            for layer in architecture.layers
+            HeldLayer(
+                layer.held(tokens) * layer.entry * dtype.itemsize,
+                layer.held(tokens),
+                _DENSE,
+                measured=not layer.holds_rows,
+            )
+            for layer in sources  # who shares reads what another holds
             if layer.kv_heads
         ]
-        shared = [layer for layer in architecture.layers if layer.shared is not None]
-        by_number = {layer.layer: layer for layer in architecture.layers}
-        for layer in shared:  # they read what another holds
-            source = by_number[layer.shared or 0]
-            own.append(HeldLayer(source.held(tokens) * source.entry * dtype.itemsize, source.held(tokens), _DENSE))
         return Cache(full, 0, full, full, tuple(own), _latents(architecture, tokens, dtype, full))
     told = foretell(trace, kv, dtype, budget)
     stages = Stages.of(kv)
@@ -74,8 +77,10 @@ def cache_under(
     notes = list(_latents(architecture, tokens, dtype, full))
     if told.at_most:
         notes.append("KV bytes are an upper bound: how much stays follows from the prompt")
-        if not told.counts.numel():
+        if told.decision is None:
             notes.append("what may lie in host memory besides is not told")
+    if told.decision is not None and told.decision.expanded is not None:
+        notes.append(f"{told.decision.expanded}: keys and values are held in place of latent rows (MLA)")
     if told.even:
         notes.append("KV bytes are told as if all heads kept equally much; the prompt decides how they share")
     if stages.select is not None:
@@ -83,27 +88,27 @@ def cache_under(
     return Cache(told.nbytes, told.host_nbytes, full, reading, tuple(_layers(trace, told, dtype)), tuple(notes))
 
 
-def _layers(trace: Any, told: Foretold, dtype: torch.dtype) -> list[HeldLayer]:
-    fixed = [held_shape(layer, dtype) for layer in trace.layers if layer.index in trace.exact]
+def _layers(trace: Trace, told: Foretold, dtype: torch.dtype) -> list[HeldLayer]:
+    fixed = [held_shape(layer.rows, dtype) for layer in trace.layers if layer.index in trace.exact]
     made = [HeldLayer(shape.full_nbytes, shape.tokens, _DENSE) for shape in fixed]
     count = len(trace.layers) - len(made)
     if not count:
         return made
     each = (told.nbytes - sum(layer.nbytes for layer in made)) / count
-    kernel, measured = _kernel(told)
-    entries = int(told.counts.float().mean()) if told.counts.numel() else trace.tokens
-    if told.counts.numel():
-        kept = bool((told.counts == trace.tokens).all())
-        alike = all(bool((one == other).all()) for one, other in pairwise(told.counts.T)) if len(told.counts) else True
-        if kernel == _DENSE and not (kept and alike):
-            kernel = _RAGGED
-    return made + [HeldLayer(each, entries, kernel, measured)] * count
+    counts = None if told.decision is None else told.decision.counts
+    if told.decision is None or counts is None:
+        return made + [HeldLayer(each, trace.tokens, _DENSE, measured=False)] * count
+    kernel, measured = _kernel(told.decision)
+    if kernel == _DENSE and not bool((counts == trace.tokens).all()):
+        kernel = _RAGGED
+    rows = any(layer.latents for layer in trace.layers) and told.decision.expanded is None
+    return made + [HeldLayer(each, int(counts.float().mean()), kernel, measured and not rows)] * count
 
 
-def _kernel(told: Foretold) -> tuple[str, bool]:
+def _kernel(decision: Decision) -> tuple[str, bool]:
     """The kernel that was timed on entries stored so; that of plain rows stands for others."""
-    first, *rest = told.form.tiers
-    if rest or told.form.attends_itself:
+    first, *rest = decision.form.tiers
+    if rest or decision.form.attends_itself:
         return _DENSE, False
     if first in _MEASURED:
         return f"attention packed {first.removesuffix('-bit')} bit", True
@@ -115,6 +120,6 @@ def _latents(architecture: Architecture, tokens: int, dtype: torch.dtype, full: 
     if latent is None:
         return ()
     heads = architecture.heads_nbytes(tokens, dtype)
-    own = "latents" if full == latent else "heads"
-    told = f"latents (r + d_r) are {latent:,} bytes a sequence, every head, as the workbench's stores hold, {heads:,}"
+    own = "rows" if full == latent else "heads"
+    told = f"latent rows (r + d_r) are {latent:,} bytes a sequence, keys and values of every head {heads:,}"
     return (f"latent attention: the model's own cache holds {own}; {told}",)

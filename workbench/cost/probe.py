@@ -117,7 +117,7 @@ def _with_heads(layer: CacheLayer, text: Any, heads: int) -> CacheLayer:
     rank, rotated = getattr(text, "kv_lora_rank", None), getattr(text, "qk_rope_head_dim", None)
     if not isinstance(rank, int) or not isinstance(rotated, int) or rank <= 0:
         return layer
-    layer = replace(layer, latent=rank + rotated)
+    layer = replace(layer, latent=(rank, rotated))
     if layer.entry != rank + rotated:
         return layer
     return replace(layer, kv_heads=heads, key_width=text.qk_nope_head_dim + rotated, value_width=text.v_head_dim)
@@ -200,6 +200,9 @@ def _kept(config: Any, model: Any, tokens: int, dtype: torch.dtype) -> list[dict
 class _Unrouted(TorchDispatchMode):
     """Lets loops over the experts that some token chose run none: on the meta device no token has chosen any."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
             return torch.empty(0, args[0].ndim, dtype=torch.int64, device=args[0].device)
@@ -237,7 +240,8 @@ def matrices(model: Any) -> Iterator[Matrix]:
         if linear is not None:
             listed = _listed(name)
             share = 1.0 if listed is None else min(active / lists[listed], 1.0)
-            yield Matrix(short, *linear.weight.shape, linear.weight.nbytes, name, share=share)
+            rows, columns = linear.weight.shape
+            yield Matrix(short, rows, columns, linear.weight.nbytes, name, share=share)
             continue
         for key, weight in module.named_parameters(recurse=False):
             if weight.ndim == 3 and start is not None and not isinstance(module, nn.Conv1d):  # experts [e, o, i]
@@ -245,9 +249,11 @@ def matrices(model: Any) -> Iterator[Matrix]:
                 share = min(active / experts, 1.0)
                 yield Matrix(f"{short}.{key}", rows, columns, weight.nbytes, name, experts, share)
             elif weight.ndim == 2 and start is not None:
-                yield Matrix(f"{short}.{key}", *weight.shape, weight.nbytes, name)
+                rows, columns = weight.shape
+                yield Matrix(f"{short}.{key}", rows, columns, weight.nbytes, name)
     if head is not None:
-        yield Matrix("output head", *head.weight.shape, head.weight.nbytes, "output head")
+        rows, columns = head.weight.shape
+        yield Matrix("output head", rows, columns, head.weight.nbytes, "output head")
 
 
 def _listed(name: str) -> str | None:

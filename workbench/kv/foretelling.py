@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,26 +11,22 @@ from torch import Tensor
 from workbench.budget import Budget
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.plan import held_shape, uncompressed_nbytes
+from workbench.kv.plan import uncompressed_nbytes
 from workbench.kv.ranking import Ranking
-from workbench.kv.selection import Ranked, finished, nothing_left, sized, total_budget
-from workbench.kv.stores.format import DenseFormat, Format, stored_nbytes
+from workbench.kv.selection import Decision, Ranked, decide, total_budget
 from workbench.trace import Trace
-
-_NONE = torch.zeros(0, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Foretold:
-    """What a recipe's cache will hold of a prompt that nobody has read: bytes, and how entries are stored.
+    """What a recipe's cache will hold of a prompt that nobody has read.
 
-    form: the format of the layers that may be compressed. counts: entries of each of their heads, int64 [l, k].
+    decision: entries of each head and how they are stored; None where the prompt decides all of it, within a budget.
     at_most: whether the prompt decides how much less it becomes; counts are then a guess, or none. even: whether bytes
     are those of heads that are given equally much, where the prompt decides otherwise and no budget bounds them.
     """
 
-    form: Format
-    counts: Tensor
+    decision: Decision | None
     nbytes: int
     host_nbytes: int
     full_nbytes: int
@@ -45,53 +41,52 @@ def foretell(trace: Trace, methods: Sequence[KVMethod], dtype: torch.dtype, budg
     NotApplicable where the size follows from what is read and no budget bounds it.
     """
     stages, label = Stages.of(methods), " + ".join(method.key for method in methods)
-    layers = trace.compressible
-    shapes = [held_shape(layer, dtype) for layer in layers]
-    full = uncompressed_nbytes(trace, dtype)
-    fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
-    limited = total_budget(methods, stages, budget)
+    full, limited = uncompressed_nbytes(trace, dtype), total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
-    bound = None if limit is None else Foretold(DenseFormat(dtype), _NONE, min(limit, full), 0, full, at_most=True)
+    if limited is not None and limited.kind == "tokens" and stages.read is not None:
+        limit = int(limited.amount * full / trace.tokens)
+    bound = None if limit is None else Foretold(None, min(limit, full), 0, full, at_most=True)
     if stages.read is not None:
-        if limited is not None and limited.kind == "tokens":
-            limit = int(limited.amount * full / trace.tokens)
-            bound = Foretold(DenseFormat(dtype), _NONE, min(limit, full), 0, full, at_most=True)
         if bound is None:
             raise NotApplicable(f"{label} decides while it reads what stays: give it a budget")
         return bound
-    if not layers:
-        if limit is not None and fixed > limit:
-            raise nothing_left(label, fixed, full)
-        return Foretold(DenseFormat(dtype), _NONE, fixed, 0, full)
-    selecting, allocating = stages.score, stages.allocate or stages.score
-    ranked = None
-    if selecting is not None and allocating is not None:
-        unread = Ranking(torch.empty(len(shapes), shapes[0].kv_heads, shapes[0].tokens, device="meta"))
-        ranked = _Unread(Study(trace), selecting, unread)
+    unread = _Unread(trace)
     try:
-        form, counts, _ = sized(Study(trace), methods, stages, shapes, dtype, budget, full, fixed, label, ranked)
+        found = decide(Study(trace), methods, stages, dtype, budget, unread.order)
     except (RuntimeError, NotImplementedError) as error:  # what torch says where a number is asked for
         if bound is None:
             raise NotApplicable(
                 f"{label} measures what it reads before it can tell its size: give a budget, which it keeps to"
             ) from error
         return bound
-    even = ranked is not None and ranked.guessed
-    nbytes = fixed + stored_nbytes(finished(form, counts, shapes), shapes, counts)
-    host = stored_nbytes(finished(form, counts, shapes), shapes, counts, host=True)
-    if even and limit is not None:
-        return Foretold(form, counts, min(limit, full), host, full, at_most=True)
-    return Foretold(form, counts, nbytes, host, full, even=even)
+    if unread.guessed and bound is not None:
+        return Foretold(found, bound.nbytes, found.host_nbytes, full, at_most=True)
+    return Foretold(found, found.nbytes, found.host_nbytes, full, even=unread.guessed)
 
 
 @dataclass
-class _Unread(Ranked):
-    """An order of which nothing is known but its shape. guessed: whether an allocator asked for more."""
+class _Unread:
+    """Orders of entries of which nothing is known. guessed: whether an allocator asked for more than their number."""
 
+    trace: Trace
     guessed: bool = False
 
+    def order(self, selecting: KVMethod, allocating: KVMethod, shared: bool) -> Ranked:
+        """An order of as many entries as there are, of one head where all share them."""
+        del allocating
+        heads = 1 if shared else self.trace.kv_heads
+        scores = torch.empty(len(self.trace.compressible), heads, self.trace.tokens, device="meta")
+        return _Unranked(Study(self.trace), selecting, Ranking(scores), None, shared, told=self)
+
+
+@dataclass
+class _Unranked(Ranked):
+    """Such an order. told: who is told that heads were given equally much for want of scores."""
+
+    told: _Unread = field(kw_only=True)
+
     def at(self, entries: int) -> Ranking:
-        return self.plain
+        return self.whole
 
     def wanted(self) -> int | None:
         if type(self.selecting).wanted is not KVMethod.wanted:
@@ -101,9 +96,9 @@ class _Unread(Ranked):
     def allocated(self, allocating: KVMethod, entries: int) -> Tensor:
         try:
             if type(allocating).importance is KVMethod.importance:
-                return allocating.allocate(self.plain, entries).to("cpu")
+                return allocating.allocate(self.whole, entries).to("cpu")
         except (RuntimeError, NotImplementedError):  # it asked for a score
             pass
-        self.guessed = True
-        each = min(max(entries // (self.plain.layers * self.plain.kv_heads), 1), self.plain.tokens)
-        return torch.full((self.plain.layers, self.plain.kv_heads), each)
+        self.told.guessed = True
+        each = min(max(entries // (self.whole.layers * self.whole.kv_heads), 1), self.whole.tokens)
+        return torch.full((self.whole.layers, self.whole.kv_heads), each)

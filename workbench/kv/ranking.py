@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def for_all_heads(scores: Tensor) -> Tensor:
+    """Scores [..., k, n] of entries that all heads share: the mean over these, float32 [..., 1, n]."""
+    return scores.float().mean(dim=-2, keepdim=True)
+
+
 class Ranking:
     """Scores [l, k, n] of the compressible layers, and their order.
 

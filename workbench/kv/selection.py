@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from workbench.budget import Budget
 from workbench.core.bisection import largest_within
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
+from workbench.kv.latents import expanded_by
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
-from workbench.kv.ranking import Ranking
+from workbench.kv.ranking import Ranking, for_all_heads
 from workbench.kv.rescoring import observing
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
+from workbench.kv.stores.latent import LatentFormat
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.stores.selected import SelectingFormat
 
@@ -34,41 +37,98 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
         )
-    layers = trace.compressible
-    shapes = [held_shape(layer, dtype) for layer in layers]
-    full = uncompressed_nbytes(trace, dtype)
-    fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
-    label = " + ".join(method.key for method in methods)
-
+    decided = decide(study, methods, stages, dtype, budget, partial(_ordered, study))
     tiers = torch.zeros(
         len(trace.layers), trace.kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
     )
     for layer in trace.layers:
         if layer.index in trace.exact:
             tiers[layer.index, :, -layer.held :] = 1
+    form, counts, ranking = decided.form, decided.counts, decided.ranking
+    if counts is not None:
+        if ranking is None or bool((counts == trace.tokens).all()):
+            selected = torch.ones(*counts.shape, trace.tokens, dtype=torch.bool, device=tiers.device)
+        else:
+            selected = ranking.selected(counts.to(tiers.device))
+        rest = 2 if form.keeps_rest else 0
+        tiers[[layer.index for layer in trace.compressible]] = torch.where(selected, 1, rest).to(torch.uint8)
+    nbytes, host, full = decided.nbytes, decided.host_nbytes, decided.full_nbytes
+    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking, decided.expanded)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How much of a prompt stays, and how it is stored.
+
+    form: of the layers that may be compressed. counts: entries of each of their heads, or rows that these share, int64
+    [l, k]; None: there is no such layer. ranking: the order by which entries are chosen; None: all stay. expanded: as
+    in `Plan`. nbytes, host_nbytes: of all layers; full_nbytes: uncompressed.
+    """
+
+    form: Format
+    counts: Tensor | None
+    ranking: Ranking | None
+    expanded: str | None
+    nbytes: int
+    host_nbytes: int
+    full_nbytes: int
+
+
+Ordering = Callable[[KVMethod, KVMethod, bool], "Ranked"]
+"""From the method that scores, the one that allocates, and whether all heads keep the same: the order of entries."""
+
+
+def decide(
+    study: Study,
+    methods: Sequence[KVMethod],
+    stages: Stages,
+    dtype: torch.dtype,
+    budget: Budget | None,
+    ordering: Ordering,
+) -> Decision:
+    """How much stays of a prompt whose entries have this order; of layers only the shapes are looked at here.
+
+    Raises BudgetTooSmall, BadBudget, BadRecipe as `plan_of` does.
+    """
+    trace = study.trace
+    layers = trace.compressible
+    full = uncompressed_nbytes(trace, dtype)
+    expanded = expanded_by(stages, layers, dtype)
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
+    shapes = rows if expanded is None else [held_shape(layer, dtype) for layer in layers]
+    fixed = sum(held_shape(layer.rows, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
+    label = " + ".join(method.key for method in methods)
     if not layers:
         limited = total_budget(methods, stages, budget)
         limit = None if limited is None else limited.nbytes(full)
         if limit is not None and fixed > limit:
-            raise nothing_left(label, fixed, full)
-        return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
+            smallest = math.ceil(fixed / full * 1e4) / 1e4
+            raise BudgetTooSmall(
+                f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
+            )
+        return Decision(DenseFormat(dtype), None, None, None, fixed, 0, full)
 
-    form, selected, ranking = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
-    rest = 2 if form.keeps_rest else 0
-    tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
-    counts = selected.sum(dim=-1)
-    form_held = finished(form, counts, shapes)
-    nbytes = fixed + stored_nbytes(form_held, shapes, counts)
-    host = stored_nbytes(form_held, shapes, counts, host=True)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking)
+    fitting = partial(_fit, study, methods, stages, shapes, dtype, budget, full, fixed, ordering)
+    if expanded is None:
+        form, counts, ranking = fitting(label, latent=bool(layers[0].latents))
+    else:
+        # What keeps everything needs no keys and values of its own.
+        kept = fitting(label, whole=True) if _keeps_all(methods, stages, budget, trace.tokens, full) else None
+        if kept is not None and bool((kept[1] == trace.tokens).all()):
+            form, counts, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
+            shapes, expanded = rows, None
+        else:
+            why = f"{label} ({expanded}, which latent rows have to be expanded for)"
+            form, counts, ranking = fitting(why, droppable=not _stores(stages))
+    finished = _finished(form, counts, shapes)
+    nbytes = fixed + stored_nbytes(finished, shapes, counts)
+    host = stored_nbytes(finished, shapes, counts, host=True)
+    return Decision(form, counts, ranking, expanded, nbytes, host, full)
 
 
-def nothing_left(label: str, fixed: int, full: int) -> BudgetTooSmall:
-    """What a budget below the bytes `fixed` of layers that stay exact raises."""
-    smallest = math.ceil(fixed / full * 1e4) / 1e4
-    return BudgetTooSmall(
-        f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
-    )
+def _ordered(study: Study, selecting: KVMethod, allocating: KVMethod, shared: bool) -> Ranked:
+    """The order of a recording's entries."""
+    return Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), shared)
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -87,43 +147,26 @@ def _fit(
     budget: Budget | None,
     full: int,
     fixed: int,
+    ordering: Ordering,
     label: str,
+    *,
+    latent: bool = False,
+    whole: bool = False,
+    droppable: bool = True,
 ) -> tuple[Format, Tensor, Ranking | None]:
-    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which."""
-    ranked, selecting = None, stages.score
-    if selecting is not None and not (stages.evict is not None and stages.evict.leaves_prompt):
-        allocating = stages.allocate or selecting
-        ranked = Ranked(study, selecting, rank(study, selecting).beside(_importance(study, allocating, selecting)))
-    form, counts, ranking = sized(study, methods, stages, shapes, dtype, budget, full, fixed, label, ranked)
-    device = study.trace.layers[0].device
-    if ranking is None:
-        everything = torch.ones(len(shapes), shapes[0].kv_heads, shapes[0].tokens, dtype=torch.bool, device=device)
-        return form, everything, None
-    return form, ranking.selected(counts.to(device)), ranking
+    """The format, entries of each head [l, k] at the largest size that meets the budgets, and the order by which.
 
-
-def sized(
-    study: Study,
-    methods: Sequence[KVMethod],
-    stages: Stages,
-    shapes: Sequence[Shape],
-    dtype: torch.dtype,
-    budget: Budget | None,
-    full: int,
-    fixed: int,
-    label: str,
-    ranked: Ranked | None,
-) -> tuple[Format, Tensor, Ranking | None]:
-    """The format, entries of each head [l, k] at the largest size that meets the budgets, and the order by which; None
-    where everything stays. ranked: the order, where the recipe scores.
+    latent: the shapes are those of latent rows. whole: whatever budgets say, all is selected that may be. droppable:
+    keeping all exact takes no more than the uncompressed cache.
     """
+    held: Callable[[Format], Format] = LatentFormat if latent else lambda form: form
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
     observed = observing(study, stages, dtype)
     state = stages.evict.state_width if stages.evict else 0
-    whole = stages.evict is not None and stages.evict.leaves_prompt
-    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=whole)))
+    later = stages.evict is not None and stages.evict.leaves_prompt
+    dense = observed(held(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=later))))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -132,20 +175,21 @@ def sized(
     form = dense
     if selecting is None:
         if storing is not None:
-            form = _stored(stages, study, dtype, shapes, room)
+            form = held(_stored(stages, study, dtype, shapes, room))
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything), room, full, fixed, label, droppable=False)
         return form, everything, None
 
-    if whole:
+    if later:
         _check_whole(limited, tokens, label)
         return form, everything, None
 
-    assert ranked is not None
+    allocating = stages.allocate or selecting
+    ranked = ordering(selecting, allocating, latent)
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
-        form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
+        form = held(_stored(stages, study, dtype, shapes, room if storing is selecting else None))
         _check_stored(form, storing, selecting, stages)
         form = observed(form)
     elif stages.retrieve is not None:
@@ -154,8 +198,8 @@ def sized(
 
     def measured(kind: Format) -> Callable[[int], int]:
         def nbytes(entries: int) -> int:
-            counts = ranked.allocated(stages.allocate or selecting, entries)
-            return stored_nbytes(finished(kind, counts, shapes), shapes, counts)
+            counts = ranked.allocated(allocating, entries)
+            return stored_nbytes(_finished(kind, counts, shapes), shapes, counts)
 
         return nbytes
 
@@ -163,44 +207,58 @@ def sized(
     # A storage method on top leaves the selection as it would be at the uncompressed precision.
     counted = dense if selected_budget is not None and storing is not None and stages.score is not storing else form
     entries = most
-    if selected_budget is not None and selected_budget.kind == "tokens":
+    if whole:
+        pass
+    elif selected_budget is not None and selected_budget.kind == "tokens":
         entries = min(layers * kv_heads * int(selected_budget.amount), most)
     else:
         target = room if selected_budget is None else (selected_budget.nbytes(full) or 0) - fixed
         if target is not None:
             nbytes = measured(counted)
-            entries, everything_nbytes = most, nbytes(most)
+            everything_nbytes = nbytes(most)
             if everything_nbytes > target:
                 entries = largest_within(nbytes, target, least, most, most * max(target, 0) // everything_nbytes)
-            _check(nbytes(entries), target, full, fixed, label)
+            _check(nbytes(entries), target, full, fixed, label, droppable=droppable)
         elif (wanted := ranked.wanted()) is not None:
             entries = min(max(wanted, least), most)
-    if room is not None and counted is not form and storing is not None:
+    if room is not None and not whole and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
-        form = observed(_stored(stages, study, dtype, chosen, room - beside))
-        _check(measured(form)(entries), room, full, fixed, label)
-    return form, ranked.allocated(stages.allocate or selecting, entries), ranked.at(entries)
+        form = observed(held(_stored(stages, study, dtype, chosen, room - beside)))
+        _check(measured(form)(entries), room, full, fixed, label, droppable=droppable)
+    return form, ranked.allocated(allocating, entries), ranked.at(entries)
 
 
 @dataclass
 class Ranked:
-    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered."""
+    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered.
+
+    whole: that of every head's. shared: whether all heads keep the same entries.
+    """
 
     study: Study
     selecting: KVMethod
-    plain: Ranking
+    whole: Ranking
+    importance: Tensor | None
+    shared: bool
     _last: tuple[int, Ranking] | None = None
+
+    @cached_property
+    def plain(self) -> Ranking:
+        """However many stay."""
+        return self._of(self.whole.scores) if self.shared else self.whole.beside(self.importance)
+
+    def _of(self, scores: Tensor) -> Ranking:
+        return Ranking(for_all_heads(scores) if self.shared else scores).beside(self.importance)
 
     def at(self, entries: int) -> Ranking:
         """By which so many entries are chosen."""
         if type(self.selecting).scores_at is KVMethod.scores_at:
             return self.plain
         if self._last is None or self._last[0] != entries:
-            scores = self.plain.scores
-            scores = self.selecting.scores_at(self.study, scores, entries / scores.numel())
-            self._last = entries, Ranking(scores).beside(self.plain.importance)
+            scores, share = self.whole.scores, entries / self.plain.scores.numel()
+            self._last = entries, self._of(self.selecting.scores_at(self.study, scores, share))
         return self._last[1]
 
     def wanted(self) -> int | None:
@@ -279,7 +337,7 @@ def _check_stored(form: Format, storing: KVMethod, selecting: KVMethod, stages: 
         )
 
 
-def finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
+def _finished(form: Format, counts: Tensor, shapes: Sequence[Shape]) -> Format:
     """A plan that keeps everything needs nothing to evict by."""
     return form.of_everything() if bool((counts == shapes[0].tokens).all()) else form
 
@@ -301,6 +359,23 @@ def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | N
     if budget is None and stages.store is not None:
         return stages.store.budget
     return budget
+
+
+def _stores(stages: Stages) -> bool:
+    """Whether entries that stay are held in another way than as they are."""
+    return any(stage is not None for stage in (stages.store, stages.retrieve, stages.select))
+
+
+def _keeps_all(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None, tokens: int, full: int) -> bool:
+    """Whether the budgets of methods that only drop entries have room for all of them."""
+    leaves = stages.evict is not None and stages.evict.leaves_prompt
+    if stages.score is None or leaves or _stores(stages):
+        return False
+    limits = [total_budget(methods, stages, budget), None if budget is not None else _selecting_budget(methods, stages)]
+    given = [limit for limit in limits if limit is not None]
+    return bool(given) and all(
+        limit.amount >= tokens if limit.kind == "tokens" else (limit.nbytes(full) or 0) >= full for limit in given
+    )
 
 
 def _check(nbytes: int, room: int | None, full: int, fixed: int, label: str, *, droppable: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +193,7 @@ class _Run:
         for request in workload.requests:
             job = Job(request, request.arrival)
             self.jobs.append(job)
-            self._at(request.arrival, lambda now, job=job: self._send(job, now))
+            self._at(request.arrival, partial(self._send, job))
 
     def _at(self, time: float, event: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (time, next(self._numbers), event))
@@ -241,7 +242,7 @@ class _Run:
             Iteration(server.name, now, end, len(plan.decode), tokens, server.held, queue, plan.stall)
         )
         self.joules += (end - now) * server.watts[0 if tokens else 1]
-        self._at(end, lambda later: self._end(server, plan, later))
+        self._at(end, partial(self._end, server, plan))
 
     @staticmethod
     def _encoding(server: Server) -> Plan | None:
@@ -272,7 +273,7 @@ class _Run:
         for job in moved:
             job.on_device = False
             delay = server.send(server.times.nbytes(job.held)) if job.held and server.send is not None else 0.0
-            self._at(now + delay, lambda later, job=job: self._send(job, later))
+            self._at(now + delay, partial(self._send, job))
         server.jobs = [job for job in server.jobs if job.done is None and job not in moved]
         self._start(server, now)
 

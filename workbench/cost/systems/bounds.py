@@ -99,7 +99,8 @@ class FlightLLM(System):
             {"device": name, "tokens/s": 1 / step, "joules a token": step * power}
             for name, (step, power) in steps.items()
         ]
-        times = float(rows[1]["joules a token"]) / float(rows[0]["joules a token"])
+        (step, power), (other, watts) = steps.values()
+        times = other * watts / (step * power)
         return self.outcome(*rows, note=f"{times:.1f} times less energy a token, at each device's full power")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 from workbench.cost.estimating import cost
-from workbench.cost.serving import Lengths, Modelled, Policy, Server, Workload, simulate
+from workbench.cost.serving import Lengths, Modelled, Policy, Server, Simulation, Workload, simulate
 from workbench.cost.systems.models import LLAMA2_7B, LLAMA2_13B, LLAMA_8B, LLAMA_70B, QWEN3_30B_A3B
 from workbench.cost.systems.system import Outcome, System, ratio
 from workbench.parameters import param
@@ -128,9 +129,9 @@ class Polca(System):
         return self.outcome(*rows, note="power over that of all servers' peaks; time over it is slowed down")
 
 
-def _power(runs: list[object], decoding: float, steps: int = 400) -> list[float]:
+def _power(runs: Sequence[Simulation], decoding: float, steps: int = 400) -> list[float]:
     """At moments of the time in which all are busy: servers' draw, each 1 at its peak."""
-    frames = [run.iterations for run in runs]  # type: ignore[attr-defined]
+    frames = [run.iterations for run in runs]
     until = min(iterations[-1].end for iterations in frames)
     found = []
     for step in range(steps):

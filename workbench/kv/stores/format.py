@@ -50,13 +50,17 @@ class Format(ABC):
 
     by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
     whether its stores attend in a way of their own: keys cannot be turned for them, nor what they attend to be chosen.
-    rewritable: whether its stores' entries can be changed.
+    rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows does not depend on
+    their being keys and values that queries meet, so that its stores can hold others (latents). exact: whether entries
+    are held as they are.
     """
 
     tiers: tuple[str, ...]
     by_layer: ClassVar[bool] = False
     attends_itself: ClassVar[bool] = False
     rewritable: ClassVar[bool] = False
+    of_rows: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
     needs_all: ClassVar[bool] = False  # cannot be built where positions were dropped
 
     @property
@@ -124,6 +128,8 @@ class DenseFormat(Format):
     """
 
     rewritable: ClassVar[bool] = True
+    of_rows: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     dtype: torch.dtype
     state: int = 0
@@ -158,6 +164,8 @@ class PackedFormat(Format):
     value_bits: those of the values, if they differ from the keys'. A side at 16 bits is not quantised. drops: entries
     leave while decoding, for which each is quantised by itself and as soon as it has attended; positions are held.
     """
+
+    of_rows: ClassVar[bool] = True
 
     dtype: torch.dtype
     bits: int
