@@ -242,9 +242,10 @@ def test_what_is_shown_names_the_rows(session: wb.Session) -> None:
     assert {x.kind for x in wb.models.audit(session).of("attention")} == {"full attention, MLA, latent 32 + 8"}
 
 
-@pytest.mark.parametrize("key", ["rtn", "crossquant"])  # the second rounds what its modules are given
-def test_a_compressed_model_makes_keys_of_its_own_rows(session: wb.Session, key: str) -> None:
-    run = session.run(key, bits=8, max_new_tokens=NEW)
+@pytest.mark.parametrize(("method", "linear"), [(wb.method("rtn", bits=8), True), (wb.method("activations"), False)])
+def test_a_compressed_model_makes_keys_of_its_own_rows(session: wb.Session, method: Any, linear: bool) -> None:
+    run = session.run(method, max_new_tokens=NEW)  # the second rounds what modules are given
+    assert all(layer.latents.expansion.linear is linear for layer in run.plan.trace.layers)
     assert 0 < run.quality.kl < 0.2
     assert run.tokens == generated(run.conversation.model, IDS)
     assert kv_nbytes(run) == (TOKENS + NEW) * LAYERS * TOKEN
