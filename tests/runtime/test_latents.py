@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 import workbench as wb
 from benchmarks.model_kinds import config_of, tiny_of
 from workbench.engine import standing
-from workbench.errors import BudgetTooSmall, CheckpointRefused
+from workbench.errors import BudgetTooSmall, CheckpointRefused, WorkbenchError
 from workbench.kv.ranking import for_all_heads
 from workbench.kv.stores import LatentStore
 from workbench.models import facts
+from workbench.registry import registered
 from workbench.runtime.exactness import verify
 from workbench.runtime.steady_step import SteadyStep
 from workbench.storage import sessions
@@ -234,6 +235,22 @@ def test_a_model_that_shows_no_rows_is_exact_and_says_what_is_held(monkeypatch: 
     assert run.tokens == generated(model, IDS)
     assert session.plan("full").full_nbytes == TOKENS * LAYERS * HEADS * (24 + 16) * 4
     assert any("does not show here what it is held as" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("method", registered("kv"), ids=lambda method: method.key)
+def test_every_method_holds_what_it_planned_within_the_budget_or_says_in_one_line_why_not(
+    session: wb.Session, method: Any
+) -> None:
+    budget = {"budget": 0.5} if method().takes_budget() else {}
+    try:
+        plan = session.plan(method.key, **budget)
+    except WorkbenchError as refusal:
+        assert "\n" not in str(refusal)
+        return
+    assert plan.nbytes == sum(store.nbytes for store in plan.stores())
+    assert plan.nbytes <= 0.5 * plan.full_nbytes or not budget
+    assert all(store.holds_latents is (plan.expanded is None) for store in plan.stores())
+    assert len(session.run(method.key, max_new_tokens=2, **budget).tokens) == 2
 
 
 def test_what_is_shown_names_the_rows(session: wb.Session) -> None:
