@@ -1,4 +1,4 @@
-"""The MIME bundles by which a plan, a run or a session shows itself in a notebook.
+"""The MIME bundles by which a plan, a run, a session or a folder of results shows itself in a notebook.
 
 `workbench.display` finds `views` through an entry point.
 """
@@ -17,11 +17,12 @@ from workbench.display import Bundle
 from workbench.formatting import mib
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
+from workbench.results import Results
 from workbench.runtime.run import Run
 from workbench.session import Session
 from workbench_widgets import cost_figures, figures, present
 from workbench_widgets.colours import LIGHT
-from workbench_widgets.notebook.html_summaries import session_html
+from workbench_widgets.notebook.html_summaries import results_html, session_html
 from workbench_widgets.notebook.plan_view import PlanView
 from workbench_widgets.notebook.run_view import RunView
 from workbench_widgets.plain_text import out_of_markup
@@ -48,6 +49,8 @@ def views(thing: object) -> Iterator[Bundle]:
         yield view(ipywidgets.HTML(session_html(thing)))
         if thing.runs:
             yield figure(memory_figure(thing.memory, "Memory of all runs"))
+    elif isinstance(thing, Results):
+        yield view(ipywidgets.HTML(results_html(thing)))
 
 
 def view(widget: ipywidgets.DOMWidget) -> Bundle:
