@@ -85,13 +85,6 @@ def test_the_program_of_the_tutorial_runs() -> None:
     assert needle(1000, depth=0.3).answer in names["full"].text
 
 
-def test_the_program_of_the_page_about_cost_runs() -> None:
-    names: dict[str, Any] = {}
-    for block in blocks("docs/how-to/cost.md", "python"):
-        exec(block, names)
-    assert abs(names["small"].measured.error) < 0.09
-
-
 def test_the_program_about_sweeps_runs_and_its_file_is_a_sweep(tmp_path: Path) -> None:
     import yaml
 
@@ -109,6 +102,13 @@ def test_the_program_about_sweeps_runs_and_its_file_is_a_sweep(tmp_path: Path) -
         arguments = described(read(tmp_path / "sweep.yaml")).arguments()
         assert len(arguments["recipes"]) == 4 and arguments["seeds"] == [0, 1]
         assert yaml.safe_load(textwrap.dedent(written))["models"] == arguments["models"]
+
+
+def test_the_program_of_the_page_about_cost_runs() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("docs/how-to/cost.md", "python"):
+        exec(block, names)
+    assert abs(names["small"].measured.error) < 0.09
 
 
 def test_the_readme_is_two_screens() -> None:
