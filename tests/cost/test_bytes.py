@@ -19,9 +19,9 @@ from workbench.measure.memory import LiveBytes, tensor_bytes
 from workbench.registry import registered
 
 N = 43
-PLAIN = ["bart", "bloom", "gpt2", "llama", "opt", "qwen2", "falcon", "gpt_bigcode", "olmo2", "qwen3", "whisper", "dbrx"]
-EXPERTS = ["mixtral", "olmoe", "qwen3_moe"]
-SLIDING = ["cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "phi3", "starcoder2"]
+PLAIN = ["bart", "bloom", "dbrx", "gpt2", "gpt_bigcode", "llama", "qwen3", "whisper"]
+EXPERTS = ["mixtral", "qwen3_moe"]
+SLIDING = ["cohere2", "gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "phi3"]
 LATENT = ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "minicpm3", "kimi_linear", "bailing_hybrid"]
 HYBRID = [
     "bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_next",

@@ -61,9 +61,12 @@ def test_all_names_of_a_model_give_the_same_estimate(folder: Path, monkeypatch: 
     assert len({wb.cost(model, context=100).memory for model in asked}) == 1
 
 
-def test_a_session_and_its_packaged_name_give_the_same_estimate() -> None:
-    named = wb.cost("workbench-tiny", context=100)
-    assert wb.cost(wb.Session("workbench-tiny"), context=100).memory == named.memory
+def test_what_is_loaded_is_counted_in_its_own_precision() -> None:
+    named, session = wb.cost("workbench-tiny", context=100), wb.Session("workbench-tiny", kv_dtype="bfloat16")
+    assert wb.cost(session, context=100, dtype="bfloat16").memory == named.memory
+    held = wb.cost(session, context=100).memory
+    assert (held.weights, held.kv) == (2 * named.memory.weights, named.memory.kv)  # float32 here, its caches 16 bits
+    assert wb.cost(session.model, context=100).memory.kv == 2 * named.memory.kv
     assert named.memory.weights == 2 * entry("workbench-tiny").parameters
 
 

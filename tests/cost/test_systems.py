@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from workbench.cost import system, systems
-from workbench.cost.systems import SYSTEMS, Outcome
+from workbench.cost.literature import SYSTEMS, Outcome
 from workbench.errors import BadParameter
 
 FEW: dict[str, dict[str, Any]] = {  # smaller than the defaults, for time

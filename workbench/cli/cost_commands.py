@@ -22,9 +22,10 @@ def estimate(
     batch: Annotated[int, typer.Option("--batch", min=1, help="sequences at a time")] = 1,
     budget: Budget = None,
     settings: Settings = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="what the model computes in: bfloat16, float16, float32")] = (
-        "bfloat16"
-    ),
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="what it computes in (default: as its config says, else bfloat16)"),
+    ] = None,
     kv_dtype: KVDtype = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="that share the model's matrices and heads")] = 1,
     chunk: Annotated[int | None, typer.Option("--chunk", min=1, help="tokens read at once (default: all)")] = None,

@@ -9,8 +9,8 @@ from workbench.callable_package import callable_as
 from workbench.cost.estimate import Cost
 from workbench.cost.estimating import cost
 from workbench.cost.hardware import Figure, Hardware, catalogue, hardware
+from workbench.cost.literature import system, systems
 from workbench.cost.memory import Memory
-from workbench.cost.systems import system, systems
 from workbench.cost.targets import targets
 from workbench.cost.times import Term
 

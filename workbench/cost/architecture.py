@@ -132,7 +132,7 @@ class Architecture:
         """The shapes of a reading of so many tokens, without a number in them, as planning wants them."""
         layers: list[LayerTrace] = []
         places: dict[int, int] = {}
-        nothing = Expansion(nn.Identity(), dtype)  # of rows without numbers
+        nothing = Expansion(nn.Identity(), dtype, linear=True)  # of rows without numbers
         for each in self.layers:
             if not each.attends:
                 continue

@@ -16,7 +16,7 @@ from workbench.cost.kernels import steps
 from workbench.cost.memory import Memory, activation_nbytes
 from workbench.cost.probe import architecture as architecture_of
 from workbench.cost.probe import blank
-from workbench.cost.source import config_of
+from workbench.cost.source import config_of, dtypes_of
 from workbench.cost.times import Machine, decode_terms, prefill_terms, seconds
 from workbench.cost.weights import weights_under
 from workbench.errors import BadParameter, BadRecipe
@@ -33,7 +33,7 @@ def cost(
     batch: int = 1,
     *,
     budget: BudgetLike | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     kv_dtype: str | None = None,
     devices: int = 1,
     chunk: int | None = None,
@@ -45,39 +45,43 @@ def cost(
     model type of transformers, a config, a loaded model or session, or numbers under config.json's names. recipe and
     budget: KV and weight methods, as everywhere. hardware: a name (`workbench.cost.catalogue()`), a TOML file of the
     same form, or a `Hardware`. context: tokens of each sequence in the cache; batch: sequences. dtype: what the model
-    computes in and its weights have; kv_dtype: of the uncompressed cache (default the same). devices: that share its
-    matrices (tensor parallel). chunk: tokens of a prompt that are read at once (default all). usable: the share of the
-    devices' memory.
+    computes in and its weights have (default: as a loaded model has it or its config says, else bfloat16); kv_dtype: of
+    the uncompressed cache (default: a session's, else the same). devices: that share its matrices (tensor parallel).
+    chunk: tokens of a prompt that are read at once (default all). usable: the share of the devices' memory.
 
     Bytes are exact where the methods foretell them, and bounds where the prompt decides: the notes say which. Times are
     a model's (`Cost.explain`). Raises BadParameter, BadBudget, BudgetTooSmall, BadRecipe, ModelNotFound,
     CheckpointRefused, NotApplicable for what cannot be told without the weights or a prompt.
 
         >>> wb.cost("workbench-tiny", hardware="H100", context=2048).memory.kv
-        12582912
+        8388608
     """
     import torch
 
     tokens = arguments.whole("context", context, 1, arguments.MOST_TOKENS)
     sequences = arguments.whole("batch", batch, 1)
-    precision = arguments.choice("dtype", dtype, _DTYPES)
-    held_as = getattr(torch, arguments.choice("kv_dtype", kv_dtype or dtype, _DTYPES))
+    stated = None if dtype is None else arguments.choice("dtype", dtype, _DTYPES)
+    held_as = None if kv_dtype is None else arguments.choice("kv_dtype", kv_dtype, _DTYPES)
     at_once = tokens if chunk is None else min(arguments.whole("chunk", chunk, 1), tokens)
     share = arguments.number("usable", usable, 0, 1, above=True)
-    machine = Machine(device_of(hardware), arguments.whole("devices", devices, 1), precision)
-    machine.hardware.peak(precision)
+    device = device_of(hardware)
+    device.peak(stated or _DTYPES[0])
     chosen = Recipe.of(recipe, budget=budget)
     others = [method.key for method in chosen.methods if method.family == "attention"]
     if others:
         raise BadRecipe(f"{', '.join(others)}: what an attention method saves is not estimated; leave it out")
 
     config, name = config_of(model)
+    own, cached = dtypes_of(model, config)
+    precision = stated or (own if own in _DTYPES else _DTYPES[0])
+    machine = Machine(device, arguments.whole("devices", devices, 1), precision)
+    kv: torch.dtype = getattr(torch, held_as or (precision if stated or cached not in _DTYPES else cached))
     shape = architecture_of(config, name, getattr(torch, precision))
     if tokens > shape.facts.max_positions:
         raise BadParameter(f"context is {tokens:,}: {name} has {shape.facts.max_positions:,} positions")
     weight_methods = chosen.family("weights")
     weights = weights_under(weight_methods, blank(config, shape.dtype) if weight_methods else None, shape)
-    cache = cache_under(chosen.family("kv"), chosen.budget, shape, tokens, held_as)
+    cache = cache_under(chosen.family("kv"), chosen.budget, shape, tokens, kv)
     states = shape.state_nbytes(tokens)
     memory = Memory(
         weights=weights.nbytes,

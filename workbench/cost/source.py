@@ -59,6 +59,17 @@ def config_of(model: Any) -> tuple[Any, str]:
     return _of_hub(name), name
 
 
+def dtypes_of(model: Any, config: Any) -> tuple[str | None, str | None]:
+    """What a model computes in and what its caches have, by name: as one that is loaded has them, as a session was
+    told, or as the config says; None where nothing does.
+    """
+    loaded = model[0] if isinstance(model, tuple) and model else getattr(model, "model", model)
+    stated = getattr(loaded, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    own = str(stated).removeprefix("torch.") if stated else None
+    cached = getattr(model, "kv_dtype", None)
+    return own, str(cached).removeprefix("torch.") if cached else own
+
+
 def _of_path(path: Path) -> Any:
     if path.is_dir():
         return _of_folder(path)

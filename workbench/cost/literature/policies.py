@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from workbench.cost.estimating import cost
+from workbench.cost.literature.models import LLAMA2_13B, LLAMA_8B, QWEN3_30B_A3B
+from workbench.cost.literature.system import Outcome, System, ratio
 from workbench.cost.serving import (
     Alise,
     FastSwitch,
@@ -17,8 +19,6 @@ from workbench.cost.serving import (
     Workload,
     simulate,
 )
-from workbench.cost.systems.models import LLAMA2_13B, LLAMA_8B, QWEN3_30B_A3B
-from workbench.cost.systems.system import Outcome, System, ratio
 from workbench.parameters import param
 
 _FIGURES = (("first_token_s", "mean"), ("first_token_s", "p99"), ("gap_s", "p99"), ("done_s", "mean"))

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from workbench.cost.systems.apex import Apex
-from workbench.cost.systems.bounds import ExpertWeave, FlashFormer, FlightLLM, InstInfer, LongContext, TopLoc
-from workbench.cost.systems.melange import Melange
-from workbench.cost.systems.policies import AliseStudy, FastSwitchStudy, FlexLLMStudy, LayeredPrefillStudy
-from workbench.cost.systems.pools import EPD, EMoE, IdealizedRuntime, Polca, RuntimeDissection, ServingSettings
-from workbench.cost.systems.sharded import BurstAttention, TreeAttention
-from workbench.cost.systems.splitwise import Splitwise
-from workbench.cost.systems.system import Outcome, System, found
+from workbench.cost.literature.apex import Apex
+from workbench.cost.literature.bounds import ExpertWeave, FlashFormer, FlightLLM, InstInfer, LongContext, TopLoc
+from workbench.cost.literature.melange import Melange
+from workbench.cost.literature.policies import AliseStudy, FastSwitchStudy, FlexLLMStudy, LayeredPrefillStudy
+from workbench.cost.literature.pools import EPD, EMoE, IdealizedRuntime, Polca, RuntimeDissection, ServingSettings
+from workbench.cost.literature.sharded import BurstAttention, TreeAttention
+from workbench.cost.literature.splitwise import Splitwise
+from workbench.cost.literature.system import Outcome, System, found
 
 if TYPE_CHECKING:
     import pandas as pd
