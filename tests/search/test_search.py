@@ -103,7 +103,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
 
 
 def test_more_trials_continue_a_search(whole: Found, session: wb.Session, tmp_path: Path) -> None:
-    wb.search(session, **KV, trials=9, results=tmp_path)
+    wb.search(session, **KV, trials=8, results=tmp_path)
     assert made(wb.search(session, **KV, trials=14, results=tmp_path)) == made(whole)
 
 
