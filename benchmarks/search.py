@@ -93,6 +93,7 @@ def compared(model: str, limit: str, memory: str, seed: int, trials: int) -> dic
             return Measuring(bench, results, cases(seed), 30.0, Patience(wb.Progress(), float("inf")), lambda: None)
 
         single, tried = best_single(goal, on(0))
+        assert single.recipe is not None
         pair = {"searched": found.best(), "single": single.recipe}
         record: dict[str, Any] = {"model": model, "limit": limit, "memory": memory, "seed": seed, "trials": trials}
         record |= {"seconds": round(seconds, 1), "first_front_s": round(first[0], 1), "singles": tried}

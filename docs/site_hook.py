@@ -46,6 +46,10 @@ RESULTS = {
         "What weight methods cost",
         "Perplexity, divergence and the error of layers' outputs beside the bytes held, for every weight method.",
     ),
+    "search": (
+        "What a search finds",
+        "The recipe of a search beside the best single method at its best published setting, at the same bytes.",
+    ),
     "weight_cost": (
         "What compressing weights takes",
         "Seconds and memory for calibrating and compressing on a CPU.",

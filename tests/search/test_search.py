@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -101,7 +103,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
 
 
 def test_more_trials_continue_a_search(whole: Found, session: wb.Session, tmp_path: Path) -> None:
-    wb.search(session, **KV, trials=9, results=tmp_path)
+    wb.search(session, **KV, trials=8, results=tmp_path)
     assert made(wb.search(session, **KV, trials=14, results=tmp_path)) == made(whole)
 
 
@@ -171,3 +173,13 @@ def test_without_optuna_it_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(MissingExtra, match=r"inference-workbench\[search\]"):
         wb.search(session, **KV, trials=2, results=tmp_path)
+
+
+def test_the_page_on_searching_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "search.md").read_text(encoding="utf-8")
+    blocks = [dedent(block) for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+    names: dict[str, Any] = {"wb": wb}
+    for block in blocks[1:]:  # the first one shows three goals, and would take minutes
+        exec(block, names)
+    assert "in front" in capsys.readouterr().out
+    assert names["found"].goal.serves(next(e.measured for e in names["found"].tried if e.recipe == names["best"]))

@@ -89,6 +89,12 @@ def test_the_search_begins_with_every_method_by_itself() -> None:
     assert roomy[0] == {"weights": "as it is", "keep": "all tokens", "store": "as it is"} and roomy[1]["size"] == 3
 
 
+def test_what_chooses_is_joined_by_every_store_that_fits() -> None:
+    pairs = list(space("snapkv", "h2o", "kivi", "mikv").pairs(["snapkv", "h2o"]))
+    assert [(each["keep"], each["store"]) for each in pairs] == [("snapkv", "kivi"), ("snapkv", "mikv")]
+    assert all(each["size"] == 0 for each in pairs)
+
+
 def test_levels_of_layers_become_the_bits_of_a_recipe() -> None:
     made, layered = study(), space("kvtuner")
     levels = {f"level {layer}": layer for layer in range(4)}

@@ -55,10 +55,11 @@ class Patience(Progress):
         super().__init__(progress.update)
         self._progress, self._end = progress, end
         self._until = float("inf")
+        self.lost = False  # whether it was lost in the last case
 
     def allow(self, seconds: float) -> None:
         """Let the next case take so long."""
-        self._until = time.monotonic() + seconds
+        self._until, self.lost = time.monotonic() + seconds, False
 
     def check(self) -> None:
         self._progress.check()
@@ -66,7 +67,7 @@ class Patience(Progress):
         if now > self._end:
             raise TimeOver("the time is over")
         if now > self._until:
-            self._until = float("inf")  # said once: what cleans up is not stopped too
+            self._until, self.lost = float("inf"), True  # said once: what cleans up is not stopped too
             raise TooSlow("it took longer on a case than the search waits; its `patience` says how long that is")
 
 
@@ -126,7 +127,8 @@ class Measuring:
             self.progress.check()
             self.progress.allow(self.patience)
             row = self.bench.row(recipe, task, number, self.progress)
-            self.results.add({**row, "extra": {"trial": trial}})
+            if not self.progress.lost:  # another day it may be quicker
+                self.results.add({**row, "extra": {"trial": trial}})
             self._known[key] = row
             self.on_row()
         return self._known[key]

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 TASKS = ("needle length=512", "multi-key length=512")
 _BATCH = 8  # trials that are drawn together
 _FINALISTS = 3  # of those that are ahead at the end, measured on all cases
+_PAIRED = 2  # methods that choose what stays, each of which is tried with every store
 _DRAWING = 0.75  # of the time, after which the rest is for those that are ahead
 _LOSSES = 2  # cases on which each layer alone is measured
 
@@ -185,12 +186,23 @@ class _Search:
         self._take_up()
         begun = len(list(self.space.beginnings()))
         while len(self.candidates) < self.trials and time.monotonic() < self.drawn_until:
-            before = len(self.candidates)
+            if len(self.candidates) >= begun:
+                self._pair()
             self._batch()
-            if before < begun <= len(self.candidates):
-                self._check_limit()
+        if len(self.candidates) >= begun:
+            self._pair()
         self._finish()
         return f"{len(self.candidates)} trials were done" if len(self.candidates) >= self.trials else "time for drawing"
+
+    def _pair(self) -> None:
+        """Once every method was tried by itself: join those that are ahead with every store. Raises BudgetTooSmall
+        where none is within the limit, nor could be.
+        """
+        if "paired" not in self.study.user_attrs:
+            self._check_limit()
+            for parameters in self.space.pairs(self._ahead()):
+                self.study.enqueue_trial(parameters)
+            self.study.set_user_attr("paired", True)
 
     def _batch(self) -> None:
         """Draw some trials, measure them on the first rung, and promote whoever is ahead on any."""
@@ -233,6 +245,13 @@ class _Search:
         front = dict(zip(serving, layers([seen[number].figures for number in serving]), strict=True))
         ahead = sorted(serving, key=lambda number: front[number])  # stable: on each front in the order of serving
         return list(dict.fromkeys(number for pair in zip(serving, ahead, strict=True) for number in pair))
+
+    def _ahead(self) -> list[str]:
+        """The methods that choose what stays whose recipes by themselves are ahead, best first."""
+        methods = [
+            each.recipe.methods for number in self._order(0, fronts=False) if (each := self.candidates[number]).recipe
+        ]
+        return list(dict.fromkeys(found[0].key for found in methods if found[0].key in self.space.keep))[:_PAIRED]
 
     def _tell(self, number: int) -> None:
         measured = self.candidates[number].measured(self.goal)

@@ -119,14 +119,10 @@ class Space:
         """Parameters of the trials that come first: the uncompressed cache under each of the weights' options that
         leaves room for it, then every method by itself as it is by default, and layer by layer.
         """
-        labels = [option.label for option in self.weights]
-        first = next((number for number, _ in enumerate(labels) if not self.binds(number)), None)
-        for number, label in enumerate(labels):
+        for number, option in enumerate(self.weights):
             if not self.binds(number):
-                yield {"weights": label, "keep": _ALL, "store": _PLAIN}
-        option = 0 if first is None else first
-        size = 0 if first is None else 3  # where everything fits, what a third of the cache would do
-        shared = {"weights": labels[option], "size": size, "attention": _NONE, "beside": _NONE}
+                yield {"weights": option.label, "keep": _ALL, "store": _PLAIN}
+        shared = self._begin()
         for key in self.store:
             alone = {**shared, "keep": _ALL, "store": key}
             yield {**alone, f"{key}: setting": "ours"}
@@ -134,6 +130,21 @@ class Space:
                 yield {**alone, f"{key}: setting": BY_LAYER}
         for key in self.keep:
             yield {**shared, "keep": key, "store": _PLAIN, f"{key}: setting": "ours"}
+
+    def _begin(self) -> dict[str, Any]:
+        """What the first trials have in common: weights that leave room for the cache, where any do, and its size."""
+        first = next((number for number, _ in enumerate(self.weights) if not self.binds(number)), None)
+        size = 0 if first is None else 3  # where everything fits, what a third of the cache would do
+        return {"weights": self.weights[first or 0].label, "size": size, "attention": _NONE, "beside": _NONE}
+
+    def pairs(self, keep: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Parameters of trials in which each of some methods that choose what stays is joined by every store."""
+        shared = {key: value for key, value in self._begin().items() if key != "store"}
+        for chosen in keep:
+            for key in self.store:
+                if fit([_kv(chosen), _kv(key)]):
+                    settings = {f"{each}: setting": "ours" for each in (chosen, key)}
+                    yield {**shared, "keep": chosen, "store": key, **settings}
 
     def bytes_for_cache(self, parameters: Mapping[str, Any]) -> int:
         """The bytes that a trial with these parameters has for its cache."""
