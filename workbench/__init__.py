@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.version import __version__
 
 if TYPE_CHECKING:
-    from workbench import attention, kv, models, sweep, weights
+    from workbench import attention, kv, models, search, sweep, weights
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
@@ -30,6 +30,7 @@ __all__ = [
     "method",
     "methods",
     "models",
+    "search",
     "sweep",
     "task",
     "tasks",
@@ -45,6 +46,7 @@ _LAZY = {
     "methods": "workbench.registry",
     "task": "workbench.tasks",
     "tasks": None,
+    "search": None,
     "sweep": None,
     "kv": None,
     "models": None,

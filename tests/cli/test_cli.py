@@ -112,6 +112,14 @@ def test_light_work_imports_neither_torch_nor_transformers(code: str) -> None:
         (["sweep", "a.yaml", "snapkv"], "alone"),
         (["sweep", "snapkv", "--executor", "tcp://x:1", "--workers", "2"], "--workers"),
         (["results", "/no/such/folder"], "/no/such/folder"),
+        (["search"], "needs a limit"),
+        (["search", "--limit", "25%"], "is no size"),
+        (["search", "--limit", "1MiB", "--quality", "kl"], "kl=0.02"),
+        (["search", "--limit", "1MiB", "--quality", "kl=low"], "is no number"),
+        (["search", "--limit", "1MiB", "--quality", "ppl=3"], "kl, correct, top1"),
+        (["search", "--limit", "1MiB", "--memory", "peak"], "memory"),
+        (["search", "snapvk", "--limit", "1MiB"], "did you mean snapkv"),
+        (["search", "--limit", "1MiB", "--task", "neddle"], "needle"),
         (["evaluate", "--task", "neddle"], "did you mean needle"),
         (["evaluate", "--task", "needle", "--length", "3"], "length=3"),
         (["evaluate", "--task", "file", "--length", "300"], "unknown parameter 'length'"),
@@ -290,6 +298,20 @@ def test_evaluate_has_a_row_for_each_case_and_recipe_and_says_how_many_were_righ
     assert main(asked) == 0
     shown = capsys.readouterr().out
     assert "knorm 0.5: 0 of 1 right; the uncompressed model: 0" in shown and "line 2" in shown
+
+
+def test_a_search_prints_its_front_and_its_best(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["search", "snapkv", "--model", model, "--memory", "kv", "--limit", "48KB", "--trials", "3", "--cases", "1"]
+    asked += ["--task", "needle length=320", "--max-new-tokens", "3", "--results", str(tmp_path)]
+    assert main([*asked, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert said["limit"] == 48_000 and said["memory"] == "kv" and said["best"]["methods"][0]["method"] == "snapkv"
+    assert all(row["memory_nbytes"] > 0 and row["recipe_json"]["methods"] for row in said["front"])
+    assert main(asked) == 0
+    shown = capsys.readouterr()
+    assert "best: snapkv" in shown.out and "3 trials were done" in shown.err
+    assert main(["search", "snapkv", "--model", model, "--limit", "40 KB", "--trials", "2", "--cases", "1"]) == 2
+    assert "weights alone take at least" in capsys.readouterr().err
 
 
 def test_tasks_as_json_describe_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from workbench.kv.base import Study
 from workbench.measure import HeadStats, LiveBytes, Thresholds, column_sums, head_stats
 from workbench.measure.head_classes import contextual
 from workbench.measure.head_queries import probe_positions
+from workbench.measure.heads import judge
 from workbench.models import tiny
 from workbench.progress import Progress
 from workbench_kernels import Scoring
@@ -134,6 +135,28 @@ def test_kernels_on_a_gpu_find_what_streamed_rows_say(window, softcap, sinks, ex
     torch.testing.assert_close(more, received, atol=1e-4, rtol=1e-5)
     for each in fields(HeadStats):
         torch.testing.assert_close(getattr(found, each.name), getattr(stats, each.name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own_positions", [False, True])
+@pytest.mark.parametrize(("window", "sinks"), [(None, False), (11, False), (11, True)])
+def test_kernels_on_a_gpu_find_the_same_of_what_an_eviction_left(window, sinks, own_positions, monkeypatch):
+    n, kept = 60, 25
+    queries, keys = some(5, 6, 3, n, kept)
+    ids = torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(5))
+    held = some_positions(5, 3 if own_positions else 1, kept, span=n)
+    held[-1, -3:] = n  # slots that hold nothing
+    scoring = Scoring(0.3, window, sinks=torch.linspace(-1, 2, 6) if sinks else None)
+    options = {"query_positions": torch.arange(n), "key_positions": held}
+    stats, received = head_stats(queries, keys, ids, scoring, **options)
+    monkeypatch.setattr("workbench.measure.whole_prompts.on_gpu", lambda *_: True)
+    monkeypatch.setattr("workbench.measure.head_rows._SHARES_BYTES", 1)
+    found, more = head_stats(queries, keys, ids, scoring, **options)
+    torch.testing.assert_close(more, received)
+    alone = judge(queries, keys, ids, scoring, **options)
+    for each in fields(HeadStats):
+        value = getattr(found, each.name)
+        torch.testing.assert_close(value, getattr(stats, each.name), atol=1e-5, rtol=1e-5, equal_nan=True)
+        torch.testing.assert_close(getattr(alone, each.name), value, atol=0, rtol=0, equal_nan=True)
 
 
 def test_slots_beyond_the_prompt_count_for_nothing():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from benchmarks.model_kinds import config_of, tiny_of
+from workbench.engine import standing
 from workbench.errors import BudgetTooSmall, CheckpointRefused
 from workbench.kv.ranking import for_all_heads
 from workbench.kv.stores import LatentStore
@@ -217,6 +218,20 @@ def test_an_expansion_that_is_not_linear_is_left_to_the_model() -> None:
     session = session_of(model.requires_grad_(False))
     run = session.run("full", max_new_tokens=NEW)
     assert run.tokens == generated(model, IDS)
+    assert session.plan("full").full_nbytes == TOKENS * LAYERS * TOKEN
+    assert session.plan("snapkv", budget=0.5).expanded is None
+    evicting = session.plan("h2o", budget=0.5)
+    assert "h2o evicts by attention, and keys are not linear in rows here" in evicting.notes[-1]
+    check_plan(evicting)
+    assert len(session.run("h2o", budget=0.5, max_new_tokens=NEW).tokens) == NEW
+
+
+def test_a_model_that_shows_no_rows_is_exact_and_says_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "_expands", lambda module: False)
+    model = tiny_of("deepseek_v2")
+    session = session_of(model)
+    run = session.run("full", max_new_tokens=NEW)
+    assert run.tokens == generated(model, IDS)
     assert session.plan("full").full_nbytes == TOKENS * LAYERS * HEADS * (24 + 16) * 4
     assert any("does not show here what it is held as" in note for note in run.notes)
 
@@ -227,9 +242,11 @@ def test_what_is_shown_names_the_rows(session: wb.Session) -> None:
     assert {x.kind for x in wb.models.audit(session).of("attention")} == {"full attention, MLA, latent 32 + 8"}
 
 
-def test_a_compressed_model_makes_keys_of_its_own_rows(session: wb.Session) -> None:
-    run = session.run("rtn", bits=8, max_new_tokens=NEW)
-    assert 0 < run.quality.kl < 0.05
+@pytest.mark.parametrize("key", ["rtn", "crossquant"])  # the second rounds what its modules are given
+def test_a_compressed_model_makes_keys_of_its_own_rows(session: wb.Session, key: str) -> None:
+    run = session.run(key, bits=8, max_new_tokens=NEW)
+    assert 0 < run.quality.kl < 0.2
+    assert run.tokens == generated(run.conversation.model, IDS)
     assert kv_nbytes(run) == (TOKENS + NEW) * LAYERS * TOKEN
 
 

@@ -25,6 +25,7 @@ from workbench.cli.options import (
     Settings,
     bundled,
 )
+from workbench.cli.search_commands import run_search
 from workbench.cli.sweep_commands import run_sweep, show_results
 from workbench.cli.task_commands import evaluate, list_tasks
 from workbench.errors import BadParameter, Cancelled, MissingExtra
@@ -206,6 +207,7 @@ def _side_by_side(rows: list[Row], as_json: bool) -> None:
 
 
 app.command()(evaluate)
+app.command("search")(run_search)
 app.command("sweep")(run_sweep)
 app.command("results")(show_results)
 app.command("tasks")(list_tasks)

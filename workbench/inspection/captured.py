@@ -17,7 +17,7 @@ from workbench.inspection.implied import Implied
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, pooled_maps
 from workbench.measure.head_classes import HeadStats
-from workbench.measure.heads import head_stats
+from workbench.measure.heads import judge
 from workbench.progress import Progress
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
@@ -75,7 +75,7 @@ class Captured:
 
     def judge(self, ids: Tensor, progress: Progress | None = None) -> HeadStats:
         """The statistics of the query heads; ids: the prompt's tokens [n]."""
-        return head_stats(self.queries, self.keys, ids, **self.options, progress=progress)[0]
+        return judge(self.queries, self.keys, ids, **self.options, progress=progress)
 
 
 def capture(layer: LayerTrace, plan: Plan | None = None, head: int | None = None) -> Captured:

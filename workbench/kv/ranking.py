@@ -28,7 +28,8 @@ class Ranking:
     def beside(self, importance: Tensor | None) -> Ranking:
         """The same order, with what an allocator goes by besides."""
         if importance is None:
-            return self  # with all that has been found of the order already
+            return self
+        _ = self.in_head  # by which all is selected: found once, for this order and every twin of it
         twin = copy(self)
         twin.importance = importance
         return twin

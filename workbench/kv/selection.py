@@ -210,7 +210,8 @@ class _Ranked:
             return self.plain
         if self._last is None or self._last[0] != entries:
             scores, share = self.whole.scores, entries / self.plain.scores.numel()
-            self._last = entries, self._of(self.selecting.scores_at(self.study, scores, share))
+            found = self.selecting.scores_at(self.study, scores, share)
+            self._last = entries, self.plain if found is scores else self._of(found)
         return self._last[1]
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from workbench import arguments
 from workbench.core.attention_rows import head_groups, row_blocks, token_positions, visible_keys
 from workbench.errors import InputError
+from workbench.measure.attention import column_sums
 from workbench.measure.head_classes import HeadStats
 from workbench.measure.head_queries import earlier, probe_positions
 from workbench.measure.head_rows import read_heads
-from workbench.measure.whole_prompts import reads_whole
+from workbench.measure.whole_prompts import is_whole, reads_kept
 from workbench.progress import Progress
-from workbench_kernels import Scoring
+from workbench_kernels import Scoring, read_attention
 
 SINKS = 4  # first tokens that count as sinks
 RECENT = 32  # tokens, the query's own included, that count as local
@@ -48,15 +49,17 @@ def head_stats(
     """
     for name, count in (("sinks", sinks), ("recent", recent), ("probes", probes)):
         arguments.whole(name, count, low=1)
-    (_, nq, _), (k, nk, _) = queries.shape, keys.shape
-    if nq == 0 or nk == 0:
-        raise InputError(f"heads are judged by at least one query and one key, not {nq} and {nk}")
-    at, held = token_positions(nq, nk, query_positions, key_positions)  # [nq], [k or 1, nk]
-    if int(at[-1]) >= len(ids):
-        raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
-    visible_keys(nq, nk, at, held, kv_heads=k)  # complains about positions that do not fit
-    if scoring.in_kernels and reads_whole(queries, keys, at, held):
-        return read_heads(queries.detach(), keys.detach(), ids, scoring, sinks=sinks, recent=recent, probes=probes)
+    (k, nk, _), (at, held) = keys.shape, _positions(queries, keys, ids, query_positions, key_positions)
+    if scoring.in_kernels and reads_kept(queries, keys, at, held):
+        queries, keys = queries.detach(), keys.detach()
+        judged, lse = read_heads(queries, keys, ids, scoring, at, held, sinks=sinks, recent=recent, probes=probes)
+        if is_whole(at, held):
+            sums = read_attention(queries, keys, scoring.without_sinks(), lse=lse).sums
+            assert sums is not None
+        else:
+            sums = column_sums(queries, keys, scoring, query_positions=at, key_positions=held, progress=progress)
+        return judged, sums.cpu()
+    visible_keys(len(at), nk, at, held, kv_heads=k)  # complains about positions that do not fit
     stats, received = [], []
     for part in head_groups(queries, keys, held, progress):
         here = held if part.key_positions is None else part.key_positions.view(-1, nk)
@@ -88,6 +91,37 @@ def head_stats(
         stats.append(passed.stats())
         received.append(passed.received.cpu())
     return HeadStats.join(stats, torch.cat), torch.cat(received)
+
+
+def judge(
+    queries: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    scoring: Scoring,
+    *,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    progress: Progress | None = None,
+) -> HeadStats:
+    """The statistics of `head_stats` alone: where kernels read them, what the keys receive takes a pass of its own."""
+    at, held = _positions(queries, keys, ids, query_positions, key_positions)
+    if scoring.in_kernels and reads_kept(queries, keys, at, held):
+        how = {"sinks": SINKS, "recent": RECENT, "probes": PROBES}
+        return read_heads(queries.detach(), keys.detach(), ids, scoring, at, held, **how)[0]
+    return head_stats(queries, keys, ids, scoring, query_positions=at, key_positions=held, progress=progress)[0]
+
+
+def _positions(
+    queries: Tensor, keys: Tensor, ids: Tensor, query_positions: Tensor | None, key_positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where queries [nq] and keys [k or 1, nk] stand. Raises InputError where there are none, or their ids are not."""
+    nq, nk = queries.shape[1], keys.shape[1]
+    if nq == 0 or nk == 0:
+        raise InputError(f"heads are judged by at least one query and one key, not {nq} and {nk}")
+    at, held = token_positions(nq, nk, query_positions, key_positions)
+    if int(at[-1]) >= len(ids):
+        raise InputError(f"a query stands at position {int(at[-1])}, but there are {len(ids)} token ids")
+    return at, held
 
 
 class HeadSums:

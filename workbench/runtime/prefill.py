@@ -135,10 +135,12 @@ class _Recorder:
 
 def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
     """The rows that the layer's cache holds, of which it made key [h, n, d] and value [h, n, dv]; None where it holds
-    these: it made them in a way that is not linear, or holds a chunk of the text alone.
+    these, or a chunk of the text alone.
     """
     rows = latents()
-    return rows if rows is not None and scoring.chunk is None and rows.makes(key, value) else None
+    if rows is None or scoring.chunk is not None or not rows.makes(key, value):
+        return None
+    return rows.looked_at()
 
 
 def _combined_window(
