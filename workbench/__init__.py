@@ -12,6 +12,7 @@ from workbench.version import __version__
 
 if TYPE_CHECKING:
     from workbench import attention, kv, models, search, sweep, weights
+    from workbench.cost.estimating import cost
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
@@ -26,6 +27,7 @@ __all__ = [
     "Session",
     "__version__",
     "attention",
+    "cost",
     "kv",
     "method",
     "methods",
@@ -46,6 +48,7 @@ _LAZY = {
     "methods": "workbench.registry",
     "task": "workbench.tasks",
     "tasks": None,
+    "cost": None,
     "search": None,
     "sweep": None,
     "kv": None,

@@ -104,6 +104,13 @@ def test_the_program_about_sweeps_runs_and_its_file_is_a_sweep(tmp_path: Path) -
         assert yaml.safe_load(textwrap.dedent(written))["models"] == arguments["models"]
 
 
+def test_the_program_of_the_page_about_cost_runs() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("docs/how-to/cost.md", "python"):
+        exec(block, names)
+    assert abs(names["small"].measured.error) < 0.09
+
+
 def test_the_readme_is_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 

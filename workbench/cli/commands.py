@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from workbench.cli import inputs, terminal
+from workbench.cli.cost_commands import estimate, list_hardware, run_system
 from workbench.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -211,6 +212,9 @@ app.command("search")(run_search)
 app.command("sweep")(run_sweep)
 app.command("results")(show_results)
 app.command("tasks")(list_tasks)
+app.command("cost")(estimate)
+app.command("hardware")(list_hardware)
+app.command("systems")(run_system)
 
 
 @app.command("sensitivity")

@@ -112,6 +112,17 @@ def task(key: str, length: int | None, settings: Sequence[str]) -> Task:
     return kind(**values)
 
 
+def values(settings: Sequence[str]) -> dict[str, Any]:
+    """What `--set` says, by name. Raises BadParameter."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
+            raise BadParameter(f"--set {quoted(setting)}: write it as name=value")
+        found[name] = value_of(value)
+    return found
+
+
 def budgets(text: str) -> list[str]:
     """Budgets separated by commas: "0.5,25%,64MiB". Raises BadBudget."""
     from workbench.budget import Budget

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import ipywidgets
 
+from workbench.cost import Cost
+from workbench.cost.serving import Simulation
 from workbench.display import Bundle
 from workbench.formatting import mib
 from workbench.kv.plan import Plan
@@ -18,7 +20,7 @@ from workbench.measure.memory import Timeline
 from workbench.results import Results
 from workbench.runtime.run import Run
 from workbench.session import Session
-from workbench_widgets import figures, present
+from workbench_widgets import cost_figures, figures, present
 from workbench_widgets.colours import LIGHT
 from workbench_widgets.notebook.html_summaries import results_html, session_html
 from workbench_widgets.notebook.plan_view import PlanView
@@ -38,6 +40,11 @@ def views(thing: object) -> Iterator[Bundle]:
     elif isinstance(thing, Run):
         yield view(RunView(thing))
         yield figure(memory_figure(thing.memory, f"Memory of {thing.recipe.label}"))
+    elif isinstance(thing, Cost):
+        yield figure(cost_figures.memory(thing))
+    elif isinstance(thing, Simulation):
+        for draw in (cost_figures.gantt, cost_figures.queue, cost_figures.occupancy):
+            yield figure(draw(thing))
     elif isinstance(thing, Session):
         yield view(ipywidgets.HTML(session_html(thing)))
         if thing.runs:
