@@ -137,10 +137,18 @@ def test_sql_csv_and_words(tmp_path: Path) -> None:
     assert results.sql("SELECT max(kl) AS most FROM runs").most.tolist() == [0.2]
     assert pd.read_csv(results.to_csv(tmp_path / "a.csv", "kl > 0")).kl.tolist() == [0.1, 0.2]
     assert "3 runs" in results.summary() and results.numbers()["tasks"] == ["t"]
-    for query in ("SELECT nothing FROM runs", "SELECT", "DROP TABLE no"):
+    for query in (
+        "SELECT nothing FROM runs",
+        "SELECT",
+        "DROP VIEW runs",
+        "SELECT 1; DROP VIEW runs",
+        "",
+        "COPY runs TO 'x'",
+    ):
         with pytest.raises(BadParameter) as refused:
             results.sql(query)
         assert "\n" not in str(refused.value)
+    assert len(results) == 3
     with pytest.raises(InputError, match="cannot write"):
         results.to_csv("/no/such/folder/a.csv")
 

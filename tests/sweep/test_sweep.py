@@ -33,6 +33,7 @@ from workbench.progress import Progress
 from workbench.runtime import readings
 from workbench.sweep import Bench, ModelSpec, grid_of
 from workbench.sweep.grid import tasks_of
+from workbench.sweep.measuring import measure
 from workbench.sweep.placement import check_fits, choose, needed_nbytes, pinned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +143,15 @@ def test_cancelled_sweeps_keep_their_rows_and_go_on(model: str, task: str, tmp_p
     assert told[-1] == (12 - kept, 12 - kept) and len(stored_keys(tmp_path)) == 12
 
 
+def test_readings_are_kept_for_rows_to_come_and_then_let_go(task: str, tmp_path: Path) -> None:
+    bench = Bench(wb.Session((tiny("llama"), byte_tokenizer())))
+    items = grid_of("any", ["full", "rtn"], (), [task], (0,), cases=2).items
+    held: list[int] = []
+    measure(bench, items, lambda row: held.append(len(bench._read)), Progress())
+    assert held == [1, 2, 2, 1] and not bench._read and bench.readings == 4
+    assert len(bench.session.runs) == 1 and len(bench.session.readings.timelines) <= 3
+
+
 def test_keys_follow_what_decides_a_row(model: str, task: str) -> None:
     network, tokenizer = tiny("llama"), byte_tokenizer()
     bench = Bench(wb.Session((network, tokenizer)))
@@ -223,6 +233,39 @@ def test_a_killed_sweep_goes_on_and_repeats_at_most_the_row_it_was_at(
     total = 4 * (1 + 3 * 4)
     assert 4 < kept < total and len(calls) == total - kept
     assert len(results) == total == len(stored_keys(tmp_path))
+
+
+FULL = """
+import resource, sys, workbench as wb
+from workbench.errors import WorkbenchError
+from workbench.progress import Progress
+from workbench.sweep import Bench
+
+def fill(stage, done, total):
+    if stage == "sweeping" and done == 3:  # from here on no file may have more bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+def sweep(progress=None):
+    return wb.sweep(sys.argv[1], ["full", "knorm"], [0.9, 0.8], sys.argv[2], results=sys.argv[3], progress=progress)
+
+try:
+    sweep(Progress(fill))
+except WorkbenchError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+measured, plain = [], Bench.row
+Bench.row = lambda self, *given: measured.append(given) or plain(self, *given)
+assert len(sweep()) == 12 and len(measured) == 9, len(measured)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_sweep_whose_disk_was_full_goes_on_where_it_was(model: str, task: str, tmp_path: Path) -> None:
+    asked = [sys.executable, "-c", FULL, model, task, str(tmp_path)]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1 and "make room, and run the same again" in done.stdout
+    assert len(stored_keys(tmp_path)) == 12 == len(set(stored_keys(tmp_path)))
 
 
 # -- on a cluster

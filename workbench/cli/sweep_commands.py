@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,8 +137,9 @@ def _computing(executor: str | None, workers: int | None) -> Iterator[Any]:
         raise MissingExtra(
             "--workers needs Dask, which is not installed: pip install 'inference-workbench[cluster]'"
         ) from None
+    quiet = logging.CRITICAL  # what matters of its workers comes back as rows, or as one line
     with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=quiet) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -12,6 +12,7 @@ from workbench import arguments
 from workbench.display import Shown
 from workbench.errors import BadParameter, InputError
 from workbench.files.folders import located
+from workbench.formatting import quoted
 from workbench.results import parquet_files
 from workbench.results.front import SHOWN, check_figure, front_of, grouped
 from workbench.results.old_files import rows_of
@@ -133,13 +134,16 @@ class Results(Shown):
         return self.sql(f"SELECT * FROM runs WHERE {where} ORDER BY started, key")  # noqa: S608  it is the user's own
 
     def sql(self, query: str) -> pd.DataFrame:
-        """What a query of DuckDB's SQL gives; the table is called `runs`. Raises BadParameter."""
+        """What a SELECT in DuckDB's SQL gives; the table is called `runs`. Raises BadParameter."""
         import duckdb
 
         with self._lock:
             self._refresh()
             try:
-                return self._database.execute(query).df()
+                statements = self._database.extract_statements(query)
+                if [each.type for each in statements] != [duckdb.StatementType.SELECT]:
+                    raise BadParameter(f"results answer one SELECT, not {quoted(query)}")
+                return self._database.execute(statements[0]).df()
             except duckdb.Error as error:
                 raise BadParameter(f"this query cannot be answered: {parquet_files.one_line(error)}") from error
 

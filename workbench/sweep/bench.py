@@ -159,18 +159,30 @@ class Bench:
                 self._cases[task, number] = error
         return self._cases[task, number]
 
+    def prompt(self, task: Task, number: int = 0) -> Any:
+        """What tells the prompt of a case from others, as it is read; None where there is no case."""
+        case = self._case(task, number)
+        return None if isinstance(case, WorkbenchError) else self._as_read(case)
+
+    def forget(self, prompt: Any) -> None:
+        """Let go of a prompt's readings: no other row needs them."""
+        self._read.pop(prompt, None)
+
+    def _as_read(self, case: Case) -> tuple[Any, bool | None]:
+        return case.text, False if self.chat is None and case.goes_on else self.chat
+
     def _reading(self, case: Case, progress: Progress) -> Trace:
         """The reading of a case by the model as it is, with which the session goes on."""
-        chat = False if self.chat is None and case.goes_on else self.chat
-        known, here = self._read.get((case.text, chat)), self.session.trace
+        prompt = self._as_read(case)
+        known, there = self._read.get(prompt), self.session.trace
         if known is None:
-            known = self.session.read(case.text, chat=chat, progress=progress)
-            self._read[case.text, chat] = known
+            known = self.session.read(prompt[0], chat=prompt[1], progress=progress)
+            self._read[prompt] = known
             while len(self._read) > 1 and sum(trace.nbytes for trace in self._read.values()) > _KEPT_NBYTES:
                 self._read.popitem(last=False)
-        elif known is not here:
-            self.session.restore(known, [])
-        self._read.move_to_end((case.text, chat))
+        if known is not there:
+            self.session.restore(known, [])  # what was measured of runs on other prompts goes
+        self._read.move_to_end(prompt)
         return known
 
     def _runner(self, progress: Progress) -> Any:

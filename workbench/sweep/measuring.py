@@ -48,10 +48,16 @@ def keys_of(bench: Bench, items: Sequence[Item]) -> list[str]:
 
 
 def measure(bench: Bench, items: Sequence[Item], give: Callable[[Row], None], progress: Progress) -> None:
-    """Measure items in their order and hand each row over as soon as it is there. Raises Cancelled."""
-    for item in items:
+    """Measure items in their order and hand each row over as soon as it is there; what was read for them alone is let
+    go after the last of them. Raises Cancelled.
+    """
+    prompts = [bench.prompt(item.task, item.number) for item in items]
+    last = {prompt: index for index, prompt in enumerate(prompts)}
+    for index, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         progress.check()
         give(bench.row(item.recipe, item.task, item.number, progress))
+        if last[prompt] == index:
+            bench.forget(prompt)
 
 
 @contextmanager
