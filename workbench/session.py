@@ -149,7 +149,8 @@ class Session(Shown):
         if self.trace is None:
             return "\n".join([*lines, "  prompt  nothing read yet: session.read(text)"])
         full = uncompressed_nbytes(self.trace, self.kv_dtype)
-        lines.append(f"  prompt  {self.trace.tokens:,} tokens, whose uncompressed cache takes {mib(full)}")
+        held = f" ({self.trace.latent} numbers a token)" if self.trace.latent else ""
+        lines.append(f"  prompt  {self.trace.tokens:,} tokens, whose uncompressed cache takes {mib(full)}{held}")
         for index, run in enumerate(self.runs, 1):
             quality = f"; {run.quality}" if run.measured else ""
             share = run.to_dict(quality=False)["kv_share"]

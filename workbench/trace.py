@@ -14,6 +14,7 @@ from workbench import arguments
 from workbench.core.attention_rows import attention_rows
 from workbench.core.memo import Memo
 from workbench.core.rope import Rotation
+from workbench.engine.latents import Latents
 from workbench.engine.states import States
 from workbench.errors import BadParameter, NoRotation, NotRead
 from workbench.formatting import Brief, mib
@@ -36,7 +37,8 @@ class LayerTrace(Brief):
     window, how many positions the plain model's cache would hold.
     plain_widths: widths of a key and a value of the plain model's cache, where this model's are not those.
     shared: the earlier layer whose keys and values this one reads; None: it has its own. number: what the model calls
-    the layer, where others keep no keys and values or have gone; None: as `index` says.
+    the layer, where others keep no keys and values or have gone; None: as `index` says. latents: the rows of which all
+    heads make their keys and values (MLA), and which the layer's cache holds in place of these; None: it has none.
     """
 
     index: int
@@ -50,6 +52,7 @@ class LayerTrace(Brief):
     plain_widths: tuple[int, int] | None = None
     shared: int | None = None
     number: int | None = None
+    latents: Latents | None = None
 
     @property
     def called(self) -> int:
@@ -106,7 +109,35 @@ class LayerTrace(Brief):
         held = (self.keys_held, self.values_held, self.queries_held)
         keys, values, queries = (torch.empty(x.shape[0], count, x.shape[2], dtype=x.dtype, device="meta") for x in held)
         scoring = replace(self.scoring, chosen=None)
-        return replace(self, keys_held=keys, values_held=values, queries_held=queries, scoring=scoring)
+        latents = None if self.latents is None else self.latents.blank(count)
+        blank = replace(self, keys_held=keys, values_held=values, queries_held=queries)
+        return replace(blank, scoring=scoring, latents=latents)
+
+    @property
+    def rows(self) -> LayerTrace:
+        """The layer as its cache holds it, for stores that go by keys and values alone: rotated rows [1, n, w] for keys
+        and latent ones [1, n, r] for values; itself where it has none.
+        """
+        if self.latents is None:
+            return self
+        return replace(self, keys_held=self.latents.rotated, values_held=self.latents.latent)
+
+    @property
+    def absorbed(self) -> LayerTrace:
+        """The same attention over the rows (`latents`) as the keys of one KV head that all query heads share; itself
+        where there are none.
+        """
+        if self.latents is None:
+            return self
+        rows = self.latents.to(self.device)
+        to_keys, _ = rows.expansion.maps(rows.latent, rows.rotated)
+        return replace(
+            self,
+            keys_held=torch.cat([rows.latent, rows.rotated], dim=-1),
+            values_held=rows.latent,
+            queries_held=self.queries @ to_keys.transpose(1, 2),
+            latents=None,
+        )
 
     @property
     def tokens(self) -> int:
@@ -264,6 +295,11 @@ class Trace:
         return tuple(layer for layer in self.layers if layer.index not in self.exact)
 
     @property
+    def latent(self) -> str:
+        """What the cache of layers with latent attention holds, as "MLA, latent 512 + 64"; nothing where none has."""
+        return next((layer.latents.kind for layer in self.layers if layer.latents), "")
+
+    @property
     def kv_heads(self) -> int:
         """How many KV heads the layers have that KV methods may change, of all if there are none; others that stay as
         they are may have more or fewer.
@@ -274,6 +310,7 @@ class Trace:
     def nbytes(self) -> int:
         """Bytes held by the recording (never counted as a run's cache), states included."""
         held = [x for layer in self.layers for x in (layer.keys_held, layer.values_held, layer.queries_held)]
+        held += [x for layer in self.layers if layer.latents for x in (layer.latents.latent, layer.latents.rotated)]
         chosen = [layer.scoring.chosen.keys for layer in self.layers if layer.scoring.chosen is not None]
         states = () if self.states is None else self.states.tensors()
         return tensor_bytes([*held, *(keys for keys in chosen if keys is not None), *states])

@@ -59,7 +59,7 @@ def test_a_model_that_is_refused_is_audited_with_the_reason() -> None:
     ("kind", "said"),
     [
         ("gemma3n_text", "shares the KV of layer 1"),
-        ("deepseek_v3", "full attention, latent (MLA) of rank 32"),
+        ("deepseek_v3", "full attention, MLA, latent 32 + 8"),
         ("lfm2_moe", "convolution"),
     ],
 )

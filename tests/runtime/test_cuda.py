@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
+from benchmarks.model_kinds import tiny_of
 from workbench.errors import BudgetTooSmall
 from workbench.kv.stores import Store
 from workbench.models import TINY_ARCHITECTURES, tiny
@@ -40,6 +41,20 @@ def test_logits_equal_plain_transformers_at_float32(architecture):
         want = model(everything).logits[0, 158:-1].float().cpu()
     got, _ = teacher_forcing(run.conversation.decoder(), session.trace.logits, question, torch.tensor(run.tokens))
     assert (got.cpu() - want).abs().max() < 1e-3  # float32 products on the GPU, in another order
+
+
+@pytest.mark.parametrize("key", ["full", "snapkv", "h2o", "turbomind"])
+def test_latent_rows_are_decoded_by_graphs_as_without(key):
+    model = tiny_of("minicpm3").to(CUDA)
+    options = {"budget": 0.5} if key != "full" else {}
+    runs = []
+    for graphs in (True, False):
+        session = wb.Session((model, None), kv_dtype="float32", graphs=graphs)
+        session.read(ids(150))
+        runs.append(session.run(key, question=ids(9, seed=1), max_new_tokens=30, **options))
+    assert all(store.holds_latents for store in runs[0].decoder.stores)
+    assert not [note for note in runs[0].notes if "without CUDA graphs" in note]
+    assert runs[0].tokens == runs[1].tokens
 
 
 @pytest.mark.parametrize("key", [method.key for method in registered("kv")])

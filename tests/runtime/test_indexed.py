@@ -84,7 +84,10 @@ def test_a_query_sees_what_was_chosen_and_is_still_held_or_the_method_says_why_n
         if store.holder.retrieves or store.holder.selects:
             continue
         heads = store.kv_heads
-        store.append(rows[:heads], rows[:heads, :, :16], torch.tensor([TOKENS]))
+        given = (rows[:heads], rows[:heads, :, :16])
+        if store.holds_latents:
+            given = (rows[:1, :, :8], rows[:2, :, :16].reshape(1, 1, 32))
+        store.append(*given, torch.tensor([TOKENS]))
         positions, valid = store.slots()  # some move entries once they have attended
         _, weights = store.attend(rows, torch.tensor([TOKENS]), scoring, weights=True)
         assert weights is not None  # [k, g, 1, m]

@@ -71,13 +71,19 @@ def _kind(layer: LayerTrace, trace: Trace, rank: int | None, *, beside: bool) ->
         "positions chosen by an indexer": scoring.chosen is not None,
         "a state beside it": beside,
     }
-    return _attention(layer.window, layer.chunk, rank, *(words for words, there in besides.items() if there))
+    latent = None if rank is None else f"{_latent(rank)}, held as keys and values"
+    latent = latent if layer.latents is None else layer.latents.kind
+    return _attention(layer.window, layer.chunk, latent, *(words for words, there in besides.items() if there))
 
 
-def _attention(window: int | None, chunk: int | None, rank: int | None, *besides: str) -> str:
+def _latent(rank: int) -> str:
+    return f"MLA of rank {rank}"
+
+
+def _attention(window: int | None, chunk: int | None, latent: str | None, *besides: str) -> str:
     reach = "full attention" if window is None else f"sliding window of {window}"
     reach = reach if chunk is None else f"chunks of {chunk}"
-    return ", ".join([reach, *([] if rank is None else [f"latent (MLA) of rank {rank}"]), *besides])
+    return ", ".join([reach, *([] if latent is None else [latent]), *besides])
 
 
 def _named(index: int, facts: Facts, rank: int | None, otherwise: Standing, why: str) -> Finding:
@@ -91,5 +97,5 @@ def _named(index: int, facts: Facts, rank: int | None, otherwise: Standing, why:
         return Finding("attention", (index,), "", kind, otherwise, why)
     chunk = facts.chunks[index] if facts.chunks else None
     size = None if rank is not None else facts.head_dim
-    kind = _attention(window, chunk, rank)
+    kind = _attention(window, chunk, None if rank is None else _latent(rank))
     return Finding("attention", (index,), "", kind, otherwise, why, facts.heads, facts.kv_heads, size, size)

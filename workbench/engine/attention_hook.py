@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.families.in_place import adapted
+from workbench.engine.latents import Latents, Noting
 from workbench.engine.masks import AnnouncedMask, Span, announced, checked
 from workbench.engine.standing import standing
 from workbench.engine.states import States, has_indexer, keeps_states, states_of
@@ -54,7 +55,7 @@ class _Passing:
     told: the mask that the caller gave, which says nothing. plain: positions come one after another, so that a mask
     by places is a mask by positions; a token that comes alone in the midst of a text is none of these, for its mask
     tells nothing. positions: where its tokens stand, int64 [n]. states: of layers that keep some. own: masks that the
-    model made by itself and that were found causal.
+    model made by itself and that were found causal. noting: what notes of which rows layers make keys and values.
     """
 
     handler: Handler
@@ -63,6 +64,7 @@ class _Passing:
     positions: Tensor
     states: States | None = None
     own: list[Tensor] = field(default_factory=list)
+    noting: Noting | None = None
 
 
 def _attention(
@@ -109,7 +111,8 @@ def _attention(
     scoring = Scoring(
         scale, span.window, softcap or None, sinks, slopes, _chosen(passing, indices), rounded=rounded, chunk=span.chunk
     )
-    out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
+    with showing(None if passing.noting is None else passing.noting.taken(module, key)):
+        out = passing.handler.attend(place, query[0], key[0], value[0], scoring)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None  # [1, n, h, dv]: models view it in one piece
 
 
@@ -192,6 +195,24 @@ def passing() -> Handler | None:
     """The handler of the pass that calls this, for modules that remember something of a run in the run itself."""
     current = _passing.get()
     return None if current is None else current.handler
+
+
+_latents: ContextVar[Latents | None] = ContextVar("latents", default=None)
+
+
+def latents() -> Latents | None:
+    """The rows of which the layer that attends just now made its keys and values; None where there are none."""
+    return _latents.get()
+
+
+@contextmanager
+def showing(rows: Latents | None) -> Iterator[None]:
+    """Until the block ends, let a handler find these rows in `latents`."""
+    before = _latents.set(rows)
+    try:
+        yield
+    finally:
+        _latents.reset(before)
 
 
 class _Alone:
@@ -301,7 +322,8 @@ def forward(
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
     with engaged(model), torch.inference_mode():
-        before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache))
+        noting = cast("Noting | None", stands)
+        before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache, noting=noting))
         try:
             output = model(
                 input_ids=ids.to(device)[None],

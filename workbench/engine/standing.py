@@ -1,7 +1,8 @@
-"""Layers that ask the model's cache how many tokens came before theirs (Llama 4, which sharpens attention by position).
+"""Layers that ask the model's cache how many tokens came before theirs (Llama 4, which sharpens attention by position),
+or hand it what they expand afterwards (MLA).
 
-A pass here has no cache of the model's: a handler holds what was read before. What is asked for the position alone gets
-a cache that holds nothing and knows where it stands.
+A pass here has no cache of the model's: a handler holds what was read before. What is asked for the position alone, or
+for what it was given, gets a cache that holds nothing and knows where it stands.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from workbench.engine.latents import Noting, expands
 from workbench.errors import NotApplicable
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 
-class Standing:
+class Standing(Noting):
     """What a model takes for its cache: `begin` tokens came before, int64 [], and none of their keys are here."""
 
     def __init__(self, begin: Tensor) -> None:
@@ -40,17 +42,19 @@ class Standing:
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """The keys and values of this pass as they come."""
+        self.note(key_states, value_states)
         return key_states, value_states
 
 
 def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cache | None:
-    """For a pass at positions int64 [n] of a model whose layers ask where they are; None where none does.
+    """For a pass at positions int64 [n] of a model whose layers ask where they are, or expand latents; None where none
+    does.
 
     following: whether the positions follow one another. Raises NotApplicable where they do not, for layers that are
     told the first take the others for those after it; unless all lie before the place from which positions count.
     """
     if not _asks(type(model).__module__):
-        return None
+        return cast("Cache", Standing(positions[0].to(model.device))) if expands(model) else None
     config: Any = model.config.get_text_config()
     counts_from = getattr(config, "floor_scale", 0)  # Llama 4 sharpens by floor((position + 1) / floor_scale)
     if not following and int(positions.max()) + 1 >= counts_from:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from workbench.engine.latents import Noting
 from workbench.errors import NotApplicable
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _EMPTY = ("moe", "mlp")  # layers without attention that keep nothing either
 
 
-class States:
+class States(Noting):
     """The states of a model's layers after what has been read. Mixed into the model's own kind of cache (`states_of`).
 
     places: the number of each layer that attends among those that do, by its number in the model. keeping: the numbers
@@ -44,6 +45,7 @@ class States:
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """The keys and values of this pass, which the handler adds to those before."""
         self._caller = layer_idx
+        self.note(key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -15,7 +15,6 @@ from workbench import arguments
 from workbench.attention.base import AttentionMethod
 from workbench.inspection.implied import Implied
 from workbench.kv.plan import Plan
-from workbench.kv.stores.format import DenseFormat
 from workbench.measure.attention import PooledMap, Pooling, Span, column_sums, pooled_maps
 from workbench.measure.head_classes import HeadStats
 from workbench.measure.heads import judge
@@ -143,8 +142,7 @@ def as_read(
 
 def _only_selects(plan: Plan) -> bool:
     """Whether the plan's stores hold recorded keys in the type of the uncompressed cache, and nothing else."""
-    dense = isinstance(plan.format, DenseFormat)
-    return plan.chunked or (dense and (plan.stages.merge is None or plan.keeps_all))
+    return plan.chunked or (plan.format.exact and (plan.stages.merge is None or plan.keeps_all))
 
 
 def _in_order(keys: Tensor, positions: Tensor, there: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from workbench.errors import BadParameter, NotApplicable, NotRead
 from workbench.formatting import mib
 from workbench.kv.base import KVMethod, Stages, Study
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import ChunkStore, ClosedUpStore, SharedStore, SlidingStore, Store
+from workbench.kv.stores import ChunkStore, ClosedUpStore, LatentStore, SharedStore, SlidingStore, Store
 from workbench.kv.stores.format import DenseFormat, Format, Shape
 from workbench.kv.stores.representable import check_reach
 from workbench.measure.memory import Timeline
@@ -33,7 +33,8 @@ class Plan(Shown):
     tiers: uint8 [l, k, n] over all layers: 0 dropped, otherwise 1 + index into `precisions`; k as in those layers that
     may be compressed, whatever others have. nbytes: what the stores will hold on the device, host_nbytes: in host
     memory; full_nbytes: what the uncompressed cache would hold. ranking: the order by which entries were chosen. exact:
-    layers left alone, with the reason.
+    layers left alone, with the reason. expanded: of layers whose cache holds latent rows (MLA), who needs the keys and
+    values that are made of them, and why; None: the rows are held.
     """
 
     trace: Trace
@@ -46,6 +47,7 @@ class Plan(Shown):
     full_nbytes: int
     host_nbytes: int = 0
     ranking: Ranking | None = None
+    expanded: str | None = None
 
     @property
     def timeline(self) -> Timeline:
@@ -109,7 +111,25 @@ class Plan(Shown):
         reasons: dict[str, list[int]] = {}
         for layer, reason in self.exact.items():
             reasons.setdefault(reason, []).append(self.trace.layers[layer].called)
-        return tuple(f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in reasons.items())
+        notes = tuple(f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in reasons.items())
+        return (*notes, *self._on_latents())
+
+    def _on_latents(self) -> tuple[str, ...]:
+        """What becomes of layers whose cache holds latent rows."""
+        layers = [layer for layer in self.trace.compressible if layer.latents]
+        if not layers:
+            return ()
+        named = f"layers {', '.join(str(layer.called) for layer in layers)}"
+        if self.expanded is not None:
+            one = layers[0].blank(1)
+            times = held_shape(one, self.dtype).full_nbytes / held_shape(one.rows, self.dtype).full_nbytes
+            note = (
+                f"{named}: {self.expanded}, so keys and values are held here in place of the latent rows (MLA) that "
+                f"they are made of: {times:.1f} times as many numbers a token"
+            )
+            return (note,)
+        same = "" if self.ranking is None else "; all heads keep the same tokens, by the mean of their scores"
+        return (f"{named}: latent rows (MLA) are held{same}",)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -194,30 +214,36 @@ class Plan(Shown):
 
     def _store(self, layer: LayerTrace) -> Store:
         tiers = as_held(self.tiers[layer.index], layer.kv_heads)
+        if layer.index in self.exact:
+            rows = self._exact(layer.rows, tiers)
+            return rows if layer.latents is None else LatentStore(rows, layer.latents.expansion, layer.heads)
         merging = self.stages.merge
-        if merging is not None and layer.index not in self.exact and not self.keeps_all:
+        if merging is not None and not self.keeps_all:
             keys, values = merging.merge(layer, tiers > 0, self._scores(layer))
             layer = replace(layer, keys_held=keys, values_held=values)
-        if layer.index in self.exact and layer.chunk is not None:
-            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
-            return ChunkStore(keys, values, layer.tokens, layer.chunk)
-        if layer.index in self.exact and layer.window is not None:
-            return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
-        if layer.index in self.exact:
-            return DenseFormat(self.dtype).build(layer, tiers, None)
         if self.keeps_all and not self.evicts:
             return self.format.of_everything().build(layer, tiers, None)
         state = None
         if self.evicts and self.stages.evict is not None and not self.stages.evict.rescores:
-            evicting = self.stages.evict
+            evicting, absorbs = self.stages.evict, layer.latents is not None and self.expanded is None
             state = self.trace.once(
-                ("eviction state", evicting.parameter_key(), layer.index), lambda: evicting.eviction_state(layer)
+                ("eviction state", evicting.parameter_key(), layer.index, absorbs),
+                lambda: evicting.eviction_state(layer.absorbed if absorbs else layer),
             )
         store = self.format.build(layer, tiers, state)
         if not self.closes_up:
             return store
         evict = self.stages.evict if self.evicts else None
         return ClosedUpStore(store, layer.rotation, together=evict is None or evict.evicts_by_position)
+
+    def _exact(self, layer: LayerTrace, tiers: Tensor) -> Store:
+        """The store of a layer that is left alone."""
+        if layer.chunk is not None:
+            keys, values = (x[:, -layer.held :].to(self.dtype, copy=True) for x in (layer.keys, layer.values))
+            return ChunkStore(keys, values, layer.tokens, layer.chunk)
+        if layer.window is not None:
+            return SlidingStore.of(layer.keys, layer.values, layer.window, self.dtype)
+        return DenseFormat(self.dtype).build(layer, tiers[: layer.keys_held.shape[0]], None)
 
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""
@@ -244,6 +270,7 @@ class Plan(Shown):
             f"Plan of {self.label} for {self.trace.tokens:,} tokens",
             f"  cache  {mib(self.nbytes)} of {mib(self.full_nbytes)} ({self.share:.1%})"
             + (f", {mib(self.host_nbytes)} more in host memory" if self.host_nbytes else ""),
+            *([f"  rows   {kind} numbers a token"] if self.expanded is None and (kind := self.trace.latent) else []),
             *([f"  state  {mib(state)} beside keys and values, the same under every plan"] if state else []),
             f"  kept   {kept}",
         ]
@@ -320,15 +347,17 @@ def _plain_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     The model's own sliding window never holds more than itself; one that an attention method set is its saving, and so
     are heads that a weight method made narrower and layers that it took out.
     """
-    shape = held_shape(layer, dtype)
+    shape = held_shape(layer.rows, dtype)
     if layer.shared is not None:
         return shape
-    keys, values = layer.plain_widths or (shape.key_width, shape.value_width)
+    keys, values = (None if layer.latents else layer.plain_widths) or (shape.key_width, shape.value_width)
     return replace(shape, tokens=layer.narrowed_from or shape.tokens, key_width=keys, value_width=values)
 
 
 def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
-    """The size of what a layer can hold at most in `dtype`: its window, chunk or everything; nothing of another's."""
+    """The size of what a layer can hold at most in `dtype`: its window, chunk or everything; nothing of another's. Of
+    `layer.rows` for one whose latent rows are held.
+    """
     tokens = layer.held if layer.shared is None else 0
     return Shape(
         layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def for_all_heads(scores: Tensor) -> Tensor:
+    """Scores [..., k, n] of entries that all heads share: the mean over these, float32 [..., 1, n]."""
+    return scores.float().mean(dim=-2, keepdim=True)
+
+
 class Ranking:
     """Scores [l, k, n] of the compressible layers, and their order.
 
@@ -24,7 +29,6 @@ class Ranking:
         """The same order, with what an allocator goes by besides."""
         if importance is None:
             return self
-        _ = self.in_head  # by which all is selected: found once, for this order and every twin of it
         twin = copy(self)
         twin.importance = importance
         return twin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import Holding, KVMethod, Stages, Study
 from workbench.kv.held import HeldLayer, scores_by_slot, view
+from workbench.kv.ranking import for_all_heads
 from workbench.kv.stores.capabilities import Droppable, Rescored
-from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
+from workbench.kv.stores.format import INDEX_BYTES, Format, Shape
 from workbench.kv.stores.store import Dequantised, Store
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
@@ -55,36 +56,38 @@ def observing(study: Study, stages: Stages, dtype: torch.dtype) -> Callable[[For
     def observed(form: Format) -> Format:
         droppable = form.droppable()
         assert droppable is not None
-        return ObservedFormat(droppable, rescoring, layer.heads, dtype)
+        return ObservedFormat(droppable, rescoring, layer.heads, layer.keys_held.shape[-1], dtype)
 
     return observed
 
 
 @dataclass(frozen=True)
 class ObservedFormat(Format):
-    """Another format, of whose entries some leave while decoding, with the last queries of each layer beside them."""
+    """Another format, of whose entries some leave while decoding, with the last queries of each layer beside them:
+    `heads` of this `width`.
+    """
 
     inner: Format
     rescoring: Rescoring
     heads: int
+    width: int
     dtype: torch.dtype
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.tiers
 
-    @property
-    def by_layer(self) -> bool:  # type: ignore[override]
-        return self.inner.by_layer
+    def kind(self, shape: Shape) -> Hashable:
+        return self.inner.kind(shape)
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         return self.inner.nbytes(shape, selected) + len(selected) * self.beside(shape)
 
     def beside(self, shape: Shape) -> int:
-        return self.rescoring.evicting.observes * (self.heads * shape.key_width * shape.itemsize + INDEX_BYTES)
+        return self.rescoring.evicting.observes * (self.heads * self.width * shape.itemsize + INDEX_BYTES)
 
     def of_everything(self) -> Format:
-        return self.inner.of_everything() if isinstance(self.inner, DenseFormat) else self  # rounded, it has a budget
+        return self.inner.of_everything() if self.inner.exact else self  # rounded, it has a budget
 
     def build(self, layer: LayerTrace, tiers: Tensor, state: Tensor | None) -> Store:
         count = self.rescoring.evicting.observes
@@ -178,6 +181,8 @@ class ObservedStore(WrappingStore):
         scores = scores_by_slot(self.layer, held, queries, asked, lambda layer: self._scores(layer, holding))
         if held.valid is not None:
             scores = scores.masked_fill(~held.valid, torch.inf)
+        if self.holds_latents:  # rows that all heads share
+            scores = for_all_heads(scores)
         where = held.positions.expand_as(scores)
         if held.valid is not None:  # what holds nothing stands behind all that does
             where = where.masked_fill(~held.valid, torch.iinfo(where.dtype).max)

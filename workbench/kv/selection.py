@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from workbench.budget import Budget
 from workbench.core.bisection import largest_within
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
+from workbench.kv.latents import expanded_by
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
-from workbench.kv.ranking import Ranking
+from workbench.kv.ranking import Ranking, for_all_heads
 from workbench.kv.rescoring import observing
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
+from workbench.kv.stores.latent import LatentFormat
 from workbench.kv.stores.offload import OffloadFormat
 from workbench.kv.stores.selected import SelectingFormat
 
@@ -35,9 +38,12 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
         )
     layers = trace.compressible
-    shapes = [held_shape(layer, dtype) for layer in layers]
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
     full = uncompressed_nbytes(trace, dtype)
-    fixed = sum(held_shape(layer, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
+    expanded = expanded_by(stages, layers, dtype)
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
+    shapes = rows if expanded is None else [held_shape(layer, dtype) for layer in layers]
+    fixed = sum(held_shape(layer.rows, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
     label = " + ".join(method.key for method in methods)
 
     tiers = torch.zeros(
@@ -56,14 +62,25 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             )
         return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
 
-    form, selected, ranking = _fit(study, methods, stages, shapes, dtype, budget, full, fixed, label)
+    fitting = partial(_fit, study, methods, stages, shapes, dtype, budget, full, fixed)
+    if expanded is None:
+        form, selected, ranking = fitting(label, latent=bool(layers[0].latents))
+    else:
+        # What keeps everything needs no keys and values of its own.
+        kept = fitting(label, whole=True) if _keeps_all(methods, stages, budget, trace.tokens, full) else None
+        if kept is not None and bool(kept[1].all()):
+            form, selected, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
+            shapes, expanded = rows, None
+        else:
+            why = f"{label} ({expanded}, which latent rows have to be expanded for)"
+            form, selected, ranking = fitting(why, droppable=not _stores(stages))
     rest = 2 if form.keeps_rest else 0
     tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
     counts = selected.sum(dim=-1)
     finished = _finished(form, counts, shapes)
     nbytes = fixed + stored_nbytes(finished, shapes, counts)
     host = stored_nbytes(finished, shapes, counts, host=True)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking)
+    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking, expanded)
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -83,15 +100,24 @@ def _fit(
     full: int,
     fixed: int,
     label: str,
+    *,
+    latent: bool = False,
+    whole: bool = False,
+    droppable: bool = True,
 ) -> tuple[Format, Tensor, Ranking | None]:
-    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which."""
+    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which.
+
+    latent: the shapes are those of latent rows. whole: whatever budgets say, all is selected that may be. droppable:
+    keeping all exact takes no more than the uncompressed cache.
+    """
+    held: Callable[[Format], Format] = LatentFormat if latent else lambda form: form
     layers, kv_heads, tokens = len(shapes), shapes[0].kv_heads, shapes[0].tokens
     selecting = stages.score
     storing = stages.store
     observed = observing(study, stages, dtype)
     state = stages.evict.state_width if stages.evict else 0
-    whole = stages.evict is not None and stages.evict.leaves_prompt
-    dense = observed(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=whole)))
+    later = stages.evict is not None and stages.evict.leaves_prompt
+    dense = observed(held(_attended(stages, study, dtype, shapes, DenseFormat(dtype, state, always=later))))
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
@@ -100,21 +126,21 @@ def _fit(
     form = dense
     if selecting is None:
         if storing is not None:
-            form = _stored(stages, study, dtype, shapes, room)
+            form = held(_stored(stages, study, dtype, shapes, room))
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
         _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
         return form, everything, None
 
-    if whole:
+    if later:
         _check_whole(limited, tokens, label)
         return form, everything, None
 
     allocating = stages.allocate or selecting
-    ranked = _Ranked(study, selecting, rank(study, selecting).beside(_importance(study, allocating, selecting)))
+    ranked = _Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), latent)
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
-        form = _stored(stages, study, dtype, shapes, room if storing is selecting else None)
+        form = held(_stored(stages, study, dtype, shapes, room if storing is selecting else None))
         _check_stored(form, storing, selecting, stages)
         form = observed(form)
     elif stages.retrieve is not None:
@@ -132,46 +158,63 @@ def _fit(
     # A storage method on top leaves the selection as it would be at the uncompressed precision.
     counted = dense if selected_budget is not None and storing is not None and stages.score is not storing else form
     entries = most
-    if selected_budget is not None and selected_budget.kind == "tokens":
+    if whole:
+        pass
+    elif selected_budget is not None and selected_budget.kind == "tokens":
         entries = min(layers * kv_heads * int(selected_budget.amount), most)
     else:
         target = room if selected_budget is None else (selected_budget.nbytes(full) or 0) - fixed
         if target is not None:
             nbytes = measured(counted)
-            entries, everything_nbytes = most, nbytes(most)
+            everything_nbytes = nbytes(most)
             if everything_nbytes > target:
-                entries = largest_within(nbytes, target, least, most, most * max(target, 0) // everything_nbytes)
-            _check(nbytes(entries), target, full, fixed, label)
+                entries = largest_within(nbytes, target, least, most, everything_nbytes)
+            _check(nbytes(entries), target, full, fixed, label, droppable=droppable)
         elif (wanted := selecting.wanted(ranked.plain)) is not None:
             entries = min(max(wanted, least), most)
-    if room is not None and counted is not form and storing is not None:
+    if room is not None and not whole and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
         chosen = [replace(shape, tokens=-(-entries // least)) for shape in shapes]
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
-        form = observed(_stored(stages, study, dtype, chosen, room - beside))
-        _check(measured(form)(entries), room, full, fixed, label)
+        form = observed(held(_stored(stages, study, dtype, chosen, room - beside)))
+        _check(measured(form)(entries), room, full, fixed, label, droppable=droppable)
     ranking = ranked.at(entries)
     return form, ranking.selected(allocating.allocate(ranking, entries).to(everything.device)), ranking
 
 
 @dataclass
 class _Ranked:
-    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered."""
+    """The order of a method's scores, which may depend on how many entries stay; the last one is remembered.
+
+    whole: that of every head's. shared: whether all heads keep the same entries.
+    """
 
     study: Study
     selecting: KVMethod
-    plain: Ranking
+    whole: Ranking
+    importance: Tensor | None
+    shared: bool
     _last: tuple[int, Ranking] | None = None
+
+    @cached_property
+    def plain(self) -> Ranking:
+        """However many stay."""
+        if self.shared:
+            return self._of(self.whole.scores)
+        _ = self.whole.in_head  # by which all is selected: found before there are twins, which would each find it
+        return self.whole.beside(self.importance)
+
+    def _of(self, scores: Tensor) -> Ranking:
+        return Ranking(for_all_heads(scores) if self.shared else scores).beside(self.importance)
 
     def at(self, entries: int) -> Ranking:
         """By which so many entries are chosen."""
         if type(self.selecting).scores_at is KVMethod.scores_at:
             return self.plain
         if self._last is None or self._last[0] != entries:
-            scores = self.plain.scores
-            scores = self.selecting.scores_at(self.study, scores, entries / scores.numel())
-            other = scores is not self.plain.scores
-            self._last = entries, Ranking(scores).beside(self.plain.importance) if other else self.plain
+            scores, share = self.whole.scores, entries / self.plain.scores.numel()
+            found = self.selecting.scores_at(self.study, scores, share)
+            self._last = entries, self.plain if found is scores else self._of(found)
         return self._last[1]
 
 
@@ -264,6 +307,23 @@ def total_budget(methods: Sequence[KVMethod], stages: Stages, budget: Budget | N
     if budget is None and stages.store is not None:
         return stages.store.budget
     return budget
+
+
+def _stores(stages: Stages) -> bool:
+    """Whether entries that stay are held in another way than as they are."""
+    return any(stage is not None for stage in (stages.store, stages.retrieve, stages.select))
+
+
+def _keeps_all(methods: Sequence[KVMethod], stages: Stages, budget: Budget | None, tokens: int, full: int) -> bool:
+    """Whether the budgets of methods that only drop entries have room for all of them."""
+    leaves = stages.evict is not None and stages.evict.leaves_prompt
+    if stages.score is None or leaves or _stores(stages):
+        return False
+    limits = [total_budget(methods, stages, budget), None if budget is not None else _selecting_budget(methods, stages)]
+    given = [limit for limit in limits if limit is not None]
+    return bool(given) and all(
+        limit.amount >= tokens if limit.kind == "tokens" else (limit.nbytes(full) or 0) >= full for limit in given
+    )
 
 
 def _check(nbytes: int, room: int | None, full: int, fixed: int, label: str, *, droppable: bool = True) -> None:

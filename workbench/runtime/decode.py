@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
-from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.attention_hook import device_of, forward, latents
 from workbench.engine.states import States
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
@@ -132,7 +132,12 @@ class Decoder:
             rescored.make_room(rescored.longest + key.shape[1] - (self.capacity[layer] or 0))
         elif evictable is not None:
             self._make_room(evictable, self.capacity[layer] or 0, key.shape[1])
-        store.append(key, value, positions)
+        if store.holds_latents:
+            rows = latents()
+            assert rows is not None  # the prompt's layers had them
+            store.append(rows.rotated, rows.latent, positions)
+        else:
+            store.append(key, value, positions)
         self._context.layer, self._context.positions = layer, positions
         self._causal += query.shape[0] * int((self._positions + 1).sum())
         weights = None
@@ -152,7 +157,9 @@ class Decoder:
                 self._context.computed[layer] = counted + selected
             out = out if by_method else exact
         if self.evicting is not None and evictable is not None and weights is not None:
-            evictable.replace_state(self.evicting.update_state(evictable.eviction_state, weights))
+            state = evictable.eviction_state
+            weights = weights.view(len(state), -1, *weights.shape[2:])  # all heads may share what is held
+            evictable.replace_state(self.evicting.update_state(state, weights))
         if self.outputs is not None:
             self.outputs[layer].append(out)
         self._leave(before)

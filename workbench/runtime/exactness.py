@@ -40,7 +40,7 @@ _WINDOW = 8  # what sliding windows are narrowed to meanwhile, so that reading a
 _CHUNK = 7  # the same of chunks: edges lie within what is read at once and within several decoded tokens
 _CHOSEN = 4  # so many positions an indexer chooses meanwhile, so that it leaves some out
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # of a row of logits' spread, by precision
-_RULES = 2  # raise it when what is checked changes: models are then looked at again
+_RULES = 3  # raise it when what is checked changes: models are then looked at again
 
 
 def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = None) -> None:

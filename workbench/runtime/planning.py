@@ -14,6 +14,7 @@ from workbench.core.memo import Memo
 from workbench.engine.states import States
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
+from workbench.kv.latents import expanded_by
 from workbench.kv.plan import Plan, as_held, uncompressed_nbytes
 from workbench.kv.read_and_stored import notes_on, read_and_stored
 from workbench.kv.selection import plan_of
@@ -148,6 +149,7 @@ def make_plan(
         nbytes=sum(store.nbytes for store in copies),
         full_nbytes=full,
         host_nbytes=sum(store.host_nbytes for store in copies),
+        expanded=expanded_by(stages, trace.compressible, dtype),
         prefill=finished,
     )
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries, within_a_chunk
 from workbench.core.causal_attention import causal_attention
-from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.attention_hook import device_of, forward, latents
+from workbench.engine.latents import Latents
 from workbench.engine.states import States, attending
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
 from workbench.measure.memory import CudaBytes, LiveBytes, Timeline, live_bytes
@@ -90,6 +91,7 @@ class _Recorder:
         recorded = tuple(x.to(self.home) for x in (key, value, query))
         if shared is not None:
             recorded = (self.layers[shared].keys_held, self.layers[shared].values_held, recorded[2])
+        rows = None if shared is not None else _held(key, value, scoring)
         self.layers[layer] = LayerTrace(
             index=layer,
             keys_held=recorded[0],
@@ -102,10 +104,12 @@ class _Recorder:
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
             number=self.origins[layer],
+            latents=None if rows is None else rows.to(self.home),
         )
         self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
         if scoring.chosen is not None:
             self.recorded_nbytes += scoring.chosen.nbytes
+        self.recorded_nbytes += 0 if rows is None else rows.nbytes
         self.timeline.add(
             "read",
             layer,
@@ -127,6 +131,14 @@ class _Recorder:
             return there
         self.places[place] = layer
         return None
+
+
+def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
+    """The rows that the layer's cache holds, of which it made key [h, n, d] and value [h, n, dv]; None where it holds
+    these: it made them in a way that is not linear, or holds a chunk of the text alone.
+    """
+    rows = latents()
+    return rows if rows is not None and scoring.chunk is None and rows.makes(key, value) else None
 
 
 def _combined_window(
@@ -215,13 +227,19 @@ def read(
         )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
+    exact = _exact(layers, method)
+    if len({layer.latents is None for layer in layers if layer.index not in exact}) > 1:  # plans are of one kind
+        layers = tuple(layer if layer.index in exact else replace(layer, latents=None) for layer in layers)
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) and not any(x.latents for x in layers):
+        note = f"{facts.name} has latent attention (MLA), but does not show here what it is held as"
+        prompt = replace(prompt, notes=(*prompt.notes, f"{note}: keys and values are held and counted"))
     gone = _gone(layers, facts, sorted(set(attending(plain or model)) - set(numbers)), plain_widths)
     trace = Trace(
         prompt,
         layers,
         logits.cpu(),
         watch.seconds["read"],
-        _exact(layers, method),
+        exact,
         timeline,
         tuple(context.computed),
         gone,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.engine.attention_hook import Handler, device_of, forward
+from workbench.engine.attention_hook import Handler, device_of, forward, latents, showing
+from workbench.engine.latents import Latents
 from workbench.engine.states import has_indexer, keeps_states
 from workbench.errors import NotApplicable
 from workbench.measure.memory import tensor_bytes
@@ -42,6 +43,7 @@ class _Asked:
     value: Tensor
     scoring: Scoring
     out: Tensor
+    rows: Latents | None  # of which key and value were made
 
 
 class TokenGraphs:
@@ -64,7 +66,9 @@ class TokenGraphs:
             step, self._read = step_of(model, self._token, self._position)
             recorder = _Recorder(step)
             self._graphs, self._asked, self._logits = recorder.captured(device)
-        self.nbytes = tensor_bytes([self._logits, *(x for one in self._asked for x in (one.query, one.out))])
+        between = [x for one in self._asked for x in (one.query, one.out)]
+        between += [x for one in self._asked if one.rows for x in (one.rows.latent, one.rows.rotated)]
+        self.nbytes = tensor_bytes([self._logits, *between])
 
     def stands_for(self, model: PreTrainedModel) -> bool:
         """Whether the model is still made of the modules and tensors that were captured."""
@@ -77,7 +81,8 @@ class TokenGraphs:
             self._position.fill_(int(positions))
             for graph, asked in zip(self._graphs, self._asked, strict=False):
                 graph.replay()
-                out = handler.attend(asked.layer, asked.query, asked.key, asked.value, asked.scoring)
+                with showing(asked.rows):
+                    out = handler.attend(asked.layer, asked.query, asked.key, asked.value, asked.scoring)
                 asked.out.copy_(out)
             self._graphs[-1].replay()
             return self._logits.to(torch.float32, copy=True)
@@ -224,7 +229,7 @@ class _Recorder:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self._graphs[-1].capture_end()
         out = query.new_zeros(*query.shape[:2], value.shape[-1])
-        self._asked.append(_Asked(layer, query, key, value, scoring, out))
+        self._asked.append(_Asked(layer, query, key, value, scoring, out, latents()))
         self._begin()
         return out
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of
+from workbench.engine.latents import Latents, expansions
 from workbench.engine.states import attending
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
 from workbench.files.folders import located, whole
@@ -151,6 +152,9 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         for name in _OF_HEADS:
             if (numbers := getattr(layer.scoring, name)) is not None:
                 tensors[f"layers.{layer.index}.{name}"] = numbers
+        if layer.latents is not None:
+            rows = {"latent": layer.latents.latent, "rotated": layer.latents.rotated}
+            tensors.update({f"layers.{layer.index}.{name}": tensor for name, tensor in rows.items()})
         if layer.scoring.chosen is not None and layer.scoring.chosen.keys is not None:
             tensors[f"layers.{layer.index}.chosen"] = layer.scoring.chosen.keys
     states = {} if trace.states is None else trace.states.saved()
@@ -168,6 +172,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 "chunk": x.chunk,
                 "shared": x.shared,
                 "rounded": x.scoring.rounded,
+                "latents": x.latents is not None,
                 "chosen": None if (chosen := x.scoring.chosen) is None else "all" if chosen.keys is None else "some",
                 "of_heads": [name for name in _OF_HEADS if getattr(x.scoring, name) is not None],
             }
@@ -336,7 +341,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
     numbers = attending(model)
     if len(saved["layers"]) != len(numbers):
         raise ValueError(f"{len(saved['layers'])} layers instead of {len(numbers)}")
-    layers = []
+    layers, expanding = [], expansions(model)
     for index, fields in enumerate(saved["layers"]):
         keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
         if not keys.shape[1] == values.shape[1] == queries.shape[1] == ids.numel():  # [k, n, d], [k, n, dv], [h, n, d]
@@ -350,6 +355,13 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
             else None
             for name in _OF_HEADS
         )
+        latents = None
+        if fields.get("latents") and numbers[index] in expanding:
+            latent, rotated = (
+                tensor(f"layers.{index}.{name}").to(device, model.dtype) for name in ("latent", "rotated")
+            )
+            rows = Latents(latent, rotated, expanding[numbers[index]])
+            latents = _latents(rows, keys.to(device), values.to(device)).to(home)
         layers.append(
             LayerTrace(
                 index=index,
@@ -370,6 +382,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 shared=fields.get("shared"),
                 rotary=partial(readings.rotations.of, numbers[index]),
                 number=numbers[index],
+                latents=latents,
             )
         )
     return Trace(
@@ -382,6 +395,16 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         tuple(int(entries) for entries in saved.get("computed", ())),
         states=restored(model, {str(name): tensor(f"states.{name}") for name in saved.get("states", ())}),
     )
+
+
+def _latents(rows: Latents, keys: Tensor, values: Tensor) -> Latents:
+    """The rows of which keys [h, n, d] and values [h, n, dv] were made, in whatever precision."""
+    try:
+        if rows.latent.shape[1] == rows.rotated.shape[1] == keys.shape[1] and rows.makes(keys, values, close=0.1):
+            return rows
+    except RuntimeError as error:  # of sizes that do not fit
+        raise ValueError(f"latent rows of {list(rows.latent.shape)} and {list(rows.rotated.shape)}") from error
+    raise ValueError("latent rows that do not make the keys and values beside them")
 
 
 def _of_heads(numbers: Tensor, heads: int) -> Tensor:

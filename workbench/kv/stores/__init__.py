@@ -5,7 +5,8 @@ and grown by blocks. While all heads are equally long, lengths are plain numbers
 starts and lengths are int32 tensors, as a kernel wants them. Nothing loops over tokens or heads in Python.
 
 `DenseStore` holds rows at one precision, ragged where heads differ, and what an evicting method knows of each entry;
-`SlidingStore` a window, `ChunkStore` the newest chunk (Llama 4); `PackedStore` codes of 2, 4 or 8 bits with a
+`SlidingStore` a window, `ChunkStore` the newest chunk (Llama 4); `LatentStore` rows of which all heads make their keys
+and values (MLA), in another store; `PackedStore` codes of 2, 4 or 8 bits with a
 full-precision tail; `FrozenStore` codes that never move; `BitmapStore` the largest numbers of every row
 (Mustafar); `PrunedStore` keys without their least used channels (ThinK); `MixedStore` important entries exact and the
 others at few bits; `SmoothedStore` smoothed integers (FireQ); `DeltaStore` differences between neighbours (DeltaLLM);
@@ -28,6 +29,7 @@ takes its place where the model computes in 16 bits. What a store has `in_place`
 
 from workbench.kv.stores.closed_up import ClosedUpStore
 from workbench.kv.stores.dense import ChunkStore, DenseStore, SlidingStore
+from workbench.kv.stores.latent import LatentStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.shared import SharedStore, cloned
 from workbench.kv.stores.split import SplitStore
@@ -41,6 +43,7 @@ __all__ = [
     "Contents",
     "DenseStore",
     "Dequantised",
+    "LatentStore",
     "PackedStore",
     "SharedStore",
     "SlidingStore",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from typing import Self
 
 import torch
@@ -282,9 +283,13 @@ class SlidingStore(Store):
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         attended = super().attend(query, query_positions, scoring, weights=weights)
+        self.attended()
+        return attended
+
+    def attended(self, library: CDLL | None = None) -> None:
+        """Let go of what no later query sees."""
         if not self._for_others and self._cut(self._sees(self.end - 1)):
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        return attended
 
     def _sees(self, position: int) -> int:
         """The first position that a query at this one sees."""

@@ -26,6 +26,10 @@ class SharedStore(WrappingStore):
     def holder(self) -> Store:
         return self.inner
 
+    @property
+    def holds_latents(self) -> bool:
+        return False  # it takes nothing
+
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Nothing: the holder has them."""
 

@@ -45,7 +45,9 @@ class Store(ABC):
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add tokens: keys [k, q, d], values [k, q, dv], positions int [q], larger than any held."""
+        """Add tokens: keys [k, q, d], values [k, q, dv], positions int [q], larger than any held. One that
+        `holds_latents` takes rotated rows [1, q, w] for keys and latent ones [1, q, r] for values.
+        """
 
     @property
     @abstractmethod
@@ -99,6 +101,11 @@ class Store(ABC):
     def scores_computed(self) -> int | None:
         """How many scores the last pass took, over all query heads, by a store that selected; None: all there are."""
         return None
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether it takes the rows of which a layer makes its keys and values in place of these (see `append`)."""
+        return False
 
     @property
     def sliding_window(self) -> int | None:

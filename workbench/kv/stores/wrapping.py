@@ -19,6 +19,10 @@ class WrappingStore(Store):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.inner.append(keys, values, positions)
 
+    @property
+    def holds_latents(self) -> bool:
+        return self.inner.holds_latents
+
     def reserve(self, tokens: int) -> None:
         self.inner.reserve(tokens)
 

@@ -1,0 +1,38 @@
+"""Whether a recipe leaves layers of latent attention (MLA) their rows, which all heads share, or holds the keys and
+values that are made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from workbench.kv.method import KVMethod
+from workbench.kv.plan import held_shape
+from workbench.kv.stages import Stages
+from workbench.trace import LayerTrace
+
+
+def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype) -> str | None:
+    """Why keys and values of layers have to be held, as who does what; None: their rows are, or there are none.
+
+    Rows can stay where every head keeps the same tokens and nothing but their numbers matters to who stores them.
+    """
+    if not layers or not all(layer.latents for layer in layers):
+        return None
+    choosing, storing = stages.allocate or stages.score, stages.store
+    reasons = {
+        "gives each head a length of its own": choosing if choosing is not None and choosing.head_adaptive else None,
+        "merges the keys and values of each head": stages.merge,
+        "stores keys and values": storing if storing is not None and not _of_rows(storing, layers, dtype) else None,
+        "finds keys again by queries": stages.retrieve,
+        "selects keys by queries": stages.select,
+        "reads the prompt into stores of its own": stages.read,
+    }
+    return next((f"{who.key} {does}" for does, who in reasons.items() if who is not None), None)
+
+
+def _of_rows(storing: KVMethod, layers: Sequence[LayerTrace], dtype: torch.dtype) -> bool:
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
+    return storing.of_entries and storing.store(dtype, rows, None).of_rows
