@@ -48,9 +48,9 @@ class Shape:
 class Format(ABC):
     """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
 
-    attends_itself: whether its stores attend in a way of their own: keys cannot be turned for them, nor what they attend
-    to be chosen. rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows does not
-    depend on their being keys and values that queries meet, so that its stores can hold others (latents). exact:
+    attends_itself: whether its stores attend in a way of their own: keys cannot be turned for them, nor what they
+    attend to be chosen. rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows
+    does not depend on their being keys and values that queries meet, so that its stores can hold others (latents). exact:
     whether entries are held as they are.
     """
 
