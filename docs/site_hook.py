@@ -46,6 +46,10 @@ RESULTS = {
         "What weight methods cost",
         "Perplexity, divergence and the error of layers' outputs beside the bytes held, for every weight method.",
     ),
+    "search": (
+        "What a search finds",
+        "The recipe of a search beside the best single method at its best published setting, at the same bytes.",
+    ),
     "weight_cost": (
         "What compressing weights takes",
         "Seconds and memory for calibrating and compressing on a CPU.",
@@ -127,11 +131,23 @@ def included(name: str, place: str, places: dict[str, str]) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """A table of contents shows one heading of the first level: what else has that level goes to the second."""
+    """The columns of results below their page; and a table of contents shows one heading of the first level: what else
+    has that level goes to the second.
+    """
+    if page.file.src_uri == "reference/results.md":
+        return markdown + columns()
     if page.file.src_uri != "kernels.md":
         return markdown
     first, rest = markdown.split("\n", 1)
     return first + "\n" + re.sub(r"^# ", "## ", rest, flags=re.MULTILINE)
+
+
+def columns() -> str:
+    """What each column of stored rows holds."""
+    from workbench.results import COLUMNS
+
+    rows = [f"| `{name}` | {column.kind} | {column.help} |" for name, column in COLUMNS.items()]
+    return "\n".join(["| column | type | what it holds |", "| --- | --- | --- |", *rows, ""])
 
 
 def results() -> str:

@@ -11,23 +11,29 @@ from typing import TYPE_CHECKING, Any
 from workbench.version import __version__
 
 if TYPE_CHECKING:
-    from workbench import attention, kv, models, weights
+    from workbench import attention, kv, models, search, sweep, weights
+    from workbench.cost.estimating import cost
     from workbench.progress import Progress
     from workbench.recipe import Recipe
     from workbench.registry import method, methods
+    from workbench.results import Results
     from workbench.session import Session
     from workbench.tasks.catalogue import task, tasks
 
 __all__ = [
     "Progress",
     "Recipe",
+    "Results",
     "Session",
     "__version__",
     "attention",
+    "cost",
     "kv",
     "method",
     "methods",
     "models",
+    "search",
+    "sweep",
     "task",
     "tasks",
     "weights",
@@ -36,11 +42,15 @@ __all__ = [
 _LAZY = {
     "Session": "workbench.session",
     "Recipe": "workbench.recipe",
+    "Results": "workbench.results",
     "Progress": "workbench.progress",
     "method": "workbench.registry",
     "methods": "workbench.registry",
     "task": "workbench.tasks",
     "tasks": None,
+    "cost": None,
+    "search": None,
+    "sweep": None,
     "kv": None,
     "models": None,
     "weights": None,

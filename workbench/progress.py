@@ -49,6 +49,12 @@ class Progress:
             yield item
         self.update(stage, total, total)
 
+    def quiet(self) -> Progress:
+        """What is cancelled with this one and reports nothing."""
+        silent = Progress()
+        silent._cancelled = self._cancelled
+        return silent
+
     def part(self, index: int, parts: int, stage: str | None = None) -> Progress:
         """What reports to this one as one of several equal parts, and under another stage where one is given."""
         return Progress(lambda own, done, total: self.update(stage or own, index * total + done, parts * total))

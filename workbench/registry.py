@@ -22,6 +22,7 @@ from workbench.errors import BadBudget, BadParameter, BadRecipe, InputError, Plu
 from workbench.formatting import quoted
 from workbench.parameters import Parameter, closest, param
 from workbench.published import OURS, Fidelity, Preset
+from workbench.recipe_text import parts_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,14 +181,17 @@ class Recipe:
 
     @classmethod
     def of(cls, spec: Spec, *, budget: BudgetLike | None = None, **parameters: Any) -> Recipe:
-        """Read a recipe from a key, a method, a list of either, or a recipe.
+        """Read a recipe from a key, a method, a list of either, a recipe, or a text: "snapkv window=16 + kivi".
 
         budget: of the method, or with several of all together (None: as `spec` has it). parameters: of the one method,
         and `preset` for published ones. Raises UnknownMethod, BadParameter, BadBudget or BadRecipe.
         """
         changes = dict(parameters) if budget is None else {**parameters, "budget": budget}
         if isinstance(spec, str):
-            return cls((method(spec, **changes),))
+            if spec.strip() in _METHODS or not set(spec) & {"+", "="}:
+                return cls((method(spec, **changes),))
+            written = [method(key, **values) for key, values in parts_of(spec)]
+            return cls.of(written if len(written) > 1 else written[0], **changes)
         if isinstance(spec, Method):
             values = {**type(spec).preset(changes.pop("preset", OURS)), **changes}
             return cls((type(spec)(**{**dict(spec), **values}) if values else spec,))
@@ -245,7 +249,7 @@ class Recipe:
 
 
 Spec = Recipe | Method | str | Sequence[Method | str]
-"""What a recipe is read from."""
+"""What a recipe is read from; a text is a key, or several with parameters: "snapkv window=16 + kivi"."""
 
 
 _METHODS: dict[str, type[Method]] = {}

@@ -130,7 +130,7 @@ class LayerTrace(Brief):
         if self.latents is None:
             return self
         rows = self.latents.to(self.device)
-        to_keys, _ = rows.expansion.maps(rows.latent, rows.rotated)
+        to_keys = rows.expansion.maps(rows.latent, rows.rotated)[0].to(self.queries.dtype)
         return replace(
             self,
             keys_held=torch.cat([rows.latent, rows.rotated], dim=-1),

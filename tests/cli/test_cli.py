@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests.byte_tokens import byte_tokenizer
-from tests.waiting import until
 from workbench.cli import main
 from workbench.models import tiny
 
@@ -67,6 +66,7 @@ def python(code: str) -> str:
         "from workbench.cli import main; main(['models', 'list', '--json'])",
         "from workbench.cli import main; main(['tasks'])",
         "from workbench.cli import main; main(['evaluate', '--task', 'neddle'])",
+        "from workbench.cli import main; main(['results', '/no/such/folder'])",
         "from workbench.cli import main; main(['run', 'snapkv', '--text', ''])",
         "from workbench.cli import main; main(['compare', 'snapkv', '--text', 'a', '--budgets', 'nan'])",
     ],
@@ -105,8 +105,21 @@ def test_light_work_imports_neither_torch_nor_transformers(code: str) -> None:
         (["run", "--example", "poem"], "needle, code, dialogue"),
         (["compare", "snapkv", "--text", "hi", "--budgets", ","], "--budgets"),
         (["compare", "snapkv", "--text", "hi", "--budgets", "0.5,2"], "budget 2"),
-        (["sweep", "snapkv", "--text", "hi", "--out", "table.xls"], ".csv, .json, .parquet"),
-        (["sweep", "snapkv", "--text", "hi", "--out", "/no/such/folder/table.csv"], "cannot be written"),
+        (["sweep", "snapkv", "--seeds", "3-1"], "0-7"),
+        (["sweep", "snapkv", "--task", "neddle"], "needle"),
+        (["sweep", "snapkv", "--task", "needle 512"], "name=value"),
+        (["sweep", "/no/such/file.yaml"], "/no/such/file.yaml"),
+        (["sweep", "a.yaml", "snapkv"], "alone"),
+        (["sweep", "snapkv", "--executor", "tcp://x:1", "--workers", "2"], "--workers"),
+        (["results", "/no/such/folder"], "/no/such/folder"),
+        (["search"], "needs a limit"),
+        (["search", "--limit", "25%"], "is no size"),
+        (["search", "--limit", "1MiB", "--quality", "kl"], "kl=0.02"),
+        (["search", "--limit", "1MiB", "--quality", "kl=low"], "is no number"),
+        (["search", "--limit", "1MiB", "--quality", "ppl=3"], "kl, correct, top1"),
+        (["search", "--limit", "1MiB", "--memory", "peak"], "memory"),
+        (["search", "snapvk", "--limit", "1MiB"], "did you mean snapkv"),
+        (["search", "--limit", "1MiB", "--task", "neddle"], "needle"),
         (["evaluate", "--task", "neddle"], "did you mean needle"),
         (["evaluate", "--task", "needle", "--length", "3"], "length=3"),
         (["evaluate", "--task", "file", "--length", "300"], "unknown parameter 'length'"),
@@ -287,6 +300,20 @@ def test_evaluate_has_a_row_for_each_case_and_recipe_and_says_how_many_were_righ
     assert "knorm 0.5: 0 of 1 right; the uncompressed model: 0" in shown and "line 2" in shown
 
 
+def test_a_search_prints_its_front_and_its_best(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["search", "snapkv", "--model", model, "--memory", "kv", "--limit", "48KB", "--trials", "3", "--cases", "1"]
+    asked += ["--task", "needle length=320", "--max-new-tokens", "3", "--results", str(tmp_path)]
+    assert main([*asked, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert said["limit"] == 48_000 and said["memory"] == "kv" and said["best"]["methods"][0]["method"] == "snapkv"
+    assert all(row["memory_nbytes"] > 0 and row["recipe_json"]["methods"] for row in said["front"])
+    assert main(asked) == 0
+    shown = capsys.readouterr()
+    assert "best: snapkv" in shown.out and "3 trials were done" in shown.err
+    assert main(["search", "snapkv", "--model", model, "--limit", "40 KB", "--trials", "2", "--cases", "1"]) == 2
+    assert "weights alone take at least" in capsys.readouterr().err
+
+
 def test_tasks_as_json_describe_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tasks", "--json"]) == 0
     found = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
@@ -294,18 +321,6 @@ def test_tasks_as_json_describe_every_parameter(capsys: pytest.CaptureFixture[st
     assert (depth["default"], depth["low"], depth["high"], depth["kind"]) == (0.5, 0, 1, "float")
     assert main(["tasks"]) == 0
     assert "variable-tracking" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("ending", ["csv", "json"])
-def test_sweep_writes_a_table(model: str, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import pandas as pd
-
-    out = tmp_path / f"sweep.{ending}"
-    asked = ["sweep", "knorm", "--budgets", "0.25,0.5", "--model", model, "--text", TEXT, "--max-new-tokens", "2"]
-    assert main([*asked, "--out", str(out)]) == 0
-    table = pd.read_csv(out) if ending == "csv" else pd.read_json(out)
-    assert table.budget.tolist() == [0.25, 0.5] and (table.kv_share <= table.budget).all()
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_methods_as_json_describe_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,19 +464,6 @@ def test_the_app_is_whatever_package_registers_itself_as_it(
     assert "inference-workbench[app]" in capsys.readouterr().err
 
 
-def test_a_table_comes_back_from_parquet(tmp_path):
-    import pandas as pd
-
-    from workbench.cli.table_file import check, write
-
-    path = tmp_path / "runs.parquet"
-    check(path)
-    write(pd.DataFrame({"recipe": ["snapkv 0.5", "full"], "budget": [0.5, None], "kl": [0.1, 0.0]}), path)
-    frame = pd.read_parquet(path)
-    assert frame.recipe.tolist() == ["snapkv 0.5", "full"] and frame.kl.tolist() == [0.1, 0.0]
-    assert [p.name for p in tmp_path.iterdir()] == ["runs.parquet"]
-
-
 # -- what is finished stays
 
 
@@ -487,72 +489,12 @@ def many(model: str, command: str, *more: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("interrupted")
-@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
-def test_an_interrupted_sweep_leaves_its_finished_rows_in_the_file(
-    ending: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / f"sweep.{ending}"
-    assert main(many(model, "sweep", "--out", str(out))) == 130
-    shown, err = capsys.readouterr()
-    assert shown == "" and err == f"workbench: cancelled; what was finished, 2 rows, is kept in {out}\n"
-    assert _table(out).budget.astype(float).tolist() == pytest.approx([0.3, 0.4])
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
-
-
-@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
-def test_an_interrupted_sweep_leaves_an_older_table_whole(
-    ending: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> None:
-    out, part = tmp_path / f"sweep.{ending}", tmp_path / f"sweep.part.{ending}"
-    assert main(many(model, "sweep", "--out", str(out))) == 0
-    older = out.read_bytes()
-    request.getfixturevalue("interrupted")
-    assert main(many(model, "sweep", "--out", str(out))) == 130
-    assert str(part) in capsys.readouterr().err
-    assert out.read_bytes() == older and len(_table(out)) == 3 and len(_table(part)) == 2
-    request.getfixturevalue("monkeypatch").undo()
-    assert main(many(model, "sweep", "--out", str(out))) == 0
-    assert len(_table(out)) == 3 and [path.name for path in tmp_path.iterdir()] == [out.name]
-
-
-def _table(path: Path) -> Any:
-    import pandas as pd
-
-    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}
-    return read[path.suffix](path)
-
-
-@pytest.mark.usefixtures("interrupted")
 def test_an_interrupted_comparison_shows_its_finished_rows(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import pandas as pd
-
-    assert main(many(model, "sweep")) == 130
+    assert main(many(model, "compare", "--json")) == 130
     out, err = capsys.readouterr()
-    assert len(pd.read_csv(io.StringIO(out))) == 2 and err.count("\n") == 1 and "2 rows" in err
-    for command in ("sweep", "compare"):
-        assert main(many(model, command, "--json")) == 130
-        assert [row["budget"] for row in json.loads(capsys.readouterr().out)] == [0.3, 0.4]
+    assert [row["budget"] for row in json.loads(out)] == [0.3, 0.4] and err.count("\n") == 1 and "2 rows" in err
     assert main(many(model, "compare")) == 130
     assert "knorm 0.4" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_control_c_during_a_sweep_keeps_the_rows_so_far(model: str, tmp_path: Path) -> None:
-    out = tmp_path / "sweep.csv"
-    budgets = ",".join(f"0.{step}" for step in range(100, 999))
-    asked = ["sweep", "knorm", "--budgets", budgets, "--model", model, "--text", TEXT, "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workbench", *asked],
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        preexec_fn=_heeding_control_c,  # noqa: PLW1509  it only sets a signal's handler
-    )
-    until(lambda: process.poll() is not None or (out.exists() and out.read_text().count("\n") > 3), 240)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err.count(b"\n") == 1 and b"is kept in" in err
-    assert 3 <= len(_table(out)) < 899
 
 
 @pytest.mark.parametrize(

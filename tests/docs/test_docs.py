@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -82,6 +83,32 @@ def test_the_program_of_the_tutorial_runs() -> None:
         exec(block, names)
     assert names["table"]["error"].isna().all()
     assert needle(1000, depth=0.3).answer in names["full"].text
+
+
+def test_the_program_about_sweeps_runs_and_its_file_is_a_sweep(tmp_path: Path) -> None:
+    import yaml
+
+    from workbench.sweep.description import described, read
+
+    text = (ROOT / "docs/how-to/sweep.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^    ```python\n(.*?)^    ```", text, flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    with chdir(tmp_path):
+        for program in programs:
+            exec(textwrap.dedent(program), names)
+        assert len(names["results"]) == 24 and (tmp_path / "rows.csv").exists()
+        (written,) = re.findall(r"^    ```yaml\n(.*?)^    ```", text, flags=re.MULTILINE | re.DOTALL)
+        (tmp_path / "sweep.yaml").write_text(textwrap.dedent(written))
+        arguments = described(read(tmp_path / "sweep.yaml")).arguments()
+        assert len(arguments["recipes"]) == 4 and arguments["seeds"] == [0, 1]
+        assert yaml.safe_load(textwrap.dedent(written))["models"] == arguments["models"]
+
+
+def test_the_program_of_the_page_about_cost_runs() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("docs/how-to/cost.md", "python"):
+        exec(block, names)
+    assert abs(names["small"].measured.error) < 0.09
 
 
 def test_the_readme_is_two_screens() -> None:

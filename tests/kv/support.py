@@ -33,6 +33,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "adakv": {"window": 8},
     "lagkv": {"lag": 16},
     "kivi": {"group": 8, "residual": 16},
+    "kvtuner": {"group": 8, "residual": 16, "window": 8, "budget": 0.5},
     "mustafar": {"recent": 8},
     "deltallm": {"window": 8, "group": 16},
     "think": {"window": 8, "recent": 8},

@@ -303,8 +303,8 @@ def test_short_prompts_keep_something_everywhere_or_say_what_is_possible(  # tra
 # Of these a budget moves whole precisions, channels, ranks or groups; or what an index, or a piece that is being read,
 # needs at most is set aside.
 STEPS = (
-    "cskv", "deltallm", "eigen-attention", "fireq", "kivi", "mikv", "minicache", "mustafar", "think", "turbomind",
-    "vkv-1bit", "zipcache",
+    "cskv", "deltallm", "eigen-attention", "fireq", "kivi", "kvtuner", "mikv", "minicache", "mustafar", "think",
+    "turbomind", "vkv-1bit", "zipcache",
 )  # fmt: skip
 ASIDE = ("a2ats", "alisa", "ilre", "infllm", "tailorkv", "video-xl-2")
 

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from benchmarks.model_kinds import config_of, tiny_of
-from workbench.errors import BudgetTooSmall, CheckpointRefused
+from workbench.engine import standing
+from workbench.errors import BudgetTooSmall, CheckpointRefused, WorkbenchError
 from workbench.kv.ranking import for_all_heads
 from workbench.kv.stores import LatentStore
 from workbench.models import facts
+from workbench.registry import registered
 from workbench.runtime.exactness import verify
 from workbench.runtime.steady_step import SteadyStep
 from workbench.storage import sessions
@@ -217,8 +219,38 @@ def test_an_expansion_that_is_not_linear_is_left_to_the_model() -> None:
     session = session_of(model.requires_grad_(False))
     run = session.run("full", max_new_tokens=NEW)
     assert run.tokens == generated(model, IDS)
+    assert session.plan("full").full_nbytes == TOKENS * LAYERS * TOKEN
+    assert session.plan("snapkv", budget=0.5).expanded is None
+    evicting = session.plan("h2o", budget=0.5)
+    assert "h2o evicts by attention, and keys are not linear in rows here" in evicting.notes[-1]
+    check_plan(evicting)
+    assert len(session.run("h2o", budget=0.5, max_new_tokens=NEW).tokens) == NEW
+
+
+def test_a_model_that_shows_no_rows_is_exact_and_says_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "_expands", lambda module: False)
+    model = tiny_of("deepseek_v2")
+    session = session_of(model)
+    run = session.run("full", max_new_tokens=NEW)
+    assert run.tokens == generated(model, IDS)
     assert session.plan("full").full_nbytes == TOKENS * LAYERS * HEADS * (24 + 16) * 4
     assert any("does not show here what it is held as" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("method", registered("kv"), ids=lambda method: method.key)
+def test_every_method_holds_what_it_planned_within_the_budget_or_says_in_one_line_why_not(
+    session: wb.Session, method: Any
+) -> None:
+    budget = {"budget": 0.5} if method().takes_budget() else {}
+    try:
+        plan = session.plan(method.key, **budget)
+    except WorkbenchError as refusal:
+        assert "\n" not in str(refusal)
+        return
+    assert plan.nbytes == sum(store.nbytes for store in plan.stores())
+    assert plan.nbytes <= 0.5 * plan.full_nbytes or not budget
+    assert all(store.holds_latents is (plan.expanded is None) for store in plan.stores())
+    assert len(session.run(method.key, max_new_tokens=2, **budget).tokens) == 2
 
 
 def test_what_is_shown_names_the_rows(session: wb.Session) -> None:
@@ -227,9 +259,12 @@ def test_what_is_shown_names_the_rows(session: wb.Session) -> None:
     assert {x.kind for x in wb.models.audit(session).of("attention")} == {"full attention, MLA, latent 32 + 8"}
 
 
-def test_a_compressed_model_makes_keys_of_its_own_rows(session: wb.Session) -> None:
-    run = session.run("rtn", bits=8, max_new_tokens=NEW)
-    assert 0 < run.quality.kl < 0.05
+@pytest.mark.parametrize(("method", "linear"), [(wb.method("rtn", bits=8), True), (wb.method("activations"), False)])
+def test_a_compressed_model_makes_keys_of_its_own_rows(session: wb.Session, method: Any, linear: bool) -> None:
+    run = session.run(method, max_new_tokens=NEW)  # the second rounds what modules are given
+    assert all(layer.latents.expansion.linear is linear for layer in run.plan.trace.layers)
+    assert 0 < run.quality.kl < 0.2
+    assert run.tokens == generated(run.conversation.model, IDS)
     assert kv_nbytes(run) == (TOKENS + NEW) * LAYERS * TOKEN
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.weights.support import seeded
+from workbench.core.knapsack import Knapsack
 from workbench.errors import Cancelled
 from workbench.progress import Progress
 from workbench.weights.solvers.latency import ProductTimes
-from workbench.weights.solvers.spdy import Timeline, searched, within_both
+from workbench.weights.solvers.spdy import searched, within_both
 from workbench.weights.solvers.widths import ladders
 
 
@@ -30,7 +31,7 @@ def test_no_other_levels_within_the_time_cost_less(seed: int, room: int) -> None
     costs, times = problem(seed)
     every = itertools.product(range(3), repeat=4)
     within = [levels for levels in every if sum(float(times[u, v]) for u, v in enumerate(levels)) <= room]
-    found = Timeline(costs, times, room, room).within(lambda _: True)  # a step for each unit of time: nothing rounds up
+    found = Knapsack(costs, times, room, room).within(lambda _: True)  # a step for each unit of time: nothing rounds up
     if not within:
         assert found is None
         return
@@ -43,7 +44,7 @@ def test_levels_within_coarse_steps_are_never_beyond_the_time() -> None:
     for seed in range(20):
         costs, times = problem(seed)
         times = times + torch.rand(times.shape, generator=seeded(seed), dtype=torch.float64)
-        found = Timeline(costs, times, 12.0, 7).within(lambda _: True)
+        found = Knapsack(costs, times, 12.0, 7).within(lambda _: True)
         assert found is None or sum(float(times[u, v]) for u, v in enumerate(found)) <= 12
 
 
@@ -53,8 +54,8 @@ def test_another_limit_is_met_at_the_largest_time_that_meets_it() -> None:
     def total(levels: list[int]) -> float:
         return sum(float(times[u, v]) for u, v in enumerate(levels))
 
-    table = Timeline(costs, times, 40, 40)
-    alone = Timeline(costs, times, 20, 20).within(lambda _: True)
+    table = Knapsack(costs, times, 40, 40)
+    alone = Knapsack(costs, times, 20, 20).within(lambda _: True)
     found = table.within(lambda levels: total(levels) <= 20)
     assert alone is not None and found == alone
     assert table.within(lambda _: False) is None

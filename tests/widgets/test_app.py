@@ -55,6 +55,9 @@ FITTING = {
     ("ziplm", "table"): '{"1536x576": 0.1}',
     ("kivi", "residual"): 64,  # a multiple of the group
     ("kivi", "group"): 64,
+    ("kvtuner", "bits"): "8/4 4/2",
+    ("kvtuner", "residual"): 64,
+    ("kvtuner", "group"): 16,
     ("evopress", "of"): "rtn group_size=32",
     ("evopress", "levels"): "2,3",
 }

@@ -20,7 +20,7 @@ from workbench import display
 from workbench.errors import MissingExtra, NotRead
 from workbench.registry import _METHODS, registered
 from workbench_widgets.control_panel import Controls
-from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure
+from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure, results_html
 from workbench_widgets.notebook.latest_job import LatestJob
 from workbench_widgets.notebook.method_controls import MethodControls, control
 from workbench_widgets.views.wire import unpack
@@ -75,6 +75,29 @@ def test_a_notebook_gets_views_with_the_evidence_as_text_and_numbers(session, no
         json.dumps(data[display.NUMBERS], allow_nan=False)
     assert plan._repr_mimebundle_()[display.NUMBERS]["nbytes"] == plan.nbytes
     assert "KL" in run.summary(), "a shown run has been measured"
+
+
+def test_a_folder_of_results_is_a_table_of_recipes_and_none_of_its_text_is_markup(tmp_path, notebook):
+    results = wb.Results(tmp_path)
+    assert WIDGET in results._repr_mimebundle_()
+    sizes = {"deployed_nbytes": 3 << 20, "kv_nbytes": 1 << 20}
+    results.add(
+        {
+            "key": f"{n}",
+            "status": "done",
+            "model": "<b>m",
+            "recipe": f"<script>{n}",
+            "kl": n / 2,
+            "correct": n > 0,
+            **sizes,
+        }
+        for n in range(60)
+    )
+    data = results._repr_mimebundle_()
+    assert WIDGET in data and data["text/plain"] == results.summary() and data[display.NUMBERS]["done"] == 60
+    page = results_html(results)
+    assert "<script>" not in page and "<b>m" not in page and "script" in page and "and 10 recipes more" in page
+    assert page.count("<tr>") == 51 and "3.00 MiB" in page and "0.500" in page and "100%" in page
 
 
 def test_showing_a_run_adds_its_memory_as_a_figure_without_the_library(session, notebook):

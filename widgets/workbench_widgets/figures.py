@@ -315,6 +315,32 @@ def bars(
     )
 
 
+def gantt(frame: pd.DataFrame, *, dark: bool = False, title: str = "Iterations") -> go.Figure:
+    """Who works when: one row a `server`, a bar from `start` to `end` (seconds) for each iteration, told apart by
+    whether it reads prompts (`reading` tokens), makes tokens (`decoding` sequences), or does both.
+    """
+    go = _plotly()
+    _columns(frame, ["server", "start", "end", "reading", "decoding"], "gantt")
+    colours = theme(dark)
+    reads, makes = frame["reading"] > 0, frame["decoding"] > 0
+    kinds = {"reading": reads & ~makes, "decoding": makes & ~reads, "both": reads & makes, "other": ~reads & ~makes}
+    traces = [
+        go.Bar(
+            y=frame["server"][rows],
+            x=(frame["end"] - frame["start"])[rows],
+            base=frame["start"][rows],
+            name=name,
+            orientation="h",
+            marker={"color": colours.categories[place], "line": {"width": 0}},
+            customdata=np.stack([frame["reading"][rows], frame["decoding"][rows]], axis=1),
+            hovertemplate="%{base:.3f} s, %{x:.4f} s long: %{customdata[0]} tokens read, %{customdata[1]} made",
+        )
+        for place, (name, rows) in enumerate(kinds.items())
+        if rows.any()
+    ]
+    return _figure(traces, dark, title_text=title, barmode="overlay", xaxis_title_text="seconds", yaxis_type="category")
+
+
 def _root(name: str) -> str:
     return name.removesuffix(_BEFORE).removesuffix(_AFTER).rstrip(", ")
 

@@ -1,4 +1,4 @@
-"""The command line: `workbench app | run | compare | sweep | sensitivity | export | methods | models | doctor`."""
+"""The command line: `workbench run | compare | evaluate | sweep | results | export | app | ...`; `--help` lists all."""
 
 from workbench.cli.entry import main
 

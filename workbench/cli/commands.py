@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from workbench.cli import inputs, terminal
+from workbench.cli.cost_commands import estimate, list_hardware, run_system
 from workbench.cli.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -27,6 +26,8 @@ from workbench.cli.options import (
     Settings,
     bundled,
 )
+from workbench.cli.search_commands import run_search
+from workbench.cli.sweep_commands import run_sweep, show_results
 from workbench.cli.task_commands import evaluate, list_tasks
 from workbench.errors import BadParameter, Cancelled, MissingExtra
 from workbench.formatting import mib, quoted
@@ -206,52 +207,14 @@ def _side_by_side(rows: list[Row], as_json: bool) -> None:
     terminal.table(rows, shown)
 
 
-@app.command()
-@bundled
-def sweep(
-    methods: Methods,
-    budgets: Annotated[str, typer.Option("--budgets", help="separated by commas")] = "0.1,0.25,0.5,0.75,1",
-    out: Annotated[
-        str | None,
-        typer.Option("--out", help="file to write: .csv, .json or .parquet (default: CSV on standard output)"),
-    ] = None,
-    *,
-    prompt: PromptOptions,
-    model: ModelOptions,
-    settings: Settings = None,
-    cache: CacheOptions,
-    as_json: AsJson = False,
-) -> None:
-    """`compare` over a grid of budgets, every column written to a file."""
-    from workbench.cli import table_file
-
-    if out is not None:
-        table_file.check(Path(out))
-    printed = out is None and not as_json
-    table = None if out is None else table_file.Rows(Path(out))
-    rows: list[Row] = []
-    try:
-        compared = _compared(methods, settings, budgets, prompt, model, cache, printed=printed)
-        with table or nullcontext():
-            for row in compared:
-                rows.append(row)
-                if table is not None:
-                    table.add(row)
-                elif printed:
-                    print(table_file.csv_lines([row], header=len(rows) == 1), end="", flush=True)
-    except Cancelled as stopped:
-        if table is None or not rows:
-            raise
-        raise Cancelled(f"{stopped} in {table.path}") from stopped
-    finally:
-        if as_json and rows:
-            terminal.document(rows)
-    if out is not None and not as_json:
-        print(f"{len(rows)} rows written to {out}")
-
-
 app.command()(evaluate)
+app.command("search")(run_search)
+app.command("sweep")(run_sweep)
+app.command("results")(show_results)
 app.command("tasks")(list_tasks)
+app.command("cost")(estimate)
+app.command("hardware")(list_hardware)
+app.command("systems")(run_system)
 
 
 @app.command("sensitivity")
@@ -480,10 +443,8 @@ def _compared(
     prompt: PromptOptions,
     model: ModelOptions,
     cache: CacheOptions,
-    *,
-    printed: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a comparison, each when it is there; printed: in the place of the bar. Ctrl-C raises Cancelled."""
+    """The rows of a comparison, each when it is there. Ctrl-C raises Cancelled."""
     text, question = prompt.read()
     sizes = inputs.budgets(budgets)
     recipes = inputs.recipes(methods, settings or [])
@@ -501,8 +462,6 @@ def _compared(
         try:
             for row in rows:
                 finished += 1
-                if printed:
-                    bar.stop()
                 yield row
         except (KeyboardInterrupt, Cancelled) as error:
             if not finished:

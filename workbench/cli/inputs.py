@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import BadBudget, BadParameter, BadPrompt
 from workbench.files.paths import place, regular
 from workbench.formatting import quoted
+from workbench.recipe_text import parts_of, value_of
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe
@@ -65,7 +65,7 @@ def _decoded(raw: bytes, name: str) -> str:
 
 
 def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
-    """Each name a recipe, its methods joined by "+", with what `--set` says of them.
+    """Each name a recipe as `Recipe.of` reads it, with what `--set` says of its methods.
 
     A setting is `name=value`, or `method.name=value` where several methods are named. Raises UnknownMethod,
     BadParameter.
@@ -73,8 +73,8 @@ def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
     from workbench.recipe import Recipe
     from workbench.registry import find, method
 
-    keys = [[key.strip() for key in name.split("+")] for name in names]
-    known = {key: find(key) for row in keys for key in row}
+    rows = [parts_of(name) for name in names]
+    known = {key: find(key) for row in rows for key, _ in row}
     values: dict[str, dict[str, Any]] = {key: {} for key in known}
     for setting in settings:
         left, equals, right = setting.partition("=")
@@ -91,8 +91,8 @@ def recipes(names: Sequence[str], settings: Sequence[str]) -> list[Recipe]:
             raise BadParameter(
                 f"--set {quoted(setting)}: {owner[:_LONGEST]} is not among the methods named ({', '.join(known)})"
             )
-        values[owner][name] = _value(right.strip())
-    return [Recipe.of([method(key, **values[key]) for key in row]) for row in keys]
+        values[owner][name] = value_of(right.strip())
+    return [Recipe.of([method(key, **values[key] | typed) for key, typed in row]) for row in rows]
 
 
 def task(key: str, length: int | None, settings: Sequence[str]) -> Task:
@@ -108,19 +108,19 @@ def task(key: str, length: int | None, settings: Sequence[str]) -> Task:
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not name:
             raise BadParameter(f"--task-set {quoted(setting)}: write it as name=value")
-        values[name] = value if name == "path" else _value(value)
+        values[name] = value if name == "path" else value_of(value)
     return kind(**values)
 
 
-def _value(text: str) -> Any:
-    """A number, true or false where it reads as one, else the text itself."""
-    if len(text) > _LONGEST:
-        return text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, bool | int | float) else text
+def values(settings: Sequence[str]) -> dict[str, Any]:
+    """What `--set` says, by name. Raises BadParameter."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
+            raise BadParameter(f"--set {quoted(setting)}: write it as name=value")
+        found[name] = value_of(value)
+    return found
 
 
 def budgets(text: str) -> list[str]:

@@ -7,28 +7,33 @@ the model's, so what is handed to it is noted, for handlers that hold rows in pl
 
 from __future__ import annotations
 
-import inspect
-import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of a row's norm, by precision
-_TRIED = 4  # rows with which it is tried whether the expansion is linear
+_TRIED = 4  # rows with which an expansion is tried
 
 
 @dataclass(frozen=True, repr=False)
 class Expansion:
-    """How a layer makes keys and values of its rows, in the model's own way and precision `dtype`."""
+    """How a layer makes keys and values of its rows, in the model's own way and precision `dtype`.
+
+    linear: whether they are rows times its `maps`, which a module that rounds what it is given has not. plain: whether
+    these are one projection's weight (`kv_b_proj`), where they can be read.
+    """
 
     module: nn.Module
     dtype: torch.dtype
+    linear: bool = False
+    plain: bool = False
 
     def __call__(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [h, n, d] and values [h, n, dv] of latent [1, n, r] and rotated [1, n, w]."""
@@ -41,10 +46,42 @@ class Expansion:
         """What rows like latent [1, n, r] and rotated [1, n, w] are multiplied with: [h, r + w, d] for the keys, where
         the latent comes first, and [h, r, dv] for the values.
         """
+        if self.plain:
+            return self._of_weight(rotated.shape[-1])
         rank, width = latent.shape[-1], rotated.shape[-1]
         units = torch.eye(rank + width, dtype=latent.dtype, device=latent.device)[None]
         keys, values = self(units[..., :rank], units[..., rank:])
         return keys, values[:, :rank]
+
+    def _of_weight(self, width: int) -> tuple[Tensor, Tensor]:
+        """The same out of the projection's weight, in its precision: keys' channels of a head before the values', and
+        `width` rotated ones behind those of the keys.
+        """
+        layer: Any = self.module
+        weight = layer.kv_b_proj.weight.detach()
+        size, rank = layer.v_head_dim, weight.shape[1]
+        by_head = weight.view(-1, layer.qk_nope_head_dim + size, rank).transpose(1, 2)  # [h, r, d - w + dv]
+        to_keys, to_values = by_head[..., :-size], by_head[..., -size:]
+        rotated = torch.eye(width, dtype=weight.dtype, device=weight.device).expand(len(by_head), -1, -1)
+        latent, rotated = pad(to_keys, (0, width)), pad(rotated, (to_keys.shape[-1], 0))
+        return torch.cat([latent, rotated], dim=1), to_values
+
+    def looked_at(self, latent: Tensor, rotated: Tensor) -> Expansion:
+        """The same, knowing of what kind it is for rows like these: [1, n, r] and [1, n, w]."""
+        latent, rotated = latent[:, :_TRIED], rotated[:, :_TRIED]
+        maps = self.maps(latent, rotated)
+        rows = torch.cat([latent, rotated], dim=-1).float(), latent.float()
+        made = [x @ to.float() for x, to in zip(rows, maps, strict=True)]
+        if not _alike(made, self(latent, rotated), _close(self.dtype)):
+            return self
+        plain = replace(self, linear=True, plain=True)
+        projection = getattr(self.module, "kv_b_proj", None)
+        if type(projection) is nn.Linear and projection.bias is None and projection.weight.device == latent.device:
+            # Where sizes go by other names, or another order, it is not plain.
+            with suppress(AttributeError, RuntimeError):
+                if _alike(plain.maps(latent, rotated), maps, _close(torch.float32)):
+                    return plain
+        return replace(self, linear=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +97,10 @@ class Latents:
 
     def to(self, device: torch.device) -> Self:
         return replace(self, latent=self.latent.to(device), rotated=self.rotated.to(device))
+
+    def looked_at(self) -> Self:
+        """The same, with an expansion that was looked at."""
+        return replace(self, expansion=self.expansion.looked_at(self.latent, self.rotated))
 
     def blank(self, tokens: int) -> Self:
         """As many rows without data."""
@@ -78,19 +119,11 @@ class Latents:
         return self.latent.nbytes + self.rotated.nbytes
 
     def makes(self, keys: Tensor, values: Tensor, close: float | None = None) -> bool:
-        """Whether keys [h, n, d] and values [h, n, dv] are these rows times the expansion's maps, and no more: up to
-        rounding, or to `close` of their norm.
+        """Whether keys [h, n, d] and values [h, n, dv] are made of these rows: up to rounding, or to `close` of their
+        norm.
         """
-        to_keys, to_values = self.expansion.maps(self.latent, self.rotated)
-        if to_values.shape[-1] != values.shape[-1] or to_keys.shape[-1] != keys.shape[-1]:
-            return False
-        latent, rotated = self.latent[:, :_TRIED].float(), self.rotated[:, :_TRIED].float()
-        pairs = (
-            (torch.cat([latent, rotated], dim=-1) @ to_keys.float(), keys[:, :_TRIED].float()),
-            (latent @ to_values.float(), values[:, :_TRIED].float()),
-        )
-        limit = close or _CLOSE.get(keys.dtype, 1e-4)
-        return all(bool((made - known).norm() <= limit * known.norm()) for made, known in pairs)
+        made = self.expansion(self.latent[:, :_TRIED], self.rotated[:, :_TRIED])
+        return _alike(made, (keys[:, :_TRIED], values[:, :_TRIED]), close or _close(self.expansion.dtype))
 
 
 class Noting:
@@ -114,21 +147,19 @@ class Noting:
         return Latents(latent[0], rotated[0], Expansion(module, latent.dtype))
 
 
-def expands(model: PreTrainedModel) -> bool:
-    """Whether layers of the model expand latents."""
-    return _expanding(type(model.get_decoder()).__module__)
+def _close(dtype: torch.dtype) -> float:
+    return {torch.bfloat16: 0.03, torch.float16: 0.01}.get(dtype, 1e-4)
+
+
+def _alike(some: Sequence[Tensor], others: Sequence[Tensor], limit: float) -> bool:
+    """Whether tensors differ from others by no more than `limit` of the norm of these."""
+    pairs = list(zip(some, others, strict=True))
+    return all(
+        x.shape == y.shape and bool((x.float() - y.float()).norm() <= limit * y.float().norm()) for x, y in pairs
+    )
 
 
 def expansions(model: PreTrainedModel) -> dict[int, Expansion]:
     """How each layer that can expand latents does it, by its number in the model."""
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
     return {cast("int", layer.layer_idx): Expansion(layer, model.dtype) for layer in layers}
-
-
-@cache
-def _expanding(module: str) -> bool:
-    """Whether layers that are written in this module do so."""
-    try:
-        return ".expand_kv(" in inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):  # written in no file
-        return False

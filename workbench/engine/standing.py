@@ -8,13 +8,14 @@ for what it was given, gets a cache that holds nothing and knows where it stands
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from workbench.engine.latents import Noting, expands
+from workbench.engine.latents import Noting
 from workbench.errors import NotApplicable
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cach
     told the first take the others for those after it; unless all lie before the place from which positions count.
     """
     if not _asks(type(model).__module__):
-        return cast("Cache", Standing(positions[0].to(model.device))) if expands(model) else None
+        expands = _expands(type(model.get_decoder()).__module__)
+        return cast("Cache", Standing(positions[0].to(model.device))) if expands else None
     config: Any = model.config.get_text_config()
     counts_from = getattr(config, "floor_scale", 0)  # Llama 4 sharpens by floor((position + 1) / floor_scale)
     if not following and int(positions.max()) + 1 >= counts_from:
@@ -67,8 +69,19 @@ def standing(model: PreTrainedModel, positions: Tensor, following: bool) -> Cach
 @cache
 def _asks(module: str) -> bool:
     """Whether layers that are written in this module do so."""
+    return "get_seq_length(self.layer_idx)" in _source(module)
+
+
+@cache
+def _expands(module: str) -> bool:
+    """Whether layers that are written in this module expand latents, and ask nothing of a cache that is not here."""
+    source = _source(module)
+    asked = re.findall(r"\bpast_key_values\.(\w+)", source)
+    return ".expand_kv(" in source and all(hasattr(Standing, name) for name in asked)
+
+
+def _source(module: str) -> str:
     try:
-        source = inspect.getsource(sys.modules[module])
+        return inspect.getsource(sys.modules[module])
     except (OSError, TypeError):  # written in no file
-        return False
-    return "get_seq_length(self.layer_idx)" in source
+        return ""

@@ -40,6 +40,7 @@ from workbench.kv.methods.offload.sentencekv import SentenceKV
 from workbench.kv.methods.offload.tailorkv import TailorKV
 from workbench.kv.methods.quantise.fireq import FireQ
 from workbench.kv.methods.quantise.kivi import KIVI
+from workbench.kv.methods.quantise.kvtuner import KVTuner
 from workbench.kv.methods.quantise.mikv import MiKV
 from workbench.kv.methods.quantise.turbomind import TurboMind
 from workbench.kv.methods.quantise.vkv_1bit import VisualKV1Bit
@@ -73,6 +74,7 @@ __all__ = [
     "ILRe",
     "InfLLM",
     "KCache",
+    "KVTuner",
     "KVzip",
     "KeyDiff",
     "Knorm",

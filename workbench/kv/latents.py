@@ -21,11 +21,14 @@ def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype
     """
     if not layers or not all(layer.latents for layer in layers):
         return None
-    choosing, storing = stages.allocate or stages.score, stages.store
+    choosing, storing, evicting = stages.allocate or stages.score, stages.store, stages.evict
+    linear = all(layer.latents.expansion.linear for layer in layers if layer.latents)
+    by_state = evicting if evicting is not None and not evicting.rescores else None
     reasons = {
         "gives each head a length of its own": choosing if choosing is not None and choosing.head_adaptive else None,
         "merges the keys and values of each head": stages.merge,
         "stores keys and values": storing if storing is not None and not _of_rows(storing, layers, dtype) else None,
+        "evicts by attention, and keys are not linear in rows here": None if linear else by_state,
         "finds keys again by queries": stages.retrieve,
         "selects keys by queries": stages.select,
         "reads the prompt into stores of its own": stages.read,

@@ -37,21 +37,67 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             f"{' + '.join(method.key for method in methods)} needs a recording, but this prompt was taken in without "
             "one: call read(text) without record=False, or use a method that reads in bounded memory"
         )
-    layers = trace.compressible
-    rows = [held_shape(layer.rows, dtype) for layer in layers]
-    full = uncompressed_nbytes(trace, dtype)
-    expanded = expanded_by(stages, layers, dtype)
-    rows = [held_shape(layer.rows, dtype) for layer in layers]
-    shapes = rows if expanded is None else [held_shape(layer, dtype) for layer in layers]
-    fixed = sum(held_shape(layer.rows, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
-    label = " + ".join(method.key for method in methods)
-
+    decided = decide(study, methods, stages, dtype, budget, partial(_ordered, study))
     tiers = torch.zeros(
         len(trace.layers), trace.kv_heads, trace.tokens, dtype=torch.uint8, device=trace.layers[0].device
     )
     for layer in trace.layers:
         if layer.index in trace.exact:
             tiers[layer.index, :, -layer.held :] = 1
+    form, counts, ranking = decided.form, decided.counts, decided.ranking
+    if counts is not None:
+        if ranking is None or bool((counts == trace.tokens).all()):
+            selected = torch.ones(*counts.shape, trace.tokens, dtype=torch.bool, device=tiers.device)
+        else:
+            selected = ranking.selected(counts.to(tiers.device))
+        rest = 2 if form.keeps_rest else 0
+        tiers[[layer.index for layer in trace.compressible]] = torch.where(selected, 1, rest).to(torch.uint8)
+    nbytes, host, full = decided.nbytes, decided.host_nbytes, decided.full_nbytes
+    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking, decided.expanded)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How much of a prompt stays, and how it is stored.
+
+    form: of the layers that may be compressed. counts: entries of each of their heads, or rows that these share, int64
+    [l, k]; None: there is no such layer. ranking: the order by which entries are chosen; None: all stay. expanded: as
+    in `Plan`. nbytes, host_nbytes: of all layers; full_nbytes: uncompressed.
+    """
+
+    form: Format
+    counts: Tensor | None
+    ranking: Ranking | None
+    expanded: str | None
+    nbytes: int
+    host_nbytes: int
+    full_nbytes: int
+
+
+Ordering = Callable[[KVMethod, KVMethod, bool], "Ranked"]
+"""From the method that scores, the one that allocates, and whether all heads keep the same: the order of entries."""
+
+
+def decide(
+    study: Study,
+    methods: Sequence[KVMethod],
+    stages: Stages,
+    dtype: torch.dtype,
+    budget: Budget | None,
+    ordering: Ordering,
+) -> Decision:
+    """How much stays of a prompt whose entries have this order; of layers only the shapes are looked at here.
+
+    Raises BudgetTooSmall, BadBudget, BadRecipe as `plan_of` does.
+    """
+    trace = study.trace
+    layers = trace.compressible
+    full = uncompressed_nbytes(trace, dtype)
+    expanded = expanded_by(stages, layers, dtype)
+    rows = [held_shape(layer.rows, dtype) for layer in layers]
+    shapes = rows if expanded is None else [held_shape(layer, dtype) for layer in layers]
+    fixed = sum(held_shape(layer.rows, dtype).full_nbytes for layer in trace.layers if layer.index in trace.exact)
+    label = " + ".join(method.key for method in methods)
     if not layers:
         limited = total_budget(methods, stages, budget)
         limit = None if limited is None else limited.nbytes(full)
@@ -60,27 +106,29 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
             raise BudgetTooSmall(
                 f"{label}: no layer here can be compressed further; the smallest budget is {smallest:.4g}", smallest
             )
-        return Plan(trace, tuple(methods), stages, DenseFormat(dtype), tiers, dtype, fixed, full)
+        return Decision(DenseFormat(dtype), None, None, None, fixed, 0, full)
 
-    fitting = partial(_fit, study, methods, stages, shapes, dtype, budget, full, fixed)
+    fitting = partial(_fit, study, methods, stages, shapes, dtype, budget, full, fixed, ordering)
     if expanded is None:
-        form, selected, ranking = fitting(label, latent=bool(layers[0].latents))
+        form, counts, ranking = fitting(label, latent=bool(layers[0].latents))
     else:
         # What keeps everything needs no keys and values of its own.
         kept = fitting(label, whole=True) if _keeps_all(methods, stages, budget, trace.tokens, full) else None
-        if kept is not None and bool(kept[1].all()):
-            form, selected, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
+        if kept is not None and bool((kept[1] == trace.tokens).all()):
+            form, counts, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
             shapes, expanded = rows, None
         else:
             why = f"{label} ({expanded}, which latent rows have to be expanded for)"
-            form, selected, ranking = fitting(why, droppable=not _stores(stages))
-    rest = 2 if form.keeps_rest else 0
-    tiers[[layer.index for layer in layers]] = torch.where(selected, 1, rest).to(torch.uint8)
-    counts = selected.sum(dim=-1)
+            form, counts, ranking = fitting(why, droppable=not _stores(stages))
     finished = _finished(form, counts, shapes)
     nbytes = fixed + stored_nbytes(finished, shapes, counts)
     host = stored_nbytes(finished, shapes, counts, host=True)
-    return Plan(trace, tuple(methods), stages, form, tiers, dtype, nbytes, full, host, ranking, expanded)
+    return Decision(form, counts, ranking, expanded, nbytes, host, full)
+
+
+def _ordered(study: Study, selecting: KVMethod, allocating: KVMethod, shared: bool) -> Ranked:
+    """The order of a recording's entries."""
+    return Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), shared)
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -99,13 +147,14 @@ def _fit(
     budget: Budget | None,
     full: int,
     fixed: int,
+    ordering: Ordering,
     label: str,
     *,
     latent: bool = False,
     whole: bool = False,
     droppable: bool = True,
 ) -> tuple[Format, Tensor, Ranking | None]:
-    """The format, what is selected [l, k, n] at the largest size that meets the budgets, and the order by which.
+    """The format, entries of each head [l, k] at the largest size that meets the budgets, and the order by which.
 
     latent: the shapes are those of latent rows. whole: whatever budgets say, all is selected that may be. droppable:
     keeping all exact takes no more than the uncompressed cache.
@@ -121,7 +170,7 @@ def _fit(
     limited = total_budget(methods, stages, budget)
     limit = None if limited is None else limited.nbytes(full)
     room = None if limit is None else limit - fixed
-    everything = torch.ones(layers, kv_heads, tokens, dtype=torch.bool, device=study.trace.layers[0].device)
+    everything = torch.full((layers, kv_heads), tokens)
 
     form = dense
     if selecting is None:
@@ -129,7 +178,7 @@ def _fit(
             form = held(_stored(stages, study, dtype, shapes, room))
         if limited is not None and limited.kind == "tokens":
             raise BadBudget(f"{label} keeps every token: give its budget as a share or a size, not as {limited}")
-        _check(stored_nbytes(form, shapes, everything.sum(-1)), room, full, fixed, label, droppable=False)
+        _check(stored_nbytes(form, shapes, everything), room, full, fixed, label, droppable=False)
         return form, everything, None
 
     if later:
@@ -137,7 +186,7 @@ def _fit(
         return form, everything, None
 
     allocating = stages.allocate or selecting
-    ranked = _Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), latent)
+    ranked = ordering(selecting, allocating, latent)
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = held(_stored(stages, study, dtype, shapes, room if storing is selecting else None))
@@ -149,7 +198,7 @@ def _fit(
 
     def measured(kind: Format) -> Callable[[int], int]:
         def nbytes(entries: int) -> int:
-            counts = allocating.allocate(ranked.at(entries), entries)
+            counts = ranked.allocated(allocating, entries)
             return stored_nbytes(_finished(kind, counts, shapes), shapes, counts)
 
         return nbytes
@@ -170,7 +219,7 @@ def _fit(
             if everything_nbytes > target:
                 entries = largest_within(nbytes, target, least, most, everything_nbytes)
             _check(nbytes(entries), target, full, fixed, label, droppable=droppable)
-        elif (wanted := selecting.wanted(ranked.plain)) is not None:
+        elif (wanted := ranked.wanted()) is not None:
             entries = min(max(wanted, least), most)
     if room is not None and not whole and counted is not form and storing is not None:
         # The store may choose its precision: for what was selected, whose positions it holds besides.
@@ -178,12 +227,11 @@ def _fit(
         beside = entries * INDEX_BYTES + sum(form.beside(shape) for shape in shapes)
         form = observed(held(_stored(stages, study, dtype, chosen, room - beside)))
         _check(measured(form)(entries), room, full, fixed, label, droppable=droppable)
-    ranking = ranked.at(entries)
-    return form, ranking.selected(allocating.allocate(ranking, entries).to(everything.device)), ranking
+    return form, ranked.allocated(allocating, entries), ranked.at(entries)
 
 
 @dataclass
-class _Ranked:
+class Ranked:
     """The order of a method's scores, which may depend on how many entries stay; the last one is remembered.
 
     whole: that of every head's. shared: whether all heads keep the same entries.
@@ -216,6 +264,14 @@ class _Ranked:
             found = self.selecting.scores_at(self.study, scores, share)
             self._last = entries, self.plain if found is scores else self._of(found)
         return self._last[1]
+
+    def wanted(self) -> int | None:
+        """How many entries the scorer keeps where no budget says so; None: all."""
+        return self.selecting.wanted(self.plain)
+
+    def allocated(self, allocating: KVMethod, entries: int) -> Tensor:
+        """How many of `entries` each head keeps, int64 [l, k]."""
+        return allocating.allocate(self.at(entries), entries)
 
 
 def _attended(stages: Stages, study: Study, dtype: torch.dtype, shapes: Sequence[Shape], stored: Format) -> Format:

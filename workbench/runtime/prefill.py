@@ -135,10 +135,12 @@ class _Recorder:
 
 def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
     """The rows that the layer's cache holds, of which it made key [h, n, d] and value [h, n, dv]; None where it holds
-    these: it made them in a way that is not linear, or holds a chunk of the text alone.
+    these, or a chunk of the text alone.
     """
     rows = latents()
-    return rows if rows is not None and scoring.chunk is None and rows.makes(key, value) else None
+    if rows is None or scoring.chunk is not None or not rows.makes(key, value):
+        return None
+    return rows.looked_at()
 
 
 def _combined_window(
@@ -227,7 +229,7 @@ def read(
         )
     progress.update("reading", count, count)
     layers = tuple(recorder.layers[index] for index in range(count))
-    exact = _exact(layers, method)
+    exact = exact_layers(layers, method)
     if len({layer.latents is None for layer in layers if layer.index not in exact}) > 1:  # plans are of one kind
         layers = tuple(layer if layer.index in exact else replace(layer, latents=None) for layer in layers)
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) and not any(x.latents for x in layers):
@@ -321,7 +323,7 @@ def read_unrecorded(
     layers = tuple(layer.blank(tokens) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
-    return Trace(prompt, layers, logits, 0.0, _exact(layers, None), Timeline("read"), gone=gone)
+    return Trace(prompt, layers, logits, 0.0, exact_layers(layers, None), Timeline("read"), gone=gone)
 
 
 def _gone(
@@ -339,7 +341,7 @@ def _gone(
     return tuple(gone)
 
 
-def _exact(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:
+def exact_layers(layers: Sequence[LayerTrace], method: AttentionMethod | None) -> dict[int, str]:
     """The layers that KV methods must leave alone, and why: those with a window, those that divided the prompt into
     chunks, and those that hold nothing of their own.
     """

@@ -46,7 +46,7 @@ class Readings:
     device). trusted: whether the model is read without being compared with itself first (`exactness`). plain: the
     reading by the model as it is; None before the first. timelines: of every reading and run so far. variants: the
     model under weight methods. rotations: how its layers turn queries and keys. fusing: how single tokens
-    are read.
+    are read. count: how many readings were made.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Readings:
         self.trusted = trusted
         self.plain: Trace | None = None
         self.timelines: list[Timeline] = []
+        self.count = 0
         self.variants = Variants(self.model, self.tokenizer)
         self.rotations = Rotations(self.model)
         self.fusing = SingleTokens()
@@ -90,6 +91,7 @@ class Readings:
             rotations=self.rotations,
             progress=progress,
         )
+        self.count += 1
         self.facts = seen(self.facts, trace)
         self._others.clear()
         self.plain = trace
@@ -98,6 +100,8 @@ class Readings:
 
     def restore(self, trace: Trace, timelines: Sequence[Timeline]) -> None:
         """Take over a reading made earlier; timelines: of the runs on it."""
+        self.facts = seen(self.facts, trace)
+        self._others.clear()
         self.plain = trace
         self.timelines = [trace.timeline, *timelines]
 
@@ -129,6 +133,7 @@ class Readings:
                 weight_nbytes=self.variants.nbytes(weights),
                 progress=progress,
             )
+            self.count += 1
             self.timelines.append(self._others[key].timeline)
             while len(self._others) > _TRACES:
                 self._others.popitem(last=False)

@@ -6,7 +6,7 @@ recipe that is wrong where the model itself is wrong has lost nothing, and one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from workbench.tasks import Case, Encode, Task, find
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from workbench.measure.quality import Quality
     from workbench.prompt import Text
     from workbench.runtime.comparison import Row
     from workbench.runtime.run import Question, Run
@@ -45,6 +46,50 @@ def encoding(tokenizer: PreTrainedTokenizerBase | None) -> Encode:
     if tokenizer is None:
         raise BadPrompt("tasks are texts, and this session reads token ids only: give it a tokenizer")
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A recipe's run on a case, its cache released, and what its reply and the uncompressed model's are worth.
+
+    Where a given text is predicted in place of a reply there are neither replies nor verdicts.
+    """
+
+    run: Run
+    figures: Quality
+    text: str | None = None
+    full_text: str | None = None
+    right: bool | None = None
+    full_right: bool | None = None
+    score: float | None = None
+    full_score: float | None = None
+
+
+def answered(
+    case: Case,
+    trace: Trace,
+    run: Callable[[Recipe, Question, int], Run],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reply_tokens: int | None,
+    progress: Progress,
+) -> Answered:
+    """Run a recipe on a case that was read into `trace`, and compare it with the uncompressed model.
+
+    run: of a recipe, with what is asked and the longest reply. reply_tokens: the longest reply (None: the case's own).
+    """
+    if case.continuation:
+        finished = run(recipe, None, 1)
+        figures = finished.measure(torch.tensor(case.continuation), progress=progress).figures
+        finished.release()
+        return Answered(finished, figures)
+    asked = asked_ids(case, trace, tokenizer)
+    finished = run(recipe, asked, reply_tokens or case.reply_tokens)
+    reference = finished.measure(progress=progress).reference
+    finished.release()
+    plain = "" if tokenizer is None else str(tokenizer.decode(list(reference), skip_special_tokens=True))
+    verdicts = (case.right(finished.text), case.right(plain), case.score(finished.text), case.score(plain))
+    return Answered(finished, finished.quality, finished.text, plain, *verdicts)
 
 
 @dataclass(frozen=True)
@@ -120,26 +165,10 @@ class TaskEvaluation:
     def _row(
         self, case: Case, trace: Trace, run: Callable[[Recipe, Question, int], Run], recipe: Recipe, progress: Progress
     ) -> Row:
-        if case.continuation:
-            finished = run(recipe, None, 1)
-            figures = finished.measure(torch.tensor(case.continuation), progress=progress).figures
-            finished.release()
-            return {**row_of(finished, figures), "text": None}
-        asked = asked_ids(case, trace, self.tokenizer)
-        finished = run(recipe, asked, self.reply_tokens or case.reply_tokens)
-        plain = self._text(finished.measure(progress=progress).reference)
-        finished.release()
-        return {
-            **row_of(finished),
-            "right": case.right(finished.text),
-            "full_right": case.right(plain),
-            "score": case.score(finished.text),
-            "full_score": case.score(plain),
-            "full_text": plain,
-        }
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        done = answered(case, trace, run, recipe, self.tokenizer, self.reply_tokens, progress)
+        verdicts = {"right": done.right, "full_right": done.full_right, "score": done.score}
+        beside = {"text": done.text, "full_score": done.full_score, "full_text": done.full_text}
+        return {**row_of(done.run, done.figures), **verdicts, **beside}
 
 
 class _Reading:

@@ -361,7 +361,7 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 tensor(f"layers.{index}.{name}").to(device, model.dtype) for name in ("latent", "rotated")
             )
             rows = Latents(latent, rotated, expanding[numbers[index]])
-            latents = _latents(rows, keys.to(device), values.to(device)).to(home)
+            latents = _latents(rows, keys.to(device), values.to(device)).looked_at().to(home)
         layers.append(
             LayerTrace(
                 index=index,

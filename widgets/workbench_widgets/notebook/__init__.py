@@ -2,7 +2,7 @@
 
 from workbench_widgets.notebook.attention_view import AttentionView
 from workbench_widgets.notebook.bundles import PLOTLY, figure, memory_figure, view, views
-from workbench_widgets.notebook.html_summaries import plan_html, run_html, runs_html, session_html
+from workbench_widgets.notebook.html_summaries import plan_html, results_html, run_html, runs_html, session_html
 from workbench_widgets.notebook.plan_view import PlanView
 from workbench_widgets.notebook.run_view import RunView
 
@@ -14,6 +14,7 @@ __all__ = [
     "figure",
     "memory_figure",
     "plan_html",
+    "results_html",
     "run_html",
     "runs_html",
     "session_html",

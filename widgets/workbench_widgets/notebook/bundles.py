@@ -1,4 +1,4 @@
-"""The MIME bundles by which a plan, a run or a session shows itself in a notebook.
+"""The MIME bundles by which a plan, a run, a session or a folder of results shows itself in a notebook.
 
 `workbench.display` finds `views` through an entry point.
 """
@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING
 
 import ipywidgets
 
+from workbench.cost import Cost
+from workbench.cost.serving import Simulation
 from workbench.display import Bundle
 from workbench.formatting import mib
 from workbench.kv.plan import Plan
 from workbench.measure.memory import Timeline
+from workbench.results import Results
 from workbench.runtime.run import Run
 from workbench.session import Session
-from workbench_widgets import figures, present
+from workbench_widgets import cost_figures, figures, present
 from workbench_widgets.colours import LIGHT
-from workbench_widgets.notebook.html_summaries import session_html
+from workbench_widgets.notebook.html_summaries import results_html, session_html
 from workbench_widgets.notebook.plan_view import PlanView
 from workbench_widgets.notebook.run_view import RunView
 from workbench_widgets.plain_text import out_of_markup
@@ -37,10 +40,17 @@ def views(thing: object) -> Iterator[Bundle]:
     elif isinstance(thing, Run):
         yield view(RunView(thing))
         yield figure(memory_figure(thing.memory, f"Memory of {thing.recipe.label}"))
+    elif isinstance(thing, Cost):
+        yield figure(cost_figures.memory(thing))
+    elif isinstance(thing, Simulation):
+        for draw in (cost_figures.gantt, cost_figures.queue, cost_figures.occupancy):
+            yield figure(draw(thing))
     elif isinstance(thing, Session):
         yield view(ipywidgets.HTML(session_html(thing)))
         if thing.runs:
             yield figure(memory_figure(thing.memory, "Memory of all runs"))
+    elif isinstance(thing, Results):
+        yield view(ipywidgets.HTML(results_html(thing)))
 
 
 def view(widget: ipywidgets.DOMWidget) -> Bundle:

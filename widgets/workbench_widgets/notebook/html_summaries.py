@@ -1,13 +1,15 @@
-"""Plans, runs and sessions as a few lines of HTML."""
+"""Plans, runs, sessions and results as a few lines of HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from workbench.errors import NotRead
 from workbench.formatting import mib
 from workbench.kv.plan import Plan
+from workbench.results import Results
 from workbench.runtime.run import Run
 from workbench.session import Session
 from workbench_widgets import present
@@ -15,6 +17,7 @@ from workbench_widgets.colours import LIGHT
 from workbench_widgets.plain_text import in_markup
 
 _LONGEST_ANSWER = 160  # characters of an answer in the table of runs
+_MOST = 50  # recipes in the table of results
 
 
 def plan_html(plan: Plan) -> str:
@@ -91,6 +94,38 @@ def runs_html(runs: Sequence[Run]) -> str:
     top = "".join(f'<th style="{style}">{name}</th>' for name, style in [*heads, ("answer", cell + ";text-align:left")])
     top = top.replace(f'"{cell}"', f'"{cell};text-align:left"', 1)
     return f'<table style="border-collapse:collapse;line-height:1.4"><tr>{top}</tr>{"".join(rows)}</table>'
+
+
+def results_html(results: Results) -> str:
+    """What a folder of results holds, and the means of its recipes, the smallest first."""
+    counts = results.numbers()
+    tiles = [("results", str(results.path)), ("runs", f"{counts['done']:,}"), ("failed", f"{counts['failed']:,}")]
+    tiles += [(name, ", ".join(map(str, counts[name]))) for name in ("models", "tasks") if counts[name]]
+    table = results.recipes().sort_values("deployed_nbytes")
+    if not len(table):
+        return _tiles(tiles)
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "recipe": ("recipe", str),
+        "cases": ("cases", str),
+        "deployed_nbytes": ("weights and cache", mib),
+        "kv_nbytes": ("cache", mib),
+        "correct": ("right", "{:.0%}".format),
+        "full_correct": ("uncompressed right", "{:.0%}".format),
+        "kl": ("KL", "{:.3f}".format),
+        "tokens_per_s": ("tokens/s", "{:.1f}".format),
+    }
+    cell = "padding:2px 12px 2px 0;white-space:nowrap"
+    top = "".join(f'<th style="{cell};text-align:left">{title}</th>' for title, _ in columns.values())
+    rows = [
+        "".join(
+            f'<td style="{cell}">{"–" if value is None else in_markup(written(value))}</td>'
+            for value, (_, written) in zip(row, columns.values(), strict=True)
+        )
+        for row in table[list(columns)].astype(object).where(table.notna(), None).head(_MOST).itertuples(index=False)
+    ]
+    more = f"<div>and {len(table) - _MOST:,} recipes more</div>" if len(table) > _MOST else ""
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'{_tiles(tiles)}<table style="border-collapse:collapse;line-height:1.4"><tr>{top}</tr>{body}</table>{more}'
 
 
 def _short(text: str) -> str:

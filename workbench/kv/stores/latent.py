@@ -24,8 +24,9 @@ class LatentStore(WrappingStore):
 
     inner: its one head's keys are the rotated rows [1, m, w], its values the latent ones [1, m, r]. Attention is
     absorbed (DeepSeek-V2, arXiv:2405.04434, section 2.1.2): queries go through the map that makes keys, and what comes
-    out through the one that makes values, so nothing is expanded but the maps, in each pass; or all rows, while they
-    are fewer than the maps have. To others it has the keys and values of all `heads`, and so it is shown.
+    out through the one that makes values, so nothing is expanded but the maps, where they are no weight's. All rows
+    are, while they are fewer than the maps have, or where keys are no linear map of them. To others it has the keys
+    and values of all `heads`, and so it is shown.
     """
 
     def __init__(self, inner: Store, expansion: Expansion, heads: int) -> None:
@@ -64,11 +65,11 @@ class LatentStore(WrappingStore):
         visible = seen_by(query_positions, rows.positions, rows.valid, scoring)
         offsets = scoring.offsets(query_positions, rows.positions)
         both = torch.cat([rows.values, rows.keys], dim=-1)  # [1, m, r + w]
-        if both.shape[1] < both.shape[2]:
+        if both.shape[1] < both.shape[2] or not self.expansion.linear:
             given: tuple[Tensor, Tensor, Tensor] = query, *self.expansion(rows.values, rows.keys)
             to_values = None
         else:
-            to_keys, to_values = self.expansion.maps(rows.values, rows.keys)
+            to_keys, to_values = (x.to(query.dtype) for x in self.expansion.maps(rows.values, rows.keys))
             given = query @ to_keys.transpose(1, 2), both, rows.values  # [h, q, r + w]
         out, by_slot = attend(*given, scoring, visible=visible, offsets=offsets, weights=weights)
         self.inner.attended()

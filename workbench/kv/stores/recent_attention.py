@@ -45,8 +45,8 @@ class RecentAttentionIndex(Index):
 
     def _rows(self, layer: LayerTrace, steps: int) -> Tensor:
         """What each of the prompt's last queries gave, summed over heads, float16 [steps, n] in host memory."""
-        rows = layer.attention(min(steps, layer.tokens)).sum(dim=(0, 1))
-        return rows.to("cpu", torch.float16)
+        rows = [block.sum(dim=0).to("cpu", torch.float16) for _, block in layer.attention_rows(steps)]
+        return torch.cat(rows)
 
 
 class RecentAttention(Retriever):

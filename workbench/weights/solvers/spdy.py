@@ -7,52 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from workbench.core.bisection import largest
+from workbench.core.knapsack import Knapsack
 from workbench.progress import Progress
-
-
-class Timeline:
-    """The cheapest levels of all parts for every total time up to `room`.
-
-    costs: float64 [u, v], of each part at each level. times: float64 [u, v]. Times are counted in `buckets` steps of
-    equal length, rounded up, so that no total is beyond `room`.
-    """
-
-    def __init__(self, costs: Tensor, times: Tensor, room: float, buckets: int) -> None:
-        self._steps = (times / room * buckets - 1e-9).ceil().clamp_min(0).long()
-        best = torch.full((buckets + 1,), torch.inf, dtype=torch.float64)
-        best[0] = 0.0
-        self._chosen = torch.full((costs.shape[0], buckets + 1), -1, dtype=torch.int16)
-        for part, (row, steps) in enumerate(zip(costs, self._steps.tolist(), strict=True)):
-            now = torch.full_like(best, torch.inf)
-            for level, step in enumerate(steps):
-                if step > buckets:
-                    continue
-                reached = best[: buckets + 1 - step] + row[level]
-                better = reached < now[step:]
-                now[step:][better] = reached[better]
-                self._chosen[part, step:][better] = level
-            best = now
-        self._best = best
-
-    def within(self, fits: Callable[[list[int]], bool]) -> list[int] | None:
-        """The cheapest levels of the largest total time at which they fit; None where those of no time do.
-
-        fits: whether levels are within another limit, which those of less time are rather than those of more.
-        """
-        cheapest = self._best.cummin(dim=0).indices  # [buckets + 1]: where the cheapest within each total time stand
-        reached = (self._best < torch.inf).nonzero()[:, 0].tolist()
-        if not reached or not fits(self._levels(reached[0])):
-            return None
-        last = largest(lambda at: fits(self._levels(int(cheapest[at]))), reached[0], len(cheapest))
-        return self._levels(int(cheapest[last]))
-
-    def _levels(self, at: int) -> list[int]:
-        levels = []
-        for part in range(len(self._chosen) - 1, -1, -1):
-            levels.append(int(self._chosen[part, at]))
-            at -= int(self._steps[part, levels[-1]])
-        return levels[::-1]
 
 
 def within_both(costs: Tensor, times: Tensor, room: float, sizes: Tensor, most: int, buckets: int) -> list[int]:
@@ -69,8 +25,8 @@ def within_both(costs: Tensor, times: Tensor, room: float, sizes: Tensor, most: 
     def quick(levels: list[int]) -> bool:
         return float(times[index, levels].sum()) <= room * (1 + 1e-9)
 
-    found = Timeline(costs, times, room, buckets).within(light)
-    found = found or Timeline(costs, sizes.double(), most, buckets).within(quick)
+    found = Knapsack(costs, times, room, buckets).within(light)
+    found = found or Knapsack(costs, sizes.double(), most, buckets).within(quick)
     return found or [costs.shape[1] - 1] * costs.shape[0]
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from workbench.core.apportion import apportion
 from workbench.core.evolution import evolve, switched
 from workbench.kv.base import Study
+from workbench.kv.isolated_loss import stores_before
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import Ranking
-from workbench.kv.stores import DenseStore, SlidingStore, Store
+from workbench.kv.stores import DenseStore, Store
 from workbench.measure.quality import divergence
 from workbench.registry import Fidelity, Paper, Preset, param, register
+from workbench.trace import LayerTrace
 
 _SHORT = (
     "the authors take 400 generations of 64, here a prompt waits for it: six by six find a KL of 0.44, twenty by "
@@ -78,7 +80,11 @@ class EvoPressKV(SnapKV):
 
         def predictions(kept: Tensor) -> Tensor:
             """Log-probabilities at the last tokens over what is kept [l, k, n] of those before."""
-            return study.forced(self.key, _stores(study, kept), first, ids).log_softmax(-1)
+
+            def made(place: int, layer: LayerTrace) -> Store:
+                return DenseStore.where(layer.keys, layer.values, kept[place], layer.keys.dtype)
+
+            return study.forced(self.key, stores_before(trace, first, made), first, ids).log_softmax(-1)
 
         whole = predictions(torch.ones_like(earlier.scores, dtype=torch.bool))
 
@@ -103,20 +109,3 @@ class EvoPressKV(SnapKV):
         most = torch.full((ranking.layers,), ranking.tokens - 1)
         counts = 1 + apportion(beyond, ranking.importance, most)
         return counts[:, None].expand(-1, ranking.kv_heads)
-
-
-def _stores(study: Study, kept: Tensor) -> list[Store]:
-    """Stores of the first tokens of the prompt: of compressible layers what is kept [l, k, n], of others all."""
-    count, trace = kept.shape[-1], study.trace
-    place = {layer.index: number for number, layer in enumerate(trace.compressible)}
-    stores: list[Store] = []
-    for layer in trace.layers:
-        keys, values = layer.keys[:, :count], layer.values[:, :count]
-        if layer.index in place:
-            stores.append(DenseStore.where(keys, values, kept[place[layer.index]], keys.dtype))
-        elif layer.window is not None:
-            stores.append(SlidingStore.of(keys, values, layer.window, keys.dtype))
-        else:
-            everything = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-            stores.append(DenseStore.where(keys, values, everything, keys.dtype))
-    return stores

@@ -1,0 +1,265 @@
+"""The unit of work: one recipe on one case of a task, with one model, as one row of results."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+import time
+from collections import OrderedDict
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workbench.errors import Cancelled, WorkbenchError
+from workbench.progress import Progress
+from workbench.recipe import Recipe
+from workbench.results.schema import Row, canonical, key_of
+from workbench.runtime.run import Question, Run
+from workbench.runtime.task_evaluation import Answered, answered, encoding
+from workbench.sweep.fingerprint import fingerprint
+from workbench.version import __version__
+
+if TYPE_CHECKING:
+    from workbench.session import Session
+    from workbench.tasks import Case, Task
+    from workbench.trace import Trace
+
+_KEPT_NBYTES = 1 << 30  # of readings by the plain model that are kept
+
+
+class Bench:
+    """A session on which recipes are measured, case by case; each prompt is read once for each weights and attention.
+
+    session: its prompt and runs are replaced. chat, max_new_tokens: as `Session.evaluate` takes them. keep_text: store
+    prompts, questions and replies as text; else hashes and token ids alone. study: what the rows belong to. Readings by
+    the model as it is are kept up to 1 GiB, so that recipes may come in any order; those under other weights or
+    attention for the newest case only, so recipes of the same weights and case should follow each other.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        chat: bool | None = None,
+        max_new_tokens: int | None = None,
+        keep_text: bool = True,
+        study: str | None = None,
+    ) -> None:
+        self.session = session
+        self.encode = encoding(session.tokenizer)
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+        self.keep_text = keep_text
+        self.study = study
+        self._cases: dict[tuple[Task, int], Case | WorkbenchError] = {}
+        self._read: OrderedDict[tuple[Any, bool | None], Trace] = OrderedDict()
+
+    @property
+    def readings(self) -> int:
+        """How many times a prompt was read so far, under any weights and attention."""
+        return self.session.readings.count
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the model from others."""
+        return fingerprint(self.session.model, self.session.tokenizer)
+
+    def key(self, recipe: Recipe, task: Task, number: int = 0) -> str:
+        """The key of a row, before anything is run: task.case(number) under a recipe, budget included."""
+        return key_of(
+            {
+                "model": self.fingerprint,
+                "recipe": recipe.to_dict(),
+                "task": task.key,
+                "case": self.case_hash(task, number),
+                "settings": self._settings,
+                "device": self.session.model.device.type,
+                "versions": [__version__, torch.__version__.partition("+")[0], _transformers()],
+            }
+        )
+
+    def case_hash(self, task: Task, number: int = 0) -> str:
+        """What tells a case from others: its number and all that is in it, or what is wrong with it."""
+        case = self._case(task, number)
+        said = str(case) if isinstance(case, WorkbenchError) else asdict(case)
+        return key_of({"number": task.seed + number, "case": said})
+
+    def row(self, recipe: Recipe, task: Task, number: int = 0, progress: Progress | None = None) -> Row:
+        """Measure a recipe, budget included, on a case. What goes wrong is a row whose `error` says why; raises
+        Cancelled only.
+        """
+        progress, began = progress or Progress(), time.perf_counter()
+        row = self.about(recipe, task, number)
+        try:
+            case = self._case(task, number)
+            if isinstance(case, WorkbenchError):
+                raise case  # noqa: TRY301  told like whatever else goes wrong
+            trace = self._reading(case, progress)
+            row |= self._of_case(case, trace)
+            done = answered(
+                case, trace, self._runner(progress), recipe, self.session.tokenizer, self.max_new_tokens, progress
+            )
+            row |= self._measured(done) | {"status": "done"}
+        except Cancelled:
+            raise
+        except Exception as error:  # noqa: BLE001  one that fails must not take the others with it
+            row |= {"status": "failed", "error": told(error)}
+        return row | {"wall_s": time.perf_counter() - began}
+
+    def about(self, recipe: Recipe, task: Task, number: int = 0) -> Row:
+        """What is known of a row before it is measured."""
+        session = self.session
+        device = session.model.device
+        return {
+            "key": self.key(recipe, task, number),
+            "study": self.study,
+            "model": session.source,
+            "model_fingerprint": self.fingerprint,
+            "recipe": recipe.label,
+            "recipe_json": recipe.to_dict(),
+            **{name: "+".join(m.key for m in recipe.family(name)) or None for name in ("kv", "attention", "weights")},
+            "budget": _budget(recipe),
+            "task": task.label,
+            "task_json": {"task": task.key, **task.model_dump(mode="json")},
+            "case_number": task.seed + number,
+            "settings": self._settings,
+            "versions": {
+                "workbench": __version__,
+                "torch": torch.__version__,
+                "transformers": _transformers(),
+                "python": platform.python_version(),
+            },
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "host": socket.gethostname(),
+            "started": datetime.now(UTC).replace(tzinfo=None),
+        }
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        session = self.session
+        calibration = session.calibration
+        return {
+            "kv_dtype": str(session.kv_dtype).removeprefix("torch."),
+            "dtype": str(session.model.dtype).removeprefix("torch."),
+            "chat": self.chat,
+            "max_new_tokens": self.max_new_tokens,
+            "graphs": session.graphs,
+            "calibration": None if calibration is None else calibration.to_dict(),
+        }
+
+    def _case(self, task: Task, number: int) -> Case | WorkbenchError:
+        if (task, number) not in self._cases:
+            try:
+                self._cases[task, number] = task.case(self.encode, number)
+            except WorkbenchError as error:
+                self._cases[task, number] = error
+        return self._cases[task, number]
+
+    def prompt(self, task: Task, number: int = 0) -> Any:
+        """What tells the prompt of a case from others, as it is read; None where there is no case."""
+        case = self._case(task, number)
+        return None if isinstance(case, WorkbenchError) else self._as_read(case)
+
+    def forget(self, prompt: Any) -> None:
+        """Let go of a prompt's readings: no other row needs them."""
+        self._read.pop(prompt, None)
+
+    def _as_read(self, case: Case) -> tuple[Any, bool | None]:
+        return case.text, False if self.chat is None and case.goes_on else self.chat
+
+    def _reading(self, case: Case, progress: Progress) -> Trace:
+        """The reading of a case by the model as it is, with which the session goes on."""
+        prompt = self._as_read(case)
+        known, there = self._read.get(prompt), self.session.trace
+        if known is None:
+            known = self.session.read(prompt[0], chat=prompt[1], progress=progress)
+            self._read[prompt] = known
+            while len(self._read) > 1 and sum(trace.nbytes for trace in self._read.values()) > _KEPT_NBYTES:
+                self._read.popitem(last=False)
+        if known is not there:
+            self.session.restore(known, [])  # what was measured of runs on other prompts goes
+        self._read.move_to_end(prompt)
+        return known
+
+    def _runner(self, progress: Progress) -> Any:
+        def run(recipe: Recipe, question: Question, max_new_tokens: int) -> Run:
+            return self.session.run(recipe, question=question, max_new_tokens=max_new_tokens, progress=progress)
+
+        return run
+
+    def _of_case(self, case: Case, trace: Trace) -> Row:
+        text = case.text if isinstance(case.text, str) else None
+        ids = trace.ids.cpu().numpy().tobytes()
+        row: Row = {"prompt_tokens": trace.tokens, "prompt_hash": hashlib.sha256(ids).hexdigest()[:32]}
+        if self.keep_text:
+            row |= {"prompt": text, "question": case.question, "expected": canonical(case.answers)}
+        return row
+
+    def _measured(self, done: Answered) -> Row:
+        run, plan, figures = done.run, done.run.plan, done.figures
+        weights = run.recipe.family("weights")
+        live = self.session.readings.variants.nbytes(weights)
+        deployed = self.session.readings.variants.deployed_nbytes(weights)
+        cache = plan.nbytes + plan.state_nbytes
+        kept = hashlib.sha256(str(tuple(plan.tiers.shape)).encode() + plan.tiers.cpu().numpy().tobytes())
+        row: Row = {
+            "kv_nbytes": plan.nbytes,
+            "kv_full_nbytes": plan.full_nbytes,
+            "kv_host_nbytes": plan.host_nbytes,
+            "state_nbytes": plan.state_nbytes,
+            "weight_nbytes": live,
+            "weight_deployed_nbytes": deployed,
+            "total_nbytes": cache + live,
+            "deployed_nbytes": cache + deployed,
+            "peak_nbytes": run.memory.device_peak,
+            "kv_share": plan.share,
+            "score_share": plan.trace.score_share,
+            "kept_hash": kept.hexdigest()[:32],
+            "kl": figures.kl,
+            "kl_max": figures.kl_max,
+            "top1": figures.top1_agreement,
+            "nll": figures.nll,
+            "nll_reference": figures.nll_reference,
+            "nll_difference": figures.nll_difference,
+            "perplexity": figures.perplexity,
+            "notes": list(run.notes),
+            "read_s": plan.read_seconds,
+            "plan_s": run.timing.plan_s,
+        }
+        if done.text is None:
+            return row
+        row |= {
+            "tokens": list(run.tokens),
+            "first_divergence": figures.first_divergence,
+            "correct": done.right,
+            "full_correct": done.full_right,
+            "score": done.score,
+            "full_score": done.full_score,
+            "first_token_s": run.timing.first_token_s,
+            "decode_s": run.timing.decode_s,
+            "tokens_per_s": run.timing.tokens_per_s,
+        }
+        return row | ({"text": done.text, "full_text": done.full_text} if self.keep_text else {})
+
+
+def told(error: Exception) -> str:
+    """What went wrong, in one line."""
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
+
+
+def _budget(recipe: Recipe) -> str | None:
+    budget = recipe.budget
+    if budget is None and len(recipe.methods) == 1:
+        budget = recipe.methods[0].effective_budget
+    return None if budget is None else str(budget)
+
+
+def _transformers() -> str:
+    from importlib.metadata import version
+
+    return version("transformers")
