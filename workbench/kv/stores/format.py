@@ -50,8 +50,8 @@ class Format(ABC):
 
     attends_itself: whether its stores attend in a way of their own: keys cannot be turned for them, nor what they
     attend to be chosen. rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows
-    does not depend on their being keys and values that queries meet, so that its stores can hold others (latents). exact:
-    whether entries are held as they are.
+    does not depend on their being keys and values that queries meet, so that its stores can hold others (latents).
+    exact: whether entries are held as they are.
     """
 
     tiers: tuple[str, ...]
