@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -178,6 +179,14 @@ def test_what_cannot_be_captured_says_why(architecture: str, recipe: object, rea
     with pytest.raises(NotApplicable, match=reason):
         CapturedStep(decoder, token, 20).prepare()
     assert (refusal(decoder) is None) == (architecture == "mixtral")
+
+
+def test_layers_on_several_devices_are_not_captured(tiny_model: ModelOf) -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    decoder, token = answering(model, "full", 40)
+    model.model.layers[-1].to("meta")
+    with pytest.raises(NotApplicable, match="on several devices"):
+        CapturedStep(decoder, token, 4)
 
 
 def test_greedy_decodes_plainly_where_there_is_no_gpu(tiny_llama: PreTrainedModel) -> None:

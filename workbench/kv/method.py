@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.core.memo import Memo
 from workbench.errors import NotApplicable
 from workbench.kv.ranking import Ranking
@@ -165,7 +166,7 @@ class KVMethod(Method):
         """
         layers = study.trace.compressible
         track = study.progress.track(layers, f"scoring by {self.key}", len(layers))
-        return torch.stack([self.score(layer) for layer in track])
+        return stacked([self.score(layer) for layer in track])
 
     def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
         """The scores [l, k, n] by which this share of all entries is chosen, from those that `scores` found once: for a

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.display import Shown
 from workbench.engine.states import States
 from workbench.errors import BadParameter, NotApplicable, NotRead
@@ -207,13 +208,17 @@ class Plan(Shown):
         if len(group) == 1 or layer.index in self.exact:
             return {}
         layers = [self.trace.layers[index] for index in group]
-        made = self.format.build_together(layers, [self.tiers[index] for index in group])
+        made = self.format.build_together(layers, [self._tiers(layer) for layer in layers])
         for store, held in zip(made, layers, strict=True):
             check_reach(store, held)
         return dict(zip(group, made, strict=True))
 
+    def _tiers(self, layer: LayerTrace) -> Tensor:
+        """What becomes of a layer's entries [k, n], where the layer lies."""
+        return self.tiers[layer.index].to(layer.device)
+
     def _store(self, layer: LayerTrace) -> Store:
-        tiers = as_held(self.tiers[layer.index], layer.kv_heads)
+        tiers = as_held(self._tiers(layer), layer.kv_heads)
         if layer.index in self.exact:
             rows = self._exact(layer.rows, tiers)
             return rows if layer.latents is None else LatentStore(rows, layer.latents.expansion, layer.heads)
@@ -248,7 +253,8 @@ class Plan(Shown):
     def _scores(self, layer: LayerTrace) -> Tensor:
         """The scores [k, n] by which a layer was selected."""
         assert self.ranking is not None  # without one nothing is dropped, and nothing merged
-        return self.ranking.scores[[other.index for other in self.trace.compressible].index(layer.index)]
+        scores = self.ranking.scores[[other.index for other in self.trace.compressible].index(layer.index)]
+        return scores.to(layer.device)
 
     @property
     def label(self) -> str:
@@ -311,7 +317,7 @@ class Plan(Shown):
         for layer in self.trace.layers:
             probes = layer.queries[:, -_PROBES:].float()
             positions = torch.arange(layer.tokens - probes.shape[1], layer.tokens, device=probes.device)
-            everything = torch.ones_like(as_held(self.tiers[layer.index], layer.kv_heads))
+            everything = torch.ones_like(as_held(self._tiers(layer), layer.kv_heads))
             exact = DenseFormat(torch.float32).build(layer, everything, None)
             # What a sliding window has left behind is no loss: earlier queries saw it.
             complete = layer.index in self.exact
@@ -319,7 +325,7 @@ class Plan(Shown):
             got = _attended(store, probes, positions, layer.scoring).nan_to_num(0.0)
             want, _ = exact.attend(probes, positions, layer.scoring)
             rows.append(output_error(want, got))
-        return torch.stack(rows).cpu()
+        return stacked(rows).cpu()
 
 
 def as_held(tiers: Tensor, heads: int) -> Tensor:

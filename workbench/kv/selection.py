@@ -49,7 +49,7 @@ def plan_of(study: Study, methods: Sequence[KVMethod], dtype: torch.dtype, budge
         if ranking is None or bool((counts == trace.tokens).all()):
             selected = torch.ones(*counts.shape, trace.tokens, dtype=torch.bool, device=tiers.device)
         else:
-            selected = ranking.selected(counts.to(tiers.device))
+            selected = ranking.selected(counts.to(ranking.scores.device)).to(tiers.device)
         rest = 2 if form.keeps_rest else 0
         tiers[[layer.index for layer in trace.compressible]] = torch.where(selected, 1, rest).to(torch.uint8)
     nbytes, host, full = decided.nbytes, decided.host_nbytes, decided.full_nbytes

@@ -27,6 +27,9 @@ _CUBLAS = 2 * (32 << 20)  # what cuBLAS takes for its products: once for each of
 
 def refusal(decoder: Decoder, steps: int = 1) -> str | None:
     """Why so many of the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
+    model = decoder.model
+    if len({x.device for x in (*model.parameters(), *model.buffers())}) > 1:
+        return "the model lies on several devices"
     if decoder.turns(steps):
         return "on the way its attention begins another chunk"
     if decoder.evicting is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.budget import Budget
+from workbench.core.across_devices import stacked
 from workbench.core.memo import Memo
 from workbench.engine.states import States
 from workbench.errors import NotApplicable
@@ -137,7 +138,7 @@ def make_plan(
         finished = replace(finished, result=result)
     tiers = result.tiers
     if tiers is None:
-        tiers = torch.stack([as_held(store.tiers(trace.tokens), trace.kv_heads) for store in result.stores])
+        tiers = stacked([as_held(store.tiers(trace.tokens), trace.kv_heads) for store in result.stores])
     copies = cloned(result.stores)
     return ChunkedPlan(
         trace,

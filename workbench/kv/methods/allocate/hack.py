@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.core.apportion import apportion
 from workbench.core.attention_rows import attention_rows
 from workbench.kv.base import KVMethod, Study, keep_first, keep_last
@@ -65,16 +66,16 @@ class HACK(KVMethod):
 
     def scores(self, study: Study) -> Tensor:
         probed = self._probed(study)
-        kinds = contextual(torch.stack([variance for variance, _ in probed]), self.contextual)  # [l, k]
+        kinds = contextual(stacked([variance for variance, _ in probed]), self.contextual)  # [l, k]
         scores = []
         for (_, votes), vertical in zip(probed, kinds, strict=True):
             structural = keep_last(keep_first(votes, self.first), min(self.recent, study.trace.tokens))
             scores.append(torch.where(vertical[:, None].to(votes.device), votes, structural))
-        return torch.stack(scores)
+        return stacked(scores)
 
     def importance(self, study: Study) -> Tensor:
         """The variance of each head's attention over the probes, summed over positions, float32 [l, k]."""
-        return torch.stack([variance for variance, _ in self._probed(study)]).cpu()
+        return stacked([variance for variance, _ in self._probed(study)]).cpu()
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:
         variance, number = ranking.importance, ranking.layers * ranking.kv_heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.kv.accumulated_attention import AccumulatedAttention
 from workbench.kv.base import Holding, KVMethod, Study, keep_first, keep_last
 from workbench.kv.held import HeldLayer
@@ -83,7 +84,7 @@ class PrefixKV(SharedAttention):
 
     def importance(self, study: Study) -> Tensor:
         """The place at which each layer's best positions join, among those of all layers: int64 [l, n], ascending."""
-        before = torch.stack([held_before(self.shared(layer)) for layer in study.trace.compressible])
+        before = stacked([held_before(self.shared(layer)) for layer in study.trace.compressible])
         return joining(before, self.sinks + self.recent).cpu()
 
     def allocate(self, ranking: Ranking, entries: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.core.apportion import apportion
 from workbench.kv.base import Study
 from workbench.kv.methods.evict.snapkv import SnapKV
@@ -68,7 +69,7 @@ class ScaleKV(SnapKV):
 
     def importance(self, study: Study) -> Tensor:
         """The attention selectivity index of each compressible layer, float32 [l]."""
-        return torch.stack([self._selectivity(layer) for layer in study.trace.compressible]).cpu()
+        return stacked([self._selectivity(layer) for layer in study.trace.compressible]).cpu()
 
     def _selectivity(self, layer: LayerTrace) -> Tensor:
         rows = layer.attention(last=self.current)  # [k, g, q, n]

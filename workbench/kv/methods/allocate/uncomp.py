@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.core.apportion import apportion
 from workbench.kv.base import Study
 from workbench.kv.methods.evict.snapkv import SnapKV
@@ -88,7 +89,7 @@ class UNComp(SnapKV):
         """The truncated matrix entropy of each KV head's queries, float64 [l, k], 0 to 1."""
         layers = study.trace.compressible
         track = study.progress.track(layers, "entropy of the queries", len(layers))
-        entropy = torch.stack([truncated_entropy(layer.queries, self.rank) for layer in track])  # [l, h]
+        entropy = stacked([truncated_entropy(layer.queries, self.rank) for layer in track])  # [l, h]
         by_kv_head: Tensor = entropy.unflatten(1, (layers[0].kv_heads, -1)).mean(dim=2)
         return by_kv_head.cpu()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from workbench.core.across_devices import stacked
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.ranking import places
 from workbench.registry import Fidelity, Paper, Preset, param, register
@@ -50,7 +51,7 @@ class KeyDiff(KVMethod):
             return scores
         room = int(share * scores.shape[-1] + 1e-6)  # the share is a quotient of whole numbers
         held = [held_until(layer.keys, self.block, room) for layer in study.trace.compressible]
-        return torch.stack(held) + (1 + scores) / 3  # a similarity lies between -1 and 1
+        return stacked(held) + (1 + scores) / 3  # a similarity lies between -1 and 1
 
 
 def difference(keys: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.core.attention_rows import row_blocks
 from workbench.engine.attention_hook import forward
 from workbench.errors import NotApplicable
@@ -76,9 +77,9 @@ class KVzip(GlobalHeads):
             positions = torch.arange(trace.tokens, trace.tokens + ids.numel())
             states = None if trace.states is None else trace.states.on(self.key)
             forward(model, repeating, ids, positions, cache=states)
-            scores.append(torch.stack([repeating.scores[layer.index] for layer in trace.compressible]))
+            scores.append(stacked([repeating.scores[layer.index] for layer in trace.compressible]))
         study.progress.update("repeating the context", len(trace.layers) * len(pieces), len(trace.layers) * len(pieces))
-        return torch.stack([keep_first(layer, self.sinks) for layer in torch.cat(scores, dim=2)])  # [l, k, n]
+        return stacked([keep_first(layer, self.sinks) for layer in torch.cat(scores, dim=2)])  # [l, k, n]
 
 
 def _instruction(prompt: Prompt, start: int) -> Tensor:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from workbench.core.across_devices import stacked
 from workbench.kv.base import KVMethod, Study, keep_last
 from workbench.kv.recurrence import mri_score, track_recurrence
 from workbench.registry import Fidelity, Paper, Preset, param, register
@@ -98,7 +99,7 @@ class LazyEviction(KVMethod):
         for layer in study.progress.track(layers, f"scoring by {self.key}", len(layers)):
             key = ("eviction state", self.parameter_key(), layer.index)  # as a plan remembers it for decoding
             scores.append(self._due(study.trace.once(key, partial(self.eviction_state, layer))))
-        return torch.stack(scores)
+        return stacked(scores)
 
     def eviction_state(self, layer: LayerTrace) -> Tensor:
         memory = torch.zeros(layer.kv_heads, layer.tokens, self.state_width, device=layer.device)
