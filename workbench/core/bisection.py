@@ -19,20 +19,24 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def largest_within(measure: Callable[[int], float], limit: float, low: int, high: int, guess: int) -> int:
+def largest_within(measure: Callable[[int], float], limit: float, low: int, high: int, at_high: float) -> int:
     """The largest number of [low, high) whose measure is at most `limit`; `low` where none's is.
 
-    For a measure that grows about in proportion to the number and never shrinks: from the guess on each try says where
-    the next should be, and what then remains on one side of it is halved. Half as many tries as halving alone takes.
-    Neither end is tried.
+    For a measure that grows about evenly and never shrinks, and is `at_high` at the end: each try says where the next
+    should be, and what then remains on one side of it is halved. Half as many tries as halving alone takes. Neither end
+    is tried.
     """
+    guess = int(high * max(limit, 0) / at_high) if at_high > 0 else high
+    known, there = high, at_high
     step = guesses = 0
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
         found = measure(guess)
         fits = found <= limit
         low, high = (guess, high) if fits else (low, guess)
-        expected = int(guess * limit / found) if found > 0 else high
+        slope = (there - found) / (known - guess) if known != guess else 0
+        known, there = guess, found
+        expected = guess + int((limit - found) / slope) if slope > 0 else guess
         if abs(expected - guess) > _NEAR and step == 0 and guesses < _GUESSES:
             guess, guesses = expected, guesses + 1
             continue

@@ -29,7 +29,6 @@ class Ranking:
         """The same order, with what an allocator goes by besides."""
         if importance is None:
             return self
-        _ = self.in_head  # by which all is selected: found once, for this order and every twin of it
         twin = copy(self)
         twin.importance = importance
         return twin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -77,9 +77,8 @@ class ObservedFormat(Format):
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.tiers
 
-    @property
-    def by_layer(self) -> bool:  # type: ignore[override]
-        return self.inner.by_layer
+    def kind(self, shape: Shape) -> Hashable:
+        return self.inner.kind(shape)
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         return self.inner.nbytes(shape, selected) + len(selected) * self.beside(shape)

@@ -217,7 +217,7 @@ def _fit(
             nbytes = measured(counted)
             everything_nbytes = nbytes(most)
             if everything_nbytes > target:
-                entries = largest_within(nbytes, target, least, most, most * max(target, 0) // everything_nbytes)
+                entries = largest_within(nbytes, target, least, most, everything_nbytes)
             _check(nbytes(entries), target, full, fixed, label, droppable=droppable)
         elif (wanted := ranked.wanted()) is not None:
             entries = min(max(wanted, least), most)
@@ -247,7 +247,10 @@ class Ranked:
     @cached_property
     def plain(self) -> Ranking:
         """However many stay."""
-        return self._of(self.whole.scores) if self.shared else self.whole.beside(self.importance)
+        if self.shared:
+            return self._of(self.whole.scores)
+        _ = self.whole.in_head  # by which all is selected: found before there are twins, which would each find it
+        return self.whole.beside(self.importance)
 
     def _of(self, scores: Tensor) -> Ranking:
         return Ranking(for_all_heads(scores) if self.shared else scores).beside(self.importance)

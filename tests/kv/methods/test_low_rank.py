@@ -95,7 +95,7 @@ def test_each_layer_has_ranks_of_its_own() -> None:
         store = form.build(rotated_layer(index=index), tiers_of([60, 60]), None)
         assert isinstance(store, LowRankStore) and [len(b[0]) for b in store.bases] == [keys, values]
         assert store.nbytes == form.nbytes(Shape(2, 60, 20, 18, 2, layer=index), torch.tensor([[60, 60]]))
-    assert form.by_layer and form.tiers == ("bfloat16, keys of rank 3 to 12, values of rank 1 to 9",)
+    assert form.tiers == ("bfloat16, keys of rank 3 to 12, values of rank 1 to 9",)
 
 
 @pytest.mark.parametrize("rotary", [None, table])

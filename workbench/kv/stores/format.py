@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -48,15 +48,13 @@ class Shape:
 class Format(ABC):
     """A way to store what a method selected. `tiers` names the precisions, best first; a plan numbers them from 1.
 
-    by_layer: whether layers of equal shape may differ in bytes; `nbytes` is then asked layer by layer. attends_itself:
-    whether its stores attend in a way of their own: keys cannot be turned for them, nor what they attend to be chosen.
-    rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows does not depend on
-    their being keys and values that queries meet, so that its stores can hold others (latents). exact: whether entries
-    are held as they are.
+    attends_itself: whether its stores attend in a way of their own: keys cannot be turned for them, nor what they
+    attend to be chosen. rewritable: whether its stores' entries can be changed. of_rows: whether what it does to rows
+    does not depend on their being keys and values that queries meet, so that its stores can hold others (latents).
+    exact: whether entries are held as they are.
     """
 
     tiers: tuple[str, ...]
-    by_layer: ClassVar[bool] = False
     attends_itself: ClassVar[bool] = False
     rewritable: ClassVar[bool] = False
     of_rows: ClassVar[bool] = False
@@ -73,6 +71,10 @@ class Format(ABC):
         """The bytes that `build` will hold in all layers of this shape when selected [l, k] entries of each are
         selected.
         """
+
+    def kind(self, shape: Shape) -> Hashable:
+        """What tells layers of equal shape apart, as far as their bytes go: `nbytes` is asked of each kind at once."""
+        return None
 
     def beside(self, shape: Shape) -> int:
         """Bytes of a layer that `nbytes` counts beside its entries, whatever is selected."""
@@ -113,10 +115,10 @@ class Format(ABC):
 def stored_nbytes(form: Format, shapes: Sequence[Shape], counts: Tensor, *, host: bool = False) -> int:
     """The bytes of layers of these shapes when counts [l, k] entries are selected; in `host` memory, if asked for."""
     nbytes, counts = (form.host_nbytes if host else form.nbytes), counts.cpu()
-    if form.by_layer:
-        return sum(nbytes(shape, counts[index : index + 1]) for index, shape in enumerate(shapes))
-    alike = {shape: [index for index, other in enumerate(shapes) if other == shape] for shape in set(shapes)}
-    return sum(nbytes(shape, counts[layers]) for shape, layers in alike.items())
+    alike: dict[tuple[Shape, Hashable], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        alike.setdefault((shape, form.kind(shape)), []).append(index)
+    return sum(nbytes(shape, counts[layers]) for (shape, _), layers in alike.items())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Self
@@ -117,9 +118,8 @@ class LatentFormat(Format):
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.inner.tiers
 
-    @property
-    def by_layer(self) -> bool:  # type: ignore[override]
-        return self.inner.by_layer
+    def kind(self, shape: Shape) -> Hashable:
+        return self.inner.kind(shape)
 
     @property
     def exact(self) -> bool:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -374,9 +374,8 @@ class LowRankFormat(Format):
     queries: bool = False
     joint: bool = False
 
-    @property
-    def by_layer(self) -> bool:  # type: ignore[override]
-        return not isinstance(self.ranks, Ranks)
+    def kind(self, shape: Shape) -> Hashable:
+        return None if isinstance(self.ranks, Ranks) else shape.layer
 
     def ranks_of(self, layer: int) -> Ranks:
         """The ranks of one layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -47,13 +47,15 @@ class MergedLayersFormat(Format):
     pairs: tuple[tuple[int, int], ...]
     towards: float
     retained: float
-    by_layer = True
     attends_itself: ClassVar[bool] = True
     needs_all: ClassVar[bool] = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return (f"{str(self.dtype).removeprefix('torch.')}, {2 * len(self.pairs)} layers in pairs",)
+
+    def kind(self, shape: Shape) -> Hashable:
+        return shape.layer
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         group = self.layers_with(shape.layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from copy import copy
 from dataclasses import dataclass
 from typing import Self
@@ -68,11 +69,13 @@ class SelectingFormat(Format):
 
     stored: Format
     selection: Selection
-    by_layer = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.stored.tiers
+
+    def kind(self, shape: Shape) -> Hashable:
+        return shape.layer
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         held = torch.full_like(selected, shape.tokens) if self.keeps_rest else selected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +34,6 @@ class TailoredFormat(Format):
     group: int
     index: Index
     sinks: int
-    by_layer = True
 
     @property
     def tiers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -46,6 +46,9 @@ class TailoredFormat(Format):
     @property
     def _packed(self) -> PackedFormat:
         return PackedFormat(self.dtype, self.bits, self.group, residual=self.group)
+
+    def kind(self, shape: Shape) -> Hashable:
+        return shape.layer in self.quantised
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         if shape.layer not in self.quantised:
