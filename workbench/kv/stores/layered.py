@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from workbench.trace import LayerTrace
 @dataclass(frozen=True)
 class LayeredFormat(Format):
     """What stays of each layer in a format of its own, `formats` by the layer's index; each has one tier."""
-
-    by_layer: ClassVar[bool] = True
 
     formats: tuple[tuple[int, Format], ...]
 
@@ -36,6 +33,9 @@ class LayeredFormat(Format):
     def of_layer(self, layer: int) -> Format:
         """The format of a layer."""
         return dict(self.formats)[layer]
+
+    def kind(self, shape: Shape) -> Hashable:
+        return self.of_layer(shape.layer)
 
     def nbytes(self, shape: Shape, selected: Tensor) -> int:
         return self.of_layer(shape.layer).nbytes(shape, selected)
