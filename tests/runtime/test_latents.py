@@ -177,9 +177,16 @@ def test_heads_with_lengths_of_their_own_hold_expanded_keys_and_values_within_th
 @pytest.mark.parametrize("key", ["think", "kcache"])
 def test_a_store_of_keys_and_values_that_does_not_fit_is_refused_in_one_line(session: wb.Session, key: str) -> None:
     with pytest.raises(BudgetTooSmall, match="latent rows have to be expanded") as caught:
-        session.plan(key, budget=1.0)
+        session.plan(key, budget=0.9)
     assert "times the uncompressed cache" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["think", "kcache", "cskv", "mikv", "infllm", "streammem"])
+def test_where_all_rows_fit_they_stay_whatever_a_method_would_hold(session: wb.Session, key: str) -> None:
+    run = session.run(key, budget=1.0, max_new_tokens=NEW)
+    assert run.plan.nbytes == run.plan.full_nbytes and run.plan.expanded is None
+    assert run.quality.kl == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_model_in_16_bits_is_exact_and_takes_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ class ChunkedPrefill(ABC):
     def refuse(self, need: int) -> None:
         """Say that the caches would need `need` bytes besides those of exact layers. Raises BudgetTooSmall."""
         assert self.limit is not None
-        full = self.full_nbytes + self._exact_nbytes
+        full = sum(self.shape(layer.rows).full_nbytes for layer in self.compressible) + self._exact_nbytes
         smallest = math.ceil(min(need + self._exact_nbytes, full) / full * 1e4) / 1e4
         raise BudgetTooSmall(
             f"{self.label}: the budget {self.limit / full:.4g} does not hold what one piece of this prompt needs while "

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from workbench.budget import Budget
 from workbench.kv.method import KVMethod
 from workbench.kv.plan import held_shape
 from workbench.kv.stages import Stages
-from workbench.trace import LayerTrace
+from workbench.trace import LayerTrace, Trace
 
 
 def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype) -> str | None:
@@ -34,6 +35,15 @@ def expanded_by(stages: Stages, layers: Sequence[LayerTrace], dtype: torch.dtype
         "reads the prompt into stores of its own": stages.read,
     }
     return next((f"{who.key} {does}" for does, who in reasons.items() if who is not None), None)
+
+
+def rows_fit(trace: Trace, stages: Stages, budget: Budget | None, full: int) -> bool:
+    """Whether a budget has room for the rows of all layers, of which nothing needs to be taken then, whoever would; not
+    for what leaves while decoding.
+    """
+    if budget is None or budget.kind == "tokens" or stages.evict is not None or not trace.compressible:
+        return False
+    return all(layer.latents for layer in trace.compressible) and (budget.nbytes(full) or 0) >= full
 
 
 def _of_rows(storing: KVMethod, layers: Sequence[LayerTrace], dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from workbench.budget import Budget
 from workbench.core.bisection import largest_within
 from workbench.errors import BadBudget, BadRecipe, BudgetTooSmall, NotRead
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.latents import expanded_by
+from workbench.kv.latents import expanded_by, rows_fit
 from workbench.kv.plan import Plan, held_shape, rank, uncompressed_nbytes
 from workbench.kv.ranking import Ranking, for_all_heads
 from workbench.kv.rescoring import observing
@@ -114,7 +114,10 @@ def decide(
     else:
         # What keeps everything needs no keys and values of its own.
         kept = fitting(label, whole=True) if _keeps_all(methods, stages, budget, trace.tokens, full) else None
-        if kept is not None and bool((kept[1] == trace.tokens).all()):
+        if rows_fit(trace, stages, total_budget(methods, stages, budget), full):
+            everything = torch.full((len(layers), 1), trace.tokens)
+            form, counts, ranking, shapes, expanded = LatentFormat(DenseFormat(dtype)), everything, None, rows, None
+        elif kept is not None and bool((kept[1] == trace.tokens).all()):
             form, counts, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
             shapes, expanded = rows, None
         else:

@@ -15,10 +15,10 @@ from workbench.core.memo import Memo
 from workbench.engine.states import States
 from workbench.errors import NotApplicable
 from workbench.kv.base import KVMethod, Stages, Study
-from workbench.kv.latents import expanded_by
+from workbench.kv.latents import expanded_by, rows_fit
 from workbench.kv.plan import Plan, as_held, uncompressed_nbytes
 from workbench.kv.read_and_stored import notes_on, read_and_stored
-from workbench.kv.selection import plan_of
+from workbench.kv.selection import plan_of, total_budget
 from workbench.kv.stores import Store, cloned
 from workbench.measure.memory import Timeline
 from workbench.models.rotary import switch
@@ -118,13 +118,14 @@ def make_plan(
         raise NotApplicable(
             f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
         )
-    if stages.read is None or not trace.compressible:
+    full = uncompressed_nbytes(trace, dtype)
+    whole = rows_fit(trace, stages, total_budget(methods, stages, budget), full)
+    if stages.read is None or not trace.compressible or (trace.recorded and whole):
         plan = plan_of(study, methods, dtype, budget)
         if plan.closes_up and model is not None:
             _check_turning(plan, model)
         return plan
 
-    full = uncompressed_nbytes(trace, dtype)
     limited = stages.read.effective_budget if budget is None else budget
     limit = None if limited is None else limited.nbytes(full)
     if limited is not None and limited.kind == "tokens":
