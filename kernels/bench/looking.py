@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import workbench as wb
 from bench.end_to_end import eight_billion
@@ -41,7 +41,7 @@ TOKENS, FEW = 32 << 10, 2 << 10
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 SCORING = Scoring(WIDTH**-0.5)
 CHECKED = (2048, 1999)
-HOW = {"early": 4, "recent": 32}
+HOW: dict[str, Any] = {"early": 4, "recent": 32}
 BUDGETS = (0.25, 0.2, 0.33, 0.15, 0.4)  # of what is left above the least
 ADAPTIVE = ("adakv", "expected-attention", "hack", "prefixkv", "pyramidkv", "scalekv", "uncomp")  # they come first
 AGAIN = ("kvzip", "evopress-kv", "headkv", "headkv-r2")  # the model reads again before they can score
@@ -128,13 +128,15 @@ def reading(tokens: int, quick: bool) -> wb.Session:
     return session
 
 
-def small() -> LlamaForCausalLM:
+def small() -> PreTrainedModel:
     """Two layers of the same heads."""
     config = LlamaConfig(
         hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, head_dim=WIDTH, vocab_size=1000, max_position_embeddings=TOKENS,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model: Any = LlamaForCausalLM(config)
+    made: PreTrainedModel = model.to("cuda", torch.bfloat16).eval()
+    return made
 
 
 def looks(session: wb.Session) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -205,7 +207,8 @@ def qualities(session: wb.Session, n: int) -> Iterator[dict[str, Any]]:
             times = []
             for name in (f"{row['what']}, first call", "", ""):
                 forget(session)
-                run = session.run(key, max_new_tokens=ANSWER, **({} if key in ("full", "kivi") else {"budget": 0.25}))
+                budget = None if key in ("full", "kivi") else 0.25
+                run = session.run(key, max_new_tokens=ANSWER, budget=budget)
                 times.append(waited(partial(getattr, run, "quality"), name))
                 run.release()
             row |= {"first": 1e6 * times[0], "us": 1e6 * median(times[1:])}
