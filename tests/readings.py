@@ -29,3 +29,19 @@ def session_on(model: PreTrainedModel, prompt: Any, **options: Any) -> wb.Sessio
 def decoder_of(model: PreTrainedModel, plan: Plan) -> Decoder:
     """A decoder over what was planned, that evicts where the plan does."""
     return Decoder(model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
+
+
+def answering(model: PreTrainedModel, recipe: object, tokens: int = 150) -> tuple[Decoder, int]:
+    """A decoder that has read a prompt and a question, and the first token of its answer."""
+    session = session_on(model, ids_of(tokens, 0), kv_dtype="float32")
+    decoder = decoder_of(model, session.plan(recipe))
+    return decoder, int(decoder.feed(ids_of(9, 1))[-1].argmax())
+
+
+def plain(decoder: Decoder, token: int, count: int) -> list[int]:
+    """The next `count` tokens after `token`, by the decoder itself; all but the last are read."""
+    found = []
+    for _ in range(count):
+        token = int(decoder.feed(torch.tensor([token]))[-1].argmax())
+        found.append(token)
+    return found

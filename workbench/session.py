@@ -458,7 +458,7 @@ class Session(Shown):
         evaluation = TaskEvaluation.of(
             task, comparison, self.tokenizer, cases=cases, chat=chat, max_new_tokens=max_new_tokens
         )
-        beside = self._beside()
+        beside = self.beside()
 
         def read(text: Text, chat: bool | None) -> Trace:
             return beside.read(text, chat=chat, progress=progress)
@@ -468,11 +468,14 @@ class Session(Shown):
 
         return evaluation.rows(read, run, progress)
 
-    def _beside(self) -> Session:
-        """A session with what is known of the same model and its twins, for prompts that leave this one's alone."""
+    def beside(self, *, kv_dtype: str | torch.dtype | None = None) -> Session:
+        """A session with what is known of the same model and its twins, for prompts that leave this one's alone.
+
+        kv_dtype: as in `Session` (None: this one's).
+        """
         other = Session(
             LoadedModel(self.model, self.tokenizer, self.source, self.facts),
-            kv_dtype=self.kv_dtype,
+            kv_dtype=kv_dtype or self.kv_dtype,
             seed=self.seed,
             keep_trace_on=self.readings.keep_on,
             graphs=self.graphs,

@@ -10,7 +10,7 @@ plan for this prompt. `transformers` is the model's own decoding over its own ca
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import workbench as wb
 from bench.end_to_end import eight_billion
+from bench.measure import failures
 from workbench.errors import BudgetTooSmall
 from workbench.kv.base import KVMethod
 from workbench.registry import registered
@@ -32,19 +33,18 @@ WARM_S, LONGEST_S = 3.0, 4.0  # of an answer before, in which kernels compile, a
 Row = dict[str, Any]
 
 
-def rows(quick: bool, keys: Sequence[str] | None = None) -> Iterator[Row]:
+def rows(quick: bool) -> Iterator[Row]:
     """A row for transformers and one for each method; quick: a short prompt."""
     model = eight_billion()
     tokens = FEW if quick else TOKENS
     session, ids = read(model, tokens)
-    if keys is None:
-        yield plain(model, ids)
-    known, last = [method.key for method in registered("kv")], reading()
-    for key in keys or [*(key for key in known if key not in last), *last]:
-        try:
-            yield answered(session, key, tokens)
-        except Exception as problem:  # noqa: BLE001  the others are measured all the same
-            yield {"what": key, "n": tokens, "failed": f"{type(problem).__name__}: {problem}"[:160]}
+    yield plain(model, ids)
+    last = reading()
+    for key in [*(method.key for method in registered("kv") if method.key not in last), *last]:
+        row: Row = {"what": key, "n": tokens}
+        with failures(row):
+            row |= answered(session, key)
+        yield row
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -69,7 +69,7 @@ def reading() -> list[str]:
     return [method.key for method in methods if method.contributes("read")]
 
 
-def answered(session: wb.Session, key: str, tokens: int) -> Row:
+def answered(session: wb.Session, key: str) -> Row:
     """How fast a method answers; an answer that takes too long is stopped, and what came counts."""
     options: dict[str, Any] = {"budget": 0.25} if wb.method(key).takes_budget() else {}
     reads = key in reading()  # what takes long, and is done for every stream
@@ -80,7 +80,7 @@ def answered(session: wb.Session, key: str, tokens: int) -> Row:
         options, began = {"budget": refusal.smallest}, perf_counter()
         stream = session.stream(key, max_new_tokens=ANSWER, **options)
     torch.cuda.synchronize()
-    row: Row = {"what": key, "n": tokens, "budget": options.get("budget", "own")}
+    row: Row = {"budget": options.get("budget", "own")}
     row["plan ms"] = 1e3 * (perf_counter() - began)
     if not reads:
         arrivals(stream, WARM_S)

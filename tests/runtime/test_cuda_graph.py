@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from tests.readings import decoder_of, ids_of, session_on
+from tests.readings import answering, ids_of, plain
 from workbench.errors import NotApplicable
 from workbench.kv.stores.bitmap import BitmapStore
 from workbench.kv.stores.packed import WHOLE, PackedStore
 from workbench.models import tiny
 from workbench.runtime.cuda_graph import CapturedStep, predicted_nbytes, refusal
-from workbench.runtime.decode import Decoder
 from workbench.runtime.greedy import greedy
 
 ModelOf = Callable[[str], PreTrainedModel]
@@ -35,22 +34,6 @@ RECIPES = {
     "ragged mustafar": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.Mustafar(recent=16)],
     "ragged kivi": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.KIVI(bits=4, group=16, residual=32)],
 }
-
-
-def answering(model: PreTrainedModel, recipe: object, tokens: int = 150) -> tuple[Decoder, int]:
-    """A decoder that has read a prompt and a question, and the first token of its answer."""
-    session = session_on(model, ids_of(tokens, 0), kv_dtype="float32")
-    decoder = decoder_of(model, session.plan(recipe))
-    return decoder, int(decoder.feed(ids_of(9, 1))[-1].argmax())
-
-
-def plain(decoder: Decoder, token: int, count: int) -> list[int]:
-    """The next `count` tokens after `token`, by the decoder itself; all but the last are read."""
-    found = []
-    for _ in range(count):
-        token = int(decoder.feed(torch.tensor([token]))[-1].argmax())
-        found.append(token)
-    return found
 
 
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import workbench as wb
-from tests.readings import ids_of, session_on
+from tests.readings import answering, ids_of, plain, session_on
 from workbench.errors import NotApplicable
 from workbench.registry import registered
 from workbench.runtime.decode import Decoder
@@ -22,21 +22,6 @@ STEADY = {
     "streaming-llm in the text": wb.kv.StreamingLLM(budget=0.5, positions="text"),
     "ragged h2o": [wb.kv.H2O(budget=0.5), wb.kv.AdaKV()],
 }
-
-
-def answering(model: PreTrainedModel, recipe: object) -> tuple[Decoder, int]:
-    """A decoder that has read a prompt and a question, and the first token of its answer."""
-    plan = session_on(model, ids_of(150, 0), kv_dtype="float32").plan(recipe)
-    decoder = Decoder(model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
-    return decoder, int(decoder.feed(ids_of(9, 1))[-1].argmax())
-
-
-def plain(decoder: Decoder, token: int, count: int) -> list[int]:
-    found = []
-    for _ in range(count):
-        token = int(decoder.feed(torch.tensor([token]))[-1].argmax())
-        found.append(token)
-    return found
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])

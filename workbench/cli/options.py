@@ -39,6 +39,13 @@ Calibration = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 KVDtype = Annotated[str | None, typer.Option("--kv-dtype", help="how caches are stored: float32, bfloat16, float16")]
+TaskChat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="wrap texts in the model's chat template (default: as the task has it)"),
+]
+TaskReply = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="the longest reply (default: as the task has it)")
+]
 Model = Annotated[str, typer.Option("--model", help="catalogue name, hub id, folder, or .gguf file")]
 
 

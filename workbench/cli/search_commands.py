@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from workbench.cli import terminal
-from workbench.cli.options import AsJson, CacheOptions, KVDtype, ModelOptions, bundled
+from workbench.cli.options import AsJson, CacheOptions, KVDtype, ModelOptions, TaskChat, TaskReply, bundled
 from workbench.errors import BadParameter, Cancelled, WorkbenchError
 from workbench.formatting import quoted
 
@@ -42,13 +42,8 @@ def run_search(
     results: Annotated[
         str | None, typer.Option("--results", help="a folder for what is measured; the same search goes on in it")
     ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="wrap texts in the model's chat template (default: as the task has it)"),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="the longest reply (default: as the task has it)")
-    ] = None,
+    chat: TaskChat = None,
+    max_new_tokens: TaskReply = None,
     kv_dtype: KVDtype = None,
     *,
     model: ModelOptions,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from workbench.cli import inputs, terminal
-from workbench.cli.options import AsJson, Calibration, KVDtype, Settings
+from workbench.cli.options import AsJson, Calibration, KVDtype, Settings, TaskChat, TaskReply
 from workbench.errors import BadParameter, Cancelled, MissingExtra
 from workbench.formatting import quoted
 
@@ -50,13 +50,8 @@ def run_sweep(
         int | None, typer.Option("--workers", min=1, help="so many processes of this machine compute, with Dask")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU, in each process")] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="wrap texts in the model's chat template (default: as the task has it)"),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="the longest reply (default: as the task has it)")
-    ] = None,
+    chat: TaskChat = None,
+    max_new_tokens: TaskReply = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="what models compute in")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1")] = None,
     kv_dtype: KVDtype = None,

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from workbench.cli import inputs, terminal
-from workbench.cli.options import AsJson, CacheOptions, KVDtype, Methods, ModelOptions, Settings, bundled
+from workbench.cli.options import (
+    AsJson,
+    CacheOptions,
+    KVDtype,
+    Methods,
+    ModelOptions,
+    Settings,
+    TaskChat,
+    TaskReply,
+    bundled,
+)
 
 if TYPE_CHECKING:
     from workbench.runtime.comparison import Row
@@ -27,13 +37,8 @@ def evaluate(
         int | None, typer.Option("--cases", min=1, help="how many (default: all of a file, 4 of those that are made)")
     ] = None,
     budgets: Annotated[str, typer.Option("--budgets", help="separated by commas")] = "0.5,0.25",
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="wrap texts in the model's chat template (default: as the task has it)"),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="the longest reply (default: as the task has it)")
-    ] = None,
+    chat: TaskChat = None,
+    max_new_tokens: TaskReply = None,
     kv_dtype: KVDtype = None,
     *,
     model: ModelOptions,

@@ -284,6 +284,11 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return cast("torch.device", model.get_input_embeddings().weight.device)
 
 
+def devices_of(model: PreTrainedModel) -> set[torch.device]:
+    """Where the model's weights and buffers lie."""
+    return {x.device for x in (*model.parameters(), *model.buffers())}
+
+
 def forward(
     model: PreTrainedModel,
     handler: Handler,

@@ -113,11 +113,12 @@ def decide(
         form, counts, ranking = fitting(label, latent=bool(layers[0].latents))
     else:
         # What keeps everything needs no keys and values of its own.
-        kept = fitting(label, whole=True) if _keeps_all(methods, stages, budget, trace.tokens, full) else None
+        kept: tuple[Format, Tensor, Ranking | None] | None = None
         if rows_fit(trace, stages, total_budget(methods, stages, budget), full):
-            everything = torch.full((len(layers), 1), trace.tokens)
-            form, counts, ranking, shapes, expanded = LatentFormat(DenseFormat(dtype)), everything, None, rows, None
-        elif kept is not None and bool((kept[1] == trace.tokens).all()):
+            kept = DenseFormat(dtype), torch.full((len(layers), 1), trace.tokens), None
+        elif _keeps_all(methods, stages, budget, trace.tokens, full):
+            kept = fitting(label, whole=True)
+        if kept is not None and bool((kept[1] == trace.tokens).all()):
             form, counts, ranking = LatentFormat(kept[0]), kept[1][:, :1], kept[2]
             shapes, expanded = rows, None
         else:

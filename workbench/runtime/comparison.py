@@ -71,24 +71,32 @@ class Comparison:
 
 def failed_row(recipe: Recipe, budget: Budget | None, error: Exception) -> Row:
     """A row with `COLUMNS` that says why there is no run of a recipe at a budget (None: at its own)."""
-    reason = " ".join(str(error).split())
-    told = reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
     try:
         label = Recipe.of(recipe, budget=budget).label
     except WorkbenchError:
         label = recipe.label
-    return {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _written(budget), "error": told}
+    return {**dict.fromkeys(COLUMNS), "recipe": label, "budget": _written(budget), "error": told(error)}
+
+
+def told(error: Exception) -> str:
+    """What went wrong, in one line."""
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
+
+
+def budget_of(recipe: Recipe) -> Budget | None:
+    """The budget of a recipe: its own, or that of its only method."""
+    if recipe.budget is None and len(recipe.methods) == 1:
+        return recipe.methods[0].effective_budget
+    return recipe.budget
 
 
 def row_of(run: Run, quality: Quality | None = None) -> Row:
     """A run as one row of a table, with `COLUMNS`. quality: the figures to show (None: those of its answer)."""
     quality = quality or run.quality
-    budget = run.recipe.budget
-    if budget is None and len(run.recipe.methods) == 1:
-        budget = run.recipe.methods[0].effective_budget
     return {
         "recipe": run.recipe.label,
-        "budget": _written(budget),
+        "budget": _written(budget_of(run.recipe)),
         "kv_share": run.plan.share,
         "kv_mib": run.plan.nbytes / 2**20,
         "host_mib": run.plan.host_nbytes / 2**20,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from workbench.engine.attention_hook import device_of, forward
+from workbench.engine.attention_hook import device_of, devices_of, forward
 from workbench.errors import NotApplicable
 from workbench.kv.stores.capabilities import Capturable
 from workbench.kv.stores.rows import Rows
@@ -27,8 +27,7 @@ _CUBLAS = 2 * (32 << 20)  # what cuBLAS takes for its products: once for each of
 
 def refusal(decoder: Decoder, steps: int = 1) -> str | None:
     """Why so many of the decoder's steps cannot be captured, or None if they can, as far as its stores tell."""
-    model = decoder.model
-    if len({x.device for x in (*model.parameters(), *model.buffers())}) > 1:
+    if len(devices_of(decoder.model)) > 1:
         return "the model lies on several devices"
     if decoder.turns(steps):
         return "on the way its attention begins another chunk"

@@ -118,14 +118,13 @@ def make_plan(
         raise NotApplicable(
             f"{stages.read.key} reads the prompt by itself, which is not supported where layers share keys and values"
         )
-    full = uncompressed_nbytes(trace, dtype)
-    whole = rows_fit(trace, stages, total_budget(methods, stages, budget), full)
-    if stages.read is None or not trace.compressible or (trace.recorded and whole):
+    if stages.read is None or not trace.compressible or _rows_stay(trace, methods, stages, dtype, budget):
         plan = plan_of(study, methods, dtype, budget)
         if plan.closes_up and model is not None:
             _check_turning(plan, model)
         return plan
 
+    full = uncompressed_nbytes(trace, dtype)
     limited = stages.read.effective_budget if budget is None else budget
     limit = None if limited is None else limited.nbytes(full)
     if limited is not None and limited.kind == "tokens":
@@ -154,6 +153,14 @@ def make_plan(
         expanded=expanded_by(stages, trace.compressible, dtype),
         prefill=finished,
     )
+
+
+def _rows_stay(
+    trace: Trace, methods: Sequence[KVMethod], stages: Stages, dtype: torch.dtype, budget: Budget | None
+) -> bool:
+    """Whether a recording holds latent rows for all of which there is room."""
+    full = uncompressed_nbytes(trace, dtype)
+    return trace.recorded and rows_fit(trace, stages, total_budget(methods, stages, budget), full)
 
 
 def _check_turning(plan: Plan, model: PreTrainedModel) -> None:

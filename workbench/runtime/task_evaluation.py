@@ -179,10 +179,10 @@ class _Reading:
         self._last: tuple[str | tuple[int, ...], bool | None, Trace] | None = None
 
     def of(self, case: Case, chat: bool | None) -> Trace:
-        chat = False if chat is None and case.goes_on else chat
-        if self._last is None or self._last[:2] != (case.text, chat):
+        prompt = case.as_read(chat)
+        if self._last is None or self._last[:2] != prompt:
             self._last = None  # it must not outlive a reading that fails
-            self._last = (case.text, chat, self._read(case.text, chat))
+            self._last = (*prompt, self._read(*prompt))
         return self._last[2]
 
 

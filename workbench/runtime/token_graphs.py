@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.engine.attention_hook import Handler, device_of, forward, latents, showing
+from workbench.engine.attention_hook import Handler, device_of, devices_of, forward, latents, showing
 from workbench.engine.latents import Latents
 from workbench.engine.states import has_indexer, keeps_states
 from workbench.errors import NotApplicable
@@ -94,8 +94,7 @@ class TokenGraphs:
 
 def refusal(model: PreTrainedModel) -> str | None:
     """Why single tokens through this model cannot be captured, or None if they can, as far as can be told."""
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {x.device for x in tensors}
+    devices = devices_of(model)
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
         return "the model is not on one GPU"
     if keeps_states(model):
@@ -172,15 +171,19 @@ class _Told:
         return self._handler.attend(layer, query, key, value, self._scorings[self._next - 1])
 
 
-class _Listener:
-    """Attends with zeros, and notes what each layer asks for."""
-
-    def __init__(self) -> None:
-        self.scorings: list[Scoring] = []
+class _Forgetful:
+    """Base of handlers that belong to no run: modules that remember something of one are not captured."""
 
     @property
     def memory(self) -> dict[Any, Any]:
         raise NotApplicable("modules of the compressed model remember something of each run")
+
+
+class _Listener(_Forgetful):
+    """Attends with zeros, and notes what each layer asks for."""
+
+    def __init__(self) -> None:
+        self.scorings: list[Scoring] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.scorings.append(scoring)
@@ -196,7 +199,7 @@ def _scorings(model: PreTrainedModel) -> list[Scoring]:
     return listener.scorings
 
 
-class _Recorder:
+class _Recorder(_Forgetful):
     """Captures a step: whenever a layer attends a graph ends, and the next begins."""
 
     def __init__(self, step: Step) -> None:
@@ -204,10 +207,6 @@ class _Recorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._asked: list[_Asked] = []
-
-    @property
-    def memory(self) -> dict[Any, Any]:
-        return _Listener().memory
 
     def captured(self, device: torch.device) -> tuple[list[torch.cuda.CUDAGraph], list[_Asked], Tensor]:
         """All graphs, the attentions between them, and the logits [1, v] that the last one leaves."""

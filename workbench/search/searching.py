@@ -385,10 +385,7 @@ class _Search:
 
     def _read(self, place: int) -> Trace:
         """A case, read by the model as it is."""
-        bench, (task, number) = self.measuring.bench, self.measuring.cases[place]
-        case = task.case(bench.encode, number)
-        chat = False if bench.chat is None and case.goes_on else bench.chat
-        return bench.session.read(case.text, chat=chat, progress=self.measuring.progress)
+        return self.measuring.bench.read(*self.measuring.cases[place], self.measuring.progress)
 
 
 def _size(nbytes: int) -> str:
@@ -396,9 +393,6 @@ def _size(nbytes: int) -> str:
 
 
 def _session(model: Any, device: Any, dtype: Any, kv_dtype: Any, progress: Progress) -> Session:
-    if not isinstance(model, Session):
-        return Session(model, device=device, dtype=dtype, kv_dtype=kv_dtype, progress=progress)
-    loaded = LoadedModel(model.model, model.tokenizer, model.source, model.facts)
-    made = Session(loaded, kv_dtype=kv_dtype or model.kv_dtype, graphs=model.graphs, trust=model.readings.trusted)
-    made.readings.variants = model.readings.variants
-    return made
+    if isinstance(model, Session):
+        return model.beside(kv_dtype=kv_dtype)
+    return Session(model, device=device, dtype=dtype, kv_dtype=kv_dtype, progress=progress)

@@ -18,6 +18,7 @@ from workbench.errors import Cancelled, WorkbenchError
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.results.schema import Row, canonical, key_of
+from workbench.runtime.comparison import budget_of, told
 from workbench.runtime.run import Question, Run
 from workbench.runtime.task_evaluation import Answered, answered, encoding
 from workbench.sweep.fingerprint import fingerprint
@@ -122,7 +123,7 @@ class Bench:
             "recipe": recipe.label,
             "recipe_json": recipe.to_dict(),
             **{name: "+".join(m.key for m in recipe.family(name)) or None for name in ("kv", "attention", "weights")},
-            "budget": _budget(recipe),
+            "budget": None if (budget := budget_of(recipe)) is None else str(budget),
             "task": task.label,
             "task_json": {"task": task.key, **task.model_dump(mode="json")},
             "case_number": task.seed + number,
@@ -162,18 +163,22 @@ class Bench:
     def prompt(self, task: Task, number: int = 0) -> Any:
         """What tells the prompt of a case from others, as it is read; None where there is no case."""
         case = self._case(task, number)
-        return None if isinstance(case, WorkbenchError) else self._as_read(case)
+        return None if isinstance(case, WorkbenchError) else case.as_read(self.chat)
 
     def forget(self, prompt: Any) -> None:
         """Let go of a prompt's readings: no other row needs them."""
         self._read.pop(prompt, None)
 
-    def _as_read(self, case: Case) -> tuple[Any, bool | None]:
-        return case.text, False if self.chat is None and case.goes_on else self.chat
+    def read(self, task: Task, number: int = 0, progress: Progress | None = None) -> Trace:
+        """The reading of a case by the model as it is. Raises what is wrong with the case, or its text."""
+        case = self._case(task, number)
+        if isinstance(case, WorkbenchError):
+            raise case
+        return self._reading(case, progress or Progress())
 
     def _reading(self, case: Case, progress: Progress) -> Trace:
         """The reading of a case by the model as it is, with which the session goes on."""
-        prompt = self._as_read(case)
+        prompt = case.as_read(self.chat)
         known, there = self._read.get(prompt), self.session.trace
         if known is None:
             known = self.session.read(prompt[0], chat=prompt[1], progress=progress)
@@ -244,19 +249,6 @@ class Bench:
             "tokens_per_s": run.timing.tokens_per_s,
         }
         return row | ({"text": done.text, "full_text": done.full_text} if self.keep_text else {})
-
-
-def told(error: Exception) -> str:
-    """What went wrong, in one line."""
-    reason = " ".join(str(error).split())
-    return reason if isinstance(error, WorkbenchError) else f"unexpected {type(error).__name__}: {reason}"
-
-
-def _budget(recipe: Recipe) -> str | None:
-    budget = recipe.budget
-    if budget is None and len(recipe.methods) == 1:
-        budget = recipe.methods[0].effective_budget
-    return None if budget is None else str(budget)
 
 
 def _transformers() -> str:

@@ -41,6 +41,10 @@ class Case:
     reply_tokens: int = 32
     origin: str = ""
 
+    def as_read(self, chat: bool | None) -> tuple[str | tuple[int, ...], bool | None]:
+        """The text, and whether it is wrapped in the chat template, where that is `chat` (None: nobody says)."""
+        return self.text, False if chat is None and self.goes_on else chat
+
     def score(self, reply: str) -> float | None:
         """How right a reply is, from 0 to 1; None where nothing is expected."""
         return SCORERS[self.scorer](reply, self.answers) if self.answers else None

@@ -7,13 +7,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from workbench.cost.literature.apex import Apex
+from workbench.cost.literature.base import Outcome, System, found
 from workbench.cost.literature.bounds import ExpertWeave, FlashFormer, FlightLLM, InstInfer, LongContext, TopLoc
 from workbench.cost.literature.melange import Melange
 from workbench.cost.literature.policies import AliseStudy, FastSwitchStudy, FlexLLMStudy, LayeredPrefillStudy
 from workbench.cost.literature.pools import EPD, EMoE, IdealizedRuntime, Polca, RuntimeDissection, ServingSettings
 from workbench.cost.literature.sharded import BurstAttention, TreeAttention
 from workbench.cost.literature.splitwise import Splitwise
-from workbench.cost.literature.system import Outcome, System, found
 
 if TYPE_CHECKING:
     import pandas as pd

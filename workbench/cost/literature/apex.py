@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from workbench.cost.estimating import cost
+from workbench.cost.literature.base import Outcome, System
 from workbench.cost.literature.models import LLAMA_70B
-from workbench.cost.literature.system import Outcome, System
 from workbench.cost.serving import Lengths, Modelled, Policy, Server, Workload, simulate
 from workbench.parameters import param
 from workbench.registry import Paper

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from workbench.cost.estimating import cost
 from workbench.cost.hardware import hardware
+from workbench.cost.literature.base import Outcome, System, ratio
 from workbench.cost.literature.models import LLAMA2_7B, LLAMA2_13B, LLAMA_8B, QWEN3_30B_A3B, YI_34B
-from workbench.cost.literature.system import Outcome, System, ratio
 from workbench.parameters import param
 from workbench.registry import Paper
 

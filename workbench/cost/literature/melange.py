@@ -7,8 +7,8 @@ from typing import Any
 
 from workbench.cost.estimating import cost
 from workbench.cost.hardware import hardware
+from workbench.cost.literature.base import Outcome, System
 from workbench.cost.literature.models import LLAMA2_7B
-from workbench.cost.literature.system import Outcome, System
 from workbench.cost.serving import Modelled
 from workbench.errors import MissingExtra, NotApplicable
 from workbench.parameters import param

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from workbench.cost.estimating import cost
+from workbench.cost.literature.base import Outcome, System, ratio
 from workbench.cost.literature.models import LLAMA2_13B, LLAMA_8B, QWEN3_30B_A3B
-from workbench.cost.literature.system import Outcome, System, ratio
 from workbench.cost.serving import (
     Alise,
     FastSwitch,

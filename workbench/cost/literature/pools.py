@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import product
 
 from workbench.cost.estimating import cost
+from workbench.cost.literature.base import Outcome, System, ratio
 from workbench.cost.literature.models import LLAMA2_7B, LLAMA2_13B, LLAMA_8B, LLAMA_70B, QWEN3_30B_A3B
-from workbench.cost.literature.system import Outcome, System, ratio
 from workbench.cost.serving import Lengths, Modelled, Policy, Server, Simulation, Workload, simulate
 from workbench.parameters import param
 from workbench.registry import Paper

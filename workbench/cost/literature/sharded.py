@@ -11,8 +11,8 @@ from workbench.attention.base import visible_entries
 from workbench.core.sequence_parallel import ring_numbers, tree_numbers
 from workbench.cost.estimating import cost
 from workbench.cost.kernels import kernel
+from workbench.cost.literature.base import Outcome, System
 from workbench.cost.literature.models import LLAMA_8B
-from workbench.cost.literature.system import Outcome, System
 from workbench.cost.times import LINK_LATENCY
 from workbench.parameters import param
 from workbench.registry import Paper

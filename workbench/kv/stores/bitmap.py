@@ -169,9 +169,7 @@ class BitmapStore(PositionedStore):
         return lambda query, scoring: decode_bitmap(query, *sides, scoring)[0]
 
     def advance(self, positions: Tensor) -> None:
-        self.key_tail.grow(positions.numel())
-        self.value_tail.grow(positions.numel())
-        self._append_positions(positions)
+        self._grown(self.growing, positions)
 
     @property
     def kv_heads(self) -> int:

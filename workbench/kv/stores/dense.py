@@ -197,9 +197,7 @@ class DenseStore(PositionedStore):
         return lambda query, scoring: decode_dense(query, keys, values, scoring)[0]
 
     def advance(self, positions: Tensor) -> None:
-        self.keys.grow(positions.numel())
-        self.values.grow(positions.numel())
-        self._append_positions(positions)
+        self._grown(self.growing, positions)
 
     @property
     def in_place(self) -> tuple[Ragged, Ragged]:

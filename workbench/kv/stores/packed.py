@@ -354,9 +354,7 @@ class PackedStore(PositionedStore):
         return lambda query, scoring: decode_packed(query, packed_keys, packed_values, scoring)[0]
 
     def advance(self, positions: Tensor) -> None:
-        self.key_tail.grow(positions.numel())
-        self.value_tail.grow(positions.numel())
-        self._append_positions(positions)
+        self._grown(self.growing, positions)
 
     def reserve_taken(self, tokens: int) -> None:
         """Make room for `tokens` more that `take` adds."""

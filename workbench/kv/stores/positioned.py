@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from copy import copy
 from typing import Self
 
@@ -60,6 +61,12 @@ class PositionedStore(Store):
         if self._positions:
             where = positions.to(self.device, torch.int32).expand(self.kv_heads, -1)
             self._positions[-1].append(where[..., None], block)
+
+    def _grown(self, growing: Sequence[Rows], positions: Tensor) -> None:
+        """Take up tokens at positions int [q] whose rows a step has written behind those of every head."""
+        for rows in growing:
+            rows.grow(positions.numel())
+        self._append_positions(positions)
 
     @property
     def _ragged_positions(self) -> Ragged | None:
