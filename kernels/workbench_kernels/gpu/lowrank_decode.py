@@ -38,6 +38,7 @@ class Config(NamedTuple):
     per_processor: int
 
 
+WIDE = Config(4, 64, 2, 1)  # for ranks beyond 128, whose basis and tiles fill a processor's shared memory
 # The first is taken: its loop has the fewest instructions a token, and two programs fit into a processor's registers.
 CONFIGS = [
     Config(4, 64, 3, 2),
@@ -74,7 +75,7 @@ def _circle(revolutions, EXACT: tl.constexpr):
         return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "programs"])
 def _attend(
     query, keys, values, basis, low_table, high_table, frequencies, key_starts, value_starts, lengths, positions,
     position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs,
@@ -192,7 +193,7 @@ def decode_rotated(
     if order is not None:
         query, key_basis = query[..., order], key_basis[..., order]
     rows, block, blocks = rows_of(query, heads)
-    warps, tile, stages, per_processor = config or CONFIGS[0]
+    warps, tile, stages, per_processor = config or (CONFIGS[0] if max(rank, value_rank) <= 128 else WIDE)
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
     slots = Slots.of(programs + heads, 1, rows, value_rank, query.device)
     _attend[(programs, blocks)](
