@@ -33,6 +33,13 @@ RECIPES = {
     "mustafar": wb.kv.Mustafar(recent=16),
     "ragged mustafar": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.Mustafar(recent=16)],
     "ragged kivi": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.KIVI(bits=4, group=16, residual=32)],
+    "think": wb.kv.ThinK(pruned=40, recent=16),
+    "ragged think": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.ThinK(pruned=40, recent=8)],
+    "zipcache": wb.method("zipcache", budget=0.4, gap=20),
+    "ragged zipcache": [wb.method("zipcache", budget=0.3, gap=16), wb.kv.AdaKV()],
+    "settled zipcache": wb.method("zipcache", budget=0.4, gap=0),
+    "vkv": wb.method("vkv-1bit"),
+    "ragged vkv": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.method("vkv-1bit", bits=2, recent=8)],
 }
 
 
