@@ -10,7 +10,9 @@ from tests.kernels.test_decode import KIND, error, random_rows, rows_of
 from tests.kernels.test_decode_frozen import by_channel, heads_of
 from workbench_kernels.decode import decode_dense
 from workbench_kernels.lowered import lowered_query
+from workbench_kernels.projected import Turns, project_newest
 from workbench_kernels.received import add_received
+from workbench_kernels.rotary import rotate
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state, merge_states
@@ -96,3 +98,40 @@ def test_attention_received_is_added(softcap: float | None) -> None:
     torch.testing.assert_close(into[0].data, into[1].data, atol=1e-3, rtol=1e-3)
     assert (into[0].data[:103] > before.data[:103]).all()
     assert torch.equal(into[0].data[103:], before.data[103:])
+
+
+@pytest.mark.parametrize(("width", "turned"), [(40, 40), (40, 24), (64, 0)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_newest_row_is_what_spaces_hold_of_it(width: int, turned: int, interleaved: bool) -> None:
+    from workbench_kernels.gpu.projected import project_newest as kernel
+
+    made = torch.Generator().manual_seed(0)
+    bases = [
+        torch.linalg.qr(torch.randn(3, wide, wide, generator=made)).Q[:, :rank] for wide, rank in ((width, 21), (24, 9))
+    ]
+    bases = [(basis * torch.rand(*basis.shape[:2], 1, generator=made).add(0.5)).to(KIND) for basis in bases]
+    lengths = [5, 1, 9]
+    keys, values = random_rows(lengths, width), random_rows(lengths, 24, seed=1)
+    order = torch.arange(turned).view(-1, 2).T.flatten() if interleaved else torch.arange(turned)
+    order = torch.cat([order, torch.arange(turned, width)])
+
+    def unhalved(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x).index_copy_(-1, order, x)
+
+    angle = torch.arange(4, 16)[:, None] * 0.7 ** torch.arange(turned // 2).repeat(2)
+    cos, sin = 1.2 * angle.cos(), 1.2 * angle.sin()  # YaRN's factor
+    turns = Turns.of(cos, sin, width, unhalved) if turned else None
+    x = torch.randn(2, width, generator=made)
+    if turns is not None:
+        wanted = unhalved(rotate(x[:, order], cos[3:4], sin[3:4]))
+        torch.testing.assert_close(turns(x, torch.tensor([3])), wanted)
+        torch.testing.assert_close(turns(wanted, torch.tensor([3]), back=True), x)
+    first = torch.tensor([2], dtype=torch.int32)
+    found, wanted = ([torch.zeros_like(rows.data) for rows in (keys, values)] for _ in range(2))
+    kernel(keys, values, *bases, turns, first, *found)
+    project_newest.reference(keys, values, *bases, turns, first, *wanted)
+    last = (keys.starts + keys.lengths - 1).long()
+    for one, other, before in zip(found, wanted, (keys, values), strict=True):
+        torch.testing.assert_close(one, other, atol=4e-3, rtol=4e-3)
+        assert (one[last].abs().sum(1) > 0).all() and one.count_nonzero() == one[last].count_nonzero()
+        assert not torch.allclose(one[last], before.data[last], atol=0.1)

@@ -38,6 +38,11 @@ RECIPES = {
     "zipcache": wb.method("zipcache", budget=0.4, gap=20),
     "ragged zipcache": [wb.method("zipcache", budget=0.3, gap=16), wb.kv.AdaKV()],
     "settled zipcache": wb.method("zipcache", budget=0.4, gap=0),
+    "cskv": wb.method("cskv", kept=50, window=16),
+    "cskv by heads": wb.method("cskv", kept=30, window=16, joint=False),
+    "ragged cskv": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.method("cskv", kept=50, window=8)],
+    "eigen": wb.method("eigen-attention", budget=0.6),
+    "ragged eigen": [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.AdaKV(), wb.method("eigen-attention", error=0.1)],
     "vkv": wb.method("vkv-1bit"),
     "ragged vkv": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.method("vkv-1bit", bits=2, recent=8)],
 }
