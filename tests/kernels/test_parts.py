@@ -15,6 +15,7 @@ from workbench_kernels.received import add_received
 from workbench_kernels.rotary import rotate
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
+from workbench_kernels.symmetric import round_newest, smoothed_query
 from workbench_kernels.softmax import attention_state, merge_states
 
 pytestmark = interpreted
@@ -135,3 +136,32 @@ def test_the_newest_row_is_what_spaces_hold_of_it(width: int, turned: int, inter
         torch.testing.assert_close(one, other, atol=4e-3, rtol=4e-3)
         assert (one[last].abs().sum(1) > 0).all() and one.count_nonzero() == one[last].count_nonzero()
         assert not torch.allclose(one[last], before.data[last], atol=0.1)
+
+
+@pytest.mark.parametrize(("bits", "scales"), [(4, torch.float8_e4m3fn), (4, torch.bfloat16), (8, torch.bfloat16)])
+@pytest.mark.parametrize("group", [16, 128])
+def test_the_newest_row_is_rounded_as_the_others_were(bits: int, scales: torch.dtype, group: int) -> None:
+    from workbench_kernels.gpu.symmetric import round_newest as kernel
+
+    made = torch.Generator().manual_seed(0)
+    keys, values = random_rows([5, 1, 9], 40), random_rows([5, 1, 9], 24, seed=1)
+    keys.data[5] = 0
+    factors = [torch.rand(3, wide, generator=made).add(0.5).half() for wide in (40, 1)]
+    found, wanted = ([torch.zeros_like(rows.data) for rows in (keys, values)] for _ in range(2))
+    kernel(keys, values, *factors, bits, group, scales, *found)
+    round_newest.reference(keys, values, *factors, bits, group, scales, *wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert found[0][:5].count_nonzero() > 20 and found[1][:5].count_nonzero() > 10 and not found[0][5].any()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_queries_are_smoothed_as_keys_were(fp8: bool) -> None:
+    from workbench_kernels.gpu.symmetric import smoothed_query as kernel
+
+    query = queries(6, 2, 40) * torch.logspace(-3, 1, 40).half()
+    query[2] = 0
+    factors = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)).add(0.5).half()
+    wanted = smoothed_query.reference(query, factors, fp8)
+    torch.testing.assert_close(kernel(query, factors, fp8), wanted, atol=0, rtol=2e-3)
+    assert (torch.equal(wanted, smoothed_query.reference(query, factors, not fp8))) is False

@@ -15,6 +15,7 @@ import workbench as wb
 from tests.readings import answering, ids_of, plain
 from workbench.errors import NotApplicable
 from workbench.kv.stores.bitmap import BitmapStore
+from workbench.kv.stores.mixed import MixedStore
 from workbench.kv.stores.packed import WHOLE, PackedStore
 from workbench.models import tiny
 from workbench.runtime.cuda_graph import CapturedStep, predicted_nbytes, refusal
@@ -43,6 +44,10 @@ RECIPES = {
     "ragged cskv": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.method("cskv", kept=50, window=8)],
     "eigen": wb.method("eigen-attention", budget=0.6),
     "ragged eigen": [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.AdaKV(), wb.method("eigen-attention", error=0.1)],
+    "fireq": wb.kv.FireQ(bits=4, group=16),
+    "ragged fireq": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.FireQ(bits=8)],
+    "mikv": wb.kv.MiKV(budget=0.4, low_bits=4, group=16),
+    "ragged mikv": [wb.kv.MiKV(budget=0.4), wb.kv.AdaKV()],
     "vkv": wb.method("vkv-1bit"),
     "ragged vkv": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.method("vkv-1bit", bits=2, recent=8)],
 }
@@ -70,6 +75,11 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         self._append_positions(positions)
 
     monkeypatch.setattr(BitmapStore, "append", append)
+
+    demote = MixedStore._demote
+    monkeypatch.setattr(
+        MixedStore, "_demote", lambda self, count: demote(self, count) if count >= self.period else None
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])

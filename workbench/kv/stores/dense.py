@@ -149,11 +149,6 @@ class DenseStore(PositionedStore):
             rows.move(source, target, count)
 
     @property
-    def placed(self) -> tuple[Rows, ...]:
-        """The rows of positions; none where everything is held."""
-        return self._positions
-
-    @property
     def _rows(self) -> list[Rows]:
         """All rows of an entry."""
         return [self.keys, self.values, *self._positions, *(() if self.state is None else (self.state,))]

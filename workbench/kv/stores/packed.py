@@ -375,7 +375,7 @@ class PackedStore(PositionedStore):
         return lambda query, scoring: state(decode_packed(query, packed_keys, packed_values, scoring, lse=True))
 
     def part(self, dtype: torch.dtype, more: int, pin: Pin) -> Part:
-        tails = (pin(rows, rows.longest + more) for rows in self.growing)
+        tails = (pin(rows, rows.longest) for rows in self.growing)
         sides = [side.settled(tail, more, pin) for side, tail in zip((self.keys, self.values), tails, strict=True)]
         return lambda query, scoring: state(decode_packed(query, *sides, scoring, lse=True))
 
