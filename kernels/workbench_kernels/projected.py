@@ -24,7 +24,7 @@ class Turns(NamedTuple):
 
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor, channels: int, unhalved: Callable[[Tensor], Tensor]) -> Turns:
-        """cos, sin [p, r] of channels in the order of halves; unhalved: from that order to that of the model's heads."""
+        """cos, sin [p, r] of channels in the order of halves; unhalved: to the order of the model's heads."""
         width = cos.shape[1]
         whole = cos.new_ones(len(cos), channels)
         whole[:, :width] = cos

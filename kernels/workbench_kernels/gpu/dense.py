@@ -151,7 +151,8 @@ def decode_dense(
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, keys.starts, values.starts, keys.lengths,
         None if positions is None else positions.data, None if positions is None else positions.starts, query_positions,
-        *((None,) * 4 if sizes is None else (x for side in sizes for x in (side.data, side.starts))), *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, query.shape[1],
+        *((None,) * 4 if sizes is None else (x for side in sizes for x in (side.data, side.starts))),
+        *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, query.shape[1],
         programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), G=warps, N=tokens, STAGES=stages, MASKED=query_positions is not None,

@@ -415,7 +415,8 @@ def _attend(
     BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr,
     VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, VBALANCED: tl.constexpr, MIDDLE: tl.constexpr,
     VMIDDLE: tl.constexpr, KIND: tl.constexpr, VKIND: tl.constexpr, FAST: tl.constexpr, RESTS: tl.constexpr,
-    STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles or, in the first RESTS programs of every head, a part of the head's rest.
 

@@ -56,7 +56,7 @@ def smoothed_query(query: Tensor, factors: Tensor, fp8: bool) -> Tensor:
 
 
 @triton.jit
-def _rounded(x, starts, lengths, factors, into, head, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+def _rounded(x, starts, lengths, factors, into, head, D: tl.constexpr, GROUP: tl.constexpr,
              GP: tl.constexpr, BITS: tl.constexpr, DROPPED: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """A row; DROPPED: bits of float32 that its scales lack, 0: they are float16, 20: FP8."""
     row = (tl.load(starts + head) + tl.load(lengths + head) - 1).to(tl.int64) * D
@@ -87,15 +87,14 @@ def _rounded(x, starts, lengths, factors, into, head, D: tl.constexpr, DP: tl.co
 def _round(
     keys, key_starts, key_lengths, key_factors, into_keys, values, value_starts, value_lengths, value_factors,
     into_values,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
-    BITS: tl.constexpr, DROPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, BITS: tl.constexpr, DROPPED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     if tl.program_id(1) == 0:
-        _rounded(keys, key_starts, key_lengths, key_factors, into_keys, head, D, DP, GROUP, GP, BITS, DROPPED, True)
+        _rounded(keys, key_starts, key_lengths, key_factors, into_keys, head, D, GROUP, GP, BITS, DROPPED, True)
     else:
         _rounded(
-            values, value_starts, value_lengths, value_factors, into_values, head, DV, DVP, GROUP, GP, BITS, DROPPED,
+            values, value_starts, value_lengths, value_factors, into_values, head, DV, GROUP, GP, BITS, DROPPED,
             False,
         )  # fmt: skip
 
@@ -119,6 +118,6 @@ def round_newest(
     _round[(keys.starts.numel(), 2)](
         keys.data, keys.starts, keys.lengths, key_factors, into_keys,
         values.data, values.starts, values.lengths, value_factors, into_values,
-        D=width, DP=power(width), DV=value_width, DVP=power(value_width), GROUP=group,
+        D=width, DV=value_width, GROUP=group,
         GP=power(min(group, max(width, value_width))), BITS=bits, DROPPED=_DROPPED[scales], num_warps=1,
     )  # fmt: skip
