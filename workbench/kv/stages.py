@@ -147,8 +147,8 @@ def _rescoring(stages: Stages) -> Iterator[str]:
         yield f"{evict.key} scores what is held anew while decoding, but nothing here scores: add a method that does"
     elif not scorer.scores_by_layer and not evict.contributes("score"):
         yield (
-            f"{evict.key} scores each layer anew while decoding, but {scorer.key} scores all layers of a reading "
-            "together; use another scorer"
+            f"{evict.key} scores each layer anew while decoding, but {scorer.key} goes by the whole reading: use "
+            "another scorer"
         )
     for other, does in (
         (stages.refine, "refines scores of the whole prompt"),

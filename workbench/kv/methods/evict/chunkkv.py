@@ -54,4 +54,5 @@ def by_chunks(scores: Tensor, chunk: int) -> Tensor:
     missing = -tokens % chunk
     lengths = pad(together.new_ones(tokens), (0, missing)).view(-1, chunk).sum(dim=-1)
     means = pad(together, (0, missing)).unflatten(-1, (-1, chunk)).sum(dim=-1) / lengths
-    return means.repeat_interleave(chunk, dim=-1)[..., :tokens].expand_as(scores)
+    found: Tensor = means.repeat_interleave(chunk, dim=-1)[..., :tokens].expand_as(scores)
+    return found

@@ -48,6 +48,10 @@ class Compactor(KVMethod):
     sketch: int = param(48, ge=1, le=1024, help="dimensions of the random sketch")
     blend: float | None = param(None, ge=0, le=1, help="weight of leverage beside attention; none: the share that goes")
 
+    @property
+    def scores_by_layer(self) -> bool:
+        return False  # leverage comes besides, and attention within chunks needs every token's query
+
     def score(self, layer: LayerTrace) -> Tensor:
         return self._whole(self._attended(layer), layer)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from workbench.core.across_devices import stacked
-from workbench.engine.output_projection import output_projection
 from workbench.kv.base import Study
 from workbench.kv.methods.evict.snapkv import SnapKV
 from workbench.kv.ranking import places
+from workbench.models.output_projection import output_projection
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 
@@ -76,4 +76,5 @@ def _written(layer: LayerTrace, model: PreTrainedModel) -> Tensor:
         (values[head // layer.groups] @ by_head[head].to(values.device)).float().abs().sum(dim=-1)
         for head in range(layer.heads)
     ]
-    return torch.stack(norms).unflatten(0, (layer.kv_heads, -1)).mean(dim=1)
+    by_kv_head: Tensor = torch.stack(norms).unflatten(0, (layer.kv_heads, -1)).mean(dim=1)
+    return by_kv_head

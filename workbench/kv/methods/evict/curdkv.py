@@ -51,4 +51,5 @@ def relative(lengths: Tensor, stretch: int) -> Tensor:
     tokens = lengths.shape[1]
     width = stretch or tokens
     stretches = pad(lengths, (0, -tokens % width)).unflatten(1, (-1, width))
-    return (stretches / stretches.sum(dim=-1, keepdim=True).clamp_min(1e-30)).flatten(1)[:, :tokens]
+    found: Tensor = stretches / stretches.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+    return found.flatten(1)[:, :tokens]
