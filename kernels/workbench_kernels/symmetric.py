@@ -39,7 +39,7 @@ def _takes_query(query: Tensor, factors: Tensor) -> bool:
 
 @with_kernel("gpu.symmetric:smoothed_query", when=_takes_query)
 def smoothed_query(query: Tensor, factors: Tensor, fp8: bool) -> Tensor:
-    """Queries [h, q, d] for keys that were multiplied with factors [k, d]: divided by them, and rounded to FP8 each with
+    """Queries [h, q, d] for keys multiplied with factors [k, d]: divided by them, and rounded to FP8, each with
     a scale of its own if asked for; in their own dtype.
     """
     groups = query.shape[0] // factors.shape[0]
