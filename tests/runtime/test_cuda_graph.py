@@ -15,6 +15,7 @@ import workbench as wb
 from tests.readings import answering, ids_of, plain
 from workbench.errors import NotApplicable
 from workbench.kv.stores.bitmap import BitmapStore
+from workbench.kv.stores.merged_layers import MergedLayerStore
 from workbench.kv.stores.mixed import MixedStore
 from workbench.kv.stores.packed import WHOLE, PackedStore
 from workbench.models import tiny
@@ -48,6 +49,7 @@ RECIPES = {
     "ragged fireq": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.FireQ(bits=8)],
     "mikv": wb.kv.MiKV(budget=0.4, low_bits=4, group=16),
     "ragged mikv": [wb.kv.MiKV(budget=0.4), wb.kv.AdaKV()],
+    "minicache": wb.kv.MiniCache(start=0.0, retained=0.1),
     "vkv": wb.method("vkv-1bit"),
     "ragged vkv": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.method("vkv-1bit", bits=2, recent=8)],
 }
@@ -75,6 +77,11 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         self._append_positions(positions)
 
     monkeypatch.setattr(BitmapStore, "append", append)
+
+    merge = MergedLayerStore._merge
+    monkeypatch.setattr(
+        MergedLayerStore, "_merge", lambda self: merge(self) if self.tail[0].longest >= self.period else None
+    )
 
     demote = MixedStore._demote
     monkeypatch.setattr(
