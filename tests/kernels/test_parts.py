@@ -15,8 +15,8 @@ from workbench_kernels.received import add_received
 from workbench_kernels.rotary import rotate
 from workbench_kernels.rows import Ragged
 from workbench_kernels.scoring import Scoring
-from workbench_kernels.symmetric import round_newest, smoothed_query
 from workbench_kernels.softmax import attention_state, merge_states
+from workbench_kernels.symmetric import round_newest, smoothed_query
 
 pytestmark = interpreted
 

@@ -11,7 +11,7 @@ from workbench.kv.stores.capabilities import Part, Pin
 from workbench.kv.stores.packed import PackedRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, state
-from workbench_kernels import Scoring, dequantise, pack, unpack
+from workbench_kernels import dequantise, pack, unpack
 from workbench_kernels.decode import decode_packed
 from workbench_kernels.rows import PackedRows as KernelRows
 from workbench_kernels.rows import Ragged

@@ -68,7 +68,7 @@ class PartedStore(Store):
         """How many tokens may come before entries have to be compressed, at least one; None: any number."""
         return None
 
-    def settle(self) -> None:  # noqa: B027 (with most nothing waits)
+    def settle(self) -> None:
         """Compress what has waited for long enough, in place."""
 
     @property
