@@ -84,7 +84,7 @@ class ChannelRows:
 
 
 def _by_channel(x: Tensor, bits: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [..., n, d] of x [..., n, d], scale and zero float16 [..., d], rounded before the codes are chosen."""
+    """Codes uint8 [..., n, d] of x [..., n, d], scale and zero float16 [..., d], which are rounded first."""
     steps = 2**bits - 1
     zero = (x.amin(dim=-2) * share).to(torch.float16)
     scale = ((x.amax(dim=-2) * share - zero.float()) / steps).to(torch.float16)
@@ -135,8 +135,11 @@ class FrozenStore(Store):
     def slots(self) -> tuple[Tensor, Tensor | None]:
         if self.bitmap is None:
             return torch.arange(self.first, self.tokens, device=self.device)[None], None
-        positions = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1]  # [t], head after head like the rows
-        return positions[self.keys.codes.slots()], self.keys.codes.valid()
+        # [t], head after head as the rows, but with no room between them
+        positions, counts = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1], self.keys.codes.counts[:, None]
+        steps = torch.arange(self.keys.codes.longest, device=self.device)
+        places = counts.cumsum(dim=0) - counts + torch.where(steps < counts, steps, 0)
+        return positions[places.clamp_max_(max(len(positions) - 1, 0))], self.keys.codes.valid()
 
     def contents(self, dtype: torch.dtype) -> Dequantised:
         places = self.keys.codes.slots()  # [k, m]

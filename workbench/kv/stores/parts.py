@@ -101,6 +101,6 @@ class PartedStore(Store):
         """Take up tokens at positions int [q] whose keys and values a step has written behind those of every head."""
 
 
-def here(rows: Rows, longest: int) -> Ragged:
+def here(rows: Rows, _: int) -> Ragged:
     """Rows where they lie now."""
     return rows.ragged()

@@ -99,7 +99,7 @@ class SmoothedStore(PositionedStore, PartedStore):
         fp8_query: bool,
         dtype: torch.dtype,
     ) -> None:
-        """dtype: of tokens as they come. key_factors [k, d], value_factors [k, 1], float16: what was multiplied before rounding."""
+        """key_factors [k, d], value_factors [k, 1], float16: multiplied before rounding. dtype: of new tokens."""
         super().__init__(positions)
         self.keys, self.values = keys, values
         self.key_factors, self.value_factors = key_factors, value_factors
