@@ -21,6 +21,13 @@ from workbench.runtime.cuda_graph import CapturedStep, predicted_nbytes, refusal
 from workbench.runtime.greedy import greedy
 
 ModelOf = Callable[[str], PreTrainedModel]
+LEAVING = {
+    "decoding": wb.kv.Decoding(budget=0.5, every=8),
+    "queries that vote": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.Decoding(every=16, queries=12)],
+    "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.Decoding(every=8, queries=12)],
+    "lagkv": wb.kv.LagKV(budget=0.5, lag=16),
+    "prefixkv": wb.kv.PrefixKV(budget=0.5),
+}
 RECIPES = {
     "full": "full",
     "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV()],
@@ -74,6 +81,21 @@ def test_tokens_and_contents_are_the_plain_ones(
     assert decoder.position == twin.position and decoder.score_share is not None
     more, same = (d.feed(ids_of(3, 5)) for d in (decoder, twin))
     assert (more - same).abs().max() < 1e-4
+    for mine, other in zip(decoder.stores, twin.stores, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.positions, other.positions, strict=True))
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_entries_leave_between_steps_as_they_would_before_each(name: str, tiny_llama: PreTrainedModel) -> None:
+    decoder, token = answering(tiny_llama, LEAVING[name])
+    decoder = decoder.clone()  # both count scores from here on
+    twin, wanted = decoder.clone(), plain(decoder.clone(), token, 60)
+    end = next(i for i in range(40, 60) if wanted[i] not in wanted[:i])
+    assert list(CapturedStep(decoder, token, 60).answer([wanted[end]])) == wanted[: end + 1]
+    plain(twin, token, end + 1)
+    assert decoder.position == twin.position
+    assert decoder.score_share == pytest.approx(twin.score_share)
+    assert plain(decoder, 7, 40) == plain(twin, 7, 40)  # and so do those that leave by what was asked before
     for mine, other in zip(decoder.stores, twin.stores, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine.positions, other.positions, strict=True))
 

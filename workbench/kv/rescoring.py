@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -13,12 +14,16 @@ from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import Holding, KVMethod, Stages, Study
 from workbench.kv.held import HeldLayer, scores_by_slot, view
 from workbench.kv.ranking import for_all_heads
-from workbench.kv.stores.capabilities import Droppable, Rescored
+from workbench.kv.stores.capabilities import AHEAD, Capturable, CapturedAttention, Droppable, Pin, Rescored
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape
+from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
+from workbench_kernels.rows import Ragged
+
+_FAR = 1024  # steps after which who leaves is asked again where nobody is to leave before
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,35 @@ def observing(study: Study, stages: Stages, dtype: torch.dtype) -> Callable[[For
         return ObservedFormat(droppable, rescoring, layer.heads, layer.keys_held.shape[-1], dtype)
 
     return observed
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """Queries [h, r, d] of captured steps, each over the oldest: more than are held, for some may be taken back.
+
+    begin: the position at which the first was asked, `held` before it were there.
+    """
+
+    queries: Tensor
+    begin: int
+    held: int
+
+    @classmethod
+    def of(cls, queries: Tensor, begin: int) -> _Ring:
+        """One that goes on from queries [h, w, d], the newest last, with one at position `begin`."""
+        room = queries.new_zeros(queries.shape[0], AHEAD, queries.shape[2])
+        return cls(torch.cat([queries, room], dim=1), begin, queries.shape[1])
+
+    def take(self, query: Tensor, position: Tensor) -> None:
+        """Let query [h, 1, d] at position int64 [1] join, on the device."""
+        place = (position - self.begin + self.held) % self.queries.shape[1]
+        self.queries.index_copy_(1, place, query.to(self.queries.dtype))
+
+    def newest(self, count: int, end: int) -> Tensor:
+        """The `count` queries before position `end`, [h, count, d]."""
+        last = end - self.begin + self.held
+        places = torch.arange(last - count, last, device=self.queries.device) % self.queries.shape[1]
+        return self.queries[:, places]
 
 
 @dataclass(frozen=True)
@@ -114,6 +148,13 @@ class ObservedStore(WrappingStore):
         self.rescoring, self.layer = rescoring, layer
         self.queries, self.asked = queries, asked
         self.begun: tuple[int, int] | None = None  # entries of the shortest head, and tokens, before the first pass
+        self.capacity = 0  # entries of the longest head that it began with, or may grow to
+        self.tokens: int | None = None  # read before this pass, and with it; None: not told yet
+        self._then: int | None = None
+        self._ring: _Ring | None = None
+
+    def reads(self, ids: Tensor, positions: Tensor) -> None:
+        self.tokens, self._then = self._then, int(positions[-1]) + 1
 
     @property
     def _inner(self) -> Droppable:
@@ -123,12 +164,17 @@ class ObservedStore(WrappingStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        self._ring = None
+        self._observe(query, query_positions)
+        return self.inner.attend(query, query_positions, scoring, weights=weights)
+
+    def _observe(self, query: Tensor, positions: Tensor) -> None:
+        """Remember query [h, q, d] at positions [q] in place of the oldest."""
         count = self.asked.numel()
         if count:
-            self.queries = torch.cat([self.queries, query.to(self.queries.dtype)], dim=1)[:, -count:].clone()
-            asked = query_positions.to(self.asked.device, self.asked.dtype)
-            self.asked = torch.cat([self.asked, asked])[-count:].clone()
-        return self.inner.attend(query, query_positions, scoring, weights=weights)
+            self.queries.copy_(torch.cat([self.queries, query.to(self.queries.dtype)], dim=1)[:, -count:])
+            asked = positions.to(self.asked.device, self.asked.dtype)
+            self.asked.copy_(torch.cat([self.asked, asked])[-count:])
 
     def tensors(self) -> dict[str, list[Tensor]]:
         by_precision = {name: list(tensors) for name, tensors in self.inner.tensors().items()}
@@ -137,8 +183,8 @@ class ObservedStore(WrappingStore):
         return by_precision
 
     def clone(self) -> Self:
-        twin = type(self)(self.inner.clone(), self.rescoring, self.layer, self.queries.clone(), self.asked.clone())
-        twin.begun = self.begun
+        twin = copy(self)
+        twin.inner, twin.queries, twin.asked = self.inner.clone(), self.queries.clone(), self.asked.clone()
         return twin
 
     # -- leaving while decoding
@@ -161,9 +207,9 @@ class ObservedStore(WrappingStore):
         """Let entries leave so that each head has room for as many more; those of the lowest scores, of equals the
         oldest.
         """
-        tokens = int(self.slots()[0].max()) + 1
+        tokens = int(self.slots()[0].max()) + 1 if self.tokens is None else self.tokens
         if self.begun is None:
-            self.begun = self.shortest, tokens
+            self.begun, self.capacity = (self.shortest, tokens), self.rescoring.evicting.holds(self.longest)
         while entries := self.shortest:
             holding = Holding(entries, room, tokens, *self.begun)
             leaving = self.rescoring.evicting.leaving_at_once(holding)
@@ -173,6 +219,91 @@ class ObservedStore(WrappingStore):
                 raise BudgetTooSmall("the cache is too small to take in a new token; use a larger budget", 0.0)
             self._evict(leaving, holding)
             room -= leaving
+
+    # -- captured decode steps, between which entries leave
+
+    @property
+    def capturable(self) -> Capturable | None:
+        inner = self.inner.capturable
+        return self if inner is not None and inner.period is None and self.begun is not None else None
+
+    @property
+    def _captured(self) -> Capturable:
+        assert self.inner.capturable is not None
+        return self.inner.capturable
+
+    def _ahead(self, steps: int) -> tuple[int, int]:
+        """How many of so many tokens may come before entries leave, and by how many the store is larger at most."""
+        assert self.begun is not None
+        now = entries = self.shortest
+        tokens, spread = self._then or int(self.slots()[0].max()) + 1, self.longest - self.shortest
+        until, most = steps, 0
+        for step in range(steps):
+            while entries:
+                room = entries + spread + 1 - self.capacity
+                holding = Holding(entries, room, tokens + step, *self.begun)
+                leaving = self.rescoring.evicting.leaving_at_once(holding)
+                if leaving <= 0:
+                    break
+                until, entries = min(until, step), entries - leaving
+            entries += 1
+            most = max(most, entries - now)
+        return until, most
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self._captured.growing
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        most = self._ahead(steps)[1]
+        return [(rows, min(more, most)) for rows, more in self._captured.room_for(steps)]
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        most = self._ahead(steps)[1]
+        keys, values = self._captured.growing
+        return keys.longest + most, values.longest + most
+
+    @property
+    def fixed_nbytes(self) -> int:
+        each = self.queries.nbytes // max(self.asked.numel(), 1)
+        return (
+            self._captured.fixed_nbytes + self.queries.nbytes + self.asked.nbytes + each * (self.asked.numel() + AHEAD)
+        )
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    @property
+    def steps_until_settled(self) -> int | None:
+        return self._ahead(_FAR)[0]
+
+    def settle(self) -> None:
+        """Let those leave that would before the next token."""
+        self.tokens = self._then
+        self.make_room(self.longest + 1 - self.capacity)
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        inner = self._captured.captured_attention(keys, values, steps, pin)
+        if not self.asked.numel():
+            return inner
+        ring = _Ring.of(self.queries, self._then or 0)
+        self._ring = ring
+
+        def attention(query: Tensor, scoring: Scoring) -> Tensor:
+            ring.take(query, pin.position)
+            return inner(query, scoring)
+
+        return attention
+
+    def advance(self, positions: Tensor) -> None:
+        self._captured.advance(positions)
+        self.tokens = self._then = int(positions[-1]) + 1
+        count, new = self.asked.numel(), positions[-self.asked.numel() :]
+        if self._ring is not None:
+            self.queries.copy_(self._ring.newest(count, self._then))
+            asked = new.to(self.asked.device, self.asked.dtype)
+            self.asked.copy_(torch.cat([self.asked, asked])[-count:])
 
     def _evict(self, leaving: int, holding: Holding) -> None:
         held = self.inner.contents(self.queries.dtype)

@@ -31,7 +31,7 @@ def refusal(decoder: Decoder, steps: int = 1) -> str | None:
         return "the model lies on several devices"
     if decoder.turns(steps):
         return "on the way its attention begins another chunk"
-    if decoder.evicting is not None:
+    if decoder.evicting is not None and any(store.evictable and not store.rescored for store in decoder.stores):
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
         return f"{decoder.attention.key} attends in its own way while decoding"
@@ -96,6 +96,8 @@ class CapturedStep:
         with torch.inference_mode():
             stores = [store.capturable for store in decoder.stores if store.capturable is not None]
             for store in stores:
+                if store.steps_until_settled == 0:
+                    store.settle()
                 for rows, more in store.room_for(steps):
                     rows.reserve(more)
                     if rows.longest == 0:  # what is masked must be a number too
@@ -109,7 +111,7 @@ class CapturedStep:
             self._position.fill_(decoder.position)
             lengths, ends = self._lengths.split(sizes), self._counters[:-2].split(sizes)
             self._layers = [
-                _Layer(store, steps, lengths[2 * i : 2 * i + 2], ends[2 * i : 2 * i + 2])
+                _Layer(store, steps, lengths[2 * i : 2 * i + 2], ends[2 * i : 2 * i + 2], self._position)
                 for i, store in enumerate(stores)
             ]
             self._token = torch.tensor([token], device=device)
@@ -284,25 +286,34 @@ class _Static:
             self.ends.copy_(now.starts + now.lengths)
 
 
+class _Pins:
+    """What the layers' stores know of a step's places; see `Pin`."""
+
+    def __init__(self, position: Tensor) -> None:
+        self.position = position
+        self.rows: list[_Static] = []
+
+    def __call__(self, rows: Rows, longest: int) -> Ragged:
+        self.rows.append(_Static(rows, longest))
+        return self.rows[-1].ragged
+
+
 class _Layer:
     """One layer's store, as a step uses it."""
 
-    def __init__(self, store: Capturable, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
+    def __init__(
+        self, store: Capturable, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor], position: Tensor
+    ) -> None:
         """lengths int32 and ends int64, [k] each, of the rows that a new key and value join: where to keep them."""
         self.store = store
         self._grown = [
             _Static(rows, min(rows.longest + steps, bound), *places)
             for rows, bound, *places in zip(store.growing, store.most_rows(steps), lengths, ends, strict=True)
         ]
-        self._pinned: list[_Static] = []
+        self.pins = _Pins(position)
         keys, values = (static.ragged for static in self._grown)
-        self._attention = store.captured_attention(keys, values, steps, self._pin)
+        self._attention = store.captured_attention(keys, values, steps, self.pins)
         self._count_down()
-
-    def _pin(self, rows: Rows, longest: int) -> Ragged:
-        """Other rows of the store at a place that never moves."""
-        self._pinned.append(_Static(rows, longest))
-        return self._pinned[-1].ragged
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -323,14 +334,14 @@ class _Layer:
         return self._attention(query, scoring)
 
     def settle(self) -> None:
-        """Quantise what waits in the tail, in place."""
-        if self.store.period is not None:
+        """Do what is due between steps: quantise what waits in the tail, let entries leave or move, in place."""
+        if self.until != sys.maxsize:
             self.store.settle()
-            for static in (*self._grown, *self._pinned):
+            for static in (*self._grown, *self.pins.rows):
                 static.refresh()
             self._count_down()
 
     def _count_down(self) -> None:
-        """Count the steps until the tail has to be quantised."""
+        """Count the steps until something is due."""
         until = self.store.steps_until_settled
         self.until = sys.maxsize if until is None else until

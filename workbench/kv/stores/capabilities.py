@@ -63,8 +63,21 @@ class Rewritable(Protocol):
         """Replace keys [k, m, d] and values [k, m, dv], laid out as `contents` shows them."""
 
 
-Pin = Callable[[Rows, int], Ragged]
-"""From rows, and the most that any head of them will have, to where kernels find them for all steps to come."""
+AHEAD = 32  # steps that are begun before it is known whether they count, at most
+
+
+class Pin(Protocol):
+    """What a captured step gives its stores: places that stay, for all steps to come.
+
+    position: int64 [1], where the token stands that a step reads, on the device; it advances there. A step may be tried
+    before it counts, and up to `AHEAD` may be taken back: what an attention writes beside the rows has to allow that.
+    """
+
+    position: Tensor
+
+    def __call__(self, rows: Rows, longest: int) -> Ragged:
+        """Where kernels find rows, of which no head will have more than `longest`."""
+
 
 CapturedAttention = Callable[[Tensor, Scoring], Tensor]
 """From a query [h, 1, d] to its attention [h, 1, dv] over everything held."""
