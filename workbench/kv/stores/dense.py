@@ -204,6 +204,15 @@ class DenseStore(PositionedStore):
         return self.keys.ragged(), self.values.ragged()
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        state = self.state_by_kernel(query, query_positions, scoring, lse=False)
+        return None if state is None else state[0]
+
+    def state_by_kernel(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, lse: bool = True
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The output of `attend` and its log-sum-exp [h, q], to merge it with what others hold; None where there is no
+        kernel.
+        """
         fits, asked = for_kernel(query, self.keys.data, query_positions, scoring)
         if not fits:
             return None
@@ -214,7 +223,8 @@ class DenseStore(PositionedStore):
             scoring,
             query_positions=asked,
             positions=self._ragged_positions,
-        )[0]
+            lse=lse,
+        )
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {_name(self.keys.data.dtype): [tensor for rows in self._rows for tensor in rows.tensors()]}
