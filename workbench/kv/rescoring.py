@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -70,28 +71,26 @@ def observing(study: Study, stages: Stages, dtype: torch.dtype) -> Callable[[For
 class _Ring:
     """Queries [h, r, d] of captured steps, each over the oldest: more than are held, for some may be taken back.
 
-    begin: the position at which the first was asked, `held` before it were there.
+    That of position p is in place p modulo r.
     """
 
     queries: Tensor
-    begin: int
-    held: int
 
     @classmethod
     def of(cls, queries: Tensor, begin: int) -> _Ring:
         """One that goes on from queries [h, w, d], the newest last, with one at position `begin`."""
         room = queries.new_zeros(queries.shape[0], AHEAD, queries.shape[2])
-        return cls(torch.cat([queries, room], dim=1), begin, queries.shape[1])
+        both = torch.cat([queries, room], dim=1)
+        return cls(both.roll(begin - queries.shape[1], dims=1))
 
     def take(self, query: Tensor, position: Tensor) -> None:
         """Let query [h, 1, d] at position int64 [1] join, on the device."""
-        place = (position - self.begin + self.held) % self.queries.shape[1]
+        place = position.remainder(self.queries.shape[1])
         self.queries.index_copy_(1, place, query.to(self.queries.dtype))
 
     def newest(self, count: int, end: int) -> Tensor:
         """The `count` queries before position `end`, [h, count, d]."""
-        last = end - self.begin + self.held
-        places = torch.arange(last - count, last, device=self.queries.device) % self.queries.shape[1]
+        places = torch.arange(end - count, end, device=self.queries.device).remainder(self.queries.shape[1])
         return self.queries[:, places]
 
 
@@ -152,6 +151,7 @@ class ObservedStore(WrappingStore):
         self.tokens: int | None = None  # read before this pass, and with it; None: not told yet
         self._then: int | None = None
         self._ring: _Ring | None = None
+        self._known: tuple[int, int, int] | None = None
 
     def reads(self, ids: Tensor, positions: Tensor) -> None:
         self.tokens, self._then = self._then, int(positions[-1]) + 1
@@ -232,34 +232,39 @@ class ObservedStore(WrappingStore):
         assert self.inner.capturable is not None
         return self.inner.capturable
 
-    def _ahead(self, steps: int) -> tuple[int, int]:
-        """How many of so many tokens may come before entries leave, and by how many the store is larger at most."""
+    def _leaving_ahead(self, steps: int) -> Iterator[int]:
+        """Before each of so many tokens, how many entries leave."""
         assert self.begun is not None
-        now = entries = self.shortest
-        tokens, spread = self._then or int(self.slots()[0].max()) + 1, self.longest - self.shortest
-        until, most = steps, 0
+        tokens = self._then or int(self.slots()[0].max()) + 1
+        entries, spread = self.shortest, self.longest - self.shortest
         for step in range(steps):
+            before = entries
             while entries:
-                room = entries + spread + 1 - self.capacity
-                holding = Holding(entries, room, tokens + step, *self.begun)
+                holding = Holding(entries, entries + spread + 1 - self.capacity, tokens + step, *self.begun)
                 leaving = self.rescoring.evicting.leaving_at_once(holding)
                 if leaving <= 0:
                     break
-                until, entries = min(until, step), entries - leaving
+                entries -= leaving
+            yield before - entries
             entries += 1
-            most = max(most, entries - now)
-        return until, most
+
+    def _more(self, steps: int) -> int:
+        """By how many entries a head is larger at most while so many tokens come."""
+        if not self._known or self._known[:2] != (steps, self.shortest):
+            sizes = accumulate(1 - leaving for leaving in self._leaving_ahead(steps))
+            self._known = steps, self.shortest, max(sizes, default=0)
+        return self._known[2]
 
     @property
     def growing(self) -> tuple[Rows, Rows]:
         return self._captured.growing
 
     def room_for(self, steps: int) -> list[tuple[Rows, int]]:
-        most = self._ahead(steps)[1]
+        most = self._more(steps)
         return [(rows, min(more, most)) for rows, more in self._captured.room_for(steps)]
 
     def most_rows(self, steps: int) -> tuple[int, int]:
-        most = self._ahead(steps)[1]
+        most = self._more(steps)
         keys, values = self._captured.growing
         return keys.longest + most, values.longest + most
 
@@ -276,7 +281,7 @@ class ObservedStore(WrappingStore):
 
     @property
     def steps_until_settled(self) -> int | None:
-        return self._ahead(_FAR)[0]
+        return next((step for step, leaving in enumerate(self._leaving_ahead(_FAR)) if leaving), _FAR)
 
     def settle(self) -> None:
         """Let those leave that would before the next token."""

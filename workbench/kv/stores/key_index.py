@@ -97,13 +97,14 @@ class Keys(Retriever):
         heads, queries = len(self.lengths), query.shape[1]
         wanted = query.float().cpu().reshape(heads, -1, query.shape[2])  # [k, g * q, d]
         slots, scores = self._in_prompt(wanted)
-        later = torch.arange(self.fresh.shape[1]) + self.lengths.long()[:, None]
-        slots = torch.cat([slots, later[:, None].expand(-1, wanted.shape[1], -1)], dim=2)
-        scores = torch.cat([scores, wanted @ self.fresh.transpose(1, 2)], dim=2)
-        best = scores.topk(min(self.fetch, scores.shape[2]), dim=2)
-        slots = slots.gather(2, best.indices).masked_fill(best.values == -torch.inf, 0)
-        slots, counts = united(slots, best.values > -torch.inf, queries)
-        return slots.to(self.device), counts.to(self.device)
+        if self.fresh.shape[1] or slots.shape[2] > self.fetch:
+            later = torch.arange(self.fresh.shape[1]) + self.lengths.long()[:, None]
+            slots = torch.cat([slots, later[:, None].expand(-1, wanted.shape[1], -1)], dim=2)
+            scores = torch.cat([scores, wanted @ self.fresh.transpose(1, 2)], dim=2)
+            best = scores.topk(min(self.fetch, scores.shape[2]), dim=2)
+            slots, scores = slots.gather(2, best.indices), best.values
+        slots = slots.masked_fill(scores == -torch.inf, -1).to(self.device)
+        return united(slots, slots >= 0, queries)
 
     def _in_prompt(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the prompt's keys for query [k, b, d]: slots and inner products, [k, b, c]."""
