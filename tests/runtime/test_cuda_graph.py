@@ -22,6 +22,10 @@ from workbench.runtime.greedy import greedy
 
 ModelOf = Callable[[str], PreTrainedModel]
 LEAVING = {
+    "h2o": wb.kv.H2O(budget=0.5),
+    "tova": wb.kv.TOVA(budget=0.5),
+    "streaming-llm in the text": wb.kv.StreamingLLM(budget=0.5, positions="text"),
+    "lazyeviction": wb.kv.LazyEviction(budget=0.5, window=8),
     "decoding": wb.kv.Decoding(budget=0.5, every=8),
     "queries that vote": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.Decoding(every=16, queries=12)],
     "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.Decoding(every=8, queries=12)],
@@ -175,7 +179,8 @@ def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: Pr
 @pytest.mark.parametrize(
     ("architecture", "recipe", "reason"),
     [
-        ("llama", wb.method("h2o", budget=0.5), "makes room"),
+        ("llama", wb.method("streaming-llm", budget=0.5), "makes room"),
+        ("llama", [wb.kv.H2O(budget=0.5), wb.kv.AdaKV()], "unequal length"),
         ("mistral", "full", "SlidingStore"),
         ("llama", wb.method("mikv", budget=0.5), "MixedStore|FrozenStore|SplitStore"),
         ("mixtral", "full", "is waited for"),
@@ -185,7 +190,7 @@ def test_what_cannot_be_captured_says_why(architecture: str, recipe: object, rea
     decoder, token = answering(tiny_model(architecture), recipe)
     with pytest.raises(NotApplicable, match=reason):
         CapturedStep(decoder, token, 20).prepare()
-    assert (refusal(decoder) is None) == (architecture == "mixtral")
+    assert (refusal(decoder) is None) == (reason in ("is waited for", "unequal length"))
 
 
 def test_layers_on_several_devices_are_not_captured(tiny_model: ModelOf) -> None:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Evictable, Pin, Rewritable
+from workbench.kv.stores.capabilities import (
+    Capturable,
+    CapturedAttention,
+    Droppable,
+    Evictable,
+    Pin,
+    Replaceable,
+    Rewritable,
+    StateAttention,
+)
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, for_kernel
@@ -198,6 +207,18 @@ class DenseStore(PositionedStore):
 
     def advance(self, positions: Tensor) -> None:
         self._grown(self.growing, positions)
+
+    @property
+    def replaceable(self) -> Replaceable | None:
+        return self if self.state is not None and self._positions else None
+
+    @property
+    def beside(self) -> tuple[Rows, Rows]:
+        assert self.state is not None
+        return self._positions[0], self.state
+
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
+        return lambda query, scoring, lse: decode_dense(query, keys, values, scoring, lse=lse)
 
     @property
     def in_place(self) -> tuple[Ragged, Ragged]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
-from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Rescored, Rewritable
+from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Replaceable, Rescored, Rewritable
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -140,6 +140,13 @@ class Store(ABC):
     @property
     def capturable(self) -> Capturable | None:
         """The store as one into which a captured decode step can write; None where others have to do more."""
+        return None
+
+    @property
+    def replaceable(self) -> Replaceable | None:
+        """The store as one in which a captured step puts a new entry in the place of one that leaves; None where it
+        cannot.
+        """
         return None
 
     @property
