@@ -38,7 +38,8 @@ class HostRows:
             Rows.where(values, chosen, dtype),
             Rows.where(where, chosen, torch.int32),
         )
-        return cls(*(rows.to(_HOST) if rows.data.is_cuda else rows for rows in parts), device)
+        there = [rows.to(_HOST) if rows.data.is_cuda else rows for rows in parts]
+        return cls(there[0], there[1], there[2], device)
 
     @property
     def longest(self) -> int:
@@ -91,7 +92,7 @@ class HostRows:
         return [t for rows in (self.keys, self.values, self.positions) for t in rows.tensors()]
 
     def clone(self) -> HostRows:
-        return HostRows(*(rows.to(_HOST) for rows in (self.keys, self.values, self.positions)), self.device)
+        return HostRows(self.keys.to(_HOST), self.values.to(_HOST), self.positions.to(_HOST), self.device)
 
     def _copied(self, slots: Tensor, of: tuple[Rows, ...]) -> Callable[[], tuple[Tensor, ...]]:
         slots = slots.to(self.device)
