@@ -23,6 +23,19 @@ from workbench.runtime.cuda_graph import CapturedStep, predicted_nbytes, refusal
 from workbench.runtime.greedy import greedy
 
 ModelOf = Callable[[str], PreTrainedModel]
+LEAVING = {
+    "h2o": wb.kv.H2O(budget=0.5),
+    "tova": wb.kv.TOVA(budget=0.5),
+    "streaming-llm in the text": wb.kv.StreamingLLM(budget=0.5, positions="text"),
+    "lazyeviction": wb.kv.LazyEviction(budget=0.5, window=8),
+    "decoding": wb.kv.Decoding(budget=0.5, every=8),
+    "queries that vote": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.Decoding(every=16, queries=12)],
+    "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.Decoding(every=8, queries=12)],
+    "lagkv": wb.kv.LagKV(budget=0.5, lag=16),
+    "prefixkv": wb.kv.PrefixKV(budget=0.5),
+    "a2ats": wb.kv.A2ATS(budget=0.4, codes=16, fetch=0.1),
+    "tailorkv": wb.kv.TailorKV(budget=0.4, threshold=1, fetch=8, channels=4),
+}
 RECIPES = {
     "full": "full",
     "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV()],
@@ -107,6 +120,21 @@ def test_tokens_and_contents_are_the_plain_ones(
         assert all(torch.equal(a, b) for a, b in zip(mine.positions, other.positions, strict=True))
 
 
+@pytest.mark.parametrize("name", LEAVING)
+def test_entries_leave_or_move_between_steps_as_they_would_before_each(name: str, tiny_llama: PreTrainedModel) -> None:
+    decoder, token = answering(tiny_llama, LEAVING[name])
+    decoder = decoder.clone()  # both count scores from here on
+    twin, wanted = decoder.clone(), plain(decoder.clone(), token, 60)
+    end = next(i for i in range(40, 60) if wanted[i] not in wanted[:i])
+    assert list(CapturedStep(decoder, token, 60).answer([wanted[end]])) == wanted[: end + 1]
+    plain(twin, token, end + 1)
+    assert decoder.position == twin.position
+    assert (decoder.score_share or 0) == pytest.approx(twin.score_share or 0)
+    assert plain(decoder, 7, 40) == plain(twin, 7, 40)  # and so do those that leave by what was asked before
+    for mine, other in zip(decoder.stores, twin.stores, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.positions, other.positions, strict=True))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mqa", "qwen2", "qwen3", "phi3"])
 def test_architectures(architecture: str, tiny_model: ModelOf) -> None:
     decoder, token = answering(tiny_model(architecture), "full", 40)
@@ -180,9 +208,8 @@ def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: Pr
 @pytest.mark.parametrize(
     ("architecture", "recipe", "reason"),
     [
-        ("llama", wb.method("h2o", budget=0.5), "makes room"),
+        ("llama", wb.method("streaming-llm", budget=0.5), "makes room"),
         ("mistral", "full", "SlidingStore"),
-        ("llama", wb.method("mikv", budget=0.5), "MixedStore|FrozenStore|SplitStore"),
         ("mixtral", "full", "is waited for"),
     ],
 )

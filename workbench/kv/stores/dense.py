@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Evictable, Part, Pin, Rewritable
+from workbench.kv.stores.capabilities import (
+    Capturable,
+    CapturedAttention,
+    Droppable,
+    Evictable,
+    Part,
+    Pin,
+    Replaceable,
+    Rewritable,
+    StateAttention,
+)
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, for_kernel, state
@@ -204,10 +214,31 @@ class DenseStore(PositionedStore):
         self._grown(self.growing, positions)
 
     @property
+    def replaceable(self) -> Replaceable | None:
+        return self if self.state is not None and self._positions else None
+
+    @property
+    def beside(self) -> tuple[Rows, Rows]:
+        assert self.state is not None
+        return self._positions[0], self.state
+
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
+        return lambda query, scoring, lse: decode_dense(query, keys, values, scoring, lse=lse)
+
+    @property
     def in_place(self) -> tuple[Ragged, Ragged]:
         return self.keys.ragged(), self.values.ragged()
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        state = self.state_by_kernel(query, query_positions, scoring, lse=False)
+        return None if state is None else state[0]
+
+    def state_by_kernel(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, lse: bool = True
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The output of `attend` and its log-sum-exp [h, q], to merge it with what others hold; None where there is no
+        kernel.
+        """
         fits, asked = for_kernel(query, self.keys.data, query_positions, scoring)
         if not fits:
             return None
@@ -218,7 +249,8 @@ class DenseStore(PositionedStore):
             scoring,
             query_positions=asked,
             positions=self._ragged_positions,
-        )[0]
+            lse=lse,
+        )
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {_name(self.keys.data.dtype): [tensor for rows in self._rows for tensor in rows.tensors()]}

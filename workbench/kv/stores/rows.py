@@ -80,6 +80,21 @@ class Rows:
             return torch.full((self.heads,), self.longest, device=self.data.device)
         return self.lengths.long()
 
+    @property
+    def spare(self) -> int:
+        """How many rows can be appended to each head without moving anything."""
+        return self._room - self.longest if self.lengths is None else self._spare
+
+    def to(self, device: torch.device) -> Rows:
+        """A copy on another device; in host memory it is pinned where these are, or lie on a GPU."""
+        twin = copy(self)
+        pinned = device.type == "cpu" and self.data.numel() > 0 and (self.data.is_cuda or self.data.is_pinned())
+        twin.data = torch.empty(self.data.shape, dtype=self.data.dtype, device=device, pin_memory=pinned)
+        twin.data.copy_(self.data)
+        if self.starts is not None and self.lengths is not None:
+            twin.starts, twin.lengths = self.starts.to(device, copy=True), self.lengths.to(device, copy=True)
+        return twin
+
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.data, self.starts, self.lengths) if t is not None]
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
-from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Part, Pin, Rescored, Rewritable
+from workbench.kv.stores.capabilities import (
+    Capturable,
+    Droppable,
+    Evictable,
+    Part,
+    Pin,
+    Replaceable,
+    Rescored,
+    Rewritable,
+)
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -153,6 +162,13 @@ class Store(ABC):
     def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> Part:
         """The same while tokens join the rows keys and values, of a store that is `capturable`."""
         raise NotImplementedError(f"{type(self).__name__} is no part of another store that tokens join")
+
+    @property
+    def replaceable(self) -> Replaceable | None:
+        """The store as one in which a captured step puts a new entry in the place of one that leaves; None where it
+        cannot.
+        """
+        return None
 
     @property
     def in_place(self) -> tuple[Ragged | PackedRows, Ragged | PackedRows] | None:
