@@ -81,7 +81,8 @@ def _attend(
     query, keys, values, basis, low_table, high_table, frequencies, key_starts, value_starts, lengths, positions,
     position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs, rank, value_rank,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, RKP: tl.constexpr, FULL: tl.constexpr,
-    UNIT: tl.constexpr, RVP: tl.constexpr, VFULL: tl.constexpr, VUNIT: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
+    UNIT: tl.constexpr, RVP: tl.constexpr, VFULL: tl.constexpr,
+    VUNIT: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
     COARSE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +199,7 @@ def decode_rotated(
     rows, block, blocks = rows_of(query, heads)
     warps, tile, stages, per_processor = config or (CONFIGS[0] if max(rank, value_rank) <= 128 else WIDE)
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
-    # Ranks are numbers of a layer: but for those that fill their tile, a kernel serves all whose rows are aligned alike.
+    # Ranks are numbers of a layer: one kernel serves all that fill no tile and whose rows are aligned alike.
     wide, value_wide = max(power(rank), 16), max(power(value_rank), 16)
     slots = Slots.of(programs + heads, 1, rows, value_wide, query.device)
     _attend[(programs, blocks)](
