@@ -72,6 +72,9 @@ RECIPES = {
 }
 
 
+IN_PARTS = ["think", "zipcache", "vkv", "cskv", "eigen", "fireq", "mikv", "minicache", "deltallm, values too"]
+
+
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the plain path's entries wait for one another, as between replays."""
     flush = PackedStore._flush
