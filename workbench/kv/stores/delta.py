@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import first_of
@@ -90,7 +90,7 @@ class DeltaRows:
         blocks = (self.tail.longest + steps) // self.group if steps else 0
         return [(self.tail, steps), *((rows, blocks) for rows in self.moves or ())]
 
-    def blocks(self, steps: int, pin: Pin) -> KernelRows | None:
+    def blocks(self, steps: int, pin: Place) -> KernelRows | None:
         """The blocks as kernels take them while so many tokens come; None where there are never any."""
         if self.moves is None:
             return None
@@ -162,7 +162,7 @@ class DeltaStore(PositionedStore, PartedStore):
     def room_for(self, steps: int) -> list[tuple[Rows, int]]:
         return [*self.keys.room_for(steps), *self.values.room_for(steps), *((rows, steps) for rows in self.placed)]
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         old_keys, old_values = self.keys.blocks(steps, pin), self.values.blocks(steps, pin)
         if old_keys is None:  # then there are none of values either
             return [whole_rows(keys, values)]
