@@ -10,12 +10,12 @@ from tests.kernels.test_decode import KIND, error, random_rows, rows_of
 from tests.kernels.test_decode_frozen import by_channel, heads_of
 from workbench.kv.stores.delta import deltas
 from workbench_kernels.decode import decode_dense
-from workbench_kernels.deltas import DeltaRows, decode_deltas
+from workbench_kernels.deltas import decode_deltas
 from workbench_kernels.lowered import lowered_query
-from workbench_kernels.projected import Turns, project_newest
+from workbench_kernels.projected import project_newest
 from workbench_kernels.received import add_received
-from workbench_kernels.rotary import rotate
-from workbench_kernels.rows import Ragged
+from workbench_kernels.rotary import Turns, rotate
+from workbench_kernels.rows import DeltaRows, Ragged
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state, merge_states
 from workbench_kernels.symmetric import round_newest, smoothed_query
@@ -169,8 +169,7 @@ def test_queries_are_smoothed_as_keys_were(fp8: bool) -> None:
     assert (torch.equal(wanted, smoothed_query.reference(query, factors, not fp8))) is False
 
 
-@pytest.mark.parametrize(("width", "value_width", "group"), [(24, 24, 16), (40, 16, 32)])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("width", "value_width", "group", "whole"), [(24, 24, 16, False), (40, 16, 32, True)])
 def test_deltas_are_restored_where_they_lie(width: int, value_width: int, group: int, whole: bool) -> None:
     from workbench_kernels.gpu.deltas import decode_deltas as kernel
 

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.deltas import DeltaRows
 from workbench_kernels.gpu.split import LOG2E, LOWEST, capped, power, rows_of
-from workbench_kernels.rows import Ragged
+from workbench_kernels.rows import DeltaRows, Ragged
 from workbench_kernels.scoring import Scoring, with_sinks
 
 _PARTS = 32  # programs that share a head

@@ -76,7 +76,7 @@ def _circle(revolutions, EXACT: tl.constexpr):
         return cos, sin
 
 
-@triton.jit(do_not_specialize=["queries", "programs"])
+@triton.jit(do_not_specialize=["queries", "programs", "rank", "value_rank"])
 def _attend(
     query, keys, values, basis, low_table, high_table, frequencies, key_starts, value_starts, lengths, positions,
     position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs, rank, value_rank,

@@ -19,7 +19,7 @@ from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, unpack
-from workbench_kernels.deltas import restored
+from workbench_kernels.rows import restored
 
 if TYPE_CHECKING:
     import workbench as wb

@@ -19,9 +19,9 @@ from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, pack
-from workbench_kernels.deltas import DeltaRows as KernelRows
-from workbench_kernels.deltas import decode_deltas, restored
-from workbench_kernels.rows import Ragged
+from workbench_kernels.deltas import decode_deltas
+from workbench_kernels.rows import DeltaRows as KernelRows
+from workbench_kernels.rows import Ragged, restored
 
 _TRIES = 4  # thresholds tried for each block
 _AIM = 0.99  # of the changes that a block has room for

@@ -22,8 +22,8 @@ from workbench.kv.stores.store import Store, seen_by, state
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode_lowrank import decode_lowrank
-from workbench_kernels.projected import Turns, project_newest
-from workbench_kernels.rotary import LOW, RotaryTable
+from workbench_kernels.projected import project_newest
+from workbench_kernels.rotary import LOW, RotaryTable, Turns
 from workbench_kernels.rows import Ragged
 from workbench_kernels.softmax import attention_weights
 
