@@ -85,6 +85,9 @@ def open_app(
         list[str] | None,
         typer.Option("--allow-host", help="another name[:port] at which the page is asked for, as by a proxy; *: any"),
     ] = None,
+    results: Annotated[
+        str, typer.Option("--results", help="the folder that the pages Choose and Results write and read")
+    ] = "results",
 ) -> None:
     """Open the workbench in the browser.
 
@@ -103,6 +106,7 @@ def open_app(
         open_browser=not no_open,
         models=allow_model or (),
         hosts=allow_host or (),
+        results=results,
     )
 
 
