@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -319,7 +319,7 @@ def front_figure(frame: pd.DataFrame, x: str, y: str, *, dark: bool) -> Any:
     )
 
 
-def _side_by_side(rows: list[Mapping[str, Any]]) -> pn.pane.HTML:
+def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> pn.pane.HTML:
     cells = [
         f"<tr><th scope=row>{in_markup(name.replace('_nbytes', ', MiB').replace('_', ' '))}</th>"
         + "".join(f"<td>{in_markup(_cell(name, row[name]))}</td>" for row in rows) + "</tr>"
