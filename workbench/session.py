@@ -21,6 +21,7 @@ from workbench.inspection.channels import Kind as Outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
+from workbench.models.image_text import is_processor, tokenizer_of
 from workbench.models.load import device_for, dtype_for
 from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
@@ -33,7 +34,7 @@ from workbench.weights.reports import census, rounding, sensitivity, size, spect
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from workbench.measure.attention import PooledMap, Pooling, Span
     from workbench.measure.grid import GridOfMaps
     from workbench.measure.head_classes import HeadStats
+    from workbench.models.image_text import Picture
     from workbench.prompt import Text
     from workbench.registry import Method
     from workbench.tasks import Task
@@ -59,7 +61,7 @@ _CACHES = 4  # runs whose caches stay, so that more can be asked of them
 class Session(Shown):
     """A model, a prompt, and everything recorded about them: the one object a user needs.
 
-    model: a catalogue name, hub id, folder, or a (model, tokenizer or None) pair. device, dtype: where and in what
+    model: a catalogue name, hub id, folder, or a pair of a model and its tokenizer, its processor (for images) or None. device, dtype: where and in what
     precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision in which caches are stored and the
     uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
     transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
@@ -73,7 +75,10 @@ class Session(Shown):
 
     def __init__(
         self,
-        model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel = "smollm2-135m",
+        model: str
+        | Path
+        | tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None]
+        | LoadedModel = "smollm2-135m",
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -172,17 +177,25 @@ class Session(Shown):
     # -- reading and planning
 
     def read(
-        self, text: Text, *, chat: bool | None = None, record: bool = True, progress: Progress | None = None
+        self,
+        text: Text,
+        *,
+        images: Sequence[Picture] = (),
+        chat: bool | None = None,
+        record: bool = True,
+        progress: Progress | None = None,
     ) -> Trace:
         """Read a prompt: text, chat messages, or token ids [n]; everything later is asked of it.
 
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
-        as they are. record: False takes the prompt in without reading it as a whole, for texts too long for that; only
+        as they are. images: PIL images, arrays [height, width, 3] of bytes, or paths of files, for a model that sees
+        them; "<image>" in the text says where each stands (default: before it), in messages a part {"type": "image"}.
+        record: False takes the prompt in without reading it as a whole, for texts too long for that; only
         methods that read in bounded memory can be used then, and quality is not measured. Raises BadPrompt,
         PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
         prompt still in place.
         """
-        trace = self.readings.read(text, chat=chat, record=record, progress=progress)
+        trace = self.readings.read(text, images=images, chat=chat, record=record, progress=progress)
         self.runs = []
         return trace
 
@@ -474,7 +487,7 @@ class Session(Shown):
         kv_dtype: as in `Session` (None: this one's).
         """
         other = Session(
-            LoadedModel(self.model, self.tokenizer, self.source, self.facts),
+            LoadedModel(self.model, self.tokenizer, self.source, self.facts, self.readings.processor),
             kv_dtype=kv_dtype or self.kv_dtype,
             seed=self.seed,
             keep_trace_on=self.readings.keep_on,
@@ -686,7 +699,7 @@ def _weights(methods: Iterable[Method]) -> tuple[Method, ...]:
 
 
 def _loaded(
-    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel,
+    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None] | LoadedModel,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     progress: Progress | None,
@@ -702,7 +715,7 @@ def _loaded(
         loading = load_exported if is_exported(model) else load
         return loading(model, device=device, dtype=dtype, progress=progress)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
-        network, tokenizer = model
+        network, given = model
         if any(weight.is_meta for weight in network.parameters()):
             raise ModelNotFound(
                 f"{type(network).__name__} has weights without data (on the meta device): load it whole"
@@ -712,8 +725,10 @@ def _loaded(
         if dtype is not None:
             nn.Module.to(network, dtype_for(dtype, network.device))
         known = facts(network)
-        return LoadedModel(network.eval(), tokenizer, known.name, known)
-    raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer or None)")
+        processor: Any = given if is_processor(given) else None
+        tokenizer: Any = given if processor is None else tokenizer_of(processor)
+        return LoadedModel(network.eval(), tokenizer, known.name, known, processor)
+    raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer, processor or None)")
 
 
 def _kv_dtype(dtype: str | torch.dtype | None, model: Facts) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.bisection import largest
-from workbench.errors import BudgetTooSmall, PromptTooLong
+from workbench.errors import BudgetTooSmall, NotApplicable, PromptTooLong
 from workbench.kv.stores import ChunkStore, DenseStore, SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.models import max_positions
@@ -103,6 +103,11 @@ class ChunkedPrefill(ABC):
         """
 
     # -- the prompt
+
+    def need_text(self) -> None:
+        """Raise NotApplicable for a prompt with images, in the name of a method that moves or compares its tokens."""
+        if self.prompt.images is not None:
+            raise NotApplicable(f"{self.label} moves or compares pieces of a text, which images are not")
 
     @property
     def ids(self) -> Tensor:
