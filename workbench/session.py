@@ -61,13 +61,13 @@ _CACHES = 4  # runs whose caches stay, so that more can be asked of them
 class Session(Shown):
     """A model, a prompt, and everything recorded about them: the one object a user needs.
 
-    model: a catalogue name, hub id, folder, or a pair of a model and its tokenizer, its processor (for images) or None. device, dtype: where and in what
-    precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision in which caches are stored and the
-    uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
-    transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
-    "cpu" for a model on a GPU. graphs: where method and model allow it, decode by replaying a CUDA graph
-    on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer bytes.
-    trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
+    model: a catalogue name, hub id, folder, or a pair of a model and its tokenizer, its processor (for images) or None.
+    device, dtype: where and in what precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision
+    in which caches are stored and the uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16;
+    "float32" reproduces plain transformers exactly. seed: for methods that draw at random. keep_trace_on: where
+    recordings rest, for instance "cpu" for a model on a GPU. graphs: where method and model allow it, decode by
+    replaying a CUDA graph on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer
+    bytes. trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
 
     Wherever a recipe is taken, `budget` and further parameters are those of its method; with several methods `budget`
     is for all together, and there are no others.

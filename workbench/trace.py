@@ -141,6 +141,12 @@ class LayerTrace(Brief):
             latents=None,
         )
 
+    @cached_property
+    def image_span(self) -> tuple[int, int] | None:
+        """From where to where, the end not included, tokens of images stand in the prompt; None without images."""
+        places = () if self.images is None else (self.images >= 0).nonzero()[:, 0].tolist()
+        return (places[0], places[-1] + 1) if places else None
+
     @property
     def tokens(self) -> int:
         return self.keys_held.shape[1]

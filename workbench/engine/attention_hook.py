@@ -8,7 +8,7 @@ keeps the switch of its attention implementation to one pass at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.families.in_place import adapted
-from workbench.engine.images import Entered, Images, noting
+from workbench.engine.images import Entered, Images, noting, unchanged
 from workbench.engine.latents import Latents, Noting
 from workbench.engine.masks import AnnouncedMask, Span, announced, checked
 from workbench.engine.standing import standing
@@ -347,7 +347,7 @@ def forward(
     stands = standing(model, positions, plain or mask is not None) if cache is None else cache
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
-    with engaged(model), torch.inference_mode():
+    with engaged(model), torch.inference_mode(), unchanged(model) if images is not None else nullcontext():
         noting = cast("Noting | None", stands)
         before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache, noting=noting))
         try:
@@ -369,7 +369,7 @@ def forward(
 def entered(model: PreTrainedModel, images: Images) -> Entered:
     """What enters the decoder of the whole prompt. Raises NotApplicable where it sees otherwise than a decoder does."""
     positions = torch.arange(images.tokens)
-    with engaged(model), torch.inference_mode(), noting(model, stop=True) as noted:
+    with engaged(model), torch.inference_mode(), unchanged(model), noting(model, stop=True) as noted:
         before = _passing.set(_Passing(_Alone(), None, plain=True, positions=positions))
         try:
             model(**images.given(model, images.ids, positions, None, partial(entered, model, images)), use_cache=False)

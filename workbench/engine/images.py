@@ -102,7 +102,12 @@ class Images:
         return torch.where(positions < self.tokens, inside, after)
 
     def given(
-        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, places: Tensor | None, enter: Callable[[], Entered]
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        positions: Tensor,
+        places: Tensor | None,
+        enter: Callable[[], Entered],
     ) -> dict[str, Tensor]:
         """What a pass over token ids [q] at positions int64 [q] is given, by the names of the model's arguments.
 
@@ -147,7 +152,7 @@ def image_token(model: PreTrainedModel) -> int | None:
     return None if found is None else int(found)
 
 
-class _Entered(Exception):  # noqa: N818  (no error: the pass has come as far as is needed)
+class _Entered(Exception):
     """The pass has come to the decoder."""
 
 
@@ -168,8 +173,7 @@ def noting(model: PreTrainedModel, *, stop: bool = False) -> Iterator[list[Enter
 
     handle = model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with unchanged(model):
-            yield noted
+        yield noted
     except _Entered:
         pass
     finally:

@@ -171,7 +171,7 @@ class ChunkedPrefill(ABC):
     def shape(self, layer: LayerTrace) -> Shape:
         """The size of a layer's uncompressed cache."""
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
-        return Shape(layer.kv_heads, self.tokens, *widths, self.dtype.itemsize, layer.index)
+        return Shape(layer.kv_heads, self.tokens, *widths, self.dtype.itemsize, layer.index, layer.image_span)
 
     def empty(self, layer: LayerTrace, *, scattered: bool = False) -> Store:
         """A store that holds nothing yet: plain, or a window where the layer slides.

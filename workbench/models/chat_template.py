@@ -37,8 +37,8 @@ def render(
     """The text that the tokenizer's chat template makes of `messages`; with the start of an answer if `generate`.
 
     The same text as `tokenizer.apply_chat_template`. Templates of models that see images may take a content only as a
-    list of parts: where one does not write what is said, it is given these. Raises BadPrompt, in one line, for a template that is broken, that
-    refuses these messages, that touches what it must not, or that does not end soon.
+    list of parts: where one does not write what is said, it is given these. Raises BadPrompt, in one line, for a
+    template that is broken, that refuses these messages, that touches what it must not, or that does not end soon.
     """
     said = [m["content"].strip() for m in messages if isinstance(m.get("content"), str)]
 

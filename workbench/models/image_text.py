@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MARK = "<image>"
 _MOST_BYTES = 1 << 28  # of an image's file
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:(//|[^\\/]*,)")
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def is_processor(given: object) -> bool:
@@ -44,12 +44,13 @@ def tokenizer_of(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
     """A processor's tokenizer, which chats by the processor's template where it has none."""
     from copy import copy
 
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    source: Any = processor
+    tokenizer: PreTrainedTokenizerBase = source.tokenizer
     template = getattr(processor, "chat_template", None)
     if template and not getattr(tokenizer, "chat_template", None):
         tokenizer = copy(tokenizer)
         tokenizer.chat_template = template
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def picture(source: Any, number: int) -> Image:
@@ -57,14 +58,14 @@ def picture(source: Any, number: int) -> Image:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise MissingExtra(
-            "images need Pillow: install it with pip install 'inference-workbench[images]'"
-        ) from None
+        raise MissingExtra("images need Pillow: install it with pip install 'inference-workbench[images]'") from None
     which = f"image {number}"
     if isinstance(source, str | PathLike):
         name = str(source)
         if _URL.match(name):
-            raise BadPrompt(f"{which} is an address ({quoted(name)}), and nothing is fetched: give a file, or the image")
+            raise BadPrompt(
+                f"{which} is an address ({quoted(name)}), and nothing is fetched: give a file, or the image"
+            )
         try:
             with Image.open(regular(place(name), _MOST_BYTES)) as found:
                 return found.convert("RGB")
@@ -95,8 +96,10 @@ def messages_of(text: Any, images: Sequence[Any], processor: ProcessorMixin) -> 
     images in their parts. Raises BadPrompt.
     """
     if isinstance(text, str):
-        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in
-                   placed(text, len(images), processor)]
+        content = [
+            {"type": "image"} if part is None else {"type": "text", "text": part}
+            for part in placed(text, len(images), processor)
+        ]
         return [{"role": "user", "content": content}], list(images)
     waiting, found = list(images), []
     messages = []
@@ -104,15 +107,16 @@ def messages_of(text: Any, images: Sequence[Any], processor: ProcessorMixin) -> 
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadPrompt(f'a chat message needs "role" and "content", not {quoted(message)}')
         parts: list[dict[str, Any]] = []
-        content = message.get("content")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
+        said = message.get("content")
+        for part in [{"type": "text", "text": said}] if isinstance(said, str) else said or ():
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": part["text"]})
                 continue
             if kind != "image":
-                raise BadPrompt(f'a part of a message is {{"type": "text", "text": ...}} or {{"type": "image"}}, not '
-                                f"{quoted(part)}")
+                raise BadPrompt(
+                    f'a part of a message is {{"type": "text", "text": ...}} or {{"type": "image"}}, not {quoted(part)}'
+                )
             source = next((part[name] for name in ("image", "path", "url") if part.get(name) is not None), None)
             if source is None and not waiting:
                 raise BadPrompt("the messages have more places for images than images were given")
@@ -120,8 +124,10 @@ def messages_of(text: Any, images: Sequence[Any], processor: ProcessorMixin) -> 
             parts.append({"type": "image"})
         messages.append({**message, "content": parts})
     if waiting:
-        raise BadPrompt(f"the messages have no place for {len(waiting)} of {len(images)} images: add "
-                        '{"type": "image"} to their contents')
+        raise BadPrompt(
+            f"the messages have no place for {len(waiting)} of {len(images)} images: add "
+            '{"type": "image"} to their contents'
+        )
     return messages, found
 
 
@@ -155,15 +161,13 @@ def check_words(words: str, processor: ProcessorMixin) -> None:
         )
 
 
-def processed(
-    text: str, sources: Sequence[Any], processor: ProcessorMixin, token: int | None
-) -> tuple[Tensor, Images]:
+def processed(text: str, sources: Sequence[Any], processor: ProcessorMixin, token: int | None) -> tuple[Tensor, Images]:
     """The ids [n] of a whole text with marks, and its images as its processor prepares them.
 
     token: the id that stands for a part of an image. Raises BadPrompt.
     """
     pictures = [picture(source, number) for number, source in enumerate(sources, 1)]
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = tokenizer_of(processor)
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)  # by the chat template
     made = _prepared(processor, text, pictures, special=not begun)
     ids = made.pop("input_ids")[0].long()
@@ -188,7 +192,9 @@ def _prepared(processor: Any, text: str, pictures: Sequence[Image], *, special: 
         with quiet():
             made = processor(text=[text], images=[list(pictures)], return_tensors="pt", add_special_tokens=special)
     except Exception as error:  # a processor says what it does not take in its own ways
-        raise BadPrompt(f"{type(processor).__name__} does not take this text with these images ({_line(error)})") from error
+        raise BadPrompt(
+            f"{type(processor).__name__} does not take this text with these images ({_line(error)})"
+        ) from error
     return dict(made)
 
 

@@ -378,9 +378,7 @@ class Decoder:
 
     def _forward(self, part: Tensor, logits: int) -> Tensor:
         count = min(logits, part.numel())
-        return forward(
-            self.model, self, part, self._positions, cache=self.states, logits=count, images=self.images
-        )
+        return forward(self.model, self, part, self._positions, cache=self.states, logits=count, images=self.images)
 
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.attention_hook import device_of, exclusive, remembering
-from workbench.engine.images import unchanged
+from workbench.engine.images import image_token, unchanged
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
 from workbench.models import Facts, cache_dir
@@ -96,7 +96,8 @@ def verify_images(model: PreTrainedModel, facts: Facts, trace: Trace) -> None:
         return
     device = device_of(model)
     with exclusive(model), unchanged(model), torch.inference_mode(), quiet():
-        own: Any = model.generate(
+        generating: Any = model
+        own = generating.generate(
             input_ids=trace.ids.to(device)[None],
             attention_mask=torch.ones_like(trace.ids, device=device)[None],
             **{name: tensor.to(device) for name, tensor in images.inputs.items()},
@@ -177,8 +178,9 @@ def _parts(ids: Tensor) -> list[Tensor]:
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
-    and all that are decoded. Where layers keep states, positions are said, as `generate` does, and those that would
-    be lost among several tokens are given one after another. A model without a cache reads everything each time.
+    and all that are decoded. Where layers keep states, or images seen before may have moved positions, these are said,
+    as `generate` does; tokens whose states would be lost among several are given one after another. A model without a
+    cache reads everything each time.
     """
     rows: list[Tensor] = []
     cache, states, end = None, fresh_states(model), 0
@@ -190,7 +192,7 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
             inputs = ids[at:end].to(device_of(model))[None]
             count = part.numel() if rows else 1
             where = torch.arange(at, end, device=inputs.device)[None]
-            said = {} if states is None else {"position_ids": where}
+            said = {"position_ids": where} if states is not None or image_token(model) is not None else {}
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
             cache = getattr(output, "past_key_values", None)
             rows.append(output.logits[0, -count:].float())

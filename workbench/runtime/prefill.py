@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
     return rows.looked_at()
 
 
-def _with_images(layer: LayerTrace, images: Images | None) -> LayerTrace:
+def with_images(layer: LayerTrace, images: Images | None) -> LayerTrace:
     """A layer that knows which tokens stand for images, and where these are not turned by their places."""
     if images is None:
         return layer
@@ -235,11 +235,12 @@ def read(
             states,
         )
         images = prompt.images
-        with noting(model) if images is not None else nullcontext([]) as noted:
+        with ExitStack() as leaving:
+            noted = [] if images is None else leaving.enter_context(noting(model))
             logits = forward(model, recorder, prompt.ids, torch.arange(tokens), cache=states, images=images)[-1]
         if images is not None:
             prompt = replace(prompt, images=images.placed(noted[0].coordinates))
-            recorder.layers = {index: _with_images(layer, prompt.images) for index, layer in recorder.layers.items()}
+            recorder.layers = {index: with_images(layer, prompt.images) for index, layer in recorder.layers.items()}
     _check_layers(recorder.layers, numbers, facts.name)
     if states is not None and states.untouched:
         raise NotApplicable(
@@ -348,7 +349,7 @@ def read_unrecorded(
         progress=progress,
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
-    layers = tuple(_with_images(layer.blank(tokens), prompt.images) for layer in first.layers)
+    layers = tuple(with_images(layer.blank(tokens), prompt.images) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
     return Trace(prompt, layers, logits, 0.0, exact_layers(layers, None), Timeline("read"), gone=gone)

@@ -115,8 +115,9 @@ class Readings:
             return Prompt.of(text, self.tokenizer, chat)
         if self.processor is None or self.tokenizer is None:
             raise BadPrompt(
-                f"images are prepared by a model's own processor, and this session has none for {self.facts.name}: open "
-                "a folder of a model that sees images, or give (model, processor); Pillow has to be installed"
+                f"images are prepared by a model's own processor, and this session has none for {self.facts.name}: "
+                "open a folder of a model that sees images, or give (model, processor), with Pillow installed, and "
+                "torchvision for some processors"
             )
         if not isinstance(text, str) and not has_messages(text):
             raise BadPrompt("images go with a text or chat messages, not with token ids")
