@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import workbench as wb
 from tests.seeing import IMAGE, pictures, seeing
+from workbench.cli import main
 from workbench.engine.images import unchanged
 from workbench.errors import BadPrompt, NotApplicable
 
@@ -224,6 +226,24 @@ def test_saved_sessions_keep_their_images(session: Any, tmp_path: Path) -> None:
     one, other = (each.trace.prompt.images for each in (again, seer))
     assert one.labels() == other.labels() and one.labels()[int(one.mask.nonzero()[0])] == "[image 1, 1]"
     assert again.run(["rtn"], max_new_tokens=2).tokens  # which reads the prompt again, by other weights
+
+
+def test_a_folder_with_a_processor_reads_images_from_the_command_line(
+    session: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seer, image = session("Llava"), pictures(1)[0]
+    folder = tmp_path / "llava"
+    seer.model.save_pretrained(folder)
+    seer.readings.processor.save_pretrained(folder)
+    Image.fromarray(image).save(tmp_path / "one.png")
+    seer.read("see <image> there", images=[image])
+    want = seer.run("snapkv", budget=0.5, question="what?", max_new_tokens=4)
+    asked = ["run", "snapkv", "--budget", "0.5", "--model", str(folder), "--image", str(tmp_path / "one.png")]
+    asked += ["--text", "see <image> there", "--question", "what?", "--max-new-tokens", "4", "--kv-dtype", "float32"]
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == list(want.tokens)
+    assert main(["run", "--model", str(folder), "--image", "none.png", "--text", "see"]) == 2
+    assert "image 1: cannot read" in capsys.readouterr().err
 
 
 def test_a_difference_from_generate_is_refused(session: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import BadParameter, CheckpointRefused, ModelNotFound
 from workbench.files.paths import place
 from workbench.models.agreement import check_report, check_size, check_ties
+from workbench.models.auto_class import auto_class, sees
 from workbench.models.catalog import catalogue
 from workbench.models.checkpoint import PICKLED, has_tokenizer, stored_dtype, weights_in
 from workbench.models.facts import Facts, facts
@@ -107,17 +108,13 @@ def _from_folder(
     folder: Path, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, ProcessorMixin | None]:
     with quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as TEXT
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGES
+        from transformers import AutoConfig, AutoTokenizer
 
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             check_size(folder)
-            kind = type(AutoConfig.from_pretrained(str(folder), **safe))
-            seeing = kind in IMAGES and kind not in TEXT
-            auto: Any = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
-            loaded: Any = auto.from_pretrained(
+            config = AutoConfig.from_pretrained(str(folder), **safe)
+            loaded: Any = auto_class(config).from_pretrained(
                 str(folder),
                 dtype=dtype,
                 use_safetensors=True,
@@ -139,7 +136,7 @@ def _from_folder(
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), **safe)
             except Exception as error:
                 raise CheckpointRefused(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-        processor = _processor(folder, safe) if kind in IMAGES and tokenizer is not None else None
+        processor = _processor(folder, safe) if sees(config) and tokenizer is not None else None
     return model, tokenizer, processor
 
 
