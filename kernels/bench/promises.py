@@ -1,6 +1,6 @@
-"""What the kernels have to reach on an H100, and whether the recorded figures do.
+"""What the kernels have to reach on a data centre's GPU, and whether the recorded figures do.
 
-Each promise finds its figure in the results; where rows are missing there is none.
+Each promise finds its figure in the results of one device; where rows are missing there is none.
 """
 
 from __future__ import annotations
@@ -42,17 +42,19 @@ class Promise:
 
 
 def table(results: Results) -> list[list[str]]:
-    """Promise, bound, what was reached, and whether that is enough; with a head."""
+    """Promise, bound, what was reached, and whether that is enough, of what was measured; with a head."""
     lines = [["must hold", "bound", "reached", "holds"]]
     for promise in PROMISES:
         reached, kept = promise.figure(results), promise.kept(results)
+        if reached is None:
+            continue
         said = "≤ " if promise.at_most else "≥ "
         lines.append(
             [
                 promise.says,
                 said + promise.shown(promise.bound),
-                "not measured" if reached is None else promise.shown(reached),
-                "" if kept is None else "yes" if kept else "**no**",
+                promise.shown(reached),
+                "yes" if kept else "**no**",
             ]
         )
     return lines

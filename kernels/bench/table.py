@@ -226,8 +226,10 @@ def _svg(width: float, height: float, parts: Iterable[str]) -> str:
 def rendered(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
     """What stands between the markers, and the plots by file name. results: what the JSON files hold, by name."""
     sections, plots = [], {}
-    if results:
-        sections.append(f"## What must hold on an H100\n\n{markdown(promises.table(results))}")
+    for device, measured in _by_device(results).items():
+        held = promises.table(measured)
+        if len(held) > 1:
+            sections.append(f"## What must hold, on {device}\n\n{markdown(held)}")
     for name, result in results.items():
         parts = [f"## {name.replace('_', ' ').capitalize()}"]
         over_length, shares = lines(result["rows"]), bars(result["rows"])
@@ -241,6 +243,14 @@ def rendered(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, s
             parts.append(f"![{name}: {title}](images/{file})")
         sections.append("\n\n".join([*parts, markdown_of(result)]))
     return "\n\n".join(sections) or "No figures have been recorded yet.", plots
+
+
+def _by_device(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The results of each device by themselves, in the order of the devices' names."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, result in results.items():
+        found.setdefault(str(result["environment"]["device"]), {})[name] = result
+    return dict(sorted(found.items()))
 
 
 def _limits(result: Mapping[str, Any], title: str) -> dict[str, list[tuple[float, float]]]:
