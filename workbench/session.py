@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -26,8 +27,10 @@ from workbench.models.load import device_for, dtype_for
 from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
 from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
+from workbench.runtime.compiling import telling
 from workbench.runtime.conversation import Conversation
 from workbench.runtime.readings import Readings
+from workbench.runtime.rehearsal import Rehearsal, begin
 from workbench.runtime.run import Question, Run, Stream
 from workbench.runtime.task_evaluation import TASK_COLUMNS, TaskEvaluation
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
@@ -100,6 +103,7 @@ class Session(Shown):
         self.seed = arguments.whole("seed", seed, 0, 2**63 - 1)
         self.graphs = graphs
         self.runs: list[Run] = []
+        self._rehearsal: Rehearsal | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -183,6 +187,7 @@ class Session(Shown):
         images: Sequence[Picture] = (),
         chat: bool | None = None,
         record: bool = True,
+        expecting: Spec | None = None,
         progress: Progress | None = None,
     ) -> Trace:
         """Read a prompt: text, chat messages, or token ids [n]; everything later is asked of it.
@@ -191,11 +196,14 @@ class Session(Shown):
         as they are. images: PIL images, arrays [height, width, 3] of bytes, or paths of files, for a model that sees
         them; "<image>" in the text says where each stands (default: before it), in messages a part {"type": "image"}.
         record: False takes the prompt in without reading it as a whole, for texts too long for that; only
-        methods that read in bounded memory can be used then, and quality is not measured. Raises BadPrompt,
+        methods that read in bounded memory can be used then, and quality is not measured. expecting: the recipe that
+        will be run: on a GPU its kernels compile meanwhile, where this machine never did so. Raises BadPrompt,
         PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
         prompt still in place.
         """
-        trace = self.readings.read(text, images=images, chat=chat, record=record, progress=progress)
+        recipe = None if expecting is None else Recipe.of(expecting)
+        begun = None if recipe is None else partial(self._rehearse, recipe)
+        trace = self.readings.read(text, images=images, chat=chat, record=record, progress=progress, begun=begun)
         self.runs = []
         return trace
 
@@ -213,7 +221,22 @@ class Session(Shown):
         Raises BudgetTooSmall, BadBudget, BadRecipe, BadParameter, UnknownMethod, NotRead.
         """
         spec = Recipe.of(recipe, budget=budget, **parameters)
-        return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
+        with self._compiled(progress):
+            return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
+
+    def _rehearse(self, recipe: Recipe, tokens: int) -> None:
+        """Let kernels compile that a recipe and a first map need, beside what is done next."""
+        look = partial(maps.attention_map, recipe=Recipe.of("full"), layer=0, head=0)
+        self._rehearsal = begin(self.model, self.facts, tokens, recipe, self.kv_dtype, look)
+
+    @contextmanager
+    def _compiled(self, progress: Progress | None) -> Iterator[None]:
+        """Work for which kernels may compile: those of a rehearsal are waited for, and others are reported."""
+        if self._rehearsal is not None:
+            self._rehearsal.finish(progress)
+            self._rehearsal = None
+        with telling(progress):
+            yield
 
     # -- weights
 
@@ -385,10 +408,11 @@ class Session(Shown):
         """
         spec, progress = Recipe.of(recipe, budget=budget, **parameters), progress or Progress()
         max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
-        trace = self.readings.trace(spec, progress)
-        began = time.perf_counter()
-        ids = trace.prompt.question_ids(question, self.tokenizer)
-        plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
+        with self._compiled(progress):
+            trace = self.readings.trace(spec, progress)
+            began = time.perf_counter()
+            ids = trace.prompt.question_ids(question, self.tokenizer)
+            plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
         # The reading that a method made while planning is on its timeline, not part of planning.
         plan_s = max(plan_s - plan.read_seconds, 0.0) if plan.chunked else plan_s
@@ -541,9 +565,9 @@ class Session(Shown):
         attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
         spec = _recipe(recipe, budget, parameters)
-        return maps.attention_map(
-            self.readings, spec, layer, head, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress
-        )
+        look = partial(maps.attention_map, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)
+        with self._compiled(progress):
+            return look(self.readings, spec, layer, head)
 
     def attention_grid(
         self,
@@ -562,7 +586,8 @@ class Session(Shown):
         the heads are judged on the way, and `heads` is quick after it.
         """
         spec = _recipe(recipe, budget, parameters)
-        return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
+        with self._compiled(progress):
+            return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
 
     def received(
         self,
@@ -607,7 +632,8 @@ class Session(Shown):
         **parameters: Any,
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
+        with self._compiled(progress):
+            return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
 
     def operator(
         self,

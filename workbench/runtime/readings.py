@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -82,14 +82,20 @@ class Readings:
         chat: bool | None = None,
         record: bool = True,
         progress: Progress | None = None,
+        begun: Callable[[int], None] | None = None,
     ) -> Trace:
-        """Read a prompt in place of the one before, which stays if this fails; see `Session.read`."""
+        """Read a prompt in place of the one before, which stays if this fails; see `Session.read`.
+
+        begun: told how many tokens will be read, before they are.
+        """
         if chat is not None:
             arguments.flag("chat", chat)
         arguments.flag("record", record)
         prompt = replace(self._prompt(text, images, chat), tokenizer=self.tokenizer)
         if not self.trusted:
             verify(self.model, self.facts, progress)
+        if begun is not None:
+            begun(prompt.ids.numel())
         trace = (read if record else read_unrecorded)(
             self.model,
             self.facts,
