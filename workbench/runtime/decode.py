@@ -17,7 +17,7 @@ from workbench.engine.states import States
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
 from workbench.kv.stores import ChunkStore, SharedStore, Store, cloned
-from workbench.kv.stores.capabilities import Evictable
+from workbench.kv.stores.capabilities import Capturable, Evictable
 from workbench.kv.stores.store import seen_by
 from workbench.measure.memory import CudaBytes, LiveBytes, live_bytes, tensor_bytes
 from workbench.models.facts import chunks
@@ -245,17 +245,20 @@ class Decoder:
         remembered = (value if isinstance(value, tuple) else (value,) for value in self.memory.values())
         return tensor_bytes(tensor for values in remembered for tensor in values if tensor is not None)
 
-    def advance(self, count: int) -> None:
-        """Take up `count` tokens read one after another, each seeing all before, whose rows captured steps wrote."""
+    def advance(self, count: int, stores: Sequence[Capturable]) -> None:
+        """Take up `count` tokens read one after another, each seeing all before, whose rows captured steps wrote into
+        the layers' stores.
+        """
         heads = self.model.config.get_text_config().num_attention_heads
         positions = torch.arange(self.position, self.position + count)
-        for layer, store in enumerate(self.stores):
-            capturable = store.capturable
-            assert capturable is not None
+        for layer, (store, capturable) in enumerate(zip(self.stores, stores, strict=True)):
             self._context.layer, self._context.positions = layer, positions
+            before = store.entries
             capturable.advance(positions)
             self._causal += heads * int((positions + 1).sum())
-            self._count_exact(store, heads, positions, None)
+            grown = store.entries > before
+            for some in (positions,) if grown else positions.split(1):  # of a full cache each sees as much
+                self._count_exact(store, heads, some, None)
         self.position += count
 
     def stand(self, position: Tensor) -> None:

@@ -63,11 +63,50 @@ class Rewritable(Protocol):
         """Replace keys [k, m, d] and values [k, m, dv], laid out as `contents` shows them."""
 
 
-Pin = Callable[[Rows, int], Ragged]
-"""From rows, and the most that any head of them will have, to where kernels find them for all steps to come."""
+StateAttention = Callable[[Tensor, Scoring, bool], tuple[Tensor, Tensor | None]]
+"""From a query [h, 1, d], and whether that is wanted too, to its attention and its log-sum-exp float32 [h, 1]."""
+
+
+class Replaceable(Evictable, Protocol):
+    """An evictable store with rows for each entry, so that a captured step can put a new entry in the place of one."""
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        """The rows of keys and values."""
+
+    @property
+    def beside(self) -> tuple[Rows, Rows]:
+        """Those of positions int32 and of eviction states float32."""
+
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
+        """Attention over everything held, with `growing` at the places keys and values."""
+
+    def advance(self, positions: Tensor) -> None:
+        """Take up tokens at positions int [q] whose keys and values a step has written behind those of every head."""
+
+
+AHEAD = 32  # steps that are begun before it is known whether they count, at most
+
+
+class Pin(Protocol):
+    """What a captured step gives its stores: places that stay, for all steps to come.
+
+    position: int64 [1], where the token stands that a step reads, on the device; it advances there. A step may be tried
+    before it counts, and up to `AHEAD` may be taken back: what an attention writes beside the rows has to allow that.
+    """
+
+    position: Tensor
+
+    def __call__(self, rows: Rows, longest: int) -> Ragged:
+        """Where kernels find rows, of which no head will have more than `longest`."""
+
 
 CapturedAttention = Callable[[Tensor, Scoring], Tensor]
 """From a query [h, 1, d] to its attention [h, 1, dv] over everything held."""
+
+
+Part = Callable[[Tensor, Scoring], tuple[Tensor, Tensor]]
+"""From a query [h, 1, d] to its state over some entries: the output [h, 1, dv] and the log-sum-exp float32 [h, 1]."""
 
 
 class Capturable(Protocol):

@@ -83,6 +83,8 @@ class Recomputing:
 class RecomputedRows(HostRows):
     """Host memory that holds the positions of all its entries, but of each head's first `deleted` [k] nothing else."""
 
+    capturable = False  # the model reads between
+
     def __init__(
         self,
         held: HostRows,
@@ -97,9 +99,9 @@ class RecomputedRows(HostRows):
 
     def fetch(self, slots: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         deleted = self.deleted.to(slots.device)[:, None]  # [k, 1]
-        held = self._copied((slots - deleted).clamp_min(0), (self.keys, self.values))
+        held = self._copied(slots - deleted, (self.keys, self.values))
         places = self._copied(slots, (self.positions,))
-        again = slots < deleted  # [k, u]
+        again = (slots >= 0) & (slots < deleted)  # [k, u]
         if not bool(again.any()):
             return lambda: (*held(), *places())
 
