@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from workbench.engine.attention_hook import device_of
+from workbench.errors import NotApplicable
 from workbench.models import Facts, LoadedModel, cache_dir, facts
 from workbench.progress import Progress
 from workbench.recipe import Recipe
@@ -122,9 +123,10 @@ def rehearse(
     for token in range(_STEPS):
         decoder.feed(torch.tensor([token]))
     if device.type == "cuda" and refusal(decoder, _STEPS) is None:
-        step = CapturedStep(decoder, 0, _STEPS, graph=False)  # as it will be captured, with the same kernels
-        step()
-        step()
+        with suppress(NotApplicable):  # stores say it of themselves
+            step = CapturedStep(decoder, 0, _STEPS, graph=False)  # as it will be captured, with the same kernels
+            step()
+            step()
     for look in looks:
         look(readings)
     if device.type == "cuda":
