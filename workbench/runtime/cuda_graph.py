@@ -38,6 +38,8 @@ def refusal(decoder: Decoder, steps: int = 1) -> str | None:
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
         return f"{decoder.attention.key} attends in its own way while decoding"
+    if decoder.images is not None and decoder.images.coordinates is not None:
+        return "the images of the prompt take other positions than their tokens"
     if decoder.states is not None:
         return "some layers keep another state than keys and values"
     if decoder.outputs is not None:
