@@ -158,11 +158,6 @@ class DenseStore(PositionedStore):
             rows.move(source, target, count)
 
     @property
-    def placed(self) -> tuple[Rows, ...]:
-        """The rows of positions; none where everything is held."""
-        return self._positions
-
-    @property
     def _rows(self) -> list[Rows]:
         """All rows of an entry."""
         return [self.keys, self.values, *self._positions, *(() if self.state is None else (self.state,))]
@@ -217,7 +212,7 @@ class DenseStore(PositionedStore):
         assert self.state is not None
         return self._positions[0], self.state
 
-    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin, gone: Tensor | None) -> StateAttention:
         return lambda query, scoring, lse: decode_dense(query, keys, values, scoring, lse=lse)
 
     @property
