@@ -246,7 +246,10 @@ class Decoder:
             self._context.layer, self._context.positions = layer, positions
             capturable.advance(positions)
             self._causal += heads * int((positions + 1).sum())
+            counted = self._context.computed[layer]
             self._count_exact(store, heads, positions, None)
+            if (selected := store.holder.scores_computed) is not None:
+                self._context.computed[layer] = counted + selected
         self.position += count
 
     def stand(self, position: Tensor) -> None:

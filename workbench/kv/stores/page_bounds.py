@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Self
@@ -9,10 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Pin
 from workbench.kv.stores.format import Shape, index_nbytes
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.selected import Selection, Selector
 from workbench.trace import LayerTrace
+from workbench_kernels.rows import Ragged
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,55 @@ class PageBounds(Selector):
         for page in rest.split(self.page, dim=1) if rest.shape[1] else ():
             self.bounds.append(_bounds(page), block=4)
         self._filled = (self._filled + keys.shape[1]) % self.page
+
+    # -- captured decode steps
+
+    @property
+    def growing(self) -> Rows | None:
+        return self.bounds if self.bounds.uniform and not any(self._padding) else None
+
+    def room_for(self, tokens: int) -> int:
+        return tokens // self.page + 1
+
+    def captured(self, keys: Ragged, pin: Pin, steps: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        most = -(-keys.longest // self.page)
+        wanted = min(self.pages, most)
+        bounds = self.bounds.data.view(self.bounds.heads, -1, self.bounds.data.shape[1])[:, :most]  # [k, p, 2d]
+        pages, inside = (torch.arange(size, device=bounds.device) for size in (most, self.page))
+
+        def choose(query: Tensor) -> tuple[Tensor, Tensor]:
+            self._take(bounds, keys.data[keys.starts + keys.lengths - 1], keys.lengths[:1] - 1)
+            least, greatest = bounds.float().chunk(2, dim=2)
+            asked = query.float()
+            highest = asked.clamp_min(0) @ greatest.mT + asked.clamp_max(0) @ least.mT  # [k, g, p]
+            highest = highest.masked_fill(pages * self.page >= keys.lengths[:, None, None], -torch.inf)
+            best = highest.topk(wanted, dim=2)
+            rows = (best.indices[..., None] * self.page + inside).flatten(2)
+            there = (best.values > -torch.inf).repeat_interleave(self.page, dim=2)
+            return rows, there & (rows < keys.lengths[:, None, None])
+
+        return choose
+
+    def _take(self, bounds: Tensor, key: Tensor, row: Tensor) -> None:
+        """Let a new key [k, d], row number int32 [1] of every head, widen the bounds [k, p, 2d] of its page or begin
+        them.
+        """
+        page, new = (row // self.page).long(), torch.cat([key, key], dim=1)[:, None].to(bounds.dtype)
+        before = bounds.index_select(1, page)
+        widened = torch.where(row % self.page == 0, new, _joined(before, new))
+        bounds.index_copy_(1, page, widened)
+
+    def follow(self, keys: Tensor, count: int) -> int:
+        total, before = keys.shape[1], keys.shape[1] - count
+        first = before // self.page
+        self.bounds.grow(-(-total // self.page) - self.bounds.longest)
+        part = keys[:, first * self.page :]
+        rest = part[:, -1:].expand(-1, -total % self.page, -1)  # which widens nothing
+        pages = torch.cat([part, rest], dim=1).unflatten(1, (-1, self.page))
+        where = torch.arange(first, self.bounds.longest, device=keys.device).expand(len(keys), -1)
+        self.bounds.put(where, torch.cat([pages.amin(dim=2), pages.amax(dim=2)], dim=2))
+        self._filled = total % self.page
+        return self.bounds.heads * sum(-(-length // self.page) for length in range(before + 1, total + 1))
 
     def reserve(self, tokens: int) -> None:
         self.bounds.reserve(-(-tokens // self.page))
