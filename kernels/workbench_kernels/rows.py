@@ -46,12 +46,13 @@ class PackedRows(NamedTuple):
 
     codes uint8 [t, b] as `pack` lays them out; scale and zero float16, alike: axis "channel": [t', d], a row for
     `group` consecutive rows of a head; axis "token": [t', ceil(d / group)], a row for each row. tail [t'', d].
+    zero None, for axis "token": codes stand around 2 ** (bits - 1), and scales may be bfloat16 or float8_e4m3fn too.
     balance float16 [k, d] or None: what a head's channels were multiplied with before they were quantised.
     """
 
     codes: Ragged
     scale: Ragged
-    zero: Ragged
+    zero: Ragged | None
     tail: Ragged
     bits: int
     group: int
@@ -68,7 +69,8 @@ class PackedRows(NamedTuple):
         width = self.tail.data.shape[1]
         codes, packed = self.codes.padded()
         codes = unpack(codes, self.bits, width)
-        scale, zero = self.scale.padded()[0], self.zero.padded()[0]
+        scale = self.scale.padded()[0].float()
+        zero = -(2.0 ** (self.bits - 1)) * scale if self.zero is None else self.zero.padded()[0].float()
         if self.axis == "channel":
             each = torch.arange(codes.shape[1], device=codes.device) // self.group
             scale, zero = (
@@ -78,7 +80,7 @@ class PackedRows(NamedTuple):
         else:
             each = torch.arange(width, device=codes.device) // self.group
             scale, zero = scale[..., each], zero[..., each]
-        front = torch.addcmul(zero.float(), codes.float(), scale.float())
+        front = torch.addcmul(zero, codes.float(), scale)
         if self.balance is not None:
             front = front / self.balance.float()[:, None]
         tail, whole = self.tail.padded()

@@ -116,6 +116,10 @@ CapturedAttention = Callable[[Tensor, Scoring], Tensor]
 """From a query [h, 1, d] to its attention [h, 1, dv] over everything held."""
 
 
+Part = Callable[[Tensor, Scoring], tuple[Tensor, Tensor]]
+"""From a query [h, 1, d] to its state over some entries: the output [h, 1, dv] and the log-sum-exp float32 [h, 1]."""
+
+
 class Capturable(Protocol):
     """A store into which a captured decode step can write: of a new token a row for each head, and nothing else.
 

@@ -14,6 +14,7 @@ from workbench.kv.stores.capabilities import (
     CapturedAttention,
     Droppable,
     Evictable,
+    Part,
     Pin,
     Replaceable,
     Rewritable,
@@ -21,7 +22,7 @@ from workbench.kv.stores.capabilities import (
 )
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Dequantised, Store, for_kernel
+from workbench.kv.stores.store import Dequantised, Store, for_kernel, state
 from workbench_kernels import Scoring
 from workbench_kernels.building import kept
 from workbench_kernels.decode import decode_dense
@@ -200,6 +201,15 @@ class DenseStore(PositionedStore):
     def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
         return lambda query, scoring: decode_dense(query, keys, values, scoring)[0]
 
+    parted = True
+
+    def part(self, dtype: torch.dtype, more: int, pin: Pin) -> Part:
+        keys, values = (pin(rows, rows.longest + more) for rows in self.growing)
+        return whole_rows(keys, values)
+
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> Part:
+        return whole_rows(keys, values)
+
     def advance(self, positions: Tensor) -> None:
         self._grown(self.growing, positions)
 
@@ -250,6 +260,11 @@ class DenseStore(PositionedStore):
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         twin.state = None if self.state is None else self.state.clone()
         return twin
+
+
+def whole_rows(keys: Ragged, values: Ragged) -> Part:
+    """Attention over rows at full precision."""
+    return lambda query, scoring: state(decode_dense(query, keys, values, scoring, lse=True))
 
 
 class SlidingStore(Store):

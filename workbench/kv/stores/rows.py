@@ -168,6 +168,17 @@ class Rows:
         else:
             self.data[self.slots()[valid]] = x[valid].to(self.data.dtype)
 
+    def refill(self, other: Rows) -> None:
+        """Replace all rows by those of `other`, of which each head has equally many more, in the room reserved."""
+        more = other.longest - self.longest
+        if self.lengths is None or self.starts is None:
+            self.data.view(self.heads, self._room, -1)[:, : other.longest] = other.view()
+        else:
+            owners = torch.repeat_interleave(torch.arange(self.heads, device=self.data.device), other.counts)
+            steps = torch.arange(other.total, device=self.data.device) - other.begins[owners]
+            self.data[self.begins[owners] + steps] = other.data[: other.total]
+        self.grow(more)
+
     def reserve(self, rows: int) -> None:
         """Make room so that `rows` further rows a head can be appended without moving anything."""
         if self.lengths is None or self.starts is None:
