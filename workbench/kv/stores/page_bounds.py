@@ -10,11 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Pin
 from workbench.kv.stores.format import Shape, index_nbytes
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.selected import Selection, Selector
 from workbench.trace import LayerTrace
+from workbench_kernels.pages import page_rows, page_scores
 from workbench_kernels.rows import Ragged
 
 
@@ -117,33 +117,16 @@ class PageBounds(Selector):
     def room_for(self, tokens: int) -> int:
         return tokens // self.page + 1
 
-    def captured(self, keys: Ragged, pin: Pin, steps: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def captured(self, keys: Ragged, values: Ragged) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         most = -(-keys.longest // self.page)
         wanted = min(self.pages, most)
         bounds = self.bounds.data.view(self.bounds.heads, -1, self.bounds.data.shape[1])[:, :most]  # [k, p, 2d]
-        pages, inside = (torch.arange(size, device=bounds.device) for size in (most, self.page))
 
-        def choose(query: Tensor) -> tuple[Tensor, Tensor]:
-            self._take(bounds, keys.data[keys.starts + keys.lengths - 1], keys.lengths[:1] - 1)
-            least, greatest = bounds.float().chunk(2, dim=2)
-            asked = query.float()
-            highest = asked.clamp_min(0) @ greatest.mT + asked.clamp_max(0) @ least.mT  # [k, g, p]
-            highest = highest.masked_fill(pages * self.page >= keys.lengths[:, None, None], -torch.inf)
-            best = highest.topk(wanted, dim=2)
-            rows = (best.indices[..., None] * self.page + inside).flatten(2)
-            there = (best.values > -torch.inf).repeat_interleave(self.page, dim=2)
-            return rows, there & (rows < keys.lengths[:, None, None])
+        def choose(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            best = page_scores(query, keys, bounds, self.page).topk(wanted, dim=2).indices
+            return page_rows(best, keys, values, self.page)
 
         return choose
-
-    def _take(self, bounds: Tensor, key: Tensor, row: Tensor) -> None:
-        """Let a new key [k, d], row number int32 [1] of every head, widen the bounds [k, p, 2d] of its page or begin
-        them.
-        """
-        page, new = (row // self.page).long(), torch.cat([key, key], dim=1)[:, None].to(bounds.dtype)
-        before = bounds.index_select(1, page)
-        widened = torch.where(row % self.page == 0, new, _joined(before, new))
-        bounds.index_copy_(1, page, widened)
 
     def follow(self, keys: Tensor, count: int) -> int:
         total, before = keys.shape[1], keys.shape[1] - count

@@ -27,11 +27,6 @@ class PositionedStore(Store):
         self._positions = tuple(rows for rows in positions if rows is not None)
 
     @property
-    def placed(self) -> tuple[Rows, ...]:
-        """The rows of positions; none where everything is held."""
-        return self._positions
-
-    @property
     @abstractmethod
     def _complete_length(self) -> int:
         """Slots of each head where everything from position 0 on is held."""

@@ -20,7 +20,6 @@ from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
 from workbench_kernels.decode import decode_dense
-from workbench_kernels.fetching import fetch_rows
 from workbench_kernels.rows import Ragged
 
 
@@ -56,9 +55,9 @@ class Selector(ABC):
         """How many more of `growing` so many tokens take, at most."""
         return tokens
 
-    def captured(self, keys: Ragged, pin: Pin, steps: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """For captured steps: from a query [k, g, d], whose own key has joined the others, to the rows of each of its
-        heads, int64 [k, g, c] within its KV head, and which of these count, bool.
+    def captured(self, keys: Ragged, values: Ragged) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """For captured steps: from a query [k, g, d], whose own key has joined the others, to what each of its heads
+        attends to: keys [h, c, d], values [h, c, dv], and int32 [h, c, 1], 0 where there is an entry and 1 elsewhere.
         """
         raise NotImplementedError
 
@@ -130,8 +129,8 @@ class SelectingStore(WrappingStore):
         super().__init__(inner)
         self.selector = selector
         self._computed: int | None = None
-        self._groups, self._seen = 1, 0
-        self._counts = torch.empty(0, dtype=torch.int64)  # how many entries each captured step chose
+        self._groups = self._at_once = self._seen = 0
+        self._missing = torch.empty(0, dtype=torch.int64)  # entries that each captured step did not find
 
     @property
     def scores_computed(self) -> int | None:
@@ -226,33 +225,24 @@ class SelectingStore(WrappingStore):
         """Nothing waits."""
 
     def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
-        choose = self.selector.captured(keys, pin, steps)
-        heads = self.kv_heads
-        counts = torch.zeros(steps, dtype=torch.int64, device=self.device)
-        begin = pin.position.clone()
-        self._counts = counts
-        self._seen = 0
+        choose, heads = self.selector.captured(keys, values), self.kv_heads
+        missing = torch.zeros(steps, dtype=torch.int64, device=self.device)
+        begin, newest = pin.position.clone(), torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._missing, self._seen = missing, 0
 
         def attention(query: Tensor, scoring: Scoring) -> Tensor:
-            rows, valid = choose(query.view(heads, -1, query.shape[2]))
-            self._groups = rows.shape[1]
-            counts.index_copy_(0, pin.position - begin, valid.sum()[None])
-
-            def chosen(of: Ragged) -> Ragged:
-                at = (of.starts.long()[:, None, None] + rows).masked_fill(~valid, -1)
-                return Ragged.of(fetch_rows(of.data, at).flatten(0, 1))
-
-            hidden = (~valid).to(torch.int32).flatten(0, 1)[..., None]  # as if they stood behind the query
-            newest = torch.zeros(1, dtype=torch.int64, device=query.device)
-            every = chosen(keys), chosen(values)
-            return decode_dense(query, *every, scoring, query_positions=newest, positions=Ragged.of(hidden))[0]
+            key, value, hidden = choose(query.view(heads, -1, query.shape[2]))
+            missing.index_copy_(0, pin.position - begin, hidden.sum()[None])
+            self._groups, self._at_once = query.shape[0] // heads, hidden.numel()
+            every, behind = (Ragged.of(key), Ragged.of(value)), Ragged.of(hidden)  # as if it stood behind the query
+            return decode_dense(query, *every, scoring, query_positions=newest, positions=behind)[0]
 
         return attention
 
     def advance(self, positions: Tensor) -> None:
         self._inner.advance(positions)
         count = positions.numel()
-        chosen = int(self._counts[self._seen : self._seen + count].sum())
+        chosen = count * self._at_once - int(self._missing[self._seen : self._seen + count].sum())
         self._computed = chosen + self._groups * self.selector.follow(self._inner.growing[0].view(), count)
         self._seen += count
 
