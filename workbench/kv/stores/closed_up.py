@@ -16,8 +16,9 @@ from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench_kernels import Scoring, attend
 from workbench_kernels.decode import decode_dense
+from workbench_kernels.joined import joined
+from workbench_kernels.rotary import Turn
 from workbench_kernels.rows import Ragged
-from workbench_kernels.softmax import attention_state, merge_states
 
 
 class ClosedUpStore(WrappingStore):
@@ -129,21 +130,21 @@ class ClosedUpStore(WrappingStore):
         at = int(gone[0, 0]) - first + held + torch.arange(steps, device=self.device)  # where queries stand
         by = self._by(at[None], torch.full_like(at, held - 1)[None])
         cos, sin = (x[0] for x in by)  # [steps, r]
-        begin, recent = at[:1], (_behind(keys, first), _behind(values, first))
-        sinks = [rows.view()[:, :first].clone() for rows in (key_rows, value_rows)] if first else None
-        seen = torch.ones(1, 1, max(first, 1), dtype=torch.bool, device=self.device)
+        recent = _behind(keys, first), _behind(values, first)
+        sinks = [rows.view()[:, :first].clone() for rows in (key_rows, value_rows)]
+        begin, halves = at[:1].clone(), self.rotation.order is None
 
         def attention(query: Tensor, scoring: Scoring, lse: bool) -> tuple[Tensor, Tensor | None]:
             assert not lse
-            near, near_lse = decode_dense(query, recent[0], recent[1], scoring, lse=True)
-            if sinks is None:
+            near, near_lse = decode_dense(query, *recent, scoring, lse=True)
+            if not first:
                 return near, None
             assert near_lse is not None
-            step = pin.position - begin
-            there = (x.index_select(0, step) for x in (cos, sin))
-            turned = self.rotation.by(query.float(), *there).to(query.dtype)
-            far = attention_state(turned, *sinks, seen, scoring.without_sinks())
-            return merge_states([(near, near_lse), far]), None
+            turn: Turn | None = Turn(cos, sin, pin.position - begin)
+            if not halves:
+                there = (x.index_select(0, pin.position - begin) for x in (cos, sin))
+                query, turn = self.rotation.by(query.float(), *there).to(query.dtype), None
+            return joined(near, near_lse, query, sinks[0], sinks[1], scoring, turn), None
 
         return attention
 
