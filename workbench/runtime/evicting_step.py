@@ -19,6 +19,7 @@ from workbench.kv.base import KVMethod
 from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Pin, Replaceable, Scheduled
 from workbench.kv.stores.rows import Rows
 from workbench_kernels import Scoring
+from workbench_kernels.placing import Beside, place
 from workbench_kernels.rows import Ragged
 from workbench_kernels.shares import shares
 
@@ -130,18 +131,17 @@ class EvictingLayer:
     def take_in(self, position: Tensor, keys: Places, values: Places) -> None:
         key_rows, value_rows = self.store.growing
         where, state = self.store.beside
-        if self.replaces:
-            if self._slots is not None:
-                slot = self._slots.index_select(0, position - self.position)[0]  # [k]
-            else:
-                slot = self.evicting.evict(self._state(), self._seen(where)[..., 0], 1)[:, 0]
-            keys.ends.copy_(key_rows.begins + slot)
-            values.ends.copy_(value_rows.begins + slot)
-            _write(where, slot, position)
-        else:
-            slot = keys.ends - key_rows.begins
-        if self._watches:
-            state.data.index_fill_(0, state.begins + slot, 0.0)
+        states = state.data if self._watches else None
+        if not self.replaces:
+            if states is not None:
+                states.index_fill_(0, keys.ends - key_rows.begins + state.begins, 0.0)
+            return
+        slots, first = self._slots, self.position
+        if slots is None:
+            slots = self.evicting.evict(self._state(), self._seen(where)[..., 0], 1).mT
+        ends, rooms = (keys.ends, values.ends), (_room(key_rows), _room(value_rows))
+        beside = Beside(where.data, states)
+        place(slots, position, None if self._slots is None else first, ends, rooms, beside)
 
     def _seen(self, rows: Rows) -> Tensor:
         """Rows [k, capacity, w] of every head, as far as there will be any."""
@@ -180,7 +180,8 @@ class ScheduledLayer:
         self.store, self.position = store, position
         plan = torch.tensor(list(schedule), dtype=torch.int64)
         self._lengths = plan[:, 1].tolist()
-        self._plan = plan.to(store.growing[0].data.device)
+        there = plan.to(store.growing[0].data.device)
+        self._rows, self._longest = there[:, :1].contiguous(), there[:, 1].to(torch.int32)
 
     @property
     def growing(self) -> tuple[Rows, Rows]:
@@ -212,12 +213,12 @@ class ScheduledLayer:
         """Nothing waits."""
 
     def take_in(self, position: Tensor, keys: Places, values: Places) -> None:
-        now = self._plan.index_select(0, position - self.position)[0]  # [2]
-        for rows, places in zip(self.store.growing, (keys, values), strict=True):
-            places.ends.copy_(rows.begins + now[0])
-            places.lengths.copy_(now[1].expand_as(places.lengths))
-        for rows in self.store.placed:
-            _write(rows, now[:1].expand(rows.heads), position)
+        key_rows, value_rows = self.store.growing
+        rooms, (where,) = (_room(key_rows), _room(value_rows)), self.store.placed
+        place(self._rows, position, self.position, (keys.ends, values.ends), rooms, Beside(where.data, None))
+        now = self._longest.index_select(0, position - self.position)
+        for places in (keys, values):
+            places.lengths.copy_(now.expand_as(places.lengths))
 
     def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
         return self.store.captured_attention(keys, values, steps, pin)
@@ -227,6 +228,6 @@ class ScheduledLayer:
         self.store.follow(last, self._lengths[last - self.position] - self.store.longest)
 
 
-def _write(rows: Rows, slot: Tensor, position: Tensor) -> None:
-    """Let each head's row number `slot` [k] be of the position int64 [1]."""
-    rows.data.index_copy_(0, rows.begins + slot, position.to(rows.data.dtype).expand(rows.heads)[:, None])
+def _room(rows: Rows) -> int:
+    """From where one head's rows begin to the next, of heads equally long."""
+    return rows.data.shape[0] // rows.heads
