@@ -253,12 +253,12 @@ class Decoder:
         positions = torch.arange(self.position, self.position + count)
         for layer, (store, capturable) in enumerate(zip(self.stores, stores, strict=True)):
             self._context.layer, self._context.positions = layer, positions
-            before = store.entries
             capturable.advance(positions)
             self._causal += heads * int((positions + 1).sum())
-            grown = store.entries > before
-            for some in (positions,) if grown else positions.split(1):  # of a full cache each sees as much
-                self._count_exact(store, heads, some, None)
+            counted = self._context.computed[layer]
+            self._count_exact(store, heads, positions, None)
+            if (selected := store.holder.scores_computed) is not None:
+                self._context.computed[layer] = counted + selected
         self.position += count
 
     def stand(self, position: Tensor) -> None:
