@@ -96,6 +96,9 @@ class Replaceable(Evictable, Protocol):
         """Take up tokens at positions int [q] whose keys and values a step has written behind those of every head."""
 
 
+Place = Callable[[Rows, int], Ragged]
+"""From rows, and the most that any head of them will have, to where kernels find them."""
+
 AHEAD = 32  # steps that are begun before it is known whether they count, at most
 
 
