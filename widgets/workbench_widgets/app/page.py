@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from panel_material_ui.template.base import Page as MaterialPage
 from param.parameterized import Event
 from tornado.ioloop import IOLoop
 
-from workbench.budget import Budget
-from workbench.errors import WorkbenchError
+from workbench.errors import BadRecipe, WorkbenchError
 from workbench.recipe import Recipe
+from workbench.runtime.comparison import Comparison
 from workbench.weights.base import WeightMethod
 from workbench_widgets import present
 from workbench_widgets.app.elements.notice import Notice
@@ -48,6 +48,7 @@ from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS
 from workbench_widgets.app.state.snippet import snippet
 from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.records import Asked, Record, differences
 from workbench_widgets.app.work.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ class Page:
             workspace, state.budget, state.weights_budget, lambda: self.plan(interrupt=False), self._weights_moved
         )
         self.answer = Answer(
-            workspace, state.question or self.prompt.question, state.tokens, self.run, self._update_address
+            workspace,
+            state.question or self.prompt.question,
+            state.tokens,
+            self.run,
+            self._update_address,
+            expected=self.prompt.answer if state.expected is None else state.expected,
         )
         self.status = StatusLine(workspace)
         self.link = Notice(state.complaint, severity="warning", closeable=True, margin=(0, 0, 12, 0))
@@ -118,7 +124,7 @@ class Page:
             HeadErrorPanel(workspace),
             OutliersPanel(workspace),
             MemoryPanel(workspace),
-            RunsPanel(workspace, self.compare),
+            RunsPanel(workspace, self.compare, self.restore, self._recipe),
             WeightsPanel(workspace),
         ]
         self.tabs = pmu.Tabs(
@@ -132,6 +138,7 @@ class Page:
         workspace.param.watch(self._was_read, "reading")
         workspace.param.watch(lambda _: self._update_address(), "selected")
         workspace.param.watch(self._follow, "plan")
+        workspace.param.watch(self._tell_old, ["shown", "dirty"])
         self.answer.follows.param.watch(self._follow, "value")
         self._linked_head = (state.layer, state.head)
         self._offer()
@@ -229,29 +236,60 @@ class Page:
             self.workspace.make_plan(recipe, interrupt=interrupt)
 
     def run(self, follow: bool) -> None:
-        """Answer the question; follow: the one that goes on from the last run's cache."""
+        """Answer the question; follow: the one that goes on from the last run's cache.
+
+        A prompt that was changed is read first: what is answered is what stands on the page.
+        """
         recipe = self._recipe()
         field = self.answer.follow if follow else self.answer.question
         question = field.value.strip() or None
         if follow and question is None:
-            self.workspace.problem = "Write a question first: it is asked on the compressed cache of the last run."
-        elif recipe is not None:
-            self.workspace.generate(recipe, question, self._tokens(), follow=follow)
-            if follow:
-                field.value = ""
+            self.workspace.problem = "Write a question first: it is asked on the cache of the last run."
+        elif recipe is None:
+            self.workspace.problem = f"Nothing was run: {self.workspace.refusal}"
+        elif follow:
+            self.workspace.ask_on(self._asked(question, expected=""))
+            field.value = ""
+        elif self.workspace.dirty:
+            self.confirmation.close()
+            self.workspace.read(self.prompt.model, self.prompt.text, lambda: self.run(follow=False))
+        else:
+            self.workspace.generate(recipe, self._asked(question))
 
-    def compare(self, keys: list[str], budgets: list[str]) -> None:
-        """Run every method at every budget, and show what each costs."""
+    def compare(self, recipes: Sequence[Recipe], budgets: Sequence[str], added: Sequence[Recipe]) -> None:
+        """Run recipes at every budget, and others as they are, and show what each costs."""
         try:
-            parsed = [Budget.parse(budget) for budget in budgets]
-            recipes = [Recipe.of(key) for key in keys]
+            cases = Comparison.of(recipes, budgets or ["100%"]).cases if recipes else ()
+            every = [*(Recipe.of(recipe, budget=budget) for recipe, budget in cases), *added]
+            if not every or (recipes and not budgets):
+                raise BadRecipe("choose at least one method and one budget to compare")
         except WorkbenchError as error:
             self.workspace.problem = str(error)
             return
-        if not recipes or not parsed:
-            self.workspace.problem = "Choose at least one method and one budget to compare."
+        if self.workspace.dirty:
+            self.workspace.read(self.prompt.model, self.prompt.text, lambda: self.compare(recipes, budgets, added))
             return
-        self.workspace.compare(recipes, budgets, self.answer.question.value.strip() or None, self._tokens())
+        self.workspace.compare(every, self._asked(self.answer.question.value.strip() or None))
+
+    def restore(self, record: Record) -> None:
+        """The prompt, recipe and question of a run again; its text is read where another one was."""
+        self.show(record.page)
+        if self.prompt.dirty:
+            self.read()
+        else:
+            self.plan(interrupt=True)
+
+    def show(self, state: PageState) -> None:
+        """Set every control as a state of the page says; what is to be read waits for who asked."""
+        with hold(self._doc) if self._doc is not None else nullcontext():
+            self.prompt.show(state, state.model or self._default_model)
+            self.recipe.show({slot: getattr(state, slot) for slot in RECIPE_SLOTS}, state.values)
+            self._offer()
+            self.budget.show(state.budget, state.weights_budget)
+            self.answer.question.value = state.question or self.prompt.question
+            self.answer.expected.value = self.prompt.answer if state.expected is None else state.expected
+            self.answer.tokens.value = state.tokens
+            self.tabs.active = min(state.tab, len(self.panels) - 1)
 
     def python(self) -> str:
         """The state of the page as Python."""
@@ -294,7 +332,7 @@ class Page:
         """Answer anew under the plan that has just been made, where that is wanted."""
         recipe = self._recipe() if self.answer.follows.value and self.workspace.plan is not None else None
         if recipe is not None:
-            self.workspace.follow(recipe, self.answer.question.value.strip() or None, self._tokens())
+            self.workspace.follow(recipe, self._asked(self.answer.question.value.strip() or None))
 
     def _was_read(self, event: Event) -> None:
         if event.new is None:
@@ -308,6 +346,7 @@ class Page:
             self.link.say(f"{self.link.object} {note}".strip())
         if self.prompt.question and self.prompt.fresh:
             self.answer.question.value = self.prompt.question
+            self.answer.expected.value = self.prompt.answer
         self.plan(interrupt=True)
 
     def _tab_changed(self, *events: Event) -> None:
@@ -317,6 +356,16 @@ class Page:
 
     def _tokens(self) -> int:
         return 32 if self.answer.tokens.value is None else int(self.answer.tokens.value)
+
+    def _asked(self, question: str | None, *, expected: str | None = None) -> Asked:
+        """What a run answers now. expected: in place of what the page expects."""
+        said = self.answer.expected.value.strip() if expected is None else expected
+        return Asked(question, self._tokens(), said, self.state)
+
+    def _tell_old(self, *events: Event) -> None:
+        """Say of the answer in view where it was made with other settings than those on screen."""
+        record = self.workspace.shown
+        self.answer.tell_old("" if record is None else differences(record, self.state))
 
     @property
     def state(self) -> PageState:
@@ -332,6 +381,7 @@ class Page:
             budget=self.budget.value,
             weights_budget=self.budget.weights,
             question="" if question == self.prompt.question else question,
+            expected=None if self.answer.expected.value == self.prompt.answer else self.answer.expected.value,
             tokens=self._tokens(),
             layer=selected[0],
             head=selected[1],
@@ -340,6 +390,8 @@ class Page:
 
     def _update_address(self) -> None:
         """Bring the address up to date, soon and once: browsers allow only so many changes."""
+        if hasattr(self, "view"):
+            self._tell_old()
         if self._doc is None or pn.state.location is None or not hasattr(self, "view"):
             return
         if self._writing is not None:
