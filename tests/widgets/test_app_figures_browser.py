@@ -184,7 +184,7 @@ def test_a_recipe_that_saves_weights_is_compared_and_stands_where_it_saves(opene
     page = opened(own(TALE, tab="5", tokens="2", kv="full"))
     for name in ("Full cache", "SnapKV", "StreamingLLM"):
         page.locator(".MuiChip-root", has_text=name).locator("svg").click()
-    page.get_by_role("combobox", name="Weights").last.click()
+    page.locator(".MuiFormControl-root:has(.MuiChip-root:has-text('As they are')) .MuiSelect-select").click()
     page.locator("li", has_text=re.compile("^RTN|Round")).first.click()
     page.keyboard.press("Escape")
     page.get_by_role("textbox", name="Budgets").fill("50%")

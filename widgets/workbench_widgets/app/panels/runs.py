@@ -13,6 +13,7 @@ from param.parameterized import Event
 
 from workbench.recipe import Recipe
 from workbench_widgets import figures
+from workbench_widgets.app.elements.download import Download
 from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.elements.table import csv_of, fill, table
 from workbench_widgets.app.panels.panel import Panel, hint
@@ -103,7 +104,7 @@ class RunsPanel(Panel):
             width=190,
             **slim,
         )
-        self.download = pmu.FileDownload(
+        self.download = Download(
             callback=self._csv, filename="runs.csv", label="CSV", width=110, disabled=True, margin=(8, 4)
         )
         for widget in (self.group, self.axis, self.quality):

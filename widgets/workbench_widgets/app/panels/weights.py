@@ -16,6 +16,7 @@ from workbench.recipe import Recipe
 from workbench.session import Session
 from workbench.weights.surgery.linears import linear_layers
 from workbench_widgets import weight_views
+from workbench_widgets.app.elements.download import Download
 from workbench_widgets.app.elements.figures_row import figures_row, show
 from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.elements.table import csv_of, fill, table
@@ -99,7 +100,7 @@ class WeightsPanel(Panel):
             label="", icon="insights", size="small", variant="outlined", margin=(8, 4), visible=False
         )
         self.doing = StageRow(workspace, "weighing_stage", workspace.weighing.cancel)
-        self.download = pmu.FileDownload(
+        self.download = Download(
             callback=self._csv,
             filename="weights.csv",
             label="CSV",

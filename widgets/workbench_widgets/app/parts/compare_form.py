@@ -57,7 +57,6 @@ class CompareForm:
             variant="outlined",
             size="small",
             margin=(8, 12, 8, 4),
-            description="The recipe on screen, with its own budgets and parameters, takes part in the comparison.",
         )
         self.start = pmu.Button(
             label="Compare", icon="compare_arrows", variant="outlined", width=140, margin=(8, 12, 8, 0)

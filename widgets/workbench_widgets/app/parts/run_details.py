@@ -33,9 +33,7 @@ class RunDetails:
         self.numbers = figures_row()
         self.recipe = pn.pane.HTML("", stylesheets=[NOTE_STYLE], sizing_mode="stretch_width", margin=(2, 6))
         self.pin = pmu.Button(label="Pin", icon="push_pin", **button)
-        self.restore = pmu.Button(
-            label="Restore", icon="restore", description="The prompt, recipe and question of this run again", **button
-        )
+        self.restore = pmu.Button(label="Restore", icon="restore", **button)
         self.delete = pmu.Button(label="Delete", icon="delete", **button)
         self.close = pmu.Button(label="Close", icon="close", **button)
         self.name = TextField(label="Name", size="small", width=220, margin=(6, 8, 6, 0))
