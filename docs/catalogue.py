@@ -49,6 +49,7 @@ KINDS = {
 }
 DOES = {
     "score": "which positions matter",
+    "refine": "what becomes of any scorer's scores",
     "allocate": "how many each layer and head keeps",
     "merge": "what becomes of the dropped",
     "store": "precision and layout",

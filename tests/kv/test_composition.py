@@ -182,7 +182,10 @@ def check_run(recipe: Recipe) -> None:
 
 def unscored() -> list[Recipe]:
     """Recipes in which nothing says which positions matter."""
-    others = [[None, *(m for m in contributors(stage) if not m.supplies("score"))] for stage in STAGES[1:4]]
+    others = [
+        [None, *(m for m in contributors(stage) if not m.supplies("score"))]
+        for stage in ("refine", "allocate", "merge", "store")
+    ]
     chosen = (tuple(dict.fromkeys(m for m in some if m is not None)) for some in product(*others))
     return [recipe for recipe in chosen if recipe]
 

@@ -2,6 +2,8 @@
 
 The files in `data` hold what kvpress 0.5.5 kept (transformers 5.2, float32, SDPA, one prefill): the prompt's ids, for
 each case `<method>@<share>` its parameters, and the kept positions as bits [l, k, n / 8]; the tiny model's weights too.
+Compactor's random sketch was seeded as ours is, layer by layer, and its chunks divide what is chosen from: the last
+chunk of the reference attends to its own padding.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from workbench.kv.base import KVMethod, Study
 from workbench.kv.plan import rank
@@ -51,7 +53,7 @@ EVEN = [case for case in CASES if not case.startswith(("pyramidkv", "lagkv", "ad
 
 
 @cache
-def trace_of(path: Path) -> Trace:
+def model_of(path: Path) -> PreTrainedModel:
     tensors = golden(path)[1]
     if path == TINY:
         with safe_open(path, "pt") as file:
@@ -60,9 +62,14 @@ def trace_of(path: Path) -> Trace:
         weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
         missing = model.load_state_dict(weights, strict=False)
         assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}  # tied
-    else:
-        model = load("smollm2-135m").model
-    return read(model, facts(model), Prompt(tensors["ids"].long(), chat=False))
+        return model
+    return load("smollm2-135m").model
+
+
+@cache
+def trace_of(path: Path) -> Trace:
+    model = model_of(path)
+    return read(model, facts(model), Prompt(golden(path)[1]["ids"].long(), chat=False))
 
 
 @pytest.fixture(params=[pytest.param(TINY, id="tiny"), pytest.param(DEFAULT, id="smollm2", marks=pytest.mark.model)])
@@ -99,7 +106,7 @@ def agreement(ours: Tensor, theirs: Tensor) -> float:
 def test_the_kept_tokens_are_those_of_the_reference(path: Path, case: str) -> None:
     theirs = recorded(path, case)
     asked = described(path, case).with_budget(f"{int(theirs[0][0].sum())} tokens")
-    plan = make_plan(trace_of(path), [asked], torch.float32)
+    plan = make_plan(trace_of(path), [asked], torch.float32, model=model_of(path))
     for layer, mask in enumerate(theirs):
         assert agreement(plan.tiers[layer] == 1, mask) >= AGREEMENT, f"layer {layer}"
 

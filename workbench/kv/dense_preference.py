@@ -42,13 +42,16 @@ def of_model(
 ) -> dict[int, float]:
     """The dense preference of every layer on a text of the package's own, random ids where there is no tokenizer."""
     measuring = _Measuring(share, progress)
-    ids = _text(model, tokenizer)
+    ids = own_text(model, tokenizer)
     with torch.inference_mode():
         forward(model, measuring, ids, torch.arange(len(ids)))
     return measuring.preference
 
 
-def _text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """About a thousand ids of a text of the package's own, by which a model is measured, int64 [n]; random ones where
+    there is no tokenizer.
+    """
     most = min(_TOKENS, max_positions(model) * 3 // 4)
     if tokenizer is None:
         vocabulary = model.config.get_text_config().vocab_size

@@ -71,9 +71,9 @@ class _Unread:
     trace: Trace
     guessed: bool = False
 
-    def order(self, selecting: KVMethod, allocating: KVMethod, shared: bool) -> Ranked:
+    def order(self, selecting: KVMethod, allocating: KVMethod, refining: KVMethod | None, shared: bool) -> Ranked:
         """An order of as many entries as there are, of one head where all share them."""
-        del allocating
+        del allocating, refining
         heads = 1 if shared else self.trace.kv_heads
         scores = torch.empty(len(self.trace.compressible), heads, self.trace.tokens, device="meta")
         return _Unranked(Study(self.trace), selecting, Ranking(scores), None, shared, told=self)

@@ -1,6 +1,7 @@
 """The stages of a KV method, each with a default: a method says only what its paper changes.
 
     score      which positions matter: [k, n] per layer
+    refine     what becomes of the scores, whoever found them: by chunks, by what values write, in two steps
     allocate   how many each layer and head may keep
     merge      what of the dropped positions goes into kept ones
     store      at what precision, in which layout
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 # The stages, and the methods of a class any of which supplies one.
 _METHODS_OF = {
     "score": ("score", "scores", "scores_at", "wanted"),
+    "refine": ("refine",),
     "allocate": ("allocate",),
     "merge": ("merge",),
     "store": ("store", "layout"),
@@ -171,6 +173,12 @@ class KVMethod(Method):
     def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
         """The scores [l, k, n] by which this share of all entries is chosen, from those that `scores` found once: for a
         method that blends or cuts them by how much stays. Asked at every size that is tried: compute little here.
+        """
+        return scores
+
+    def refine(self, study: Study, scores: Tensor, share: float) -> Tensor:
+        """The scores [l, k, n] by which this share of all entries is chosen, from those that the recipe's scorer
+        found: for a method that improves on the scores of any other. Asked at every size that is tried.
         """
         return scores
 

@@ -63,7 +63,7 @@ class Ranking:
 
         Equal scores of different heads take turns here too. On the CPU.
         """
-        together = Ranking(self.scores.view(1, -1, self.tokens))
+        together = Ranking(self.scores.reshape(1, -1, self.tokens))
         return together.in_layer.view(self.layers, self.kv_heads, self.tokens)
 
     def selected(self, counts: Tensor) -> Tensor:

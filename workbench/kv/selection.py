@@ -74,8 +74,9 @@ class Decision:
     full_nbytes: int
 
 
-Ordering = Callable[[KVMethod, KVMethod, bool], "Ranked"]
-"""From the method that scores, the one that allocates, and whether all heads keep the same: the order of entries."""
+Ordering = Callable[[KVMethod, KVMethod, KVMethod | None, bool], "Ranked"]
+"""From the method that scores, the one that allocates, the one that refines scores, and whether all heads keep the
+same: the order of entries."""
 
 
 def decide(
@@ -130,9 +131,12 @@ def decide(
     return Decision(form, counts, ranking, expanded, nbytes, host, full)
 
 
-def _ordered(study: Study, selecting: KVMethod, allocating: KVMethod, shared: bool) -> Ranked:
+def _ordered(
+    study: Study, selecting: KVMethod, allocating: KVMethod, refining: KVMethod | None, shared: bool
+) -> Ranked:
     """The order of a recording's entries."""
-    return Ranked(study, selecting, rank(study, selecting), _importance(study, allocating, selecting), shared)
+    importance = _importance(study, allocating, selecting)
+    return Ranked(study, selecting, rank(study, selecting), importance, shared, refining)
 
 
 def _importance(study: Study, method: KVMethod, scorer: KVMethod) -> Tensor | None:
@@ -190,7 +194,7 @@ def _fit(
         return form, everything, None
 
     allocating = stages.allocate or selecting
-    ranked = ordering(selecting, allocating, latent)
+    ranked = ordering(selecting, allocating, stages.refine, latent)
     # A method that selects and stores may let its budget decide the precision too.
     if storing is not None:
         form = held(_stored(stages, study, dtype, shapes, room if storing is selecting else None))
@@ -238,7 +242,7 @@ def _fit(
 class Ranked:
     """The order of a method's scores, which may depend on how many entries stay; the last one is remembered.
 
-    whole: that of every head's. shared: whether all heads keep the same entries.
+    whole: that of every head's. shared: whether all heads keep the same entries. refining: what improves on the scores.
     """
 
     study: Study
@@ -246,6 +250,7 @@ class Ranked:
     whole: Ranking
     importance: Tensor | None
     shared: bool
+    refining: KVMethod | None = None
     _last: tuple[int, Ranking] | None = None
 
     @cached_property
@@ -261,11 +266,13 @@ class Ranked:
 
     def at(self, entries: int) -> Ranking:
         """By which so many entries are chosen."""
-        if type(self.selecting).scores_at is KVMethod.scores_at:
+        if self.refining is None and type(self.selecting).scores_at is KVMethod.scores_at:
             return self.plain
         if self._last is None or self._last[0] != entries:
             scores, share = self.whole.scores, entries / self.plain.scores.numel()
             found = self.selecting.scores_at(self.study, scores, share)
+            if self.refining is not None:
+                found = self.refining.refine(self.study, found, share)
             self._last = entries, self.plain if found is scores else self._of(found)
         return self._last[1]
 
@@ -354,7 +361,7 @@ def _selecting_budget(methods: Sequence[KVMethod], stages: Stages) -> Budget | N
     """The budget for what is selected: the scorer's, else the allocator's, else that of the only method."""
     if len(methods) == 1:
         return methods[0].effective_budget
-    for method in (stages.score, stages.allocate, stages.evict):
+    for method in (stages.score, stages.refine, stages.allocate, stages.evict):
         if method is not None and method.budget is not None:
             return method.budget
     return stages.score.effective_budget if stages.score else None

@@ -14,6 +14,7 @@ class Stages:
     """Which method of a recipe supplies each stage; None where the frame's default does."""
 
     score: KVMethod | None = None
+    refine: KVMethod | None = None
     allocate: KVMethod | None = None
     merge: KVMethod | None = None
     store: KVMethod | None = None
@@ -104,7 +105,7 @@ def _in_host_memory(stages: Stages) -> Iterator[str]:
 
 
 def _without_scores(stages: Stages) -> Iterator[str]:
-    for lost in (stages.allocate, stages.merge):
+    for lost in (stages.refine, stages.allocate, stages.merge):
         if lost is not None and stages.score is None:
             yield (
                 f"{lost.key} needs to know which positions matter, but nothing in this recipe scores them; add a "
@@ -146,10 +147,11 @@ def _rescoring(stages: Stages) -> Iterator[str]:
         yield f"{evict.key} scores what is held anew while decoding, but nothing here scores: add a method that does"
     elif not scorer.scores_by_layer and not evict.contributes("score"):
         yield (
-            f"{evict.key} scores each layer anew while decoding, but {scorer.key} scores all layers of a reading "
-            "together; use another scorer"
+            f"{evict.key} scores each layer anew while decoding, but {scorer.key} goes by the whole reading: use "
+            "another scorer"
         )
     for other, does in (
+        (stages.refine, "refines scores of the whole prompt"),
         (stages.place, "closes positions up"),
         (stages.retrieve, "moves entries to host memory"),
         (stages.select, "selects among them by their place"),

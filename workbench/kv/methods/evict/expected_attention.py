@@ -81,19 +81,21 @@ class ExpectedAttention(AdaptiveHeads):
         queries = layer.unrotated_queries()[:, first:]
         mean = queries.mean(dim=1, keepdim=True)  # [h, 1, d]
         keys = layer.keys[:, None, first:].float()  # [k, 1, m, d]
-        logits = layer.scale * (self._ahead(layer, mean) @ keys.mT)[:, :, 0]  # [k, g, m]
+        logits = layer.scale * (ahead(layer, mean, self.n_future_positions) @ keys.mT)[:, :, 0]  # [k, g, m]
         if self.covariance:
             spread = (queries - mean).mT @ (queries - mean) / queries.shape[1]  # [h, d, d]
-            turned = self._ahead(layer, self._ahead(layer, spread).flatten(0, 1).mT)  # rotation · spread · rotationᵀ
+            half = ahead(layer, spread, self.n_future_positions).flatten(0, 1).mT
+            turned = ahead(layer, half, self.n_future_positions)  # rotation · spread · rotationᵀ
             logits += layer.scale**2 / 2 * (keys @ turned * keys).sum(dim=-1)
         scores = normalised(logits[:, :, None], layer.scoring)[:, :, 0].mean(dim=1)  # [k, m]
         if self.value_norm:
             scores = (scores + self.epsilon) * layer.values[:, first:].float().norm(dim=-1)
         return keep_first(pad(scores, (first, 0)), self.sinks)
 
-    def _ahead(self, layer: LayerTrace, x: Tensor) -> Tensor:
-        """Rows of x [h, n, d] under the mean rotation of the positions to come, [k, g, n, d]."""
-        positions = torch.arange(layer.end, layer.end + self.n_future_positions, device=layer.device)
-        cos, sin = (table.mean(dim=0, keepdim=True) for table in layer.rotation(positions))
-        ahead: Tensor = layer.rotation.by(x, cos, sin).unflatten(0, (-1, layer.groups))
-        return ahead
+
+def ahead(layer: LayerTrace, x: Tensor, count: int) -> Tensor:
+    """Rows of x [h, n, d] under the mean rotation of the `count` positions to come, [k, g, n, d]."""
+    positions = torch.arange(layer.end, layer.end + count, device=layer.device)
+    cos, sin = (table.mean(dim=0, keepdim=True) for table in layer.rotation(positions))
+    turned: Tensor = layer.rotation.by(x, cos, sin).unflatten(0, (-1, layer.groups))
+    return turned
