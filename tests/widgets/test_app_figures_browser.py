@@ -5,7 +5,6 @@ a page of its own.
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
+import workbench as wb
 from tests.waiting import until
 from tests.widgets.browser import Watched, answers, free_port, watched_page
 
@@ -185,8 +185,8 @@ def test_a_recipe_that_saves_weights_is_compared_and_stands_where_it_saves(opene
     for name in ("Full cache", "SnapKV", "StreamingLLM"):
         page.locator(".MuiChip-root", has_text=name).locator("svg").click()
     page.locator(".MuiFormControl-root:has(.MuiChip-root:has-text('As they are')) .MuiSelect-select").click()
-    page.locator("li", has_text=re.compile("^RTN|Round")).first.click()
-    page.keyboard.press("Escape")
+    page.locator("li", has_text=wb.weights.RTN.title).first.click()
+    page.mouse.click(4, 500)
     page.get_by_role("textbox", name="Budgets").fill("50%")
     page.get_by_role("textbox", name="Budgets").press("Enter")
     press(page, "Add the recipe above")

@@ -252,6 +252,8 @@ def row_figures(row: Mapping[str, Any]) -> list[KeyFigure]:
         *([] if verdict is None else [verdict]),
         KeyFigure("KL divergence", f"{row['kl']:.4f}", "nats a token"),
         KeyFigure("Top-1 agreement", f"{row['top1']:.0%}", same),
+        KeyFigure("NLL difference", f"{row['nll_difference']:+.4f}", "nats a token"),
+        KeyFigure("Perplexity", f"{row['perplexity']:.3f}", "of the uncompressed answer"),
         KeyFigure("KV cache", readable_bytes(row["kv_nbytes"]), f"of {readable_bytes(row['kv_full_nbytes'])}"),
         KeyFigure("Weights", readable_bytes(row["weight_nbytes"]), f"in memory; {of_16} at 16 bits"),
         KeyFigure(

@@ -28,26 +28,23 @@ ALL = ""  # the group of all runs
 MIB = 2**20
 _COLUMNS = MappingProxyType(
     {  # column -> title, width; the file has all there is
-        "run": ("#", 40),
-        "mark": ("", 30),
-        "recipe": ("Recipe", 150),
-        "prompt": ("Prompt", 130),
-        "question": ("Question", 130),
-        "model": ("Model", 110),
-        "kv_share": ("Share", 68),
-        "kv_mib": ("KV MiB", 76),
-        "weight_mib": ("Weights MiB", 88),
-        "total_mib": ("Total MiB", 82),
-        "peak_mib": ("Peak MiB", 82),
-        "host_mib": ("Host MiB", 82),
-        "score_share": ("Scores", 72),
-        "kl": ("KL", 74),
-        "top1": ("Top-1", 68),
-        "correct": ("Right", 70),
-        "full_correct": ("Unc. right", 76),
-        "nll_difference": ("NLL diff.", 86),
-        "perplexity": ("Perplexity", 92),
-        "tokens_per_s": ("Tokens/s", 82),
+        "run": ("#", 36),
+        "mark": ("", 28),
+        "recipe": ("Recipe", 140),
+        "prompt": ("Prompt", 120),
+        "question": ("Question", 120),
+        "model": ("Model", 100),
+        "kv_share": ("Share", 60),
+        "kv_mib": ("KV MiB", 66),
+        "weight_mib": ("Weights MiB", 74),
+        "total_mib": ("Total MiB", 66),
+        "peak_mib": ("Peak MiB", 66),
+        "host_mib": ("Host MiB", 66),
+        "score_share": ("Scores", 64),
+        "kl": ("KL", 66),
+        "top1": ("Top-1", 62),
+        "right": ("Right", 84),
+        "tokens_per_s": ("Tokens/s", 74),
         "text": ("Answer", 0),
     }
 )
@@ -60,8 +57,7 @@ _MEANINGS = MappingProxyType(
         "peak_mib": "The most that was live on the device at once, reading included",
         "score_share": "Attention score entries computed while the prompt was read, of all causal ones",
         "top1": "Positions at which the most likely token is that of the uncompressed run",
-        "correct": "Whether the answer holds what is expected",
-        "full_correct": "Whether the uncompressed model's answer does",
+        "right": "Whether the answer holds what is expected; where it does not, what of the uncompressed model's",
     }
 )
 AXES: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -74,7 +70,7 @@ AXES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "Tokens a second": ("tokens_per_s", "tokens a second (higher is better)"),
     }
 )
-_SELDOM = ("host_mib", "score_share", "correct", "full_correct")  # columns that are there when they say something
+_SELDOM = ("host_mib", "score_share", "right")  # columns that are there when they say something
 
 
 class RunsPanel(Panel):
@@ -249,7 +245,7 @@ def _comparable(records: Sequence[Record]) -> pd.DataFrame:
 def _table(frame: pd.DataFrame, hidden: list[str], dark: bool) -> pn.widgets.Tabulator:
     formats = dict.fromkeys(("kv_share", "score_share", "top1"), "0.0%")
     formats |= dict.fromkeys(("kv_mib", "weight_mib", "total_mib", "peak_mib", "host_mib"), "0.00")
-    formats |= {"kl": "0.0000", "nll_difference": "+0.0000", "perplexity": "0.000", "tokens_per_s": "0.0"}
+    formats |= {"kl": "0.0000", "tokens_per_s": "0.0"}
     return table(
         frame, _COLUMNS, formats, dark=dark, right=("run",), hidden_columns=hidden, header_tooltips=dict(_MEANINGS)
     )
@@ -257,7 +253,6 @@ def _table(frame: pd.DataFrame, hidden: list[str], dark: bool) -> pn.widgets.Tab
 
 def _shown(records: Sequence[Record]) -> pd.DataFrame:
     """The columns of the table; a run that was not done says why in place of its answer."""
-    verdicts = {True: "right", False: "wrong"}
     rows = []
     for record in records:
         row = dict(record.row)
@@ -266,12 +261,19 @@ def _shown(records: Sequence[Record]) -> pd.DataFrame:
             row["host_mib" if name == "kv_host" else f"{name}_mib"] = None if nbytes is None else nbytes / MIB
         row["mark"] = "📌" if row["pinned"] else "↳" if row["turn"] > 1 else ""
         row["recipe"] = record.label
-        row["correct"], row["full_correct"] = (verdicts.get(row[name], "") for name in ("correct", "full_correct"))
+        row["right"] = _verdict(row["correct"], row["full_correct"])
         row["text"] = row["text"] if row["error"] is None else row["error"]
         rows.append(row)
     frame = pd.DataFrame(rows, columns=list(_COLUMNS))
     numbers = [name for name in _COLUMNS if name.endswith(("_mib", "_share")) or name in ("kl", "top1")]
-    return frame.astype(dict.fromkeys([*numbers, "nll_difference", "perplexity", "tokens_per_s"], float))
+    return frame.astype(dict.fromkeys([*numbers, "tokens_per_s"], float))
+
+
+def _verdict(correct: bool | None, full_correct: bool | None) -> str:
+    """Whether an answer is right; of one that is wrong, whether the uncompressed model's is too."""
+    if correct is None:
+        return ""
+    return "right" if correct else "wrong" if full_correct else "both wrong"
 
 
 def _hidden(records: Sequence[Record]) -> list[str]:
@@ -282,8 +284,7 @@ def _hidden(records: Sequence[Record]) -> list[str]:
     said = {
         "host_mib": any(row["kv_host_nbytes"] for row in rows),
         "score_share": any(row["attention"] for row in rows),
-        "correct": any(row["correct"] is not None for row in rows),
-        "full_correct": any(row["full_correct"] is not None for row in rows),
+        "right": any(row["correct"] is not None for row in rows),
     }
     hidden = [name for name in _SELDOM if not said[name]]
     titles = {"model": "model", "prompt_hash": "prompt", "question": "question"}
