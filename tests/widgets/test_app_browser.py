@@ -26,14 +26,14 @@ SHORT = "Ada keeps a red kite in the attic. Ben keeps a blue drum in the shed. "
 
 
 @pytest.fixture(scope="module")
-def address(chromium: Any) -> Iterator[str]:
+def address(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app's address; the server runs in this process."""
     if cached(MODEL) is None and not os.environ.get("CI"):
         pytest.skip(f"the default model is not in the cache: run `workbench models fetch {MODEL}`")
     from workbench_widgets import serve
 
     port = free_port()
-    server = serve(port=port, model=MODEL, threaded=True)
+    server = serve(port=port, model=MODEL, pages=tmp_path_factory.mktemp("pages"), threaded=True)
     until(lambda: answers(port), what="the server")
     yield f"http://127.0.0.1:{port}/"
     server.stop()

@@ -20,16 +20,17 @@ pn = pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
-PATIENCE = 60_000  # milliseconds, on a busy machine
+PATIENCE = 20_000  # milliseconds, on a busy machine
 TALE = "Ada keeps a red kite in the attic. Ben keeps a blue drum in the shed. " * 4
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from workbench_widgets import serve
 
     port = free_port()
-    server = serve(port=port, model="workbench-tiny", threaded=True)
+    pages = tmp_path_factory.mktemp("pages")
+    server = serve(port=port, model="workbench-tiny", pages=pages, threaded=True)
     until(lambda: answers(port), what="the server")
     yield f"http://127.0.0.1:{port}/"
     server.stop()

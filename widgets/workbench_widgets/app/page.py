@@ -17,7 +17,8 @@ from panel_material_ui.template.base import Page as MaterialPage
 from param.parameterized import Event
 from tornado.ioloop import IOLoop
 
-from workbench.errors import BadRecipe, WorkbenchError
+from workbench.errors import BadRecipe, InputError, WorkbenchError
+from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.runtime.comparison import Comparison
 from workbench.weights.base import WeightMethod
@@ -37,30 +38,35 @@ from workbench_widgets.app.panels import (
 from workbench_widgets.app.parts.answer import Answer
 from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.parts.code_dialog import CodeDialog
+from workbench_widgets.app.parts.keeping import Keeping, from_address
 from workbench_widgets.app.parts.link_confirmation import LinkConfirmation, awaits_consent
 from workbench_widgets.app.parts.prompt_form import PromptForm
 from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.parts.share_dialog import ShareDialog
 from workbench_widgets.app.parts.status_line import StatusLine
 from workbench_widgets.app.server.address import Address, choose_theme
 from workbench_widgets.app.server.connection import tell_when_gone
+from workbench_widgets.app.state.notebook import notebook
 from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
 from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS
+from workbench_widgets.app.state.report import report
 from workbench_widgets.app.state.snippet import snippet
 from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.work.records import Asked, Record, differences
+from workbench_widgets.app.work.saved_page import KeptPages, SavedPage
 from workbench_widgets.app.work.workspace import Workspace
 
 if TYPE_CHECKING:
     from bokeh.document import Document
-    from bokeh.server.callbacks import TimeoutCallback
 
 _GLANCE_S = 0.1  # how often a page that was sent looks for its browser
-_ADDRESS_MS = 400  # the address follows this long after the last change
 
 
-def page(offered: OfferedModels, models: LoadedModels) -> MaterialPage:
-    """A fresh page for one tab, in the state that its address describes."""
+def page(offered: OfferedModels, models: LoadedModels, kept: KeptPages | None = None) -> MaterialPage:
+    """A fresh page for one tab, in the state that its address describes. kept: where pages are kept (None: in the
+    user's cache).
+    """
     if pn.state.curdoc is not None:
         Address.take_over(pn.state.curdoc)
         choose_theme()
@@ -68,7 +74,7 @@ def page(offered: OfferedModels, models: LoadedModels) -> MaterialPage:
     if pn.state.curdoc is not None:
         _style_sheets_at_home(pn.state.curdoc)
         tell_when_gone(pn.state.curdoc)
-    return Page(offered, models).view
+    return Page(offered, models, kept or KeptPages()).view
 
 
 def _style_sheets_at_home(doc: Document) -> None:
@@ -86,18 +92,21 @@ class Page:
     for more than everybody gets (`awaits_consent`): that waits for a person.
     """
 
-    def __init__(self, offered: OfferedModels, models: LoadedModels) -> None:
+    def __init__(self, offered: OfferedModels, models: LoadedModels, kept: KeptPages | None = None) -> None:
         self._doc = pn.state.curdoc
         self._early: list[Callable[[], None]] | None = None  # what waits until the page is drawn
         self._drawing = Lock()  # of that list: lanes post from threads of their own
         self._default_model = model = offered.default
         self._begun = False  # whether anything was read, or nothing shall be any more
-        state = PageState.read(pn.state.session_args or {})
+        kept = kept or KeptPages()
+        opened = from_address(pn.state.session_args or {}, kept)
+        state = opened.state
         self.workspace = workspace = Workspace(self._post, models, offered)
         if pn.state.location is not None:
             pn.state.on_session_destroyed(lambda _: self.close())
-        self._writing: TimeoutCallback | None = None  # the change of the address that is due
-        self._left_out: list[str] = []  # parts of the page that are too long for its address
+        self._left_out: list[str] = []  # parts of the page that neither its address nor the server holds
+        self.keeping = Keeping(self._doc, workspace, kept, lambda: self.state, self.go_back, self._tell_left_out)
+        self.keeping.begin(opened)
 
         self.prompt = PromptForm(workspace, state, state.model or model, self.read)
         self.recipe = RecipeForm(
@@ -115,9 +124,14 @@ class Page:
             expected=self.prompt.answer if state.expected is None else state.expected,
         )
         self.status = StatusLine(workspace)
-        self.link = Notice(state.complaint, severity="warning", closeable=True, margin=(0, 0, 12, 0))
+        self.link = Notice(
+            f"{state.complaint} {opened.complaint}".strip(), severity="warning", closeable=True, margin=(0, 0, 12, 0)
+        )
         self.code = CodeDialog(self.python)
-        self.confirmation = LinkConfirmation(requests := awaits_consent(state, model), self.read)
+        self.share = ShareDialog(self.saved, self.notebook, self.open, self.make_report)
+        self.confirmation = LinkConfirmation(
+            requests := [] if opened.agreed else awaits_consent(state, model), self.read
+        )
         self.panels: list[Panel] = [
             TokensPanel(workspace),
             AttentionPanel(workspace),
@@ -141,6 +155,8 @@ class Page:
         workspace.param.watch(self._tell_old, ["shown", "dirty"])
         self.answer.follows.param.watch(self._follow, "value")
         self._linked_head = (state.layer, state.head)
+        workspace.set_records(opened.records)
+        workspace.param.watch(lambda _: self._update_address(), "records")
         self._offer()
         self._tab_changed()
         self.view = self._layout()
@@ -164,7 +180,7 @@ class Page:
         )
         view = MaterialPage(
             title="Inference workbench",
-            header=[self.status.body, self.code.button],
+            header=[self.status.body, self.share.button, self.code.button],
             sidebar=[pn.Column(self.prompt.body, title, self.recipe.body, sizing_mode="stretch_width", margin=(6, 12))],
             main=[
                 pn.Column(
@@ -175,6 +191,8 @@ class Page:
                     self.answer.body,
                     details,
                     self.code.dialog,
+                    self.share.dialog,
+                    self.keeping.history,
                     sizing_mode="stretch_width",
                     margin=(14, 16),
                 )
@@ -197,6 +215,7 @@ class Page:
         self._begun = True
         self.workspace.close()
         self.code.close()
+        self.share.close()
         # Panel has just asked for a collection of all there is, in the event loop. What is unlinked goes without it.
         with suppress(KeyError):
             pn.state.cancel_task("gc.collect")
@@ -290,6 +309,52 @@ class Page:
             self.answer.expected.value = self.prompt.answer if state.expected is None else state.expected
             self.answer.tokens.value = state.tokens
             self.tabs.active = min(state.tab, len(self.panels) - 1)
+
+    def go_back(self, state: PageState) -> None:
+        """A person went back, or forth, to another entry of the browser's history."""
+        self.show(state)
+        if self.workspace.reading is not None and self.prompt.dirty:
+            self.read()
+        else:
+            self.plan(interrupt=True)
+
+    def saved(self) -> str:
+        """The page as a file."""
+        return SavedPage(self.state, self.workspace.records).to_text()
+
+    def open(self, name: str, content: bytes) -> None:
+        """Show the page of a file beside what there is; it is read when a person says so."""
+        try:
+            saved = SavedPage.from_text(content.decode("utf-8", "replace"))
+        except InputError as error:
+            self.workspace.problem = f"{name}: {error}"
+            return
+        self.workspace.main.cancel()
+        self.workspace.set_records(saved.records, shown=None, run=None, turns=())
+        self.show(saved.page)
+        self.plan(interrupt=True)
+
+    def notebook(self) -> str:
+        """The page as a notebook that runs as it is."""
+        return notebook(self.workspace.records, self._default_model, self.python())
+
+    def make_report(self) -> None:
+        """Begin a report; its dialog hands it over."""
+        workspace, reading = self.workspace, self.workspace.reading
+        if reading is None:
+            workspace.problem = "Read a prompt first: a report shows what a recipe keeps of it."
+            return
+        self.share.show_report("")
+        recipe, records = self._recipe(), workspace.records
+
+        def work(progress: Progress) -> str:
+            return report(reading.session, reading.tokens, recipe, records, reading.model, progress)
+
+        def failed(error: WorkbenchError) -> None:
+            self.share.allow_report()
+            workspace.problem = str(error)
+
+        workspace.reporting.submit(work, self.share.show_report, failed)
 
     def python(self) -> str:
         """The state of the page as Python."""
@@ -392,22 +457,10 @@ class Page:
         """Bring the address up to date, soon and once: browsers allow only so many changes."""
         if hasattr(self, "view"):
             self._tell_old()
-        if self._doc is None or pn.state.location is None or not hasattr(self, "view"):
-            return
-        if self._writing is not None:
-            self._doc.remove_timeout_callback(self._writing)
-
-        location = pn.state.location
-
-        def write() -> None:
-            self._writing = None
-            state = self.state
-            location.search = state.query()
-            self._tell_left_out([part for part in state.left_out if part != "text"])  # its field says it
-
-        self._writing = self._doc.add_timeout_callback(write, _ADDRESS_MS)
+            self.keeping.changed()
 
     def _tell_left_out(self, parts: list[str]) -> None:
+        parts = [part for part in parts if part != "text"]  # its field says it
         if parts != self._left_out:
             self._left_out = parts
             note = f"A link to this page does not hold {' and '.join(parts)}: more than {TEXT_LIMIT:,} characters."

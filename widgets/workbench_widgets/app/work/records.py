@@ -25,7 +25,19 @@ if TYPE_CHECKING:
 
 GROUP = ("model", "prompt_hash", "question")  # only what these have in common can be compared
 COLUMNS = (
-    *("run", "name", "status", "model", "prompt", "prompt_hash", "prompt_tokens", "question", "turn", "recipe"),
+    *(
+        "run",
+        "name",
+        "status",
+        "model",
+        "prompt",
+        "prompt_hash",
+        "prompt_tokens",
+        "question",
+        "turn",
+        "after",
+        "recipe",
+    ),
     *("recipe_json", "kv", "attention", "weights", "budget", "kv_nbytes", "kv_full_nbytes", "kv_share"),
     *("kv_host_nbytes", "state_nbytes", "weight_nbytes", "weight_deployed_nbytes", "total_nbytes"),
     *("deployed_nbytes", "peak_nbytes", "score_share", "kl", "kl_max", "top1", "nll", "nll_reference"),
@@ -154,7 +166,7 @@ def record_of(session: Session, model: str, asked: Asked, run: Run, before: Reco
         "full_correct": asked.right(full),
     }
     if before is not None:  # what was asked before is a part of what is asked
-        row["turn"] = before.row["turn"] + 1
+        row["turn"], row["after"] = before.row["turn"] + 1, before.number
         row["question"] = f"{before.row['question']} → {row['question']}"
     pieces = partial(present.pieces, tokenizer)
     return Record(row, asked.page, (tuple(pieces(evaluation.reference)), tuple(pieces(run.tokens))), run)

@@ -96,9 +96,10 @@ class ReadPrompt:
 class Workspace(param.Parameterized):
     """What one tab knows. Parameters change in the page's thread only; views watch them.
 
-    Six workers: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
-    `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at all
-    weights, `counting` for the tokens of a text that is being written. A budget move never waits for a run, nor a map
+    Eight workers: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget
+    slider, `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at
+    all weights, `counting` for the tokens of a text that is being written, `saving` for the copy of the page on the
+    server, `reporting` for reports. A budget move never waits for a run, nor a map
     for a survey.
     """
 
@@ -138,6 +139,8 @@ class Workspace(param.Parameterized):
         self.surveying = Worker("surveying", post, self._survey_busy, self._survey_progress)
         self.weighing = Worker("weighing", post, self._weighing_busy, self._weighing_progress)
         self.counting = Worker("counting", post)
+        self.saving = Worker("saving", post)
+        self.reporting = Worker("reporting", post)
         self._looking_since = 0.0
         self._following = False  # whether the main worker answers because something moved
 
@@ -151,7 +154,8 @@ class Workspace(param.Parameterized):
 
     def close(self) -> None:
         """The tab is gone: stop its work and let go of what it holds."""
-        for worker in (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting):
+        lanes = (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting)
+        for worker in (*lanes, self.saving, self.reporting):
             worker.close()
         with param.parameterized.discard_events(self):  # there is no page to tell
             self.param.update(reading=None, plan=None, run=None, recipe=None, weights=None)
