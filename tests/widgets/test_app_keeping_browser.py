@@ -95,9 +95,11 @@ def test_back_leads_to_what_was_chosen_and_not_along_the_slider(opened: Callable
     page.get_by_role("tab", name="Memory").click()
     page.wait_for_url(re.compile("tab=4"))
     assert page.evaluate("history.length") == entries + 1
+    page.locator(".js-plotly-plot").wait_for()
     page.go_back()
     until(lambda: page.get_by_role("tab", name="Tokens").get_attribute("aria-selected") == "true")
     assert page.get_by_label("Exactly").input_value() == "53%"
+    page.locator("[aria-label='Kept positions by layer and head'] canvas").first.wait_for()
     page.go_forward()
     until(lambda: page.get_by_role("tab", name="Memory").get_attribute("aria-selected") == "true")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -300,15 +300,14 @@ class Page:
 
     def show(self, state: PageState) -> None:
         """Set every control as a state of the page says; what is to be read waits for who asked."""
-        with hold(self._doc) if self._doc is not None else nullcontext():
-            self.prompt.show(state, state.model or self._default_model)
-            self.recipe.show({slot: getattr(state, slot) for slot in RECIPE_SLOTS}, state.values)
-            self._offer()
-            self.budget.show(state.budget, state.weights_budget)
-            self.answer.question.value = state.question or self.prompt.question
-            self.answer.expected.value = self.prompt.answer if state.expected is None else state.expected
-            self.answer.tokens.value = state.tokens
-            self.tabs.active = min(state.tab, len(self.panels) - 1)
+        self.prompt.show(state, state.model or self._default_model)
+        self.recipe.show({slot: getattr(state, slot) for slot in RECIPE_SLOTS}, state.values)
+        self._offer()
+        self.budget.show(state.budget, state.weights_budget)
+        self.answer.question.value = state.question or self.prompt.question
+        self.answer.expected.value = self.prompt.answer if state.expected is None else state.expected
+        self.answer.tokens.value = state.tokens
+        self.tabs.active = min(state.tab, len(self.panels) - 1)
 
     def go_back(self, state: PageState) -> None:
         """A person went back, or forth, to another entry of the browser's history."""

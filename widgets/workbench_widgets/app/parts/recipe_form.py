@@ -107,6 +107,9 @@ class SlotForm:
 
     def show(self, key: str, values: Mapping[str, Mapping[str, object]]) -> None:
         """Another method with these parameters, without telling anybody."""
+        wanted = {key: dict(values[key])} if key in values else {}
+        if key == self.key and wanted == self.values():
+            return  # controls that are made anew while others are would not be drawn
         self._values |= {name: dict(parameters) for name, parameters in values.items()}
         if key in self.classes and key not in values:
             self._values.pop(key, None)
