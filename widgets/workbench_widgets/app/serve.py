@@ -26,6 +26,7 @@ def serve(
     models: Sequence[str] = (),
     hosts: Sequence[str] = (),
     pages: str | Path | None = None,
+    results: str | Path = "results",
     threaded: bool = False,
     **options: Any,
 ) -> Any:
@@ -38,7 +39,8 @@ def serve(
     anything as long as only this machine reaches the server: `address` is a loopback address, and so are all `hosts`.
     hosts: at which other hosts, as "name" or "name:port", the page is asked for, by the way of a proxy or a tunnel; "*"
     stands for any. Without them the server answers at this machine's own names, `address`, and, where it listens on
-    all addresses, any of them as a number.
+    all addresses, any of them as a number. results: the folder that the pages Choose and Results write and read; where
+    other machines reach the server, each visitor has a folder of their own, gone with the tab.
 
     pages: the folder in which pages are kept while people work, so that a reload or a link brings them back (default:
     in the user's cache).
@@ -71,7 +73,7 @@ def serve(
     name = "localhost" if address in ("127.0.0.1", "::1") or is_unspecified(address) else address
     print(f"The workbench is at http://{name}:{port}/ (stop it with Ctrl+C)", flush=True)  # noqa: T201  (where it is, for whoever started it)
     return pn.serve(
-        {"/": lambda: page(offered, loaded, kept)},
+        {"/": lambda: page(offered, loaded, results, kept)},
         address=address,
         port=port,
         show=open_browser,
