@@ -337,6 +337,24 @@ def memory(timeline: Timeline, *, trace: bool = False, weights: bool = True) -> 
     return frame.assign(step=np.arange(len(frame)))
 
 
+def memory_by_layer(timeline: Timeline) -> pd.DataFrame:
+    """The frame for `figures.memory_timeline` of the KV cache alone, layer by layer."""
+    rows = timeline.by_layer()
+    table = rows.pivot_table(index="time", columns="layer", values="bytes", aggfunc="last", dropna=False).fillna(0)
+    table.columns = [f"layer {layer}" for layer in table.columns]
+    return table.reset_index().assign(step=np.arange(len(table)))
+
+
+def run_marks(timeline: Timeline) -> dict[str, float]:
+    """When each run of a timeline begins to be planned: its label -> seconds."""
+    marks: dict[str, float] = {}
+    for sample in timeline.samples:
+        if sample.phase == "plan":
+            name = sample.run if sample.run not in marks else f"{sample.run} ({len(marks) + 1})"
+            marks[name] = sample.time
+    return marks
+
+
 def outliers(frame: pd.DataFrame, *, top: int = 4) -> pd.DataFrame:
     """The frame for `figures.outlier_profile` from `Session.outliers`: one row a layer."""
     rows = []
