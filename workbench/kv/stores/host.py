@@ -88,7 +88,7 @@ class HostRows:
             torch.index_select(rows.data, 0, at.flatten(), out=part.view(-1, rows.data.shape[1]))
             parts.append(part)
         if self._stream is None:
-            return lambda: tuple(_finished(part) for part in parts)
+            return lambda: tuple(_finished(part.to(self.device)) for part in parts)
         stream = self._stream
         with torch.cuda.stream(stream):
             there = [part.to(self.device, non_blocking=True) for part in parts]
