@@ -1,4 +1,4 @@
-"""A second device on a machine that has one: tensors that compute on the CPU but say, and hold, that they lie elsewhere.
+"""A second device on a machine that has one: tensors that compute on the CPU, but say and hold that they lie elsewhere.
 
 As on a GPU, an operation whose tensors lie on both devices raises RuntimeError; numbers (tensors without dimensions)
 may come from the CPU, and copies go from one to the other.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _DummyBackendModule, _DummyDeviceGuard
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _DummyDeviceGuard
 from transformers import PreTrainedModel
 
 from workbench.models.decoder import decoder_layers
@@ -44,7 +44,7 @@ class Elsewhere(Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls: type[Elsewhere], inner: Tensor) -> Elsewhere:
+    def __new__(cls, inner: Tensor) -> Self:
         with torch.inference_mode(False):  # views of it are made in and out of that mode
             made = Tensor._make_wrapper_subclass(
                 cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=ELSEWHERE
@@ -66,12 +66,10 @@ class Elsewhere(Tensor):
         return self.inner.data_ptr()
 
     def __getitem__(self, where: Any) -> Any:
-        return Elsewhere(self.inner[_inner(where)])
+        return super().__getitem__(_listed(where))
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        if isinstance(value, Tensor) and value.ndim and not isinstance(value, Elsewhere):
-            raise RuntimeError(f"a value on {value.device} for a tensor on {ELSEWHERE}")
-        self.inner[_inner(where)] = _inner(value)
+        super().__setitem__(_listed(where), value)
 
     def __repr__(self, **_: Any) -> str:
         return f"Elsewhere({self.inner!r})"
@@ -83,6 +81,13 @@ class Elsewhere(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _computed(func, args, kwargs or {})
+
+
+def _listed(where: Any) -> Any:
+    """An index with tensors in place of lists, of which torch makes tensors by itself."""
+    if isinstance(where, tuple):
+        return tuple(_listed(part) for part in where)
+    return Elsewhere(torch.tensor(where)) if isinstance(where, list) else where
 
 
 def _inner(tree: Any) -> Any:
@@ -101,7 +106,7 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     asked = None if asked is None else torch.device(asked)
     stays = asked is None or asked.type == ELSEWHERE.type
     result_there = bool(there) and stays if asked is None else asked.type == ELSEWHERE.type
-    if func in (torch.ops.aten.copy_.default,):
+    if func is torch.ops.aten.copy_.default:
         result_there = isinstance(args[0], Elsewhere)
     if func is torch.ops.aten.to.other:
         result_there = isinstance(args[1], Elsewhere)
@@ -142,6 +147,8 @@ class _Literals(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.new_tensor and isinstance(args[0], Elsewhere):
+            return Elsewhere(args[0].inner.new_tensor(*args[1:], **kwargs))
         asked = kwargs.get("device") if func in (torch.tensor, torch.as_tensor) else None
         if asked is None or torch.device(asked).type != ELSEWHERE.type:
             return func(*args, **kwargs)
