@@ -25,11 +25,14 @@ def _takes(table: Tensor, codes: Ragged) -> bool:
 
 
 @with_kernel("gpu.codebook:codebook_top", when=_takes)
-def codebook_top(table: Tensor, codes: Ragged, wanted: int, queries: int) -> tuple[Tensor, Tensor]:
+def codebook_top(
+    table: Tensor, codes: Ragged, wanted: int, queries: int, *, fewer: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """For each query the tokens that are among the `wanted` best of any query head of a KV head's group.
 
     table float32 [k, g * q, c]: scores of the entries for g query heads of q = `queries` queries, without NaN; codes
-    [t, 1], uint8 or int16: each token's entry. Of tokens with equal scores at the limit the first are taken. Returns
+    [t, 1], uint8 or int16: each token's entry. fewer: where there is one, int32 [1] on the device, so many are wanted,
+    and `wanted` is the most that may be. Of tokens with equal scores at the limit the first are taken. Returns
     slots int64 [k, q, g * w], w = min(wanted, longest), each once and ascending within their head, and how many of them
     count, bool alike, true in front; the others are 0. As in A2ATS (He et al. 2025, arXiv:2502.12665).
 
@@ -41,7 +44,10 @@ def codebook_top(table: Tensor, codes: Ragged, wanted: int, queries: int) -> tup
     scores = codebook_scores(table, codes)
     best = scores.sort(dim=2, descending=True, stable=True)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen.scatter_(2, best.indices[..., :count], best.values[..., :count] > -torch.inf)
+    among = best.values[..., :count] > -torch.inf
+    if fewer is not None:
+        among &= torch.arange(count, device=table.device) < fewer
+    chosen.scatter_(2, best.indices[..., :count], among)
     any_of = chosen.view(heads, group, queries, -1).any(dim=1)  # [k, q, m]
     room = group * count
     order = any_of.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[..., :room]

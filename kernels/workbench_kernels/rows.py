@@ -46,12 +46,13 @@ class PackedRows(NamedTuple):
 
     codes uint8 [t, b] as `pack` lays them out; scale and zero float16, alike: axis "channel": [t', d], a row for
     `group` consecutive rows of a head; axis "token": [t', ceil(d / group)], a row for each row. tail [t'', d].
+    zero None, for axis "token": codes stand around 2 ** (bits - 1), and scales may be bfloat16 or float8_e4m3fn too.
     balance float16 [k, d] or None: what a head's channels were multiplied with before they were quantised.
     """
 
     codes: Ragged
     scale: Ragged
-    zero: Ragged
+    zero: Ragged | None
     tail: Ragged
     bits: int
     group: int
@@ -68,7 +69,8 @@ class PackedRows(NamedTuple):
         width = self.tail.data.shape[1]
         codes, packed = self.codes.padded()
         codes = unpack(codes, self.bits, width)
-        scale, zero = self.scale.padded()[0], self.zero.padded()[0]
+        scale = self.scale.padded()[0].float()
+        zero = -(2.0 ** (self.bits - 1)) * scale if self.zero is None else self.zero.padded()[0].float()
         if self.axis == "channel":
             each = torch.arange(codes.shape[1], device=codes.device) // self.group
             scale, zero = (
@@ -78,7 +80,7 @@ class PackedRows(NamedTuple):
         else:
             each = torch.arange(width, device=codes.device) // self.group
             scale, zero = scale[..., each], zero[..., each]
-        front = torch.addcmul(zero.float(), codes.float(), scale.float())
+        front = torch.addcmul(zero, codes.float(), scale)
         if self.balance is not None:
             front = front / self.balance.float()[:, None]
         tail, whole = self.tail.padded()
@@ -103,3 +105,33 @@ class SparseRows(NamedTuple):
     def longest(self) -> int:
         """No head has more rows."""
         return self.numbers.longest + self.tail.longest
+
+
+class DeltaRows(NamedTuple):
+    """Blocks of `group` rows of several heads, each as a line of numbers [b, d + count] and of bits uint8 [b, c].
+
+    Numbers are, channel after channel, the first and each that differs from the one before; bits, as `pack` lays them
+    out at 1 bit, say of the later rows of each channel which those are.
+    """
+
+    numbers: Ragged
+    bits: Ragged
+    channels: int
+    group: int
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """All rows [k, longest * g, d], and which are real [k, longest * g]; others are anything."""
+        numbers, real = self.numbers.padded()
+        bits, _ = self.bits.padded()
+        rows = restored(numbers.flatten(0, 1), bits.flatten(0, 1), self.channels, self.group)
+        return rows.unflatten(0, numbers.shape[:2]).flatten(1, 2), real.repeat_interleave(self.group, dim=1)
+
+
+def restored(numbers: Tensor, bits: Tensor, width: int, group: int) -> Tensor:
+    """What blocks of numbers [b, d + count] and bits stand for, [b, g, d]."""
+    moved = unpack(bits, 1, width * (group - 1)).view(-1, width, group - 1)
+    stored = torch.nn.functional.pad(moved, (1, 0), value=1)
+    # Every set bit is one number further: a channel that did not move stays at its last one. (Rows that hold nothing
+    # may have any bits.)
+    place = stored.flatten(1).cumsum(dim=1).sub_(1).clamp_max_(numbers.shape[1] - 1)
+    return numbers.gather(1, place).view(-1, width, group).transpose(1, 2)

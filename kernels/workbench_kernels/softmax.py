@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from workbench_kernels.dispatch import on_gpu, with_kernel
 from workbench_kernels.scoring import Scoring, by_head, with_sinks
 
 
@@ -69,8 +70,16 @@ def attention_state(
     return with_sinks(out.reshape(heads, count, -1), lse.reshape(heads, count), scoring, query.dtype)
 
 
+def _takes_few(states: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return 1 < len(states) <= 4 and on_gpu(*(x for state in states for x in state))
+
+
+@with_kernel("gpu.merge:merge_states", when=_takes_few)
 def merge_states(states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention [h, q, dv] over all keys, of its states over disjoint sets of them: outputs and log-sum-exps [h, q]."""
+    """Attention [h, q, dv] over all keys, of its states over disjoint sets of them: outputs and log-sum-exps [h, q].
+
+    Each query must see something in one of them.
+    """
     first, _ = states[0]
     if len(states) == 1:
         return first

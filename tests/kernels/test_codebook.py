@@ -74,5 +74,13 @@ def test_kernels_find_what_sorting_finds(given: dict[str, Any], block: int) -> N
     table, codes, wanted, queries = case(**given)
     found = kernel(table, codes, wanted, queries, block=block)
     expected = codebook_top.reference(table, codes, wanted, queries)
+    fewer = torch.tensor([max(wanted // 2, 1)], dtype=torch.int32)
+    for mine, other, half in zip(
+        kernel(table, codes, wanted, queries, fewer=fewer, block=block),
+        codebook_top.reference(table, codes, wanted, queries, fewer=fewer),
+        codebook_top.reference(table, codes, int(fewer), queries),
+        strict=True,
+    ):
+        assert torch.equal(mine, other) and torch.equal(mine[..., : half.shape[2]], half)
     assert found[0].dtype == torch.int64 and found[1].dtype == torch.bool
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

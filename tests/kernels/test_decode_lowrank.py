@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.kernels.support import interpreted
 from workbench.core.rope import Rotation
-from workbench.kv.stores import low_rank as stores_lowrank
+from workbench.kv.stores import store as store_module
 from workbench.kv.stores.low_rank import LowRankStore, Ranks, spaces_of
 from workbench.trace import LayerTrace
-from workbench_kernels import decode
+from workbench_kernels import decode, softmax
 from workbench_kernels import decode_lowrank as kernels_lowrank
 from workbench_kernels.decode_lowrank import decode_lowrank, decode_rotated
 from workbench_kernels.rotary import LOW, RotaryTable, rotate
@@ -210,14 +210,14 @@ def test_store_attends_by_kernels_as_without(
         layer, keep, spaces_of(layer), Ranks(14, 12), torch.float16, window=window, bits=None, group=1
     )
     twin, begin, calls = store.clone(), 60, []
-    whole = LowRankStore._attend_on_gpu
+    whole = LowRankStore.by_kernel
 
     def counted(self: LowRankStore, *given: Any) -> Tensor | None:
         calls.append(whole(self, *given))
         return calls[-1]
 
-    monkeypatch.setattr(LowRankStore, "_attend_on_gpu", counted)
-    for count in (3, 1, 1):
+    monkeypatch.setattr(LowRankStore, "by_kernel", counted)
+    for count in (1, 1, 1):
         positions = torch.arange(begin, begin + count)
         keys, values, query = (numbers(h, count, w, seed=begin + w, dtype=torch.float16) for h, w in SHAPES)
         store.append(keys, values, positions)
@@ -225,7 +225,7 @@ def test_store_attends_by_kernels_as_without(
         assert calls.pop() is None
         twin.append(keys, values, positions)
         with monkeypatch.context() as patched:
-            for module in (stores_lowrank, decode, kernels_lowrank):
+            for module in (store_module, decode, kernels_lowrank, softmax):
                 patched.setattr(module, "on_gpu", lambda *_: True)
             found, _ = twin.attend(query, positions, Scoring(SCALE, softcap=9.0))
             assert calls.pop() is found

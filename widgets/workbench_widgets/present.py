@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from workbench.prompt import Prompt
+
 CHANGED = ""  # the choice of presets where a method's values are those of none
 HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
 
@@ -49,6 +51,13 @@ def pieces(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int] | Tenso
     if tokenizer is None:
         return [f"[{number}]" for number in numbers]
     return [str(piece) for piece in tokenizer.batch_decode([[number] for number in numbers])]
+
+
+def prompt_pieces(prompt: Prompt, most: int | None = None) -> list[str]:
+    """The text of each token of a prompt (at most the first `most`); of those of images, which it is of which."""
+    texts = pieces(prompt.tokenizer, prompt.ids[:most])
+    named = {} if prompt.images is None else prompt.images.labels()
+    return [named.get(place, text) for place, text in enumerate(texts)]
 
 
 def tier_names(plan: Plan) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from workbench.errors import BadParameter, CheckpointRefused, ModelNotFound
 from workbench.files.paths import place
 from workbench.models.agreement import check_report, check_size, check_ties
+from workbench.models.auto_class import auto_class, sees
 from workbench.models.catalog import catalogue
 from workbench.models.checkpoint import PICKLED, has_tokenizer, stored_dtype, weights_in
 from workbench.models.devices import whole_weights
@@ -22,10 +24,8 @@ from workbench.models.quiet import quiet
 from workbench.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap: TypeAlias = "str | Mapping[str, int | str | torch.device]"
@@ -41,6 +41,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     source: str  # the name, hub id or absolute path it was loaded from
     facts: Facts
+    processor: ProcessorMixin | None = None  # of texts with images; None: the model reads text alone
 
 
 def load(
@@ -79,8 +80,11 @@ def load(
     precision = dtype_for(dtype, target)
     progress.update("load", 0, 1)
     weights = weights_in(path)
+    processor = None
     if weights.is_dir():
-        model, tokenizer = _from_folder(weights, precision, (device_map or "auto", max_memory) if spread else None)
+        model, tokenizer, processor = _from_folder(
+            weights, precision, (device_map or "auto", max_memory) if spread else None
+        )
         checkpoint_dtype = named_dtype(stored_dtype(weights))
     elif spread:
         raise BadParameter(f"{name}: a GGUF file is loaded onto one device; leave device_map and max_memory out")
@@ -93,7 +97,8 @@ def load(
     model.eval()
     model.requires_grad_(False)
     progress.update("load", 1, 1)
-    return LoadedModel(model, tokenizer, source, facts(model, name=_short(source), checkpoint_dtype=checkpoint_dtype))
+    known = facts(model, name=_short(source), checkpoint_dtype=checkpoint_dtype)
+    return LoadedModel(model, tokenizer, source, known, processor)
 
 
 def _locate(name: str, progress: Progress) -> tuple[str, Path]:
@@ -122,22 +127,25 @@ def _short(source: str) -> str:
 
 def _from_folder(
     folder: Path, dtype: torch.dtype, spread: tuple[DeviceMap, Mapping[int | str, int | str] | None] | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, ProcessorMixin | None]:
     with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        places: dict[str, Any] = {}
         if spread is not None:
-            safe.update(device_map=spread[0], max_memory=None if spread[1] is None else dict(spread[1]))
+            places.update(device_map=spread[0], max_memory=None if spread[1] is None else dict(spread[1]))
         try:
             check_size(folder)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(str(folder), **safe)
+            loaded: Any = auto_class(config).from_pretrained(
                 str(folder),
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
                 **safe,
+                **places,
             )
         except (MemoryError, CheckpointRefused):
             raise
@@ -150,10 +158,26 @@ def _from_folder(
         tokenizer = None
         if has_tokenizer(folder):
             try:
-                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), **safe)
             except Exception as error:
                 raise CheckpointRefused(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-    return model, tokenizer
+        processor = _processor(folder, safe) if sees(config) and tokenizer is not None else None
+    return model, tokenizer, processor
+
+
+def _processor(folder: Path, safe: Mapping[str, Any]) -> ProcessorMixin | None:
+    """What prepares texts with images; None where it cannot be loaded here, so that text can be read all the same."""
+    from transformers import AutoProcessor
+
+    from workbench.models.image_text import folder_has_images, is_processor
+
+    if not folder_has_images(folder):
+        return None
+    try:
+        found = AutoProcessor.from_pretrained(str(folder), **safe)
+    except (ImportError, ValueError, OSError):  # Pillow or torchvision missing; a processor of another kind
+        return None
+    return found if is_processor(found) else None
 
 
 def device_for(device: str | torch.device | None) -> torch.device:

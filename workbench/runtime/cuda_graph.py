@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of, devices_of, forward
 from workbench.errors import NotApplicable
-from workbench.kv.stores.capabilities import Capturable
+from workbench.kv.stores.capabilities import Capturable, Scheduled
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
 from workbench.runtime.decode import Decoder
+from workbench.runtime.evicting_step import EvictingLayer, Foretold, Places, ScheduledLayer
 from workbench.runtime.fused_step import FusedStep
 from workbench.runtime.no_waiting import NoWaiting
 from workbench.runtime.plain_layers import device_weight, plain_layers
@@ -31,15 +33,24 @@ def refusal(decoder: Decoder, steps: int = 1) -> str | None:
         return "the model lies on several devices"
     if decoder.turns(steps):
         return "on the way its attention begins another chunk"
-    if decoder.evicting is not None:
+    if decoder.evicting is not None and any(
+        store.evictable and not store.rescored and store.replaceable is None for store in decoder.stores
+    ):
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
         return f"{decoder.attention.key} attends in its own way while decoding"
+    if decoder.images is not None and decoder.images.coordinates is not None:
+        return "the images of the prompt take other positions than their tokens"
     if decoder.states is not None:
         return "some layers keep another state than keys and values"
     if decoder.outputs is not None:
         return "each layer's outputs are recorded"
-    others = {type(store).__name__ for store in decoder.stores if store.capturable is None}
+    evicts = decoder.evicting is not None
+    others = {
+        type(store).__name__
+        for store in decoder.stores
+        if store.capturable is None and not (evicts and store.replaceable is not None)
+    }
     return f"{', '.join(sorted(others))} cannot grow on the device alone" if others else None
 
 
@@ -94,8 +105,11 @@ class CapturedStep:
         self._graph = graph
         device = device_of(decoder.model)
         with torch.inference_mode():
-            stores = [store.capturable for store in decoder.stores if store.capturable is not None]
+            stores = list(_capturable(decoder, steps))
+            self._overwriting = [store for store in stores if isinstance(store, _OVERWRITING)]
             for store in stores:
+                if store.steps_until_settled == 0:
+                    store.settle()
                 for rows, more in store.room_for(steps):
                     rows.reserve(more)
                     if rows.longest == 0:  # what is masked must be a number too
@@ -105,18 +119,23 @@ class CapturedStep:
             # One tensor each, so that one operation advances all heads of all layers.
             self._lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
             self._counters = torch.zeros(sum(sizes) + 2, dtype=torch.long, device=device)
+            self._grow = torch.ones_like(self._lengths)
+            replacing = (isinstance(store, _OVERWRITING) and store.replaces for store in stores)
+            both = [sum(sizes[i : i + 2]) for i in range(0, len(sizes), 2)]
+            for part, stays in zip(self._grow.split(both), replacing, strict=True):
+                part.fill_(not stays)
             self._position, self._written = self._counters[-2:-1], self._counters[-1:]
             self._position.fill_(decoder.position)
             lengths, ends = self._lengths.split(sizes), self._counters[:-2].split(sizes)
             self._layers = [
-                _Layer(store, steps, lengths[2 * i : 2 * i + 2], ends[2 * i : 2 * i + 2])
+                _Layer(store, steps, lengths[2 * i : 2 * i + 2], ends[2 * i : 2 * i + 2], self._position)
                 for i, store in enumerate(stores)
             ]
             self._token = torch.tensor([token], device=device)
             self._out = torch.zeros(steps, dtype=torch.long, device=device)
             self._mask = torch.zeros(1, 1, 1, 1, device=device)
         self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._launched = self._settled = 0
+        self._launched = self._settled = self._caught_up = 0
         self._fused = FusedStep(self.model, self._layers) if fused and plain_layers(self.model) else None
         self._replay: Callable[[], object] | None = None
         self.memory = decoder.memory
@@ -138,7 +157,7 @@ class CapturedStep:
     def __call__(self) -> Tensor:
         """Read the token, choose the next one and put it in its place; returns the logits [v]."""
         with torch.inference_mode():
-            self._lengths.add_(1)
+            self._lengths.add_(self._grow)
             if self._fused is not None:
                 logits = self._fused(self._token, self._position)
             else:
@@ -156,7 +175,8 @@ class CapturedStep:
         """
         if self._replay is None:
             with torch.inference_mode():
-                changed = (self._lengths, self._counters, self._token)
+                evicted = (x for store in self._overwriting for x in store.changed)
+                changed = (self._lengths, self._counters, self._token, *evicted)
                 before = [x.clone() for x in changed]
                 if self._token.is_cuda and self._graph:
                     self._replay = self._captured(changed, before)
@@ -190,7 +210,8 @@ class CapturedStep:
         """Yield the tokens of all steps, or those up to and including one of `eos`.
 
         A few steps run ahead of what has been yielded. However this ends, stores and decoder then hold what was read
-        to choose the tokens yielded, and no more: the last token has not been read.
+        to choose the tokens yielded, and no more: the last token has not been read. Where entries are evicted only one
+        runs ahead, of a token that ends nothing; who stops there leaves a decoder that has read that token.
         """
         self.prepare()
         kept = 0
@@ -198,17 +219,27 @@ class CapturedStep:
         try:
             while self._launched < self.steps or waiting is not None:
                 begun = None
-                # Rows that have been quantised cannot be taken back: first see whether the answer has ended.
-                if self._launched < self.steps and (waiting is None or self.due > 0):
-                    begun = self.launch(min(EVERY, self.steps - self._launched))
-                for token in () if waiting is None else self._tokens(*waiting):
+                # What was quantised or written over cannot be taken back: first see whether the answer has ended.
+                if self._launched < self.steps and (waiting is None or (self.due > 0 and not self._overwriting)):
+                    begun = self.launch(min(self._every, self.steps - self._launched))
+                tokens = [] if waiting is None else self._tokens(*waiting)
+                if self._overwriting and tokens and tokens[-1] not in eos and self._launched < self.steps:
+                    begun = self.launch(1)
+                if self._overwriting:
+                    self._catch_up(self._launched)  # while the device works
+                for token in tokens:
                     kept += 1
                     yield token
                     if token in eos:
                         return
                 waiting = begun
         finally:
-            self._end(kept)
+            self._end(self._launched if self._overwriting else kept)
+
+    @property
+    def _every(self) -> int:
+        """Steps after which the host looks at the tokens."""
+        return 1 if self._overwriting else EVERY
 
     @property
     def due(self) -> int:
@@ -239,20 +270,39 @@ class CapturedStep:
 
     def _catch_up(self, steps: int) -> None:
         """Let the stores know of all rows up to those of the first `steps` steps."""
-        more = steps - self._settled
+        more = steps - self._caught_up
         if more:
-            self.decoder.advance(more)
-        self._settled = steps
+            self.decoder.advance(more, [layer.store for layer in self._layers])
+        self._caught_up = steps
 
     def _settle(self) -> None:
         with torch.inference_mode():
             self._catch_up(self._launched)
+            self._settled = self._launched
             for layer in self._layers:
                 layer.settle()
 
     def _end(self, kept: int) -> None:
         with torch.inference_mode():
             self._catch_up(kept)
+
+
+def _capturable(decoder: Decoder, steps: int) -> Iterator[Capturable]:
+    """What steps write into, layer by layer."""
+    foretold: Foretold = {}
+    evicting = decoder.evicting
+    for store, capacity in zip(decoder.stores, decoder.capacity, strict=True):
+        capturable, replaceable, rescored = store.capturable, store.replaceable, store.rescored
+        schedule = None if evicting is None or rescored is None or capturable is None else rescored.schedule(steps)
+        if schedule is not None:
+            yield ScheduledLayer(cast("Scheduled", capturable), schedule, decoder.position)
+        elif evicting is not None and rescored is None and replaceable is not None:
+            yield EvictingLayer(replaceable, evicting, capacity or 0, decoder.position, steps, foretold)
+        elif capturable is not None:
+            yield capturable
+
+
+_OVERWRITING = (EvictingLayer, ScheduledLayer)
 
 
 def capture(decoder: Decoder, token: int, steps: int) -> CapturedStep:
@@ -284,25 +334,34 @@ class _Static:
             self.ends.copy_(now.starts + now.lengths)
 
 
+class _Pins:
+    """What the layers' stores know of a step's places; see `Pin`."""
+
+    def __init__(self, position: Tensor) -> None:
+        self.position = position
+        self.rows: list[_Static] = []
+
+    def __call__(self, rows: Rows, longest: int) -> Ragged:
+        self.rows.append(_Static(rows, longest))
+        return self.rows[-1].ragged
+
+
 class _Layer:
     """One layer's store, as a step uses it."""
 
-    def __init__(self, store: Capturable, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
+    def __init__(
+        self, store: Capturable, steps: int, lengths: Sequence[Tensor], ends: Sequence[Tensor], position: Tensor
+    ) -> None:
         """lengths int32 and ends int64, [k] each, of the rows that a new key and value join: where to keep them."""
         self.store = store
         self._grown = [
             _Static(rows, min(rows.longest + steps, bound), *places)
             for rows, bound, *places in zip(store.growing, store.most_rows(steps), lengths, ends, strict=True)
         ]
-        self._pinned: list[_Static] = []
+        self.pins = _Pins(position)
         keys, values = (static.ragged for static in self._grown)
-        self._attention = store.captured_attention(keys, values, steps, self._pin)
+        self._attention = store.captured_attention(keys, values, steps, self.pins)
         self._count_down()
-
-    def _pin(self, rows: Rows, longest: int) -> Ragged:
-        """Other rows of the store at a place that never moves."""
-        self._pinned.append(_Static(rows, longest))
-        return self._pinned[-1].ragged
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -310,6 +369,9 @@ class _Layer:
         keys, values = self._grown
         assert keys.ends is not None
         assert values.ends is not None
+        if isinstance(self.store, _OVERWRITING):
+            places = (Places(static.ends, static.ragged.lengths) for static in self._grown if static.ends is not None)
+            self.store.take_in(self.pins.position, *places)
         return keys.rows.data, keys.ends, values.rows.data, values.ends
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -323,14 +385,14 @@ class _Layer:
         return self._attention(query, scoring)
 
     def settle(self) -> None:
-        """Quantise what waits in the tail, in place."""
-        if self.store.period is not None:
+        """Do what is due between steps: quantise what waits in the tail, let entries leave or move, in place."""
+        if self.until != sys.maxsize:
             self.store.settle()
-            for static in (*self._grown, *self._pinned):
+            for static in (*self._grown, *self.pins.rows):
                 static.refresh()
             self._count_down()
 
     def _count_down(self) -> None:
-        """Count the steps until the tail has to be quantised."""
+        """Count the steps until something is due."""
         until = self.store.steps_until_settled
         self.until = sys.maxsize if until is None else until

@@ -68,11 +68,11 @@ def _faster(decoder: Decoder, token: int, steps: int, graphs: bool) -> CapturedS
     on_gpu = device_of(decoder.model).type == "cuda"
     if graphs and on_gpu:
         with suppress(NotApplicable):
-            if decoder.evicting is not None:
-                return SteadyStep(decoder, token, steps)
             following = cuda_graph.capture(decoder, token, steps)
             decoder.notes += [note] if (note := cuda_graph.note(decoder)) else []
             return following
+        with suppress(NotApplicable):
+            return SteadyStep(decoder, token, steps)
     reason = decoder.fuse()
     if graphs and on_gpu and reason is not None:
         decoder.notes.append(f"decoded without CUDA graphs: {reason}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch  # first, so that the library shares the threads that torch has started
 
-_SOURCE = Path(__file__).with_name("token.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("token.c", "search.c"))
 _FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 _PATIENCE = 60  # seconds that a compiler may take
@@ -26,7 +26,7 @@ def library(folder: str) -> ctypes.CDLL | None:
 
     Compiling takes less than a second on an idle machine. Nothing is raised: whoever asks has another way.
     """
-    target = Path(folder) / f"token-{_fingerprint()}.so"
+    target = Path(folder) / f"library-{_fingerprint()}.so"
     if not target.is_file() and not _compiled(target):
         return None
     try:
@@ -35,7 +35,7 @@ def library(folder: str) -> ctypes.CDLL | None:
         return None
     for name, kinds in _ARGUMENTS.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = kinds, _INT if name in ("wb_code", "wb_leave") else None
+        function.argtypes, function.restype = kinds, _INT if name in ("wb_code", "wb_leave", "wb_search") else None
     return found
 
 
@@ -44,6 +44,7 @@ _ARGUMENTS = {
     "wb_linear": (_INT, _PLACE, _PLACE, _FLOAT, _LONG, _LONG, *[_PLACE] * 4, _INT),
     "wb_leave": (_PLACE, _INT, *[_LONG] * 4, *[_PLACE] * 3, *[_LONG] * 4, _INT, _LONG),
     "wb_code": (_PLACE, _LONG, _INT, _PLACE, _PLACE, _PLACE, _INT),
+    "wb_search": (*[_PLACE] * 4, *[_LONG] * 9, *[_PLACE] * 3, _INT),
     "wb_rotate": (_PLACE, _LONG, _LONG, _LONG, _PLACE, _PLACE),
     "wb_attend": (_PLACE, _PLACE, _PLACE, _LONG, _LONG, _LONG, _FLOAT, _FLOAT, _PLACE, _PLACE, _INT),
 }
@@ -55,7 +56,7 @@ def _fingerprint() -> str:
     cpus = Path("/proc/cpuinfo")
     if cpus.is_file():
         features += [line for line in cpus.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-    said = hashlib.sha256(_SOURCE.read_bytes())
+    said = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
     said.update("\n".join((*_FLAGS, *features)).encode())
     return said.hexdigest()[:16]
 
@@ -70,7 +71,7 @@ def _compiled(target: Path) -> bool:
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
             made = Path(place) / target.name
             for more in _CHOICES:
-                command = [compiler, *_FLAGS, *more, str(_SOURCE), "-o", str(made), "-lm"]
+                command = [compiler, *_FLAGS, *more, *map(str, _SOURCES), "-o", str(made), "-lm"]
                 done = subprocess.run(command, capture_output=True, check=False, timeout=_PATIENCE)  # noqa: S603
                 if done.returncode == 0:
                     made.replace(target)

@@ -433,7 +433,7 @@ def _whole_rows(
     return top, whole, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "programs"])
 def _attend(
     query, asked_at, positions, position_starts,
     key_numbers, key_bitmap, key_starts, key_bitmap_starts, lengths, key_tail, key_tail_starts, tail_lengths,

@@ -38,13 +38,15 @@ def _count(codes, starts, lengths, counts, blocks, C: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _limit(
-    table, counts, classes, before, quota, wanted, blocks, entries,
+    table, counts, classes, before, quota, wanted, fewer, blocks, entries,
     ROWS: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """For one query row: codes above the limit (2), at it (1) and below (0); how many tokens at it are wanted, and how
     many there are before each block.
     """
     head, row = tl.program_id(0), tl.program_id(1)
+    if fewer is not None:
+        wanted = tl.minimum(tl.load(fewer), wanted)
     code, step = tl.arange(0, C), tl.arange(0, CHUNK)
     line = (head * ROWS + row).to(tl.int64)
     score = tl.load(table + line * entries + code, mask=code < entries, other=float("-inf"))
@@ -116,7 +118,13 @@ def _list(
 
 
 def codebook_top(
-    table: Tensor, codes: Ragged, wanted: int, queries: int, *, block: int = BLOCK
+    table: Tensor,
+    codes: Ragged,
+    wanted: int,
+    queries: int,
+    *,
+    fewer: Tensor | None = None,
+    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """See `workbench_kernels.codebook.codebook_top`."""
     heads, rows, entries = table.shape
@@ -133,8 +141,8 @@ def codebook_top(
     _count[(heads, blocks)](*held, counts, blocks, C=c, BLOCK=block, num_warps=8)
     chunk = max(min(power(blocks), 16384 // c), 1)
     _limit[(heads, rows)](
-        table.float().contiguous(), counts, classes, before, quota, count, blocks, entries, ROWS=rows, C=c, CHUNK=chunk,
-        num_warps=8,
+        table.float().contiguous(), counts, classes, before, quota, count, fewer, blocks, entries,
+        ROWS=rows, C=c, CHUNK=chunk, num_warps=8,
     )  # fmt: skip
     for write in (False, True):
         _list[(heads, blocks, queries)](

@@ -37,13 +37,15 @@ class Config(NamedTuple):
     per_processor: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "queries", "programs"])
 def _attend(
     query, keys, values, key_starts, value_starts, lengths, positions, position_starts, asked_at,
+    key_sizes, key_size_starts, value_sizes, value_size_starts,
     sums, largest, weights, scale, softcap, window, queries, programs,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SIZED: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles of G * N rows. Each warp takes N rows of a tile and keeps a softmax of its own (the dimension G),
     so that warps never wait for one another; tokens lie along the matrix units' long side, the few queries along the
@@ -85,8 +87,13 @@ def _attend(
                 key = tl.load(key_at)
             else:
                 key = tl.load(key_at, mask=(d < D)[None, None, :], other=0.0)
-            score = capped(tl.dot(key, asked) * scale, softcap, SOFTCAP)
+            score = tl.dot(key, asked) * scale
             seen = (within < length - first)[:, :, None]
+            if SIZED:
+                size = tl.load(key_sizes + tl.load(key_size_starts + head) + first + row).to(tl.float32)
+                score *= size[:, :, None]
+                seen = seen & (size < float("inf"))[:, :, None]
+            score = capped(score, softcap, SOFTCAP)
             if MASKED:
                 if PLACED:
                     place = tl.load(positions + tl.load(position_starts + head).to(tl.int64) + first + row)
@@ -104,6 +111,9 @@ def _attend(
                 value = tl.load(value_at)
             else:
                 value = tl.load(value_at, mask=(dv < DV)[None, :, None], other=0.0)
+            if SIZED:
+                size = tl.load(value_sizes + tl.load(value_size_starts + head) + first + row).to(tl.float32)
+                weight *= size[:, :, None]
             mixed = tl.dot(value, weight.to(value.dtype), mixed * old[:, None, :])
             top = higher
         leave_sums(sums, pid + head, rows, mixed, dv, dv < DV, ROWS, DV, G)
@@ -126,6 +136,7 @@ def decode_dense(
     *,
     query_positions: Tensor | None = None,
     positions: Ragged | None = None,
+    sizes: tuple[Ragged, Ragged] | None = None,
     lse: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -140,11 +151,12 @@ def decode_dense(
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, keys.starts, values.starts, keys.lengths,
         None if positions is None else positions.data, None if positions is None else positions.starts, query_positions,
+        *((None,) * 4 if sizes is None else (x for side in sizes for x in (side.data, side.starts))),
         *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, query.shape[1],
         programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
         DVP=max(power(value_width), 16), G=warps, N=tokens, STAGES=stages, MASKED=query_positions is not None,
         PLACED=positions is not None, WINDOW=scoring.window is not None, SOFTCAP=scoring.softcap is not None,
-        num_warps=warps,
+        SIZED=sizes is not None, num_warps=warps,
     )  # fmt: skip
     return join(slots, keys.lengths, query, value_width, scoring, tile=tile, programs=programs, lse=lse)

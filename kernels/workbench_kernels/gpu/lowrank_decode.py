@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -38,6 +39,7 @@ class Config(NamedTuple):
     per_processor: int
 
 
+WIDE = Config(4, 64, 2, 1)  # for ranks beyond 128, whose basis and tiles fill a processor's shared memory
 # The first is taken: its loop has the fewest instructions a token, and two programs fit into a processor's registers.
 CONFIGS = [
     Config(4, 64, 3, 2),
@@ -74,12 +76,13 @@ def _circle(revolutions, EXACT: tl.constexpr):
         return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "programs", "rank", "value_rank"])
 def _attend(
     query, keys, values, basis, low_table, high_table, frequencies, key_starts, value_starts, lengths, positions,
-    position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs,
-    K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, RK: tl.constexpr, RKP: tl.constexpr,
-    RV: tl.constexpr, RVP: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
+    position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs, rank, value_rank,
+    K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, RKP: tl.constexpr, FULL: tl.constexpr,
+    UNIT: tl.constexpr, RVP: tl.constexpr, VFULL: tl.constexpr,
+    VUNIT: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
     COARSE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +91,8 @@ def _attend(
     Rotating a key to its position is rotating it from where its tile (or, PLACED, its run) begins, and the query back
     to there. So where rows are their own positions, all tiles rotate keys by the same angles, which stay in registers.
     """
+    RK = RKP if FULL else tl.multiple_of(rank, UNIT)
+    RV = RVP if VFULL else tl.multiple_of(value_rank, VUNIT)
     pid = tl.program_id(0)
     rows = tl.program_id(1) * R + tl.arange(0, R)
     heads, t, d = tl.arange(0, KP), tl.arange(0, TILE), tl.arange(0, HALFP)
@@ -137,7 +142,7 @@ def _attend(
             row = tl.minimum(t, length - 1 - first)
             key_at = key_base + first.to(tl.int64) * RK + (row[:, None] * RK + rk[None, :])
             value_at = value_base + first.to(tl.int64) * RV + (row[None, :] * RV + rv[:, None])
-            if RK == RKP:
+            if FULL:
                 key = tl.load(key_at)
             else:
                 key = tl.load(key_at, mask=(rk < RK)[None, :], other=0.0)
@@ -159,7 +164,7 @@ def _attend(
             weight = tl.exp2(score - higher[None, :])
             old = tl.exp2(top - higher)
             whole = whole * old + tl.sum(weight, 0)
-            if RV == RVP:
+            if VFULL:
                 value = tl.load(value_at)
             else:
                 value = tl.load(value_at, mask=(rv < RV)[:, None], other=0.0)
@@ -167,7 +172,7 @@ def _attend(
             top = higher
             if not PLACED:
                 asked_first, asked_second = _turned(asked_first, asked_second, step_cos[:, None], -step_sin[:, None])
-        leave_sums(sums, pid + head, rows, mixed[None], rv, rv < RV, ROWS, RV, 1)
+        leave_sums(sums, pid + head, rows, mixed[None], rv, rv < RVP, ROWS, RVP, 1)
         leave_weights(largest, weights, pid + head, rows, top[None], whole[None], ROWS, 1)
         low = stop
 
@@ -192,17 +197,21 @@ def decode_rotated(
     if order is not None:
         query, key_basis = query[..., order], key_basis[..., order]
     rows, block, blocks = rows_of(query, heads)
-    warps, tile, stages, per_processor = config or CONFIGS[0]
+    warps, tile, stages, per_processor = config or (CONFIGS[0] if max(rank, value_rank) <= 128 else WIDE)
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
-    slots = Slots.of(programs + heads, 1, rows, value_rank, query.device)
+    # Ranks are numbers of a layer: one kernel serves all that fill no tile and whose rows are aligned alike.
+    wide, value_wide = max(power(rank), 16), max(power(value_rank), 16)
+    slots = Slots.of(programs + heads, 1, rows, value_wide, query.device)
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, key_basis.to(query.dtype).contiguous(), rotary.low, rotary.high,
         rotary.frequencies, keys.starts, values.starts, keys.lengths, None if positions is None else positions.data,
         None if positions is None else positions.starts, query_positions, *slots, scoring.scale * LOG2E,
-        (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, K=heads, KP=power(heads), ROWS=rows, R=block,
-        RK=rank, RKP=max(power(rank), 16), RV=value_rank, RVP=max(power(value_rank), 16), HALF=half,
+        (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, rank, value_rank, K=heads, KP=power(heads),
+        ROWS=rows, R=block, RKP=wide, FULL=wide == rank, UNIT=math.gcd(rank, 8), RVP=value_wide,
+        VFULL=value_wide == value_rank, VUNIT=math.gcd(value_rank, 8), HALF=half,
         HALFP=max(power(half), 16), TILE=tile, COARSE=LOW, STAGES=stages, MASKED=query_positions is not None,
         PLACED=positions is not None, SOFTCAP=scoring.softcap is not None, EXACT=interpreted(),
         num_warps=warps,
     )  # fmt: skip
-    return join(slots, keys.lengths, query, value_rank, scoring, tile=tile, programs=programs, lse=lse)
+    out, sums = join(slots, keys.lengths, query, value_wide, scoring, tile=tile, programs=programs, lse=lse)
+    return out[..., :value_rank], sums

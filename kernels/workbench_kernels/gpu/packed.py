@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,6 +40,9 @@ _QUERY_BITS = 6
 _WEIGHT_BITS = 8
 _SCORE_UNIT = tl.constexpr(2.0 ** (24 - _QUERY_BITS))
 _WEIGHT_UNIT = tl.constexpr(2.0**_WEIGHT_BITS)
+
+_HALF16, _BF16, _FP8 = (tl.constexpr(kind) for kind in range(3))  # how scales are held
+_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 
 
 @triton.constexpr_function
@@ -91,21 +95,41 @@ def _half(word, WHICH: tl.constexpr):
 
 
 @triton.jit
-def _per_row(numbers, begin, row, GROUPS: tl.constexpr):
-    """The GROUPS float16 numbers (1, 2 or 4) of each row begin + row, in one integer."""
-    if GROUPS == 1:
+def _per_row(numbers, begin, row, GROUPS: tl.constexpr, KIND: tl.constexpr):
+    """The GROUPS numbers (1, 2 or 4) of each row begin + row, in one integer."""
+    NBYTES: tl.constexpr = GROUPS if KIND == _FP8 else 2 * GROUPS
+    if NBYTES == 1:
+        return tl.load(numbers.to(tl.pointer_type(tl.uint8)) + begin + row)
+    elif NBYTES == 2:
         return tl.load(numbers.to(tl.pointer_type(tl.int16)) + begin + row)
-    elif GROUPS == 2:
+    elif NBYTES == 4:
         return tl.load(numbers.to(tl.pointer_type(tl.int32)) + begin + row)
     else:
         return tl.load(numbers.to(tl.pointer_type(tl.int64)) + begin + row)
 
 
 @triton.jit
+def _fp8_number(byte):
+    """What positive bytes of float8_e4m3fn stand for, float32: as bits of a float16 they are 2 ** 8 times too small."""
+    return ((byte.to(tl.int16) & 127) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def _scale_of(word, WHICH: tl.constexpr, KIND: tl.constexpr):
+    """The scale WHICH of those that lie in an integer, float32."""
+    if KIND == _HALF16:
+        return _half(word, WHICH).to(tl.float32)
+    elif KIND == _BF16:
+        return (((word >> (16 * WHICH)).to(tl.int32) & 65535) << 16).to(tl.float32, bitcast=True)
+    else:
+        return _fp8_number((word >> (8 * WHICH)) & 127)
+
+
+@triton.jit
 def _numbers(
     codes, scale, zero, tail, balance, row, packed, length, channel,
     D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    BALANCED: tl.constexpr,
+    BALANCED: tl.constexpr, MIDDLE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """What rows stand for at channels (of shapes that broadcast), float32; the first `packed` rows are codes."""
     real = (channel < D) & (row < length)
@@ -117,8 +141,14 @@ def _numbers(
         group = (old // GROUP) * D + channel
     else:
         group = old * ((D + GROUP - 1) // GROUP) + channel // GROUP
-    found = code.to(tl.float32) * tl.load(scale + group, mask=front, other=0.0).to(tl.float32)
-    found += tl.load(zero + group, mask=front, other=0.0).to(tl.float32)
+    if KIND == _FP8:
+        size = _fp8_number(tl.load(scale.to(tl.pointer_type(tl.uint8)) + group, mask=front, other=0))
+    else:
+        size = tl.load(scale + group, mask=front, other=0.0).to(tl.float32)
+    if MIDDLE:
+        found = (code - (1 << (BITS - 1))).to(tl.float32) * size
+    else:
+        found = code.to(tl.float32) * size + tl.load(zero + group, mask=front, other=0.0).to(tl.float32)
     if BALANCED:
         found = found / tl.load(balance + channel, mask=channel < D, other=1.0).to(tl.float32)
     new = tl.load(tail + (row - packed).to(tl.int64) * D + channel, mask=real & (row >= packed), other=0.0)
@@ -129,10 +159,11 @@ def _numbers(
 def _any_rows(
     query, head, rows, first, step, length, key_packed, value_packed,
     key_codes, key_scale, key_zero, key_tail, balance, value_codes, value_scale, value_zero, value_tail,
-    positions, where, scale, softcap, window,
+    value_balance, positions, where, scale, softcap, window,
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     G: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr,
     GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr, VCHANNEL: tl.constexpr, BALANCED: tl.constexpr,
+    VBALANCED: tl.constexpr, MIDDLE: tl.constexpr, VMIDDLE: tl.constexpr, KIND: tl.constexpr, VKIND: tl.constexpr,
     MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Attention over rows of a head, packed or not, of any shape, number by number: G * N from `first` on, then those
@@ -154,7 +185,7 @@ def _any_rows(
         row = begin + within
         key = _numbers(
             key_codes, key_scale, key_zero, key_tail, balance, row[:, :, None], key_packed, length, d[None, None, :],
-            D, KB, BITS, GROUP, CHANNEL, BALANCED,
+            D, KB, BITS, GROUP, CHANNEL, BALANCED, MIDDLE, KIND,
         ).to(asked.dtype)  # fmt: skip
         score = capped(tl.dot(key, asked) * scale, softcap, SOFTCAP)
         seen = (row < length)[:, :, None]
@@ -172,8 +203,8 @@ def _any_rows(
         old = tl.exp2(top - higher)
         whole = whole * old + tl.sum(weight, 1)
         value = _numbers(
-            value_codes, value_scale, value_zero, value_tail, value_tail, row[:, None, :], value_packed, length,
-            dv[None, :, None], DV, VB, VBITS, VGROUP, VCHANNEL, False,
+            value_codes, value_scale, value_zero, value_tail, value_balance, row[:, None, :], value_packed, length,
+            dv[None, :, None], DV, VB, VBITS, VGROUP, VCHANNEL, VBALANCED, VMIDDLE, VKIND,
         ).to(asked.dtype)  # fmt: skip
         mixed = tl.dot(value, weight.to(asked.dtype), mixed * old[:, None, :])
         top = higher
@@ -183,18 +214,20 @@ def _any_rows(
 @triton.jit
 def _whole_words(
     query, head, rows, front, first, last, slot, words, key_scale, key_zero, balance, value_words, value_scale,
-    value_zero, sums, largest, weights, scale, softcap,
+    value_zero, value_balance, sums, largest, weights, scale, softcap,
     ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, G: tl.constexpr,
     SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     VW: tl.constexpr, VWP: tl.constexpr, BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr,
-    VGROUP: tl.constexpr,
-    CHANNEL: tl.constexpr, BALANCED: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    VGROUP: tl.constexpr, CHANNEL: tl.constexpr, VCHANNEL: tl.constexpr, BALANCED: tl.constexpr,
+    VBALANCED: tl.constexpr, MIDDLE: tl.constexpr, VMIDDLE: tl.constexpr, KIND: tl.constexpr, VKIND: tl.constexpr,
+    STAGES: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention over tiles first .. last - 1 of the `front` rows of a head that are packed in keys and values, word by
-    word, left in a slot. All pointers are the head's own.
+    word, left in a slot. All pointers are the head's own. VCHANNEL: one group holds all values of a channel, so their
+    scales wait until the sums are complete.
     """
     TILE: tl.constexpr = G * SUB * N
+    VGROUPS: tl.constexpr = 0 if VCHANNEL else DV // VGROUP
     FIELDS: tl.constexpr = 16 // BITS
     VFIELDS: tl.constexpr = 16 // VBITS
     g, t, d = tl.arange(0, G), tl.arange(0, N), tl.arange(0, DP)
@@ -230,7 +263,7 @@ def _whole_words(
     for piece in tl.static_range(VB // (2 * VW) * VFIELDS):
         mixed = mixed + (tl.zeros([G, VWP, R], tl.float32),)
     zeros = ()
-    for group in tl.static_range(DV // VGROUP):
+    for group in tl.static_range(VGROUPS):
         zeros = zeros + (tl.zeros([G, R], tl.float32),)
     top = tl.full([G, R], LOWEST, tl.float32)
     whole = tl.zeros([G, R], tl.float32)
@@ -254,8 +287,9 @@ def _whole_words(
                 group_at = (begin // GROUP).to(tl.int64) * (D // 2)
                 group = (((begin % GROUP) + g * (SUB * N) + sub * N) // GROUP)[:, None] * (D // 2)
             else:
-                key_scales = _per_row(key_scale, begin.to(tl.int64), row, D // GROUP)
-                key_zeros = _per_row(key_zero, begin.to(tl.int64), row, D // GROUP)
+                key_scales = _per_row(key_scale, begin.to(tl.int64), row, D // GROUP, KIND)
+                if not MIDDLE:
+                    key_zeros = _per_row(key_zero, begin.to(tl.int64), row, D // GROUP, KIND)
             for chunk in tl.static_range(KB // (2 * KW)):
                 at_word = at_words + (row[:, :, None] * (KB // 2) + (chunk * KW + i)[None, None, :])
                 if KW == KWP:
@@ -282,13 +316,17 @@ def _whole_words(
                             )
                         else:
                             found = tl.dot(code, asking * _query_unit(side * (FIELDS // 2) + part, BITS))
-                            factor = _half(key_scales, (part * KB + chunk * 2 * KW) // GROUP).to(tl.float32)
+                            factor = _scale_of(key_scales, (part * KB + chunk * 2 * KW) // GROUP, KIND)
                             raw += found * factor[:, :, None]
             if CHANNEL:
                 offset = tl.max(shift, 1) * by_zero[None, :]
             else:
                 for group in tl.static_range(D // GROUP):
-                    raw += _half(key_zeros, group).to(tl.float32)[:, :, None] * (sizes[group] / by_code)[None, None, :]
+                    if MIDDLE:
+                        low = _scale_of(key_scales, group, KIND) * -(2 ** (BITS - 1))
+                    else:
+                        low = _scale_of(key_zeros, group, KIND)
+                    raw += low[:, :, None] * (sizes[group] / by_code)[None, None, :]
                 offset = tl.zeros([G, R], tl.float32)
             if SOFTCAP:
                 raw = (
@@ -304,7 +342,7 @@ def _whole_words(
         old = tl.exp2(top - higher)
         whole = whole * old
         kept = ()
-        for group in tl.static_range(DV // VGROUP):
+        for group in tl.static_range(VGROUPS):
             kept = kept + (zeros[group] * old,)
         zeros = kept
         kept = ()
@@ -316,14 +354,22 @@ def _whole_words(
             at_words = value_words + begin.to(tl.int64) * (VB // 2)
             weight = tl.exp2(raws[sub] * by_code[None, None, :] + (offsets[sub] - higher)[:, None, :])
             whole += tl.sum(weight, 1)
-            scales = _per_row(value_scale, begin.to(tl.int64), row, DV // VGROUP)
-            shifts = _per_row(value_zero, begin.to(tl.int64), row, DV // VGROUP)
             scaled = ()
+            if VCHANNEL:
+                scaled = scaled + ((weight * _WEIGHT_UNIT).to(tl.float16),)
+            else:
+                scales = _per_row(value_scale, begin.to(tl.int64), row, VGROUPS, VKIND)
+                if not VMIDDLE:
+                    shifts = _per_row(value_zero, begin.to(tl.int64), row, VGROUPS, VKIND)
             kept = ()
-            for group in tl.static_range(DV // VGROUP):
-                factor = _half(scales, group).to(tl.float32) * _WEIGHT_UNIT
-                scaled = scaled + ((weight * factor[:, :, None]).to(tl.float16),)
-                kept = kept + (zeros[group] + tl.sum(weight * _half(shifts, group).to(tl.float32)[:, :, None], 1),)
+            for group in tl.static_range(VGROUPS):
+                factor = _scale_of(scales, group, VKIND)
+                scaled = scaled + ((weight * (factor * _WEIGHT_UNIT)[:, :, None]).to(tl.float16),)
+                if VMIDDLE:
+                    shift = factor * -(2 ** (VBITS - 1))
+                else:
+                    shift = _scale_of(shifts, group, VKIND)
+                kept = kept + (zeros[group] + tl.sum(weight * shift[:, :, None], 1),)
             zeros = kept
             kept = ()
             for chunk in tl.static_range(VB // (2 * VW)):
@@ -342,25 +388,35 @@ def _whole_words(
         channel = (
             (piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW) + 2 * vi + (piece % VFIELDS) // (VFIELDS // 2)
         )
-        shift = zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP]
-        out = mixed[piece] * _sum_unit(piece, VBITS) + shift[:, None, :]
+        out = mixed[piece] * _sum_unit(piece, VBITS)
+        if VCHANNEL:
+            size = tl.load(value_scale + channel, mask=vi < VW, other=0.0).to(tl.float32)
+            low = tl.load(value_zero + channel, mask=vi < VW, other=0.0).to(tl.float32)
+            out = out * size[None, :, None] + whole[:, None, :] * low[None, :, None]
+        else:
+            out += zeros[((piece % (VFIELDS // 2)) * VB + (piece // VFIELDS) * (2 * VW)) // VGROUP][:, None, :]
+        if VBALANCED:
+            factor = tl.load(value_balance + channel, mask=vi < VW, other=1.0).to(tl.float32)
+            out = out / factor[None, :, None]
         leave_sums(sums, slot, rows, out, channel, vi < VW, ROWS, DV, G)
     leave_weights(largest, weights, slot, rows, top, whole, ROWS, G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "queries", "programs"])
 def _attend(
     query, asked_at, positions, position_starts,
     key_codes, key_code_starts, key_code_lengths, key_scale, key_zero, key_scale_starts, key_tail, key_tail_starts,
     key_tail_lengths, balance,
     value_codes, value_code_starts, value_code_lengths, value_scale, value_zero, value_scale_starts, value_tail,
-    value_tail_starts, sums, largest, weights, scale, softcap, window, queries, programs,
+    value_tail_starts, value_balance, sums, largest, weights, scale, softcap, window, queries, programs,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, G: tl.constexpr, SUB: tl.constexpr, N: tl.constexpr, KB: tl.constexpr,
     VB: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr,
     BITS: tl.constexpr, VBITS: tl.constexpr, GROUP: tl.constexpr, VGROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, FAST: tl.constexpr, RESTS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    VCHANNEL: tl.constexpr, BALANCED: tl.constexpr, VBALANCED: tl.constexpr, MIDDLE: tl.constexpr,
+    VMIDDLE: tl.constexpr, KIND: tl.constexpr, VKIND: tl.constexpr, FAST: tl.constexpr, RESTS: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A run of tiles or, in the first RESTS programs of every head, a part of the head's rest.
 
@@ -423,10 +479,10 @@ def _attend(
                 key_codes + code_at, key_scale + scale_at, key_zero + scale_at,
                 key_tail + tl.load(key_tail_starts + head).to(tl.int64) * D, balance + head * D,
                 value_codes + value_code_at, value_scale + value_scale_at, value_zero + value_scale_at,
-                value_tail + tl.load(value_tail_starts + head).to(tl.int64) * DV,
+                value_tail + tl.load(value_tail_starts + head).to(tl.int64) * DV, value_balance + head * DV,
                 place_at, where, scale, softcap, window,
                 ROWS, R, D, DP, DV, DVP, G, 16, KB, VB, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL, BALANCED,
-                MASKED, PLACED, WINDOW, SOFTCAP,
+                VBALANCED, MIDDLE, VMIDDLE, KIND, VKIND, MASKED, PLACED, WINDOW, SOFTCAP,
             )  # fmt: skip
             leave_sums(sums, slot, rows, mixed, dv, dv < DV, ROWS, DV, G)
             leave_weights(largest, weights, slot, rows, top, whole, ROWS, G)
@@ -436,9 +492,10 @@ def _attend(
                 (key_codes + code_at).to(tl.pointer_type(tl.int16)),
                 (key_scale + scale_at), (key_zero + scale_at), balance + head * D,
                 (value_codes + value_code_at).to(tl.pointer_type(tl.int16)),
-                value_scale + value_scale_at, value_zero + value_scale_at, sums, largest, weights, scale, softcap,
-                ROWS, R, D, DP, DV, G, SUB, N, KB, VB, KW, KWP, VW, VWP, BITS, VBITS, GROUP, VGROUP, CHANNEL, BALANCED,
-                STAGES, SOFTCAP, INTERPRET,
+                value_scale + value_scale_at, value_zero + value_scale_at, value_balance + head * DV,
+                sums, largest, weights, scale, softcap,
+                ROWS, R, D, DP, DV, G, SUB, N, KB, VB, KW, KWP, VW, VWP, BITS, VBITS, GROUP, VGROUP, CHANNEL, VCHANNEL,
+                BALANCED, VBALANCED, MIDDLE, VMIDDLE, KIND, VKIND, STAGES, SOFTCAP, INTERPRET,
             )  # fmt: skip
         if rest:
             low = high
@@ -452,7 +509,7 @@ def words_at_once(width: int, bits: int, group: int | None) -> int | None:
     group: channels that share a scale, None if each has its own. None where the shape does not fit.
     """
     nbytes, fields = -(-width * bits // 8), 8 // bits
-    if bits == 1 or width % fields or nbytes % 2 or width % 2:
+    if width % fields or nbytes % 2 or width % 2:
         return None
     if group is None:
         return nbytes // 2
@@ -497,14 +554,14 @@ def decode_packed(
     heads = keys.codes.starts.numel()
     width, value_width = keys.tail.data.shape[1], values.tail.data.shape[1]
     rows, block, blocks = rows_of(query, heads)
-    per_row = keys.axis == "token"
+    per_row, value_per_row = keys.axis == "token", values.axis == "token"
     warps, tokens, subs, stages, per_processor, registers = config or config_for(keys.bits, keys.group)
     key_words = words_at_once(width, keys.bits, keys.group if per_row else None)
-    value_words = words_at_once(value_width, values.bits, values.group)
+    value_words = words_at_once(value_width, values.bits, values.group if value_per_row else None)
     fast = (
         key_words is not None
         and value_words is not None
-        and values.axis == "token"
+        and (value_per_row or values.group >= values.codes.longest)
         and (per_row or keys.group % tokens == 0)
         and scoring.window is None
         and keys.codes.longest > 0  # a side that is not quantised leaves nothing to the fast way
@@ -525,10 +582,10 @@ def decode_packed(
     _attend[(programs + heads * rests, blocks)](
         query.contiguous(), query_positions,
         None if positions is None else positions.data, None if positions is None else positions.starts,
-        keys.codes.data, keys.codes.starts, keys.codes.lengths, keys.scale.data, keys.zero.data, keys.scale.starts,
-        keys.tail.data, keys.tail.starts, keys.tail.lengths, keys.scale.data if keys.balance is None else keys.balance,
-        values.codes.data, values.codes.starts, values.codes.lengths, values.scale.data, values.zero.data,
-        values.scale.starts, values.tail.data, values.tail.starts,
+        keys.codes.data, keys.codes.starts, keys.codes.lengths, *_sizes(keys),
+        keys.tail.data, keys.tail.starts, keys.tail.lengths, _balance(keys),
+        values.codes.data, values.codes.starts, values.codes.lengths, *_sizes(values),
+        values.tail.data, values.tail.starts, _balance(values),
         *slots, scoring.scale * LOG2E, (scoring.softcap or 0.0) * LOG2E, scoring.window or 0, query.shape[1],
         programs,
         K=heads, KP=power(heads), ROWS=rows, R=block, D=width, DP=max(power(width), 16), DV=value_width,
@@ -536,7 +593,9 @@ def decode_packed(
         VB=values.codes.data.shape[1],
         KW=key_words, KWP=max(power(key_words), 16), VW=value_words, VWP=max(power(value_words), 16),
         BITS=keys.bits, VBITS=values.bits, GROUP=keys.group, VGROUP=values.group, CHANNEL=not per_row,
-        VCHANNEL=values.axis == "channel", BALANCED=keys.balance is not None, FAST=fast, RESTS=rests, STAGES=stages,
+        VCHANNEL=not value_per_row, BALANCED=keys.balance is not None, VBALANCED=values.balance is not None,
+        MIDDLE=keys.zero is None, VMIDDLE=values.zero is None, KIND=_KINDS[keys.scale.data.dtype],
+        VKIND=_KINDS[values.scale.data.dtype], FAST=fast, RESTS=rests, STAGES=stages,
         MASKED=query_positions is not None, PLACED=positions is not None, WINDOW=scoring.window is not None,
         SOFTCAP=scoring.softcap is not None, INTERPRET=interpreted(), num_warps=warps,
         maxnreg=registers,
@@ -549,4 +608,18 @@ def decode_packed(
 
 def _aligned(rows: PackedRows) -> bool:
     """Whether words and pairs of numbers begin where they can be loaded whole."""
-    return all(x.data_ptr() % 16 == 0 for x in (rows.codes.data, rows.scale.data, rows.zero.data))
+    scale, zero, _ = _sizes(rows)
+    return all(x.data_ptr() % 16 == 0 for x in (rows.codes.data, scale, zero))
+
+
+def _sizes(rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, zeros (scales again where there are none) and where those of each head begin; FP8 as bytes."""
+    scale = rows.scale.data
+    if scale.dtype == torch.float8_e4m3fn:
+        scale = scale.view(torch.uint8)
+    return scale, scale if rows.zero is None else rows.zero.data, rows.scale.starts
+
+
+def _balance(rows: PackedRows) -> Tensor:
+    """The factors of its channels, or something in their place."""
+    return rows.scale.data.view(torch.uint8) if rows.balance is None else rows.balance

@@ -130,7 +130,7 @@ def leave_weights(largest, weights, slot, rows, top, whole, ROWS: tl.constexpr, 
     tl.store(weights + place, whole, mask=(rows < ROWS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rest_slots", "programs"])
 def _join(
     sums, largest, weights, lengths, others, rest_slots, out, lse, programs,
     K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr,

@@ -19,7 +19,6 @@ from workbench.kv.stores.smoothed import (
     SmoothedFormat,
     SmoothedStore,
     SymmetricRows,
-    rounded_to_fp8,
     smoothing,
 )
 from workbench.models import tiny
@@ -28,6 +27,7 @@ from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.rotary import rotate
+from workbench_kernels.symmetric import rounded_to_fp8
 
 TOKENS = 60
 

@@ -16,7 +16,9 @@ from workbench.kv.stores.graph import Graph
 from workbench.kv.stores.group_union import united
 from workbench.kv.stores.offload import OffloadFormat, OffloadStore
 from workbench.models import tiny
+from workbench.models.fetch import cache_dir
 from workbench.runtime.planning import make_plan
+from workbench_kernels.cpu.library import library
 
 
 def apart(count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +57,22 @@ def test_queries_guide_to_what_keys_alone_do_not_find() -> None:
     others, others_visited = recall(by_keys, new, 10, 20)
     assert hits > 0.8 and visited < 0.25
     assert hits > others + 0.3 and visited < 1.1 * others_visited
+
+
+@pytest.mark.parametrize(("wanted", "beam"), [(10, 20), (1, 1), (300, 40), (5, 200)])
+def test_the_compiled_search_finds_what_the_one_in_torch_does(wanted: int, beam: int) -> None:
+    keys, prompt, new = (torch.cat(pair) for pair in zip(apart(257, 1), apart(257, 2), strict=True))
+    keys[1, 200:] = 0
+    graph = Graph.guided_by(prompt, keys, torch.tensor([257, 200]), neighbours=12, degree=8)
+    if library(str(cache_dir() / "compiled")) is None:
+        pytest.skip("there is no compiler")
+    found = graph.search(new, wanted, beam)
+    most = min(max(beam, wanted), 257)
+    same = graph.searched(new, wanted, most, min(max(most // 8, 4), 16, most))
+    assert torch.equal(found.visited, same.visited)
+    assert torch.allclose(found.scores, same.scores, rtol=1e-5, atol=1e-4)
+    there = same.scores.isfinite()
+    assert (found.keys == same.keys)[there].float().mean() > 0.999  # but for products that round alike
 
 
 def test_the_graph_is_the_bipartite_one_projected_onto_keys() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,15 @@ from tornado.ioloop import IOLoop
 from workbench.budget import Budget
 from workbench.errors import WorkbenchError
 from workbench.recipe import Recipe
+from workbench.results import Results
 from workbench.weights.base import WeightMethod
 from workbench_widgets import present
 from workbench_widgets.app.elements.notice import Notice
 from workbench_widgets.app.elements.theme import EXTENSIONS, HEADING_STYLE, theme_config
+from workbench_widgets.app.pages.choose import ChoosePage
+from workbench_widgets.app.pages.cost import CostPage
+from workbench_widgets.app.pages.results import ResultsPage
+from workbench_widgets.app.pages.shell import navigation
 from workbench_widgets.app.panels import (
     AttentionPanel,
     HeadErrorPanel,
@@ -58,8 +65,11 @@ _GLANCE_S = 0.1  # how often a page that was sent looks for its browser
 _ADDRESS_MS = 400  # the address follows this long after the last change
 
 
-def page(offered: OfferedModels, models: LoadedModels) -> MaterialPage:
-    """A fresh page for one tab, in the state that its address describes."""
+def page(offered: OfferedModels, models: LoadedModels, results: str | Path = "results") -> MaterialPage:
+    """A fresh page for one tab: the one that its address names, in the state that it describes.
+
+    results: the folder of stored results; visitors from other machines each have their own, gone with their tab.
+    """
     if pn.state.curdoc is not None:
         Address.take_over(pn.state.curdoc)
         choose_theme()
@@ -67,7 +77,20 @@ def page(offered: OfferedModels, models: LoadedModels) -> MaterialPage:
     if pn.state.curdoc is not None:
         _style_sheets_at_home(pn.state.curdoc)
         tell_when_gone(pn.state.curdoc)
+    asked = (pn.state.session_args or {}).get("page", [b""])[0].decode(errors="replace")
+    if asked == "cost":
+        return CostPage(offered).view
+    if asked in ("results", "choose"):
+        kept = Results(results) if offered.anything else _own_results()
+        return ResultsPage(kept).view if asked == "results" else ChoosePage(offered, models, kept).view
     return Page(offered, models).view
+
+
+def _own_results() -> Results:
+    """A folder of one tab."""
+    folder = TemporaryDirectory(prefix="workbench-results-")
+    pn.state.on_session_destroyed(lambda _: folder.cleanup())
+    return Results(folder.name)
 
 
 def _style_sheets_at_home(doc: Document) -> None:
@@ -157,7 +180,7 @@ class Page:
         )
         view = MaterialPage(
             title="Inference workbench",
-            header=[self.status.body, self.code.button],
+            header=[navigation("session"), self.status.body, self.code.button],
             sidebar=[pn.Column(self.prompt.body, title, self.recipe.body, sizing_mode="stretch_width", margin=(6, 12))],
             main=[
                 pn.Column(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from secrets import token_bytes
 from typing import Any
 
@@ -23,6 +24,7 @@ def serve(
     *,
     models: Sequence[str] = (),
     hosts: Sequence[str] = (),
+    results: str | Path = "results",
     threaded: bool = False,
     **options: Any,
 ) -> Any:
@@ -35,7 +37,8 @@ def serve(
     anything as long as only this machine reaches the server: `address` is a loopback address, and so are all `hosts`.
     hosts: at which other hosts, as "name" or "name:port", the page is asked for, by the way of a proxy or a tunnel; "*"
     stands for any. Without them the server answers at this machine's own names, `address`, and, where it listens on
-    all addresses, any of them as a number.
+    all addresses, any of them as a number. results: the folder that the pages Choose and Results write and read; where
+    other machines reach the server, each visitor has a folder of their own, gone with the tab.
 
     Further options go to `panel.serve`; its `websocket_origin` counts as `hosts`, and where it asks people to log in
     (`basic_auth`, `oauth_provider`) that takes the place of the check of hosts. Raises MissingExtra without Panel,
@@ -64,7 +67,7 @@ def serve(
     name = "localhost" if address in ("127.0.0.1", "::1") or is_unspecified(address) else address
     print(f"The workbench is at http://{name}:{port}/ (stop it with Ctrl+C)", flush=True)  # noqa: T201  (where it is, for whoever started it)
     return pn.serve(
-        {"/": lambda: page(offered, loaded)},
+        {"/": lambda: page(offered, loaded, results)},
         address=address,
         port=port,
         show=open_browser,

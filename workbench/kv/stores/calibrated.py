@@ -8,18 +8,22 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workbench.errors import NotApplicable
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.format import DenseFormat, Format, Shape, index_nbytes
 from workbench.kv.stores.frozen import ChannelRows, FrozenStore, bitmap_nbytes
 from workbench.kv.stores.packed import first_of
 from workbench.kv.stores.split import SplitStore
-from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.store import Store, seen_by, state
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
+from workbench_kernels.decode import decode_packed
+from workbench_kernels.lowered import lowered_query, share_of
+from workbench_kernels.rows import Ragged
 from workbench_kernels.softmax import normalised
 
 _HALF = 2  # scales and zeros are float16
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
-_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,31 @@ class CalibratedStore(SplitStore):
 
     def __init__(self, whole: Store, settled: FrozenStore, drop: float) -> None:
         super().__init__((whole, settled))
-        self.drop = drop
+        self.whole, self.settled, self.drop = whole, settled, drop
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        low_keys, low_values = self.settled.sides(keys.data.dtype, 0, pin)
+
+        def settled(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            if scoring.softcap is not None:
+                raise NotApplicable("scores that are lowered have a softcap")
+            asked, raised = lowered_query(query, low_keys, scoring, self.drop)
+            out, lse = state(decode_packed(asked, low_keys, low_values, scoring, lse=True))
+            return out, lse + raised
+
+        return [self.whole.growing_part(keys, values, steps, pin), settled]
+
+    def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        # What is drawn together are scores that have been capped.
+        return None if scoring.softcap is not None else super().by_kernel(query, query_positions, scoring)
 
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        held, settled = self.contents(query.dtype), self.parts[1].slots()[0].shape[1]
+        out = None if weights else self.by_kernel(query, query_positions, scoring)
+        if out is not None:
+            return out, None
+        held, settled = self.contents(query.dtype), self.settled.slots()[0].shape[1]
         visible = seen_by(query_positions, held.positions, held.valid, scoring)
         offsets = scoring.offsets(query_positions, held.positions[:, None, None])
         kv_heads, slots, _ = held.keys.shape
@@ -105,9 +128,7 @@ class CalibratedStore(SplitStore):
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 
     def clone(self) -> Self:
-        whole, settled = (part.clone() for part in self.parts)
-        assert isinstance(settled, FrozenStore)
-        return type(self)(whole, settled, self.drop)
+        return type(self)(self.whole.clone(), self.settled.clone(), self.drop)
 
 
 def lowered(scores: Tensor, drop: float) -> Tensor:
@@ -118,6 +139,5 @@ def lowered(scores: Tensor, drop: float) -> Tensor:
     """
     hidden = scores.isinf()
     low = scores.masked_fill(hidden, torch.inf).amin(dim=-1, keepdim=True)
-    span = scores.amax(dim=-1, keepdim=True) - low
-    share = ((span - drop) / (span + _EPSILON)).clamp_min(0)
+    share = share_of(low, scores.amax(dim=-1, keepdim=True), drop)
     return torch.where(hidden, scores, low + (scores - low) * share)

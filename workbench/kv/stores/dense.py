@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import appended
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Evictable, Pin, Rewritable
+from workbench.kv.stores.capabilities import (
+    Capturable,
+    CapturedAttention,
+    Droppable,
+    Evictable,
+    Part,
+    Pin,
+    Place,
+    Replaceable,
+    Rewritable,
+    StateAttention,
+)
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Dequantised, Store, for_kernel
+from workbench.kv.stores.store import Dequantised, Store, for_kernel, state
 from workbench_kernels import Scoring
 from workbench_kernels.building import kept
 from workbench_kernels.decode import decode_dense
@@ -149,11 +160,6 @@ class DenseStore(PositionedStore):
             rows.move(source, target, count)
 
     @property
-    def placed(self) -> tuple[Rows, ...]:
-        """The rows of positions; none where everything is held."""
-        return self._positions
-
-    @property
     def _rows(self) -> list[Rows]:
         """All rows of an entry."""
         return [self.keys, self.values, *self._positions, *(() if self.state is None else (self.state,))]
@@ -196,14 +202,44 @@ class DenseStore(PositionedStore):
     def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
         return lambda query, scoring: decode_dense(query, keys, values, scoring)[0]
 
+    parted = True
+
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
+        keys, values = (pin(rows, rows.longest + more) for rows in self.growing)
+        return whole_rows(keys, values)
+
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> Part:
+        return whole_rows(keys, values)
+
     def advance(self, positions: Tensor) -> None:
         self._grown(self.growing, positions)
+
+    @property
+    def replaceable(self) -> Replaceable | None:
+        return self if self.state is not None and self._positions else None
+
+    @property
+    def beside(self) -> tuple[Rows, Rows]:
+        assert self.state is not None
+        return self._positions[0], self.state
+
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin, gone: Tensor | None) -> StateAttention:
+        return lambda query, scoring, lse: decode_dense(query, keys, values, scoring, lse=lse)
 
     @property
     def in_place(self) -> tuple[Ragged, Ragged]:
         return self.keys.ragged(), self.values.ragged()
 
     def by_kernel(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
+        state = self.state_by_kernel(query, query_positions, scoring, lse=False)
+        return None if state is None else state[0]
+
+    def state_by_kernel(
+        self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, lse: bool = True
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The output of `attend` and its log-sum-exp [h, q], to merge it with what others hold; None where there is no
+        kernel.
+        """
         fits, asked = for_kernel(query, self.keys.data, query_positions, scoring)
         if not fits:
             return None
@@ -214,7 +250,8 @@ class DenseStore(PositionedStore):
             scoring,
             query_positions=asked,
             positions=self._ragged_positions,
-        )[0]
+            lse=lse,
+        )
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {_name(self.keys.data.dtype): [tensor for rows in self._rows for tensor in rows.tensors()]}
@@ -224,6 +261,11 @@ class DenseStore(PositionedStore):
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         twin.state = None if self.state is None else self.state.clone()
         return twin
+
+
+def whole_rows(keys: Ragged, values: Ragged) -> Part:
+    """Attention over rows at full precision."""
+    return lambda query, scoring: state(decode_dense(query, keys, values, scoring, lse=True))
 
 
 class SlidingStore(Store):

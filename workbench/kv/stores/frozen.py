@@ -7,10 +7,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.packed import PackedRows
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Dequantised, Store
+from workbench.kv.stores.store import Dequantised, Store, state
 from workbench_kernels import dequantise, pack, unpack
+from workbench_kernels.decode import decode_packed
+from workbench_kernels.rows import PackedRows as KernelRows
+from workbench_kernels.rows import Ragged
+
+_ALL_ROWS = 1 << 20  # of a head share a channel's scale
 
 
 class ChannelRows:
@@ -32,6 +38,9 @@ class ChannelRows:
         scale = torch.zeros(heads, channels, dtype=torch.float16, device=x.device)
         zero = torch.zeros_like(scale)
         begin = 0
+        if x.shape[0] and bool((lengths == lengths[0]).all()):  # all heads at once
+            codes, scale, zero = _by_channel(x.unflatten(0, (heads, -1)), bits, share)
+            return cls(Rows(pack(codes.flatten(0, 1), bits), heads), scale, zero, bits)
         for head, length in enumerate(lengths.tolist()):
             if length:
                 rows = slice(begin, begin + length)
@@ -39,11 +48,33 @@ class ChannelRows:
             begin += length
         return cls(Rows(pack(codes, bits), heads, lengths), scale, zero, bits)
 
+    def refill(self, other: ChannelRows) -> None:
+        """Replace all by what `other` holds (see `Rows.refill`)."""
+        self.codes.refill(other.codes)
+        self.scale.copy_(other.scale)
+        self.zero.copy_(other.zero)
+
+    def growing(self, rows: int) -> list[tuple[Rows, int]]:
+        """What grows when so many rows join each head, and by how many."""
+        return [(self.codes, rows)]
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """What the whole buffer stands for, [t, d]."""
         owners = self.codes.owners()
         codes = unpack(self.codes.data, self.bits, self.scale.shape[1])
         return dequantise(codes[..., None], self.scale[owners], self.zero[owners], dtype)[..., 0]
+
+    @property
+    def channels(self) -> int:
+        return self.scale.shape[1]
+
+    def settled(self, tail: Ragged, more: int, pin: Place) -> KernelRows:
+        """The rows as kernels take them, wherever `pin` says; so many more of a head may join them."""
+        each = torch.ones(len(self.scale), dtype=torch.int32, device=self.scale.device)
+        scale = Ragged(self.scale, each.cumsum(0, dtype=torch.int32) - 1, each, 1)
+        codes = pin(self.codes, self.codes.longest + more)
+        assert codes.longest <= _ALL_ROWS
+        return KernelRows(codes, scale, scale._replace(data=self.zero), tail, self.bits, _ALL_ROWS, "channel")
 
     def tensors(self) -> list[Tensor]:
         return [*self.codes.tensors(), self.scale, self.zero]
@@ -53,12 +84,13 @@ class ChannelRows:
 
 
 def _by_channel(x: Tensor, bits: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [n, d] of x [n, d], scale and zero float16 [d], rounded before the codes are chosen."""
+    """Codes uint8 [..., n, d] of x [..., n, d], scale and zero float16 [..., d], which are rounded first."""
     steps = 2**bits - 1
-    zero = (x.amin(dim=0) * share).to(torch.float16)
-    scale = ((x.amax(dim=0) * share - zero.float()) / steps).to(torch.float16)
+    zero = (x.amin(dim=-2) * share).to(torch.float16)
+    scale = ((x.amax(dim=-2) * share - zero.float()) / steps).to(torch.float16)
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-    return ((x - zero.float()) / divisor).round_().clamp_(0, steps).to(torch.uint8), scale, zero
+    codes = ((x - zero.float()[..., None, :]) / divisor[..., None, :]).round_().clamp_(0, steps)
+    return codes.to(torch.uint8), scale, zero
 
 
 class FrozenStore(Store):
@@ -103,13 +135,42 @@ class FrozenStore(Store):
     def slots(self) -> tuple[Tensor, Tensor | None]:
         if self.bitmap is None:
             return torch.arange(self.first, self.tokens, device=self.device)[None], None
-        positions = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1]  # [t], head after head like the rows
-        return positions[self.keys.codes.slots()], self.keys.codes.valid()
+        # [t], head after head as the rows, but with no room between them
+        positions, counts = unpack(self.bitmap, 1, self.tokens).nonzero()[:, 1], self.keys.codes.counts[:, None]
+        steps = torch.arange(self.keys.codes.longest, device=self.device)
+        places = counts.cumsum(dim=0) - counts + torch.where(steps < counts, steps, 0)
+        return positions[places.clamp_max_(max(len(positions) - 1, 0))], self.keys.codes.valid()
 
     def contents(self, dtype: torch.dtype) -> Dequantised:
         places = self.keys.codes.slots()  # [k, m]
         keys, values = self.keys.dequantised(dtype)[places], self.values.dequantised(dtype)[places]
         return Dequantised(keys, values, *self.slots())
+
+    def sides(self, dtype: torch.dtype, more: int, pin: Place) -> tuple[KernelRows, KernelRows]:
+        """Keys and values as kernels take them, beside queries of this type; so many more of a head may join them."""
+        none = torch.zeros(self.kv_heads, dtype=torch.int32, device=self.device)
+        widths = self.keys.channels, self.values.channels
+        empty = (Ragged(torch.empty(0, width, dtype=dtype, device=self.device), none, none, 0) for width in widths)
+        keys, values = (
+            side.settled(tail, more, pin) for side, tail in zip((self.keys, self.values), empty, strict=True)
+        )
+        return keys, values
+
+    parted = True
+
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
+        keys, values = self.sides(dtype, more, pin)
+        return lambda query, scoring: state(decode_packed(query, keys, values, scoring, lse=True))
+
+    def refill(self, other: Self) -> None:
+        """Hold what `other` does, where room was reserved for it and each head has equally many more entries."""
+        for side, fresh in ((self.keys, other.keys), (self.values, other.values)):
+            side.refill(fresh)  # type: ignore[arg-type]  # sides are of the same kind
+        self.bitmap, self.tokens, self.first = other.bitmap, other.tokens, other.first
+
+    def room_for(self, more: int) -> list[tuple[Rows, int]]:
+        """What grows when so many entries of each head join, and by how many."""
+        return [*self.keys.growing(more), *self.values.growing(more)]
 
     def tensors(self) -> dict[str, list[Tensor]]:
         bitmap = [] if self.bitmap is None else [self.bitmap]

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.format import INDEX_BYTES
+from workbench.models.fetch import cache_dir
+from workbench_kernels.cpu.library import library
+from workbench_kernels.cpu.search import search
 
 ENTRIES = 16  # keys from which every search begins
 _ADJACENT = 2  # links of each key to the keys before and after it, so that every key can be reached
@@ -43,24 +46,24 @@ class Graph:
         Every guide and its `neighbours` keys of largest inner product make a bipartite graph, which is projected onto
         the keys: the nearest of a guide's keys is linked with all others, and each of them with the next. Of a key's
         links those that most guides suggest stay, `degree` in all, two of them to the keys beside it in the text.
+        The graph lies in host memory, wherever the keys do.
         """
         heads, count, _ = keys.shape
-        real = torch.arange(count) < lengths[:, None]  # [k, m]
+        device = keys.device
+        real = torch.arange(count, device=device) < lengths[:, None]  # [k, m]
         products = (guides @ keys.transpose(1, 2)).masked_fill_(~real[:, None], -torch.inf)
         near = products.topk(min(neighbours, count), dim=-1)
         lists, sound = near.indices, near.values > -torch.inf  # [k, t, c]
         links = _projected(lists, sound, count, degree - _ADJACENT)
-        before = torch.arange(-1, count - 1).expand(heads, -1)
+        before = torch.arange(-1, count - 1, device=device).expand(heads, -1)
         after = torch.where(before + 2 < lengths[:, None], before + 2, -1)
         beside = torch.stack([before, after], dim=-1).masked_fill_(~real[..., None], -1)
-        votes = torch.zeros(heads, count).scatter_add_(1, lists[..., 0], sound[..., 0].float())
+        votes = torch.zeros(heads, count, device=device).scatter_add_(1, lists[..., 0], sound[..., 0].float())
         votes = votes.masked_fill_(~real, -1)
         entries = votes.topk(min(ENTRIES, count), dim=1)
-        return cls(
-            keys,
-            torch.cat([links, beside], dim=-1).to(torch.int32),
-            entries.indices.masked_fill(entries.values < 0, -1).to(torch.int32),
-        )
+        every = torch.cat([links, beside], dim=-1).to("cpu", torch.int32)
+        begin = entries.indices.masked_fill(entries.values < 0, -1).to("cpu", torch.int32)
+        return cls(keys.cpu().contiguous(), every.contiguous(), begin.contiguous())
 
     @staticmethod
     def nbytes(heads: int, count: int, width: int, degree: int) -> int:
@@ -76,9 +79,19 @@ class Graph:
         It holds the best `beam` keys seen (at least `wanted`), and follows the links of the best of them that it has
         not followed yet until none is left.
         """
-        heads, count, _ = self.keys.shape
+        count = self.keys.shape[1]
         beam = min(max(beam, wanted), count)
         together = min(max(beam // 8, _AT_ONCE[0]), _AT_ONCE[1], beam)
+        compiled = library(str(cache_dir() / "compiled")) if self.entries.numel() else None
+        if compiled is not None:
+            wanted = min(wanted, count)
+            graph = self.keys, self.links, self.entries
+            return Found(*search(*graph, query, wanted=wanted, beam=beam, together=together, library=compiled))
+        return self.searched(query, wanted, beam, together)
+
+    def searched(self, query: Tensor, wanted: int, beam: int, together: int) -> Found:
+        """The same where nothing was compiled, following the links of so many keys together."""
+        heads, count, _ = self.keys.shape
         each = query.shape[1]
         head = torch.arange(heads).repeat_interleave(each)[:, None]  # [k * b, 1]
         flat = query.reshape(len(head), -1, 1)
@@ -120,7 +133,8 @@ class Graph:
 def _projected(lists: Tensor, sound: Tensor, count: int, room: int) -> Tensor:
     """For each of `count` keys the `room` that lists [k, t, c] of keys suggest most, int64 [k, count, room] or -1."""
     heads = len(lists)
-    first = torch.arange(heads)[:, None, None] * count
+    device = lists.device
+    first = torch.arange(heads, device=device)[:, None, None] * count
     nearest, others = lists[..., :1].expand_as(lists[..., 1:]), lists[..., 1:]
     pairs = [(nearest, others), (others, nearest), (lists[..., :-1], others), (others, lists[..., :-1])]
     usable = sound[..., 1:]  # a list is in order, so what comes before is sound too
@@ -130,8 +144,9 @@ def _projected(lists: Tensor, sound: Tensor, count: int, room: int) -> Tensor:
     source = codes // count
     order = torch.argsort(source * (most + 1) + most - votes, stable=True)
     source, target = source[order], (codes % count)[order]
-    place = torch.arange(len(source)) - torch.searchsorted(source, torch.arange(heads * count))[source]
+    begins = torch.searchsorted(source, torch.arange(heads * count, device=device))
+    place = torch.arange(len(source), device=device) - begins[source]
     kept = place < room
-    links = torch.full((heads * count, room), -1)
+    links = torch.full((heads * count, room), -1, device=device)
     links[source[kept], place[kept]] = target[kept]
     return links.view(heads, count, room)

@@ -8,33 +8,38 @@ import torch
 from torch import Tensor
 
 from workbench.kv.stores.rows import Rows
+from workbench_kernels.fetching import fetch_rows
 
+_HOST = torch.device("cpu")
 _BLOCK = 64  # entries for which room is made at least
 
 
 class HostRows:
     """For each KV head some entries in host memory: keys and values, and the positions they have.
 
-    Where a GPU works on them they are pinned, and fetching copies on a stream of its own. On a CPU-only machine they
-    are ordinary memory, counted apart.
+    Where a GPU works on them they are pinned, and it reads from there what is fetched. On a CPU-only machine they are
+    ordinary memory, counted apart.
     """
+
+    capturable = True  # a captured step may fetch from it
 
     def __init__(self, keys: Rows, values: Rows, positions: Rows, device: torch.device) -> None:
         self.keys, self.values, self.positions, self.device = keys, values, positions, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pin()
+        self._begins: dict[int, Tensor] = {}
 
     @classmethod
     def where(cls, keys: Tensor, values: Tensor, keep: Tensor, dtype: torch.dtype) -> HostRows:
         """The entries of keys [k, n, d] and values [k, n, dv] at which keep [k, n] is True."""
-        where = torch.arange(keys.shape[1]).expand(keys.shape[0], -1)[..., None]
-        chosen = keep.cpu()
-        return cls(
-            Rows.where(keys.to(dtype).cpu(), chosen, dtype),
-            Rows.where(values.to(dtype).cpu(), chosen, dtype),
+        device = keys.device
+        where = torch.arange(keys.shape[1], device=device).expand(keys.shape[0], -1)[..., None]
+        chosen = keep.to(device)
+        parts = (
+            Rows.where(keys, chosen, dtype),
+            Rows.where(values, chosen, dtype),
             Rows.where(where, chosen, torch.int32),
-            keys.device,
         )
+        there = [rows.to(_HOST) if rows.data.is_cuda else rows for rows in parts]
+        return cls(there[0], there[1], there[2], device)
 
     @property
     def longest(self) -> int:
@@ -47,17 +52,28 @@ class HostRows:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Add keys [k, e, d] and values [k, e, dv] at positions [k, e]; keys are left out where none are held here."""
-        keys = keys[..., : self.keys.data.shape[1]]
+        keys, count = keys[..., : self.keys.data.shape[1]], positions.shape[1]
+        if self.positions.spare < count:  # everything moves, so room is made for many at once
+            self.reserve(max(count, _BLOCK, self.positions.longest // 4))
         for rows, new in ((self.keys, keys), (self.values, values), (self.positions, positions[..., None])):
-            # Pinning copies everything, so room is made for many at once.
-            rows.append(new.to("cpu", rows.data.dtype), block=max(_BLOCK, rows.longest // 4))
-        self._pin()
+            rows.append(new.to("cpu", rows.data.dtype))
+
+    def reserve(self, entries: int) -> None:
+        """Make room for so many more of each head, so that nothing moves when they come."""
+        if self.positions.spare < entries:
+            self._begins.clear()
+            there = [rows.to(self.device) for rows in (self.keys, self.values, self.positions)]  # a GPU moves faster
+            for rows in there:
+                rows.reserve(entries)
+            self.keys, self.values, self.positions = (rows.to(_HOST) for rows in there)
+        for rows in (self.keys, self.values, self.positions):  # so that steps to come need not ask the host
+            self._begin(rows)
 
     def fetch(self, slots: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """Begin to copy the entries in slots [k, u] of each head to the device.
+        """Begin to copy the entries in slots [k, u] of each head to the device; a negative one is not wanted.
 
-        Returns what waits for keys [k, u, d], values [k, u, dv] and positions int64 [k, u] there. Slots beyond a
-        head's length give entries that mean nothing.
+        Returns what waits for keys [k, u, d], values [k, u, dv] and positions int64 [k, u] there. Slots that are not
+        wanted, or beyond a head's length, give entries that mean nothing.
         """
         return self._copied(slots, (self.keys, self.values, self.positions))
 
@@ -77,37 +93,23 @@ class HostRows:
         return [t for rows in (self.keys, self.values, self.positions) for t in rows.tensors()]
 
     def clone(self) -> HostRows:
-        return HostRows(self.keys.clone(), self.values.clone(), self.positions.clone(), self.device)
+        return HostRows(self.keys.to(_HOST), self.values.to(_HOST), self.positions.to(_HOST), self.device)
 
     def _copied(self, slots: Tensor, of: tuple[Rows, ...]) -> Callable[[], tuple[Tensor, ...]]:
-        slots = slots.to("cpu")
+        slots = slots.to(self.device)
         parts = []
         for rows in of:
-            at = (rows.begins[:, None] + slots).clamp_max_(max(rows.data.shape[0] - 1, 0))
-            part = rows.data.new_empty(*slots.shape, rows.data.shape[1], pin_memory=self._stream is not None)
-            torch.index_select(rows.data, 0, at.flatten(), out=part.view(-1, rows.data.shape[1]))
-            parts.append(part)
-        if self._stream is None:
-            return lambda: tuple(_finished(part.to(self.device)) for part in parts)
-        stream = self._stream
-        with torch.cuda.stream(stream):
-            there = [part.to(self.device, non_blocking=True) for part in parts]
+            at = (self._begin(rows)[:, None] + slots).clamp_max_(max(rows.data.shape[0] - 1, 0))
+            parts.append(_finished(fetch_rows(rows.data, at.masked_fill_(slots < 0, -1))))
+        return lambda: tuple(parts)
 
-        def wait() -> tuple[Tensor, ...]:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(stream)
-            for copy in there:  # made on the other stream: not to be given to anyone else before this one is done
-                copy.record_stream(current)
-            return tuple(_finished(copy) for copy in there)
-
-        return wait
-
-    def _pin(self) -> None:
-        if self._stream is None:
-            return
-        for rows in (self.keys, self.values, self.positions):
-            if rows.data.numel() and not rows.data.is_pinned():
-                rows.data = rows.data.pin_memory()
+    def _begin(self, rows: Rows) -> Tensor:
+        """Where each head's rows begin, on the device, where it stays until they move."""
+        if self.device.type != "cuda":
+            return rows.begins.to(self.device)
+        if id(rows) not in self._begins:
+            self._begins[id(rows)] = rows.begins.to(self.device)
+        return self._begins[id(rows)]
 
 
 def _finished(part: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class KeyIndex(Index):
         latest = self.trace.once(key, dict[bytes, tuple[Graph, Tensor]])
         which = others.cpu().numpy().tobytes()
         if which not in latest:
-            built = self._graph(layer, others.cpu())
+            built = self._graph(layer, others.to(layer.device))
             latest.clear()
             latest[which] = built
         graph, lengths = latest[which]
@@ -57,22 +57,23 @@ class KeyIndex(Index):
 
     def _graph(self, layer: LayerTrace, others: Tensor) -> tuple[Graph, Tensor]:
         """The graph, and how many keys of each head are in it, int32 [k]."""
-        keys, lengths = padded(layer.keys.float().cpu(), others)
+        keys, lengths = padded(layer.keys.float(), others)
         if self.guide == "none":
             none = torch.empty(0, dtype=torch.int32)
-            return Graph(keys, none, none), lengths.to(torch.int32)
+            return Graph(keys.cpu(), none, none), lengths.to("cpu", torch.int32)
         guides = self._guides(layer, keys, lengths)
-        return Graph.guided_by(guides, keys, lengths, self.neighbours, self.degree), lengths.to(torch.int32)
+        graph = Graph.guided_by(guides, keys, lengths, self.neighbours, self.degree)
+        return graph, lengths.to("cpu", torch.int32)
 
     def _guides(self, layer: LayerTrace, keys: Tensor, lengths: Tensor) -> Tensor:
         """The vectors that guide the graph, [k, t, d]."""
         if self.guide == "keys":
-            steps = torch.linspace(0, 1, min(self.guides, int(lengths.max())))
+            steps = torch.linspace(0, 1, min(self.guides, int(lengths.max())), device=keys.device)
             slots = (steps * (lengths[:, None] - 1).clamp_min(0)).round().long()  # [k, t]
             return keys.gather(1, slots[..., None].expand(-1, -1, keys.shape[2]))
         each = min(-(-self.guides // layer.groups), layer.tokens)
         positions = torch.linspace(0, layer.tokens - 1, each).round().long()
-        queries = layer.queries_held[:, positions.to(layer.queries_held.device)].float().cpu()
+        queries = layer.queries_held[:, positions.to(layer.queries_held.device)].to(keys.device).float()
         return queries.reshape(layer.kv_heads, -1, queries.shape[2])
 
 
@@ -81,7 +82,7 @@ def padded(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     lengths = chosen.sum(dim=1)
     slots = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
     rows = x.gather(1, slots[..., None].expand(-1, -1, x.shape[2]))
-    return rows * (torch.arange(rows.shape[1]) < lengths[:, None])[..., None], lengths
+    return rows * (torch.arange(rows.shape[1], device=x.device) < lengths[:, None])[..., None], lengths
 
 
 class Keys(Retriever):
@@ -96,13 +97,14 @@ class Keys(Retriever):
         heads, queries = len(self.lengths), query.shape[1]
         wanted = query.float().cpu().reshape(heads, -1, query.shape[2])  # [k, g * q, d]
         slots, scores = self._in_prompt(wanted)
-        later = torch.arange(self.fresh.shape[1]) + self.lengths.long()[:, None]
-        slots = torch.cat([slots, later[:, None].expand(-1, wanted.shape[1], -1)], dim=2)
-        scores = torch.cat([scores, wanted @ self.fresh.transpose(1, 2)], dim=2)
-        best = scores.topk(min(self.fetch, scores.shape[2]), dim=2)
-        slots = slots.gather(2, best.indices).masked_fill(best.values == -torch.inf, 0)
-        slots, counts = united(slots, best.values > -torch.inf, queries)
-        return slots.to(self.device), counts.to(self.device)
+        if self.fresh.shape[1] or slots.shape[2] > self.fetch:
+            later = torch.arange(self.fresh.shape[1]) + self.lengths.long()[:, None]
+            slots = torch.cat([slots, later[:, None].expand(-1, wanted.shape[1], -1)], dim=2)
+            scores = torch.cat([scores, wanted @ self.fresh.transpose(1, 2)], dim=2)
+            best = scores.topk(min(self.fetch, scores.shape[2]), dim=2)
+            slots, scores = slots.gather(2, best.indices), best.values
+        slots = slots.masked_fill(scores == -torch.inf, -1).to(self.device)
+        return united(slots, slots >= 0, queries)
 
     def _in_prompt(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the prompt's keys for query [k, b, d]: slots and inner products, [k, b, c]."""

@@ -11,20 +11,24 @@ from torch import Tensor
 
 from workbench.core.rope import Rotation
 from workbench.errors import NoRotation
+from workbench.kv.stores.capabilities import Capturable, Part, Place
+from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import PackedRows, first_of
+from workbench.kv.stores.parts import PartedStore
 from workbench.kv.stores.positioned import PositionedStore, positions_in
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.store import Store, seen_by, state
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
-from workbench_kernels.decode import decode_dense
 from workbench_kernels.decode_lowrank import decode_lowrank
-from workbench_kernels.dispatch import on_gpu
-from workbench_kernels.rotary import LOW, RotaryTable
-from workbench_kernels.softmax import attention_weights, merge_states
+from workbench_kernels.projected import project_newest
+from workbench_kernels.rotary import LOW, RotaryTable, Turns
+from workbench_kernels.rows import Ragged
+from workbench_kernels.softmax import attention_weights
 
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
+_BLOCK = 32  # tokens that wait in captured steps where they are projected at once otherwise
 _SCALE_BYTES = 4  # a float16 scale and a float16 zero
 
 
@@ -126,7 +130,7 @@ def project(x: Tensor, basis: Tensor, *, joint: bool = False) -> Tensor:
     return x.float() @ (basis / squares).transpose(1, 2)
 
 
-class LowRankStore(PositionedStore):
+class LowRankStore(PositionedStore, PartedStore):
     """An older part held as coefficients, at full precision or packed, and a newer part held whole.
 
     New tokens enter the newer part. Once they have attended, whatever is more than its `window` leaves it, oldest first
@@ -205,7 +209,8 @@ class LowRankStore(PositionedStore):
         )
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        if self.window == 0 and self.group == 1:
+        if self.at_once:
+            self._settle()  # what captured steps left waiting
             self._project(keys.float(), values.float(), positions.expand(keys.shape[0], -1))
             return
         self._settle()  # where another store attended for this one
@@ -273,11 +278,10 @@ class LowRankStore(PositionedStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if scoring.window is None and scoring.in_kernels and not weights:
-            out = self._attend_on_gpu(query, query_positions, scoring)
-            if out is not None:
-                self._settle()
-                return out, None
+        out = None if weights else self.by_kernel(query, query_positions, scoring)
+        if out is not None:
+            self._settle()
+            return out, None
         positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, scoring)
         offsets = scoring.offsets(query_positions, positions[:, None, None])
@@ -307,38 +311,115 @@ class LowRankStore(PositionedStore):
         self._settle()
         return torch.cat(outs, dim=1), torch.cat(rows, dim=2) if weights else None
 
-    def _attend_on_gpu(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor | None:
-        """The output of `attend` by kernels, without anything leaving its space in memory; None where they cannot."""
+    # -- attention part by part, without anything leaving its space in memory
+
+    @property
+    def capturable(self) -> Capturable | None:
         keys, values = self.older
-        if self.joint or not on_gpu(query, self.bases[0]) or not isinstance(keys, Rows) or not isinstance(values, Rows):
-            return None
-        if query.dtype != keys.data.dtype or query.dtype.itemsize != 2 or not keys.longest:
-            return None
-        asked = query_positions.to(query.device) if query_positions.numel() > 1 else None
-        older, newer = (rows.ragged() for rows in self._positions) if self._positions else (None, None)
-        table, turned, (key_basis, value_basis) = None, query, self.bases
+        if not isinstance(keys, Rows) or not isinstance(values, Rows):
+            return None  # no kernel reads packed coefficients
+        width = self.newer[0].data.shape[1]
+        turns = self.rotary is None or rotary_table_of(self.rotary, 1, width, self.device) is not None
+        return self if turns else None
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.newer
+
+    @property
+    def at_once(self) -> bool:
+        """Whether tokens are projected before they attend."""
+        return self.window == 0 and self.group == 1
+
+    @property
+    def period(self) -> int:
+        return _BLOCK if self.at_once else self.group
+
+    @property
+    def _limit(self) -> int:
+        """How long the newer part of the shortest head becomes before captured steps settle it."""
+        return _BLOCK if self.at_once else self.window + self.group
+
+    @property
+    def steps_until_settled(self) -> int:
+        return max(self._limit - self.newer[0].shortest, 1)
+
+    def settle(self) -> None:
+        self._settle()
+        if self._first is not None:
+            self._first.fill_(self._end - self.newer[0].longest - self._begin)
+
+    def advance(self, positions: Tensor) -> None:
+        self._grown(self.newer, positions)
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        more = self.newer[0].longest + steps if steps else 0
+        older = [(_rows(part), more) for part in (*self.older, *self._positions[:1])]
+        newer = min(steps, _BLOCK) if self.at_once else steps
+        return [*((rows, newer) for rows in (*self.newer, *self._positions[1:])), *older]
+
+    @property
+    def _end(self) -> int:
+        """The position behind all that is held."""
+        positions, valid = self.slots()
+        if not self._positions:
+            return positions.shape[1]
+        real = positions if valid is None else positions.masked_fill(~valid, -1)
+        return int(real.max()) + 1 if real.numel() else 0
+
+    _first: Tensor | None = None  # how far behind `_begin` the newer part begins, int32 [1], while steps are captured
+    _begin = 0  # the position at which it began when they were
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        more = self.newer[0].longest + steps if steps else 0
+        old_keys, old_values = (pin(_rows(rows), _rows(rows).longest + more) for rows in self.older)
+        where = pin(self._positions[0], self._positions[0].longest + more) if self._positions else None
+        key_basis, value_basis, table = self.bases[0], self.bases[1], None
+        turned = self.rotary
+        if turned is not None:
+            longest = self._end + steps
+            table = rotary_table_of(turned, longest, self.newer[0].data.shape[1], self.device)
+            key_basis = turned.halved(key_basis)  # as kernels pair channels
+
+        def older(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            asked = query if turned is None else turned.halved(query)
+            keys, values = (self._of_all_heads(rows) for rows in (old_keys, old_values))
+            return state(
+                decode_lowrank(
+                    asked, keys, values, key_basis, value_basis, scoring, positions=where, rotary=table, lse=True
+                )
+            )
+
+        newer = whole_rows(keys, values)
+        if self.at_once:
+            return [older, self._as_projected(keys, values, steps)] if steps else [older]
+        return [older, newer] if steps or self.newer[0].longest else [older]
+
+    def _of_all_heads(self, rows: Ragged) -> Ragged:
+        """Rows of a joint space as those of every head."""
+        if not self.joint:
+            return rows
+        starts, lengths = torch.stack([rows.starts, rows.lengths]).repeat(1, self.kv_heads)
+        return Ragged(rows.data, starts, lengths, rows.longest)
+
+    def _as_projected(self, keys: Ragged, values: Ragged, steps: int) -> Part:
+        """Attention over the newer rows as they will be once they are projected."""
+        into = torch.zeros_like(keys.data), torch.zeros_like(values.data)
+        first = self._end - self.newer[0].longest
+        self._first = torch.tensor([0], dtype=torch.int32, device=self.device)
+        self._begin = first
+        turns = None
         if self.rotary is not None:
-            longest = keys.longest if older is None else int(query_positions.max()) + 1
-            table = rotary_table_of(self.rotary, longest, query.shape[2], query.device)
-            if table is None:
-                return None
-            turned, key_basis = self.rotary.halved(query), self.rotary.halved(key_basis)  # as kernels pair channels
-        sinks_here = scoring.without_sinks() if self.newer[0].longest else scoring
-        out, sums = decode_lowrank(
-            turned, keys.ragged(), values.ragged(), key_basis, value_basis, sinks_here, query_positions=asked,
-            positions=older, rotary=table, lse=True,
-        )  # fmt: skip
-        if not self.newer[0].longest:
-            return out
-        if newer is None and asked is not None:
-            asked = asked - keys.longest  # where each row's position is its number
-        whole, more = decode_dense(
-            query, self.newer[0].ragged(), self.newer[1].ragged(), scoring, query_positions=asked, positions=newer,
-            lse=True,
-        )  # fmt: skip
-        assert sums is not None
-        assert more is not None
-        return merge_states([(out, sums), (whole, more)])
+            where = torch.arange(first, first + self.newer[0].longest + steps, device=self.device)
+            turns = Turns.of(*self.rotary(where), keys.data.shape[1], self.rotary.unhalved)
+        projected = whole_rows(keys._replace(data=into[0]), values._replace(data=into[1]))
+
+        def newer(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            assert self._first is not None
+            project_newest(keys, values, *self.bases, turns, self._first, *into)
+            return projected(query, scoring)
+
+        return newer
 
     def tensors(self) -> dict[str, list[Tensor]]:
         exact = str(self.bases[0].dtype).removeprefix("torch.")

@@ -11,11 +11,18 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Part, Place
+from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
+from workbench.kv.stores.parts import PartedStore
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Dequantised, Store
+from workbench.kv.stores.store import Dequantised, Store, state
 from workbench.trace import LayerTrace
+from workbench_kernels import Scoring
+from workbench_kernels.decode import decode_dense
+from workbench_kernels.rows import Ragged
 
+_BLOCK = 32  # tokens that wait in captured steps to be merged
 _LEAST = 1e-6  # sine of an angle below which directions are mixed in a straight line
 
 
@@ -103,8 +110,9 @@ class MergedPair:
         return MergedPair(self.keys.clone(), self.values.clone(), self.where.clone(), self.towards)
 
 
-class MergedLayerStore(Store):
-    """One layer of a pair: its lengths of keys and values, its own of what is retained, and a tail.
+class MergedLayerStore(PartedStore):
+    """One layer of a pair: its lengths of keys and values, its own of what is retained, and a tail. The key of what is
+    retained has an infinite length where the others have theirs.
 
     New tokens are exact in both layers' tails while they attend; they are merged when the next ones come.
     """
@@ -112,17 +120,21 @@ class MergedLayerStore(Store):
     first = False  # whether it is the lower layer, which counts what both hold
     other: MergedLayerStore
 
-    def __init__(self, pair: MergedPair, lengths: tuple[Rows, Rows], kept: tuple[Tensor, Tensor], tail: Rows) -> None:
-        """lengths: of keys and of values, [t, 1]; kept [k, r, d] and [k, r, dv]; tail: keys and values side by side."""
+    def __init__(
+        self, pair: MergedPair, lengths: tuple[Rows, Rows], kept: tuple[Tensor, Tensor], tail: tuple[Rows, Rows]
+    ) -> None:
+        """lengths: of keys and of values, [t, 1]; kept [k, r, d] and [k, r, dv]; tail: keys and values."""
         self.pair, self.lengths, self.kept, self.tail = pair, lengths, kept, tail
 
     @classmethod
     def of(cls, layer: LayerTrace, pair: MergedPair, dtype: torch.dtype) -> MergedLayerStore:
         both, where = (layer.keys, layer.values), pair.where.long()[..., None]
-        lengths = tuple(Rows.of(x.float().norm(dim=-1, keepdim=True).to(dtype)) for x in both)
+        sizes = [x.float().norm(dim=-1, keepdim=True).to(dtype) for x in both]
+        sizes[0].scatter_(1, where, torch.inf)
+        lengths = tuple(Rows.of(x) for x in sizes)
         kept = tuple(x.gather(1, where.expand(-1, -1, x.shape[-1])).to(dtype) for x in both)
-        nothing = layer.keys.new_empty(layer.kv_heads, 0, sum(x.shape[-1] for x in both), dtype=dtype)
-        return cls(pair, (lengths[0], lengths[1]), (kept[0], kept[1]), Rows.of(nothing))
+        keys, values = (Rows.of(x.new_empty(len(x), 0, x.shape[2], dtype=dtype)) for x in both)
+        return cls(pair, (lengths[0], lengths[1]), (kept[0], kept[1]), (keys, values))
 
     @property
     def partner(self) -> Store:
@@ -131,20 +143,61 @@ class MergedLayerStore(Store):
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         if self.first:
             self._merge()
-        self.tail.append(torch.cat([keys, values], dim=2), block=1)
+        for rows, new in zip(self.tail, (keys, values), strict=True):
+            rows.append(new, block=1)
 
     def _merge(self) -> None:
         """Merge what has attended in both layers."""
-        count = min(self.tail.longest, self.other.tail.longest)
+        count = min(store.tail[0].longest for store in (self, self.other))
         if not count:
             return
-        width = self.pair.keys.data.shape[1]
-        lower, upper = self.tail.cut_front(count), self.other.tail.cut_front(count)
-        for side, common, part in ((0, self.pair.keys, slice(width)), (1, self.pair.values, slice(width, None))):
-            mine, others = lower[..., part], upper[..., part]
+        for side, common in enumerate((self.pair.keys, self.pair.values)):
+            mine, others = (store.tail[side].cut_front(count) for store in (self, self.other))
             common.append(between(mine, others, self.pair.towards).to(common.data.dtype))
             for store, x in ((self, mine), (self.other, others)):
                 store.lengths[side].append(x.float().norm(dim=-1, keepdim=True).to(x.dtype))
+
+    # -- attention part by part: in captured steps tokens are merged in blocks
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.tail
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        more = self.tail[0].longest + steps if steps else 0
+        common, others, *sizes = (
+            pin(rows, rows.longest + more) for rows in (self.pair.keys, self.pair.values, *self.lengths)
+        )
+
+        def merged(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            return state(decode_dense(query, common, others, scoring, sizes=(sizes[0], sizes[1]), lse=True))
+
+        retained = [whole_rows(*(Ragged.of(x) for x in self.kept))] if self.kept[0].shape[1] else []
+        return [merged, *retained, whole_rows(keys, values)]
+
+    @property
+    def period(self) -> int:
+        return _BLOCK
+
+    @property
+    def steps_until_settled(self) -> int:
+        return max(_BLOCK - self.tail[0].longest, 1)
+
+    def settle(self) -> None:
+        """Merge what waits in both layers, when the lower one is told to."""
+        if self.first:
+            self._merge()
+
+    def advance(self, positions: Tensor) -> None:
+        for rows in self.tail:
+            rows.grow(positions.numel())
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        joining = self.tail[0].longest + steps if steps else 0
+        common = (self.pair.keys, self.pair.values) if self.first else ()
+        return [(rows, min(steps, _BLOCK)) for rows in self.tail] + [
+            (rows, joining) for rows in (*self.lengths, *common)
+        ]
 
     def reserve(self, tokens: int) -> None:
         for rows in (*self.lengths, *((self.pair.keys, self.pair.values) if self.first else ())):
@@ -152,36 +205,35 @@ class MergedLayerStore(Store):
 
     @property
     def kv_heads(self) -> int:
-        return self.tail.heads
+        return self.tail[0].heads
 
     @property
     def device(self) -> torch.device:
-        return self.tail.data.device
+        return self.tail[0].data.device
 
     def slots(self) -> tuple[Tensor, Tensor | None]:
-        count = self.lengths[0].longest + self.tail.longest
+        count = self.lengths[0].longest + self.tail[0].longest
         return torch.arange(count, device=self.device)[None], None
 
     def contents(self, dtype: torch.dtype) -> Dequantised:
-        width = self.pair.keys.data.shape[1]
-        where, tail = self.pair.where.long()[..., None], self.tail.view().to(dtype)
+        where = self.pair.where.long()[..., None]
         sides = []
         for common, length, kept, new in zip(
             (self.pair.keys, self.pair.values),
             self.lengths,
             self.kept,
-            (tail[..., :width], tail[..., width:]),
+            self.tail,
             strict=True,
         ):
             merged = (common.view().float() * length.view().float()).to(dtype)
             merged = merged.scatter(1, where.expand(-1, -1, merged.shape[-1]), kept.to(dtype))
-            sides.append(torch.cat([merged, new], dim=1))
+            sides.append(torch.cat([merged, new.view().to(dtype)], dim=1))
         return Dequantised(sides[0], sides[1], *self.slots())
 
     def tensors(self) -> dict[str, list[Tensor]]:
         shared = [*self.pair.keys.tensors(), *self.pair.values.tensors(), self.pair.where] if self.first else []
-        own = [*self.lengths[0].tensors(), *self.lengths[1].tensors(), *self.kept, *self.tail.tensors()]
-        return {str(self.tail.data.dtype).removeprefix("torch."): [*shared, *own]}
+        own = [*(tensor for rows in (*self.lengths, *self.tail) for tensor in rows.tensors()), *self.kept]
+        return {str(self.tail[0].data.dtype).removeprefix("torch."): [*shared, *own]}
 
     def clone(self) -> Self:
         """An independent copy, of the other layer too."""
@@ -193,7 +245,7 @@ class MergedLayerStore(Store):
     def beside(self, pair: MergedPair) -> Self:
         """A copy on what both hold in common, `pair`."""
         twin = copy(self)
-        twin.pair, twin.tail = pair, self.tail.clone()
+        twin.pair, twin.tail = pair, (self.tail[0].clone(), self.tail[1].clone())
         twin.lengths = self.lengths[0].clone(), self.lengths[1].clone()
         twin.kept = self.kept[0].clone(), self.kept[1].clone()
         return twin

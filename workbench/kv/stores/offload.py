@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,14 +11,20 @@ import torch
 from torch import Tensor
 
 from workbench.errors import NotApplicable
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Pin
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import DenseFormat, Format, Shape, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.recomputed import Recomputing, far_nbytes
+from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.tiered import TieredStore
+from workbench.measure.memory import tensor_bytes
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
+from workbench_kernels.decode import decode_dense
+from workbench_kernels.rows import Ragged
+from workbench_kernels.softmax import merge_states
 
 QUERIES_AT_ONCE = 16  # queries that fetch together: bounds what is copied for a long question
 
@@ -44,6 +51,19 @@ class Retriever(ABC):
         """Entries [k, e, d], [k, e, dv] at positions [k, e] have moved to the next slots of host memory."""
 
     follows_slopes: ClassVar[bool] = False  # finds what is wanted in models with slopes of positions (ALiBi) too
+
+    capturable: ClassVar[bool] = False  # `captured` finds without waiting for the device, from keys alone
+
+    @property
+    def growing(self) -> tuple[Rows, ...]:
+        """Rows on the device that entries join which move to host memory."""
+        return ()
+
+    def captured(self, steps: int, pin: Pin) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+        """For a captured step: `find` for one query [h, 1, d] at `pin.position`, for so many steps; for a class that is
+        `capturable`.
+        """
+        raise NotImplementedError
 
     observes: ClassVar[bool] = False  # wants to know what queries gave to the entries that they attended to
 
@@ -132,6 +152,14 @@ class OffloadFormat(Format):
         return OffloadStore(near, far, retriever, self.sinks, near.longest, self.recent)
 
 
+def merged(near: tuple[Tensor, Tensor | None], far: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Attention over what is near and what is far, of the states of both."""
+    (out, near_lse), (other, far_lse) = near, far
+    assert near_lse is not None
+    assert far_lse is not None
+    return merge_states([(out, near_lse), (other, far_lse)])
+
+
 def found_by_products(layer: LayerTrace) -> NotApplicable:
     """The refusal where entries are looked for by their products with queries, which are not all of their scores."""
     return NotApplicable(
@@ -186,9 +214,69 @@ class OffloadStore(TieredStore):
     def reserve(self, tokens: int) -> None:
         self.near.reserve(min(tokens, max(self.usual + self.recent - self.near.longest, 0)))
 
+    # -- captured decode steps, between which the oldest move out
+
+    @property
+    def capturable(self) -> Capturable | None:
+        fits = self.retriever.capturable and self.far.capturable and self.near.capturable is not None
+        return self if fits else None
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.near.growing
+
+    @property
+    def _until_full(self) -> int:
+        """How many more may be near before some move out."""
+        return max(self.usual + self.recent - self.near.longest, 0)
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        near = min(steps, max(self._until_full, self.recent))
+        return [
+            *((rows, min(more, near)) for rows, more in self.near.room_for(steps)),
+            *((rows, steps + self.recent) for rows in self.retriever.growing),
+        ]
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        keys, values = self.near.most_rows(min(steps, max(self._until_full, self.recent)))
+        return keys, values
+
+    @property
+    def fixed_nbytes(self) -> int:
+        return tensor_bytes(self.index()) - tensor_bytes(x for rows in self.retriever.growing for x in rows.tensors())
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    @property
+    def steps_until_settled(self) -> int | None:
+        return self._until_full
+
+    def settle(self) -> None:
+        """Let the oldest move out if they would before the next token."""
+        if not self._until_full:
+            self._move_out(self.near.longest + 1 - self.usual)
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        self.far.reserve(steps + self.recent)
+        find = self.retriever.captured(steps + self.recent, pin)
+
+        def attention(query: Tensor, scoring: Scoring) -> Tensor:
+            near = decode_dense(query, keys, values, scoring, lse=True)
+            return merged(near, self._far_state(query, *find(query, scoring.scale), scoring))
+
+        return attention
+
+    def advance(self, positions: Tensor) -> None:
+        self.near.advance(positions)
+
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        newest = self._newest(query, query_positions, scoring)
+        if newest is not None:
+            return newest, None
         outs = []
         for part, at in zip(query.split(QUERIES_AT_ONCE, dim=1), query_positions.split(QUERIES_AT_ONCE), strict=True):
             slots, chosen = self.distinct(*self.retriever.find_at(part, at, scoring.scale))
@@ -215,6 +303,34 @@ class OffloadStore(TieredStore):
                 self.retriever.observe(rows, torch.cat([there, positions], dim=1))
         self.far.release()
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), None
+
+    def _newest(self, query: Tensor, at: Tensor, scoring: Scoring) -> Tensor | None:
+        """Attention of the newest token by kernels; None where there are none for it."""
+        if query.shape[1] > 1 or scoring.window is not None or self.retriever.observes:
+            return None
+        near = self.near.state_by_kernel(query, at, scoring)
+        if near is None:
+            return None
+        far = self._far_state(query, *self.retriever.find_at(query, at, scoring.scale), scoring)
+        self.far.release()
+        return merged(near, far)
+
+    def _far_state(
+        self, query: Tensor, slots: Tensor, counts: Tensor, scoring: Scoring
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state of attention of one query over those entries in slots [k, 1, c] that count."""
+        slots, counts = slots[:, 0], counts[:, 0]
+        keys, values, _ = self.far.fetch(slots.masked_fill(~counts, -1))()
+        hidden = (~counts).to(torch.int32)[..., None]  # as if they stood behind the query
+        return decode_dense(
+            query,
+            Ragged.of(self.as_numbers(keys, query.dtype)),
+            Ragged.of(self.as_numbers(values, query.dtype)),
+            scoring.without_sinks(),
+            query_positions=torch.zeros(1, dtype=torch.int64, device=query.device),
+            positions=Ragged.of(hidden),
+            lse=True,
+        )
 
     def near_contents(self, dtype: torch.dtype) -> Dequantised:
         """What is on the device, as `dtype`."""

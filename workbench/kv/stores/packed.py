@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import check_finite
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Pin
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Part, Pin, Place
 from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.rows import Rows, joined
-from workbench.kv.stores.store import for_kernel
+from workbench.kv.stores.store import for_kernel, state
 from workbench_kernels import Scoring
 from workbench_kernels.building import dequantise_rows, kept, quantise_rows
 from workbench_kernels.cpu.token import leave
@@ -119,14 +119,29 @@ class PackedRows:
         packed = self.codes.ragged(), self.scale.ragged(), self.zero.ragged()
         return KernelRows(*packed, tail.ragged(), self.code_bits, self.group, self.axis, self.balance)
 
-    def pinned(self, tail: Ragged, steps: int, pin: Pin) -> KernelRows:
+    def pinned(self, tail: Ragged, steps: int, pin: Place) -> KernelRows:
         """The same for all of so many steps: everything that enters has been in the tail, so no head gets more than
         what is there and what comes.
         """
-        more = 0 if self.bits == WHOLE else tail.longest + steps
+        return self.settled(tail, 0 if self.bits == WHOLE else tail.longest + steps, pin)
+
+    def settled(self, tail: Ragged, more: int, pin: Place) -> KernelRows:
+        """The same where no head gets more than so many rows."""
         codes, scale = (pin(rows, rows.longest + more) for rows in (self.codes, self.scale))
         zero = scale._replace(data=self.zero.data)
         return KernelRows(codes, scale, zero, tail, self.code_bits, self.group, self.axis, self.balance)
+
+    def growing(self, rows: int) -> list[tuple[Rows, int]]:
+        """What grows when so many rows join each head, and by how many."""
+        per_scale = self.group if self.axis == "channel" else 1
+        return [(self.codes, rows), (self.scale, rows // per_scale), (self.zero, rows // per_scale)]
+
+    def refill(self, other: PackedRows) -> None:
+        """Replace all by what `other` holds (see `Rows.refill`)."""
+        for rows, fresh in ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero)):
+            rows.refill(fresh)
+        if self.balance is not None and other.balance is not None:
+            self.balance.copy_(other.balance)
 
     def only(self, keep: Tensor) -> PackedRows:
         """The rows at which keep [k, longest] is True; only where each has a scale of its own (axis "token")."""
@@ -314,8 +329,7 @@ class PackedStore(PositionedStore):
         for packed, tail in self._sides:
             most = 0 if packed.bits == WHOLE else tail.shortest + steps
             per_scale = packed.group if packed.axis == "channel" else 1
-            most = most // per_scale * per_scale
-            room += [(packed.codes, most), (packed.scale, most // per_scale), (packed.zero, most // per_scale)]
+            room += packed.growing(most // per_scale * per_scale)
         return room
 
     def most_rows(self, steps: int) -> tuple[int, int]:
@@ -348,10 +362,24 @@ class PackedStore(PositionedStore):
         return max(min(waits), 1) if waits else None
 
     def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
-        packed_keys, packed_values = (
-            packed.pinned(tail, steps, pin) for packed, tail in ((self.keys, keys), (self.values, values))
-        )
+        packed_keys, packed_values = self._pinned(keys, values, steps, pin)
         return lambda query, scoring: decode_packed(query, packed_keys, packed_values, scoring)[0]
+
+    def _pinned(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> tuple[KernelRows, KernelRows]:
+        return self.keys.pinned(keys, steps, pin), self.values.pinned(values, steps, pin)
+
+    parted = True
+
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> Part:
+        packed_keys, packed_values = self._pinned(keys, values, steps, pin)
+        return lambda query, scoring: state(decode_packed(query, packed_keys, packed_values, scoring, lse=True))
+
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
+        tails = (pin(rows, rows.longest) for rows in self.growing)
+        keys, values = (
+            side.settled(tail, more, pin) for side, tail in zip((self.keys, self.values), tails, strict=True)
+        )
+        return lambda query, scoring: state(decode_packed(query, keys, values, scoring, lse=True))
 
     def advance(self, positions: Tensor) -> None:
         self._grown(self.growing, positions)

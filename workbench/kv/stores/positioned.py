@@ -73,6 +73,11 @@ class PositionedStore(Store):
         """The positions of a single stretch as kernels take them; None where everything is held."""
         return self._positions[0].ragged() if self._positions else None
 
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        """The rows of positions of each stretch; none where everything is held."""
+        return self._positions
+
     def _position_tensors(self) -> list[Tensor]:
         return [tensor for rows in self._positions for tensor in rows.tensors()]
 

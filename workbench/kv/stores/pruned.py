@@ -8,20 +8,25 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Part, Place
+from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import first_of
+from workbench.kv.stores.parts import PartedStore
 from workbench.kv.stores.positioned import PositionedStore, positions_in
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.store import Store, seen_by, state
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
+from workbench_kernels.decode import decode_dense
+from workbench_kernels.rows import Ragged
 from workbench_kernels.softmax import attention_weights
 
 _CHANNEL_BYTES = 2  # int16
 _ROWS_BYTES = 64 << 20  # score rows are worked on in blocks of about this size
 
 
-class PrunedStore(PositionedStore):
+class PrunedStore(PositionedStore, PartedStore):
     """An older part whose keys have only `channels` [k, c], and a newer part, which new tokens enter, with all.
 
     Slots are those of the older part, then those of the newer one. Attention multiplies the queries' kept channels
@@ -86,9 +91,34 @@ class PrunedStore(PositionedStore):
         values = torch.cat([self.older[1].view(), self.newer[1].view()], dim=1).to(dtype)
         return torch.cat([wide, whole], dim=1), values
 
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.newer
+
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        return self._positions[-1:]
+
+    def advance(self, positions: Tensor) -> None:
+        self._grown(self.newer, positions)
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        thin, wide = (pin(rows, rows.longest) for rows in self.older)
+        channels = self.channels.long()[:, None]  # [k, 1, c]
+
+        def older(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            grouped = query.reshape(len(channels), -1, query.shape[2])
+            asked = grouped.gather(2, channels.expand(-1, grouped.shape[1], -1))
+            return state(decode_dense(asked.reshape(*query.shape[:2], -1), thin, wide, scoring, lse=True))
+
+        return [whole_rows(keys, values)] if not self.older[0].longest else [older, whole_rows(keys, values)]
+
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        out = None if weights else self.by_kernel(query, query_positions, scoring)
+        if out is not None:
+            return out, None
         positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, scoring)
         offsets = scoring.offsets(query_positions, positions[:, None, None])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
+from workbench.engine.images import Images
 from workbench.kv.stores.format import INDEX_BYTES, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
@@ -28,9 +29,9 @@ class Recomputer:
     there is nothing here.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
-        """ids [n]: the prompt."""
-        self.model, self.ids, self.tokens = model, ids, 0
+    def __init__(self, model: PreTrainedModel, ids: Tensor, images: Images | None = None) -> None:
+        """ids [n]: the prompt. images: those that are in it."""
+        self.model, self.ids, self.images, self.tokens = model, ids, images, 0
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cover(self, tokens: int) -> None:
@@ -41,7 +42,7 @@ class Recomputer:
         """Keys [k, t, d] and values [k, t, dv] of the tokens covered."""
         if layer not in self._rows:
             with torch.inference_mode():
-                forward(self.model, self, self.ids[: self.tokens], torch.arange(self.tokens))
+                forward(self.model, self, self.ids[: self.tokens], torch.arange(self.tokens), images=self.images)
         return self._rows[layer]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -82,6 +83,8 @@ class Recomputing:
 class RecomputedRows(HostRows):
     """Host memory that holds the positions of all its entries, but of each head's first `deleted` [k] nothing else."""
 
+    capturable = False  # the model reads between
+
     def __init__(
         self,
         held: HostRows,
@@ -96,9 +99,9 @@ class RecomputedRows(HostRows):
 
     def fetch(self, slots: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         deleted = self.deleted.to(slots.device)[:, None]  # [k, 1]
-        held = self._copied((slots - deleted).clamp_min(0), (self.keys, self.values))
+        held = self._copied(slots - deleted, (self.keys, self.values))
         places = self._copied(slots, (self.positions,))
-        again = slots < deleted  # [k, u]
+        again = (slots >= 0) & (slots < deleted)  # [k, u]
         if not bool(again.any()):
             return lambda: (*held(), *places())
 

@@ -80,6 +80,21 @@ class Rows:
             return torch.full((self.heads,), self.longest, device=self.data.device)
         return self.lengths.long()
 
+    @property
+    def spare(self) -> int:
+        """How many rows can be appended to each head without moving anything."""
+        return self._room - self.longest if self.lengths is None else self._spare
+
+    def to(self, device: torch.device) -> Rows:
+        """A copy on another device; in host memory it is pinned where these are, or lie on a GPU."""
+        twin = copy(self)
+        pinned = device.type == "cpu" and self.data.numel() > 0 and (self.data.is_cuda or self.data.is_pinned())
+        twin.data = torch.empty(self.data.shape, dtype=self.data.dtype, device=device, pin_memory=pinned)
+        twin.data.copy_(self.data)
+        if self.starts is not None and self.lengths is not None:
+            twin.starts, twin.lengths = self.starts.to(device, copy=True), self.lengths.to(device, copy=True)
+        return twin
+
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.data, self.starts, self.lengths) if t is not None]
 
@@ -152,6 +167,17 @@ class Rows:
             self.view().copy_(x)
         else:
             self.data[self.slots()[valid]] = x[valid].to(self.data.dtype)
+
+    def refill(self, other: Rows) -> None:
+        """Replace all rows by those of `other`, of which each head has equally many more, in the room reserved."""
+        more = other.longest - self.longest
+        if self.lengths is None or self.starts is None:
+            self.data.view(self.heads, self._room, -1)[:, : other.longest] = other.view()
+        else:
+            owners = torch.repeat_interleave(torch.arange(self.heads, device=self.data.device), other.counts)
+            steps = torch.arange(other.total, device=self.data.device) - other.begins[owners]
+            self.data[self.begins[owners] + steps] = other.data[: other.total]
+        self.grow(more)
 
     def reserve(self, rows: int) -> None:
         """Make room so that `rows` further rows a head can be appended without moving anything."""

@@ -8,14 +8,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import Format, Shape, index_nbytes
 from workbench.kv.stores.frozen import ChannelRows, FrozenStore, bitmap_nbytes
 from workbench.kv.stores.packed import PackedRows
+from workbench.kv.stores.parts import here, states_of
+from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.split import SplitStore
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
+from workbench_kernels.received import add_received
+from workbench_kernels.rows import Ragged
 
 _HALF = 2  # scales, zeros and channel factors are float16
 
@@ -102,6 +107,66 @@ class SalientStore(SplitStore):
                 self._settle(received)
         return out, probs if weights else None
 
+    # -- captured decode steps: the newest query stays on the device until the tail is full
+
+    _asked: Tensor | None = None  # the query [h, 1, d] of the last captured step
+    _scoring: Scoring | None = None
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        tail = self.tail.growing_part(keys, values, steps, pin)
+
+        def newest(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            if steps:
+                if self._asked is None:
+                    self._asked = torch.empty_like(query)
+                self._asked.copy_(query)
+                self._scoring = scoring
+            return tail(query, scoring)
+
+        joining = zip(self.settled, self._joining(steps), strict=True)
+        return [newest, *(part.part(keys.data.dtype, more, pin) for part, more in joining)]
+
+    def _joining(self, steps: int) -> list[int]:
+        """How many entries of each head join each settled part while so many tokens come."""
+        gap = self.form.gap
+        times, salient = (self.tail.longest + steps) // gap if steps else 0, salient_count(self.share, gap)
+        return [times * (salient if self._upper(part) else gap - salient) for part in self.settled]
+
+    def _upper(self, part: FrozenStore) -> bool:
+        return part.keys.bits == self.form.high
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        joining = zip(self.settled, self._joining(steps), strict=True)
+        return super().room_for(steps) + [room for part, more in joining for room in part.room_for(more)]
+
+    @property
+    def period(self) -> int:
+        return self.form.gap
+
+    @property
+    def steps_until_settled(self) -> int:
+        return max(self.form.gap - self.tail.longest, 1)
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        most = max(self.form.gap, self.tail.longest + 1)
+        return most, most
+
+    def settle(self) -> None:
+        """Quantise the tail and all else anew, in place, by the attention of the newest query."""
+        query, scoring, keys = self._asked, self._scoring, self.tail.keys
+        assert query is not None
+        assert scoring is not None
+        parts = super().attentions(keys.ragged(), self.tail.values.ragged(), 0, here)
+        lse = torch.stack([lse for _, lse in states_of(parts, query, scoring)]).logsumexp(dim=0)
+        received = Ragged.of(torch.zeros(self.kv_heads, keys.longest, 1, device=query.device))
+        add_received(query, keys.ragged(), lse, received, scoring)
+        before = self.settled
+        self._settle(received.data.view(self.kv_heads, -1))
+        for part, fresh in zip(before, self.settled, strict=True):
+            part.refill(fresh)
+        self.settled = before
+        self.parts = (self.tail, *before)
+
     _received: Tensor | None = None  # what the tail's tokens got from the query of the pass, until they are settled
 
     def _settle(self, received: Tensor) -> None:
@@ -121,8 +186,8 @@ class SalientStore(SplitStore):
         held = SplitStore(self.settled).contents(torch.float32)
         where = held.positions.expand(len(held.keys), -1)
         first = self.settled[0]
-        upper = first.keys.bits == self.form.high
-        high = torch.arange(where.shape[1], device=where.device) < (first.keys.codes.longest if upper else 0)
+        longest = first.keys.codes.longest if self._upper(first) else 0
+        high = torch.arange(where.shape[1], device=where.device) < longest
         if held.valid is not None:
             where = where.masked_fill(~held.valid, torch.iinfo(where.dtype).max)
         entries = int(self.settled_entries)
@@ -155,9 +220,14 @@ def quantised_tiers(keys: Tensor, values: Tensor, high: Tensor, bits: int, low: 
 
 def salient_of(received: Tensor, share: float) -> Tensor:
     """Which of each stretch's tokens are salient, by what each received [k, s, t]: a share of t, bool [k, s, t]."""
-    count = int(share * received.shape[-1] + 0.5)
+    count = salient_count(share, received.shape[-1])
     best = received.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(received, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def salient_count(share: float, tokens: int) -> int:
+    """How many of so many tokens are salient."""
+    return int(share * tokens + 0.5)
 
 
 def channel_factors(values: Tensor, keep: Tensor) -> Tensor:

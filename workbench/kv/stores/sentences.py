@@ -99,8 +99,11 @@ class Sentences(Retriever):
         self.given = index
         self.ends = list(index.ends)
         self.read = 0
+        self.findable = 0  # entries of the head that has most which can be found
+        self.coming: list[int] = []  # positions that are read
 
     def reads(self, ids: Tensor, positions: Tensor) -> None:
+        self.coming = positions.tolist()
         for token, position in zip(ids.tolist(), positions.tolist(), strict=True):
             begin = self.ends[-1]
             if position >= begin:
@@ -114,25 +117,30 @@ class Sentences(Retriever):
         slots, sentences = self.owners.shape[1], self.means.shape[1]
         owners = self.owners.long()[:, None].expand(-1, query.shape[1], -1)
         turn = rank.gather(2, owners.clamp_min(0)).masked_fill(owners < 0, sentences)  # [k, q, m]
-        order = turn.argsort(dim=2, stable=True)
-        most = torch.where(everything, slots, self.given.fetch)[None, :, None]  # [1, q, 1]
-        counts = (turn.gather(2, order) < sentences) & (torch.arange(slots, device=most.device) < most)
-        fetched = max(int(counts.sum(dim=2).max()), 1)
-        return order[..., :fetched], counts[..., :fetched]
+        # One number for the turn of an entry's sentence and, within it, its own.
+        turn = turn * slots + torch.arange(slots, device=turn.device)
+        most = [self.findable if whole else min(self.given.fetch, slots) for whole in everything]
+        first = turn.topk(max(*most, 1), dim=2, largest=False)
+        counts = first.values < sentences * slots
+        if len(set(most)) > 1:
+            counts &= torch.arange(max(most), device=turn.device) < torch.tensor(most, device=turn.device)[:, None]
+        return first.indices, counts
 
-    def in_progress(self, query: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def in_progress(self, query: Tensor, positions: Tensor) -> tuple[Tensor, list[bool]]:
         """For query [h, q, d] at positions [q] the mean of each KV head's queries so far in its sentence, [k, q, d];
-        and which of them fetch everything, bool [q]: those that begin a sentence, and those that end one.
+        and which of them fetch everything: those that begin a sentence, and those that end one.
         """
         grouped = query.float().view(self.means.shape[0], -1, *query.shape[1:]).mean(dim=1)
         ends, means, everything = set(self.ends), [], []
-        for row, position in zip(grouped.unbind(dim=1), positions.tolist(), strict=True):
+        # One that comes alone was told of: the device is not waited for.
+        where = self.coming if len(self.coming) == positions.numel() == 1 else positions.tolist()
+        for row, position in zip(grouped.unbind(dim=1), where, strict=True):
             self.query_sum, self.read = self.query_sum + row, self.read + 1
             means.append(self.query_sum / self.read)
             if position + 1 in ends:
                 self.query_sum, self.read = torch.zeros_like(self.query_sum), 0
             everything.append(self.read <= self.given.opening)
-        return torch.stack(means, dim=1), torch.tensor(everything, device=query.device)
+        return torch.stack(means, dim=1), everything
 
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         ends = torch.tensor(self.ends, device=keys.device)
@@ -150,6 +158,7 @@ class Sentences(Retriever):
 
     def take(self, keys: Tensor, sentence: Tensor, which: Tensor) -> None:
         """Let keys [k, e, d] at which bool [k, e] is True join the means of the sentences int64 [k, e]."""
+        self.findable += int(which.sum(dim=1).max())
         lengths = self.lengths.scatter_add(1, sentence, which.to(torch.int32))
         sums = self.means.float() * self.lengths[..., None]
         sums.scatter_add_(1, sentence[..., None].expand_as(keys), keys.float() * which[..., None])

@@ -8,16 +8,23 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.low_rank import rotary_of
+from workbench.kv.stores.parts import PartedStore
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows
-from workbench.kv.stores.store import Store, seen_by
+from workbench.kv.stores.store import Store, seen_by, state
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend, pack, unpack
+from workbench_kernels.decode import decode_packed
+from workbench_kernels.rows import PackedRows as KernelRows
+from workbench_kernels.rows import Ragged
+from workbench_kernels.symmetric import round_newest, smoothed_query, spread, symmetric
 
 _REACH = 8.0  # the largest magnitude after smoothing: scales of 4 bits are then near 1, where FP8 is finest
 _HALF = 2  # factors are float16
+_BLOCK = 32  # tokens that wait in captured steps to be written as integers
 
 
 class SymmetricRows:
@@ -51,7 +58,13 @@ class SymmetricRows:
         """What is held, [k, longest, d]."""
         scale = self.scale.data.view(self.scales).float()
         codes = unpack(self.codes.data, self.bits, self.channels).float().sub_(2 ** (self.bits - 1))
-        return self.codes.laid_out((codes * _spread(scale, self.group, self.channels)).to(dtype))
+        return self.codes.laid_out((codes * spread(scale, self.group, self.channels)).to(dtype))
+
+    def settled(self, tail: Ragged, more: int, balance: Tensor | None, pin: Place) -> KernelRows:
+        """The rows, followed by those of `tail`, as kernels take them; so many more of a head may join them."""
+        codes, scale = (pin(rows, rows.longest + more) for rows in (self.codes, self.scale))
+        scale = scale._replace(data=scale.data.view(self.scales))
+        return KernelRows(codes, scale, None, tail, self.bits, min(self.group, self.channels), "token", balance)
 
     def tensors(self) -> list[Tensor]:
         return [*self.codes.tensors(), *self.scale.tensors()]
@@ -63,24 +76,17 @@ class SymmetricRows:
 
 def _quantise(x: Tensor, bits: int, group: int, scales: torch.dtype) -> tuple[Tensor, Tensor]:
     """Packed codes and stored scales (see SymmetricRows) of x [t, d]."""
-    most = 2 ** (bits - 1) - 1
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scale = (padded.abs().amax(dim=-1) / most).to(scales)
-    divisor = torch.where(scale.float() > 0, scale.float(), 1.0)
-    codes = (x / _spread(divisor, group, x.shape[1])).round_().clamp_(-most - 1, most).add_(most + 1)
-    return pack(codes.to(torch.uint8), bits), scale.view(torch.uint8) if scales.itemsize == 1 else scale
+    codes, scale = symmetric(x, bits, group, scales)
+    packed = pack(codes.add_(2 ** (bits - 1)).to(torch.uint8), bits)
+    return packed, scale.view(torch.uint8) if scales.itemsize == 1 else scale
 
 
-def _spread(scale: Tensor, group: int, channels: int) -> Tensor:
-    """Each row's scales [t, groups] for every channel, [t, d] (or [t, 1] where one serves all)."""
-    return scale if scale.shape[1] == 1 else scale.repeat_interleave(group, dim=1)[:, :channels]
-
-
-class SmoothedStore(PositionedStore):
+class SmoothedStore(PositionedStore, PartedStore):
     """Keys smoothed channel by channel and values head by head, both as symmetric integers from the moment they enter.
 
     Scores are computed with keys as they are held: the queries are divided by the keys' factors instead, and rounded
-    to FP8 with a scale for each query and head if `fp8_query`. Sums are formed in the query's dtype.
+    to FP8 with a scale for each query and head if `fp8_query`. Sums are formed in the query's dtype. In captured steps
+    a few tokens wait in `tail` to be written as integers, but are attended to as if they were.
     """
 
     def __init__(
@@ -91,17 +97,70 @@ class SmoothedStore(PositionedStore):
         value_factors: Tensor,
         positions: Rows | None,
         fp8_query: bool,
+        dtype: torch.dtype,
     ) -> None:
-        """key_factors [k, d], value_factors [k, 1], float16: what was multiplied before rounding."""
+        """key_factors [k, d], value_factors [k, 1], float16: multiplied before rounding. dtype: of new tokens."""
         super().__init__(positions)
         self.keys, self.values = keys, values
         self.key_factors, self.value_factors = key_factors, value_factors
         self.fp8_query = fp8_query
+        none = key_factors.new_empty(len(key_factors), 0, 1, dtype=dtype)
+        widths = keys.channels, values.channels
+        self.tail = (Rows.of(none.expand(-1, -1, widths[0])), Rows.of(none.expand(-1, -1, widths[1])))
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        self.settle()  # what captured steps left waiting
+        self._add(keys, values)
+        self._append_positions(positions)
+
+    def _add(self, keys: Tensor, values: Tensor) -> None:
         self.keys.append(keys.float() * self.key_factors.float()[:, None])
         self.values.append(values.float() * self.value_factors.float()[:, None])
-        self._append_positions(positions)
+
+    # -- attention in place
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.tail
+
+    @property
+    def period(self) -> int:
+        return _BLOCK
+
+    @property
+    def steps_until_settled(self) -> int:
+        return max(_BLOCK - self.tail[0].longest, 1)
+
+    def settle(self) -> None:
+        if self.tail[0].longest:
+            keys, values = (rows.cut_front(rows.longest) for rows in self.tail)
+            self._add(keys, values)
+
+    def advance(self, positions: Tensor) -> None:
+        self._grown(self.tail, positions)
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        joining = self.tail[0].longest + steps if steps else 0
+        rows = (self.keys.codes, self.keys.scale, self.values.codes, self.values.scale)
+        waiting = [(tail, min(steps, _BLOCK)) for tail in self.tail]
+        return waiting + [(one, joining) for one in rows] + [(where, steps) for where in self._positions]
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        into = torch.zeros_like(keys.data), torch.zeros_like(values.data)
+        more = self.tail[0].longest + steps if steps else 0
+        lifted = self.value_factors.expand(-1, self.values.channels).contiguous()
+        rounded = (rows._replace(data=data) for rows, data in zip((keys, values), into, strict=True))
+        held_keys = self.keys.settled(next(rounded), more, None, pin)
+        held_values = self.values.settled(next(rounded), more, lifted, pin)
+        form = self.keys.bits, self.keys.group, self.keys.scales
+
+        def everything(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            if steps:
+                round_newest(keys, values, self.key_factors, self.value_factors, *form, *into)
+            asked = smoothed_query(query, self.key_factors, self.fp8_query)
+            return state(decode_packed(asked, held_keys, held_values, scoring, lse=True))
+
+        return [everything]
 
     def reserve(self, tokens: int) -> None:
         self.keys.reserve(tokens)
@@ -119,9 +178,10 @@ class SmoothedStore(PositionedStore):
 
     @property
     def _complete_length(self) -> int:
-        return self.keys.codes.longest
+        return self.keys.codes.longest + self.tail[0].longest
 
     def rows_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        self.settle()
         keys = self.keys.view(torch.float32) / self.key_factors.float()[:, None]
         values = self.values.view(torch.float32) / self.value_factors.float()[:, None]
         return keys.to(dtype), values.to(dtype)
@@ -129,9 +189,12 @@ class SmoothedStore(PositionedStore):
     def attend(
         self, query: Tensor, query_positions: Tensor, scoring: Scoring, *, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        self.settle()
+        out = None if weights else self.by_kernel(query, query_positions, scoring)
+        if out is not None:
+            return out, None
         groups = query.shape[0] // self.key_factors.shape[0]
-        asked = query.float() / self.key_factors.float().repeat_interleave(groups, dim=0)[:, None]
-        asked = (rounded_to_fp8(asked) if self.fp8_query else asked).to(query.dtype)
+        asked = smoothed_query(query, self.key_factors, self.fp8_query)
         keys, values = self.keys.view(query.dtype), self.values.view(query.dtype)
         positions, valid = self.slots()
         visible = seen_by(query_positions, positions, valid, scoring)
@@ -142,12 +205,17 @@ class SmoothedStore(PositionedStore):
 
     def tensors(self) -> dict[str, list[Tensor]]:
         rows = [*self.keys.tensors(), *self.values.tensors(), self.key_factors, self.value_factors]
-        return {f"{self.keys.bits}-bit": [*rows, *self._position_tensors()]}
+        by_precision = {f"{self.keys.bits}-bit": [*rows, *self._position_tensors()]}
+        if self.tail[0].data.numel():
+            name = str(self.tail[0].data.dtype).removeprefix("torch.")
+            by_precision[name] = [tensor for waiting in self.tail for tensor in waiting.tensors()]
+        return by_precision
 
     def clone(self) -> Self:
         twin = super().clone()
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
         twin.key_factors, twin.value_factors = self.key_factors.clone(), self.value_factors.clone()
+        twin.tail = self.tail[0].clone(), self.tail[1].clone()
         return twin
 
 
@@ -195,6 +263,7 @@ class SmoothedFormat(Format):
             lift,
             positions_where(keep),
             self.fp8_query,
+            layer.keys.dtype,
         )
 
 
@@ -220,11 +289,3 @@ def smoothing(keys: Tensor, rotated: int, outliers: int) -> Tensor:
 def _to_reach(largest: Tensor) -> Tensor:
     factors = torch.where(largest > 0, _REACH / largest, 1.0)
     return factors.clamp(2.0**-14, 2.0**14).to(torch.float16)
-
-
-def rounded_to_fp8(x: Tensor) -> Tensor:
-    """x [..., d] rounded to FP8 (e4m3) with a scale for each last dimension, its largest magnitude / 448."""
-    most = torch.finfo(torch.float8_e4m3fn).max
-    scale = x.abs().amax(dim=-1, keepdim=True) / most
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (x / scale).clamp(-most, most).to(torch.float8_e4m3fn).float() * scale

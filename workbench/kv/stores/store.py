@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from workbench.formatting import Brief
-from workbench.kv.stores.capabilities import Capturable, Droppable, Evictable, Rescored, Rewritable
+from workbench.kv.stores.capabilities import (
+    Capturable,
+    Droppable,
+    Evictable,
+    Part,
+    Place,
+    Replaceable,
+    Rescored,
+    Rewritable,
+)
 from workbench.measure.memory import HOST, tensor_bytes
 from workbench_kernels import Scoring, attend
 from workbench_kernels.dispatch import on_gpu
@@ -142,6 +151,25 @@ class Store(ABC):
         """The store as one into which a captured decode step can write; None where others have to do more."""
         return None
 
+    parted: ClassVar[bool] = False  # whether `part` and, where tokens may join, `growing_part` are there
+
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
+        """Attention of queries of this type over all that is held, wherever `pin` says it lies; so many entries of a
+        head may join.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no part of another store that kernels attend to")
+
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> Part:
+        """The same while tokens join the rows keys and values, of a store that is `capturable`."""
+        raise NotImplementedError(f"{type(self).__name__} is no part of another store that tokens join")
+
+    @property
+    def replaceable(self) -> Replaceable | None:
+        """The store as one in which a captured step puts a new entry in the place of one that leaves; None where it
+        cannot.
+        """
+        return None
+
     @property
     def in_place(self) -> tuple[Ragged | PackedRows, Ragged | PackedRows] | None:
         """Keys and values of every entry, where the newest token's attention over them is all that `attend` computes;
@@ -261,6 +289,13 @@ def for_kernel(query: Tensor, rows: Tensor, query_positions: Tensor, scoring: Sc
         return False, None
     alone = query.shape[1] == 1 and scoring.window is None
     return True, None if alone else query_positions.to(query.device)
+
+
+def state(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """What a kernel gave that was asked for the log-sum-exp."""
+    out, lse = found
+    assert lse is not None
+    return out, lse
 
 
 def joined_valid(parts: Sequence[tuple[Tensor | None, int]], heads: int, device: torch.device) -> Tensor | None:

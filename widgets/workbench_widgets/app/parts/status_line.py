@@ -8,6 +8,7 @@ from param.parameterized import Event
 
 from workbench_widgets.app.elements.notice import Notice
 from workbench_widgets.app.elements.theme import in_header
+from workbench_widgets.app.work.task import Task
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_markup
 
@@ -15,7 +16,7 @@ from workbench_widgets.plain_text import in_markup
 class StatusLine:
     """What the main worker does, with a button that cancels it; `problem` stands elsewhere on the page."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace | Task) -> None:
         self._workspace = workspace
         self._text = pn.pane.HTML(
             "",

@@ -144,7 +144,7 @@ class Workspace(param.Parameterized):
             self.main.tell(lambda: self._is_loaded(model, session), always=True)
             with self._exclusive(progress):
                 trace = session.read(text, progress=progress)
-            return ReadPrompt(session, trace, tuple(present.pieces(session.tokenizer, trace.ids)))
+            return ReadPrompt(session, trace, tuple(present.prompt_pieces(trace.prompt)))
 
         def finish(reading: ReadPrompt) -> None:
             self.param.update(

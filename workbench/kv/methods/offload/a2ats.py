@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from workbench.kv.base import Study
 from workbench.kv.sinks_and_recent import SinksAndRecent
+from workbench.kv.stores.capabilities import Pin
 from workbench.kv.stores.codebook import Codebook
 from workbench.kv.stores.format import Shape, index_nbytes
-from workbench.kv.stores.group_union import united
 from workbench.kv.stores.offload import Index, Retriever
 from workbench.kv.stores.rows import Rows
 from workbench.registry import Fidelity, Paper, Preset, param, register
 from workbench.trace import LayerTrace
 from workbench_kernels.codebook import codebook_top
-from workbench_kernels.dispatch import on_gpu
 
 _LEAST = 8  # keys for each code: a codebook must be smaller than what it stands for
 _MODEL = "as read in the authors' model code, of which the stored copy holds the description alone"
@@ -116,19 +115,33 @@ class Coded(Retriever):
 
     def __init__(self, book: Codebook, codes: Rows, fetch: float) -> None:
         self.book, self.codes, self.fetch = book, codes, fetch
+        self.tokens: int | None = None  # read so far, with this pass
+
+    capturable = True
+
+    def reads(self, ids: Tensor, positions: Tensor) -> None:
+        self.tokens = int(positions[-1]) + 1
 
     def find_at(self, query: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         table = self.book.scores(query, positions)  # [k, g * q, c]
-        wanted = max(int(self.fetch * (int(positions.max()) + 1)), 1)
-        if on_gpu(table, self.codes.data) and self.codes.longest:
-            return codebook_top(table, self.codes.ragged(), wanted, query.shape[1])
-        codes = self.codes.view()[..., 0].long()  # [k, m]
-        scores = table.gather(2, codes[:, None].expand(-1, table.shape[1], -1))
-        valid = self.codes.valid()
-        if valid is not None:
-            scores = scores.masked_fill(~valid[:, None], -torch.inf)
-        best = scores.topk(min(wanted, scores.shape[2]), dim=2)
-        return united(best.indices, best.values > -torch.inf, query.shape[1])
+        known = self.tokens if positions.numel() == 1 else None  # then the device is not waited for
+        wanted = max(int(self.fetch * (int(positions.max()) + 1 if known is None else known)), 1)
+        return codebook_top(table, self.codes.ragged(), wanted, query.shape[1])
+
+    @property
+    def growing(self) -> tuple[Rows, ...]:
+        return (self.codes,)
+
+    def captured(self, steps: int, pin: Pin) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+        codes = pin(self.codes, self.codes.longest + steps)
+        most = max(int(self.fetch * ((self.tokens or self.codes.longest) + steps)), 1)
+
+        def find(query: Tensor, _scale: float) -> tuple[Tensor, Tensor]:
+            table = self.book.scores(query, pin.position)
+            wanted = ((pin.position + 1).double() * self.fetch).to(torch.int32).clamp_min_(1)
+            return codebook_top(table, codes, most, 1, fewer=wanted)
+
+        return find
 
     def add(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         self.codes.append(self.book.encode(keys, positions)[..., None])
