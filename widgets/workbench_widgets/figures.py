@@ -128,12 +128,20 @@ def _log_axis(values: ArrayLike) -> dict[str, object]:
     return {**axis, "yaxis_tickvals": [digit * 10.0**power for power in range(low, high + 1) for digit in digits]}
 
 
-def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Live memory") -> go.Figure:
+def memory_timeline(
+    frame: pd.DataFrame,
+    *,
+    dark: bool = False,
+    title: str = "Live memory",
+    marks: Mapping[str, float] = MappingProxyType({}),
+    predicted: Mapping[str, float] = MappingProxyType({}),
+) -> go.Figure:
     """Stacked areas of live bytes by category over time; what lies in host memory hangs below zero.
 
     `frame` has one row a sample: `step` (any ascending number), optionally `time` in seconds (then it is the
     horizontal axis) and `event` (text, shown on hover), and one column of bytes for each category; those that begin
-    with "host " lie in host memory. Shown in MiB.
+    with "host " lie in host memory. Shown in MiB. marks: names of moments, on the horizontal axis. predicted: names and
+    bytes of what was foretold, as lines across.
     """
     go = _plotly()
     _columns(frame, ["step"], "memory_timeline")
@@ -166,7 +174,7 @@ def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Li
             hovertemplate="%{y:,.2f} MiB" + (" · %{customdata}" if "event" in frame.columns else ""),
         )
     )
-    return _figure(
+    figure = _figure(
         traces,
         dark,
         title_text=title,
@@ -175,6 +183,12 @@ def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Li
         yaxis_title_text="MiB" if len(here) == len(names) else "MiB (below zero: host memory)",
         yaxis_rangemode="tozero",
     )
+    line = {"color": colours.muted, "width": 1, "dash": "dot"}
+    for name, at in marks.items():
+        figure.add_vline(x=at, line=line, annotation={"text": in_markup(name), "textangle": -90, "font": {"size": 12}})
+    for name, nbytes in predicted.items():
+        figure.add_hline(y=nbytes / MIB, line=line, annotation={"text": in_markup(name), "font": {"size": 12}})
+    return figure
 
 
 def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Outliers by layer") -> go.Figure:

@@ -101,7 +101,7 @@ class Readings:
             self.facts,
             prompt,
             keep_on=self.keep_on,
-            weight_nbytes=self.facts.weight_bytes,
+            weight_nbytes=self.variants.nbytes(()),
             rotations=self.rotations,
             progress=progress,
         )
