@@ -152,7 +152,8 @@ class PageState:
         """What `to_dict` wrote. Raises ValueError for what does not fit."""
         if unknown := next((name for name in data if name not in _SCHEMA), None):
             raise ValueError(f"a page has no {_shortened(unknown)}")
-        return cls(**{name: _SCHEMA[name].validate_python(value) for name, value in data.items()})
+        parts: dict[str, Any] = {name: _SCHEMA[name].validate_python(value) for name, value in data.items()}
+        return cls(**parts)
 
     def _parts(self) -> dict[str, str]:
         """What differs from a fresh page, as text."""
