@@ -201,7 +201,8 @@ class RunsPanel(Panel):
         dark = self.workspace.dark
         if self.table is None:
             self.table = _table(frame, hidden, dark)
-            self.table.on_click(lambda event: self._open(int(self.table.value["run"].iloc[event.row])))
+            made = self.table
+            made.on_click(lambda event: self._open(int(made.value["run"].iloc[event.row])))
             self._table_at.objects = [self.table]
             return
         if hidden != self.table.hidden_columns:
