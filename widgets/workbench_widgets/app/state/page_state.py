@@ -81,6 +81,7 @@ class PageState:
     example: Annotated[_Name, AfterValidator(_example)] = "haystack"
     text: _Long = ""
     kv: Annotated[_Name, _method("kv")] = "snapkv"
+    refine: Annotated[_Name, _method("refine")] = ""
     allocate: Annotated[_Name, _method("allocate")] = ""
     store: Annotated[_Name, _method("store")] = ""
     retrieve: Annotated[_Name, _method("retrieve")] = ""
