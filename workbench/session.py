@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from workbench import arguments
 from workbench.display import Shown, controls
-from workbench.errors import BadParameter, ModelNotFound
+from workbench.engine.attention_hook import devices_of
+from workbench.errors import BadParameter, ModelNotFound, NotApplicable
 from workbench.formatting import mib
 from workbench.inspection import attention as maps
 from workbench.inspection import heads, operators, outliers
@@ -21,19 +23,23 @@ from workbench.inspection.channels import Kind as Outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
+from workbench.models.devices import check_data
+from workbench.models.image_text import is_processor, tokenizer_of
 from workbench.models.load import device_for, dtype_for
 from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
 from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
+from workbench.runtime.compiling import telling
 from workbench.runtime.conversation import Conversation
 from workbench.runtime.readings import Readings
+from workbench.runtime.rehearsal import Rehearsal, begin
 from workbench.runtime.run import Question, Run, Stream
 from workbench.runtime.task_evaluation import TASK_COLUMNS, TaskEvaluation
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
@@ -42,6 +48,8 @@ if TYPE_CHECKING:
     from workbench.measure.attention import PooledMap, Pooling, Span
     from workbench.measure.grid import GridOfMaps
     from workbench.measure.head_classes import HeadStats
+    from workbench.models.image_text import Picture
+    from workbench.models.load import DeviceMap
     from workbench.prompt import Text
     from workbench.registry import Method
     from workbench.tasks import Task
@@ -59,13 +67,14 @@ _CACHES = 4  # runs whose caches stay, so that more can be asked of them
 class Session(Shown):
     """A model, a prompt, and everything recorded about them: the one object a user needs.
 
-    model: a catalogue name, hub id, folder, or a (model, tokenizer or None) pair. device, dtype: where and in what
-    precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision in which caches are stored and the
-    uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
-    transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
-    "cpu" for a model on a GPU. graphs: where method and model allow it, decode by replaying a CUDA graph
-    on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer bytes.
-    trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
+    model: a catalogue name, hub id, folder, or a pair of a model and its tokenizer, its processor (for images) or None.
+    device, dtype: where and in what precision it computes (float32 on CPU, bfloat16 on CUDA). device_map,
+    max_memory: spread it over several devices, as `load` says; caches lie with their layers. kv_dtype: the precision
+    in which caches are stored and the uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16;
+    "float32" reproduces plain transformers exactly. seed: for methods that draw at random. keep_trace_on: where
+    recordings rest, for instance "cpu" for a model on a GPU. graphs: where method and model allow it, decode by
+    replaying a CUDA graph on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer
+    bytes. trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
 
     Wherever a recipe is taken, `budget` and further parameters are those of its method; with several methods `budget`
     is for all together, and there are no others.
@@ -73,18 +82,23 @@ class Session(Shown):
 
     def __init__(
         self,
-        model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel = "smollm2-135m",
+        model: str
+        | Path
+        | tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None]
+        | LoadedModel = "smollm2-135m",
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         kv_dtype: str | torch.dtype | None = None,
         seed: int = 0,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         keep_trace_on: str | torch.device | None = None,
         graphs: bool = True,
         trust: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        loaded = _loaded(model, device, dtype, progress)
+        loaded = _loaded(model, device, dtype, progress, device_map, max_memory)
         self.readings = Readings(
             loaded,
             _kv_dtype(kv_dtype, loaded.facts),
@@ -95,6 +109,7 @@ class Session(Shown):
         self.seed = arguments.whole("seed", seed, 0, 2**63 - 1)
         self.graphs = graphs
         self.runs: list[Run] = []
+        self._rehearsal: Rehearsal | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -172,17 +187,29 @@ class Session(Shown):
     # -- reading and planning
 
     def read(
-        self, text: Text, *, chat: bool | None = None, record: bool = True, progress: Progress | None = None
+        self,
+        text: Text,
+        *,
+        images: Sequence[Picture] = (),
+        chat: bool | None = None,
+        record: bool = True,
+        expecting: Spec | None = None,
+        progress: Progress | None = None,
     ) -> Trace:
         """Read a prompt: text, chat messages, or token ids [n]; everything later is asked of it.
 
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
-        as they are. record: False takes the prompt in without reading it as a whole, for texts too long for that; only
-        methods that read in bounded memory can be used then, and quality is not measured. Raises BadPrompt,
-        PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
-        prompt still in place.
+        as they are. images: PIL images, arrays [height, width, 3] of bytes, or paths of files, for a model that sees
+        them; "<image>" in the text says where each stands (default: before it), in messages a part {"type": "image"}.
+        record: False takes the prompt in without reading it as a whole, for texts too long for that; only methods that
+        read in bounded memory can be used then, and quality is not measured. expecting: the recipe that will be run
+        later: on a GPU its kernels begin to compile, where this machine never did so; a plan or a run waits for them.
+        Raises BadPrompt, PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between
+        layers, with the earlier prompt still in place.
         """
-        trace = self.readings.read(text, chat=chat, record=record, progress=progress)
+        recipe = None if expecting is None else Recipe.of(expecting)
+        begun = None if recipe is None else partial(self._rehearse, recipe)
+        trace = self.readings.read(text, images=images, chat=chat, record=record, progress=progress, begun=begun)
         self.runs = []
         return trace
 
@@ -200,7 +227,22 @@ class Session(Shown):
         Raises BudgetTooSmall, BadBudget, BadRecipe, BadParameter, UnknownMethod, NotRead.
         """
         spec = Recipe.of(recipe, budget=budget, **parameters)
-        return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
+        with self._compiled(progress):
+            return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
+
+    def _rehearse(self, recipe: Recipe, tokens: int) -> None:
+        """Let kernels compile that a recipe and a first map need, beside what is done next."""
+        look = partial(maps.attention_map, recipe=Recipe.of("full"), layer=0, head=0)
+        self._rehearsal = begin(self.model, self.facts, tokens, recipe, self.kv_dtype, look)
+
+    @contextmanager
+    def _compiled(self, progress: Progress | None) -> Iterator[None]:
+        """Work for which kernels may compile: those of a rehearsal are waited for, and others are reported."""
+        if self._rehearsal is not None:
+            self._rehearsal.finish(progress)
+            self._rehearsal = None
+        with telling(progress):
+            yield
 
     # -- weights
 
@@ -372,10 +414,11 @@ class Session(Shown):
         """
         spec, progress = Recipe.of(recipe, budget=budget, **parameters), progress or Progress()
         max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
-        trace = self.readings.trace(spec, progress)
-        began = time.perf_counter()
-        ids = trace.prompt.question_ids(question, self.tokenizer)
-        plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
+        with self._compiled(progress):
+            trace = self.readings.trace(spec, progress)
+            began = time.perf_counter()
+            ids = trace.prompt.question_ids(question, self.tokenizer)
+            plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
         # The reading that a method made while planning is on its timeline, not part of planning.
         plan_s = max(plan_s - plan.read_seconds, 0.0) if plan.chunked else plan_s
@@ -474,7 +517,7 @@ class Session(Shown):
         kv_dtype: as in `Session` (None: this one's).
         """
         other = Session(
-            LoadedModel(self.model, self.tokenizer, self.source, self.facts),
+            LoadedModel(self.model, self.tokenizer, self.source, self.facts, self.readings.processor),
             kv_dtype=kv_dtype or self.kv_dtype,
             seed=self.seed,
             keep_trace_on=self.readings.keep_on,
@@ -528,9 +571,9 @@ class Session(Shown):
         attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
         spec = _recipe(recipe, budget, parameters)
-        return maps.attention_map(
-            self.readings, spec, layer, head, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress
-        )
+        look = partial(maps.attention_map, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)
+        with telling(progress):
+            return look(self.readings, spec, layer, head)
 
     def attention_grid(
         self,
@@ -549,7 +592,8 @@ class Session(Shown):
         the heads are judged on the way, and `heads` is quick after it.
         """
         spec = _recipe(recipe, budget, parameters)
-        return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
+        with telling(progress):
+            return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
 
     def received(
         self,
@@ -594,7 +638,8 @@ class Session(Shown):
         **parameters: Any,
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
+        with telling(progress):
+            return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
 
     def operator(
         self,
@@ -686,10 +731,12 @@ def _weights(methods: Iterable[Method]) -> tuple[Method, ...]:
 
 
 def _loaded(
-    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel,
+    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None] | LoadedModel,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     progress: Progress | None,
+    device_map: DeviceMap | None,
+    max_memory: Mapping[int | str, int | str] | None,
 ) -> LoadedModel:
     from transformers import PreTrainedModel
 
@@ -699,21 +746,30 @@ def _loaded(
         from workbench.export.model import is_exported
         from workbench.export.model import load as load_exported
 
-        loading = load_exported if is_exported(model) else load
-        return loading(model, device=device, dtype=dtype, progress=progress)
-    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
-        network, tokenizer = model
-        if any(weight.is_meta for weight in network.parameters()):
-            raise ModelNotFound(
-                f"{type(network).__name__} has weights without data (on the meta device): load it whole"
+        if device_map is None and max_memory is None:
+            loading = load_exported if is_exported(model) else load
+            return loading(model, device=device, dtype=dtype, progress=progress)
+        if is_exported(model):
+            raise NotApplicable(
+                f"{model}: a folder in the workbench's own format is loaded onto one device; leave device_map out"
             )
+        return load(model, device, dtype, progress, device_map=device_map, max_memory=max_memory)
+    if device_map is not None or max_memory is not None:
+        raise BadParameter("device_map is for a model given by name; dispatch a model object before you give it")
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
+        network, given = model
+        check_data(network)
+        if (device is not None or dtype is not None) and len(devices_of(network)) > 1:
+            raise BadParameter("the model lies on several devices: leave device and dtype out")
         if device is not None:
             nn.Module.to(network, device_for(device))
         if dtype is not None:
             nn.Module.to(network, dtype_for(dtype, network.device))
         known = facts(network)
-        return LoadedModel(network.eval(), tokenizer, known.name, known)
-    raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer or None)")
+        processor: Any = given if is_processor(given) else None
+        tokenizer: Any = given if processor is None else tokenizer_of(processor)
+        return LoadedModel(network.eval(), tokenizer, known.name, known, processor)
+    raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer, processor or None)")
 
 
 def _kv_dtype(dtype: str | torch.dtype | None, model: Facts) -> torch.dtype:

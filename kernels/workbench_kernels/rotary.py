@@ -77,6 +77,14 @@ class RotaryTable(NamedTuple):
         return cos, high[..., 1, :] * low[..., 0, :] + high[..., 0, :] * low[..., 1, :]
 
 
+class Turn(NamedTuple):
+    """By how much a query is turned before: row `number`, int64 [1], of cos and sin float32 [n, r], in halves."""
+
+    cos: Tensor
+    sin: Tensor
+    number: Tensor
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The first r channels of x [..., n, d] turned by the table cos, sin [n, r]: channel i is paired with i + r / 2, as
     in Llama (Su et al. 2021, arXiv:2104.09864); the others stay.

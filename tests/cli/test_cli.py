@@ -376,6 +376,12 @@ def test_doctor_reports_what_is_here(
         "export",
         "tasks",
     }
+    room = found["devices"]["room"]
+    assert room["one GPU"] <= room["all GPUs"] < room["with host memory"]
+    assert (
+        room["with host memory"] * 2
+        < sum(x["memory_bytes"] for x in found["devices"]["cuda"]) + (found["devices"]["cpu"]["memory_bytes"])
+    )
     assert main(["doctor"]) == 0
     assert "workbench models fetch smollm2-135m" in capsys.readouterr().out
 
@@ -458,7 +464,7 @@ def test_the_app_is_whatever_package_registers_itself_as_it(
     monkeypatch.setattr("workbench.cli.commands.entry_points", lambda group, name: points.get((group, name), []))
     assert main(["app", "--port", "0", "--no-open", "--allow-host", "a.b"]) == 0
     plain = {"model": "smollm2-135m", "address": "127.0.0.1", "port": 0, "open_browser": False}
-    assert given == [{**plain, "models": (), "hosts": ["a.b"]}]
+    assert given == [{**plain, "models": (), "hosts": ["a.b"], "results": "results"}]
     points.clear()
     assert main(["app"]) == 2
     assert "inference-workbench[app]" in capsys.readouterr().err

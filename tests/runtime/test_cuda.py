@@ -112,13 +112,27 @@ STEPS = {
 } | {name: RECIPES[name] for name in IN_PARTS}
 
 
+LEAVING = {
+    "h2o": wb.kv.H2O(budget=0.5),
+    "tova": wb.kv.TOVA(budget=0.5),
+    "streaming-llm": wb.kv.StreamingLLM(budget=0.5),
+    "lazyeviction": wb.kv.LazyEviction(budget=0.5, window=8),
+    "decoding": [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.Decoding(every=8, queries=12)],
+    "lagkv": wb.kv.LagKV(budget=0.5, lag=16),
+    "prefixkv": wb.kv.PrefixKV(budget=0.5),
+    "quest": wb.kv.Quest(tokens=64, page=8, dense=1),
+    "a2ats": wb.kv.A2ATS(budget=0.4, codes=16, fetch=0.1),
+    "tailorkv": wb.kv.TailorKV(budget=0.4, threshold=1, fetch=16, channels=4),
+}
+
+
 def decoder_of(recipe, dtype):
     """A decoder that has read a prompt and a question, and the first token of its answer."""
     model = tiny("llama").to(CUDA, dtype)
     session = wb.Session((model, None), kv_dtype=str(dtype).removeprefix("torch."))
     session.read(ids(400))
     plan = session.plan(recipe)
-    decoder = Decoder(model, plan.stores(), plan.position)
+    decoder = Decoder(model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
     return decoder, int(decoder.feed(ids(9, seed=1))[-1].argmax())
 
 
@@ -143,6 +157,19 @@ def test_replayed_tokens_are_those_of_steps_run_one_by_one(name):
     assert decoder.position == twin.position
     more, same = (d.feed(ids(3, seed=5)).float() for d in (decoder, twin))
     assert (more - same).norm() < 1e-3 * same.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LEAVING)
+def test_captured_steps_leave_what_plain_ones_do_where_entries_come_and_go(name, dtype):
+    decoder, token = decoder_of(LEAVING[name], dtype)
+    twin = decoder.clone()
+    tokens = list(CapturedStep(decoder, token, 40).answer(()))
+    for read in (token, *tokens[:-1]):
+        twin.feed(torch.tensor([read]))
+    assert decoder.position == twin.position
+    more, same = (d.feed(ids(1, seed=5)).float() for d in (decoder, twin))
+    assert (more - same).norm() < (1e-3 if dtype == torch.float32 else 0.06) * same.norm()
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)

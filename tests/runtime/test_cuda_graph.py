@@ -28,12 +28,16 @@ LEAVING = {
     "h2o": wb.kv.H2O(budget=0.5),
     "tova": wb.kv.TOVA(budget=0.5),
     "streaming-llm in the text": wb.kv.StreamingLLM(budget=0.5, positions="text"),
+    "streaming-llm": wb.kv.StreamingLLM(budget=0.5),
+    "streaming-llm without sinks": wb.kv.StreamingLLM(budget=0.5, sinks=0),
     "lazyeviction": wb.kv.LazyEviction(budget=0.5, window=8),
     "decoding": wb.kv.Decoding(budget=0.5, every=8),
     "queries that vote": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.Decoding(every=16, queries=12)],
     "ragged": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.Decoding(every=8, queries=12)],
     "lagkv": wb.kv.LagKV(budget=0.5, lag=16),
     "prefixkv": wb.kv.PrefixKV(budget=0.5),
+    "quest": wb.kv.Quest(tokens=32, page=8, dense=1),
+    "quest of some": [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.Quest(tokens=24, page=8, dense=0)],
     "a2ats": wb.kv.A2ATS(budget=0.4, codes=16, fetch=0.1),
     "tailorkv": wb.kv.TailorKV(budget=0.4, threshold=1, fetch=8, channels=4),
 }
@@ -136,7 +140,7 @@ def test_tokens_and_contents_are_the_plain_ones(
 
 
 @pytest.mark.parametrize("name", LEAVING)
-def test_entries_leave_or_move_between_steps_as_they_would_before_each(name: str, tiny_llama: PreTrainedModel) -> None:
+def test_entries_leave_move_or_are_chosen_as_they_are_without_graphs(name: str, tiny_llama: PreTrainedModel) -> None:
     decoder, token = answering(tiny_llama, LEAVING[name])
     decoder = decoder.clone()  # both count scores from here on
     twin, wanted = decoder.clone(), plain(decoder.clone(), token, 60)
@@ -223,7 +227,6 @@ def test_the_stores_take_the_bytes_that_were_predicted(name: str, tiny_llama: Pr
 @pytest.mark.parametrize(
     ("architecture", "recipe", "reason"),
     [
-        ("llama", wb.method("streaming-llm", budget=0.5), "makes room"),
         ("mistral", "full", "SlidingStore"),
         ("mixtral", "full", "is waited for"),
     ],

@@ -211,10 +211,14 @@ class Controls(w.VBox):
                 ids.append(token.id)
                 so_far = present.pieces(session.tokenizer, ids)
                 AnswerDiff.update(
-                    self.answer, so_far, so_far, left_label="Full cache (to come)", right_label=recipe.label
+                    self.answer,
+                    so_far,
+                    so_far,
+                    left_label=f"{present.UNCOMPRESSED} (to come)",
+                    right_label=recipe.label,
                 )
             progress.check()
-            _say(self.status, "Comparing with the full cache …")
+            _say(self.status, "Comparing with the uncompressed model …")
             run = stream.run
             AnswerDiff.update(self.answer, **run_answers(run))
             self.figures.value = run_html(run)

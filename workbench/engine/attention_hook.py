@@ -8,7 +8,7 @@ keeps the switch of its attention implementation to one pass at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.families.in_place import adapted
+from workbench.engine.images import Entered, Images, noting, unchanged
 from workbench.engine.latents import Latents, Noting
 from workbench.engine.masks import AnnouncedMask, Span, announced, checked
 from workbench.engine.standing import standing
@@ -265,13 +266,30 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
+        beside = [(config, config._attn_implementation) for config in _beside(model)]  # noqa: SLF001
         with adapted(model, _attention, _positions) as by_adapters:
             switch = partial(_switch_masks, model) if by_adapters else model.set_attn_implementation
-            switch(NAME)
+
+            def switched(name: str) -> None:
+                switch(name)
+                for config, own in beside:
+                    config._attn_implementation = own  # noqa: SLF001
+
+            switched(NAME)
             try:
                 yield
             finally:
-                switch(before)
+                switched(before)
+
+
+def _beside(model: PreTrainedModel) -> list[Any]:
+    """The configs of what looks at images or listens beside a model's decoder, and keeps its own attention."""
+    config: Any = model.config
+    text = getattr(config, "text_config", None)
+    if text is None or text is not config.get_text_config(decoder=True):
+        return []
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [part for part in parts if part is not None and part is not text]
 
 
 def _switch_masks(model: PreTrainedModel, name: str) -> None:
@@ -281,12 +299,39 @@ def _switch_masks(model: PreTrainedModel, name: str) -> None:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where the model takes its token ids."""
-    return cast("torch.device", model.get_input_embeddings().weight.device)
+    return computes_on(model.get_input_embeddings()) or torch.device("cpu")
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """Where a module computes: where its first weight lies, or, where accelerate brings weights from host memory or
+    disk for each pass, where it brings them; None for a module without weights.
+    """
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            return brought_to(part) if weight.is_meta else weight.device
+    return None
 
 
 def devices_of(model: PreTrainedModel) -> set[torch.device]:
-    """Where the model's weights and buffers lie."""
-    return {x.device for x in (*model.parameters(), *model.buffers())}
+    """Where the model's weights and buffers lie; "meta" stands for weights that are elsewhere between passes."""
+    return {x.device for x in (*model.parameters(), *model.buffers())} | (
+        {device_of(model)} if rests_elsewhere(model) else set()
+    )
+
+
+def rests_elsewhere(model: nn.Module) -> bool:
+    """Whether accelerate holds some of the model's weights in host memory or on disk between passes."""
+    return any(weight.is_meta for weight in model.parameters())
+
+
+def brought_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of a module that it holds elsewhere; None where nothing brings them."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", None) or ((hook,) if hook is not None else ())
+    device = next((each.execution_device for each in hooks if getattr(each, "offload", False)), None)
+    if device is None:
+        return None
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def forward(
@@ -298,13 +343,16 @@ def forward(
     cache: States | None = None,
     logits: int = 1,
     mask: Tensor | None = None,
+    images: Images | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
 
     cache: what layers that keep another state than keys and values remember of the text before, written on; without it
     such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor
     of four dimensions. Handlers ignore it, but the model then does not look at the positions to make one, for which the
-    host would wait for the device.
+    host would wait for the device. images: those of the prompt that the tokens are of, or follow. places: which of its
+    tokens they are, int64 [n], if not those of their positions.
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
@@ -326,14 +374,16 @@ def forward(
     stands = standing(model, positions, plain or mask is not None) if cache is None else cache
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
-    with engaged(model), torch.inference_mode():
+    with engaged(model), torch.inference_mode(), unchanged(model) if images is not None else nullcontext():
         noting = cast("Noting | None", stands)
         before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache, noting=noting))
         try:
+            given = {"input_ids": ids.to(device)[None], "position_ids": positions.to(device)[None]}
+            if images is not None:
+                given = images.given(model, ids, positions, places, partial(entered, model, images))
             output = model(
-                input_ids=ids.to(device)[None],
+                **given,
                 attention_mask=mask,
-                position_ids=positions.to(device)[None],
                 past_key_values=cast("Cache | None", stands),
                 use_cache=cache is not None,
                 logits_to_keep=kept,
@@ -341,3 +391,15 @@ def forward(
         finally:
             _passing.reset(before)
         return cast("Tensor", output.logits[0, -kept.numel() :].float())  # some (TrOCR) give all
+
+
+def entered(model: PreTrainedModel, images: Images) -> Entered:
+    """What enters the decoder of the whole prompt. Raises NotApplicable where it sees otherwise than a decoder does."""
+    positions = torch.arange(images.tokens)
+    with engaged(model), torch.inference_mode(), unchanged(model), noting(model, stop=True) as noted:
+        before = _passing.set(_Passing(_Alone(), None, plain=True, positions=positions))
+        try:
+            model(**images.given(model, images.ids, positions, None, partial(entered, model, images)), use_cache=False)
+        finally:
+            _passing.reset(before)
+    return noted[0]

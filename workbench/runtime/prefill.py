@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries, within_a_chunk
 from workbench.core.causal_attention import causal_attention
-from workbench.engine.attention_hook import device_of, forward, latents
+from workbench.engine.attention_hook import device_of, entered, forward, latents
+from workbench.engine.images import Images, noting
 from workbench.engine.latents import Latents
 from workbench.engine.states import States, attending
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
@@ -30,6 +32,8 @@ from workbench_kernels import Scoring
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workbench.core.rope import Rotation
+
 
 @dataclass
 class _Recorder:
@@ -39,7 +43,7 @@ class _Recorder:
     facts: Facts
     method: AttentionMethod | None
     progress: Progress
-    home: torch.device
+    keep_on: torch.device | None
     timeline: Timeline
     weights: int
     live: LiveBytes | CudaBytes
@@ -86,9 +90,10 @@ class _Recorder:
             out = self.method.attend(query, key, value, within, self.context)
         kept = {} if self.states is None else {"state": self.states.nbytes}
         # Of what is live here: the recording so far, and states.
-        before = (self.recorded_nbytes if self.home == query.device else 0) + sum(kept.values())
+        home = self.keep_on or query.device
+        before = (self.recorded_nbytes if home == query.device else 0) + sum(kept.values())
         shared = self._shared(layer, key)
-        recorded = tuple(x.to(self.home) for x in (key, value, query))
+        recorded = tuple(x.to(home) for x in (key, value, query))
         if shared is not None:
             recorded = (self.layers[shared].keys_held, self.layers[shared].values_held, recorded[2])
         rows = None if shared is not None else _held(key, value, scoring)
@@ -98,13 +103,13 @@ class _Recorder:
             values_held=recorded[1],
             queries_held=recorded[2],
             device=query.device,
-            scoring=scoring if scoring.chosen is None else replace(scoring, chosen=scoring.chosen.to(self.home)),
+            scoring=scoring if scoring.chosen is None else replace(scoring, chosen=scoring.chosen.to(home)),
             rotary=partial(self.rotations.of, self.origins[layer], width=key.shape[-1]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
             number=self.origins[layer],
-            latents=None if rows is None else rows.to(self.home),
+            latents=None if rows is None else rows.to(home),
         )
         self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
         if scoring.chosen is not None:
@@ -127,8 +132,10 @@ class _Recorder:
         """The earlier layer whose keys [k, n, d] these are: what lies at the same place and is the same."""
         place = (key.data_ptr(), key.shape)
         there = self.places.get(place)
-        if there is not None and torch.equal(self.layers[there].keys_held, key.to(self.home)):
-            return there
+        if there is not None:
+            known = self.layers[there].keys_held
+            if torch.equal(known, key.to(known.device)):
+                return there
         self.places[place] = layer
         return None
 
@@ -141,6 +148,21 @@ def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
     if rows is None or scoring.chunk is not None or not rows.makes(key, value):
         return None
     return rows.looked_at()
+
+
+def with_images(layer: LayerTrace, images: Images | None) -> LayerTrace:
+    """A layer that knows which tokens stand for images, and where these are not turned by their places."""
+    if images is None:
+        return layer
+    rotary = layer.rotary if images.coordinates is None else _by_coordinates
+    return replace(layer, rotary=rotary, images=images.which)
+
+
+def _by_coordinates(_read: int) -> Rotation:
+    raise NotApplicable(
+        "tokens of images are rotated by height and width (M-RoPE) here and not by their places in the text; methods "
+        "that rotate keys cannot be applied to this prompt"
+    )
 
 
 def _combined_window(
@@ -171,7 +193,7 @@ def read(
     """Read a prompt and record it.
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
-    host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
+    host memory for a model on the GPU (default: each layer's device). plain, plain_widths: the model that this one was
     compressed from, and the sizes (d, dv) of its heads by the layer's number; `facts` are those of the plain model.
     rotations: those of the plain model, where they are remembered for several readings. Raises PromptTooLong,
     BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between
@@ -206,7 +228,7 @@ def read(
             facts,
             method,
             progress,
-            keep_on or device,
+            keep_on,
             timeline,
             weight_nbytes,
             live,
@@ -215,7 +237,13 @@ def read(
             numbers,
             states,
         )
-        logits = forward(model, recorder, prompt.ids, torch.arange(tokens), cache=states)[-1]
+        images = prompt.images
+        with ExitStack() as leaving:
+            noted = [] if images is None else leaving.enter_context(noting(model))
+            logits = forward(model, recorder, prompt.ids, torch.arange(tokens), cache=states, images=images)[-1]
+        if images is not None:
+            prompt = replace(prompt, images=images.placed(noted[0].coordinates))
+            recorder.layers = {index: with_images(layer, prompt.images) for index, layer in recorder.layers.items()}
     _check_layers(recorder.layers, numbers, facts.name)
     if states is not None and states.untouched:
         raise NotApplicable(
@@ -310,17 +338,21 @@ def read_unrecorded(
     For prompts that a method will read in bounded memory. Raises BadPrompt, NotApplicable.
     """
     tokens = prompt.ids.numel()
+    ids = prompt.ids[:1]
+    if prompt.images is not None:
+        ids = prompt.ids[~prompt.images.mask][:1]  # any will do that needs no image
+        prompt = replace(prompt, images=prompt.images.placed(entered(model, prompt.images).coordinates))
     first = read(
         model,
         facts,
-        replace(prompt, ids=prompt.ids[:1]),
+        replace(prompt, ids=ids, images=None),
         keep_on=keep_on,
         weight_nbytes=weight_nbytes,
         rotations=rotations,
         progress=progress,
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
-    layers = tuple(layer.blank(tokens) for layer in first.layers)
+    layers = tuple(with_images(layer.blank(tokens), prompt.images) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
     return Trace(prompt, layers, logits, 0.0, exact_layers(layers, None), Timeline("read"), gone=gone)

@@ -54,4 +54,4 @@ class PlanView(ipywidgets.VBox):
 def plan_tokens(plan: Plan) -> list[str]:
     """The prompt's tokens as text, decoded once."""
     trace = plan.trace
-    return trace.once(("pieces",), lambda: present.pieces(trace.prompt.tokenizer, trace.ids))
+    return trace.once(("pieces",), lambda: present.prompt_pieces(trace.prompt))

@@ -223,7 +223,7 @@ class DenseStore(PositionedStore):
         assert self.state is not None
         return self._positions[0], self.state
 
-    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin, gone: Tensor | None) -> StateAttention:
         return lambda query, scoring, lse: decode_dense(query, keys, values, scoring, lse=lse)
 
     @property

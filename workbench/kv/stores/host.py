@@ -60,13 +60,14 @@ class HostRows:
 
     def reserve(self, entries: int) -> None:
         """Make room for so many more of each head, so that nothing moves when they come."""
-        if self.positions.spare >= entries:
-            return
-        self._begins.clear()
-        there = [rows.to(self.device) for rows in (self.keys, self.values, self.positions)]  # a GPU moves faster
-        for rows in there:
-            rows.reserve(entries)
-        self.keys, self.values, self.positions = (rows.to(_HOST) for rows in there)
+        if self.positions.spare < entries:
+            self._begins.clear()
+            there = [rows.to(self.device) for rows in (self.keys, self.values, self.positions)]  # a GPU moves faster
+            for rows in there:
+                rows.reserve(entries)
+            self.keys, self.values, self.positions = (rows.to(_HOST) for rows in there)
+        for rows in (self.keys, self.values, self.positions):  # so that steps to come need not ask the host
+            self._begin(rows)
 
     def fetch(self, slots: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         """Begin to copy the entries in slots [k, u] of each head to the device; a negative one is not wanted.
@@ -105,7 +106,7 @@ class HostRows:
     def _begin(self, rows: Rows) -> Tensor:
         """Where each head's rows begin, on the device, where it stays until they move."""
         if self.device.type != "cuda":
-            return rows.begins
+            return rows.begins.to(self.device)
         if id(rows) not in self._begins:
             self._begins[id(rows)] = rows.begins.to(self.device)
         return self._begins[id(rows)]
