@@ -209,7 +209,8 @@ def decode_rotated(
         None if positions is None else positions.starts, query_positions, *slots, scoring.scale * LOG2E,
         (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, rank // unit, value_rank // value_unit, K=heads,
         KP=power(heads), ROWS=rows, R=block, RKP=wide, FULL=wide == rank, UNIT=unit, RVP=value_wide,
-        VFULL=value_wide == value_rank, VUNIT=value_unit, HALF=half, HALFP=max(power(half), 16), TILE=tile, COARSE=LOW, STAGES=stages, MASKED=query_positions is not None,
+        VFULL=value_wide == value_rank, VUNIT=value_unit, HALF=half, HALFP=max(power(half), 16), TILE=tile, COARSE=LOW,
+        STAGES=stages, MASKED=query_positions is not None,
         PLACED=positions is not None, SOFTCAP=scoring.softcap is not None, EXACT=interpreted(),
         num_warps=warps,
     )  # fmt: skip
