@@ -201,11 +201,11 @@ class Session(Shown):
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
         as they are. images: PIL images, arrays [height, width, 3] of bytes, or paths of files, for a model that sees
         them; "<image>" in the text says where each stands (default: before it), in messages a part {"type": "image"}.
-        record: False takes the prompt in without reading it as a whole, for texts too long for that; only
-        methods that read in bounded memory can be used then, and quality is not measured. expecting: the recipe that
-        will be run: on a GPU its kernels compile meanwhile, where this machine never did so. Raises BadPrompt,
-        PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
-        prompt still in place.
+        record: False takes the prompt in without reading it as a whole, for texts too long for that; only methods that
+        read in bounded memory can be used then, and quality is not measured. expecting: the recipe that will be run
+        later: on a GPU its kernels begin to compile, where this machine never did so; a plan or a run waits for them.
+        Raises BadPrompt, PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between
+        layers, with the earlier prompt still in place.
         """
         recipe = None if expecting is None else Recipe.of(expecting)
         begun = None if recipe is None else partial(self._rehearse, recipe)
@@ -572,7 +572,7 @@ class Session(Shown):
         """
         spec = _recipe(recipe, budget, parameters)
         look = partial(maps.attention_map, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)
-        with self._compiled(progress):
+        with telling(progress):
             return look(self.readings, spec, layer, head)
 
     def attention_grid(
@@ -592,7 +592,7 @@ class Session(Shown):
         the heads are judged on the way, and `heads` is quick after it.
         """
         spec = _recipe(recipe, budget, parameters)
-        with self._compiled(progress):
+        with telling(progress):
             return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
 
     def received(
@@ -638,7 +638,7 @@ class Session(Shown):
         **parameters: Any,
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        with self._compiled(progress):
+        with telling(progress):
             return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
 
     def operator(
