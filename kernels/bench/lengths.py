@@ -3,7 +3,8 @@
 *Predicted* is said before: all weights, and what `workbench.cost` says lives beside them while the prompt goes through
 a layer; *allocated* is the most that the device had while the prompt was read. Attention costs the square of the
 length, so at full length the model has fewer layers (*layers*), each of them whole. An answer of 32 tokens under each
-method; *us* is a token's time in it, its first left out. Bounded readers take the prompt in without a recording.
+method, its first in the process; *us* is a token's time in it but for the first token, so with the kernels' compilation
+and the capturing. Bounded readers take the prompt in without a recording.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def answered(session: wb.Session, key: str, budget: float | None) -> Row:
     stream = session.stream(key, budget=budget, max_new_tokens=ANSWER)
     times = [perf_counter() for _ in stream]
     steps = len(times) - 1
-    row = {"plan ms": planned * 1e3, "bytes": stream.run.kv_nbytes, "allocated": torch.cuda.max_memory_allocated()}
+    row = {"plan ms": planned * 1e3, "allocated": torch.cuda.max_memory_allocated()}
     stream.run.release()
     session.runs.clear()
     freed()
