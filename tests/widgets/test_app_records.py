@@ -23,6 +23,7 @@ from workbench_widgets.app.panels.memory import MemoryPanel
 from workbench_widgets.app.state.page_state import PageState
 from workbench_widgets.app.state.recipe_slots import parts_of
 from workbench_widgets.app.work.eta import Remaining, in_words
+from workbench_widgets.app.work.notebook import notebook
 from workbench_widgets.app.work.records import Asked, Record
 from workbench_widgets.app.work.saved_page import KeptPages, SavedPage
 from workbench_widgets.app.work.workspace import Workspace
@@ -106,6 +107,11 @@ def test_a_saved_page_comes_back_and_what_is_none_is_one_line(done: Any, tmp_pat
         assert kept.find(other) is None
     (tmp_path / "file").write_text("")
     assert not KeptPages(tmp_path / "file").keep(name, saved)  # where nothing can be written nothing is kept
+
+
+def test_a_notebook_leaves_out_what_went_on_from_a_deleted_run(done: Any) -> None:
+    whole, less = notebook(done.records, "tiny", ""), notebook([*done.records[:2], done.records[3]], "tiny", "")
+    assert "runs[4] = runs[3].ask" in whole and "runs[4]" not in less and "runs[2]" in less
 
 
 def json_like(records: tuple[Record, ...]) -> list[Record]:
