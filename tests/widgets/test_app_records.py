@@ -21,7 +21,7 @@ pytest.importorskip("panel_material_ui")
 
 from workbench_widgets.app.panels.memory import MemoryPanel
 from workbench_widgets.app.state.page_state import PageState
-from workbench_widgets.app.state.recipe_slots import parts_of
+from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS, parts_of
 from workbench_widgets.app.work.eta import Remaining, in_words
 from workbench_widgets.app.work.notebook import notebook
 from workbench_widgets.app.work.records import Asked, Record
@@ -122,7 +122,7 @@ def json_like(records: tuple[Record, ...]) -> list[Record]:
 def test_a_recipe_becomes_the_controls_that_make_it() -> None:
     recipe = Recipe.of([wb.method("snapkv", window=16), wb.method("adakv"), wb.method("rtn")], budget=0.25)
     assert parts_of(recipe) == {
-        **dict.fromkeys(("store", "retrieve", "select", "evict", "attention", "weights_budget"), ""),
+        **dict.fromkeys((*RECIPE_SLOTS, "weights_budget"), ""),
         "kv": "snapkv",
         "allocate": "adakv",
         "weights": "rtn",
