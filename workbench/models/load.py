@@ -14,7 +14,6 @@ from workbench.models.agreement import check_report, check_size, check_ties
 from workbench.models.auto_class import auto_class, sees
 from workbench.models.catalog import catalogue
 from workbench.models.checkpoint import PICKLED, has_tokenizer, stored_dtype, weights_in
-from workbench.models.devices import whole_weights
 from workbench.models.facts import Facts, facts
 from workbench.models.fetch import fetch
 from workbench.models.finite import check_finite
@@ -130,6 +129,8 @@ def _from_folder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, ProcessorMixin | None]:
     with quiet():
         from transformers import AutoConfig, AutoTokenizer
+
+        from workbench.models.devices import whole_weights
 
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         places: dict[str, Any] = {}
