@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
+
+from workbench.display import NUMBERS
+from workbench_widgets import saving
+from workbench_widgets.saving import STATE, VIEW
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LIMIT = 500_000  # bytes; every widget repeats its module
-VIEW = "application/vnd.jupyter.widget-view+json"
-STATE = "application/vnd.jupyter.widget-state+json"
+LIMIT = 500_000  # bytes
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 def module(name: str) -> Any:
@@ -62,20 +65,25 @@ def test_a_notebook_stays_small_and_carries_no_library(path):
     assert "FigureWidget" not in text
 
 
-def test_every_view_in_a_notebook_has_its_state_and_every_state_a_view(notebook):
-    stored = notebook.metadata.get("widgets", {}).get(STATE, {"state": {}})
-    states = stored["state"]
-    referred = set(re.findall(r"[0-9a-f]{32}", json.dumps([s["state"] for s in states.values()])))
-    shown = set(module("execute").shown(notebook))
-    assert (shown | referred) <= set(states)
-    assert set(states) <= shown | referred
+def bundles(notebook):
+    return [output.data for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
 
 
-def test_what_a_view_shows_stands_as_text_beside_it(notebook):
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if VIEW in output.get("data", {}):
-                assert len(output.data["text/plain"]) > 40
+def test_what_a_notebook_shows_is_seen_by_those_who_never_run_it(notebook):
+    """GitHub, an export and an untrusted Lab draw neither widgets nor Plotly figures."""
+    assert "widgets" not in notebook.metadata
+    for data in bundles(notebook):
+        assert VIEW not in data
+        if PLOTLY in data or NUMBERS in data:
+            assert "image/png" in data
+        if NUMBERS in data:
+            assert len(data["text/plain"]) > 40
+
+
+def test_an_export_to_html_shows_every_picture_without_a_network(path, notebook, tmp_path):
+    page, _ = HTMLExporter(embed_images=True).from_notebook_node(notebook)
+    shown = page.count('src="data:image/png;base64')
+    assert shown >= sum("image/png" in data and "text/html" not in data for data in bundles(notebook))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +115,20 @@ def test_outputs_agree_in_words_exactly_and_in_numbers_closely(one, other, same)
     assert (tolerant(one) != tolerant(other)) is not same
 
 
-def test_saving_again_names_models_the_same_and_drops_what_nobody_shows():
-    execute = module("execute")
-    a, b, c = (letter * 32 for letter in "abc")
-    states = {a: {"state": {"children": [f"IPY_MODEL_{b}"]}}, b: {"state": {}}, c: {"state": {}}}
-    view = nbformat.v4.new_output("display_data", {VIEW: {"model_id": a}})
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[view])])
-    notebook.metadata["widgets"] = {STATE: {"state": states}}
-    execute.prune(notebook)
+def test_saving_keeps_pictures_in_place_of_views_and_drops_what_nobody_shows():
+    a, b, c, d = (letter * 32 for letter in "abcd")
+    states = {a: {"state": {"children": [f"IPY_MODEL_{b}"]}}, b: {"state": {}}, c: {"state": {}}, d: {"state": {}}}
+    slider = nbformat.v4.new_output("display_data", {VIEW: {"model_id": a}})
+    plan = nbformat.v4.new_output("display_data", {VIEW: {"model_id": d}, "image/png": "aGk=", "text/plain": "kept"})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[slider, plan])])
+    notebook.metadata["widgets"] = {STATE: {"state": states, "version_major": 2, "version_minor": 0}}
+    saving.before_saving({"type": "notebook", "content": notebook})
     assert set(notebook.metadata.widgets[STATE]["state"]) == {a, b}
-    assert execute.renumbered(f"{b} {a} IPY_MODEL_{b}") == f"{1:032x} {2:032x} IPY_MODEL_{1:032x}"
+    assert [set(data) for data in bundles(notebook)] == [{VIEW}, {"image/png", "text/plain"}]
+    nbformat.validate(notebook)
+    assert module("execute").renumbered(f"{b} {a} IPY_MODEL_{b}") == f"{1:032x} {2:032x} IPY_MODEL_{1:032x}"
+    before = json.dumps(notebook)
+    saving.still(notebook)
+    assert json.dumps(notebook) == before
+    saving.still(empty := {"cells": [], "metadata": {}})
+    assert empty == {"cells": [], "metadata": {}}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import workbench as wb
 from tests.waiting import until
@@ -20,9 +24,11 @@ from workbench import display
 from workbench.errors import MissingExtra, NotRead
 from workbench.registry import _METHODS, registered
 from workbench_widgets.control_panel import Controls
-from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure, results_html
+from workbench_widgets.notebook import PLOTLY, AttentionView, PlanView, RunView, figure, memory_figure, results_html
 from workbench_widgets.notebook.latest_job import LatestJob
 from workbench_widgets.notebook.method_controls import MethodControls, control
+from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText
+from workbench_widgets.views.pictures import PNG, png, spans
 from workbench_widgets.views.wire import unpack
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -53,6 +59,16 @@ def kept_share(view: PlanView) -> float:
     return float((unpack(view.raster.kept) > 0).mean())
 
 
+def picture(data: dict[str, Any]) -> Any:
+    """The still picture of a bundle, which some ink is in and few bytes are."""
+    stored = base64.b64decode(data[PNG])
+    assert len(stored) < 60_000
+    image = Image.open(io.BytesIO(stored)).convert("L")
+    dark, light = image.getextrema()
+    assert light == 255 and dark < 80
+    return image
+
+
 def test_outside_a_notebook_a_plan_is_text_and_loads_no_widgets():
     code = (
         "import sys, torch, workbench as wb; from workbench.models import tiny\n"
@@ -70,7 +86,8 @@ def test_a_notebook_gets_views_with_the_evidence_as_text_and_numbers(session, no
     plan, run = session.plan("knorm", budget=0.5), session.run("knorm", budget=0.5, max_new_tokens=4)
     for thing in (plan, run, session):
         data = thing._repr_mimebundle_()
-        assert WIDGET in data
+        assert ("text/html" if thing is session else WIDGET) in data
+        assert picture(data).width <= 800
         assert data["text/plain"] == thing.summary()
         json.dumps(data[display.NUMBERS], allow_nan=False)
     assert plan._repr_mimebundle_()[display.NUMBERS]["nbytes"] == plan.nbytes
@@ -79,7 +96,7 @@ def test_a_notebook_gets_views_with_the_evidence_as_text_and_numbers(session, no
 
 def test_a_folder_of_results_is_a_table_of_recipes_and_none_of_its_text_is_markup(tmp_path, notebook):
     results = wb.Results(tmp_path)
-    assert WIDGET in results._repr_mimebundle_()
+    assert "text/html" in results._repr_mimebundle_()
     sizes = {"deployed_nbytes": 3 << 20, "kv_nbytes": 1 << 20}
     results.add(
         {
@@ -94,7 +111,7 @@ def test_a_folder_of_results_is_a_table_of_recipes_and_none_of_its_text_is_marku
         for n in range(60)
     )
     data = results._repr_mimebundle_()
-    assert WIDGET in data and data["text/plain"] == results.summary() and data[display.NUMBERS]["done"] == 60
+    assert picture(data) and data["text/plain"] == results.summary() and data[display.NUMBERS]["done"] == 60
     page = results_html(results)
     assert "<script>" not in page and "<b>m" not in page and "script" in page and "and 10 recipes more" in page
     assert page.count("<tr>") == 51 and "3.00 MiB" in page and "0.500" in page and "100%" in page
@@ -104,7 +121,8 @@ def test_showing_a_run_adds_its_memory_as_a_figure_without_the_library(session, 
     run = session.run("full", max_new_tokens=3)
     view, memory = display.bundles(run)
     assert WIDGET in view
-    assert set(memory) == {PLOTLY, "text/plain"}
+    assert set(memory) == {PLOTLY, PNG, "text/plain"}
+    assert picture(memory).width <= 800
     assert len(json.dumps(memory)) < 30_000
 
 
@@ -302,3 +320,20 @@ def test_reprs_hold_no_addresses(controls, session):
     session.read(torch.arange(30))
     for thing in (controls, controls.first, PlanView(session.plan("full"))):
         assert "0x" not in repr(thing)
+
+
+@pytest.mark.parametrize("view", [Heatmap, KeptRaster, MapGrid, TokenText, AnswerDiff])
+def test_every_view_has_a_picture_even_where_it_holds_nothing(view):
+    assert base64.b64decode(view.jupyter()._repr_mimebundle_()[PNG]).startswith(b"\x89PNG")
+
+
+def test_a_picture_of_attention_holds_the_map_that_is_shown(session):
+    one, other = (AttentionView(session, 0, head)._repr_mimebundle_()[PNG] for head in (0, 1))
+    assert one != other
+    assert one == AttentionView(session, 0, 0)._repr_mimebundle_()[PNG], "the same picture from one run to the next"
+
+
+def test_a_picture_shows_text_that_no_font_has_and_no_formula():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert png([spans([("\U0001f600 \u4f60\u597d $\\frac$ \x00 a\tb\n" * 30, "#ffffff")], "$x$ <b>")], "$y")

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-import ipywidgets
 
 from workbench.cost import Cost
 from workbench.cost.serving import Simulation
@@ -23,9 +22,12 @@ from workbench.session import Session
 from workbench_widgets import cost_figures, figures, present
 from workbench_widgets.colours import LIGHT
 from workbench_widgets.notebook.html_summaries import results_html, session_html
+from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.notebook.plan_view import PlanView
 from workbench_widgets.notebook.run_view import RunView
 from workbench_widgets.plain_text import out_of_markup
+from workbench_widgets.plotly_pictures import figure_png
+from workbench_widgets.views.pictures import PNG, png, words
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -46,17 +48,21 @@ def views(thing: object) -> Iterator[Bundle]:
         for draw in (cost_figures.gantt, cost_figures.queue, cost_figures.occupancy):
             yield figure(draw(thing))
     elif isinstance(thing, Session):
-        yield view(ipywidgets.HTML(session_html(thing)))
+        yield markup(session_html(thing), thing.summary())
         if thing.runs:
             yield figure(memory_figure(thing.memory, "Memory of all runs"))
     elif isinstance(thing, Results):
-        yield view(ipywidgets.HTML(results_html(thing)))
+        yield markup(results_html(thing), thing.summary())
 
 
-def view(widget: ipywidgets.DOMWidget) -> Bundle:
+def view(widget: Pictured) -> Bundle:
     """The bundle that shows a widget."""
-    bundle = widget._repr_mimebundle_()
-    return dict(bundle[0] if isinstance(bundle, tuple) else bundle)
+    return dict(widget._repr_mimebundle_())
+
+
+def markup(page: str, text: str) -> Bundle:
+    """The bundle that shows HTML without scripts, and its text as a picture."""
+    return {"text/html": page, PNG: b64encode(png([words(text.split("\n"))])).decode()}
 
 
 def figure(plot: go.Figure) -> Bundle:
@@ -68,7 +74,11 @@ def figure(plot: go.Figure) -> Bundle:
     content = json.loads(text)
     content["layout"]["hoverlabel"] = {"bgcolor": LIGHT.surface, "font": {"color": LIGHT.ink}, "namelength": -1}
     content["config"] = {"displaylogo": False, "responsive": True}
-    return {PLOTLY: content, "text/plain": f"Figure: {out_of_markup(plot.layout.title.text)}"}
+    return {
+        PLOTLY: content,
+        PNG: b64encode(figure_png(plot)).decode(),
+        "text/plain": f"Figure: {out_of_markup(plot.layout.title.text)}",
+    }
 
 
 def memory_figure(timeline: Timeline, title: str) -> go.Figure:

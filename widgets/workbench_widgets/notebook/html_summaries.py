@@ -22,20 +22,41 @@ _MOST = 50  # recipes in the table of results
 
 def plan_html(plan: Plan) -> str:
     """A plan's bytes as a bar, and what is kept."""
+    return _tiles(_plan_tiles(plan), plan.share)
+
+
+def plan_line(plan: Plan) -> str:
+    """The same in one line of text."""
+    return _line(_plan_tiles(plan))
+
+
+def _plan_tiles(plan: Plan) -> list[tuple[str, str]]:
     kept = float(plan.counts.float().mean())
-    return _tiles(
-        [
-            ("method", plan.label),
-            ("cache", f"{mib(plan.nbytes)} of {mib(plan.full_nbytes)}"),
-            *([("host memory", mib(plan.host_nbytes))] if plan.host_nbytes else []),
-            ("kept a head", f"{kept:,.0f} of {plan.trace.tokens:,} tokens"),
-        ],
-        plan.share,
-    )
+    return [
+        ("method", plan.label),
+        ("cache", f"{mib(plan.nbytes)} of {mib(plan.full_nbytes)}"),
+        *([("host memory", mib(plan.host_nbytes))] if plan.host_nbytes else []),
+        ("kept a head", f"{kept:,.0f} of {plan.trace.tokens:,} tokens"),
+    ]
 
 
 def run_html(run: Run) -> str:
     """A run's cache, quality and speed."""
+    tiles, share = _run_tiles(run)
+    tiles += [
+        ("first token", f"{run.timing.first_token_s:.2f} s"),
+        ("speed", f"{run.timing.tokens_per_s:.1f} tokens/s"),
+    ]
+    notes = "".join(f"<div>{in_markup(note)}</div>" for note in run.notes)
+    return _tiles(tiles, share) + notes
+
+
+def run_line(run: Run) -> str:
+    """The recipe, cache and quality in one line of text."""
+    return _line(_run_tiles(run)[0])
+
+
+def _run_tiles(run: Run) -> tuple[list[tuple[str, str]], float]:
     record = run.to_dict(quality=False)
     share = record["kv_share"]
     tiles = [("recipe", run.recipe.label), ("cache", f"{mib(record['kv_nbytes'])} of {mib(record['kv_full_nbytes'])}")]
@@ -48,12 +69,7 @@ def run_html(run: Run) -> str:
             ("same top token", f"{quality.top1_agreement:.0%}"),
             ("perplexity", f"{quality.perplexity:.2f} (full {quality.perplexity_reference:.2f})"),
         ]
-    tiles += [
-        ("first token", f"{run.timing.first_token_s:.2f} s"),
-        ("speed", f"{run.timing.tokens_per_s:.1f} tokens/s"),
-    ]
-    notes = "".join(f"<div>{in_markup(note)}</div>" for note in run.notes)
-    return _tiles(tiles, share) + notes
+    return tiles, share
 
 
 def session_html(session: Session) -> str:
@@ -130,6 +146,12 @@ def results_html(results: Results) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_ANSWER else f"{text[:_LONGEST_ANSWER]} …"
+
+
+def _line(entries: Sequence[tuple[str, str]]) -> str:
+    """Named figures in one line."""
+    (_, first), *rest = entries
+    return " · ".join([first, *(f"{name} {value}" for name, value in rest)])
 
 
 def _tiles(entries: Sequence[tuple[str, str]], share: float | None = None) -> str:

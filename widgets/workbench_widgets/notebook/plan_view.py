@@ -6,11 +6,12 @@ import ipywidgets
 
 from workbench.kv.plan import Plan
 from workbench_widgets import present
-from workbench_widgets.notebook.html_summaries import plan_html
+from workbench_widgets.notebook.html_summaries import plan_html, plan_line
+from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.views import KeptRaster, TokenText
 
 
-class PlanView(ipywidgets.VBox):
+class PlanView(Pictured):
     """A plan's bytes, prompt and kept positions; a clicked row of the raster shows how that head keeps the prompt, a
     clicked token is marked in the raster.
     """
@@ -27,6 +28,10 @@ class PlanView(ipywidgets.VBox):
 
     def __repr__(self) -> str:
         return f"PlanView({self._plan.label!r})"
+
+    @property
+    def heading(self) -> str:
+        return plan_line(self._plan)
 
     @property
     def plan(self) -> Plan:
