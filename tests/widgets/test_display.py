@@ -22,9 +22,19 @@ from tests.waiting import until
 from tests.widgets.windowed import Windowed
 from workbench import display
 from workbench.errors import MissingExtra, NotRead
+from workbench.formatting import mib
 from workbench.registry import _METHODS, registered
 from workbench_widgets.control_panel import Controls
-from workbench_widgets.notebook import PLOTLY, AttentionView, PlanView, RunView, figure, memory_figure, results_html
+from workbench_widgets.notebook import (
+    PLOTLY,
+    AttentionView,
+    PlanView,
+    RunView,
+    figure,
+    memory_figure,
+    results_html,
+    runs_html,
+)
 from workbench_widgets.notebook.latest_job import LatestJob
 from workbench_widgets.notebook.method_controls import MethodControls, control
 from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText
@@ -176,7 +186,7 @@ def test_figures_suit_a_light_and_a_dark_notebook(session):
 def test_every_parameter_has_a_control_that_holds_its_default(cls):
     for parameter in cls.parameters():
         made = control(parameter)
-        assert made.value == parameter.default
+        assert made.value == ("" if parameter.kind == "text" and parameter.default is None else parameter.default)
         assert made.tooltip == parameter.help
 
 
@@ -191,6 +201,17 @@ def test_controls_build_the_method_they_show():
     made.choice.value = ""
     assert made.method() is None
     assert not made.parameters.children
+
+
+@pytest.mark.parametrize("cls", registered("kv"), ids=lambda cls: cls.key)
+def test_controls_that_nobody_touched_build_the_method_with_its_defaults(cls):
+    made = MethodControls("Cache", (cls,), cls.key, lambda: None, optional=False)
+    assert made.method() == cls()
+    for preset in made.preset.options:
+        if preset[1]:
+            made.preset.value = preset[1]
+            assert made.method() == cls(**cls.preset_values(preset[1]))
+    made.close()
 
 
 def test_published_values_are_chosen_by_name_in_one_change(monkeypatch):
@@ -289,6 +310,22 @@ def test_a_run_from_the_panel_lands_in_the_session(controls, session):
     assert run.question == "why"
     assert len(controls.answer.right) == len(run.tokens)
     assert "snapkv" in controls.table.value
+
+
+def test_while_a_run_is_under_way_its_answer_stands_on_its_own_side_and_is_compared_with_nothing(controls, session):
+    seen = []
+    controls.answer.observe(lambda _: seen.append((list(controls.answer.left), controls.answer.waiting)), names="right")
+    controls.run()
+    until(lambda: controls._progress is None)
+    assert len(seen) >= 4
+    assert all(left == [] and waiting for left, waiting in seen[1:-1]) and not seen[0][0]
+    assert controls.answer.waiting == "" and controls.answer.left
+
+
+def test_the_table_of_runs_tells_the_bytes_of_weights(session):
+    assert "weights" in runs_html([session.run("full", max_new_tokens=2)])
+    run = session.run("rtn", max_new_tokens=2)
+    assert mib(run.memory.samples[-1].categories["weights"]) in runs_html([run])
 
 
 def test_a_cancelled_run_leaves_nothing_behind(controls, session, monkeypatch):

@@ -91,13 +91,21 @@ def runs_html(runs: Sequence[Run]) -> str:
         return ""
     cell = "padding:2px 12px 2px 0;white-space:nowrap"
     number = cell + ";text-align:right"
-    heads = [("recipe", cell), ("cache", number), ("KL", number), ("same top token", number), ("tokens/s", number)]
+    heads = [
+        ("recipe", cell),
+        ("cache", number),
+        ("weights", number),
+        ("KL", number),
+        ("same top token", number),
+        ("tokens/s", number),
+    ]
     rows = []
     for run in runs:
         quality = run.quality if run.measured else None
         cells = [
             run.recipe.label,
             f"{run.to_dict(quality=False)['kv_share']:.1%}",
+            mib(run.memory.samples[-1].categories.get("weights", 0)),
             "–" if quality is None else f"{quality.kl:.3f}",
             "–" if quality is None else f"{quality.top1_agreement:.0%}",
             f"{run.timing.tokens_per_s:.1f}",
