@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 PLOTLY = "application/vnd.plotly.v1+json"
+SUMMARY = "workbench-summary"  # the class of HTML whose evidence stands beside it as text and numbers
 
 
 def views(thing: object) -> Iterator[Bundle]:
@@ -62,7 +63,10 @@ def view(widget: Pictured) -> Bundle:
 
 def markup(page: str, text: str) -> Bundle:
     """The bundle that shows HTML without scripts, and its text as a picture."""
-    return {"text/html": page, PNG: b64encode(png([words(text.split("\n"))])).decode()}
+    return {
+        "text/html": f'<div class="{SUMMARY}">{page}</div>',
+        PNG: b64encode(png([words(text.split("\n"))])).decode(),
+    }
 
 
 def figure(plot: go.Figure) -> Bundle:
