@@ -19,12 +19,11 @@ from workbench.registry import Method, find, registered
 from workbench.session import Session
 from workbench.weights.base import WeightMethod
 from workbench_widgets import present
-from workbench_widgets.notebook.html_summaries import run_html, runs_html
+from workbench_widgets.html_summaries import run_html, runs_html
 from workbench_widgets.notebook.latest_job import LatestJob
 from workbench_widgets.notebook.method_controls import NONE, MethodControls
 from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.notebook.plan_view import PlanView
-from workbench_widgets.notebook.run_view import run_answers
 from workbench_widgets.plain_text import in_markup
 from workbench_widgets.views.answer_diff import AnswerDiff
 
@@ -225,7 +224,7 @@ class Controls(Pictured):
             progress.check()
             _say(self.status, "Comparing with the full cache …")
             run = stream.run
-            AnswerDiff.update(self.answer, **run_answers(run), waiting="")
+            AnswerDiff.update(self.answer, **present.run_answers(run), waiting="")
             self.figures.value = run_html(run)
             _say(self.status, "")
         except Cancelled:

@@ -18,12 +18,14 @@ _MARKERS = {
     "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "x": "X", "star": "*", "pentagon": "p",
     "line-ew-open": "_",
 }  # fmt: skip
+_TALLEST = 1200  # pixels
 _LONG = 14  # letters of the names below bars that still stand side by side
 
 
 def figure_png(plot: go.Figure) -> bytes:
     """A figure of ours as a PNG, in the light theme."""
-    return png([Drawing(3.4, lambda axes: _paint(plot, axes))])
+    height = min(max(plot.layout.height or 340, 340), _TALLEST) / 100
+    return png([Drawing(height, lambda axes: _paint(plot, axes))])
 
 
 def _paint(plot: go.Figure, axes: Any) -> None:
@@ -59,7 +61,7 @@ def _paint(plot: go.Figure, axes: Any) -> None:
 
 
 def _line(trace: Any, axes: Any, below: dict[str, Any]) -> None:
-    x, y = np.asarray(trace.x), np.asarray(trace.y, dtype=np.float64)
+    x, y = _names(trace.x), _names(trace.y)
     mode = trace.mode or "lines"
     line, marker = trace.line, trace.marker
     colour = _colour(line.color or marker.color)

@@ -21,7 +21,7 @@ from workbench.runtime.run import Run
 from workbench.session import Session
 from workbench_widgets import cost_figures, figures, present
 from workbench_widgets.colours import LIGHT
-from workbench_widgets.notebook.html_summaries import results_html, session_html
+from workbench_widgets.html_summaries import results_html, session_html
 from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.notebook.plan_view import PlanView
 from workbench_widgets.notebook.run_view import RunView

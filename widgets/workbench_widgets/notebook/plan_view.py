@@ -6,7 +6,7 @@ import ipywidgets
 
 from workbench.kv.plan import Plan
 from workbench_widgets import present
-from workbench_widgets.notebook.html_summaries import plan_html, plan_line
+from workbench_widgets.html_summaries import plan_html, plan_line
 from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.views import KeptRaster, TokenText
 
@@ -18,7 +18,7 @@ class PlanView(Pictured):
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._tokens = plan_tokens(plan)
+        self._tokens = present.plan_tokens(plan)
         self.bytes = ipywidgets.HTML(plan_html(plan))
         self.text = TokenText.jupyter(**present.token_text(plan, self._tokens), rows=8)
         self.raster = KeptRaster.jupyter(**present.kept_raster(plan, self._tokens))
@@ -41,7 +41,7 @@ class PlanView(Pictured):
     @plan.setter
     def plan(self, plan: Plan) -> None:
         if plan.trace is not self._plan.trace:
-            self._tokens = plan_tokens(plan)
+            self._tokens = present.plan_tokens(plan)
         self._plan = plan
         self.bytes.value = plan_html(plan)
         KeptRaster.update(self.raster, **present.kept_raster(plan, self._tokens))
@@ -54,9 +54,3 @@ class PlanView(Pictured):
 
     def _mark(self, position: int | None) -> None:
         self.raster.marked = position
-
-
-def plan_tokens(plan: Plan) -> list[str]:
-    """The prompt's tokens as text, decoded once."""
-    trace = plan.trace
-    return trace.once(("pieces",), lambda: present.pieces(trace.prompt.tokenizer, trace.ids))

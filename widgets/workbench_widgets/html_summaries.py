@@ -72,8 +72,8 @@ def _run_tiles(run: Run) -> tuple[list[tuple[str, str]], float]:
     return tiles, share
 
 
-def session_html(session: Session) -> str:
-    """The model, the prompt's first words and a table of the runs."""
+def session_html(session: Session, *, runs: bool = True) -> str:
+    """The model, the prompt's first words and, with `runs`, a table of the runs."""
     trace = session.trace
     tiles = [("model", session.source), ("layers", str(session.facts.layers))]
     words = ""
@@ -82,7 +82,7 @@ def session_html(session: Session) -> str:
         tokens = present.pieces(session.tokenizer, trace.ids[:60])
         more = " …" if trace.tokens > len(tokens) else ""
         words = f'<p style="opacity:.75;margin:4px 0">{in_markup("".join(tokens))}{more}</p>'
-    return _tiles(tiles) + words + runs_html(session.runs)
+    return _tiles(tiles) + words + (runs_html(session.runs) if runs else "")
 
 
 def runs_html(runs: Sequence[Run]) -> str:
