@@ -67,6 +67,10 @@ RESULTS = {
         "Decoding on a CPU",
         "Tokens a second after 512 tokens of prompt, beside plain transformers, measured in turns.",
     ),
+    "results_page": (
+        "Speed of the Results page",
+        "From changing a filter to a table and a front drawn again, over 10,000 rows.",
+    ),
     "app_latency": ("Speed of the app", "From moving the slider to views that are drawn again, and memory."),
     "attention_long": (
         "Attention of long prompts",

@@ -13,7 +13,7 @@ from workbench.models import cached
 
 
 def test_the_ready_examples_hold_their_own_answer_once() -> None:
-    assert [ready.key for ready in examples()] == ["needle", "code", "dialogue"]
+    assert [ready.key for ready in examples()] == ["haystack", "needle", "code", "dialogue"]
     for ready in examples():
         assert ready.question.endswith("?") and ready.title
         assert ready.answer is not None
@@ -22,8 +22,8 @@ def test_the_ready_examples_hold_their_own_answer_once() -> None:
 
 
 def test_an_unknown_example_names_those_there_are() -> None:
-    with pytest.raises(BadParameter, match="needle, code, dialogue"):
-        example("haystack")
+    with pytest.raises(BadParameter, match="haystack, needle, code, dialogue"):
+        example("barn")
 
 
 def words(text: str) -> int:

@@ -25,8 +25,8 @@ def quoted(value: Any, most: int = 60) -> str:
 
 
 def mib(nbytes: float) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 2**20:.2f} MiB"
+    """Bytes for people: in MiB, from 8 GiB on in GiB."""
+    return f"{nbytes / 2**30:,.2f} GiB" if abs(nbytes) >= 2**33 else f"{nbytes / 2**20:,.2f} MiB"
 
 
 class _OneLine(reprlib.Repr):

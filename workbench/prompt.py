@@ -6,19 +6,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.engine.images import Images
 from workbench.errors import BadPrompt
 from workbench.formatting import Brief, quoted
 from workbench.models.chat_template import render
+from workbench.models.image_text import check_words, image_mark, messages_of, placed, processed
 from workbench.models.literal_text import Encoded, Piece, encode, stand_ins
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    from workbench.models.image_text import Picture
 
 Message = dict[str, Any]
 Text = str | Sequence[Message] | Sequence[int] | np.ndarray | Tensor
@@ -33,7 +37,8 @@ class Prompt(Brief):
     `ids` is int64 [n]. `chat` says whether the ids were made with the chat template; `open_turn`, whether they end
     inside a turn of the user: a question then joins that turn, after `held` (space that the template drops at a turn's
     end), and `closing` follows it (None: as after a first turn). Without `chat` a question is appended as plain text.
-    `tokenizer` tells views how the ids read. `notes` say what was read otherwise than it may seem.
+    `tokenizer` tells views how the ids read. `notes` say what was read otherwise than it may seem. `images`: those that
+    some of the tokens stand for.
     """
 
     ids: Tensor
@@ -43,6 +48,7 @@ class Prompt(Brief):
     closing: str | None = None
     held: str = ""
     notes: tuple[str, ...] = ()
+    images: Images | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, text: Text, tokenizer: PreTrainedTokenizerBase | None, chat: bool | None = None) -> Prompt:
@@ -63,6 +69,52 @@ class Prompt(Brief):
         if isinstance(text, Tensor | np.ndarray) or _is_ids(text):
             return cls(_row_of_ids(text), chat=False)
         return cls._of_messages(text, tokenizer)
+
+    @classmethod
+    def with_images(
+        cls,
+        text: str | Sequence[Message],
+        images: Sequence[Picture],
+        processor: ProcessorMixin,
+        tokenizer: PreTrainedTokenizerBase,
+        token: int | None,
+        chat: bool | None = None,
+    ) -> Prompt:
+        """Read a text with images by the model's own processor; see `workbench.models.image_text`.
+
+        text: as in `of`; contents of messages may be lists of parts. tokenizer: the processor's, with its template.
+        token: the id that stands for a part of an image. Raises BadPrompt, MissingExtra.
+        """
+        if isinstance(text, str) and not (has_template(tokenizer) if chat is None else chat):
+            parts = placed(text, len(images), processor)
+            for part in parts:
+                check_words(part or "", processor)
+            mark = image_mark(processor)
+            ids, shown = processed("".join(part or mark for part in parts), images, processor, token)
+            return cls(ids, chat=False, images=shown)
+        messages, sources = messages_of(text, images, processor)
+        template = _need_template(tokenizer)
+        for message in messages:
+            for part in message["content"]:
+                check_words(part.get("text", ""), processor)
+        open_turn = bool(messages) and messages[-1]["role"] == "user"
+        if not open_turn:
+            ids, shown = processed(render(template, messages, generate=False), sources, processor, token)
+            return cls(ids, chat=True, images=shown)
+        last = messages[-1]["content"][-1] if messages[-1]["content"] else {}
+        if not last.get("text", "").strip():
+            raise BadPrompt("the last message ends without words: say something about the images")
+        (mark,) = stand_ins(1, _source(template), last["text"])
+        marked = [*messages[:-1], {**messages[-1], "content": [*messages[-1]["content"][:-1], {**last, "text": mark}]}]
+        before, _, closing = _split(render(template, marked, generate=True), [mark], each=True)
+        rendered, words = render(template, messages, generate=True), last["text"]
+        variants = dict.fromkeys((words, words.lstrip(), words.rstrip(), words.strip()))
+        said = next((each for each in variants if rendered == before + each + closing), None)
+        if said is None:
+            raise BadPrompt(f"the model's chat template changes what the user says: {_ELSE}")
+        ids, shown = processed(before + said, sources, processor, token)
+        held = words[len(words.rstrip()) :] if said == said.rstrip() else ""
+        return cls(ids, chat=True, open_turn=True, closing=closing, held=held, images=shown)
 
     @classmethod
     def _of_messages(cls, messages: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
@@ -108,6 +160,19 @@ class Prompt(Brief):
         frame = _frame(template)
         turn, asked = frame.between.removeprefix(ended), frame.trimmed(question)
         return _encode([Piece(turn), Piece(asked, words=True), Piece(frame.later)], template).ids
+
+
+def has_messages(text: Any) -> TypeGuard[Sequence[Message]]:
+    """Whether this is a list of chat messages."""
+    return isinstance(text, Sequence) and not isinstance(text, str) and all(isinstance(x, dict) for x in text)
+
+
+def has_images(text: Any) -> bool:
+    """Whether chat messages have images among their parts."""
+    if not has_messages(text):
+        return False
+    parts = [part for message in text if isinstance(message.get("content"), list) for part in message["content"]]
+    return any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
 
 
 def text_ids(text: str | Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:

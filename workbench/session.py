@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,19 +22,22 @@ from workbench.inspection.channels import Kind as Outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
+from workbench.models.image_text import is_processor, tokenizer_of
 from workbench.models.load import device_for, dtype_for
 from workbench.progress import Progress
 from workbench.recipe import Recipe, Spec
 from workbench.runtime.comparison import COLUMNS, Comparison, Row, row_of, tabulated
+from workbench.runtime.compiling import telling
 from workbench.runtime.conversation import Conversation
 from workbench.runtime.readings import Readings
+from workbench.runtime.rehearsal import Rehearsal, begin
 from workbench.runtime.run import Question, Run, Stream
 from workbench.runtime.task_evaluation import TASK_COLUMNS, TaskEvaluation
 from workbench.weights.reports import census, rounding, sensitivity, size, spectra
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from workbench.attention.operators import Operator
     from workbench.attention.operators import Study as OperatorStudy
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from workbench.measure.attention import PooledMap, Pooling, Span
     from workbench.measure.grid import GridOfMaps
     from workbench.measure.head_classes import HeadStats
+    from workbench.models.image_text import Picture
     from workbench.prompt import Text
     from workbench.registry import Method
     from workbench.tasks import Task
@@ -59,13 +64,13 @@ _CACHES = 4  # runs whose caches stay, so that more can be asked of them
 class Session(Shown):
     """A model, a prompt, and everything recorded about them: the one object a user needs.
 
-    model: a catalogue name, hub id, folder, or a (model, tokenizer or None) pair. device, dtype: where and in what
-    precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision in which caches are stored and the
-    uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16; "float32" reproduces plain
-    transformers exactly. seed: for methods that draw at random. keep_trace_on: where recordings rest, for instance
-    "cpu" for a model on a GPU. graphs: where method and model allow it, decode by replaying a CUDA graph
-    on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer bytes.
-    trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
+    model: a catalogue name, hub id, folder, or a pair of a model and its tokenizer, its processor (for images) or None.
+    device, dtype: where and in what precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision
+    in which caches are stored and the uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16;
+    "float32" reproduces plain transformers exactly. seed: for methods that draw at random. keep_trace_on: where
+    recordings rest, for instance "cpu" for a model on a GPU. graphs: where method and model allow it, decode by
+    replaying a CUDA graph on a GPU, and on a CPU without the model's modules, from a copy of its weights in fewer
+    bytes. trust: do not compare reading and decoding with the model by itself before the first prompt (`exactness`).
 
     Wherever a recipe is taken, `budget` and further parameters are those of its method; with several methods `budget`
     is for all together, and there are no others.
@@ -73,7 +78,10 @@ class Session(Shown):
 
     def __init__(
         self,
-        model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel = "smollm2-135m",
+        model: str
+        | Path
+        | tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None]
+        | LoadedModel = "smollm2-135m",
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -95,6 +103,7 @@ class Session(Shown):
         self.seed = arguments.whole("seed", seed, 0, 2**63 - 1)
         self.graphs = graphs
         self.runs: list[Run] = []
+        self._rehearsal: Rehearsal | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -178,17 +187,29 @@ class Session(Shown):
     # -- reading and planning
 
     def read(
-        self, text: Text, *, chat: bool | None = None, record: bool = True, progress: Progress | None = None
+        self,
+        text: Text,
+        *,
+        images: Sequence[Picture] = (),
+        chat: bool | None = None,
+        record: bool = True,
+        expecting: Spec | None = None,
+        progress: Progress | None = None,
     ) -> Trace:
         """Read a prompt: text, chat messages, or token ids [n]; everything later is asked of it.
 
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
-        as they are. record: False takes the prompt in without reading it as a whole, for texts too long for that; only
-        methods that read in bounded memory can be used then, and quality is not measured. Raises BadPrompt,
+        as they are. images: PIL images, arrays [height, width, 3] of bytes, or paths of files, for a model that sees
+        them; "<image>" in the text says where each stands (default: before it), in messages a part {"type": "image"}.
+        record: False takes the prompt in without reading it as a whole, for texts too long for that; only
+        methods that read in bounded memory can be used then, and quality is not measured. expecting: the recipe that
+        will be run: on a GPU its kernels compile meanwhile, where this machine never did so. Raises BadPrompt,
         PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
         prompt still in place.
         """
-        trace = self.readings.read(text, chat=chat, record=record, progress=progress)
+        recipe = None if expecting is None else Recipe.of(expecting)
+        begun = None if recipe is None else partial(self._rehearse, recipe)
+        trace = self.readings.read(text, images=images, chat=chat, record=record, progress=progress, begun=begun)
         self.runs = []
         return trace
 
@@ -206,7 +227,22 @@ class Session(Shown):
         Raises BudgetTooSmall, BadBudget, BadRecipe, BadParameter, UnknownMethod, NotRead.
         """
         spec = Recipe.of(recipe, budget=budget, **parameters)
-        return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
+        with self._compiled(progress):
+            return self.readings.plan(spec, self.readings.trace(spec, progress), progress)
+
+    def _rehearse(self, recipe: Recipe, tokens: int) -> None:
+        """Let kernels compile that a recipe and a first map need, beside what is done next."""
+        look = partial(maps.attention_map, recipe=Recipe.of("full"), layer=0, head=0)
+        self._rehearsal = begin(self.model, self.facts, tokens, recipe, self.kv_dtype, look)
+
+    @contextmanager
+    def _compiled(self, progress: Progress | None) -> Iterator[None]:
+        """Work for which kernels may compile: those of a rehearsal are waited for, and others are reported."""
+        if self._rehearsal is not None:
+            self._rehearsal.finish(progress)
+            self._rehearsal = None
+        with telling(progress):
+            yield
 
     # -- weights
 
@@ -378,10 +414,11 @@ class Session(Shown):
         """
         spec, progress = Recipe.of(recipe, budget=budget, **parameters), progress or Progress()
         max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1, arguments.MOST_TOKENS)
-        trace = self.readings.trace(spec, progress)
-        began = time.perf_counter()
-        ids = trace.prompt.question_ids(question, self.tokenizer)
-        plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
+        with self._compiled(progress):
+            trace = self.readings.trace(spec, progress)
+            began = time.perf_counter()
+            ids = trace.prompt.question_ids(question, self.tokenizer)
+            plan = self.readings.plan(spec, trace, progress, ids if ids.numel() else None)
         plan_s = time.perf_counter() - began
         # The reading that a method made while planning is on its timeline, not part of planning.
         plan_s = max(plan_s - plan.read_seconds, 0.0) if plan.chunked else plan_s
@@ -480,7 +517,7 @@ class Session(Shown):
         kv_dtype: as in `Session` (None: this one's).
         """
         other = Session(
-            LoadedModel(self.model, self.tokenizer, self.source, self.facts),
+            LoadedModel(self.model, self.tokenizer, self.source, self.facts, self.readings.processor),
             kv_dtype=kv_dtype or self.kv_dtype,
             seed=self.seed,
             keep_trace_on=self.readings.keep_on,
@@ -534,9 +571,9 @@ class Session(Shown):
         attention method out, or in the way of a method that says `decodes`. Weight methods change what is recorded.
         """
         spec = _recipe(recipe, budget, parameters)
-        return maps.attention_map(
-            self.readings, spec, layer, head, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress
-        )
+        look = partial(maps.attention_map, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)
+        with self._compiled(progress):
+            return look(self.readings, spec, layer, head)
 
     def attention_grid(
         self,
@@ -555,7 +592,8 @@ class Session(Shown):
         the heads are judged on the way, and `heads` is quick after it.
         """
         spec = _recipe(recipe, budget, parameters)
-        return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
+        with self._compiled(progress):
+            return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
 
     def received(
         self,
@@ -600,7 +638,8 @@ class Session(Shown):
         **parameters: Any,
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
+        with self._compiled(progress):
+            return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
 
     def operator(
         self,
@@ -692,7 +731,7 @@ def _weights(methods: Iterable[Method]) -> tuple[Method, ...]:
 
 
 def _loaded(
-    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | LoadedModel,
+    model: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None] | LoadedModel,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     progress: Progress | None,
@@ -708,7 +747,7 @@ def _loaded(
         loading = load_exported if is_exported(model) else load
         return loading(model, device=device, dtype=dtype, progress=progress)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
-        network, tokenizer = model
+        network, given = model
         if any(weight.is_meta for weight in network.parameters()):
             raise ModelNotFound(
                 f"{type(network).__name__} has weights without data (on the meta device): load it whole"
@@ -718,8 +757,10 @@ def _loaded(
         if dtype is not None:
             nn.Module.to(network, dtype_for(dtype, network.device))
         known = facts(network)
-        return LoadedModel(network.eval(), tokenizer, known.name, known)
-    raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer or None)")
+        processor: Any = given if is_processor(given) else None
+        tokenizer: Any = given if processor is None else tokenizer_of(processor)
+        return LoadedModel(network.eval(), tokenizer, known.name, known, processor)
+    raise ModelNotFound("a model is a name, a hub id, a folder, or a pair (model, tokenizer, processor or None)")
 
 
 def _kv_dtype(dtype: str | torch.dtype | None, model: Facts) -> torch.dtype:

@@ -39,6 +39,7 @@ class LayerTrace(Brief):
     shared: the earlier layer whose keys and values this one reads; None: it has its own. number: what the model calls
     the layer, where others keep no keys and values or have gone; None: as `index` says. latents: the rows of which all
     heads make their keys and values (MLA), and which the layer's cache holds in place of these; None: it has none.
+    images: of each token the number of the image that it stands for, int64 [n], -1 for text; None: all is text.
     """
 
     index: int
@@ -53,6 +54,7 @@ class LayerTrace(Brief):
     shared: int | None = None
     number: int | None = None
     latents: Latents | None = None
+    images: Tensor | None = field(default=None, repr=False)
 
     @property
     def called(self) -> int:
@@ -138,6 +140,12 @@ class LayerTrace(Brief):
             queries_held=self.queries @ to_keys.transpose(1, 2),
             latents=None,
         )
+
+    @cached_property
+    def image_span(self) -> tuple[int, int] | None:
+        """From where to where, the end not included, tokens of images stand in the prompt; None without images."""
+        places = () if self.images is None else (self.images >= 0).nonzero()[:, 0].tolist()
+        return (places[0], places[-1] + 1) if places else None
 
     @property
     def tokens(self) -> int:
@@ -308,12 +316,13 @@ class Trace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the recording (never counted as a run's cache), states included."""
+        """Bytes held by the recording (never counted as a run's cache), states and images included."""
         held = [x for layer in self.layers for x in (layer.keys_held, layer.values_held, layer.queries_held)]
         held += [x for layer in self.layers if layer.latents for x in (layer.latents.latent, layer.latents.rotated)]
         chosen = [layer.scoring.chosen.keys for layer in self.layers if layer.scoring.chosen is not None]
         states = () if self.states is None else self.states.tensors()
-        return tensor_bytes([*held, *(keys for keys in chosen if keys is not None), *states])
+        images = 0 if self.prompt.images is None else self.prompt.images.nbytes
+        return images + tensor_bytes([*held, *(keys for keys in chosen if keys is not None), *states])
 
     @property
     def score_share(self) -> float | None:

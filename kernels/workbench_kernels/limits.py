@@ -25,3 +25,5 @@ WIDEST_ROW = 4096
 """channels of a cached row that one program takes together"""
 WIDEST_GROUP = 256
 """cached rows that one program quantises together"""
+WIDEST_DELTAS = 2**14
+"""numbers of a block of deltas that one program restores"""

@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from workbench_kernels.dispatch import on_gpu, with_kernel
+from workbench_kernels.rotary import Turns
 from workbench_kernels.rows import Ragged
-
-
-class Turns(NamedTuple):
-    """Rotary embedding at some positions: channel c of a head turned is x[c] * cos[c] + x[partner[c]] * sin[c].
-
-    cos, sin float32 [p, d]: those of the first of a pair negated; partner int32 [d]. Lengths other than 1 are in both.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    partner: Tensor
-
-    @classmethod
-    def of(cls, cos: Tensor, sin: Tensor, channels: int, unhalved: Callable[[Tensor], Tensor]) -> Turns:
-        """cos, sin [p, r] of channels in the order of halves; unhalved: to the order of the model's heads."""
-        width = cos.shape[1]
-        whole = cos.new_ones(len(cos), channels)
-        whole[:, :width] = cos
-        signed = torch.zeros_like(whole)
-        signed[:, :width] = sin
-        signed[:, : width // 2] *= -1
-        every = torch.arange(channels, device=cos.device)
-        other = every.clone()
-        other[:width] = (every[:width] + width // 2) % max(width, 1)
-        place = unhalved(every[None].float())[0].long()  # where in halves each of the model's channels stands
-        model = torch.empty_like(every).index_copy_(0, place, every)
-        return cls(unhalved(whole).contiguous(), unhalved(signed).contiguous(), model[other[place]].to(torch.int32))
-
-    def __call__(self, x: Tensor, at: Tensor, *, back: bool = False) -> Tensor:
-        """x [..., d] float32 turned by row `at` [1], or turned back."""
-        cos, sin = self.cos[at], self.sin[at]
-        if back:
-            size = cos.square() + sin.square()
-            cos, sin = cos / size, -sin / size
-        return x * cos + x[..., self.partner.long()] * sin
 
 
 def _takes(keys: Ragged, values: Ragged, key_basis: Tensor, value_basis: Tensor) -> bool:

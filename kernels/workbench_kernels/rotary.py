@@ -77,6 +77,14 @@ class RotaryTable(NamedTuple):
         return cos, high[..., 1, :] * low[..., 0, :] + high[..., 0, :] * low[..., 1, :]
 
 
+class Turn(NamedTuple):
+    """By how much a query is turned before: row `number`, int64 [1], of cos and sin float32 [n, r], in halves."""
+
+    cos: Tensor
+    sin: Tensor
+    number: Tensor
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The first r channels of x [..., n, d] turned by the table cos, sin [n, r]: channel i is paired with i + r / 2, as
     in Llama (Su et al. 2021, arXiv:2104.09864); the others stay.
@@ -85,3 +93,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x[..., :width].chunk(2, dim=-1)
     turned = x[..., :width] * cos + torch.cat([-second, first], dim=-1) * sin
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+class Turns(NamedTuple):
+    """Rotary embedding at some positions: channel c of a head turned is x[c] * cos[c] + x[partner[c]] * sin[c].
+
+    cos, sin float32 [p, d]: those of the first of a pair negated; partner int32 [d]. Lengths other than 1 are in both.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    partner: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, channels: int, unhalved: Callable[[Tensor], Tensor]) -> Turns:
+        """cos, sin [p, r] of channels in the order of halves; unhalved: to the order of the model's heads."""
+        width = cos.shape[1]
+        whole = cos.new_ones(len(cos), channels)
+        whole[:, :width] = cos
+        signed = torch.zeros_like(whole)
+        signed[:, :width] = sin
+        signed[:, : width // 2] *= -1
+        every = torch.arange(channels, device=cos.device)
+        other = every.clone()
+        other[:width] = (every[:width] + width // 2) % max(width, 1)
+        place = unhalved(every[None].float())[0].long()  # where in halves each of the model's channels stands
+        model = torch.empty_like(every).index_copy_(0, place, every)
+        return cls(unhalved(whole).contiguous(), unhalved(signed).contiguous(), model[other[place]].to(torch.int32))
+
+    def __call__(self, x: Tensor, at: Tensor, *, back: bool = False) -> Tensor:
+        """x [..., d] float32 turned by row `at` [1], or turned back."""
+        cos, sin = self.cos[at], self.sin[at]
+        if back:
+            size = cos.square() + sin.square()
+            cos, sin = cos / size, -sin / size
+        return x * cos + x[..., self.partner.long()] * sin

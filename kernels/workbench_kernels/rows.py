@@ -105,3 +105,33 @@ class SparseRows(NamedTuple):
     def longest(self) -> int:
         """No head has more rows."""
         return self.numbers.longest + self.tail.longest
+
+
+class DeltaRows(NamedTuple):
+    """Blocks of `group` rows of several heads, each as a line of numbers [b, d + count] and of bits uint8 [b, c].
+
+    Numbers are, channel after channel, the first and each that differs from the one before; bits, as `pack` lays them
+    out at 1 bit, say of the later rows of each channel which those are.
+    """
+
+    numbers: Ragged
+    bits: Ragged
+    channels: int
+    group: int
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """All rows [k, longest * g, d], and which are real [k, longest * g]; others are anything."""
+        numbers, real = self.numbers.padded()
+        bits, _ = self.bits.padded()
+        rows = restored(numbers.flatten(0, 1), bits.flatten(0, 1), self.channels, self.group)
+        return rows.unflatten(0, numbers.shape[:2]).flatten(1, 2), real.repeat_interleave(self.group, dim=1)
+
+
+def restored(numbers: Tensor, bits: Tensor, width: int, group: int) -> Tensor:
+    """What blocks of numbers [b, d + count] and bits stand for, [b, g, d]."""
+    moved = unpack(bits, 1, width * (group - 1)).view(-1, width, group - 1)
+    stored = torch.nn.functional.pad(moved, (1, 0), value=1)
+    # Every set bit is one number further: a channel that did not move stays at its last one. (Rows that hold nothing
+    # may have any bits.)
+    place = stored.flatten(1).cumsum(dim=1).sub_(1).clamp_max_(numbers.shape[1] - 1)
+    return numbers.gather(1, place).view(-1, width, group).transpose(1, 2)

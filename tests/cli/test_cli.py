@@ -458,7 +458,7 @@ def test_the_app_is_whatever_package_registers_itself_as_it(
     monkeypatch.setattr("workbench.cli.commands.entry_points", lambda group, name: points.get((group, name), []))
     assert main(["app", "--port", "0", "--no-open", "--allow-host", "a.b"]) == 0
     plain = {"model": "smollm2-135m", "address": "127.0.0.1", "port": 0, "open_browser": False}
-    assert given == [{**plain, "models": (), "hosts": ["a.b"]}]
+    assert given == [{**plain, "models": (), "hosts": ["a.b"], "results": "results"}]
     points.clear()
     assert main(["app"]) == 2
     assert "inference-workbench[app]" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def around_the_middle(heads: list[Tensor], bits: int, group: int, scales: torch.
     return PackedRows(rows_of(codes), scale, None, no_tail(len(heads), heads[0].shape[1]), bits, group, "token")
 
 
-LENGTHS = [333, 0, 130]
+LENGTHS = [205, 0, 70]
 
 
 def sides(how: str, width: int) -> tuple[PackedRows, PackedRows]:
@@ -80,17 +80,22 @@ def sides(how: str, width: int) -> tuple[PackedRows, PackedRows]:
     return around_the_middle(keys, bits, width, scales), around_the_middle(values, bits, width // 2, scales)
 
 
-@pytest.mark.parametrize("width", [64, 128, 48])
+EVERY = [
+    "channels of values divided", "one bit a channel", "two bits a channel", "middle, FP8", "middle, bfloat16",
+    "middle, float16, 4 bits",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "how", ["channels of values divided", "one bit a channel", "two bits a channel", "middle, FP8", "middle, bfloat16",
-            "middle, float16, 4 bits"],
-)  # fmt: skip
+    ("how", "width"), [*((how, 64) for how in EVERY), (EVERY[0], 128), (EVERY[1], 128), (EVERY[3], 128), (EVERY[1], 48)]
+)
 def test_settled_rows_equal_their_reference(how: str, width: int) -> None:
     from workbench_kernels.gpu.packed import decode_packed as kernel
 
     keys, values = sides(how, width)
     query = torch.randn(4 * len(LENGTHS), 1, width, generator=torch.Generator().manual_seed(5)).to(KIND)
-    for scoring in (Scoring(width**-0.5), Scoring(width**-0.5, softcap=5.0)):
+    for softcap in (None, 5.0) if width == 64 else (None,):
+        scoring = Scoring(width**-0.5, softcap=softcap)
         out, lse = kernel(query, keys, values, scoring, lse=True)
         wanted, sums = decode_packed.reference(query.double(), keys, values, scoring, lse=True)
         assert error(out, wanted) < 2e-3

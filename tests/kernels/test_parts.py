@@ -8,12 +8,14 @@ import torch
 from tests.kernels.support import interpreted
 from tests.kernels.test_decode import KIND, error, random_rows, rows_of
 from tests.kernels.test_decode_frozen import by_channel, heads_of
+from workbench.kv.stores.delta import deltas
 from workbench_kernels.decode import decode_dense
+from workbench_kernels.deltas import decode_deltas
 from workbench_kernels.lowered import lowered_query
-from workbench_kernels.projected import Turns, project_newest
+from workbench_kernels.projected import project_newest
 from workbench_kernels.received import add_received
-from workbench_kernels.rotary import rotate
-from workbench_kernels.rows import Ragged
+from workbench_kernels.rotary import Turns, rotate
+from workbench_kernels.rows import DeltaRows, Ragged
 from workbench_kernels.scoring import Scoring
 from workbench_kernels.softmax import attention_state, merge_states
 from workbench_kernels.symmetric import round_newest, smoothed_query
@@ -165,3 +167,23 @@ def test_queries_are_smoothed_as_keys_were(fp8: bool) -> None:
     wanted = smoothed_query.reference(query, factors, fp8)
     torch.testing.assert_close(kernel(query, factors, fp8), wanted, atol=0, rtol=2e-3)
     assert (torch.equal(wanted, smoothed_query.reference(query, factors, not fp8))) is False
+
+
+@pytest.mark.parametrize(("width", "value_width", "group", "whole"), [(24, 24, 16, False), (40, 16, 32, True)])
+def test_deltas_are_restored_where_they_lie(width: int, value_width: int, group: int, whole: bool) -> None:
+    from workbench_kernels.gpu.deltas import decode_deltas as kernel
+
+    def held(wide: int, seed: int) -> DeltaRows:
+        parts = [
+            deltas(torch.randn(n, group, wide, generator=torch.Generator().manual_seed(seed + n)).to(KIND), 7 * wide)
+            for n in (5, 0, 40)
+        ]
+        return DeltaRows(*(rows_of([one[which] for one in parts]) for which in (0, 1)), wide, group)
+
+    keys, query = held(width, 0), queries(12, 1, width)
+    values = random_rows([5 * group + 3, 4, 40 * group], value_width) if whole else held(value_width, 1)
+    for scoring in (Scoring(0.3), Scoring(0.3, softcap=2.0, sinks=torch.randn(12))):
+        out, lse = kernel(query, keys, values, scoring)
+        wanted, sums = decode_deltas.reference(query.double(), keys, values, scoring)
+        assert error(out, wanted) < 2e-3
+        torch.testing.assert_close(lse.double(), sums, atol=2e-3, rtol=0)

@@ -9,6 +9,7 @@ import torch
 
 import workbench as wb
 from benchmarks.model_kinds import tiny_of
+from tests.runtime.test_cuda_graph import IN_PARTS, RECIPES, in_blocks
 from workbench.errors import BudgetTooSmall
 from workbench.kv.stores import Store
 from workbench.models import TINY_ARCHITECTURES, tiny
@@ -108,6 +109,20 @@ STEPS = {
     "kivi": wb.kv.KIVI(bits=4, group=16, residual=32),
     "mustafar": wb.kv.Mustafar(recent=16),
     "ragged kivi": [wb.kv.SnapKV(budget=0.4, window=8), wb.kv.AdaKV(), wb.kv.KIVI(bits=2, group=16, residual=32)],
+} | {name: RECIPES[name] for name in IN_PARTS}
+
+
+LEAVING = {
+    "h2o": wb.kv.H2O(budget=0.5),
+    "tova": wb.kv.TOVA(budget=0.5),
+    "streaming-llm": wb.kv.StreamingLLM(budget=0.5),
+    "lazyeviction": wb.kv.LazyEviction(budget=0.5, window=8),
+    "decoding": [wb.kv.SnapKV(budget=0.5, window=8), wb.kv.Decoding(every=8, queries=12)],
+    "lagkv": wb.kv.LagKV(budget=0.5, lag=16),
+    "prefixkv": wb.kv.PrefixKV(budget=0.5),
+    "quest": wb.kv.Quest(tokens=64, page=8, dense=1),
+    "a2ats": wb.kv.A2ATS(budget=0.4, codes=16, fetch=0.1),
+    "tailorkv": wb.kv.TailorKV(budget=0.4, threshold=1, fetch=16, channels=4),
 }
 
 
@@ -117,14 +132,15 @@ def decoder_of(recipe, dtype):
     session = wb.Session((model, None), kv_dtype=str(dtype).removeprefix("torch."))
     session.read(ids(400))
     plan = session.plan(recipe)
-    decoder = Decoder(model, plan.stores(), plan.position)
+    decoder = Decoder(model, plan.stores(), plan.position, plan.stages.evict if plan.evicts else None)
     return decoder, int(decoder.feed(ids(9, seed=1))[-1].argmax())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", STEPS)
-def test_the_step_that_is_captured_gives_the_logits_of_the_plain_one(name, dtype):
+def test_the_step_that_is_captured_gives_the_logits_of_the_plain_one(name, dtype, monkeypatch):
     decoder, token = decoder_of(STEPS[name], dtype)
+    in_blocks(monkeypatch)
     twin = decoder.clone()
     want = twin.feed(torch.tensor([token]))[-1].float()
     step = CapturedStep(decoder, token, 24)
@@ -141,6 +157,19 @@ def test_replayed_tokens_are_those_of_steps_run_one_by_one(name):
     assert decoder.position == twin.position
     more, same = (d.feed(ids(3, seed=5)).float() for d in (decoder, twin))
     assert (more - same).norm() < 1e-3 * same.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LEAVING)
+def test_captured_steps_leave_what_plain_ones_do_where_entries_come_and_go(name, dtype):
+    decoder, token = decoder_of(LEAVING[name], dtype)
+    twin = decoder.clone()
+    tokens = list(CapturedStep(decoder, token, 40).answer(()))
+    for read in (token, *tokens[:-1]):
+        twin.feed(torch.tensor([read]))
+    assert decoder.position == twin.position
+    more, same = (d.feed(ids(1, seed=5)).float() for d in (decoder, twin))
+    assert (more - same).norm() < (1e-3 if dtype == torch.float32 else 0.06) * same.norm()
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
@@ -218,20 +247,24 @@ def test_a_session_on_the_gpu_decodes_by_a_graph_and_says_the_same():
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("key", ["snapkv", "kivi", "mustafar"])
+@pytest.mark.parametrize(
+    "key", ["snapkv", "kivi", "mustafar", "think", "zipcache", "vkv-1bit", "fireq", "cskv", "eigen-attention",
+            "minicache", "deltallm"],
+)  # fmt: skip
 def test_kernels_answer_what_references_do(key, monkeypatch):
     model = tiny("llama").to(CUDA, torch.bfloat16)
     session = wb.Session((model, None))
     session.read(ids(600))
-    plan = session.plan(key, budget=0.5)
-    question = ids(9, seed=1)
+    plan = session.plan(key, budget=0.6)
     by_kernel, plain = (Decoder(model, plan.stores(), plan.position) for _ in range(2))
-    found = by_kernel.feed(question, logits=9).float()
+    read = [ids(9, seed=1), ids(1, seed=2)]  # some parts are read by kernels where a token comes alone
+    found = [by_kernel.feed(some, logits=len(some)).float() for some in read]
     assert any(store.by_kernel.__func__ is not Store.by_kernel for store in plain.stores)
     for store in plain.stores:
         monkeypatch.setattr(store, "by_kernel", lambda *args, **options: None)
-    wanted = plain.feed(question, logits=9).float()
-    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    for got, some in zip(found, read, strict=True):
+        wanted = plain.feed(some, logits=len(some)).float()
+        assert (got - wanted).norm() < 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("key", ["retrievalattention", "a2ats", "sentencekv", "kcache", "alisa"])

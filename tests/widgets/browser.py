@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -62,7 +63,7 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
-def served_app() -> Iterator[Callable[[], str]]:
+def served_app(tmp_path: Path) -> Iterator[Callable[[], str]]:
     """`served_app()` starts the app with workbench-tiny in this process and gives its address."""
     from workbench_widgets import serve
 
@@ -70,7 +71,7 @@ def served_app() -> Iterator[Callable[[], str]]:
 
     def start() -> str:
         port = free_port()
-        servers.append(serve(port=port, model="workbench-tiny", threaded=True))
+        servers.append(serve(port=port, model="workbench-tiny", pages=tmp_path, threaded=True))
         until(lambda: answers(port), what="the server")
         return f"http://127.0.0.1:{port}/"
 

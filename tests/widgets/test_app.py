@@ -18,6 +18,7 @@ from workbench.kv.methods.full import Full
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import Method, Parameter, registered
+from workbench.runtime.comparison import Comparison
 
 pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
@@ -30,6 +31,7 @@ from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, RECIPE_SLOTS, 
 from workbench_widgets.app.state.snippet import snippet
 from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.records import Asked
 from workbench_widgets.app.work.worker import Worker
 from workbench_widgets.app.work.workspace import Workspace
 
@@ -380,12 +382,12 @@ def test_reading_planning_running_and_asking_on(workspace: Any) -> None:
     workspace.make_plan(Recipe.of("snapkv", budget=0.5), interrupt=True)
     until(lambda: workspace.plan is not None)
     assert workspace.plan.share <= 0.5
-    workspace.generate(Recipe.of("snapkv", budget=0.5), "where?", 4)
+    workspace.generate(Recipe.of("snapkv", budget=0.5), Asked("where?", 4))
     until(lambda: workspace.run is not None and not workspace.working)
     first = workspace.run
-    workspace.generate(Recipe.of("snapkv", budget=0.5), "and then?", 3, follow=True)
+    workspace.ask_on(Asked("and then?", 3))
     until(lambda: workspace.run is not first and not workspace.working)
-    assert list(workspace.rows.question) == ["where?", "and then?"]
+    assert list(workspace.rows.question) == ["where?", "where? → and then?"]
     assert list(workspace.rows.run) == [1, 2]
 
 
@@ -418,7 +420,9 @@ def test_comparing_adds_a_row_for_each_run_and_says_what_cannot_be_done(workspac
     workspace.read("tiny", TEXT)
     until(lambda: workspace.reading is not None)
     recipes = [Recipe.of("full"), Recipe.of("knorm"), Recipe.of("kivi")]
-    workspace.compare(recipes, ["50%", "0.1%"], None, 2)
+    budgets = ["50%", "0.1%"]
+    cases = [Recipe.of(r, budget=b) for r, b in Comparison.of(recipes, budgets).cases]
+    workspace.compare(cases, Asked(None, 2))
     until(lambda: not workspace.working and len(workspace.rows) == 5)
     assert workspace.rows.error.notna().sum() == 2
     assert workspace.rows.kl.iloc[0] < 1e-6
@@ -427,15 +431,15 @@ def test_comparing_adds_a_row_for_each_run_and_says_what_cannot_be_done(workspac
 def test_the_share_of_scores_has_a_column_once_a_run_has_an_attention_method(workspace: Any) -> None:
     from workbench_widgets.app.panels.runs import RunsPanel
 
-    panel = RunsPanel(workspace, lambda methods, budgets: None)
+    panel = RunsPanel(workspace, lambda *_: None, lambda _: None, lambda: None)
     panel.show(True)
     workspace.read("tiny", TEXT)
     until(lambda: workspace.reading is not None)
     for key, hidden in (("snapkv", ["host_mib", "score_share"]), ("streaming-window", ["host_mib"])):
         before = len(workspace.rows)
-        workspace.generate(Recipe.of(key, budget=0.5), None, 2)
+        workspace.generate(Recipe.of(key, budget=0.5), Asked(None, 2))
         until(lambda before=before: len(workspace.rows) > before and not workspace.working)
-        assert panel.table.hidden_columns == hidden
+        assert panel.table.hidden_columns[: len(hidden)] == hidden
     shares = panel.table.value["score_share"].tolist()
     assert shares[0] == 1 and 0.3 < shares[1] <= 0.5
 
@@ -447,8 +451,8 @@ def test_two_sharing_a_model_never_meet(workspace: Any, tiny_llama: Any) -> None
     until(lambda: workspace.reading is not None and other.reading is not None)
     assert workspace.reading.session.model is other.reading.session.model
     assert workspace.reading.session is not other.reading.session
-    workspace.generate(Recipe.of("knorm", budget=0.5), "a?", 3)
-    other.generate(Recipe.of("full"), "b?", 3)
+    workspace.generate(Recipe.of("knorm", budget=0.5), Asked("a?", 3))
+    other.generate(Recipe.of("full"), Asked("b?", 3))
     until(lambda: len(workspace.rows) == 1 and len(other.rows) == 1)
     assert workspace.run.question == "a?"
     assert other.run.question == "b?"
@@ -580,7 +584,7 @@ def test_a_difference_of_recipes_is_what_the_session_says(attention: Any) -> Non
 
 def test_a_run_can_be_what_a_recipe_is_compared_to(attention: Any) -> None:
     workspace = attention.workspace
-    workspace.generate(Recipe.of("knorm", budget=0.5), None, 2)
+    workspace.generate(Recipe.of("knorm", budget=0.5), Asked(None, 2))
     until(lambda: workspace.run is not None and not workspace.working)
     choose_to_show(attention, "snapkv 0.5 − run of knorm 0.5")
     assert attention.map.label.endswith("snapkv 0.5 − knorm 0.5")

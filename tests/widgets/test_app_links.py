@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl
@@ -215,15 +216,15 @@ def test_a_pasted_text_of_any_length_is_whole_counted_and_said_to_be_too_long(
     page = watched_page(chromium).page
     page.set_default_timeout(60_000)
     page.goto(served_app())
-    page.get_by_role("button", name="Read", exact=True).click()
+    page.get_by_role("button", name=re.compile("^Read")).first.click()
     page.wait_for_selector("text=tokens read")
-    page.locator("p").filter(has_text="about 774 tokens of 2,048").wait_for()
+    page.locator("p").filter(has_text="about 487 tokens of 2,048").wait_for()
     field = page.locator("textarea:not([aria-hidden])").first
     field.fill("")
     page.keyboard.insert_text("Ada keeps a red kite. " * 1000)  # as a paste does, within the field's limit
     page.locator("p").filter(has_text="22,000 characters").filter(has_text="too long").wait_for()
     assert len(field.input_value()) == 22_000
-    page.get_by_role("button", name="Read", exact=True).click()
+    page.get_by_role("button", name=re.compile("^Read")).first.click()
     page.get_by_role("alert").filter(has_text="positions").wait_for()
     page.close()
 

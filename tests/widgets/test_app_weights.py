@@ -26,6 +26,7 @@ from workbench_widgets.app.panels import WeightsPanel
 from workbench_widgets.app.panels.weight_sections import SECTIONS
 from workbench_widgets.app.parts.budget_bar import BudgetBar
 from workbench_widgets.app.parts.recipe_form import RecipeForm
+from workbench_widgets.app.work.records import Asked
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.views.wire import unpack
 
@@ -107,12 +108,14 @@ def test_a_link_brings_the_weights_budget_back(workspace: Any) -> None:
 def test_the_models_megabytes_are_those_of_the_compressed_model(workspace: Any) -> None:
     plan(workspace, "full")
     whole = workspace.weights
-    assert whole.methods == () and whole.nbytes == whole.full_nbytes == 2 * workspace.reading.session.facts.parameters
+    assert whole.methods == () and whole.deployed_nbytes == 2 * workspace.reading.session.facts.parameters
+    assert whole.nbytes == whole.full_nbytes == workspace.reading.session.memory.samples[0].categories["weights"]
     plan(workspace, "full", STACK)
     small = workspace.weights
     census = workspace.reading.session.census(STACK, outputs=False)
     vectors = sum(2 * p.numel() for p in workspace.reading.session.model.parameters() if p.ndim < 2)
-    assert small.nbytes == census.bytes.sum() + vectors
+    assert small.deployed_nbytes == census.bytes.sum() + vectors
+    assert small.deployed_nbytes < small.full_deployed_nbytes == whole.full_deployed_nbytes
     assert small.nbytes < small.full_nbytes == whole.full_nbytes
 
 
@@ -135,7 +138,7 @@ def test_an_answer_follows_and_only_the_last_is_kept(workspace: Any) -> None:
     plan(workspace, "full", STACK)
     for budget in (0.2, 0.4):
         recipe = Recipe.of(["full", STACK.with_budget(budget)])
-        workspace.follow(recipe, "where?", 200 if budget == 0.2 else 3)
+        workspace.follow(recipe, Asked("where?", 200 if budget == 0.2 else 3))
     settle(workspace)
     assert len(workspace.rows) == 1
     assert workspace.run.recipe.family("weights")[0].budget.amount == 0.4
@@ -144,20 +147,20 @@ def test_an_answer_follows_and_only_the_last_is_kept(workspace: Any) -> None:
 
 def test_following_gives_way_to_what_a_person_asked_for(workspace: Any) -> None:
     plan(workspace, "full")
-    workspace.generate(Recipe.of("full"), "a?", 30)
-    workspace.follow(Recipe.of("full"), "b?", 3)
+    workspace.generate(Recipe.of("full"), Asked("a?", 30))
+    workspace.follow(Recipe.of("full"), Asked("b?", 3))
     settle(workspace)
     assert list(workspace.rows.question) == ["a?"]
 
 
 def test_what_follows_is_dropped_silently_when_something_moves_again(workspace: Any) -> None:
     plan(workspace, "full")
-    workspace.follow(Recipe.of("full"), "a?", 400)
+    workspace.follow(Recipe.of("full"), Asked("a?", 400))
     until(lambda: bool(workspace.answer))
     workspace.stop_following()
     settle(workspace)
     assert workspace.rows.empty and workspace.answer == () and workspace.problem == ""
-    workspace.follow(Recipe.of("full"), "b?", 2)  # and it goes on
+    workspace.follow(Recipe.of("full"), Asked("b?", 2))  # and it goes on
     settle(workspace)
     assert list(workspace.rows.question) == ["b?"]
 
@@ -272,7 +275,7 @@ def test_a_look_at_weights_can_be_cancelled_and_a_run_does_not_wait_for_it(weigh
         assert began.wait(20)
         until(lambda: weights.doing.body.visible and weights.doing.bar.value == 25)
         if stop is None:
-            workspace.generate(Recipe.of("full"), "a?", 2)
+            workspace.generate(Recipe.of("full"), Asked("a?", 2))
         else:
             stop()
         settle(workspace)

@@ -21,9 +21,10 @@ import workbench as wb
 from tests.waiting import until
 from tests.widgets.windowed import Windowed
 from workbench import display
-from workbench.errors import MissingExtra, NotRead
+from workbench.errors import InputError, MissingExtra, NotRead
 from workbench.formatting import mib
 from workbench.registry import _METHODS, registered
+from workbench_widgets import report
 from workbench_widgets.control_panel import Controls
 from workbench_widgets.notebook import (
     PLOTLY,
@@ -374,3 +375,22 @@ def test_a_picture_shows_text_that_no_font_has_and_no_formula():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert png([spans([("\U0001f600 \u4f60\u597d $\\frac$ \x00 a\tb\n" * 30, "#ffffff")], "$x$ <b>")], "$y")
+
+
+def test_plans_runs_and_sessions_write_pages_that_hold_everything(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "provided", {"page": report.page}.get)
+    run = session.run("snapkv", budget=0.5, question="why <b>", max_new_tokens=4)
+    session.run("full", max_new_tokens=2)
+    plan = session.plan("knorm", budget=0.5)
+    for number, write in enumerate((session.report, plan.save_html, run.save_html)):
+        page = write(tmp_path / f"{number}.html").read_text()
+        assert "https://" not in page.replace("https://www.w3.org", "") and "http://" not in page.replace(
+            "http://www.w3.org", ""
+        )
+        assert "why <b>" not in page and "<!doctype html>" in page
+    assert (tmp_path / "0.html").read_text().count('<input type="range"') == 1  # the full cache has no budget to move
+    with pytest.raises(InputError, match="cannot be written"):
+        plan.save_html(tmp_path / "none" / "plan.html")
+    monkeypatch.setattr(display, "provided", lambda name: None)
+    with pytest.raises(MissingExtra, match="inference-workbench"):
+        plan.save_html(tmp_path / "plan.html")

@@ -219,10 +219,15 @@ class Controls(Pictured):
                 ids.append(token.id)
                 so_far = present.pieces(session.tokenizer, ids)
                 AnswerDiff.update(
-                    self.answer, [], so_far, left_label="Full cache", right_label=recipe.label, waiting="follows"
+                    self.answer,
+                    [],
+                    so_far,
+                    left_label=present.UNCOMPRESSED,
+                    right_label=recipe.label,
+                    waiting="follows",
                 )
             progress.check()
-            _say(self.status, "Comparing with the full cache …")
+            _say(self.status, "Comparing with the uncompressed model …")
             run = stream.run
             AnswerDiff.update(self.answer, **present.run_answers(run), waiting="")
             self.figures.value = run_html(run)

@@ -128,12 +128,20 @@ def _log_axis(values: ArrayLike) -> dict[str, object]:
     return {**axis, "yaxis_tickvals": [digit * 10.0**power for power in range(low, high + 1) for digit in digits]}
 
 
-def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Live memory") -> go.Figure:
+def memory_timeline(
+    frame: pd.DataFrame,
+    *,
+    dark: bool = False,
+    title: str = "Live memory",
+    marks: Mapping[str, float] = MappingProxyType({}),
+    predicted: Mapping[str, float] = MappingProxyType({}),
+) -> go.Figure:
     """Stacked areas of live bytes by category over time; what lies in host memory hangs below zero.
 
     `frame` has one row a sample: `step` (any ascending number), optionally `time` in seconds (then it is the
     horizontal axis) and `event` (text, shown on hover), and one column of bytes for each category; those that begin
-    with "host " lie in host memory. Shown in MiB.
+    with "host " lie in host memory. Shown in MiB. marks: names of moments, on the horizontal axis. predicted: names and
+    bytes of what was foretold, as lines across.
     """
     go = _plotly()
     _columns(frame, ["step"], "memory_timeline")
@@ -166,7 +174,7 @@ def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Li
             hovertemplate="%{y:,.2f} MiB" + (" · %{customdata}" if "event" in frame.columns else ""),
         )
     )
-    return _figure(
+    figure = _figure(
         traces,
         dark,
         title_text=title,
@@ -175,6 +183,12 @@ def memory_timeline(frame: pd.DataFrame, *, dark: bool = False, title: str = "Li
         yaxis_title_text="MiB" if len(here) == len(names) else "MiB (below zero: host memory)",
         yaxis_rangemode="tozero",
     )
+    line = {"color": colours.muted, "width": 1, "dash": "dot"}
+    for name, at in marks.items():
+        figure.add_vline(x=at, line=line, annotation={"text": in_markup(name), "textangle": -90, "font": {"size": 12}})
+    for name, nbytes in predicted.items():
+        figure.add_hline(y=nbytes / MIB, line=line, annotation={"text": in_markup(name), "font": {"size": 12}})
+    return figure
 
 
 def outlier_profile(frame: pd.DataFrame, *, dark: bool = False, title: str = "Outliers by layer") -> go.Figure:
@@ -393,26 +407,42 @@ def pareto(
     quality: str = "kl",
     nbytes: str = "nbytes",
     method: str = "method",
+    also: Sequence[str] = (),
     lower_is_better: bool = True,
+    more_is_better: bool = False,
+    in_mib: bool = True,
+    title_of_x: str = "KV cache, MiB",
+    selected: Sequence[int] = (),
     dark: bool = False,
     title: str = "What each byte buys",
 ) -> go.Figure:
     """Quality against memory, a point a run, and the front of the runs that no other run beats in both.
 
-    `frame` has one row a run with the columns named by `method`, `nbytes` (bytes) and `quality`; `budget` is shown on
-    hover where there is one. Rows that lack either number are left out.
+    `frame` has one row a run with the columns named by `method`, `nbytes` (bytes, or with `in_mib` off what
+    `title_of_x` says, where `more_is_better` may hold) and `quality`; `budget` is shown on hover where there is one,
+    `run` is the number of the run that a click names. Rows that lack either number are left out. also: further columns
+    of which less is better: a run that is better in one of them is beaten by none that is not, and has a ring.
+    selected: numbers of runs that stand out.
     """
     go = _plotly()
-    _columns(frame, [method, nbytes, quality], "pareto")
+    _columns(frame, [method, nbytes, quality, *also], "pareto")
     colours = theme(dark)
     rows = frame.dropna(subset=[nbytes, quality])
+    rows = rows.assign(run=rows["run"] if "run" in rows.columns else np.arange(1, len(rows) + 1))
+    sizes = rows[nbytes].to_numpy(float) / (MIB if in_mib else 1)
+    rows = rows.assign(_x=sizes)
+    signs = (-1 if more_is_better else 1, 1 if lower_is_better else -1)
+    costs = [signs[0] * sizes, signs[1] * rows[quality].to_numpy(float)]
+    rows["_best"] = np.isin(np.arange(len(rows)), unbeaten([*costs, *(rows[name].to_numpy(float) for name in also)]))
     symbols = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
     traces: list[BaseTraceType] = []
+    unit = " MiB" if in_mib else ""
     for i, (name, runs) in enumerate(rows.groupby(method, sort=True)):
         has_budget = "budget" in runs.columns
+        chosen = runs["run"].isin(list(selected))
         traces.append(
             go.Scatter(
-                x=runs[nbytes] / MIB,
+                x=runs["_x"],
                 y=runs[quality],
                 name=str(name),
                 meta=[quality],
@@ -420,20 +450,24 @@ def pareto(
                 marker={
                     "color": colours.categories[i % len(colours.categories)],
                     "symbol": symbols[(i // len(colours.categories) + i) % len(symbols)],
-                    "size": 10,
-                    "line": {"width": 1, "color": colours.muted},
+                    "size": [15 if one else 10 for one in chosen],
+                    "line": {
+                        "width": [2 if best else 1 for best in runs["_best"]],
+                        "color": [colours.ink if best else colours.muted for best in runs["_best"]],
+                    },
                 },
-                customdata=runs["budget"] if has_budget else None,
-                hovertemplate="%{fullData.name}<br>%{x:,.2f} MiB<br>%{meta[0]} %{y:.4g}"
-                + ("<br>budget %{customdata}" if has_budget else "")
+                customdata=runs["run"].tolist(),
+                text=runs["budget"].astype(str).tolist() if has_budget else None,
+                hovertemplate=f"%{{fullData.name}}, run %{{customdata}}<br>%{{x:,.2f}}{unit}<br>%{{meta[0]}} %{{y:.4g}}"
+                + ("<br>budget %{text}" if has_budget else "")
                 + "<extra></extra>",
             )
         )
-    best = front(rows[nbytes].tolist(), rows[quality].tolist(), lower_is_better=lower_is_better)
+    best = front(costs[0].tolist(), costs[1].tolist())
     ordered = rows.iloc[best]
     traces.append(
         go.Scatter(
-            x=ordered[nbytes] / MIB,
+            x=ordered["_x"],
             y=ordered[quality],
             name="front",
             mode="lines",
@@ -448,11 +482,19 @@ def pareto(
         title_text=title,
         hovermode="closest",
         height=420,
-        xaxis_title_text="KV cache, MiB",
+        xaxis_title_text=title_of_x,
         yaxis_title_text=f"{QUALITIES.get(quality, quality)} ({better})",
         xaxis_rangemode="tozero",
         yaxis_rangemode="tozero" if lower_is_better else "normal",
     )
+
+
+def unbeaten(costs: Sequence[ArrayLike]) -> list[int]:
+    """Indices of what nothing else beats: at least as good in every cost and better in one. Less is better."""
+    table = np.nan_to_num(np.stack([np.asarray(cost, np.float64) for cost in costs], axis=1), nan=np.inf)
+    no_worse = (table[:, None] <= table[None]).all(-1)  # [a, b]: a is as good as b in everything
+    better = (table[:, None] < table[None]).any(-1)
+    return np.flatnonzero(~(no_worse & better).any(0)).tolist()
 
 
 def front(nbytes: Sequence[float], quality: Sequence[float], *, lower_is_better: bool = True) -> list[int]:

@@ -79,7 +79,7 @@ def session_html(session: Session, *, runs: bool = True) -> str:
     words = ""
     if trace is not None:
         tiles += [("prompt", f"{trace.tokens:,} tokens"), ("runs", str(len(session.runs)))]
-        tokens = present.pieces(session.tokenizer, trace.ids[:60])
+        tokens = present.prompt_pieces(trace.prompt, 60)
         more = " …" if trace.tokens > len(tokens) else ""
         words = f'<p style="opacity:.75;margin:4px 0">{in_markup("".join(tokens))}{more}</p>'
     return _tiles(tiles) + words + (runs_html(session.runs) if runs else "")

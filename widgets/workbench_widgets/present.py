@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from workbench.prompt import Prompt
+
 CHANGED = ""  # the choice of presets where a method's values are those of none
+UNCOMPRESSED = "Uncompressed"  # what the side is called that a run is compared with
 HEAD_MEASURES = ("entropy", "sink", "local", "retrieval", "distance")  # columns of Session.heads
 
 
@@ -51,6 +54,13 @@ def pieces(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int] | Tenso
     if tokenizer is None:
         return [f"[{number}]" for number in numbers]
     return [str(piece) for piece in tokenizer.batch_decode([[number] for number in numbers])]
+
+
+def prompt_pieces(prompt: Prompt, most: int | None = None) -> list[str]:
+    """The text of each token of a prompt (at most the first `most`); of those of images, which it is of which."""
+    texts = pieces(prompt.tokenizer, prompt.ids[:most])
+    named = {} if prompt.images is None else prompt.images.labels()
+    return [named.get(place, text) for place, text in enumerate(texts)]
 
 
 def tier_names(plan: Plan) -> tuple[str, ...]:
@@ -189,7 +199,7 @@ def answers(run: Run, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, ob
     return {
         "left": pieces(tokenizer, run.reference_tokens),
         "right": pieces(tokenizer, run.tokens),
-        "left_label": "Full cache",
+        "left_label": UNCOMPRESSED,
         "right_label": run.recipe.label,
     }
 
@@ -222,10 +232,46 @@ def plan_figures(plan: Plan) -> list[KeyFigure]:
     ]
 
 
-def weights_figure(methods: Sequence[Method], nbytes: int, full: int) -> KeyFigure:
-    """What the model's weights take under these methods: bytes, of as many at 16 bits without them."""
-    note = f"of {readable_bytes(full)}; {nbytes / full:.1%}, all counted" if methods else "at 16 bits"
-    return KeyFigure("Model weights", readable_bytes(nbytes), note)
+def weights_figure(methods: Sequence[Method], nbytes: int, deployed: int, full: int, full_deployed: int) -> KeyFigure:
+    """What the model's weights take under these methods: as they lie in memory first, then at 16 bits.
+
+    nbytes, full: live bytes with the methods and without; deployed, full_deployed: the same with what is not
+    compressed at 16 bits.
+    """
+    if not methods:
+        return KeyFigure("Model weights", readable_bytes(nbytes), f"in memory; {readable_bytes(deployed)} at 16 bits")
+    rest = f"{readable_bytes(deployed)} with the rest at 16 bits, {deployed / full_deployed:.1%}"
+    return KeyFigure("Model weights", readable_bytes(nbytes), f"of {readable_bytes(full)} in memory; {rest}")
+
+
+def verdict_figure(correct: bool | None, full_correct: bool | None, expected: str) -> KeyFigure | None:
+    """Whether an answer is right, beside the uncompressed model's; None where no answer is expected."""
+    if correct is None:
+        return None
+    said = {True: "right", False: "wrong", None: "not judged"}
+    note = f"expected: {expected}; the uncompressed answer is {said[full_correct]}"
+    return KeyFigure("Answer", said[correct].capitalize(), note)
+
+
+def row_figures(row: Mapping[str, Any]) -> list[KeyFigure]:
+    """The figures of a run that was kept as a row of results."""
+    verdict = verdict_figure(row["correct"], row["full_correct"], row["expected"])
+    first = row["first_divergence"]
+    same = "the answers agree" if first is None else f"the answers differ from token {first + 1} on"
+    of_16 = readable_bytes(row["weight_deployed_nbytes"])
+    return [
+        *([] if verdict is None else [verdict]),
+        KeyFigure("KL divergence", f"{row['kl']:.4f}", "nats a token"),
+        KeyFigure("Top-1 agreement", f"{row['top1']:.0%}", same),
+        KeyFigure("NLL difference", f"{row['nll_difference']:+.4f}", "nats a token"),
+        KeyFigure("Perplexity", f"{row['perplexity']:.3f}", "of the uncompressed answer"),
+        KeyFigure("KV cache", readable_bytes(row["kv_nbytes"]), f"of {readable_bytes(row['kv_full_nbytes'])}"),
+        KeyFigure("Weights", readable_bytes(row["weight_nbytes"]), f"in memory; {of_16} at 16 bits"),
+        KeyFigure(
+            "Total", readable_bytes(row["total_nbytes"]), f"at most {readable_bytes(row['peak_nbytes'])} at once"
+        ),
+        KeyFigure("Speed", f"{row['tokens_per_s']:.1f}", "tokens a second"),
+    ]
 
 
 def run_figures(run: Run) -> list[KeyFigure]:
@@ -269,11 +315,14 @@ def outlier_map(frame: pd.DataFrame, *, kind: str) -> dict[str, object] | None:
     }
 
 
+def method_names(label: str) -> str:
+    """The methods of a recipe's label, without their budgets."""
+    return " + ".join(part.split(" ")[0] for part in label.split(" (", maxsplit=1)[0].split(" + "))
+
+
 def pareto(rows: pd.DataFrame) -> pd.DataFrame:
     """The frame for `figures.pareto` from rows as `Session.compare` gives them: methods named without their budgets."""
-    methods = [str(name).split(" (")[0] for name in rows.recipe]
-    plain = [" + ".join(part.split(" ")[0] for part in name.split(" + ")) for name in methods]
-    return rows.assign(method=plain, nbytes=rows.kv_mib * 2**20)
+    return rows.assign(method=[method_names(str(name)) for name in rows.recipe], nbytes=rows.kv_mib * 2**20)
 
 
 def memory(timeline: Timeline, *, trace: bool = False, weights: bool = True) -> pd.DataFrame:
@@ -288,6 +337,24 @@ def memory(timeline: Timeline, *, trace: bool = False, weights: bool = True) -> 
     dropped = ["run", "phase"] + ([] if trace else ["trace"]) + ([] if weights else ["weights"])
     frame = frame.drop(columns=[name for name in dropped if name in frame])
     return frame.assign(step=np.arange(len(frame)))
+
+
+def memory_by_layer(timeline: Timeline) -> pd.DataFrame:
+    """The frame for `figures.memory_timeline` of the KV cache alone, layer by layer."""
+    rows = timeline.by_layer()
+    table = rows.pivot_table(index="time", columns="layer", values="bytes", aggfunc="last", dropna=False).fillna(0)
+    table.columns = [f"layer {layer}" for layer in table.columns]
+    return table.reset_index().assign(step=np.arange(len(table)))
+
+
+def run_marks(timeline: Timeline) -> dict[str, float]:
+    """When each run of a timeline begins to be planned: its label -> seconds."""
+    marks: dict[str, float] = {}
+    for sample in timeline.samples:
+        if sample.phase == "plan":
+            name = sample.run if sample.run not in marks else f"{sample.run} ({len(marks) + 1})"
+            marks[name] = sample.time
+    return marks
 
 
 def outliers(frame: pd.DataFrame, *, top: int = 4) -> pd.DataFrame:
@@ -327,4 +394,4 @@ def run_answers(run: Run) -> dict[str, object]:
 def plan_tokens(plan: Plan) -> list[str]:
     """The prompt's tokens as text, decoded once."""
     trace = plan.trace
-    return trace.once(("pieces",), lambda: pieces(trace.prompt.tokenizer, trace.ids))
+    return trace.once(("pieces",), lambda: prompt_pieces(trace.prompt))

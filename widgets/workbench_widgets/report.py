@@ -39,8 +39,8 @@ def page(thing: Shown) -> str:
     if isinstance(thing, Session):
         sections = [Section("The session", session_html(thing, runs=False)), *_plans(thing)]
         if thing.runs:
-            sections.append(Section("Runs", runs_html(thing.runs)))
-            sections += [part for run in thing.runs for part in _run_sections(run)]
+            each = [part for run in thing.runs for part in _run_sections(run)]  # measures what was not
+            sections += [Section("Runs", runs_html(thing.runs)), *each]
             sections.append(_memory(thing.memory))
         return report(f"Session with {thing.source}", sections)
     return report(type(thing).__name__, [Section("Summary", f"<pre>{in_markup(thing.summary())}</pre>")])

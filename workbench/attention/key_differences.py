@@ -10,8 +10,9 @@ from torch import Tensor
 
 from workbench.attention.token_groups import groups_behind, split
 from workbench.core.partial_softmax import ROWS, PartialSoftmax, between
-from workbench.kv.stores.delta import deltas, restored
+from workbench.kv.stores.delta import deltas
 from workbench_kernels import Scoring
+from workbench_kernels.rows import restored
 
 
 class DeltaShape(NamedTuple):

@@ -11,6 +11,7 @@ from workbench.audit.weights import weight_findings
 from workbench.errors import BadParameter, NotApplicable
 from workbench.files.paths import place
 from workbench.models import Facts, catalogue, facts
+from workbench.models.auto_class import auto_class, sees
 from workbench.models.findings import Audit
 from workbench.models.quiet import quiet
 from workbench.progress import Progress
@@ -77,14 +78,13 @@ def _config(model: Any) -> Any:
 
 def _blank(config: Any) -> Any:
     """A config's model without data. Raises NotApplicable where transformers has no causal model for it."""
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not sees(config):
         raise NotApplicable(f"{config.model_type}: transformers has no causal language model of this kind")
     with quiet():
         try:
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
         except Exception as error:  # every config has its own way to fail
             said = (str(error).strip().splitlines() or [""])[0][:120]
             raise NotApplicable(f"{config.model_type}: transformers cannot build this config ({said})") from error

@@ -85,6 +85,9 @@ def open_app(
         list[str] | None,
         typer.Option("--allow-host", help="another name[:port] at which the page is asked for, as by a proxy; *: any"),
     ] = None,
+    results: Annotated[
+        str, typer.Option("--results", help="the folder that the pages Choose and Results write and read")
+    ] = "results",
 ) -> None:
     """Open the workbench in the browser.
 
@@ -103,6 +106,7 @@ def open_app(
         open_browser=not no_open,
         models=allow_model or (),
         hosts=allow_host or (),
+        results=results,
     )
 
 
@@ -128,7 +132,7 @@ def run(
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
     with terminal.working() as bar:
         session = model.session(bar, cache)
-        session.read(text, chat=prompt.chat, progress=bar.progress)
+        session.read(text, images=prompt.image or (), chat=prompt.chat, expecting=recipe, progress=bar.progress)
         tokens = session.stream(recipe, question=question, max_new_tokens=cache.max_new_tokens, progress=bar.progress)
         for token in tokens:
             if live:
@@ -451,7 +455,7 @@ def _compared(
     finished = 0
     with terminal.working() as bar:
         session = model.session(bar, cache)
-        session.read(text, chat=prompt.chat, progress=bar.progress)
+        session.read(text, images=prompt.image or (), chat=prompt.chat, progress=bar.progress)
         rows = session.compare_rows(
             recipes,
             budgets=sizes,

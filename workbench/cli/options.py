@@ -63,6 +63,10 @@ class PromptOptions:
     question: Annotated[
         str | None, typer.Option("--question", help="what to ask after the text (else: go on from it)")
     ] = None
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="a file that the model sees, where the text says <image>, else before it; repeat"),
+    ] = None
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="wrap the text in the model's chat template (default: if it has one)"),

@@ -8,7 +8,7 @@ keeps the switch of its attention implementation to one pass at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.families.in_place import adapted
+from workbench.engine.images import Entered, Images, noting, unchanged
 from workbench.engine.latents import Latents, Noting
 from workbench.engine.masks import AnnouncedMask, Span, announced, checked
 from workbench.engine.standing import standing
@@ -265,13 +266,30 @@ def engaged(model: PreTrainedModel) -> Iterator[None]:
     _make_known()
     with exclusive(model):
         before = model.config._attn_implementation or "eager"  # noqa: SLF001  (there is a public setter only)
+        beside = [(config, config._attn_implementation) for config in _beside(model)]  # noqa: SLF001
         with adapted(model, _attention, _positions) as by_adapters:
             switch = partial(_switch_masks, model) if by_adapters else model.set_attn_implementation
-            switch(NAME)
+
+            def switched(name: str) -> None:
+                switch(name)
+                for config, own in beside:
+                    config._attn_implementation = own  # noqa: SLF001
+
+            switched(NAME)
             try:
                 yield
             finally:
-                switch(before)
+                switched(before)
+
+
+def _beside(model: PreTrainedModel) -> list[Any]:
+    """The configs of what looks at images or listens beside a model's decoder, and keeps its own attention."""
+    config: Any = model.config
+    text = getattr(config, "text_config", None)
+    if text is None or text is not config.get_text_config(decoder=True):
+        return []
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [part for part in parts if part is not None and part is not text]
 
 
 def _switch_masks(model: PreTrainedModel, name: str) -> None:
@@ -298,13 +316,16 @@ def forward(
     cache: States | None = None,
     logits: int = 1,
     mask: Tensor | None = None,
+    images: Images | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """One pass over ids [n] at true positions [n]; returns the last `logits` rows of logits, float32 [logits, v].
 
     cache: what layers that keep another state than keys and values remember of the text before, written on; without it
     such a model reads from the start of a text, and a pass that begins elsewhere raises NotApplicable. mask: any tensor
     of four dimensions. Handlers ignore it, but the model then does not look at the positions to make one, for which the
-    host would wait for the device.
+    host would wait for the device. images: those of the prompt that the tokens are of, or follow. places: which of its
+    tokens they are, int64 [n], if not those of their positions.
     """
     device = device_of(model)
     plain = mask is None and bool((positions.diff() == 1).all())
@@ -326,14 +347,16 @@ def forward(
     stands = standing(model, positions, plain or mask is not None) if cache is None else cache
     # As places, not as a number: given a number, layers that share keys (Gemma 4) drop the queries that it leaves out.
     kept = torch.arange(ids.numel() - min(logits, ids.numel()), ids.numel(), device=device)
-    with engaged(model), torch.inference_mode():
+    with engaged(model), torch.inference_mode(), unchanged(model) if images is not None else nullcontext():
         noting = cast("Noting | None", stands)
         before = _passing.set(_Passing(handler, mask, plain and not alone, positions, cache, noting=noting))
         try:
+            given = {"input_ids": ids.to(device)[None], "position_ids": positions.to(device)[None]}
+            if images is not None:
+                given = images.given(model, ids, positions, places, partial(entered, model, images))
             output = model(
-                input_ids=ids.to(device)[None],
+                **given,
                 attention_mask=mask,
-                position_ids=positions.to(device)[None],
                 past_key_values=cast("Cache | None", stands),
                 use_cache=cache is not None,
                 logits_to_keep=kept,
@@ -341,3 +364,15 @@ def forward(
         finally:
             _passing.reset(before)
         return cast("Tensor", output.logits[0, -kept.numel() :].float())  # some (TrOCR) give all
+
+
+def entered(model: PreTrainedModel, images: Images) -> Entered:
+    """What enters the decoder of the whole prompt. Raises NotApplicable where it sees otherwise than a decoder does."""
+    positions = torch.arange(images.tokens)
+    with engaged(model), torch.inference_mode(), unchanged(model), noting(model, stop=True) as noted:
+        before = _passing.set(_Passing(_Alone(), None, plain=True, positions=positions))
+        try:
+            model(**images.given(model, images.ids, positions, None, partial(entered, model, images)), use_cache=False)
+        finally:
+            _passing.reset(before)
+    return noted[0]

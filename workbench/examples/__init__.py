@@ -1,4 +1,4 @@
-"""Ready prompts: three short texts with a question, and haystacks of any length with one fact hidden in them."""
+"""Ready prompts: four short texts with a question, and haystacks of any length with one fact hidden in them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Example:
 
 # key -> title, question, answer; the texts lie beside this file
 _READY = {
+    "haystack": (
+        "A number in a haystack (about 500 tokens)",
+        "What is the secret number of the watermill?",
+        "19130",
+    ),
     "needle": (
         "A needle in a day by the sea (about 600 tokens)",
         "What is the secret code for the storage room under the clock tower?",
@@ -46,7 +51,7 @@ _READY = {
 
 
 def examples() -> tuple[Example, ...]:
-    """The ready examples: needle, code, dialogue."""
+    """The ready examples: haystack (which the small model that ships answers too), needle, code, dialogue."""
     return tuple(example(key) for key in _READY)
 
 

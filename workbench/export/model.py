@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from workbench import arguments
 from workbench.core.precision import checked
@@ -27,6 +27,7 @@ from workbench.files.folders import located, whole
 from workbench.files.paths import place
 from workbench.measure.memory import tensor_bytes
 from workbench.models import Facts, LoadedModel, facts
+from workbench.models.auto_class import auto_class
 from workbench.models.checkpoint import has_tokenizer
 from workbench.models.generation import writable
 from workbench.models.load import device_for, dtype_for, named_dtype
@@ -267,7 +268,7 @@ def _skeleton(config: Any, dtype: torch.dtype, attention: str | None) -> PreTrai
     known = isinstance(named, type) and issubclass(named, PreTrainedModel)
     with init_empty_weights(), quiet():
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        make = named._from_config if known else AutoModelForCausalLM.from_config  # noqa: SLF001  as AutoModel does it
+        make = named._from_config if known else auto_class(config).from_config  # noqa: SLF001  as AutoModel does it
         model: PreTrainedModel = make(config, dtype=dtype, **options)
     return model
 

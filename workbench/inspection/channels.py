@@ -84,7 +84,7 @@ def _residual_stream(model: PreTrainedModel, trace: Trace, progress: Progress) -
 
     # The lock of `engaged` keeps a run of another session on this model from being watched too.
     with engaged(model), _watching(layers, take):
-        forward(model, _Exact(), trace.ids, torch.arange(trace.tokens))
+        forward(model, _Exact(), trace.ids, torch.arange(trace.tokens), images=trace.prompt.images)
     progress.update("statistics of activations", len(layers), len(layers))
     return LayerStats(dict(sorted(stats.items())))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.bisection import largest
-from workbench.errors import BudgetTooSmall, PromptTooLong
+from workbench.errors import BudgetTooSmall, NotApplicable, PromptTooLong
 from workbench.kv.stores import ChunkStore, DenseStore, SlidingStore, Store
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape, stored_nbytes
 from workbench.models import max_positions
@@ -104,6 +104,11 @@ class ChunkedPrefill(ABC):
 
     # -- the prompt
 
+    def need_text(self) -> None:
+        """Raise NotApplicable for a prompt with images, in the name of a method that moves or compares its tokens."""
+        if self.prompt.images is not None:
+            raise NotApplicable(f"{self.label} moves or compares pieces of a text, which images are not")
+
     @property
     def ids(self) -> Tensor:
         """The prompt, int64 [n]."""
@@ -166,7 +171,7 @@ class ChunkedPrefill(ABC):
     def shape(self, layer: LayerTrace) -> Shape:
         """The size of a layer's uncompressed cache."""
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
-        return Shape(layer.kv_heads, self.tokens, *widths, self.dtype.itemsize, layer.index)
+        return Shape(layer.kv_heads, self.tokens, *widths, self.dtype.itemsize, layer.index, layer.image_span)
 
     def empty(self, layer: LayerTrace, *, scattered: bool = False) -> Store:
         """A store that holds nothing yet: plain, or a window where the layer slides.

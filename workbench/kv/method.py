@@ -134,6 +134,7 @@ class KVMethod(Method):
     )
     evicts_layerwise: ClassVar[bool] = False  # evicts the same positions from all heads of a layer
     evicts_by_position: ClassVar[bool] = False  # what it evicts depends on nothing but the positions held
+    evicts_by_rank: ClassVar[bool] = False  # who leaves by `rescore` is told by its place among so many held ones
     head_adaptive: ClassVar[bool] = False  # gives the heads of a layer different lengths
     state_width: ClassVar[int] = 1  # float32 numbers of eviction state an entry
     question_aware: ClassVar[bool] = False  # reads the prompt for the question: another one needs another prefill

@@ -365,9 +365,8 @@ def held_shape(layer: LayerTrace, dtype: torch.dtype) -> Shape:
     `layer.rows` for one whose latent rows are held.
     """
     tokens = layer.held if layer.shared is None else 0
-    return Shape(
-        layer.kv_heads, tokens, layer.keys_held.shape[-1], layer.values_held.shape[-1], dtype.itemsize, layer.index
-    )
+    widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
+    return Shape(layer.kv_heads, tokens, *widths, dtype.itemsize, layer.index, layer.image_span)
 
 
 def rank(study: Study, method: KVMethod) -> Ranking:

@@ -99,7 +99,7 @@ def profiles_of(study: Study) -> dict[int, Profile]:
     with engaged(study.model):
         hooks = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
         try:
-            forward(study.model, attention, trace.ids[probes], probes)
+            forward(study.model, attention, trace.ids[probes], probes, images=trace.prompt.images)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -255,6 +255,50 @@ class ObservedStore(WrappingStore):
             self._known = steps, self.shortest, max(sizes, default=0)
         return self._known[2]
 
+    def schedule(self, steps: int) -> Iterator[tuple[int, int]] | None:
+        """For each of so many tokens the row that it comes to in every head, and how many rows there are then; None
+        where it takes scores to tell, or heads differ.
+        """
+        rescoring, (where, valid) = self.rescoring, self.slots()
+        if not rescoring.evicting.evicts_by_rank or rescoring.merging is not None or valid is not None:
+            return None
+        if bool((where != where[:1]).any()):
+            return None
+        return self._scheduled(steps, where[0].argsort().tolist())
+
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        """The rows of positions."""
+        return self._inner.placed
+
+    def follow(self, last: int, more: int) -> None:
+        """Know of tokens up to position `last`, whose rows, `more` than there were, are all written."""
+        for rows in (*self.growing, *self.placed):
+            rows.grow(more)
+        self.tokens = self._then = last + 1
+
+    def _scheduled(self, steps: int, slots: list[int]) -> Iterator[tuple[int, int]]:
+        """From slots in the order of their positions. Raises NotApplicable where several leave for one that comes."""
+        ranks: dict[int, int] = {}
+        for leaving in self._leaving_ahead(steps):
+            if leaving > 1:
+                raise NotApplicable(f"{self.rescoring.evicting.key} lets {leaving} entries go for one that comes")
+            held = len(slots)
+            if leaving and held not in ranks:
+                ranks[held] = self._rank(held)
+            slots.append(slots.pop(ranks[held]) if leaving else held)
+            yield slots[-1], len(slots)
+
+    def _rank(self, entries: int) -> int:
+        """The place by position, among so many entries, of the one that leaves first."""
+        assert self.begun is not None
+        where, nothing = torch.arange(entries)[None], torch.empty(1, entries, 0)
+        layer = replace(self.layer, scoring=self.layer.scoring.of(slice(0, 1)))
+        held = view(layer, nothing, nothing, where, where, nothing[:, :0], where[0, :0])
+        room = entries + 1 - self.capacity
+        scores = self._scores(held, Holding(entries, room, int(self._then or 0), *self.begun))
+        return int(scores[0].argsort(stable=True)[0])
+
     @property
     def growing(self) -> tuple[Rows, Rows]:
         return self._captured.growing

@@ -153,6 +153,24 @@ class Timeline:
         ]
         return pd.DataFrame(rows, columns=["run", "time", "phase", "step", "layer", "bytes"])
 
+    def to_trace_events(self) -> dict[str, Any]:
+        """JSON-able, as Perfetto and Chrome's tracing read it: counters of bytes by category and by layer of the cache,
+        and an instant for each phase of each run.
+        """
+        events: list[dict[str, Any]] = []
+        begun: tuple[str, str] | None = None
+        for sample in self._samples:
+            at: dict[str, Any] = {"pid": 1, "tid": 1, "ts": round(sample.time * 1e6)}
+            if (sample.run, sample.phase) != begun:
+                begun = (sample.run, sample.phase)
+                events.append({**at, "name": f"{sample.run} {sample.phase}".strip(), "ph": "i", "s": "g"})
+            events.append({**at, "name": "live bytes", "ph": "C", "args": dict(sample.categories)})
+            if sample.kv_layers:
+                names = sample.numbers or range(len(sample.kv_layers))
+                layers = {f"layer {name}": nbytes for name, nbytes in zip(names, sample.kv_layers, strict=True)}
+                events.append({**at, "name": "KV cache by layer", "ph": "C", "args": layers})
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it back."""
         return {

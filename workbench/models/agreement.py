@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import CheckpointRefused
+from workbench.models.auto_class import auto_class
 from workbench.models.checkpoint import stored
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ def check_size(folder: Path) -> None:
     is missing of a model of about the right size is named by `check_report`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     wanted = sum(weight.numel() for weight in model.parameters())
     held = sum(tensor.elements for tensor in stored(folder).values())
     packing = _PACKING if getattr(config, "quantization_config", None) else 2

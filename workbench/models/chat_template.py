@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,39 @@ def render(
 ) -> str:
     """The text that the tokenizer's chat template makes of `messages`; with the start of an answer if `generate`.
 
-    The same text as `tokenizer.apply_chat_template`. Raises BadPrompt, in one line, for a template that is broken, that
-    refuses these messages, that touches what it must not, or that does not end soon.
+    The same text as `tokenizer.apply_chat_template`. Templates of models that see images may take a content only as a
+    list of parts: where one does not write what is said, it is given these. Raises BadPrompt, in one line, for a
+    template that is broken, that refuses these messages, that touches what it must not, or that does not end soon.
     """
+    said = [m["content"].strip() for m in messages if isinstance(m.get("content"), str)]
+
+    def written(text: str) -> bool:
+        return all(words in text for words in said)
+
+    refused, whole = None, ""
+    try:
+        whole = _rendered(tokenizer, messages, generate=generate, **options)
+    except BadPrompt as error:
+        refused = error
+    if refused is None and written(whole):
+        return whole
+    with suppress(BadPrompt):
+        parted = _rendered(tokenizer, [_in_parts(message) for message in messages], generate=generate, **options)
+        if said and written(parted):
+            return parted
+    if refused is not None:
+        raise refused
+    return whole
+
+
+def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, generate: bool, **options: Any
+) -> str:
     try:
         source = tokenizer.get_chat_template(options.pop("chat_template", None))
         spent = _Spent()

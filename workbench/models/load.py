@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import BadParameter, CheckpointRefused, ModelNotFound
 from workbench.files.paths import place
 from workbench.models.agreement import check_report, check_size, check_ties
+from workbench.models.auto_class import auto_class, sees
 from workbench.models.catalog import catalogue
 from workbench.models.checkpoint import PICKLED, has_tokenizer, stored_dtype, weights_in
 from workbench.models.facts import Facts, facts
@@ -22,7 +24,7 @@ from workbench.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -36,6 +38,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     source: str  # the name, hub id or absolute path it was loaded from
     facts: Facts
+    processor: ProcessorMixin | None = None  # of texts with images; None: the model reads text alone
 
 
 def load(
@@ -61,8 +64,9 @@ def load(
     precision = dtype_for(dtype, target)
     progress.update("load", 0, 1)
     weights = weights_in(path)
+    processor = None
     if weights.is_dir():
-        model, tokenizer = _from_folder(weights, precision)
+        model, tokenizer, processor = _from_folder(weights, precision)
         checkpoint_dtype = named_dtype(stored_dtype(weights))
     else:
         model, tokenizer = read_gguf(weights, precision)
@@ -72,7 +76,8 @@ def load(
     model.eval()
     model.requires_grad_(False)
     progress.update("load", 1, 1)
-    return LoadedModel(model, tokenizer, source, facts(model, name=_short(source), checkpoint_dtype=checkpoint_dtype))
+    known = facts(model, name=_short(source), checkpoint_dtype=checkpoint_dtype)
+    return LoadedModel(model, tokenizer, source, known, processor)
 
 
 def _locate(name: str, progress: Progress) -> tuple[str, Path]:
@@ -99,14 +104,17 @@ def _short(source: str) -> str:
     return Path(source).name or source
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _from_folder(
+    folder: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, ProcessorMixin | None]:
     with quiet():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             check_size(folder)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(str(folder), **safe)
+            loaded: Any = auto_class(config).from_pretrained(
                 str(folder),
                 dtype=dtype,
                 use_safetensors=True,
@@ -128,7 +136,23 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), **safe)
             except Exception as error:
                 raise CheckpointRefused(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-    return model, tokenizer
+        processor = _processor(folder, safe) if sees(config) and tokenizer is not None else None
+    return model, tokenizer, processor
+
+
+def _processor(folder: Path, safe: Mapping[str, Any]) -> ProcessorMixin | None:
+    """What prepares texts with images; None where it cannot be loaded here, so that text can be read all the same."""
+    from transformers import AutoProcessor
+
+    from workbench.models.image_text import folder_has_images, is_processor
+
+    if not folder_has_images(folder):
+        return None
+    try:
+        found = AutoProcessor.from_pretrained(str(folder), **safe)
+    except (ImportError, ValueError, OSError):  # Pillow or torchvision missing; a processor of another kind
+        return None
+    return found if is_processor(found) else None
 
 
 def device_for(device: str | torch.device | None) -> torch.device:

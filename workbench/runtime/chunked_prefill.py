@@ -75,6 +75,7 @@ class ModelPrefill(ChunkedPrefill):
         decoder = _ObservedDecoder(
             self.model, used, self.position, progress=self.progress, observer=observer, states=self.states
         )
+        decoder.images = self.prompt.images
         decoder.reserve(ids.numel())
         self.logits = decoder.feed(ids, positions=positions)[-1].cpu()
         if stores is None:
@@ -96,6 +97,7 @@ class ModelPrefill(ChunkedPrefill):
             )
         self.check_positions(self.position + ids.numel())
         decoder = _LowerLayers(self.model, list(self.stores), self.position, progress=self.progress, last=layer)
+        decoder.images = self.prompt.images
         for store in self.stores[:layer]:
             store.reserve(ids.numel())
         queries_and_keys = decoder.stop(ids)
@@ -106,7 +108,11 @@ class ModelPrefill(ChunkedPrefill):
     def probe(self, ids: Tensor, score: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         probe = _Probe(self, score)
         states = None if self.states is None else self.states.on(self.label)
-        forward(self.model, probe, ids, torch.arange(self.position, self.position + ids.numel()), cache=states)
+        at = torch.arange(self.position, self.position + ids.numel())
+        if self.prompt.images is not None and self.prompt.images.among(ids):
+            raise NotApplicable(f"{self.label} has the model read tokens of images apart from their text")
+        after = self.tokens + torch.arange(ids.numel())  # they are no tokens of the prompt
+        forward(self.model, probe, ids, at, cache=states, images=self.prompt.images, places=after)
         return [probe.scores[layer.index] for layer in self.compressible]
 
     def _sample(self) -> None:

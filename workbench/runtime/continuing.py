@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
+from workbench.engine.images import Images
 from workbench.engine.states import States, keeps_states, states_of
 from workbench_kernels import Scoring
 
@@ -52,11 +53,14 @@ def fresh_states(model: PreTrainedModel) -> States | None:
     return states
 
 
-def states_after(model: PreTrainedModel, ids: Tensor) -> States | None:
-    """The states after ids [n] were read with exact attention; None for a model without any."""
+def states_after(model: PreTrainedModel, ids: Tensor, images: Images | None = None) -> States | None:
+    """The states after ids [n] were read with exact attention; None for a model without any.
+
+    images: those of the prompt that begins with them.
+    """
     states = fresh_states(model)
     if states is not None and ids.numel():
-        forward(model, _Here(), ids, torch.arange(ids.numel()), cache=states)
+        forward(model, _Here(), ids, torch.arange(ids.numel()), cache=states, images=images)
     return states
 
 

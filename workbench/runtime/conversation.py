@@ -162,6 +162,7 @@ class Conversation:
             learnt=trace.learnt,
             fusing=self.fusing,
             states=self.plan.states,
+            images=trace.prompt.images,
         )
 
     def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:
@@ -183,7 +184,14 @@ class Conversation:
             )
 
         def plain_decoder() -> Decoder:
-            return Decoder(self.plain_model, plain.stores(), plain.position, states=plain.states, fusing=self.fusing)
+            return Decoder(
+                self.plain_model,
+                plain.stores(),
+                plain.position,
+                states=plain.states,
+                fusing=self.fusing,
+                images=plain.trace.prompt.images,
+            )
 
         against = reference(plain.trace, plain_decoder, asked, run.max_new_tokens, self.facts.eos_ids, progress, given)
         answer = run.tokens if given is None else None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of, devices_of, forward
 from workbench.errors import NotApplicable
-from workbench.kv.stores.capabilities import Capturable
+from workbench.kv.stores.capabilities import Capturable, Scheduled
 from workbench.kv.stores.rows import Rows
 from workbench.measure.memory import tensor_bytes
 from workbench.runtime.decode import Decoder
-from workbench.runtime.evicting_step import EvictingLayer
+from workbench.runtime.evicting_step import EvictingLayer, Foretold, Places, ScheduledLayer
 from workbench.runtime.fused_step import FusedStep
 from workbench.runtime.no_waiting import NoWaiting
 from workbench.runtime.plain_layers import device_weight, plain_layers
@@ -38,6 +39,8 @@ def refusal(decoder: Decoder, steps: int = 1) -> str | None:
         return f"{decoder.evicting.key} makes room while decoding"
     if decoder.attention is not None:
         return f"{decoder.attention.key} attends in its own way while decoding"
+    if decoder.images is not None and decoder.images.coordinates is not None:
+        return "the images of the prompt take other positions than their tokens"
     if decoder.states is not None:
         return "some layers keep another state than keys and values"
     if decoder.outputs is not None:
@@ -102,8 +105,8 @@ class CapturedStep:
         self._graph = graph
         device = device_of(decoder.model)
         with torch.inference_mode():
-            stores = list(_capturable(decoder))
-            self._evicting = [store for store in stores if isinstance(store, EvictingLayer)]
+            stores = list(_capturable(decoder, steps))
+            self._overwriting = [store for store in stores if isinstance(store, _OVERWRITING)]
             for store in stores:
                 if store.steps_until_settled == 0:
                     store.settle()
@@ -117,7 +120,7 @@ class CapturedStep:
             self._lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
             self._counters = torch.zeros(sum(sizes) + 2, dtype=torch.long, device=device)
             self._grow = torch.ones_like(self._lengths)
-            replacing = (isinstance(store, EvictingLayer) and store.replaces for store in stores)
+            replacing = (isinstance(store, _OVERWRITING) and store.replaces for store in stores)
             both = [sum(sizes[i : i + 2]) for i in range(0, len(sizes), 2)]
             for part, stays in zip(self._grow.split(both), replacing, strict=True):
                 part.fill_(not stays)
@@ -132,7 +135,7 @@ class CapturedStep:
             self._out = torch.zeros(steps, dtype=torch.long, device=device)
             self._mask = torch.zeros(1, 1, 1, 1, device=device)
         self._seen = torch.empty(steps, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._launched = self._settled = 0
+        self._launched = self._settled = self._caught_up = 0
         self._fused = FusedStep(self.model, self._layers) if fused and plain_layers(self.model) else None
         self._replay: Callable[[], object] | None = None
         self.memory = decoder.memory
@@ -172,7 +175,7 @@ class CapturedStep:
         """
         if self._replay is None:
             with torch.inference_mode():
-                evicted = (x for store in self._evicting for x in store.changed)
+                evicted = (x for store in self._overwriting for x in store.changed)
                 changed = (self._lengths, self._counters, self._token, *evicted)
                 before = [x.clone() for x in changed]
                 if self._token.is_cuda and self._graph:
@@ -217,11 +220,13 @@ class CapturedStep:
             while self._launched < self.steps or waiting is not None:
                 begun = None
                 # What was quantised or written over cannot be taken back: first see whether the answer has ended.
-                if self._launched < self.steps and (waiting is None or (self.due > 0 and not self._evicting)):
+                if self._launched < self.steps and (waiting is None or (self.due > 0 and not self._overwriting)):
                     begun = self.launch(min(self._every, self.steps - self._launched))
                 tokens = [] if waiting is None else self._tokens(*waiting)
-                if self._evicting and tokens and tokens[-1] not in eos and self._launched < self.steps:
+                if self._overwriting and tokens and tokens[-1] not in eos and self._launched < self.steps:
                     begun = self.launch(1)
+                if self._overwriting:
+                    self._catch_up(self._launched)  # while the device works
                 for token in tokens:
                     kept += 1
                     yield token
@@ -229,12 +234,12 @@ class CapturedStep:
                         return
                 waiting = begun
         finally:
-            self._end(self._launched if self._evicting else kept)
+            self._end(self._launched if self._overwriting else kept)
 
     @property
     def _every(self) -> int:
         """Steps after which the host looks at the tokens."""
-        return 1 if self._evicting else EVERY
+        return 1 if self._overwriting else EVERY
 
     @property
     def due(self) -> int:
@@ -265,14 +270,15 @@ class CapturedStep:
 
     def _catch_up(self, steps: int) -> None:
         """Let the stores know of all rows up to those of the first `steps` steps."""
-        more = steps - self._settled
+        more = steps - self._caught_up
         if more:
             self.decoder.advance(more, [layer.store for layer in self._layers])
-        self._settled = steps
+        self._caught_up = steps
 
     def _settle(self) -> None:
         with torch.inference_mode():
             self._catch_up(self._launched)
+            self._settled = self._launched
             for layer in self._layers:
                 layer.settle()
 
@@ -281,14 +287,22 @@ class CapturedStep:
             self._catch_up(kept)
 
 
-def _capturable(decoder: Decoder) -> Iterator[Capturable]:
+def _capturable(decoder: Decoder, steps: int) -> Iterator[Capturable]:
     """What steps write into, layer by layer."""
+    foretold: Foretold = {}
+    evicting = decoder.evicting
     for store, capacity in zip(decoder.stores, decoder.capacity, strict=True):
-        replaceable = None if decoder.evicting is None or store.rescored is not None else store.replaceable
-        if decoder.evicting is not None and replaceable is not None:
-            yield EvictingLayer(replaceable, decoder.evicting, capacity or 0)
-        elif store.capturable is not None:
-            yield store.capturable
+        capturable, replaceable, rescored = store.capturable, store.replaceable, store.rescored
+        schedule = None if evicting is None or rescored is None or capturable is None else rescored.schedule(steps)
+        if schedule is not None:
+            yield ScheduledLayer(cast("Scheduled", capturable), schedule, decoder.position)
+        elif evicting is not None and rescored is None and replaceable is not None:
+            yield EvictingLayer(replaceable, evicting, capacity or 0, decoder.position, steps, foretold)
+        elif capturable is not None:
+            yield capturable
+
+
+_OVERWRITING = (EvictingLayer, ScheduledLayer)
 
 
 def capture(decoder: Decoder, token: int, steps: int) -> CapturedStep:
@@ -355,8 +369,9 @@ class _Layer:
         keys, values = self._grown
         assert keys.ends is not None
         assert values.ends is not None
-        if isinstance(self.store, EvictingLayer):
-            self.store.take_in(self.pins.position, keys.ends, values.ends)
+        if isinstance(self.store, _OVERWRITING):
+            places = (Places(static.ends, static.ragged.lengths) for static in self._grown if static.ends is not None)
+            self.store.take_in(self.pins.position, *places)
         return keys.rows.data, keys.ends, values.rows.data, values.ends
 
     def append(self, key: Tensor, value: Tensor) -> None:

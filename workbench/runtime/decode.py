@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext
 from workbench.engine.attention_hook import device_of, forward, latents
+from workbench.engine.images import Images
 from workbench.engine.states import States
 from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.base import KVMethod
@@ -42,7 +43,8 @@ class Decoder:
     memory: what modules of a compressed model remember of the run, at first of its prompt; a copy of its own.
     notes: what a run has to say about how it was decoded. learnt: what `attention` learnt of the model. states: what
     layers that keep another state than keys and values remember of the text so far, at first of the prompt; a copy of
-    its own. None: the model has no such layers, or begins to read.
+    its own. None: the model has no such layers, or begins to read. images: those of the prompt, which say where it is
+    and what follows it is turned to.
     fusing: where `fuse` finds a way to read single tokens without the model's modules, `fused` once it has.
     """
 
@@ -61,6 +63,7 @@ class Decoder:
     fusing: SingleTokens | None = field(default=None, repr=False)
     fused: SingleToken | None = field(init=False, default=None, repr=False)
     states: States | None = field(default=None, repr=False)
+    images: Images | None = field(default=None, repr=False)
     by_store: tuple[int, ...] = field(init=False, default=())
     notes: list[str] = field(init=False, default_factory=list)
     _live: LiveBytes | CudaBytes | None = field(default=None, repr=False)
@@ -104,8 +107,8 @@ class Decoder:
                 store.reads(part, self._positions)
             if measure:
                 rows.append(self._measured(part, logits))
-            elif self.fused is not None and part.numel() == 1:
-                rows.append(self.fused(self, part, self._positions)[1 - min(logits, 1) :])
+            elif self.fused is not None and part.numel() == 1 and (said := self._said()) is not None:
+                rows.append(self.fused(self, part, said)[1 - min(logits, 1) :])
             else:
                 rows.append(self._forward(part, logits))
             self.position = int(self._positions[-1]) + 1
@@ -164,6 +167,12 @@ class Decoder:
             self.outputs[layer].append(out)
         self._leave(before)
         return out
+
+    def _said(self) -> Tensor | None:
+        """Where the token of this pass, which comes alone, is turned to, [1]; None within a prompt with images."""
+        if self.images is None:
+            return self._positions
+        return self.images.turned_to(self._positions) if int(self._positions) >= self.images.tokens else None
 
     def _positions_on(self, device: torch.device) -> Tensor:
         """The positions of this pass on a device, which is not waited for where one token comes."""
@@ -244,12 +253,12 @@ class Decoder:
         positions = torch.arange(self.position, self.position + count)
         for layer, (store, capturable) in enumerate(zip(self.stores, stores, strict=True)):
             self._context.layer, self._context.positions = layer, positions
-            before = store.entries
             capturable.advance(positions)
             self._causal += heads * int((positions + 1).sum())
-            grown = store.entries > before
-            for some in (positions,) if grown else positions.split(1):  # of a full cache each sees as much
-                self._count_exact(store, heads, some, None)
+            counted = self._context.computed[layer]
+            self._count_exact(store, heads, positions, None)
+            if (selected := store.holder.scores_computed) is not None:
+                self._context.computed[layer] = counted + selected
         self.position += count
 
     def stand(self, position: Tensor) -> None:
@@ -274,6 +283,7 @@ class Decoder:
         """An independent continuation from here; it counts score entries anew."""
         stores = cloned(self.stores)
         twin = Decoder(self.model, stores, self.position, self.evicting, self.attention, states=self.states)
+        twin.images = self.images
         twin._context = PassContext(len(stores), self._context.tokens, state=dict(self._context.state))
         twin.capacity = list(self.capacity)
         twin.activations, twin.workspace = self.activations, self.workspace
@@ -371,7 +381,7 @@ class Decoder:
 
     def _forward(self, part: Tensor, logits: int) -> Tensor:
         count = min(logits, part.numel())
-        return forward(self.model, self, part, self._positions, cache=self.states, logits=count)
+        return forward(self.model, self, part, self._positions, cache=self.states, logits=count, images=self.images)
 
     def _measured(self, part: Tensor, logits: int) -> Tensor:
         with live_bytes(device_of(self.model)) as live:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.engine.attention_hook import device_of, exclusive, remembering
+from workbench.engine.images import image_token, unchanged
 from workbench.errors import NotApplicable
 from workbench.kv.methods.full import Full
 from workbench.models import Facts, cache_dir
@@ -30,6 +31,8 @@ from workbench.runtime.prefill import read
 from workbench.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from workbench.trace import Trace
@@ -73,9 +76,49 @@ def verify(model: PreTrainedModel, facts: Facts, progress: Progress | None = Non
                 "keeps state, positions or masks of its own that are not reproduced here, and no figure would be true. "
                 "Session(..., trust=True) goes on all the same"
             )
+    _remember(seal)
+
+
+def _remember(seal: Path) -> None:
     with suppress(OSError):  # a cache that cannot be written: the model is looked at again next time
         seal.parent.mkdir(parents=True, exist_ok=True)
         seal.touch()
+
+
+def verify_images(model: PreTrainedModel, facts: Facts, trace: Trace) -> None:
+    """Raise NotApplicable where what was read of a prompt with images differs from the model's own `generate`.
+
+    Compared are the logits after the prompt and after one token more. A model that passes is remembered as `verify`
+    remembers it.
+    """
+    images, seal = trace.prompt.images, cache_dir() / "exact" / f"{fingerprint(model)}-images"
+    if images is None or seal.exists():
+        return
+    device = device_of(model)
+    with exclusive(model), unchanged(model), torch.inference_mode(), quiet():
+        generating: Any = model
+        own = generating.generate(
+            input_ids=trace.ids.to(device)[None],
+            attention_mask=torch.ones_like(trace.ids, device=device)[None],
+            **{name: tensor.to(device) for name, tensor in images.inputs.items()},
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    plan = make_plan(trace, [Full()], _precision(model), model=model)
+    decoder = Decoder(model, plan.stores(), plan.position, memory=trace.memory, states=plan.states)
+    decoder.images = images
+    got = torch.cat([trace.logits[None].to(device), decoder.feed(own.sequences[0, trace.tokens : trace.tokens + 1])])
+    wrong = _wrong(torch.cat(own.logits).float(), got, _precision(model))
+    if wrong is not None:
+        raise NotApplicable(
+            f"{facts.name} ({type(model).__name__}): {wrong} a prompt with images gives other logits than the model "
+            "itself, so no figure would be true; Session(..., trust=True) goes on all the same"
+        )
+    _remember(seal)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -135,8 +178,9 @@ def _parts(ids: Tensor) -> list[Tensor]:
 
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits [r, v] as the model itself computes them, with its own cache: after the last token that is read at once
-    and all that are decoded. Where layers keep states, positions are said, as `generate` does, and those that would
-    be lost among several tokens are given one after another. A model without a cache reads everything each time.
+    and all that are decoded. Where layers keep states, or images seen before may have moved positions, these are said,
+    as `generate` does; tokens whose states would be lost among several are given one after another. A model without a
+    cache reads everything each time.
     """
     rows: list[Tensor] = []
     cache, states, end = None, fresh_states(model), 0
@@ -148,7 +192,7 @@ def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
             inputs = ids[at:end].to(device_of(model))[None]
             count = part.numel() if rows else 1
             where = torch.arange(at, end, device=inputs.device)[None]
-            said = {} if states is None else {"position_ids": where}
+            said = {"position_ids": where} if states is not None or image_token(model) is not None else {}
             output: Any = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=count, **said)
             cache = getattr(output, "past_key_values", None)
             rows.append(output.logits[0, -count:].float())

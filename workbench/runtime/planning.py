@@ -86,10 +86,11 @@ def study_of(
         return Study(trace, progress=progress)
 
     def forcing(stores: list[Store], position: int, ids: Tensor) -> Tensor:
-        states = trace.states
+        states, images = trace.states, trace.prompt.images
         if position != trace.tokens:
-            states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position]))
+            states = trace.once(("states at", position), lambda: states_after(model, trace.ids[:position], images))
         decoder = Decoder(model, stores, position, progress=progress, memory=trace.memory, states=states)
+        decoder.images = images
         return decoder.feed(ids, logits=ids.numel())
 
     return Study(trace, model, progress, forcing=forcing, measured=measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from workbench.attention.base import AttentionMethod, PassContext, visible_entries, within_a_chunk
 from workbench.core.causal_attention import causal_attention
-from workbench.engine.attention_hook import device_of, forward, latents
+from workbench.engine.attention_hook import device_of, entered, forward, latents
+from workbench.engine.images import Images, noting
 from workbench.engine.latents import Latents
 from workbench.engine.states import States, attending
 from workbench.errors import BadPrompt, NotApplicable, PromptTooLong
@@ -29,6 +31,8 @@ from workbench_kernels import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from workbench.core.rope import Rotation
 
 
 @dataclass
@@ -143,6 +147,21 @@ def _held(key: Tensor, value: Tensor, scoring: Scoring) -> Latents | None:
     return rows.looked_at()
 
 
+def with_images(layer: LayerTrace, images: Images | None) -> LayerTrace:
+    """A layer that knows which tokens stand for images, and where these are not turned by their places."""
+    if images is None:
+        return layer
+    rotary = layer.rotary if images.coordinates is None else _by_coordinates
+    return replace(layer, rotary=rotary, images=images.which)
+
+
+def _by_coordinates(_read: int) -> Rotation:
+    raise NotApplicable(
+        "tokens of images are rotated by height and width (M-RoPE) here and not by their places in the text; methods "
+        "that rotate keys cannot be applied to this prompt"
+    )
+
+
 def _combined_window(
     model_window: int | None, method: AttentionMethod | None, layer: int, layers: int, tokens: int
 ) -> int | None:
@@ -215,7 +234,13 @@ def read(
             numbers,
             states,
         )
-        logits = forward(model, recorder, prompt.ids, torch.arange(tokens), cache=states)[-1]
+        images = prompt.images
+        with ExitStack() as leaving:
+            noted = [] if images is None else leaving.enter_context(noting(model))
+            logits = forward(model, recorder, prompt.ids, torch.arange(tokens), cache=states, images=images)[-1]
+        if images is not None:
+            prompt = replace(prompt, images=images.placed(noted[0].coordinates))
+            recorder.layers = {index: with_images(layer, prompt.images) for index, layer in recorder.layers.items()}
     _check_layers(recorder.layers, numbers, facts.name)
     if states is not None and states.untouched:
         raise NotApplicable(
@@ -310,17 +335,21 @@ def read_unrecorded(
     For prompts that a method will read in bounded memory. Raises BadPrompt, NotApplicable.
     """
     tokens = prompt.ids.numel()
+    ids = prompt.ids[:1]
+    if prompt.images is not None:
+        ids = prompt.ids[~prompt.images.mask][:1]  # any will do that needs no image
+        prompt = replace(prompt, images=prompt.images.placed(entered(model, prompt.images).coordinates))
     first = read(
         model,
         facts,
-        replace(prompt, ids=prompt.ids[:1]),
+        replace(prompt, ids=ids, images=None),
         keep_on=keep_on,
         weight_nbytes=weight_nbytes,
         rotations=rotations,
         progress=progress,
     )
     check_vocabulary(prompt.ids, facts.vocab_size, facts.name)
-    layers = tuple(layer.blank(tokens) for layer in first.layers)
+    layers = tuple(with_images(layer.blank(tokens), prompt.images) for layer in first.layers)
     gone = tuple(layer.blank(tokens) for layer in first.gone)
     logits = torch.full_like(first.logits, torch.nan)
     return Trace(prompt, layers, logits, 0.0, exact_layers(layers, None), Timeline("read"), gone=gone)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from workbench import arguments
 from workbench.attention.base import AttentionMethod
-from workbench.errors import BadRecipe, NotRead
+from workbench.engine.images import image_token
+from workbench.errors import BadPrompt, BadRecipe, NotRead
 from workbench.kv.base import KVMethod
 from workbench.kv.methods.full import Full
 from workbench.kv.plan import Plan
 from workbench.models import Facts, LoadedModel, Rotations
 from workbench.progress import Progress
-from workbench.prompt import Prompt, Text
+from workbench.prompt import Prompt, Text, has_images, has_messages
 from workbench.recipe import Recipe
-from workbench.runtime.exactness import verify
+from workbench.runtime.exactness import verify, verify_images
 from workbench.runtime.planning import make_plan
 from workbench.runtime.prefill import read, read_unrecorded, seen
 from workbench.runtime.single_tokens import SingleTokens
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.measure.memory import Timeline
+    from workbench.models.image_text import Picture
     from workbench.registry import Method
     from workbench.trace import Trace
     from workbench.weights.calibration.study import WeightStudy
@@ -59,6 +61,7 @@ class Readings:
     ) -> None:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
+        self.processor = loaded.processor
         self.facts: Facts = loaded.facts
         self.kv_dtype = kv_dtype
         self.keep_on = keep_on
@@ -72,31 +75,59 @@ class Readings:
         self._others: OrderedDict[tuple[tuple[Method, ...], AttentionMethod | None], Trace] = OrderedDict()
 
     def read(
-        self, text: Text, *, chat: bool | None = None, record: bool = True, progress: Progress | None = None
+        self,
+        text: Text,
+        *,
+        images: Sequence[Picture] = (),
+        chat: bool | None = None,
+        record: bool = True,
+        progress: Progress | None = None,
+        begun: Callable[[int], None] | None = None,
     ) -> Trace:
-        """Read a prompt in place of the one before, which stays if this fails; see `Session.read`."""
+        """Read a prompt in place of the one before, which stays if this fails; see `Session.read`.
+
+        begun: told how many tokens will be read, before they are.
+        """
         if chat is not None:
             arguments.flag("chat", chat)
         arguments.flag("record", record)
-        prompt = replace(Prompt.of(text, self.tokenizer, chat), tokenizer=self.tokenizer)
+        prompt = replace(self._prompt(text, images, chat), tokenizer=self.tokenizer)
         if not self.trusted:
             verify(self.model, self.facts, progress)
-            self.trusted = True
+        if begun is not None:
+            begun(prompt.ids.numel())
         trace = (read if record else read_unrecorded)(
             self.model,
             self.facts,
             prompt,
             keep_on=self.keep_on,
-            weight_nbytes=self.facts.weight_bytes,
+            weight_nbytes=self.variants.nbytes(()),
             rotations=self.rotations,
             progress=progress,
         )
+        if not self.trusted and prompt.images is not None and record:
+            verify_images(self.model, self.facts, trace)
+        self.trusted = self.trusted or prompt.images is None
         self.count += 1
         self.facts = seen(self.facts, trace)
         self._others.clear()
         self.plain = trace
         self.timelines.append(trace.timeline)
         return trace
+
+    def _prompt(self, text: Text, images: Sequence[Picture], chat: bool | None) -> Prompt:
+        """What is read, by the model's processor where images are among it. Raises BadPrompt."""
+        if not len(images) and not has_images(text):
+            return Prompt.of(text, self.tokenizer, chat)
+        if self.processor is None or self.tokenizer is None:
+            raise BadPrompt(
+                f"images are prepared by a model's own processor, and this session has none for {self.facts.name}: "
+                "open a folder of a model that sees images, or give (model, processor), with Pillow installed, and "
+                "torchvision for some processors"
+            )
+        if not isinstance(text, str) and not has_messages(text):
+            raise BadPrompt("images go with a text or chat messages, not with token ids")
+        return Prompt.with_images(text, images, self.processor, self.tokenizer, image_token(self.model), chat)
 
     def restore(self, trace: Trace, timelines: Sequence[Timeline]) -> None:
         """Take over a reading made earlier; timelines: of the runs on it."""

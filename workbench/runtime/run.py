@@ -21,6 +21,7 @@ from workbench.measure.quality import Quality
 from workbench.measure.timing import Timing
 from workbench.progress import Progress
 from workbench.recipe import Recipe
+from workbench.runtime.compiling import telling
 from workbench.runtime.decode import Decoder
 from workbench.runtime.evaluate import Evaluation
 
@@ -242,7 +243,8 @@ class Stream(Iterator[Token]):
 
     def __next__(self) -> Token:
         try:
-            return next(self._steps)
+            with telling(self._progress):
+                return next(self._steps)
         except StopIteration as finished:
             if finished.value is not None:
                 self._run = finished.value

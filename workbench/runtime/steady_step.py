@@ -128,6 +128,8 @@ def _unsteady(decoder: Decoder, steps: int) -> str | None:
         return "its cache grows"
     if decoder.attention is not None or decoder.outputs is not None or decoder.turns(steps):
         return "its attention is not the same in each step"
+    if decoder.images is not None and decoder.images.coordinates is not None:
+        return "the images of the prompt take other positions than their tokens"
     return None
 
 

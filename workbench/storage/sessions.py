@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.engine.attention_hook import device_of
+from workbench.engine.images import Images
 from workbench.engine.latents import Latents, expansions
 from workbench.engine.states import attending
 from workbench.errors import CheckpointRefused, InputError, ModelNotFound, NotRead, UnknownMethod, WorkbenchError
@@ -31,6 +32,7 @@ from workbench.prompt import Prompt
 from workbench.recipe import Recipe
 from workbench.runtime.continuing import restored
 from workbench.runtime.evaluate import Evaluation
+from workbench.runtime.prefill import with_images
 from workbench.runtime.readings import Readings
 from workbench.runtime.run import Run, RunState
 from workbench.trace import LayerTrace, Trace
@@ -163,6 +165,7 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "chat": trace.prompt.chat,
         **{name: getattr(trace.prompt, name) for name in ("open_turn", "closing", "held")},
         "prompt_notes": list(trace.prompt.notes),
+        "images": None if trace.prompt.images is None else _describe_images(trace.prompt.images, tensors),
         "read_seconds": trace.read_seconds,
         "layers": [
             {
@@ -183,6 +186,14 @@ def _describe_trace(trace: Trace, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "computed": list(trace.computed),
         "states": list(states),
     }
+
+
+def _describe_images(images: Images, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors["images.which"] = images.which
+    if images.coordinates is not None:
+        tensors["images.coordinates"] = images.coordinates
+    tensors.update({f"images.inputs.{name}": tensor for name, tensor in images.inputs.items()})
+    return {"inputs": list(images.inputs), "coordinates": images.coordinates is not None}
 
 
 def _describe_run(index: int, run: Run, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -385,9 +396,10 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
                 latents=latents,
             )
         )
+    images = _images(saved.get("images"), ids, tensor)
     return Trace(
-        _prompt(saved, ids, readings.tokenizer),
-        tuple(layers),
+        replace(_prompt(saved, ids, readings.tokenizer), images=images),
+        tuple(with_images(layer, images) for layer in layers),
         tensor("logits"),
         float(saved["read_seconds"]),
         {int(layer): str(reason) for layer, reason in saved["exact"].items()},
@@ -395,6 +407,19 @@ def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Rea
         tuple(int(entries) for entries in saved.get("computed", ())),
         states=restored(model, {str(name): tensor(f"states.{name}") for name in saved.get("states", ())}),
     )
+
+
+def _images(saved: dict[str, Any] | None, ids: Tensor, tensor: Callable[[str], Tensor]) -> Images | None:
+    """The images of a prompt of token ids [n]."""
+    if saved is None:
+        return None
+    which = tensor("images.which")
+    coordinates = tensor("images.coordinates") if saved["coordinates"] else None
+    whole = which.shape == ids.shape and which.dtype == torch.int64 and int(which.max()) < ids.numel()
+    if not whole or (coordinates is not None and coordinates.shape != (3, ids.numel())):
+        raise ValueError("images of a prompt of another length")
+    inputs = {str(name): tensor(f"images.inputs.{name}") for name in saved["inputs"]}
+    return Images(inputs, ids, which, coordinates)
 
 
 def _latents(rows: Latents, keys: Tensor, values: Tensor) -> Latents:

@@ -22,6 +22,7 @@ from workbench.runtime.comparison import budget_of, told
 from workbench.runtime.run import Question, Run
 from workbench.runtime.task_evaluation import Answered, answered, encoding
 from workbench.sweep.fingerprint import fingerprint
+from workbench.sweep.measured import bytes_of, prompt_hash, quality_of, times_of
 from workbench.version import __version__
 
 if TYPE_CHECKING:
@@ -198,39 +199,18 @@ class Bench:
 
     def _of_case(self, case: Case, trace: Trace) -> Row:
         text = case.text if isinstance(case.text, str) else None
-        ids = trace.ids.cpu().numpy().tobytes()
-        row: Row = {"prompt_tokens": trace.tokens, "prompt_hash": hashlib.sha256(ids).hexdigest()[:32]}
+        row: Row = {"prompt_tokens": trace.tokens, "prompt_hash": prompt_hash(trace)}
         if self.keep_text:
             row |= {"prompt": text, "question": case.question, "expected": canonical(case.answers)}
         return row
 
     def _measured(self, done: Answered) -> Row:
         run, plan, figures = done.run, done.run.plan, done.figures
-        weights = run.recipe.family("weights")
-        live = self.session.readings.variants.nbytes(weights)
-        deployed = self.session.readings.variants.deployed_nbytes(weights)
-        cache = plan.nbytes + plan.state_nbytes
         kept = hashlib.sha256(str(tuple(plan.tiers.shape)).encode() + plan.tiers.cpu().numpy().tobytes())
         row: Row = {
-            "kv_nbytes": plan.nbytes,
-            "kv_full_nbytes": plan.full_nbytes,
-            "kv_host_nbytes": plan.host_nbytes,
-            "state_nbytes": plan.state_nbytes,
-            "weight_nbytes": live,
-            "weight_deployed_nbytes": deployed,
-            "total_nbytes": cache + live,
-            "deployed_nbytes": cache + deployed,
-            "peak_nbytes": run.memory.device_peak,
-            "kv_share": plan.share,
-            "score_share": plan.trace.score_share,
+            **bytes_of(run, self.session.readings.variants),
+            **quality_of(figures),
             "kept_hash": kept.hexdigest()[:32],
-            "kl": figures.kl,
-            "kl_max": figures.kl_max,
-            "top1": figures.top1_agreement,
-            "nll": figures.nll,
-            "nll_reference": figures.nll_reference,
-            "nll_difference": figures.nll_difference,
-            "perplexity": figures.perplexity,
             "notes": list(run.notes),
             "read_s": plan.read_seconds,
             "plan_s": run.timing.plan_s,
@@ -244,9 +224,7 @@ class Bench:
             "full_correct": done.full_right,
             "score": done.score,
             "full_score": done.full_score,
-            "first_token_s": run.timing.first_token_s,
-            "decode_s": run.timing.decode_s,
-            "tokens_per_s": run.timing.tokens_per_s,
+            **times_of(run),
         }
         return row | ({"text": done.text, "full_text": done.full_text} if self.keep_text else {})
 

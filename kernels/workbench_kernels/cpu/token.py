@@ -159,6 +159,8 @@ def _reads(rows: Ragged | PackedRows) -> bool:
         return False
     if isinstance(rows, Ragged):
         return True
+    if rows.zero is None:
+        return False
     whole_vectors = width * rows.bits // 8 % _WIDE == 0
     groups = rows.axis == "channel" or (rows.group % _WIDE == 0 and rows.balance is None)
     halves = (rows.scale.data, rows.zero.data, *(() if rows.balance is None else (rows.balance,)))
@@ -202,6 +204,7 @@ def _side(rows: Ragged | PackedRows) -> tuple[_Side, int]:
         form=_FORMS[tail.data.dtype],
     )
     if isinstance(rows, PackedRows) and rows.codes.longest:
+        assert rows.zero is not None
         side.codes, side.scale, side.zero = (x.data.data_ptr() for x in (rows.codes, rows.scale, rows.zero))
         side.starts, side.lengths = rows.codes.starts.data_ptr(), rows.codes.lengths.data_ptr()
         side.scale_starts, side.zero_starts = rows.scale.starts.data_ptr(), rows.zero.starts.data_ptr()

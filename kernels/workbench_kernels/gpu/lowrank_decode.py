@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -75,12 +76,13 @@ def _circle(revolutions, EXACT: tl.constexpr):
         return cos, sin
 
 
-@triton.jit(do_not_specialize=["queries", "programs"])
+@triton.jit(do_not_specialize=["queries", "programs", "rank", "value_rank"])
 def _attend(
     query, keys, values, basis, low_table, high_table, frequencies, key_starts, value_starts, lengths, positions,
     position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs, rank, value_rank,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, RKP: tl.constexpr, FULL: tl.constexpr,
-    RVP: tl.constexpr, VFULL: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
+    UNIT: tl.constexpr, RVP: tl.constexpr, VFULL: tl.constexpr,
+    VUNIT: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
     COARSE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, PLACED: tl.constexpr, SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +91,8 @@ def _attend(
     Rotating a key to its position is rotating it from where its tile (or, PLACED, its run) begins, and the query back
     to there. So where rows are their own positions, all tiles rotate keys by the same angles, which stay in registers.
     """
-    RK = RKP if FULL else rank
-    RV = RVP if VFULL else value_rank
+    RK = RKP if FULL else tl.multiple_of(rank, UNIT)
+    RV = RVP if VFULL else tl.multiple_of(value_rank, VUNIT)
     pid = tl.program_id(0)
     rows = tl.program_id(1) * R + tl.arange(0, R)
     heads, t, d = tl.arange(0, KP), tl.arange(0, TILE), tl.arange(0, HALFP)
@@ -197,7 +199,7 @@ def decode_rotated(
     rows, block, blocks = rows_of(query, heads)
     warps, tile, stages, per_processor = config or (CONFIGS[0] if max(rank, value_rank) <= 128 else WIDE)
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
-    # Ranks are numbers of a layer: but for those that fill their tile, one kernel serves them all.
+    # Ranks are numbers of a layer: one kernel serves all that fill no tile and whose rows are aligned alike.
     wide, value_wide = max(power(rank), 16), max(power(value_rank), 16)
     slots = Slots.of(programs + heads, 1, rows, value_wide, query.device)
     _attend[(programs, blocks)](
@@ -205,7 +207,8 @@ def decode_rotated(
         rotary.frequencies, keys.starts, values.starts, keys.lengths, None if positions is None else positions.data,
         None if positions is None else positions.starts, query_positions, *slots, scoring.scale * LOG2E,
         (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, rank, value_rank, K=heads, KP=power(heads),
-        ROWS=rows, R=block, RKP=wide, FULL=wide == rank, RVP=value_wide, VFULL=value_wide == value_rank, HALF=half,
+        ROWS=rows, R=block, RKP=wide, FULL=wide == rank, UNIT=math.gcd(rank, 8), RVP=value_wide,
+        VFULL=value_wide == value_rank, VUNIT=math.gcd(value_rank, 8), HALF=half,
         HALFP=max(power(half), 16), TILE=tile, COARSE=LOW, STAGES=stages, MASKED=query_positions is not None,
         PLACED=positions is not None, SOFTCAP=scoring.softcap is not None, EXACT=interpreted(),
         num_warps=warps,

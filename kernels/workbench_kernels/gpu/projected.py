@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.gpu.split import power
-from workbench_kernels.projected import Turns
+from workbench_kernels.rotary import Turns
 from workbench_kernels.rows import Ragged
 
 _DIRECTIONS = 16  # of the basis, at once

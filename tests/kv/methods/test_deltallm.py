@@ -14,11 +14,12 @@ from tests.kv.support import tiers_of, trace_of
 from workbench.errors import BudgetTooSmall
 from workbench.examples import needle
 from workbench.kv import AdaKV, DeltaLLM, Mustafar, SnapKV
-from workbench.kv.stores.delta import DeltaFormat, DeltaStore, count_of, deltas, restored
+from workbench.kv.stores.delta import DeltaFormat, DeltaStore, count_of, deltas
 from workbench.kv.stores.format import DenseFormat, Shape
 from workbench.runtime.planning import make_plan
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, unpack
+from workbench_kernels.rows import restored
 
 if TYPE_CHECKING:
     import workbench as wb

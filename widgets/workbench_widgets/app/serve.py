@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from secrets import token_bytes
 from typing import Any
 
 from workbench.errors import BadParameter, MissingExtra
+from workbench.files.folders import located
 
 DEFAULT_MODEL = "smollm2-135m"
 _LARGEST_TEXT = 2**26  # bytes that one change in a page may send; Bokeh's own limit of 20 MiB would cut the connection
@@ -23,6 +25,8 @@ def serve(
     *,
     models: Sequence[str] = (),
     hosts: Sequence[str] = (),
+    pages: str | Path | None = None,
+    results: str | Path = "results",
     threaded: bool = False,
     **options: Any,
 ) -> Any:
@@ -35,7 +39,11 @@ def serve(
     anything as long as only this machine reaches the server: `address` is a loopback address, and so are all `hosts`.
     hosts: at which other hosts, as "name" or "name:port", the page is asked for, by the way of a proxy or a tunnel; "*"
     stands for any. Without them the server answers at this machine's own names, `address`, and, where it listens on
-    all addresses, any of them as a number.
+    all addresses, any of them as a number. results: the folder that the pages Choose and Results write and read; where
+    other machines reach the server, each visitor has a folder of their own, gone with the tab.
+
+    pages: the folder in which pages are kept while people work, so that a reload or a link brings them back (default:
+    in the user's cache).
 
     Further options go to `panel.serve`; its `websocket_origin` counts as `hosts`, and where it asks people to log in
     (`basic_auth`, `oauth_provider`) that takes the place of the check of hosts. Raises MissingExtra without Panel,
@@ -50,6 +58,7 @@ def serve(
     from workbench_widgets.app.server.hosts import HostCheck, Hosts, is_this_machine, is_unspecified
     from workbench_widgets.app.work.loaded_models import LoadedModels
     from workbench_widgets.app.work.offered_models import OfferedModels
+    from workbench_widgets.app.work.saved_page import KeptPages
 
     port = _check_port(address, port)
     other_hosts = list(hosts)
@@ -59,12 +68,12 @@ def serve(
     admitted = Hosts.of(address, port, other_hosts)
     only_this_machine = all(is_this_machine(host) for host in [address, *other_hosts])
     offered = OfferedModels(model, tuple(models), anything=only_this_machine or "*" in models)
-    loaded = LoadedModels()
+    loaded, kept = LoadedModels(), KeptPages(None if pages is None else located(pages))
     loaded.warm(model)
     name = "localhost" if address in ("127.0.0.1", "::1") or is_unspecified(address) else address
     print(f"The workbench is at http://{name}:{port}/ (stop it with Ctrl+C)", flush=True)  # noqa: T201  (where it is, for whoever started it)
     return pn.serve(
-        {"/": lambda: page(offered, loaded)},
+        {"/": lambda: page(offered, loaded, results, kept)},
         address=address,
         port=port,
         show=open_browser,

@@ -54,7 +54,7 @@ class AttentionView(Pictured):
                 raise BadParameter('an operator is shown alone or, with minus="full", less exact attention: no recipe')
             self._minus = None  # is its own affair
         trace = session.trace
-        self._tokens = [] if trace is None else present.pieces(session.tokenizer, trace.ids)
+        self._tokens = [] if trace is None else present.prompt_pieces(trace.prompt)
         first = 0 if trace is None else trace.numbers[0]
         self._selected = (first if layer is None else layer, head)
         self.scale = ipywidgets.Dropdown(options=["log", "linear", "percentile"], description="Colours")

@@ -1,4 +1,4 @@
-"""The full and the compressed answer side by side."""
+"""The uncompressed and the compressed answer side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AnswerDiff(View):
     module: ClassVar[str] = "answer_diff.js"
     left: list[str]
     right: list[str]
-    left_label: str = "Full cache"
+    left_label: str = "Uncompressed"
     right_label: str = "Compressed"
     left_odds: bytes = b""  # float32 [tokens]
     right_odds: bytes = b""

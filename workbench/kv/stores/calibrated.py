@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import NotApplicable
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.format import DenseFormat, Format, Shape, index_nbytes
 from workbench.kv.stores.frozen import ChannelRows, FrozenStore, bitmap_nbytes
 from workbench.kv.stores.packed import first_of
@@ -90,7 +90,7 @@ class CalibratedStore(SplitStore):
         super().__init__((whole, settled))
         self.whole, self.settled, self.drop = whole, settled, drop
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         low_keys, low_values = self.settled.sides(keys.data.dtype, 0, pin)
 
         def settled(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:

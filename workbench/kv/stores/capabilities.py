@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -29,6 +29,10 @@ class Droppable(Protocol):
     def evict(self, slots: Tensor) -> None:
         """Drop the entries in slots [k, e] of each head."""
 
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        """The rows of positions, beside which there is nothing but keys, values and states."""
+
 
 class Evictable(Droppable, Protocol):
     """One whose entries leave by an eviction state that it keeps beside them."""
@@ -43,6 +47,11 @@ class Evictable(Droppable, Protocol):
 
 class Rescored(Protocol):
     """One that scores its entries anew when room is needed, and lets the lowest leave."""
+
+    def schedule(self, steps: int) -> Iterator[tuple[int, int]] | None:
+        """For each of so many tokens the row that it comes to in every head, and how many rows there are then; None
+        where it takes scores to tell, or heads differ.
+        """
 
     @property
     def longest(self) -> int:
@@ -78,12 +87,17 @@ class Replaceable(Evictable, Protocol):
     def beside(self) -> tuple[Rows, Rows]:
         """Those of positions int32 and of eviction states float32."""
 
-    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
-        """Attention over everything held, with `growing` at the places keys and values."""
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin, gone: Tensor | None) -> StateAttention:
+        """Attention over everything held, with `growing` at the places keys and values. gone: positions that leave, one
+        in each step, int64 [steps, k] in host memory, where that is known. Raises NotApplicable where it has to be.
+        """
 
     def advance(self, positions: Tensor) -> None:
         """Take up tokens at positions int [q] whose keys and values a step has written behind those of every head."""
 
+
+Place = Callable[[Rows, int], Ragged]
+"""From rows, and the most that any head of them will have, to where kernels find them."""
 
 AHEAD = 32  # steps that are begun before it is known whether they count, at most
 
@@ -145,3 +159,18 @@ class Capturable(Protocol):
 
     def advance(self, positions: Tensor) -> None:
         """Take up tokens at positions int [q] whose keys and values a step has written behind those of every head."""
+
+
+class Scheduled(Capturable, Protocol):
+    """One of which it is known beforehand to which row a token comes, so that a step writes there."""
+
+    @property
+    def longest(self) -> int:
+        """Entries of each head."""
+
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        """The rows of positions."""
+
+    def follow(self, last: int, more: int) -> None:
+        """Know of tokens up to position `last`, whose rows, `more` than there were, are all written."""

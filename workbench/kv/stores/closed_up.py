@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from workbench.core.rope import Rotation
-from workbench.kv.stores.capabilities import Evictable
+from workbench.errors import NotApplicable
+from workbench.kv.stores.capabilities import Evictable, Pin, Replaceable, StateAttention
+from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, seen_by
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench_kernels import Scoring, attend
+from workbench_kernels.decode import decode_dense
+from workbench_kernels.joined import joined
+from workbench_kernels.rotary import Turn
+from workbench_kernels.rows import Ragged
 
 
 class ClosedUpStore(WrappingStore):
@@ -63,18 +69,127 @@ class ClosedUpStore(WrappingStore):
         offsets = scoring.offsets(asked, held.positions)
         return attend(query, held.keys, held.values, scoring, visible=visible, offsets=offsets, weights=weights)
 
-    def _turned(self, x: Tensor, positions: Tensor, place: Tensor) -> Tensor:
-        """x [k, n, d], which was turned to positions [k or 1, n], turned to `place` [k or 1, n] instead."""
+    # -- captured decode steps
+
+    @property
+    def replaceable(self) -> Replaceable | None:
+        return self if self._alike and self.inner.replaceable is not None else None
+
+    @property
+    def _inner(self) -> Replaceable:
+        assert self.inner.replaceable is not None
+        return self.inner.replaceable
+
+    @property
+    def longest(self) -> int:
+        """Entries of the head that has most."""
+        return self._inner.longest
+
+    @property
+    def shortest(self) -> int:
+        """Entries of the head that has fewest."""
+        return self._inner.shortest
+
+    @property
+    def placed(self) -> tuple[Rows, ...]:
+        """The rows of positions."""
+        return self._inner.placed
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self._inner.growing
+
+    @property
+    def beside(self) -> tuple[Rows, Rows]:
+        return self._inner.beside
+
+    @property
+    def eviction_state(self) -> Tensor:
+        """The state of the entry in each slot."""
+        return self._inner.eviction_state
+
+    def replace_state(self, state: Tensor) -> None:
+        """Replace the eviction state."""
+        self._inner.replace_state(state)
+
+    def evict(self, slots: Tensor) -> None:
+        """Drop the entries in slots [k, e] of each head."""
+        self._inner.evict(slots)
+
+    def advance(self, positions: Tensor) -> None:
+        self._inner.advance(positions)
+
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin, gone: Tensor | None) -> StateAttention:
+        """Where some first entries stay and the oldest behind them leaves each time, all that are recent stand as far
+        from a query as they do in the text, and the first as far as they would from one in its place.
+        """
+        first = self._staying(gone)
+        assert gone is not None
+        key_rows, value_rows = self.growing
+        held, steps = key_rows.longest, len(gone)
+        at = int(gone[0, 0]) - first + held + torch.arange(steps, device=self.device)  # where queries stand
+        by = self._by(at[None], torch.full_like(at, held - 1)[None])
+        cos, sin = (x[0] for x in by)  # [steps, r]
+        recent = _behind(keys, first), _behind(values, first)
+        sinks = [rows.view()[:, :first].clone() for rows in (key_rows, value_rows)]
+        begin, halves = at[:1].clone(), self.rotation.order is None
+
+        def attention(query: Tensor, scoring: Scoring, lse: bool) -> tuple[Tensor, Tensor | None]:
+            assert not lse
+            near, near_lse = decode_dense(query, *recent, scoring, lse=True)
+            if not first:
+                return near, None
+            assert near_lse is not None
+            turn: Turn | None = Turn(cos, sin, pin.position - begin)
+            if not halves:
+                there = (x.index_select(0, pin.position - begin) for x in (cos, sin))
+                query, turn = self.rotation.by(query.float(), *there).to(query.dtype), None
+            return joined(near, near_lse, query, sinks[0], sinks[1], scoring, turn), None
+
+        return attention
+
+    def _staying(self, gone: Tensor | None) -> int:
+        """How many first entries stay, in the first slots, while the oldest behind them leaves in each step, `gone`.
+
+        Raises NotApplicable where it is otherwise.
+        """
+        where = self.slots()[0][0].long()
+        held, ordered = where.numel(), where.sort().values.cpu()
+        leave = None if gone is None or not gone.numel() else gone[:, 0].cpu()
+        if leave is not None:
+            last = int(ordered[-1])
+            first = int(leave[0]) - (last + 1 - held)
+            begin = int(leave[0])
+            expected = torch.cat([torch.arange(first), torch.arange(begin, last + 1)])
+            stay = where[:first].cpu()
+            if (
+                torch.equal(ordered, expected)
+                and torch.equal(leave, begin + torch.arange(len(leave)))
+                and torch.equal(stay, torch.arange(first))
+            ):
+                return first
+        raise NotApplicable("entries leave from the midst of those that close up")
+
+    def _by(self, positions: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines that turn from positions to `place`, [k or 1, n, r]."""
         cos, sin = self.rotation(positions.long())
         to_cos, to_sin = self.rotation(place)
         size = cos.square() + sin.square()  # 1, or what YaRN and LongRoPE scale by
-        cos, sin = (to_cos * cos + to_sin * sin) / size, (to_sin * cos - to_cos * sin) / size
-        return self.rotation.by(x.float(), cos, sin).to(x.dtype)
+        return (to_cos * cos + to_sin * sin) / size, (to_sin * cos - to_cos * sin) / size
+
+    def _turned(self, x: Tensor, positions: Tensor, place: Tensor) -> Tensor:
+        """x [k, n, d], which was turned to positions [k or 1, n], turned to `place` [k or 1, n] instead."""
+        return self.rotation.by(x.float(), *self._by(positions, place)).to(x.dtype)
 
     def clone(self) -> Self:
         twin = copy(self)
         twin.inner = self.inner.clone()
         return twin
+
+
+def _behind(rows: Ragged, first: int) -> Ragged:
+    """Rows without the first so many of each head."""
+    return Ragged(rows.data, rows.starts + first, rows.lengths - first, rows.longest - first)
 
 
 def places(positions: Tensor, valid: Tensor | None) -> Tensor:

@@ -9,13 +9,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Part, Place
+from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import first_of
+from workbench.kv.stores.parts import PartedStore
 from workbench.kv.stores.positioned import PositionedStore, positions_where
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import Store
 from workbench.trace import LayerTrace
-from workbench_kernels import pack, unpack
+from workbench_kernels import Scoring, pack
+from workbench_kernels.deltas import decode_deltas
+from workbench_kernels.rows import DeltaRows as KernelRows
+from workbench_kernels.rows import Ragged, restored
 
 _TRIES = 4  # thresholds tried for each block
 _AIM = 0.99  # of the changes that a block has room for
@@ -56,13 +62,18 @@ class DeltaRows:
     def append(self, x: Tensor) -> None:
         """Add x [k, q, d]; whole blocks leave the tail as soon as `window` tokens stay behind them."""
         self.tail.append(x)
+        self.settle()
+
+    def settle(self) -> None:
+        """Let whole blocks leave the tail."""
         ready = int(older(torch.tensor(self.tail.shortest), self.group, self.window))
         if self.moves is None or not ready:
             return
-        blocks = self.tail.cut_front(ready).view(-1, self.group, x.shape[-1])
-        numbers, bits, _ = deltas(blocks, self.moves[0].data.shape[1] - x.shape[-1])
+        width = self.tail.data.shape[1]
+        blocks = self.tail.cut_front(ready).view(-1, self.group, width)
+        numbers, bits, _ = deltas(blocks, self.moves[0].data.shape[1] - width)
         for rows, new in zip(self.moves, (numbers, bits), strict=True):
-            rows.append(new.view(x.shape[0], ready // self.group, -1), block=4)
+            rows.append(new.view(self.tail.heads, ready // self.group, -1), block=4)
 
     @property
     def longest(self) -> int:
@@ -73,6 +84,19 @@ class DeltaRows:
         self.tail.reserve(tokens if self.moves is None else min(tokens, self.group))
         for rows in self.moves or ():
             rows.reserve(tokens // self.group)
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        """What grows while so many tokens come, and by how many rows of a head."""
+        blocks = (self.tail.longest + steps) // self.group if steps else 0
+        return [(self.tail, steps), *((rows, blocks) for rows in self.moves or ())]
+
+    def blocks(self, steps: int, pin: Place) -> KernelRows | None:
+        """The blocks as kernels take them while so many tokens come; None where there are never any."""
+        if self.moves is None:
+            return None
+        more = (self.tail.longest + steps) // self.group if steps else 0
+        numbers, bits = (pin(rows, rows.longest + more) for rows in self.moves)
+        return KernelRows(numbers, bits, self.tail.data.shape[1], self.group)
 
     def view(self, dtype: torch.dtype) -> Tensor:
         """Everything held as [k, longest, d], each head's rows in order."""
@@ -95,9 +119,9 @@ class DeltaRows:
         return DeltaRows(moves, self.tail.clone(), self.group, self.window)
 
 
-class DeltaStore(PositionedStore):
-    """Keys, and values if asked for, as sequences of deltas. Attention restores them into scratch memory: exact scores
-    for the local window, approximate ones before it.
+class DeltaStore(PositionedStore, PartedStore):
+    """Keys, and values if asked for, as sequences of deltas. Attention restores them, by a kernel or into scratch
+    memory: exact scores for the local window, approximate ones before it.
     """
 
     def __init__(self, keys: DeltaRows, values: DeltaRows, positions: Rows | None) -> None:
@@ -108,6 +132,53 @@ class DeltaStore(PositionedStore):
         self.keys.append(keys)
         self.values.append(values)
         self._append_positions(positions)
+
+    # -- attention part by part; in captured steps a block leaves one token later than otherwise
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self.keys.tail, self.values.tail
+
+    @property
+    def period(self) -> int:
+        return self.keys.group
+
+    @property
+    def steps_until_settled(self) -> int:
+        return max(self.keys.window + self.keys.group - self.keys.tail.shortest, 1)
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        until = self.steps_until_settled
+        keys, values = (rows.longest for rows in self.growing)
+        return keys + until, values + (steps if self.values.moves is None else until)
+
+    def settle(self) -> None:
+        self.keys.settle()
+        self.values.settle()
+
+    def advance(self, positions: Tensor) -> None:
+        self._grown(self.growing, positions)
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        return [*self.keys.room_for(steps), *self.values.room_for(steps), *((rows, steps) for rows in self.placed)]
+
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
+        old_keys, old_values = self.keys.blocks(steps, pin), self.values.blocks(steps, pin)
+        if old_keys is None:  # then there are none of values either
+            return [whole_rows(keys, values)]
+
+        def older(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            return decode_deltas(query, old_keys, values if old_values is None else old_values, scoring)
+
+        if old_values is not None:
+            return [older, whole_rows(keys, values)]
+
+        def newer(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+            behind = values.starts + old_keys.numbers.lengths * old_keys.group
+            rest = values._replace(starts=behind, lengths=keys.lengths, longest=keys.longest)
+            return whole_rows(keys, rest)(query, scoring)
+
+        return [older, newer]
 
     def reserve(self, tokens: int) -> None:
         self.keys.reserve(tokens)
@@ -220,16 +291,6 @@ def deltas(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     numbers = x.new_zeros(blocks, width + count + 1)  # the last takes what is not held
     numbers.scatter_(1, place.masked_fill_(~stored, width + count), x.transpose(1, 2).flatten(1))
     return numbers[:, :-1].clone(), pack(bits.to(torch.uint8), 1), threshold
-
-
-def restored(numbers: Tensor, bits: Tensor, width: int, group: int) -> Tensor:
-    """What numbers [b, d + count] and bits of `deltas` stand for, [b, g, d]."""
-    moved = unpack(bits, 1, width * (group - 1)).view(-1, width, group - 1)
-    stored = torch.nn.functional.pad(moved, (1, 0), value=1)
-    # Every set bit is one number further: a channel that did not move stays at its last one. (Rows that hold nothing
-    # may have any bits.)
-    place = stored.flatten(1).cumsum(dim=1).sub_(1).clamp_max_(numbers.shape[1] - 1)
-    return numbers.gather(1, place).view(-1, width, group).transpose(1, 2)
 
 
 def _thresholds(steps: Tensor, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from workbench.kv.stores.capabilities import (
     Evictable,
     Part,
     Pin,
+    Place,
     Replaceable,
     Rewritable,
     StateAttention,
@@ -203,11 +204,11 @@ class DenseStore(PositionedStore):
 
     parted = True
 
-    def part(self, dtype: torch.dtype, more: int, pin: Pin) -> Part:
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
         keys, values = (pin(rows, rows.longest + more) for rows in self.growing)
         return whole_rows(keys, values)
 
-    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> Part:
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> Part:
         return whole_rows(keys, values)
 
     def advance(self, positions: Tensor) -> None:
@@ -222,7 +223,7 @@ class DenseStore(PositionedStore):
         assert self.state is not None
         return self._positions[0], self.state
 
-    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin) -> StateAttention:
+    def captured_state(self, keys: Ragged, values: Ragged, pin: Pin, gone: Tensor | None) -> StateAttention:
         return lambda query, scoring, lse: decode_dense(query, keys, values, scoring, lse=lse)
 
     @property

@@ -24,7 +24,8 @@ _BALANCE_BYTES = 2  # float16
 @dataclass(frozen=True)
 class Shape:
     """What the size of a layer's cache depends on: KV heads, positions read, head sizes, bytes of an uncompressed
-    number. `layer` says whose it is; shapes that differ in nothing else are equal.
+    number. `images` is from where to where, the end not included, image tokens stand in the prompt. `layer` says whose
+    it is; shapes that differ in nothing else are equal.
     """
 
     kv_heads: int
@@ -33,6 +34,7 @@ class Shape:
     value_width: int
     itemsize: int
     layer: int = field(default=0, compare=False)
+    images: tuple[int, int] | None = None
 
     @property
     def entry_nbytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.packed import PackedRows
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, state
@@ -68,7 +68,7 @@ class ChannelRows:
     def channels(self) -> int:
         return self.scale.shape[1]
 
-    def settled(self, tail: Ragged, more: int, pin: Pin) -> KernelRows:
+    def settled(self, tail: Ragged, more: int, pin: Place) -> KernelRows:
         """The rows as kernels take them, wherever `pin` says; so many more of a head may join them."""
         each = torch.ones(len(self.scale), dtype=torch.int32, device=self.scale.device)
         scale = Ragged(self.scale, each.cumsum(0, dtype=torch.int32) - 1, each, 1)
@@ -146,7 +146,7 @@ class FrozenStore(Store):
         keys, values = self.keys.dequantised(dtype)[places], self.values.dequantised(dtype)[places]
         return Dequantised(keys, values, *self.slots())
 
-    def sides(self, dtype: torch.dtype, more: int, pin: Pin) -> tuple[KernelRows, KernelRows]:
+    def sides(self, dtype: torch.dtype, more: int, pin: Place) -> tuple[KernelRows, KernelRows]:
         """Keys and values as kernels take them, beside queries of this type; so many more of a head may join them."""
         none = torch.zeros(self.kv_heads, dtype=torch.int32, device=self.device)
         widths = self.keys.channels, self.values.channels
@@ -158,14 +158,14 @@ class FrozenStore(Store):
 
     parted = True
 
-    def part(self, dtype: torch.dtype, more: int, pin: Pin) -> Part:
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
         keys, values = self.sides(dtype, more, pin)
         return lambda query, scoring: state(decode_packed(query, keys, values, scoring, lse=True))
 
     def refill(self, other: Self) -> None:
         """Hold what `other` does, where room was reserved for it and each head has equally many more entries."""
-        self.keys.refill(other.keys)  # type: ignore[arg-type]  (of the same kind)
-        self.values.refill(other.values)  # type: ignore[arg-type]
+        for side, fresh in ((self.keys, other.keys), (self.values, other.values)):
+            side.refill(fresh)  # type: ignore[arg-type]  # sides are of the same kind
         self.bitmap, self.tokens, self.first = other.bitmap, other.tokens, other.first
 
     def room_for(self, more: int) -> list[tuple[Rows, int]]:

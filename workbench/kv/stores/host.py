@@ -60,13 +60,14 @@ class HostRows:
 
     def reserve(self, entries: int) -> None:
         """Make room for so many more of each head, so that nothing moves when they come."""
-        if self.positions.spare >= entries:
-            return
-        self._begins.clear()
-        there = [rows.to(self.device) for rows in (self.keys, self.values, self.positions)]  # a GPU moves faster
-        for rows in there:
-            rows.reserve(entries)
-        self.keys, self.values, self.positions = (rows.to(_HOST) for rows in there)
+        if self.positions.spare < entries:
+            self._begins.clear()
+            there = [rows.to(self.device) for rows in (self.keys, self.values, self.positions)]  # a GPU moves faster
+            for rows in there:
+                rows.reserve(entries)
+            self.keys, self.values, self.positions = (rows.to(_HOST) for rows in there)
+        for rows in (self.keys, self.values, self.positions):  # so that steps to come need not ask the host
+            self._begin(rows)
 
     def fetch(self, slots: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         """Begin to copy the entries in slots [k, u] of each head to the device; a negative one is not wanted.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.core.rope import Rotation
 from workbench.errors import NoRotation
-from workbench.kv.stores.capabilities import Capturable, Part, Pin
+from workbench.kv.stores.capabilities import Capturable, Part, Place
 from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import PackedRows, first_of
@@ -22,8 +22,8 @@ from workbench.kv.stores.store import Store, seen_by, state
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring
 from workbench_kernels.decode_lowrank import decode_lowrank
-from workbench_kernels.projected import Turns, project_newest
-from workbench_kernels.rotary import LOW, RotaryTable
+from workbench_kernels.projected import project_newest
+from workbench_kernels.rotary import LOW, RotaryTable, Turns
 from workbench_kernels.rows import Ragged
 from workbench_kernels.softmax import attention_weights
 
@@ -370,7 +370,7 @@ class LowRankStore(PositionedStore, PartedStore):
     _first: Tensor | None = None  # how far behind `_begin` the newer part begins, int32 [1], while steps are captured
     _begin = 0  # the position at which it began when they were
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         more = self.newer[0].longest + steps if steps else 0
         old_keys, old_values = (pin(_rows(rows), _rows(rows).longest + more) for rows in self.older)
         where = pin(self._positions[0], self._positions[0].longest + more) if self._positions else None
@@ -383,9 +383,11 @@ class LowRankStore(PositionedStore, PartedStore):
 
         def older(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
             asked = query if turned is None else turned.halved(query)
-            sides = (self._of_all_heads(rows) for rows in (old_keys, old_values))
+            keys, values = (self._of_all_heads(rows) for rows in (old_keys, old_values))
             return state(
-                decode_lowrank(asked, *sides, key_basis, value_basis, scoring, positions=where, rotary=table, lse=True)
+                decode_lowrank(
+                    asked, keys, values, key_basis, value_basis, scoring, positions=where, rotary=table, lse=True
+                )
             )
 
         newer = whole_rows(keys, values)

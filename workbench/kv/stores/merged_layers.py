@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, DenseFormat, Format, Shape
 from workbench.kv.stores.parts import PartedStore
@@ -163,7 +163,7 @@ class MergedLayerStore(PartedStore):
     def growing(self) -> tuple[Rows, Rows]:
         return self.tail
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         more = self.tail[0].longest + steps if steps else 0
         common, others, *sizes = (
             pin(rows, rows.longest + more) for rows in (self.pair.keys, self.pair.values, *self.lengths)

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Part, Pin
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Part, Place
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.packed import PackedStore
 from workbench.kv.stores.parts import states_of
@@ -93,7 +93,7 @@ class MixedStore(SplitStore):
     def growing(self) -> tuple[Rows, Rows]:
         return self.high.growing
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         low = self.low.part(keys.data.dtype, self._demoted(steps), pin)
         return [self.high.growing_part(keys, values, steps, pin), low]
 
@@ -104,7 +104,7 @@ class MixedStore(SplitStore):
         grown = self._allowed(self.entered + steps) - self._allowed(self.entered)
         return max(self._surplus, 0) + steps - grown
 
-    def attended_in_parts(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+    def attended_in_parts(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> CapturedAttention:
         parts = self.attentions(keys, values, steps, pin)
         assert self.high.state is not None
         state, before = self.high.state, keys.lengths[:1].clone()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.core.precision import check_finite
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Part, Pin
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Droppable, Part, Pin, Place
 from workbench.kv.stores.positioned import PositionedStore
 from workbench.kv.stores.rows import Rows, joined
 from workbench.kv.stores.store import for_kernel, state
@@ -119,13 +119,13 @@ class PackedRows:
         packed = self.codes.ragged(), self.scale.ragged(), self.zero.ragged()
         return KernelRows(*packed, tail.ragged(), self.code_bits, self.group, self.axis, self.balance)
 
-    def pinned(self, tail: Ragged, steps: int, pin: Pin) -> KernelRows:
+    def pinned(self, tail: Ragged, steps: int, pin: Place) -> KernelRows:
         """The same for all of so many steps: everything that enters has been in the tail, so no head gets more than
         what is there and what comes.
         """
         return self.settled(tail, 0 if self.bits == WHOLE else tail.longest + steps, pin)
 
-    def settled(self, tail: Ragged, more: int, pin: Pin) -> KernelRows:
+    def settled(self, tail: Ragged, more: int, pin: Place) -> KernelRows:
         """The same where no head gets more than so many rows."""
         codes, scale = (pin(rows, rows.longest + more) for rows in (self.codes, self.scale))
         zero = scale._replace(data=self.zero.data)
@@ -365,19 +365,21 @@ class PackedStore(PositionedStore):
         packed_keys, packed_values = self._pinned(keys, values, steps, pin)
         return lambda query, scoring: decode_packed(query, packed_keys, packed_values, scoring)[0]
 
-    def _pinned(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> tuple[KernelRows, KernelRows]:
+    def _pinned(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> tuple[KernelRows, KernelRows]:
         return self.keys.pinned(keys, steps, pin), self.values.pinned(values, steps, pin)
 
     parted = True
 
-    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> Part:
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> Part:
         packed_keys, packed_values = self._pinned(keys, values, steps, pin)
         return lambda query, scoring: state(decode_packed(query, packed_keys, packed_values, scoring, lse=True))
 
-    def part(self, dtype: torch.dtype, more: int, pin: Pin) -> Part:
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
         tails = (pin(rows, rows.longest) for rows in self.growing)
-        sides = [side.settled(tail, more, pin) for side, tail in zip((self.keys, self.values), tails, strict=True)]
-        return lambda query, scoring: state(decode_packed(query, *sides, scoring, lse=True))
+        keys, values = (
+            side.settled(tail, more, pin) for side, tail in zip((self.keys, self.values), tails, strict=True)
+        )
+        return lambda query, scoring: state(decode_packed(query, keys, values, scoring, lse=True))
 
     def advance(self, positions: Tensor) -> None:
         self._grown(self.growing, positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,8 @@ from workbench.kv.stores.format import Shape, index_nbytes
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.selected import Selection, Selector
 from workbench.trace import LayerTrace
+from workbench_kernels.pages import page_rows, page_scores
+from workbench_kernels.rows import Ragged
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,38 @@ class PageBounds(Selector):
         for page in rest.split(self.page, dim=1) if rest.shape[1] else ():
             self.bounds.append(_bounds(page), block=4)
         self._filled = (self._filled + keys.shape[1]) % self.page
+
+    # -- captured decode steps
+
+    @property
+    def growing(self) -> Rows | None:
+        return self.bounds if self.bounds.uniform and not any(self._padding) else None
+
+    def room_for(self, tokens: int) -> int:
+        return tokens // self.page + 1
+
+    def captured(self, keys: Ragged, values: Ragged) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        most = -(-keys.longest // self.page)
+        wanted = min(self.pages, most)
+        bounds = self.bounds.data.view(self.bounds.heads, -1, self.bounds.data.shape[1])[:, :most]  # [k, p, 2d]
+
+        def choose(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            best = page_scores(query, keys, bounds, self.page).topk(wanted, dim=2).indices
+            return page_rows(best, keys, values, self.page)
+
+        return choose
+
+    def follow(self, keys: Tensor, count: int) -> int:
+        total, before = keys.shape[1], keys.shape[1] - count
+        first = before // self.page
+        self.bounds.grow(-(-total // self.page) - self.bounds.longest)
+        part = keys[:, first * self.page :]
+        rest = part[:, -1:].expand(-1, -total % self.page, -1)  # which widens nothing
+        pages = torch.cat([part, rest], dim=1).unflatten(1, (-1, self.page))
+        where = torch.arange(first, self.bounds.longest, device=keys.device).expand(len(keys), -1)
+        self.bounds.put(where, torch.cat([pages.amin(dim=2), pages.amax(dim=2)], dim=2))
+        self._filled = total % self.page
+        return self.bounds.heads * sum(-(-length // self.page) for length in range(before + 1, total + 1))
 
     def reserve(self, tokens: int) -> None:
         self.bounds.reserve(-(-tokens // self.page))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Part, Pin
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Part, Pin, Place
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Store, for_kernel
 from workbench.measure.memory import tensor_bytes
@@ -35,12 +35,12 @@ class PartedStore(Store):
         """The rows that a new token's key and value join."""
 
     @abstractmethod
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         """What attends to each part, with `growing` at keys and values, while so many tokens come; other rows lie where
         `pin` says. There is at least one part, and none is left out that is empty now and will not be then.
         """
 
-    def attended_in_parts(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+    def attended_in_parts(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> CapturedAttention:
         """Attention over all parts."""
         parts = self.attentions(keys, values, steps, pin)
         return lambda query, scoring: merge_states(states_of(parts, query, scoring))

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.dense import whole_rows
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.packed import first_of
@@ -102,7 +102,7 @@ class PrunedStore(PositionedStore, PartedStore):
     def advance(self, positions: Tensor) -> None:
         self._grown(self.newer, positions)
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         thin, wide = (pin(rows, rows.longest) for rows in self.older)
         channels = self.channels.long()[:, None]  # [k, 1, c]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.core.causal_attention import causal_attention
 from workbench.engine.attention_hook import forward
+from workbench.engine.images import Images
 from workbench.kv.stores.format import INDEX_BYTES, Shape, index_nbytes, left_over
 from workbench.kv.stores.host import HostRows
 from workbench.kv.stores.rows import Rows
@@ -28,9 +29,9 @@ class Recomputer:
     there is nothing here.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
-        """ids [n]: the prompt."""
-        self.model, self.ids, self.tokens = model, ids, 0
+    def __init__(self, model: PreTrainedModel, ids: Tensor, images: Images | None = None) -> None:
+        """ids [n]: the prompt. images: those that are in it."""
+        self.model, self.ids, self.images, self.tokens = model, ids, images, 0
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cover(self, tokens: int) -> None:
@@ -41,7 +42,7 @@ class Recomputer:
         """Keys [k, t, d] and values [k, t, dv] of the tokens covered."""
         if layer not in self._rows:
             with torch.inference_mode():
-                forward(self.model, self, self.ids[: self.tokens], torch.arange(self.tokens))
+                forward(self.model, self, self.ids[: self.tokens], torch.arange(self.tokens), images=self.images)
         return self._rows[layer]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.dense import DenseStore
 from workbench.kv.stores.format import Format, Shape, index_nbytes
 from workbench.kv.stores.frozen import ChannelRows, FrozenStore, bitmap_nbytes
@@ -112,7 +112,7 @@ class SalientStore(SplitStore):
     _asked: Tensor | None = None  # the query [h, 1, d] of the last captured step
     _scoring: Scoring | None = None
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         tail = self.tail.growing_part(keys, values, steps, pin)
 
         def newest(query: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
 from typing import Self
@@ -11,12 +11,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from workbench.kv.stores.capabilities import Capturable, CapturedAttention, Pin
 from workbench.kv.stores.format import Format, Shape
 from workbench.kv.stores.offload import found_by_products
+from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Store
 from workbench.kv.stores.wrapping import WrappingStore
 from workbench.trace import LayerTrace
 from workbench_kernels import Scoring, attend
+from workbench_kernels.decode import decode_dense
+from workbench_kernels.rows import Ragged
 
 
 class Selector(ABC):
@@ -41,6 +45,27 @@ class Selector(ABC):
 
     def reserve(self, tokens: int) -> None:  # noqa: B027 (some need nothing)
         """Make room for `tokens` more."""
+
+    @property
+    def growing(self) -> Rows | None:
+        """Rows into which a captured step writes what it chooses by; None where none can choose."""
+        return None
+
+    def room_for(self, tokens: int) -> int:
+        """How many more of `growing` so many tokens take, at most."""
+        return tokens
+
+    def captured(self, keys: Ragged, values: Ragged) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """For captured steps: from a query [k, g, d], whose own key has joined the others, to what each of its heads
+        attends to: keys [h, c, d], values [h, c, dv], and int32 [h, c, 1], 0 where there is an entry and 1 elsewhere.
+        """
+        raise NotImplementedError
+
+    def follow(self, keys: Tensor, count: int) -> int:
+        """Know that the last `count` of all keys held, [k, m, d] in their order, have joined in captured steps, and
+        that no more have; returns for how many things in all their queries computed a score (`looks_at`).
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -104,6 +129,8 @@ class SelectingStore(WrappingStore):
         super().__init__(inner)
         self.selector = selector
         self._computed: int | None = None
+        self._groups = self._at_once = self._seen = 0
+        self._missing = torch.empty(0, dtype=torch.int64)  # entries that each captured step did not find
 
     @property
     def scores_computed(self) -> int | None:
@@ -157,6 +184,67 @@ class SelectingStore(WrappingStore):
             return out, None
         everywhere = rows.new_zeros(*chosen.shape[:2], slots).scatter_(2, where, rows.view_as(where))
         return out, everywhere[:, :, None]
+
+    # -- captured decode steps
+
+    @property
+    def capturable(self) -> Capturable | None:
+        inner = self.inner.capturable
+        return self if inner is not None and inner.period is None and self.selector.growing is not None else None
+
+    @property
+    def _inner(self) -> Capturable:
+        assert self.inner.capturable is not None
+        return self.inner.capturable
+
+    @property
+    def growing(self) -> tuple[Rows, Rows]:
+        return self._inner.growing
+
+    def room_for(self, steps: int) -> list[tuple[Rows, int]]:
+        rows = self.selector.growing
+        assert rows is not None
+        return [*self._inner.room_for(steps), (rows, self.selector.room_for(steps))]
+
+    def most_rows(self, steps: int) -> tuple[int, int]:
+        return self._inner.most_rows(steps)
+
+    @property
+    def fixed_nbytes(self) -> int:
+        return self._inner.fixed_nbytes
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    @property
+    def steps_until_settled(self) -> int | None:
+        return None
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+    def captured_attention(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> CapturedAttention:
+        choose, heads = self.selector.captured(keys, values), self.kv_heads
+        missing = torch.zeros(steps, dtype=torch.int64, device=self.device)
+        begin, newest = pin.position.clone(), torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._missing, self._seen = missing, 0
+
+        def attention(query: Tensor, scoring: Scoring) -> Tensor:
+            key, value, hidden = choose(query.view(heads, -1, query.shape[2]))
+            missing.index_copy_(0, pin.position - begin, hidden.sum()[None])
+            self._groups, self._at_once = query.shape[0] // heads, hidden.numel()
+            every, behind = (Ragged.of(key), Ragged.of(value)), Ragged.of(hidden)  # as if it stood behind the query
+            return decode_dense(query, *every, scoring, query_positions=newest, positions=behind)[0]
+
+        return attention
+
+    def advance(self, positions: Tensor) -> None:
+        self._inner.advance(positions)
+        count = positions.numel()
+        chosen = count * self._at_once - int(self._missing[self._seen : self._seen + count].sum())
+        self._computed = chosen + self._groups * self.selector.follow(self._inner.growing[0].view(), count)
+        self._seen += count
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {**self.inner.tensors(), "selection": self.selector.tensors()}

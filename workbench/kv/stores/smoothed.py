@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Part, Pin
+from workbench.kv.stores.capabilities import Part, Place
 from workbench.kv.stores.format import INDEX_BYTES, Format, Shape, index_nbytes
 from workbench.kv.stores.low_rank import rotary_of
 from workbench.kv.stores.parts import PartedStore
@@ -60,7 +60,7 @@ class SymmetricRows:
         codes = unpack(self.codes.data, self.bits, self.channels).float().sub_(2 ** (self.bits - 1))
         return self.codes.laid_out((codes * spread(scale, self.group, self.channels)).to(dtype))
 
-    def settled(self, tail: Ragged, more: int, balance: Tensor | None, pin: Pin) -> KernelRows:
+    def settled(self, tail: Ragged, more: int, balance: Tensor | None, pin: Place) -> KernelRows:
         """The rows, followed by those of `tail`, as kernels take them; so many more of a head may join them."""
         codes, scale = (pin(rows, rows.longest + more) for rows in (self.codes, self.scale))
         scale = scale._replace(data=scale.data.view(self.scales))
@@ -145,7 +145,7 @@ class SmoothedStore(PositionedStore, PartedStore):
         waiting = [(tail, min(steps, _BLOCK)) for tail in self.tail]
         return waiting + [(one, joining) for one in rows] + [(where, steps) for where in self._positions]
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         into = torch.zeros_like(keys.data), torch.zeros_like(values.data)
         more = self.tail[0].longest + steps if steps else 0
         lifted = self.value_factors.expand(-1, self.values.channels).contiguous()

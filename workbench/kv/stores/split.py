@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from workbench.kv.stores.capabilities import Capturable, Part, Pin
+from workbench.kv.stores.capabilities import Capturable, Part, Place
 from workbench.kv.stores.parts import PartedStore
 from workbench.kv.stores.rows import Rows
 from workbench.kv.stores.store import Dequantised, Store, joined_slots
@@ -37,7 +37,7 @@ class SplitStore(PartedStore):
     def growing(self) -> tuple[Rows, Rows]:
         return self._first.growing
 
-    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> list[Part]:
+    def attentions(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> list[Part]:
         first, *others = self.parts
         dtype = keys.data.dtype
         return [first.growing_part(keys, values, steps, pin), *(part.part(dtype, 0, pin) for part in others)]

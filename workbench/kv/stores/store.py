@@ -18,7 +18,7 @@ from workbench.kv.stores.capabilities import (
     Droppable,
     Evictable,
     Part,
-    Pin,
+    Place,
     Replaceable,
     Rescored,
     Rewritable,
@@ -153,13 +153,13 @@ class Store(ABC):
 
     parted: ClassVar[bool] = False  # whether `part` and, where tokens may join, `growing_part` are there
 
-    def part(self, dtype: torch.dtype, more: int, pin: Pin) -> Part:
+    def part(self, dtype: torch.dtype, more: int, pin: Place) -> Part:
         """Attention of queries of this type over all that is held, wherever `pin` says it lies; so many entries of a
         head may join.
         """
         raise NotImplementedError(f"{type(self).__name__} is no part of another store that kernels attend to")
 
-    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Pin) -> Part:
+    def growing_part(self, keys: Ragged, values: Ragged, steps: int, pin: Place) -> Part:
         """The same while tokens join the rows keys and values, of a store that is `capturable`."""
         raise NotImplementedError(f"{type(self).__name__} is no part of another store that tokens join")
 

@@ -6,11 +6,13 @@ from typing import ClassVar
 
 from workbench import arguments
 from workbench.errors import BadParameter
-from workbench.examples import examples
+from workbench.examples import example
 from workbench.parameters import param
 from workbench.tasks.base import Case, Encode, Generated
 from workbench.tasks.files import text_of
 from workbench.tasks.scoring import Scorer
+
+_STORIES = ("needle", "code", "dialogue")
 
 
 class Perplexity(Generated):
@@ -46,6 +48,6 @@ class Perplexity(Generated):
 
 def held_text(seed: int) -> str:
     """The ready texts in one, beginning with another one for each seed."""
-    texts = [example.text for example in examples()]
+    texts = [example(key).text for key in _STORIES]
     first = seed % len(texts)
     return "\n\n".join(texts[first:] + texts[:first])

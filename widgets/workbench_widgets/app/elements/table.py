@@ -39,6 +39,7 @@ def table(
     """
     from bokeh.models.widgets.tables import NumberFormatter
 
+    shown = {"selectable": False, "pagination": "local", "page_size": 12, **options}
     return pn.widgets.Tabulator(
         frame,
         titles={name: title for name, (title, _) in columns.items()},
@@ -49,15 +50,12 @@ def table(
         text_align=dict.fromkeys((*formats, *right), "right"),
         show_index=False,
         disabled=True,
-        selectable=False,
         layout="fit_columns",
         theme=_theme(dark),
         stylesheets=[_STYLE],
-        pagination="local",
-        page_size=12,
         sizing_mode="stretch_width",
         margin=(4, 0, 12, 0),
-        **options,
+        **shown,
     )
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.session import Session
+from workbench.weights.calibration.texts import Calibration
 from workbench_widgets import weight_views
 from workbench_widgets.app.work.lru_cache import LRUCache
 from workbench_widgets.present import KeyFigure
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
     from workbench.weights.reports.spectra import Spectrum
 
 
+_FLOPS = 8e10  # a second, in single precision on two cores
+
+
 @dataclass(frozen=True)
 class WeightQuery:
     """What is to be looked at.
 
-    recipe: of weight methods only; None: the model as it is. cache: what was computed before.
+    recipe: of weight methods only; None: the model as it is. cache: what was computed before. outputs: whether errors
+    of outputs over the calibration texts are wanted, where they were not computed before.
     """
 
     session: Session
@@ -39,6 +44,7 @@ class WeightQuery:
     kind: Kind
     each: Literal["layer", "module"]
     dark: bool
+    outputs: bool = True
 
 
 class SectionContent(NamedTuple):
@@ -159,7 +165,22 @@ def census_of(query: WeightQuery, progress: Progress) -> pd.DataFrame:
     """What became of every weight; needs a recipe."""
     recipe = query.recipe
     assert recipe is not None
-    return query.cache.once(("census", recipe), lambda: query.session.census(recipe, progress=progress))
+    outputs = query.outputs or census_key(query) in query.cache
+    return query.cache.once(
+        ("census", recipe, outputs), lambda: query.session.census(recipe, outputs=outputs, progress=progress)
+    )
+
+
+def census_key(query: WeightQuery) -> Hashable:
+    """The key of a census with errors of outputs in the cache."""
+    return ("census", query.recipe, True)
+
+
+def output_error_seconds(session: Session) -> float:
+    """About how long errors of outputs take to measure: every calibration text is read, with products of its inputs."""
+    calibration = session.calibration or Calibration()
+    tokens = calibration.samples * min(calibration.tokens, session.facts.max_positions)
+    return tokens * session.facts.parameters * 6 / _FLOPS
 
 
 def sensitivity_key(query: WeightQuery) -> Hashable:

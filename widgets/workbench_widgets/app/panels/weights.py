@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from types import MappingProxyType
 
 import pandas as pd
@@ -16,6 +17,7 @@ from workbench.recipe import Recipe
 from workbench.session import Session
 from workbench.weights.surgery.linears import linear_layers
 from workbench_widgets import weight_views
+from workbench_widgets.app.elements.download import Download
 from workbench_widgets.app.elements.figures_row import figures_row, show
 from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.elements.table import csv_of, fill, table
@@ -24,15 +26,19 @@ from workbench_widgets.app.panels.weight_sections import (
     SECTIONS,
     SectionContent,
     WeightQuery,
+    census_key,
     census_of,
+    output_error_seconds,
     sensitivity_key,
 )
 from workbench_widgets.app.parts.stage_row import StageRow
+from workbench_widgets.app.work.eta import in_words
 from workbench_widgets.app.work.lru_cache import LRUCache
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_label, in_markup
 from workbench_widgets.views import Heatmap
 
+_UNASKED_S = 15  # what takes longer waits to be asked for
 _REMEMBERED = 24  # tables; the largest, of outliers, has some hundred thousand rows
 _COLUMNS = MappingProxyType(
     {  # of the tables -> title, width
@@ -99,7 +105,7 @@ class WeightsPanel(Panel):
             label="", icon="insights", size="small", variant="outlined", margin=(8, 4), visible=False
         )
         self.doing = StageRow(workspace, "weighing_stage", workspace.weighing.cancel)
-        self.download = pmu.FileDownload(
+        self.download = Download(
             callback=self._csv,
             filename="weights.csv",
             label="CSV",
@@ -211,6 +217,9 @@ class WeightsPanel(Panel):
             workspace.dark,
         )
         button, about = section.asks_first
+        takes = output_error_seconds(query.session) if section.title == "Layers" else 0.0
+        if takes > _UNASKED_S and not self._measuring:
+            query = replace(query, outputs=False)
         title = str(self.section.value)
         self.start.visible = False
         if empty:
@@ -227,6 +236,10 @@ class WeightsPanel(Panel):
             workspace.stop_weighing()
             self._nothing(about)
             return
+
+        if not query.outputs and census_key(query) not in self._cache:
+            left = in_words(takes).removesuffix(" left")
+            self.start.param.update(label=f"Measure output errors ({left} on two cores)", visible=True)
 
         if self.section.value != self._shown_section:  # what another section showed would be mistaken for this
             self._show(SectionContent(remark="This is being computed …"), [])

@@ -21,6 +21,7 @@ _WEIGHTS = (
     "cannot compress there counts."
 )
 _EMPTY = "The numbers come when the prompt has been read."
+_REFUSED = "There are no numbers for these settings."
 _PLANNING = "The numbers come when the recipe has been planned."
 
 
@@ -53,6 +54,7 @@ class BudgetBar:
         self.refusal = Notice(severity="warning", margin=(6, 0), css_classes=["wb-refusal"])
         workspace.param.watch(self._show, ["plan", "reading"])
         workspace.param.watch(self._refuse, "refusal")
+        workspace.param.watch(self._show, "refusal")
         self.body = pmu.Paper(
             self.cache.body,
             self.of_weights.body,
@@ -88,7 +90,16 @@ class BudgetBar:
             self.of_weights.set(kept, round(100 * (method.default_budget or 1)))
         self.of_weights.body.visible = sized
 
+    def show(self, value: str, weights: str) -> None:
+        """Other budgets, without telling anybody. weights: empty for the weight method's own."""
+        self.cache.set(value)
+        if self.of_weights.body.visible and self._method is not None:
+            self.of_weights.set(weights, round(100 * (self._method.default_budget or 1)))
+
     def _show(self, *events: Event) -> None:
+        if self._workspace.refusal:  # what was planned before has nothing to do with the settings above
+            show(self.figures, [], _REFUSED)
+            return
         plan, reading, weights = self._workspace.plan, self._workspace.reading, self._workspace.weights
         if plan is not None and reading is not None and weights is not None:
             show(self.figures, [*present.plan_figures(plan), present.weights_figure(*weights)])

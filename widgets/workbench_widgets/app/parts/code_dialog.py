@@ -9,6 +9,7 @@ import panel as pn
 import panel_material_ui as pmu
 from param.parameterized import Event
 
+from workbench_widgets.app.elements.download import Download
 from workbench_widgets.app.elements.text_field import TextField
 from workbench_widgets.app.elements.theme import in_header
 from workbench_widgets.plain_text import in_markup
@@ -40,7 +41,7 @@ class CodeDialog:
         self._plain = TextField(value="", visible=False)
         code_of_copy = "navigator.clipboard.writeText(plain.data.value)"
         self._copying = copy.js_on_click(args={"plain": self._plain}, code=code_of_copy)
-        save = pmu.FileDownload(
+        save = Download(
             callback=self._file,
             filename="workbench_run.py",
             label="Download",

@@ -28,6 +28,7 @@ class PromptForm:
     def __init__(self, workspace: Workspace, state: PageState, model: str, read: Callable[[], None]) -> None:
         self._workspace = workspace
         self._read = read
+        self.dirty = False  # whether what the form holds was not read yet
         self._quiet = Quiet()
         self.fresh = not state.question  # the example's own question is to be asked
         key, text = _start(state)
@@ -58,6 +59,14 @@ class PromptForm:
         self.button = pmu.Button(
             label="Read", icon="menu_book", variant="outlined", margin=(8, 4), sizing_mode="stretch_width"
         )
+        self.file = pmu.FileInput(
+            label="Open or drop a text file",
+            accept=".txt,.md,.py,.json,.csv,.html,.tex,.log,text/*",
+            variant="outlined",
+            size="small",
+            margin=(2, 4),
+            sizing_mode="stretch_width",
+        )
         self._count()
         self._note = pn.pane.HTML("", stylesheets=[NOTE_STYLE], margin=(0, 6), sizing_mode="stretch_width")
         self.choice.param.watch(self._chosen, "value")
@@ -67,14 +76,20 @@ class PromptForm:
         self.choice.param.watch(self._count, "value")
         self.model_name.param.watch(self._count, "value")
         workspace.param.watch(self._count, "loaded")
-        self.model_name.param.watch(lambda _: read(), "value")
+        self.model_name.param.watch(lambda _: None if self._quiet else read(), "value")
         self.button.on_click(lambda _: read())
         workspace.param.watch(self._note_reading, "reading")
+        workspace.param.watch(self._mark, "reading")
+        self.area.param.watch(self._mark, ["value_input", "value"])
+        self.model_name.param.watch(self._mark, ["value_input", "value"])
+        self.choice.param.watch(self._mark, "value")
+        self.file.param.watch(self._opened, "value")
         title = pn.pane.HTML("<h2>Prompt</h2>", stylesheets=[HEADING_STYLE], margin=(4, 4, 0, 4))
         self.body = pn.Column(
             title,
             self.choice,
             self.area,
+            self.file,
             self.model_name,
             self.button,
             self._note,
@@ -94,6 +109,11 @@ class PromptForm:
     @property
     def text(self) -> str:
         return str(self.area.value_input or self.area.value or "")
+
+    @property
+    def answer(self) -> str:
+        """The answer that the example expects; empty for a text of one's own."""
+        return (example(self.example).answer or "") if self.example else ""
 
     @property
     def question(self) -> str:
@@ -120,6 +140,40 @@ class PromptForm:
             return
         with self._quiet.setting():
             self.choice.value = _USER_TEXT
+
+    def _opened(self, event: Event) -> None:
+        """A file that was opened or dropped is a text of one's own."""
+        if not event.new:
+            return
+        try:
+            text = bytes(event.new).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text:
+            self._workspace.problem = f"{self.file.filename or 'This file'} is no text in UTF-8."
+            return
+        with self._quiet.setting():
+            self.choice.value = _USER_TEXT
+        self._fill(text)
+
+    def _mark(self, *events: Event) -> None:
+        """Say whether something else stands here than what was read."""
+        reading = self._workspace.reading
+        self.dirty = reading is not None and (reading.text, reading.model) != (self.text, self.model)
+        self.button.param.update(
+            label="Read (changed)" if self.dirty else "Read", variant="contained" if self.dirty else "outlined"
+        )
+        self._workspace.dirty = self.dirty
+
+    def show(self, state: PageState, model: str) -> None:
+        """The prompt of a page's state, which is read when somebody says so."""
+        key, text = _start(state)
+        with self._quiet.setting():
+            self.choice.value = key
+            self.model_name.param.update(value=model, value_input=model)
+        self.fresh = False  # whoever shows a state shows its question too
+        self._fill(text)
+        self._mark()
 
     def _note_reading(self, event: Event) -> None:
         reading = event.new

@@ -15,6 +15,7 @@ from workbench.kv.methods.full import Full
 from workbench.recipe import Recipe
 from workbench.registry import Method
 from workbench_widgets.app.elements.method_form import MethodForm, method_title
+from workbench_widgets.app.elements.quiet import Quiet
 from workbench_widgets.app.state.recipe_slots import CACHE_SLOTS, RECIPE_SLOTS, methods_for
 from workbench_widgets.plain_text import in_markup
 
@@ -22,6 +23,11 @@ NONE = ""
 _CHOICES = MappingProxyType(
     {  # slot -> label, what none means, help
         "kv": ("KV cache: which tokens stay", "", "The method that decides which positions each head keeps."),
+        "refine": (
+            "Its scores refined by",
+            "Nothing",
+            "A method that improves on the scores of the one above: by whole chunks, or by what values write.",
+        ),
         "allocate": (
             "Share among layers and heads",
             "The method's own",
@@ -79,6 +85,8 @@ class SlotForm:
         )
         self.form: MethodForm | None = None
         self._values = {key: dict(parameters) for key, parameters in values.items()}
+        self._options = list(options.values())
+        self._quiet = Quiet()
         self._changed = changed
         self._about = pn.pane.HTML(
             "",
@@ -102,11 +110,25 @@ class SlotForm:
         """The chosen method with its parameters. Raises BadParameter."""
         return None if self.form is None else self.form.method()
 
+    def show(self, key: str, values: Mapping[str, Mapping[str, object]]) -> None:
+        """Another method with these parameters, without telling anybody."""
+        wanted = {key: dict(values[key])} if key in values else {}
+        if key == self.key and wanted == self.values():
+            return  # controls that are made anew while others are would not be drawn
+        self._values |= {name: dict(parameters) for name, parameters in values.items()}
+        if key in self.classes and key not in values:
+            self._values.pop(key, None)
+        with self._quiet.setting():
+            self.select.value = key if key in self.classes else next(iter(self._options), NONE)
+        self._build()
+
     def values(self) -> dict[str, dict[str, object]]:
         """What differs from the defaults, by method."""
         return {self.key: self.form.values} if self.form is not None and self.form.values else {}
 
     def _choose(self, event: Event) -> None:
+        if self._quiet:
+            return
         if self.form is not None:
             self._values[self.form.cls.key] = self.form.values  # there again when it is chosen again
         self._build()
@@ -180,6 +202,11 @@ class RecipeForm:
         if len(kv) > 1:  # another method of the cache takes the place of "full"
             chosen = [method for method in chosen if method.key != Full.key]
         return Recipe.of(chosen, **({"budget": budget} if self.takes_budget else {}))
+
+    def show(self, chosen: Mapping[str, str], values: Mapping[str, Mapping[str, object]]) -> None:
+        """Another recipe, without telling anybody. chosen: the keys of its methods by their places."""
+        for slot, form in self.slots.items():
+            form.show(chosen.get(slot, NONE), values)
 
     def keys(self) -> dict[str, str]:
         return {name: slot.key for name, slot in self.slots.items()}

@@ -8,6 +8,8 @@ from param.parameterized import Event
 
 from workbench_widgets.app.elements.notice import Notice
 from workbench_widgets.app.elements.theme import in_header
+from workbench_widgets.app.work.eta import Remaining, in_words
+from workbench_widgets.app.work.task import Task
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_markup
 
@@ -15,8 +17,9 @@ from workbench_widgets.plain_text import in_markup
 class StatusLine:
     """What the main worker does, with a button that cancels it; `problem` stands elsewhere on the page."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace | Task) -> None:
         self._workspace = workspace
+        self._remaining = Remaining()
         self._text = pn.pane.HTML(
             "",
             margin=(0, 12),
@@ -55,8 +58,9 @@ class StatusLine:
 
     def _show(self, *events: Event) -> None:
         stage, share = self._workspace.stage
-        percent = "" if share is None else f" · {share:.0%}"
-        self._text.object = f"<div>{in_markup(stage)}{percent}</div>" if stage else ""
+        left = in_words(self._remaining.seconds(stage, share))
+        said = " · ".join(filter(None, (stage, "" if share is None else f"{share:.0%}", left)))
+        self._text.object = f"<div>{in_markup(said)}</div>" if stage else ""
         self._bar.visible = bool(stage)
         known = share is not None
         self._bar.param.update(variant="determinate" if known else "indeterminate", value=round((share or 0) * 100))

@@ -27,6 +27,11 @@ _LARGEST = 2**53  # up to here browsers count exactly
 _NAMED = 4  # parts that did not fit that are named
 
 
+def _whole_text(text: str) -> str:
+    text.encode()  # of half a character: UnicodeEncodeError, a ValueError
+    return text
+
+
 def _model(name: str) -> str:
     if any(unicodedata.category(sign) == "Cc" for sign in name):
         raise ValueError("a name has no control characters")
@@ -61,7 +66,7 @@ def _method(slot: str) -> AfterValidator:
 
 
 _Name = Annotated[str, Field(max_length=40)]
-_Long = Annotated[str, Field(max_length=_LONGEST)]
+_Long = Annotated[str, AfterValidator(_whole_text)]  # an address holds less of it: `_LONGEST`
 _Count = Annotated[int, Field(ge=0, lt=10_000)]
 
 
@@ -73,9 +78,10 @@ class PageState:
     """
 
     model: Annotated[str, Field(max_length=1000), AfterValidator(_model)] = ""
-    example: Annotated[_Name, AfterValidator(_example)] = "needle"
+    example: Annotated[_Name, AfterValidator(_example)] = "haystack"
     text: _Long = ""
     kv: Annotated[_Name, _method("kv")] = "snapkv"
+    refine: Annotated[_Name, _method("refine")] = ""
     allocate: Annotated[_Name, _method("allocate")] = ""
     store: Annotated[_Name, _method("store")] = ""
     retrieve: Annotated[_Name, _method("retrieve")] = ""
@@ -87,6 +93,7 @@ class PageState:
     budget: Annotated[_Name, AfterValidator(_budget)] = "25%"
     weights_budget: Annotated[_Name, AfterValidator(_budget)] = ""  # empty: the weight method's own
     question: _Long = ""
+    expected: _Long | None = None  # the answer; None: the example's own
     tokens: Annotated[int, Field(ge=1, lt=1_000_000)] = 32
     layer: _Count = 0
     head: _Count = 0
@@ -134,11 +141,22 @@ class PageState:
                 unread.append(f"{name}={_shortened(raw)} ({_reason(error)})")
         return cls(**parts, unread=tuple(unread))
 
-    def _parts(self) -> dict[str, str]:
-        """What differs from a fresh page, as text."""
+    def to_dict(self) -> dict[str, Any]:
+        """All that differs from a fresh page, texts of any length too, ready for JSON."""
         fresh = PageState()
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.compare}
-        changed = {name: value for name, value in values.items() if value != getattr(fresh, name)}
+        return {name: value for name, value in values.items() if value != getattr(fresh, name)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PageState:
+        """What `to_dict` wrote. Raises ValueError for what does not fit."""
+        if unknown := next((name for name in data if name not in _SCHEMA), None):
+            raise ValueError(f"a page has no {_shortened(unknown)}")
+        return cls(**{name: _SCHEMA[name].validate_python(value) for name, value in data.items()})
+
+    def _parts(self) -> dict[str, str]:
+        """What differs from a fresh page, as text."""
+        changed = self.to_dict()
         return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in changed.items()}
 
 

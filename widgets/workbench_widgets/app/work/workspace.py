@@ -19,12 +19,13 @@ from workbench.kv.plan import Plan
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench.registry import Method
-from workbench.runtime.run import Run
-from workbench.session import Session, row_of
+from workbench.runtime.run import Run, Stream
+from workbench.session import Session
 from workbench.trace import Trace
 from workbench_widgets import present
 from workbench_widgets.app.work.loaded_models import LoadedModels
 from workbench_widgets.app.work.offered_models import OfferedModels
+from workbench_widgets.app.work.records import Asked, Record, failed, frame_of, record_of
 from workbench_widgets.app.work.worker import Post, Worker
 
 T = TypeVar("T")
@@ -49,38 +50,70 @@ IDLE = Stage("")
 
 
 class WeightBytes(NamedTuple):
-    """The model's weights under the methods that were planned last: bytes, and those of its own, at 16 bits."""
+    """The model's weights under the methods that were planned last, in bytes: as they lie in memory, and with what is
+    not compressed at 16 bits; the same of the model's own weights.
+    """
 
     methods: tuple[Method, ...]
     nbytes: int
+    deployed_nbytes: int
     full_nbytes: int
+    full_deployed_nbytes: int
+
+    @classmethod
+    def of(cls, session: Session, recipe: Recipe, progress: Progress) -> WeightBytes:
+        """Under the weight methods of a recipe, which compress the weights if that was not done yet."""
+        methods, variants = recipe.family("weights"), session.readings.variants
+        deployed, full = session.weight_nbytes(recipe, progress=progress)
+        return cls(methods, variants.nbytes(methods), deployed, variants.nbytes(()), full)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question on a cache that goes on, and two answers: each model continues its own transcript.
+
+    record: the run. full: the uncompressed model's own run, with its own earlier answers before it. before: the record
+    of the run that was asked on.
+    """
+
+    question: str
+    record: Record
+    full: Run
+    before: Record
 
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """A prompt that was read: by which session, and its tokens as text."""
+    """A prompt that was read: by which session, its tokens as text, and the text and model's name that were given."""
 
     session: Session
     trace: Trace
     tokens: tuple[str, ...]
+    model: str = ""
+    text: str = ""
 
 
 class Workspace(param.Parameterized):
     """What one tab knows. Parameters change in the page's thread only; views watch them.
 
-    Six workers: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget slider,
-    `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at all
-    weights, `counting` for the tokens of a text that is being written. A budget move never waits for a run, nor a map
+    Eight workers: `main` for what takes seconds (loading, reading, running, comparing), `planning` for the budget
+    slider, `looking` for maps and tables, `surveying` for looks at all heads of a long prompt, `weighing` for looks at
+    all weights, `counting` for the tokens of a text that is being written, `saving` for the copy of the page on the
+    server, `reporting` for reports. A budget move never waits for a run, nor a map
     for a survey.
     """
 
     reading: param.Parameter[ReadPrompt | None] = param.Parameter(None)
     plan: param.Parameter[Plan | None] = param.Parameter(None)
     run: param.Parameter[Run | None] = param.Parameter(None)
+    shown: param.Parameter[Record | None] = param.Parameter(None)  # the record of `run`, or one that was opened
+    turns: param.Parameter[tuple[Turn, ...]] = param.Parameter(())  # of the run that is asked on
     answer: param.Parameter[tuple[str, ...]] = param.Parameter(())  # tokens of the run that is being generated
-    rows: param.Parameter[pd.DataFrame] = param.Parameter(pd.DataFrame())  # all runs so far
+    records: param.Parameter[tuple[Record, ...]] = param.Parameter(())  # all runs so far
+    rows: param.Parameter[pd.DataFrame] = param.Parameter(pd.DataFrame())  # the same as a table
     selected: param.Parameter[tuple[int, int] | None] = param.Parameter(None)  # layer, query head
     focused = param.Boolean(False)  # whether tokens show the selected head alone
+    dirty = param.Boolean(False)  # whether the form holds another prompt than the one that was read
     problem = param.String("")  # of the last piece of work
     refusal = param.String("")  # why the recipe or its budget cannot be had
     working = param.Boolean(False)
@@ -106,6 +139,8 @@ class Workspace(param.Parameterized):
         self.surveying = Worker("surveying", post, self._survey_busy, self._survey_progress)
         self.weighing = Worker("weighing", post, self._weighing_busy, self._weighing_progress)
         self.counting = Worker("counting", post)
+        self.saving = Worker("saving", post)
+        self.reporting = Worker("reporting", post)
         self._looking_since = 0.0
         self._following = False  # whether the main worker answers because something moved
 
@@ -119,10 +154,12 @@ class Workspace(param.Parameterized):
 
     def close(self) -> None:
         """The tab is gone: stop its work and let go of what it holds."""
-        for worker in (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting):
+        lanes = (self.main, self.planning, self.looking, self.surveying, self.weighing, self.counting)
+        for worker in (*lanes, self.saving, self.reporting):
             worker.close()
         with param.parameterized.discard_events(self):  # there is no page to tell
-            self.param.update(reading=None, plan=None, run=None, rows=pd.DataFrame(), recipe=None, weights=None)
+            self.param.update(reading=None, plan=None, run=None, recipe=None, weights=None)
+            self.param.update(shown=None, turns=(), records=(), rows=pd.DataFrame())
             self.loaded = ("", None)
 
     # -- reading
@@ -144,7 +181,7 @@ class Workspace(param.Parameterized):
             self.main.tell(lambda: self._is_loaded(model, session), always=True)
             with self._exclusive(progress):
                 trace = session.read(text, progress=progress)
-            return ReadPrompt(session, trace, tuple(present.pieces(session.tokenizer, trace.ids)))
+            return ReadPrompt(session, trace, tuple(present.prompt_pieces(trace.prompt)), model, text)
 
         def finish(reading: ReadPrompt) -> None:
             self.param.update(
@@ -152,6 +189,8 @@ class Workspace(param.Parameterized):
                 plan=None,
                 weights=None,
                 run=None,
+                shown=None,
+                turns=(),
                 answer=(),
                 model=model,
                 problem="",
@@ -188,7 +227,7 @@ class Workspace(param.Parameterized):
 
         def plan(progress: Progress) -> tuple[Plan, WeightBytes]:
             planned = session.plan(recipe, progress=progress)
-            return planned, WeightBytes(recipe.family("weights"), *session.weight_nbytes(recipe, progress=progress))
+            return planned, WeightBytes.of(session, recipe, progress)
 
         def work(progress: Progress) -> tuple[Plan, WeightBytes]:
             if not heavy:
@@ -214,11 +253,11 @@ class Workspace(param.Parameterized):
 
     # -- running
 
-    def follow(self, recipe: Recipe, question: str | None, max_new_tokens: int) -> None:
+    def follow(self, recipe: Recipe, asked: Asked) -> None:
         """Answer because something moved: gives way to everything else, and to the next of its kind."""
         if self.reading is None or (self.main.awaited and not self._following):
             return
-        self.generate(recipe, question, max_new_tokens, interrupt=True)
+        self.generate(recipe, asked, interrupt=True)
         self._following = True
 
     def stop_following(self) -> None:
@@ -228,68 +267,115 @@ class Workspace(param.Parameterized):
             self.main.drop()
             self.answer = ()
 
-    def generate(
-        self,
-        recipe: Recipe,
-        question: str | None,
-        max_new_tokens: int,
-        *,
-        follow: bool = False,
-        interrupt: bool = False,
-    ) -> None:
-        """Run `recipe` token by token and measure it; with `follow` ask on from the last run instead."""
+    def generate(self, recipe: Recipe, asked: Asked, *, interrupt: bool = False) -> None:
+        """Run `recipe` token by token and measure it."""
         if self.reading is None:
             return
-        self.stop_following()
-        session, last = self.reading.session, self.run
-        pieces: list[str] = []
+        session, model = self.reading.session, self.model
 
-        def work(progress: Progress) -> tuple[Run, dict[str, object]]:
+        def work(progress: Progress) -> Record:
             with self._exclusive(progress):
-                if follow and last is not None:
-                    stream = last.ask_stream(question or "", max_new_tokens=max_new_tokens, progress=progress)
-                else:
-                    stream = session.stream(recipe, question=question, max_new_tokens=max_new_tokens, progress=progress)
-                for token in stream:
-                    pieces.append(token.text)
-                    self.main.tell(lambda: self._show_answer(pieces))
-                run = stream.run
-                run.measure(progress=progress)
-                row = row_of(run)
-            return run, row | {"question": question}
+                stream = session.stream(
+                    recipe, question=asked.question, max_new_tokens=asked.max_new_tokens, progress=progress
+                )
+                run = self._streamed(stream, progress)
+                return record_of(session, model, asked, run)
 
-        def finish(outcome: tuple[Run, dict[str, object]]) -> None:
-            run, row = outcome
-            self.param.update(run=run, answer=(), problem="")
-            self._add([row])
+        def finish(record: Record) -> None:
+            self._keep([record], run=record.run, shown=self._numbered(record, 0), turns=(), answer=(), problem="")
 
-        self.param.update(answer=())
-        self.announce("Running")
+        self._begin_answer("Running")
         self.main.submit(work, finish, self._failed, interrupt=interrupt)
 
-    def compare(
-        self, recipes: Sequence[Recipe], budgets: Sequence[str], question: str | None, max_new_tokens: int
-    ) -> None:
-        """Run every recipe at every budget; each row is shown when it is there, and cancelling keeps those."""
+    def ask_on(self, asked: Asked) -> None:
+        """Another question on the cache of the last run; the uncompressed model goes on from its own answers."""
+        if self.reading is None or self.run is None or self.shown is None:
+            return
+        session, model, last, before, turns = self.reading.session, self.model, self.run, self.shown, self.turns
+
+        def work(progress: Progress) -> tuple[Record, Turn]:
+            question, most = asked.question or "", asked.max_new_tokens
+            with self._exclusive(progress):
+                full = turns[-1].full if turns else self._uncompressed(session, last, progress)
+                run = self._streamed(last.ask_stream(question, max_new_tokens=most, progress=progress), progress)
+                own = full.ask(question, max_new_tokens=most, progress=progress)
+                session.runs.remove(own)
+                record = record_of(session, model, asked, run, before).beside(own, session.tokenizer, asked)
+            return record, Turn(question, record, own, before)
+
+        def finish(outcome: tuple[Record, Turn]) -> None:
+            record, turn = outcome
+            self._keep(
+                [record], run=record.run, shown=self._numbered(record, 0), turns=(*turns, turn), answer=(), problem=""
+            )
+
+        self._begin_answer("Asking on")
+        self.main.submit(work, finish, self._failed)
+
+    def compare(self, recipes: Sequence[Recipe], asked: Asked) -> None:
+        """Run every recipe, budget included; each row is shown when it is there, and cancelling keeps those."""
         if self.reading is None:
             return
         self.stop_following()
-        session = self.reading.session
-        cases = list(_cases(recipes, budgets))
+        session, model = self.reading.session, self.model
+
+        def measured(recipe: Recipe, progress: Progress) -> Record:
+            try:
+                run = session.run(
+                    recipe, question=asked.question, max_new_tokens=asked.max_new_tokens, progress=progress
+                )
+                run.measure(progress=progress)
+                return record_of(session, model, asked.under(recipe), run)
+            except Cancelled:
+                raise
+            except Exception as error:  # noqa: BLE001  one recipe that fails must not take the others with it
+                return failed(session, model, asked.under(recipe), recipe, error)
 
         def work(progress: Progress) -> None:
             with self._exclusive(progress):
-                for number, (recipe, several) in enumerate(cases):
-                    progress.update("comparing", number, len(cases))
-                    quiet = Progress(lambda *_: progress.check())
-                    frame = session.compare(
-                        [recipe], budgets=several, question=question, max_new_tokens=max_new_tokens, progress=quiet
-                    )
-                    rows = [{**row, "question": question} for row in _records(frame)]
-                    self.main.tell(partial(self._add, rows), always=True)
+                for number, recipe in enumerate(recipes):
+                    progress.update("comparing", number, len(recipes))
+                    record = measured(recipe, Progress(lambda *_: progress.check()))
+                    self.main.tell(partial(self._keep, [record]), always=True)
 
         self.announce("Comparing")
         self.main.submit(work, lambda _: None, self._failed)
+
+    # -- what was run
+
+    def _streamed(self, stream: Stream, progress: Progress) -> Run:
+        """A stream to its end, shown as it comes, and measured."""
+        pieces: list[str] = []
+        for token in stream:
+            pieces.append(token.text)
+            self.main.tell(lambda: self._show_answer(pieces))
+        stream.run.measure(progress=progress)
+        return stream.run
+
+    def _uncompressed(self, session: Session, run: Run, progress: Progress) -> Run:
+        """The uncompressed model's own run on the question of `run`."""
+        question, most = run.question, run.max_new_tokens
+        full = session.run("full", question=question, max_new_tokens=most, progress=progress)
+        session.runs.remove(full)  # it was not asked for: no run of the page
+        return full
+
+    def _begin_answer(self, what: str) -> None:
+        self.stop_following()
+        self.param.update(answer=())
+        self.announce(what)
+
+    def _numbered(self, record: Record, place: int) -> Record:
+        """A record that is added at this place of several, with its number."""
+        return record.changed(run=max((r.number for r in self.records), default=0) + 1 + place)
+
+    def _keep(self, records: Sequence[Record], **more: object) -> None:
+        """Add records, and change what else there is at once."""
+        added = [self._numbered(record, place) for place, record in enumerate(records)]
+        self.set_records((*self.records, *added), **more)
+
+    def set_records(self, records: Sequence[Record], **more: object) -> None:
+        """All there is from now on: what is restored, noted, pinned or deleted."""
+        self.param.update(records=tuple(records), rows=frame_of(records), **more)
 
     def look(
         self, work: Callable[[Progress], T], show: Callable[[T], None], given_up: Callable[[], None] = lambda: None
@@ -400,19 +486,3 @@ class Workspace(param.Parameterized):
 
     def _show_answer(self, pieces: list[str]) -> None:
         self.answer = tuple(pieces)
-
-    def _add(self, rows: list[dict[str, object]]) -> None:
-        frame = pd.DataFrame([*_records(self.rows), *rows])
-        frame["run"] = range(1, len(frame) + 1)
-        self.rows = frame
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, object]]:
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
-
-
-def _cases(recipes: Sequence[Recipe], budgets: Sequence[str]) -> Iterator[tuple[Recipe, list[str]]]:
-    """One (recipe, [budget]) for each run; what takes no budget once."""
-    for recipe in recipes:
-        for budget in budgets if recipe.takes_budget() else budgets[:1]:
-            yield recipe, [budget]

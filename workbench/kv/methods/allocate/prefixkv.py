@@ -18,6 +18,7 @@ class SharedAttention(AccumulatedAttention):
     """Score positions by the attention they received from all queries, averaged over the heads of a layer."""
 
     rescores = True
+    evicts_by_rank = True
     grows = True
 
     sinks: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the beginning that always stay")

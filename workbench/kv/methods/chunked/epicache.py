@@ -111,6 +111,7 @@ class EpiCache(KVMethod):
     )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        prefill.need_text()
         layers = prefill.compressible
         total, equal = self._room(prefill)
         if total == prefill.tokens:

@@ -27,8 +27,9 @@ class LiveVLM(KVMethod):
     the share `retrieved` of the memory's pages, those whose mean keys without rotary embedding its queries, without it
     too, attend to most; the answer stays with them.
 
-    Made for video: the tokens of an image are here any tokens, and the prompt before the video is here the first
-    `sinks` tokens, which always stay and are always seen. Open details chosen here: scores are averaged over all heads
+    Made for video: in a prompt with images `sinks` are the tokens before the first image, and `window` is as many as
+    stand for the last. Of plain text any tokens stand for those of an image, and the first `sinks` for the prompt
+    before the video; they always stay and are always seen. Open details chosen here: scores are averaged over all heads
     of a layer, which keep the same positions and open the same pages; places that no stretch fills go by score. Like
     the paper, which does without host memory, this forgets what it drops: the budget is all there is.
     """
@@ -41,7 +42,7 @@ class LiveVLM(KVMethod):
         "2505.15269",
     )
     claim = "44x more frames on the same device, and answers up to 5x faster"
-    fidelity = Fidelity("deviates", "tokens of text stand for those of images; widths and shares are chosen here")
+    fidelity = Fidelity("deviates", "tokens of text may stand for those of images; widths and shares are chosen here")
     default_budget = 0.25
 
     sinks: int = param(
@@ -92,14 +93,17 @@ class LiveVLM(KVMethod):
     )
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
-        total = prefill.entries(self.sinks + 2)
+        sinks, window, images = self.sinks, self.window, prefill.prompt.images
+        if images is not None:  # as published
+            sinks, window = int(images.mask.nonzero()[0]), images.counts[-1]
+        total = prefill.entries(sinks + 2)
         whole = total >= prefill.tokens
         piece = self.piece if whole else min(self.piece, max(total // 8, 1))
-        recent = min(self.recent, total // 4, total - self.sinks - piece)
+        recent = min(self.recent, total // 4, total - sinks - piece)
         queries: dict[int, Tensor] = {}  # of each layer's last tokens, [h, r, d]
 
         def observe(layer: int, query: Tensor, _key: Tensor, _value: Tensor) -> None:
-            queries[layer] = query[:, -self.window :]
+            queries[layer] = query[:, -window:]
 
         for ids in prefill.pieces(piece):
             for layer in prefill.compressible:
@@ -111,7 +115,7 @@ class LiveVLM(KVMethod):
                 at = torch.arange(prefill.position - query.shape[1], prefill.position)
                 _, rows = store.attend(query, at, layer.scoring, weights=True)
                 assert rows is not None  # [k, g, r, m]
-                slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent)
+                slots = self._kept(rows.mean(dim=(0, 1, 2)), positions, room, recent, sinks)
                 prefill.keep(layer.index, slots.expand(layer.kv_heads, -1))
             prefill.feed(ids, observer=None if whole else observe)
         if whole:
@@ -122,20 +126,20 @@ class LiveVLM(KVMethod):
             prefill.stores[layer.index] = PagedStore(
                 store,
                 layer.rotation,
-                sinks=self.sinks,
-                recent=int(positions[max(len(positions) - recent, self.sinks) - 1]) + 1,
+                sinks=sinks,
+                recent=int(positions[max(len(positions) - recent, sinks) - 1]) + 1,
                 page=self.page,
                 share=self.retrieved,
             )
         return prefill.result()
 
-    def _kept(self, scores: Tensor, positions: Tensor, room: int, recent: int) -> Tensor:
+    def _kept(self, scores: Tensor, positions: Tensor, room: int, recent: int, sinks: int) -> Tensor:
         """Which entries stay, bool [m], when `room` may: sinks, the last `recent`, and the memory's best."""
         kept = torch.ones_like(positions, dtype=torch.bool)
         last = len(positions) - recent
-        memory = slice(self.sinks, last)
+        memory = slice(sinks, last)
         end = int(positions[last - 1]) + 1
         kept[memory] = bucketed(
-            scores[memory], positions[memory].long(), self.sinks, end, room - self.sinks - recent, self.retention
+            scores[memory], positions[memory].long(), sinks, end, room - sinks - recent, self.retention
         )
         return kept

@@ -28,13 +28,13 @@ class StreamMem(KVMethod):
     stay, and of each new frame that loses some a prototype: the means of its keys and of its values, weighted by their
     scores (frame-wise KV merging). Later a prototype is an entry like any other.
 
-    Made for video: a frame is here a run of `frame` tokens, and the filter that merges similar images before they are
-    read has nothing to do on text. Chosen here: a prototype stands at the dropped position nearest to the middle of
-    its frame, and keys are averaged without their rotary embedding and then turned to that position; prototypes take
-    at most a quarter of the memory, frames grow where they would take more. Without a chat template the last `proxy`
-    tokens read are the query. True positions are kept, so that the paper's extension of the context (YaRN) is not
-    needed up to the model's own. The budget bounds what is held while reading, so that the memory shrinks to it less
-    one chunk.
+    Made for video: a frame is here a run of `frame` tokens, in a prompt with images of as many as stand for one; the
+    filter that merges similar images before they are read is left out. Chosen here: a prototype stands at the dropped
+    position nearest to the middle of its frame, and keys are averaged without their rotary embedding and then turned to
+    that position; prototypes take at most a quarter of the memory, frames grow where they would take more. Without a
+    chat template the last `proxy` tokens read are the query. True positions are kept, so that the paper's extension of
+    the context (YaRN) is not needed up to the model's own. The budget bounds what is held while reading, so that the
+    memory shrinks to it less one chunk.
     """
 
     key = "streammem"
@@ -92,7 +92,7 @@ class StreamMem(KVMethod):
 
     def _shrink(self, prefill: ChunkedPrefill, query: Tensor, room: int, new: int) -> None:
         """Leave `room` entries of each head, of which the last `new` were read since the last time."""
-        frame = self.frame_of(room, new)
+        frame = self.frame_of(room, new, prefill.prompt)
         scores = prefill.probe(query, lambda _, rows: rows.mean(dim=(1, 2)))
         for layer, score in zip(prefill.compressible, scores, strict=True):
             memory = prefill.stores[layer.index].contents(torch.float32)
@@ -102,11 +102,12 @@ class StreamMem(KVMethod):
                 keys, values = with_prototypes(layer, keys, values, score, standing, new, frame, positions)
             prefill.stores[layer.index] = DenseStore.of(keys, values, positions, kept | standing, prefill.dtype)
 
-    def frame_of(self, room: int, new: int) -> int:
+    def frame_of(self, room: int, new: int, prompt: Prompt | None = None) -> int:
         """Tokens of a frame, so that the prototypes of `new` tokens take at most a quarter of `room`; 0: no frames."""
         if not self.merging or room < 4:
             return 0
-        return max(self.frame, -(-new // (room // 4)))
+        frame = self.frame if prompt is None or prompt.images is None else max(prompt.images.counts)
+        return max(frame, -(-new // (room // 4)))
 
 
 def template_ids(prompt: Prompt) -> Tensor | None:

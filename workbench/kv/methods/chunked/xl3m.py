@@ -70,6 +70,7 @@ class XL3M(KeyContext):
     template: bool = param(False, help="whether the chat template's tokens after the question are read before judging")
 
     def read(self, prefill: ChunkedPrefill) -> PrefillResult:
+        prefill.need_text()
         tokens, positions = prefill.tokens, prefill.max_positions
         slide = prefill.widest_window
         total = prefill.entries(max(_LEAST, slide + 1), lambda _: prefill.scattered_nbytes)

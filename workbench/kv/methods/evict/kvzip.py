@@ -59,6 +59,10 @@ class KVzip(GlobalHeads):
 
     def scores(self, study: Study) -> Tensor:
         trace, model = study.trace, study.reader(self.key)
+        if trace.prompt.images is not None:
+            raise NotApplicable(
+                "kvzip has the model repeat the prompt, and images cannot be repeated; use another method"
+            )
         if not trace.compressible:
             return torch.zeros(0, trace.kv_heads, trace.tokens)
         starts = range(0, trace.tokens, self.chunk)

@@ -21,7 +21,9 @@ class TextPrior(AccumulatedAttention):
     """Score positions by the attention they received and by how recent they are, all text before any image token."""
 
     image_spans: str = param(
-        "", help="image tokens as first-end positions, for instance 5-581, 600-1176", own="only the caller knows them"
+        "",
+        help="image tokens as first-end positions, for instance 5-581, 600-1176",
+        own="those that were read with the prompt",
     )
     recent_share: float = param(0.5, ge=0, le=1, help="part of the kept positions that are simply the last ones")
 
@@ -41,7 +43,10 @@ class TextPrior(AccumulatedAttention):
         return _spans(self.image_spans)
 
     def score(self, layer: LayerTrace) -> Tensor:
-        image = self.is_image(layer.tokens).to(layer.device)
+        image = self.is_image(layer.tokens)
+        if layer.images is not None and not self.spans:
+            image = layer.images >= 0
+        image = image.to(layer.device)
         received = super().score(layer).double()  # so that adding the largest blurs nothing
         prior = received.amax(dim=1, keepdim=True)
         return heavy_or_recent(torch.where(image, received, received + prior), self.recent_share)
@@ -72,8 +77,9 @@ class LookM(TextPrior):
         pivotal     the same, of each evicted entry its mean with the kept one
         weighted    the same, of each evicted entry its multiple by the similarity
 
-    Which positions are image tokens, the caller says: `image_spans="5-581"`, or pairs of numbers; each from its
-    first position up to the one after its last. With none the prompt is plain text and only merging sets it apart.
+    Which positions are image tokens, a prompt that was read with images says; of other prompts the caller does:
+    `image_spans="5-581"`, or pairs of numbers; each from its first position up to the one after its last. With none
+    the prompt is plain text and only merging sets it apart.
 
     Merges take every evicted entry, as the paper's equations do; the authors' code leaves out the less similar half
     in averaged and weighted merging. While decoding nothing is evicted (the prompt is compressed once).

@@ -124,8 +124,8 @@ class Coded(Retriever):
 
     def find_at(self, query: Tensor, positions: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         table = self.book.scores(query, positions)  # [k, g * q, c]
-        alone = positions.numel() == 1 and self.tokens is not None
-        wanted = max(int(self.fetch * (self.tokens if alone else int(positions.max()) + 1)), 1)
+        known = self.tokens if positions.numel() == 1 else None  # then the device is not waited for
+        wanted = max(int(self.fetch * (int(positions.max()) + 1 if known is None else known)), 1)
         return codebook_top(table, self.codes.ragged(), wanted, query.shape[1])
 
     @property

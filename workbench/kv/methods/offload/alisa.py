@@ -73,5 +73,7 @@ class ALISA(SinksAndRecent):
         kind = EightBitOffloadFormat if self.bits == 8 else OffloadFormat
         again = None
         if self.recompute:
-            again = Recomputing(self.recompute, Recomputer(study.reader(self.key), study.trace.ids))
+            again = Recomputing(
+                self.recompute, Recomputer(study.reader(self.key), study.trace.ids, study.trace.prompt.images)
+            )
         return kind(dtype, index, self.sinks, recomputing=again)

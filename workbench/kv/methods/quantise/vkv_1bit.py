@@ -27,18 +27,17 @@ class VisualKV1Bit(KVMethod):
     stays. The prompt is read exactly; text, and every token of the answer, stays as it is.
 
     The stretch is `length` tokens from position `start` on (counted among the tokens kept, where another method drops
-    some). Chosen here: without a length it is all but the newest `recent` tokens; with a budget then as few as it asks
-    for, counted from `start`. Scores that span less than `drop` all fall to their minimum, where the code's formula
-    would turn their order round. A question of several tokens is read with lowered scores too, each for itself.
+    some); without a length, in a prompt that was read with images, from the first token of an image to the last of one.
+    Chosen here: of plain text it is without a length all but the newest `recent` tokens; with a budget then as few as
+    it asks for, counted from `start`. Scores that span less than `drop` all fall to their minimum, where the code's
+    formula would turn their order round. A question of several tokens is read with lowered scores too, each for itself.
     """
 
     key = "vkv-1bit"
     title = "CalibQuant"
     paper = Paper("CalibQuant: 1-Bit KV Cache Quantization for Multimodal LLMs", "Han, Zhang et al. 2025", "2502.14882")
     claim = "16 times smaller on visual tokens"
-    fidelity = Fidelity(
-        "deviates", "any stretch of tokens, not those of an image alone; lowered scores never turn their order round"
-    )
+    fidelity = Fidelity("deviates", "of plain text any stretch of tokens; lowered scores never turn their order round")
     presets = (
         Preset(
             "1 bit",
@@ -67,6 +66,8 @@ class VisualKV1Bit(KVMethod):
     def store(self, dtype: torch.dtype, shapes: Sequence[Shape], limit: int | None) -> Format:
         if self.length:
             return self._format(dtype, recent=0)
+        if (images := next((shape.images for shape in shapes if shape.images), None)) is not None:
+            return self._format(dtype, recent=0, stretch=images)
         if limit is None:
             return self._format(dtype, self.recent)
         everything = torch.tensor([[shape.tokens] * shape.kv_heads for shape in shapes])
@@ -80,6 +81,8 @@ class VisualKV1Bit(KVMethod):
         # In a stretch of a few tokens the levels take more than the bits save.
         return DenseFormat(dtype) if full <= max(limit, nbytes(recent)) else self._format(dtype, recent)
 
-    def _format(self, dtype: torch.dtype, recent: int) -> Format:
+    def _format(self, dtype: torch.dtype, recent: int, stretch: tuple[int, int] | None = None) -> Format:
+        """The stretch from one position to before another; None: as the parameters say."""
         shares = self.key_share, self.value_share
-        return CalibratedFormat(dtype, self.bits, *shares, self.drop, self.start, self.length or None, recent)
+        start, end = stretch or (self.start, self.start + self.length)
+        return CalibratedFormat(dtype, self.bits, *shares, self.drop, start, end - start or None, recent)

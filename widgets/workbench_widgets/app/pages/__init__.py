@@ -1,0 +1,1 @@
+"""The pages beside the session: choosing a recipe, stored results, and what serving would cost."""

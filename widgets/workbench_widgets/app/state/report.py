@@ -1,0 +1,107 @@
+"""A page as one HTML file that works offline: its runs, their answers, and what its recipe keeps at any budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from workbench.budget import Budget
+from workbench.errors import Cancelled, WorkbenchError
+from workbench.progress import Progress
+from workbench.recipe import Recipe
+from workbench_widgets import present
+from workbench_widgets.app.work.records import Record
+from workbench_widgets.plain_text import in_markup
+from workbench_widgets.views import AnswerDiff, KeptRaster, TokenText
+from workbench_widgets.views.stepped_page import SteppedView, stepped_page
+
+if TYPE_CHECKING:
+    from workbench.kv.plan import Plan
+    from workbench.session import Session
+
+_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+_CELLS = 8_000_000  # layers x heads x positions of all rasters together
+
+
+def report(
+    session: Session,
+    tokens: Sequence[str],
+    recipe: Recipe | None,
+    records: Sequence[Record],
+    model: str,
+    progress: Progress,
+) -> str:
+    """The report's HTML. tokens: of the prompt that was read. recipe: the page's, None where it cannot be had."""
+    steps, plans = _plans(session, recipe, progress)
+    said = [
+        f"{name}: {present.readable_bytes(plan.nbytes)} of {present.readable_bytes(plan.full_nbytes)}, "
+        f"{float(plan.counts.float().mean()):,.0f} of {plan.trace.tokens:,} positions a head"
+        for name, plan in zip(steps, plans, strict=True)
+    ]
+    about = f"{in_markup(model)}, {len(tokens):,} tokens read. {len(records)} runs. This file holds all that it shows."
+    parts: list[str | SteppedView] = [f"<p>{about}</p>"]
+    if plans:
+        parts.append(f"<h2>What {in_markup(_name(recipe))} keeps</h2>")
+        texts = [TokenText.field_values((), present.token_text(plan, tokens)) for plan in plans]
+        parts.append(SteppedView(TokenText.definition(), texts))
+        if sum(plan.tiers.numel() for plan in plans) <= _CELLS:
+            rasters = [KeptRaster.field_values((), present.kept_raster(plan, tokens)) for plan in plans]
+            parts.append(SteppedView(KeptRaster.definition(), rasters))
+    if records:
+        parts += ["<h2>Runs</h2>", _table(records)]
+    for record in records:
+        if record.row["status"] == "done":
+            left, right = record.answers
+            values = AnswerDiff.field_values(
+                (list(left), list(right)),
+                {"left_label": present.UNCOMPRESSED, "right_label": str(record.row["recipe"])},
+            )
+            asked = record.row["question"] or "going on from the text"
+            note = f"<p>{in_markup(record.row['note'])}</p>" if record.row["note"] else ""
+            parts.append(f"<h3>Run {record.number}: {in_markup(record.label)}</h3><p>{in_markup(asked)}</p>{note}")
+            parts.append(SteppedView(AnswerDiff.definition(), [values]))
+    start = next((i for i, name in enumerate(steps) if name == "25%"), 0)
+    return stepped_page("Inference workbench: a report", parts, said, label="Budget", start=start)
+
+
+def _plans(session: Session, recipe: Recipe | None, progress: Progress) -> tuple[list[str], list[Plan]]:
+    """The recipe's plans at shares of the uncompressed cache that it can be had at; one alone where it takes none."""
+    if recipe is None:
+        return [], []
+    if not recipe.takes_budget():
+        return [recipe.label], [session.plan(recipe, progress=progress)]
+    steps, plans = [], []
+    for done, share in enumerate(_SHARES):
+        progress.update("report", done, len(_SHARES))
+        try:
+            plan = session.plan(Recipe.of(recipe, budget=Budget.parse(share)), progress=progress)
+        except Cancelled:
+            raise
+        except WorkbenchError:  # too small for this recipe
+            continue
+        steps.append(f"{share:.0%}")
+        plans.append(plan)
+    return steps, plans
+
+
+def _name(recipe: Recipe | None) -> str:
+    return "" if recipe is None else present.method_names(recipe.label)
+
+
+def _table(records: Sequence[Record]) -> str:
+    heads = ("Run", "Recipe", "Prompt", "Question", "KV cache", "Weights", "Total", "KL", "Top-1", "Right", "Answer")
+    verdicts = {True: "right", False: "wrong", None: "–"}
+    lines = []
+    for record in records:
+        row = record.row
+        size = [_size(row[name]) for name in ("kv_nbytes", "weight_nbytes", "total_nbytes")]
+        kl, top = ("–" if row[n] is None else format(row[n], form) for n, form in (("kl", ".4f"), ("top1", ".0%")))
+        cells = [record.number, record.label, row["prompt"], row["question"], *size, kl, top, verdicts[row["correct"]]]
+        cells.append(row["error"] or row["text"])
+        lines.append("<tr>" + "".join(f"<td>{in_markup('' if c is None else c)}</td>" for c in cells) + "</tr>")
+    top_row = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<table><tr>{top_row}</tr>{''.join(lines)}</table>"
+
+
+def _size(nbytes: int | None) -> str:
+    return "–" if nbytes is None else present.readable_bytes(nbytes)
