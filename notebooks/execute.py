@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import re
 import sys
+from base64 import b64encode
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import plotly.graph_objects as go
 from nbclient import NotebookClient
 
+from workbench_widgets.notebook import PLOTLY
+from workbench_widgets.plotly_pictures import figure_png
 from workbench_widgets.saving import still
 
 HERE = Path(__file__).parent
@@ -33,9 +38,20 @@ def execute(path: Path) -> None:
         if "live" in cell.metadata.get("tags", ()):
             cell.outputs = []
     still(notebook)
+    draw_figures(notebook)
     text = renumbered(nbformat.writes(notebook))
     path.write_text(text + "\n", encoding="utf-8")
     print(f"{path.name}: {len(text) / 1000:.0f} KB")
+
+
+def draw_figures(notebook: Any) -> None:
+    """Put a still picture beside each Plotly figure, for where no script runs."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if PLOTLY in data:
+                shown = {name: data[PLOTLY][name] for name in ("data", "layout")}
+                data["image/png"] = b64encode(figure_png(go.Figure(shown))).decode()
 
 
 def renumbered(text: str) -> str:

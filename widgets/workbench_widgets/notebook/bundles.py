@@ -26,7 +26,6 @@ from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.notebook.plan_view import PlanView
 from workbench_widgets.notebook.run_view import RunView
 from workbench_widgets.plain_text import out_of_markup
-from workbench_widgets.plotly_pictures import figure_png
 from workbench_widgets.views.pictures import PNG, png, words
 
 if TYPE_CHECKING:
@@ -70,7 +69,11 @@ def markup(page: str, text: str) -> Bundle:
 
 
 def figure(plot: go.Figure) -> Bundle:
-    """The bundle that shows a Plotly figure in light and dark notebooks alike, without plotly.js in the file."""
+    """The bundle that shows a Plotly figure in light and dark notebooks alike, without plotly.js in the file.
+
+    A still picture is added where a notebook is published (`notebooks/execute.py`): JupyterLab would draw it in place of
+    the live figure.
+    """
     colours = {LIGHT.surface: "rgba(0,0,0,0)", LIGHT.ink: "#808080", LIGHT.muted: "#808080", LIGHT.line: "#80808055"}
     text = plot.to_json()
     for colour, neutral in colours.items():
@@ -80,7 +83,6 @@ def figure(plot: go.Figure) -> Bundle:
     content["config"] = {"displaylogo": False, "responsive": True}
     return {
         PLOTLY: content,
-        PNG: b64encode(figure_png(plot)).decode(),
         "text/plain": f"Figure: {out_of_markup(plot.layout.title.text)}",
     }
 
