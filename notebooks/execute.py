@@ -51,7 +51,7 @@ def draw_figures(notebook: Any) -> None:
             data = output.get("data", {})
             if PLOTLY in data:
                 shown = {name: data[PLOTLY][name] for name in ("data", "layout")}
-                data["image/png"] = b64encode(figure_png(go.Figure(shown))).decode()
+                data["image/png"] = b64encode(figure_png(go.Figure(shown, skip_invalid=True))).decode()
 
 
 def renumbered(text: str) -> str:

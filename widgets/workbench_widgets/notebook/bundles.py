@@ -71,8 +71,8 @@ def markup(page: str, text: str) -> Bundle:
 def figure(plot: go.Figure) -> Bundle:
     """The bundle that shows a Plotly figure in light and dark notebooks alike, without plotly.js in the file.
 
-    A still picture is added where a notebook is published (`notebooks/execute.py`): JupyterLab would draw it in place of
-    the live figure.
+    A still picture is added where a notebook is published (`notebooks/execute.py`): JupyterLab would draw it in place
+    of the live figure.
     """
     colours = {LIGHT.surface: "rgba(0,0,0,0)", LIGHT.ink: "#808080", LIGHT.muted: "#808080", LIGHT.line: "#80808055"}
     text = plot.to_json()
