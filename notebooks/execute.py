@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 import sys
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import plotly.graph_objects as go
 from nbclient import NotebookClient
 
@@ -50,8 +51,18 @@ def draw_figures(notebook: Any) -> None:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if PLOTLY in data:
-                shown = {name: data[PLOTLY][name] for name in ("data", "layout")}
+                shown = {name: plain(data[PLOTLY][name]) for name in ("data", "layout")}
                 data["image/png"] = b64encode(figure_png(go.Figure(shown, skip_invalid=True))).decode()
+
+
+def plain(value: Any) -> Any:
+    """A figure's JSON with lists in place of the arrays that Plotly packs."""
+    if isinstance(value, dict) and "bdata" in value:
+        array = np.frombuffer(b64decode(value["bdata"]), dtype=value["dtype"])
+        return array.reshape([int(size) for size in str(value.get("shape", array.size)).split(",")]).tolist()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def renumbered(text: str) -> str:
