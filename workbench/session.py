@@ -180,6 +180,12 @@ class Session(Shown):
             "runs": [run.numbers() for run in self.runs],
         }
 
+    def report(self, path: str | Path) -> Path:
+        """Write all of this into one HTML file that works offline: the runs, what their recipes keep at any budget (a
+        slider), the answers and the memory; returns its path. The same as `save_html`.
+        """
+        return self.save_html(path)
+
     def controls(self, **options: Any) -> Any:
         """A control panel for notebooks: method, parameters, live budget, runs. Raises MissingExtra without widgets."""
         return controls(self, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from workbench.attention.operators import Operator, Study
+from workbench.errors import NotRead
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
@@ -375,3 +377,21 @@ def question_line(run: Run) -> str:
     """What was asked and what stayed exact, as one line of HTML."""
     asked = f"Asked: {in_markup(run.question)}" if run.question else "Going on from the text"
     return "<div>" + "; ".join([asked, *map(in_markup, run.notes)]) + "</div>"
+
+
+def run_answers(run: Run) -> dict[str, object]:
+    """Keywords for AnswerDiff; a run loaded from disk that was never measured shows its own answer only."""
+    tokenizer = None
+    with suppress(NotRead):  # a loaded run whose own reading was not saved
+        tokenizer = run.plan.trace.prompt.tokenizer
+    try:
+        return answers(run, tokenizer)
+    except NotRead:
+        answer = pieces(tokenizer, run.tokens)
+        return {"left": answer, "right": answer, "left_label": "As recorded", "right_label": run.recipe.label}
+
+
+def plan_tokens(plan: Plan) -> list[str]:
+    """The prompt's tokens as text, decoded once."""
+    trace = plan.trace
+    return trace.once(("pieces",), lambda: prompt_pieces(trace.prompt))
