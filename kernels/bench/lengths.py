@@ -71,7 +71,8 @@ def of_depth(layers: int, tokens: int) -> PreTrainedModel:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return LlamaForCausalLM(config).eval()
+            model: PreTrainedModel = LlamaForCausalLM(config).eval()
+            return model
     finally:
         torch.set_default_dtype(before)
 

@@ -72,7 +72,7 @@ def _line(trace: Any, axes: Any, below: dict[str, Any]) -> None:
         axes.fill_between(x, floor, top, color=colour, linewidth=0, step="post", label=_name(trace))
         below[trace.stackgroup] = top
         return
-    size = marker.size if np.isscalar(marker.size) and marker.size else 6
+    size: Any = marker.size if np.isscalar(marker.size) and marker.size else 6
     axes.plot(
         x, y, label=_name(trace), color=colour, linewidth=line.width or 1.4,
         linestyle=_DASHES.get(line.dash, "-") if "lines" in mode else "none",

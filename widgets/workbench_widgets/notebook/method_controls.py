@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ipywidgets as w
 
@@ -58,7 +59,7 @@ class MethodControls(w.VBox):
             return None
         return find(self.choice.value)(**self._values())
 
-    def _values(self) -> dict[str, object]:
+    def _values(self) -> dict[str, Any]:
         cls = find(self.choice.value)
         return {
             parameter.name: _said(parameter, self._controls[parameter.name].value) for parameter in cls.parameters()

@@ -52,7 +52,7 @@ def png(drawings: Sequence[Drawing], title: str = "") -> bytes:
     rows = figure.subplots(len(drawings), 1, squeeze=False, height_ratios=[part.height for part in drawings])
     for axes, part in zip(rows[:, 0], drawings, strict=True):
         part.paint(axes)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # which has no types
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     stored = io.BytesIO()
@@ -254,7 +254,8 @@ def coloured(levels: NDArray[Any], *, diverging: bool = False) -> NDArray[Any]:
     at = np.linspace(0, len(ramp) - 1, 255)
     table = np.stack([np.interp(at, np.arange(len(ramp)), ramp[:, channel]) for channel in range(3)], axis=1)
     table = np.vstack([_rgb(LIGHT.surface), np.round(table * 24) / 24])  # few colours: the file stays small
-    return table[levels]
+    found: NDArray[Any] = table[levels]
+    return found
 
 
 def thinned(shades: NDArray[Any]) -> NDArray[Any]:

@@ -120,7 +120,8 @@ def standalone(view: Definition, values: Mapping[str, object], title: str) -> st
 
 def report(title: str, sections: Sequence[Section]) -> str:
     """A page of several sections."""
-    parts, styles, number = [f"<h1>{in_markup(title)}</h1>"], {}, 0
+    styles: dict[str, None] = {}  # each once, in order
+    parts, number = [f"<h1>{in_markup(title)}</h1>"], 0
     for section in sections:
         parts.append(f"<section>\n<h2>{in_markup(section.heading)}</h2>\n{section.markup}")
         if section.labels:
