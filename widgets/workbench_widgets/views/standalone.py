@@ -27,7 +27,8 @@ body {{ margin: 16px; background: light-dark({light}, {dark}); }}
 """
 _REPORT = """main { max-width: 1100px; margin: auto; font: 14px/1.5 system-ui, sans-serif; }
 main h1 { font-size: 22px; } main h2 { font-size: 17px; margin: 32px 0 8px; }
-main img { max-width: 100%; border-radius: 4px; } main td, main th { text-align: left; }
+main img { max-width: 100%; border-radius: 4px; } main table { border-collapse: collapse; font-size: 13px; }
+main td, main th { text-align: left; vertical-align: top; padding: 4px 12px 4px 0; overflow-wrap: anywhere; }
 main input[type="range"] { width: 100%; } main section > div { margin: 8px 0; overflow-x: auto; }
 """
 # What both hosts give a view, and no more; arrays come compressed, and every browser of today can inflate them.
