@@ -165,7 +165,7 @@ def _line(entries: Sequence[tuple[str, str]]) -> str:
 def _tiles(entries: Sequence[tuple[str, str]], share: float | None = None) -> str:
     """Named figures in a row that wraps, above a bar of the share of the uncompressed bytes."""
     tiles = "".join(
-        f'<div><div style="opacity:.7;font-size:11px">{in_markup(name)}</div>'
+        f'<div><div style="opacity:.7;font-size:12px">{in_markup(name)}</div>'
         f'<div style="font-weight:600">{in_markup(value)}</div></div>'
         for name, value in entries
     )

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from workbench.attention.operators import Operator, Study
 from workbench.errors import NotRead
+from workbench.formatting import readable_bytes, readable_share, times_smaller
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
@@ -204,29 +205,18 @@ def answers(run: Run, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, ob
     }
 
 
-def readable_bytes(nbytes: float) -> str:
-    """Bytes for people: `11.3 MiB`."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB" if nbytes < 10 else f"{nbytes:.1f} GiB"
-
-
 def plan_figures(plan: Plan) -> list[KeyFigure]:
     """What a plan saves, in words: bytes, share, positions."""
     kept, tokens = plan.counts.float(), plan.trace.tokens
     low, high = int(kept.min()), int(kept.max())
     spread = "in every head" if low == high else f"a head; from {low:,} to {high:,}"
     tiers = {name: float((plan.tiers == i + 1).float().mean()) for i, name in enumerate(plan.precisions)}
-    stored = ", ".join(f"{share:.0%} at {name}" for name, share in tiers.items() if share > 0)
+    stored = ", ".join(f"{readable_share(share)} at {name}" for name, share in tiers.items() if share > 0)
     exact = f"; {len(plan.exact)} layers stay exact" if plan.exact else ""
     host = f"; {readable_bytes(plan.host_nbytes)} in host memory" if plan.host_nbytes else ""
     return [
         KeyFigure("KV cache", readable_bytes(plan.nbytes), f"of {readable_bytes(plan.full_nbytes)} uncompressed{host}"),
-        KeyFigure(
-            "Share of bytes", f"{plan.share:.1%}", f"{plan.full_nbytes / max(plan.nbytes, 1):.3g} times smaller{exact}"
-        ),
+        KeyFigure("Share of bytes", f"{plan.share:.1%}", f"{times_smaller(plan.full_nbytes, plan.nbytes)}{exact}"),
         KeyFigure("Positions kept", f"{kept.mean():,.0f} of {tokens:,}", spread),
         KeyFigure("Stored as", " + ".join(name for name, share in tiers.items() if share > 0) or "nothing", stored),
     ]

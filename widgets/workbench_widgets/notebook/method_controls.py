@@ -170,4 +170,4 @@ def _about(cls: type[Method]) -> str:
 
 
 def _small(text: str) -> str:
-    return f'<div style="opacity:.7;font-size:11px;line-height:1.35;white-space:normal">{in_markup(text)}</div>'
+    return f'<div style="opacity:.7;font-size:12px;line-height:1.35;white-space:normal">{in_markup(text)}</div>'

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from workbench.budget import Budget
 from workbench.errors import Cancelled, WorkbenchError
+from workbench.formatting import readable_bytes
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench_widgets import present
@@ -35,7 +36,7 @@ def report(
     """The report's HTML. tokens: of the prompt that was read. recipe: the page's, None where it cannot be had."""
     steps, plans = _plans(session, recipe, progress)
     said = [
-        f"{name}: {present.readable_bytes(plan.nbytes)} of {present.readable_bytes(plan.full_nbytes)}, "
+        f"{name}: {readable_bytes(plan.nbytes)} of {readable_bytes(plan.full_nbytes)}, "
         f"{float(plan.counts.float().mean()):,.0f} of {plan.trace.tokens:,} positions a head"
         for name, plan in zip(steps, plans, strict=True)
     ]
@@ -117,4 +118,4 @@ def _table(records: Sequence[Record]) -> str:
 
 
 def _size(nbytes: int | None) -> str:
-    return "–" if nbytes is None else present.readable_bytes(nbytes)
+    return "–" if nbytes is None else readable_bytes(nbytes)
