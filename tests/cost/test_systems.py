@@ -19,6 +19,7 @@ FEW: dict[str, dict[str, Any]] = {  # smaller than the defaults, for time
     "serving-hyperparameters": {"requests": 20},
     "idealized-runtime": {"requests": 20},
     "melange": {"slices": 1},
+    "meta-accel": {"models": 1},
     "splitwise": {"requests": 30, "rate": 8.0},
     "flexllm": {"requests": 15},
     "layered-prefill": {"requests": 20},
@@ -70,6 +71,17 @@ def test_separate_machines_keep_prompts_out_of_decoding(outcomes: dict[str, Outc
 def test_a_mixture_is_never_dearer_than_one_kind(outcomes: dict[str, Outcome]) -> None:
     rows = run("melange", outcomes).rows
     assert all(rows[0]["dollars an hour"] <= row["dollars an hour"] * 1.02 for row in rows[1:])
+
+
+def test_what_is_learnt_from_other_devices_is_no_worse_than_one_for_all(outcomes: dict[str, Outcome]) -> None:
+    best, learnt, one, none = (float(row["all tasks (s)"]) for row in run("meta-accel", outcomes).rows)
+    assert best <= learnt <= one < none and one > 1.02 * best  # there is something to choose
+
+
+def test_a_device_that_asks_a_server_lies_between_the_two(outcomes: dict[str, Outcome]) -> None:
+    alone, both, server = (float(row["an answer (s)"]) for row in run("crayon", outcomes).rows)
+    assert min(alone, server) < both < max(alone, server)
+    assert "MB are blended" in run("crayon", outcomes).note
 
 
 def test_no_way_is_faster_than_the_bound(outcomes: dict[str, Outcome]) -> None:
