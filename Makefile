@@ -8,7 +8,7 @@ NODE_STAMP := widgets/node_modules/.installed
 MODEL := smollm2-135m
 APP_ARGS ?=
 
-.PHONY: setup app test kinds lint lint-python lint-js docs bench bench-gpu clean browser model notebooks
+.PHONY: setup app lab test kinds lint lint-python lint-js docs bench bench-gpu clean browser model notebooks
 
 setup: $(STAMP)  ## a virtual environment with everything in it
 
@@ -23,6 +23,10 @@ model: setup  ## the default model in the user's cache
 
 app: model  ## the workbench in the browser
 	$(BIN)/workbench app $(APP_ARGS)
+
+lab: model  ## the notebooks in JupyterLab, trusted; what is saved keeps pictures in place of live views
+	$(BIN)/jupyter trust notebooks/*.ipynb
+	$(BIN)/jupyter lab --ServerApp.jpserver_extensions="{'workbench_widgets.saving': True}" notebooks
 
 # The browser tests drive the system's Chromium; where it cannot be installed they skip and say so.
 browser:

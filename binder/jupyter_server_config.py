@@ -22,3 +22,4 @@ c.ServerProxy.servers = {  # noqa: F821  (Jupyter gives `c`)
     }
 }
 c.LabApp.default_url = "/lab/tree/notebooks/01_first_look.ipynb"  # noqa: F821
+c.ServerApp.jpserver_extensions = {"workbench_widgets.saving": True}  # noqa: F821

@@ -3,25 +3,29 @@
 What is saved is as small and as steady as possible, so that a new run gives a small diff:
 
 - outputs of cells tagged `live` are left out (a control panel does nothing without its kernel);
-- widget states that no output shows any more are dropped, and the rest get numbers in place of random names;
+- live views give way to the pictures beside them, widget states that no output shows any more are dropped, and the
+  rest get numbers in place of random names;
 - no times are recorded.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Iterator
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
+import plotly.graph_objects as go
 from nbclient import NotebookClient
 
+from workbench_widgets.notebook import PLOTLY
+from workbench_widgets.plotly_pictures import figure_png
+from workbench_widgets.saving import still
+
 HERE = Path(__file__).parent
-VIEW = "application/vnd.jupyter.widget-view+json"
-STATE = "application/vnd.jupyter.widget-state+json"
 CELL_TIMEOUT_S = 600
 _MODEL = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
@@ -34,34 +38,31 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         if "live" in cell.metadata.get("tags", ()):
             cell.outputs = []
-    prune(notebook)
+    still(notebook)
+    draw_figures(notebook)
     text = renumbered(nbformat.writes(notebook))
     path.write_text(text + "\n", encoding="utf-8")
     print(f"{path.name}: {len(text) / 1000:.0f} KB")
 
 
-def prune(notebook: Any) -> None:
-    """Keep the states of the widgets that outputs show, and of all that these refer to."""
-    stored = notebook.metadata.get("widgets", {}).get(STATE)
-    if stored is None:
-        return
-    states, wanted = stored["state"], set()
-    todo = list(shown(notebook))
-    while todo:
-        model = todo.pop()
-        if model in states and model not in wanted:
-            wanted.add(model)
-            todo += _MODEL.findall(json.dumps(states[model]["state"]))
-    stored["state"] = {model: state for model, state in states.items() if model in wanted}
-
-
-def shown(notebook: Any) -> Iterator[str]:
-    """The models of the widgets in the outputs."""
+def draw_figures(notebook: Any) -> None:
+    """Put a still picture beside each Plotly figure, for where no script runs."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
-            view = output.get("data", {}).get(VIEW)
-            if view is not None:
-                yield view["model_id"]
+            data = output.get("data", {})
+            if PLOTLY in data:
+                shown = {name: plain(data[PLOTLY][name]) for name in ("data", "layout")}
+                data["image/png"] = b64encode(figure_png(go.Figure(shown, skip_invalid=True))).decode()
+
+
+def plain(value: Any) -> Any:
+    """A figure's JSON with lists in place of the arrays that Plotly packs."""
+    if isinstance(value, dict) and "bdata" in value:
+        array = np.frombuffer(b64decode(value["bdata"]), dtype=value["dtype"])
+        return array.reshape([int(size) for size in str(value.get("shape", array.size)).split(",")]).tolist()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def renumbered(text: str) -> str:

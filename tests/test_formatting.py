@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.formatting import Brief
+from workbench.formatting import Brief, readable_bytes, readable_share, times_smaller
 
 TEXT = "The access code of the harbour is 51884. Shortly before noon, the miller counted the apples in the cellar. " * 4
 
@@ -61,3 +61,23 @@ def test_fields_that_are_not_for_show_are_left_out() -> None:
 
     held = Held(torch.zeros(2, 3, dtype=torch.bfloat16), tuple("abcdef"))
     assert repr(held) == "Held(rows=bfloat16 [2, 3], names=('a', 'b', 'c', ...))"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [
+        (0, "0 bytes"), (999, "999 bytes"), (1023, "0.999 KiB"), (1000 * 2**10, "0.977 MiB"),
+        (11.3 * 2**20, "11.3 MiB"), (1010 * 2**20, "0.99 GiB"), (12.5 * 2**30, "12.5 GiB"),
+    ],
+)  # fmt: skip
+def test_bytes_have_three_digits_and_no_exponent(nbytes: float, said: str) -> None:
+    assert readable_bytes(nbytes) == said
+
+
+def test_a_small_share_is_not_told_as_nothing() -> None:
+    assert [readable_share(x) for x in (0, 0.002, 0.0051, 0.254, 1)] == ["0%", "under 1%", "1%", "25%", "100%"]
+
+
+def test_what_is_not_smaller_says_so() -> None:
+    told = [times_smaller(100, now) for now in (25, 100, 200)]
+    assert told == ["4 times smaller", "as large as before", "2 times larger"]

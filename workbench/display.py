@@ -3,6 +3,7 @@
 Nothing here knows the views. A package offers them as entry points of the group `workbench.display`:
 
 - `views`: a function of the thing shown that yields MIME bundles, the view itself first, then figures for `show()`;
+- `page`: a function of the thing shown that returns an HTML page of its own;
 - `controls`: a function of a session that returns a control panel.
 """
 
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from workbench.errors import MissingExtra
+from workbench import arguments
+from workbench.errors import InputError, MissingExtra
 
 GROUP = "workbench.display"
 NUMBERS = "application/vnd.workbench+json"
@@ -48,6 +51,24 @@ class Shown:
         for bundle in bundles(self):
             show: Callable[..., object] = display  # which has no types
             show(bundle, raw=True)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write what there is to see here into one HTML file that works offline, its views live; returns its path.
+
+        Raises MissingExtra where no package provides views, InputError where the file cannot be written.
+        """
+        page = provided("page")
+        if page is None:
+            raise MissingExtra(
+                "a page needs the views, which are not installed: pip install 'inference-workbench[app]'"
+            )
+        file = arguments.path("path", path)
+        text = page(self)
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{file} cannot be written: {error.strerror or error}") from None
+        return file
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Bundle:
         if not in_notebook():

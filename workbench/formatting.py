@@ -29,6 +29,28 @@ def mib(nbytes: float) -> str:
     return f"{nbytes / 2**30:,.2f} GiB" if abs(nbytes) >= 2**33 else f"{nbytes / 2**20:,.2f} MiB"
 
 
+def readable_bytes(nbytes: float) -> str:
+    """Bytes for people, three digits in the unit that suits them: `11.3 MiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(nbytes) < 999.5:  # what rounds to a thousand goes on to the next unit
+            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB" if abs(nbytes) < 10 else f"{nbytes:,.1f} GiB"
+
+
+def readable_share(share: float) -> str:
+    """A share in whole percent; what is there is not told as nothing."""
+    return "under 1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
+def times_smaller(full: float, now: float) -> str:
+    """How much smaller something became, in words."""
+    ratio = full / max(now, 1)
+    if 0.995 < ratio < 1.005:
+        return "as large as before"
+    return f"{ratio:.3g} times smaller" if ratio > 1 else f"{1 / ratio:.3g} times larger"
+
+
 class _OneLine(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from workbench import arguments
 from workbench.display import Shown, controls
-from workbench.errors import BadParameter, ModelNotFound
+from workbench.engine.attention_hook import devices_of
+from workbench.errors import BadParameter, ModelNotFound, NotApplicable
 from workbench.formatting import mib
 from workbench.inspection import attention as maps
 from workbench.inspection import heads, operators, outliers
@@ -22,6 +23,7 @@ from workbench.inspection.channels import Kind as Outliers
 from workbench.kv.plan import Plan, uncompressed_nbytes
 from workbench.measure.memory import Timeline
 from workbench.models import UNLIMITED, Facts, LoadedModel, facts, load
+from workbench.models.devices import check_data
 from workbench.models.image_text import is_processor, tokenizer_of
 from workbench.models.load import device_for, dtype_for
 from workbench.progress import Progress
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from workbench.measure.grid import GridOfMaps
     from workbench.measure.head_classes import HeadStats
     from workbench.models.image_text import Picture
+    from workbench.models.load import DeviceMap
     from workbench.prompt import Text
     from workbench.registry import Method
     from workbench.tasks import Task
@@ -65,7 +68,8 @@ class Session(Shown):
     """A model, a prompt, and everything recorded about them: the one object a user needs.
 
     model: a catalogue name, hub id, folder, or a pair of a model and its tokenizer, its processor (for images) or None.
-    device, dtype: where and in what precision it computes (float32 on CPU, bfloat16 on CUDA). kv_dtype: the precision
+    device, dtype: where and in what precision it computes (float32 on CPU, bfloat16 on CUDA). device_map,
+    max_memory: spread it over several devices, as `load` says; caches lie with their layers. kv_dtype: the precision
     in which caches are stored and the uncompressed cache is counted: the checkpoint's own 16-bit type, else bfloat16;
     "float32" reproduces plain transformers exactly. seed: for methods that draw at random. keep_trace_on: where
     recordings rest, for instance "cpu" for a model on a GPU. graphs: where method and model allow it, decode by
@@ -87,12 +91,14 @@ class Session(Shown):
         dtype: str | torch.dtype | None = None,
         kv_dtype: str | torch.dtype | None = None,
         seed: int = 0,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         keep_trace_on: str | torch.device | None = None,
         graphs: bool = True,
         trust: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        loaded = _loaded(model, device, dtype, progress)
+        loaded = _loaded(model, device, dtype, progress, device_map, max_memory)
         self.readings = Readings(
             loaded,
             _kv_dtype(kv_dtype, loaded.facts),
@@ -174,6 +180,12 @@ class Session(Shown):
             "runs": [run.numbers() for run in self.runs],
         }
 
+    def report(self, path: str | Path) -> Path:
+        """Write all of this into one HTML file that works offline: the runs, what their recipes keep at any budget (a
+        slider), the answers and the memory; returns its path. The same as `save_html`.
+        """
+        return self.save_html(path)
+
     def controls(self, **options: Any) -> Any:
         """A control panel for notebooks: method, parameters, live budget, runs. Raises MissingExtra without widgets."""
         return controls(self, **options)
@@ -195,11 +207,11 @@ class Session(Shown):
         chat: whether plain text is wrapped in the model's chat template (default: where it has one). Token ids are read
         as they are. images: PIL images, arrays [height, width, 3] of bytes, or paths of files, for a model that sees
         them; "<image>" in the text says where each stands (default: before it), in messages a part {"type": "image"}.
-        record: False takes the prompt in without reading it as a whole, for texts too long for that; only
-        methods that read in bounded memory can be used then, and quality is not measured. expecting: the recipe that
-        will be run: on a GPU its kernels compile meanwhile, where this machine never did so. Raises BadPrompt,
-        PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between layers, with the earlier
-        prompt still in place.
+        record: False takes the prompt in without reading it as a whole, for texts too long for that; only methods that
+        read in bounded memory can be used then, and quality is not measured. expecting: the recipe that will be run
+        later: on a GPU its kernels begin to compile, where this machine never did so; a plan or a run waits for them.
+        Raises BadPrompt, PromptTooLong; NotApplicable for a model that cannot be read exactly; Cancelled between
+        layers, with the earlier prompt still in place.
         """
         recipe = None if expecting is None else Recipe.of(expecting)
         begun = None if recipe is None else partial(self._rehearse, recipe)
@@ -566,7 +578,7 @@ class Session(Shown):
         """
         spec = _recipe(recipe, budget, parameters)
         look = partial(maps.attention_map, pixels=pixels, pooling=pooling, rows=rows, cols=cols, progress=progress)
-        with self._compiled(progress):
+        with telling(progress):
             return look(self.readings, spec, layer, head)
 
     def attention_grid(
@@ -586,7 +598,7 @@ class Session(Shown):
         the heads are judged on the way, and `heads` is quick after it.
         """
         spec = _recipe(recipe, budget, parameters)
-        with self._compiled(progress):
+        with telling(progress):
             return maps.attention_grid(self.readings, spec, pixels=pixels, pooling=pooling, progress=progress)
 
     def received(
@@ -632,7 +644,7 @@ class Session(Shown):
         **parameters: Any,
     ) -> HeadStats:
         """The same figures as tensors, with each head's profile of distances; measured once for each recipe."""
-        with self._compiled(progress):
+        with telling(progress):
             return heads.head_stats(self.readings, _recipe(recipe, budget, parameters), progress=progress)
 
     def operator(
@@ -729,6 +741,8 @@ def _loaded(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     progress: Progress | None,
+    device_map: DeviceMap | None,
+    max_memory: Mapping[int | str, int | str] | None,
 ) -> LoadedModel:
     from transformers import PreTrainedModel
 
@@ -738,14 +752,21 @@ def _loaded(
         from workbench.export.model import is_exported
         from workbench.export.model import load as load_exported
 
-        loading = load_exported if is_exported(model) else load
-        return loading(model, device=device, dtype=dtype, progress=progress)
+        if device_map is None and max_memory is None:
+            loading = load_exported if is_exported(model) else load
+            return loading(model, device=device, dtype=dtype, progress=progress)
+        if is_exported(model):
+            raise NotApplicable(
+                f"{model}: a folder in the workbench's own format is loaded onto one device; leave device_map out"
+            )
+        return load(model, device, dtype, progress, device_map=device_map, max_memory=max_memory)
+    if device_map is not None or max_memory is not None:
+        raise BadParameter("device_map is for a model given by name; dispatch a model object before you give it")
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], PreTrainedModel):
         network, given = model
-        if any(weight.is_meta for weight in network.parameters()):
-            raise ModelNotFound(
-                f"{type(network).__name__} has weights without data (on the meta device): load it whole"
-            )
+        check_data(network)
+        if (device is not None or dtype is not None) and len(devices_of(network)) > 1:
+            raise BadParameter("the model lies on several devices: leave device and dtype out")
         if device is not None:
             nn.Module.to(network, device_for(device))
         if dtype is not None:

@@ -178,7 +178,7 @@ class LayerTrace(Brief):
         """Exact causal softmax rows of the last `last` queries (default all), block by block: (rows, [h, rows, n])."""
         first = 0 if last is None else max(0, self.tokens - last)
         yield from attention_rows(
-            self.queries[:, first:],
+            self.queries_held[:, first:].to(self.device),
             self.keys,
             self.scoring,
             query_positions=torch.arange(first, self.tokens, device=self.device),

@@ -143,7 +143,7 @@ def _nbytes(*sides: Rows) -> int:
     for each in sides:
         parts: tuple[Ragged, ...] = (each,) if isinstance(each, Ragged) else ()
         if isinstance(each, PackedRows):
-            parts = each.codes, each.scale, each.zero, each.tail
+            parts = tuple(part for part in (each.codes, each.scale, each.zero, each.tail) if part is not None)
         elif isinstance(each, SparseRows):
             parts = each.numbers, each.bitmap, each.tail
         total += sum(int(part.lengths.sum()) * part.data.shape[1] * part.data.element_size() for part in parts)

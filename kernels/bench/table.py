@@ -41,6 +41,7 @@ FIGURES: dict[str, tuple[str, Any]] = {
     "predicted": ("predicted MB", lambda x: f"{x / 1e6:,.0f}"),
     "off": ("off by", lambda x: f"{x:+.2%}"),
     "error": ("relative error", lambda x: f"{x:.1e}"),
+    "seconds": ("s", lambda x: f"{x:,.1f}"),
     "failed": ("instead of a figure", str),
 }
 # The kinds of rows, in tables of their own; those with a title are folded away on the page.

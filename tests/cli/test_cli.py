@@ -376,6 +376,12 @@ def test_doctor_reports_what_is_here(
         "export",
         "tasks",
     }
+    room = found["devices"]["room"]
+    assert room["one GPU"] <= room["all GPUs"] < room["with host memory"]
+    assert (
+        room["with host memory"] * 2
+        < sum(x["memory_bytes"] for x in found["devices"]["cuda"]) + (found["devices"]["cpu"]["memory_bytes"])
+    )
     assert main(["doctor"]) == 0
     assert "workbench models fetch smollm2-135m" in capsys.readouterr().out
 

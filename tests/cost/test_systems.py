@@ -22,6 +22,7 @@ FEW: dict[str, dict[str, Any]] = {  # smaller than the defaults, for time
     "splitwise": {"requests": 30, "rate": 8.0},
     "flexllm": {"requests": 15},
     "layered-prefill": {"requests": 20},
+    "meta-accel": {"long": 2048},
 }
 
 
@@ -90,3 +91,28 @@ def test_unknown_systems_and_parameters_are_said() -> None:
     with pytest.raises(BadParameter, match="did you mean 'requests'"):
         system("alise", request=3)
     assert set(systems()["key"]) == set(SYSTEMS)
+
+
+def test_a_neighbour_in_features_chooses_nearly_as_well_as_trying_all(outcomes: dict[str, Outcome]) -> None:
+    times = {str(row["chosen by"]): float(row["times the fastest"]) for row in run("meta-accel", outcomes).rows}
+    assert times["trying all"] == 1 <= times["the nearest known task"] < times["chance"]
+    assert times["the nearest known task"] <= times["one for all tasks"]
+
+
+def test_a_servers_time_grows_with_its_share_of_questions_and_a_blend_is_one_adapter(
+    outcomes: dict[str, Outcome],
+) -> None:
+    rows = run("crayon", outcomes).rows
+    routed = [row for row in rows if "to the server" in row]
+    here, there = float(routed[0]["seconds an answer"]), float(routed[-1]["seconds an answer"])
+    assert 0 < here < there  # a device answers a small model's question sooner than four a large one's
+    for row in routed:
+        share = float(row["to the server"])
+        assert row["server seconds an answer"] == pytest.approx(share * there)
+        assert row["seconds an answer"] == pytest.approx(here + share * (there - here))
+    held = figures(Outcome("crayon", "", tuple(row for row in rows if "figure" in row)))
+    rank, hidden, layers = 8, 2048, 16
+    each = 2 * layers * rank * (hidden + hidden + hidden + 512)  # bytes: 16-bit pairs of matrices on queries and values
+    assert held["a user's own weights on a server (MB)"]["with"] == 0
+    assert held["adapters on the device (MB)"]["with"] == each / 1e6
+    assert held["adapters on the device (MB)"]["without"] == 20 * each / 1e6

@@ -111,6 +111,14 @@ def test_the_program_of_the_page_about_cost_runs() -> None:
     assert abs(names["small"].measured.error) < 0.09
 
 
+@pytest.mark.parametrize("page", ["several-devices", "long-prompts"])
+def test_programs_about_devices_and_lengths_run(page: str) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(f"docs/how-to/{page}.md", "python"):
+        exec(block, names)
+    assert names["session"].runs
+
+
 def test_the_readme_is_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 

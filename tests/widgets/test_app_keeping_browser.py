@@ -145,7 +145,7 @@ def test_a_page_is_saved_opened_a_notebook_and_a_report(
     for cell in document["cells"]:
         if cell["cell_type"] == "code":
             exec(compile(cell["source"], "notebook", "exec"), space)
-    texts = [row["text"] for row in rows(page)]
+    texts = [record["row"]["text"] for record in json.loads(file)["records"]]
     assert [made.text for made in space["runs"].values()] == texts
 
     # the report stands alone
@@ -153,9 +153,9 @@ def test_a_page_is_saved_opened_a_notebook_and_a_report(
     watched.page.on("request", lambda request: watched.outside.append(request.url))
     watched.page.goto((tmp_path / "report.html").as_uri())
     watched.page.locator("canvas").first.wait_for()
-    told = watched.page.locator("#said")
+    told = watched.page.locator("section > label > output")
     before, picture = told.text_content(), watched.page.locator("canvas").first.evaluate("c => c.toDataURL()")
-    watched.page.locator("#step").press("ArrowRight")
+    watched.page.locator("section > label > input[type=range]").press("ArrowRight")
     until(lambda: told.text_content() != before)
     until(lambda: watched.page.locator("canvas").first.evaluate("c => c.toDataURL()") != picture)
     assert watched.errors == []

@@ -21,8 +21,9 @@ pytest.importorskip("panel_material_ui")
 
 from workbench_widgets.app.panels.memory import MemoryPanel
 from workbench_widgets.app.state.page_state import PageState
-from workbench_widgets.app.state.recipe_slots import parts_of
+from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS, parts_of
 from workbench_widgets.app.work.eta import Remaining, in_words
+from workbench_widgets.app.work.notebook import notebook
 from workbench_widgets.app.work.records import Asked, Record
 from workbench_widgets.app.work.saved_page import KeptPages, SavedPage
 from workbench_widgets.app.work.workspace import Workspace
@@ -108,6 +109,11 @@ def test_a_saved_page_comes_back_and_what_is_none_is_one_line(done: Any, tmp_pat
     assert not KeptPages(tmp_path / "file").keep(name, saved)  # where nothing can be written nothing is kept
 
 
+def test_a_notebook_leaves_out_what_went_on_from_a_deleted_run(done: Any) -> None:
+    whole, less = notebook(done.records, "tiny", ""), notebook([*done.records[:2], done.records[3]], "tiny", "")
+    assert "runs[4] = runs[3].ask" in whole and "runs[4]" not in less and "runs[2]" in less
+
+
 def json_like(records: tuple[Record, ...]) -> list[Record]:
     """Records as JSON has them."""
     return [Record({k: json.loads(json.dumps(v)) for k, v in r.row.items()}, r.page, r.answers) for r in records]
@@ -116,7 +122,7 @@ def json_like(records: tuple[Record, ...]) -> list[Record]:
 def test_a_recipe_becomes_the_controls_that_make_it() -> None:
     recipe = Recipe.of([wb.method("snapkv", window=16), wb.method("adakv"), wb.method("rtn")], budget=0.25)
     assert parts_of(recipe) == {
-        **dict.fromkeys(("store", "retrieve", "select", "evict", "attention", "weights_budget"), ""),
+        **dict.fromkeys((*RECIPE_SLOTS, "weights_budget"), ""),
         "kv": "snapkv",
         "allocate": "adakv",
         "weights": "rtn",

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import workbench as wb
 from tests.waiting import until
 from tests.widgets.windowed import Windowed
 from workbench import display
-from workbench.errors import MissingExtra, NotRead
+from workbench.errors import InputError, MissingExtra, NotRead
+from workbench.formatting import mib
 from workbench.registry import _METHODS, registered
+from workbench_widgets import report
 from workbench_widgets.control_panel import Controls
-from workbench_widgets.notebook import PLOTLY, PlanView, RunView, figure, memory_figure, results_html
+from workbench_widgets.notebook import (
+    PLOTLY,
+    AttentionView,
+    PlanView,
+    RunView,
+    figure,
+    memory_figure,
+    results_html,
+    runs_html,
+)
 from workbench_widgets.notebook.latest_job import LatestJob
 from workbench_widgets.notebook.method_controls import MethodControls, control
+from workbench_widgets.plotly_pictures import figure_png
+from workbench_widgets.views import AnswerDiff, Heatmap, KeptRaster, MapGrid, TokenText
+from workbench_widgets.views.pictures import PNG, png, spans
 from workbench_widgets.views.wire import unpack
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -53,6 +71,16 @@ def kept_share(view: PlanView) -> float:
     return float((unpack(view.raster.kept) > 0).mean())
 
 
+def picture(data: dict[str, Any]) -> Any:
+    """The still picture of a bundle, which some ink is in and few bytes are."""
+    stored = base64.b64decode(data[PNG])
+    assert len(stored) < 60_000
+    image = Image.open(io.BytesIO(stored)).convert("L")
+    dark, light = image.getextrema()
+    assert light == 255 and dark < 80
+    return image
+
+
 def test_outside_a_notebook_a_plan_is_text_and_loads_no_widgets():
     code = (
         "import sys, torch, workbench as wb; from workbench.models import tiny\n"
@@ -70,7 +98,8 @@ def test_a_notebook_gets_views_with_the_evidence_as_text_and_numbers(session, no
     plan, run = session.plan("knorm", budget=0.5), session.run("knorm", budget=0.5, max_new_tokens=4)
     for thing in (plan, run, session):
         data = thing._repr_mimebundle_()
-        assert WIDGET in data
+        assert ("text/html" if thing is session else WIDGET) in data
+        assert picture(data).width <= 800
         assert data["text/plain"] == thing.summary()
         json.dumps(data[display.NUMBERS], allow_nan=False)
     assert plan._repr_mimebundle_()[display.NUMBERS]["nbytes"] == plan.nbytes
@@ -79,7 +108,7 @@ def test_a_notebook_gets_views_with_the_evidence_as_text_and_numbers(session, no
 
 def test_a_folder_of_results_is_a_table_of_recipes_and_none_of_its_text_is_markup(tmp_path, notebook):
     results = wb.Results(tmp_path)
-    assert WIDGET in results._repr_mimebundle_()
+    assert "text/html" in results._repr_mimebundle_()
     sizes = {"deployed_nbytes": 3 << 20, "kv_nbytes": 1 << 20}
     results.add(
         {
@@ -94,7 +123,7 @@ def test_a_folder_of_results_is_a_table_of_recipes_and_none_of_its_text_is_marku
         for n in range(60)
     )
     data = results._repr_mimebundle_()
-    assert WIDGET in data and data["text/plain"] == results.summary() and data[display.NUMBERS]["done"] == 60
+    assert picture(data) and data["text/plain"] == results.summary() and data[display.NUMBERS]["done"] == 60
     page = results_html(results)
     assert "<script>" not in page and "<b>m" not in page and "script" in page and "and 10 recipes more" in page
     assert page.count("<tr>") == 51 and "3.00 MiB" in page and "0.500" in page and "100%" in page
@@ -104,7 +133,9 @@ def test_showing_a_run_adds_its_memory_as_a_figure_without_the_library(session, 
     run = session.run("full", max_new_tokens=3)
     view, memory = display.bundles(run)
     assert WIDGET in view
-    assert set(memory) == {PLOTLY, "text/plain"}
+    assert set(memory) == {PLOTLY, "text/plain"}, "JupyterLab would draw a picture in place of the figure"
+    drawn = figure_png(memory_figure(run.memory, "Memory"))
+    assert picture({PNG: base64.b64encode(drawn)}).width <= 800
     assert len(json.dumps(memory)) < 30_000
 
 
@@ -158,7 +189,7 @@ def test_figures_suit_a_light_and_a_dark_notebook(session):
 def test_every_parameter_has_a_control_that_holds_its_default(cls):
     for parameter in cls.parameters():
         made = control(parameter)
-        assert made.value == parameter.default
+        assert made.value == ("" if parameter.kind == "text" and parameter.default is None else parameter.default)
         assert made.tooltip == parameter.help
 
 
@@ -173,6 +204,17 @@ def test_controls_build_the_method_they_show():
     made.choice.value = ""
     assert made.method() is None
     assert not made.parameters.children
+
+
+@pytest.mark.parametrize("cls", registered("kv"), ids=lambda cls: cls.key)
+def test_controls_that_nobody_touched_build_the_method_with_its_defaults(cls):
+    made = MethodControls("Cache", (cls,), cls.key, lambda: None, optional=False)
+    assert made.method() == cls()
+    for preset in made.preset.options:
+        if preset[1]:
+            made.preset.value = preset[1]
+            assert made.method() == cls(**cls.preset_values(preset[1]))
+    made.close()
 
 
 def test_published_values_are_chosen_by_name_in_one_change(monkeypatch):
@@ -273,6 +315,22 @@ def test_a_run_from_the_panel_lands_in_the_session(controls, session):
     assert "snapkv" in controls.table.value
 
 
+def test_while_a_run_is_under_way_its_answer_stands_on_its_own_side_and_is_compared_with_nothing(controls, session):
+    seen = []
+    controls.answer.observe(lambda _: seen.append((list(controls.answer.left), controls.answer.waiting)), names="right")
+    controls.run()
+    until(lambda: controls._progress is None)
+    assert len(seen) >= 4
+    assert all(left == [] and waiting for left, waiting in seen[1:-1]) and not seen[0][0]
+    assert controls.answer.waiting == "" and controls.answer.left
+
+
+def test_the_table_of_runs_tells_the_bytes_of_weights(session):
+    assert "weights" in runs_html([session.run("full", max_new_tokens=2)])
+    run = session.run("rtn", max_new_tokens=2)
+    assert mib(run.memory.samples[-1].categories["weights"]) in runs_html([run])
+
+
 def test_a_cancelled_run_leaves_nothing_behind(controls, session, monkeypatch):
     started, stream = threading.Event(), session.stream
 
@@ -302,3 +360,39 @@ def test_reprs_hold_no_addresses(controls, session):
     session.read(torch.arange(30))
     for thing in (controls, controls.first, PlanView(session.plan("full"))):
         assert "0x" not in repr(thing)
+
+
+@pytest.mark.parametrize("view", [Heatmap, KeptRaster, MapGrid, TokenText, AnswerDiff])
+def test_every_view_has_a_picture_even_where_it_holds_nothing(view):
+    assert base64.b64decode(view.jupyter()._repr_mimebundle_()[PNG]).startswith(b"\x89PNG")
+
+
+def test_a_picture_of_attention_holds_the_map_that_is_shown(session):
+    one, other = (AttentionView(session, 0, head)._repr_mimebundle_()[PNG] for head in (0, 1))
+    assert one != other
+    assert one == AttentionView(session, 0, 0)._repr_mimebundle_()[PNG], "the same picture from one run to the next"
+
+
+def test_a_picture_shows_text_that_no_font_has_and_no_formula():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert png([spans([("\U0001f600 \u4f60\u597d $\\frac$ \x00 a\tb\n" * 30, "#ffffff")], "$x$ <b>")], "$y")
+
+
+def test_plans_runs_and_sessions_write_pages_that_hold_everything(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "provided", {"page": report.page}.get)
+    run = session.run("snapkv", budget=0.5, question="why <b>", max_new_tokens=4)
+    session.run("full", max_new_tokens=2)
+    plan = session.plan("knorm", budget=0.5)
+    for number, write in enumerate((session.report, plan.save_html, run.save_html)):
+        page = write(tmp_path / f"{number}.html").read_text()
+        assert "https://" not in page.replace("https://www.w3.org", "") and "http://" not in page.replace(
+            "http://www.w3.org", ""
+        )
+        assert "why <b>" not in page and "<!doctype html>" in page
+    assert (tmp_path / "0.html").read_text().count('<input type="range"') == 1  # the full cache has no budget to move
+    with pytest.raises(InputError, match="cannot be written"):
+        plan.save_html(tmp_path / "none" / "plan.html")
+    monkeypatch.setattr(display, "provided", lambda name: None)
+    with pytest.raises(MissingExtra, match="inference-workbench"):
+        plan.save_html(tmp_path / "plan.html")

@@ -18,6 +18,7 @@ import pytest
 
 from tests.waiting import until
 from tests.widgets.browser import Watched, free_port, watched_page
+from workbench_widgets.saving import VIEW
 
 pytest.importorskip("jupyterlab")
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
@@ -40,6 +41,7 @@ from jupyterlab.galata import configure_jupyter_server
 configure_jupyter_server(c)
 c.ServerApp.allow_root = True
 c.ServerApp.root_dir = {root!r}
+c.ServerApp.jpserver_extensions = {{"workbench_widgets.saving": True}}
 """
 INKED = """canvas => {
     const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
@@ -50,12 +52,18 @@ INKED = """canvas => {
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the notebook lies."""
+    return tmp_path_factory.mktemp("lab") / "views.ipynb"
+
+
+@pytest.fixture(scope="module")
+def lab(saved: Path) -> Iterator[str]:
     """The address of a JupyterLab whose folder holds one notebook."""
-    root = tmp_path_factory.mktemp("lab")
+    root = saved.parent
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), root / "views.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), saved)
     config = root / "config.py"
     config.write_text(CONFIG.format(root=str(root)), encoding="utf-8")
     port = free_port()
@@ -174,3 +182,26 @@ def test_a_head_chosen_among_the_small_maps_is_shown_and_zoomed_into(opened):
 def test_the_console_stays_clean_and_nothing_is_asked_of_the_network(opened):
     assert opened.errors == []
     assert opened.outside == []
+
+
+def test_a_saved_notebook_shows_pictures_when_it_is_opened_again_without_its_kernel(opened, lab, chromium, saved):
+    page = opened.page
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    until(lambda: "image/png" in saved.read_text(encoding="utf-8"), what="the notebook on disk")
+    text = saved.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert len(text) < 500_000 and VIEW not in text and "widgets" not in notebook.metadata
+    copy = saved.with_name("copy.ipynb")  # nobody trusts it, and no kernel runs
+    copy.write_text(text, encoding="utf-8")
+    again = watched_page(chromium, height=2600)
+    again.page.goto(f"{lab}/lab/tree/copy.ipynb?reset")
+    again.page.wait_for_selector(".jp-RenderedImage img")
+    pictures = sum(
+        "image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert pictures >= 5
+    shown = again.page.locator(".jp-RenderedImage img, .jp-RenderedHTML, .js-plotly-plot")
+    until(lambda: shown.count() >= 4, what="the pictures")  # cells out of sight are not drawn
+    assert "model not found" not in again.page.content()
+    again.page.close()

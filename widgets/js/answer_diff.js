@@ -55,7 +55,7 @@ export default {
        * @param {number} i
        */
       function describe(side, i) {
-        const lines = [`${quoted(get(panes[side].name)[i])} is token ${count(i)}`];
+        const lines = [`${quoted(get(panes[side].name)[i])} is token ${count(i + 1)}`];
         const probabilities = odds(side);
         if (probabilities.length > i) lines.push(`probability ${percent(probabilities[i])}`);
         const first = get("first_difference");

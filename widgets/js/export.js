@@ -117,7 +117,7 @@ class SvgPen {
   lineWidth = 1;
   /** @type {"left" | "center" | "right"} */
   textAlign = "left";
-  #font = "11px system-ui, sans-serif";
+  #font = "12px system-ui, sans-serif";
   /** @type {number[]} */
   #dash = [];
   #moves = "";

@@ -399,7 +399,7 @@ export default {
         context.lineWidth = 1;
         context.strokeStyle = line;
         context.strokeRect(left - 0.5, TOP - 0.5, width + 1, height + 1);
-        context.font = "11px system-ui, sans-serif";
+        context.font = "12px system-ui, sans-serif";
         context.fillStyle = muted;
         axis(context, columnLabels(), s[2], s[3], true);
         axis(context, rowLabels(), s[0], s[1], false);

@@ -124,7 +124,7 @@ export default {
           context.strokeStyle = line;
           context.lineWidth = 1;
           context.strokeRect(LEFT - 0.5, TOP - 0.5, width + 1, height + 1);
-          context.font = "11px system-ui, sans-serif";
+          context.font = "12px system-ui, sans-serif";
           context.textBaseline = "middle";
           context.textAlign = "right";
           const layerHeight = heads * rowHeight;

@@ -169,7 +169,7 @@ export default {
         const { cell } = grid;
         const drawn = sheets;
         if (!drawn) return;
-        context.font = "11px system-ui, sans-serif";
+        context.font = "12px system-ui, sans-serif";
         context.textBaseline = "middle";
         context.lineWidth = 1;
         context.fillStyle = muted;

@@ -19,18 +19,18 @@ from workbench.registry import Method, find, registered
 from workbench.session import Session
 from workbench.weights.base import WeightMethod
 from workbench_widgets import present
-from workbench_widgets.notebook.html_summaries import run_html, runs_html
+from workbench_widgets.html_summaries import run_html, runs_html
 from workbench_widgets.notebook.latest_job import LatestJob
 from workbench_widgets.notebook.method_controls import NONE, MethodControls
+from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.notebook.plan_view import PlanView
-from workbench_widgets.notebook.run_view import run_answers
 from workbench_widgets.plain_text import in_markup
 from workbench_widgets.views.answer_diff import AnswerDiff
 
 _STEP_S = 0.1  # between two updates of the progress bar: a browser draws no more
 
 
-class Controls(w.VBox):
+class Controls(Pictured):
     """Try methods on a session's prompt: the views follow every change, "Run" generates and compares.
 
     session: one that has read a prompt (NotRead otherwise). method, budget, question, max_new_tokens: where it starts.
@@ -109,12 +109,16 @@ class Controls(w.VBox):
         chosen = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start", grid_gap="8px 16px")
         budget_box = w.VBox(
             [w.HTML('<div style="font-weight:600;line-height:1.4">Budget</div>'), self.budget],
-            layout=w.Layout(width="190px"),
+            layout=w.Layout(width="100%"),
         )
-        weights_box = w.VBox([self.weights, self.weights_budget], layout=w.Layout(width="190px"))
+        weights_box = w.VBox(
+            [self.weights, self.weights_budget], layout=w.Layout(flex="1 1 280px", width="auto", min_width="0")
+        )
+        self.weights.layout.flex = "0 0 auto"  # its box takes the width
         super().__init__(
             [
-                w.Box([budget_box, self.first, self.second, self.decoding, weights_box], layout=chosen),
+                budget_box,
+                w.Box([self.first, self.second, self.decoding, weights_box], layout=chosen),
                 self.trouble,
                 self.view,
                 w.Box([self.question, self.length, self.run_button, self.cancel_button, self.bar], layout=wrap),
@@ -128,6 +132,10 @@ class Controls(w.VBox):
 
     def __repr__(self) -> str:
         return f"Controls({self._session!r})"
+
+    @property
+    def heading(self) -> str:
+        return self.view.heading
 
     def recipe(self) -> Recipe:
         """What the controls say. Raises BadParameter or BadRecipe where they contradict a method's rules."""
@@ -212,15 +220,16 @@ class Controls(w.VBox):
                 so_far = present.pieces(session.tokenizer, ids)
                 AnswerDiff.update(
                     self.answer,
+                    [],
                     so_far,
-                    so_far,
-                    left_label=f"{present.UNCOMPRESSED} (to come)",
+                    left_label=present.UNCOMPRESSED,
                     right_label=recipe.label,
+                    waiting="follows",
                 )
             progress.check()
             _say(self.status, "Comparing with the uncompressed model …")
             run = stream.run
-            AnswerDiff.update(self.answer, **run_answers(run))
+            AnswerDiff.update(self.answer, **present.run_answers(run), waiting="")
             self.figures.value = run_html(run)
             _say(self.status, "")
         except Cancelled:

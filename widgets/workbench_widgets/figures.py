@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from plotly.basedatatypes import BaseTraceType
 
 MIB = 1024**2
+_LEGEND = 7  # entries of a legend that stand in one line
 QUALITIES: Mapping[str, str] = MappingProxyType(
     {  # columns of Session.compare -> what they are called
         "kl": "KL divergence",
@@ -183,6 +184,8 @@ def memory_timeline(
         yaxis_title_text="MiB" if len(here) == len(names) else "MiB (below zero: host memory)",
         yaxis_rangemode="tozero",
     )
+    if len(names) > _LEGEND:  # what is pointed at says its name
+        figure.update_layout(showlegend=False)
     line = {"color": colours.muted, "width": 1, "dash": "dot"}
     for name, at in marks.items():
         figure.add_vline(x=at, line=line, annotation={"text": in_markup(name), "textangle": -90, "font": {"size": 12}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
@@ -10,6 +11,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from workbench.attention.operators import Operator, Study
+from workbench.errors import NotRead
+from workbench.formatting import readable_bytes, readable_share, times_smaller
 from workbench.kv.plan import Plan
 from workbench.measure.attention import PooledMap
 from workbench.measure.grid import GridOfMaps
@@ -202,29 +205,18 @@ def answers(run: Run, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, ob
     }
 
 
-def readable_bytes(nbytes: float) -> str:
-    """Bytes for people: `11.3 MiB`."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB" if nbytes < 10 else f"{nbytes:.1f} GiB"
-
-
 def plan_figures(plan: Plan) -> list[KeyFigure]:
     """What a plan saves, in words: bytes, share, positions."""
     kept, tokens = plan.counts.float(), plan.trace.tokens
     low, high = int(kept.min()), int(kept.max())
     spread = "in every head" if low == high else f"a head; from {low:,} to {high:,}"
     tiers = {name: float((plan.tiers == i + 1).float().mean()) for i, name in enumerate(plan.precisions)}
-    stored = ", ".join(f"{share:.0%} at {name}" for name, share in tiers.items() if share > 0)
+    stored = ", ".join(f"{readable_share(share)} at {name}" for name, share in tiers.items() if share > 0)
     exact = f"; {len(plan.exact)} layers stay exact" if plan.exact else ""
     host = f"; {readable_bytes(plan.host_nbytes)} in host memory" if plan.host_nbytes else ""
     return [
         KeyFigure("KV cache", readable_bytes(plan.nbytes), f"of {readable_bytes(plan.full_nbytes)} uncompressed{host}"),
-        KeyFigure(
-            "Share of bytes", f"{plan.share:.1%}", f"{plan.full_nbytes / max(plan.nbytes, 1):.3g} times smaller{exact}"
-        ),
+        KeyFigure("Share of bytes", f"{plan.share:.1%}", f"{times_smaller(plan.full_nbytes, plan.nbytes)}{exact}"),
         KeyFigure("Positions kept", f"{kept.mean():,.0f} of {tokens:,}", spread),
         KeyFigure("Stored as", " + ".join(name for name, share in tiers.items() if share > 0) or "nothing", stored),
     ]
@@ -375,3 +367,21 @@ def question_line(run: Run) -> str:
     """What was asked and what stayed exact, as one line of HTML."""
     asked = f"Asked: {in_markup(run.question)}" if run.question else "Going on from the text"
     return "<div>" + "; ".join([asked, *map(in_markup, run.notes)]) + "</div>"
+
+
+def run_answers(run: Run) -> dict[str, object]:
+    """Keywords for AnswerDiff; a run loaded from disk that was never measured shows its own answer only."""
+    tokenizer = None
+    with suppress(NotRead):  # a loaded run whose own reading was not saved
+        tokenizer = run.plan.trace.prompt.tokenizer
+    try:
+        return answers(run, tokenizer)
+    except NotRead:
+        answer = pieces(tokenizer, run.tokens)
+        return {"left": answer, "right": answer, "left_label": "As recorded", "right_label": run.recipe.label}
+
+
+def plan_tokens(plan: Plan) -> list[str]:
+    """The prompt's tokens as text, decoded once."""
+    trace = plan.trace
+    return trace.once(("pieces",), lambda: prompt_pieces(trace.prompt))

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from workbench.formatting import readable_bytes
 from workbench.weights.reports.spectra import Spectrum
 from workbench_widgets import figures
-from workbench_widgets.present import KeyFigure, readable_bytes
+from workbench_widgets.present import KeyFigure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -132,7 +132,7 @@ def run(
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
     with terminal.working() as bar:
         session = model.session(bar, cache)
-        session.read(text, images=prompt.image or (), chat=prompt.chat, expecting=recipe, progress=bar.progress)
+        session.read(text, images=prompt.image or (), chat=prompt.chat, progress=bar.progress)
         tokens = session.stream(recipe, question=question, max_new_tokens=cache.max_new_tokens, progress=bar.progress)
         for token in tokens:
             if live:

@@ -66,8 +66,18 @@ def _devices() -> dict[str, Any]:
             "free_bytes": memory.available,
         },
         "cuda": [{"name": device.name, "memory_bytes": device.total_memory} for device in gpus],
+        "room": _room([device.total_memory for device in gpus], memory.available),
         "default": "cuda" if gpus else "cpu",
     }
+
+
+def _room(gpus: list[int], host: int) -> dict[str, int]:
+    """Parameters at 16 bits that nine tenths of memory hold: of one GPU, of all, and of all with free host memory.
+
+    What is in host memory comes to a GPU for each pass; the other tenth is for caches and what is being computed.
+    """
+    places = {"one GPU": max(gpus, default=0), "all GPUs": sum(gpus), "with host memory": sum(gpus) + host}
+    return {name: nbytes * 9 // 20 for name, nbytes in places.items()}
 
 
 def _kernels(devices: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +123,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     ]
     out += [f"  {f'cuda:{i}':16}{gpu['name']}, {_gib(gpu['memory_bytes'])}" for i, gpu in enumerate(devices["cuda"])]
     out += [] if devices["cuda"] else [f"  {'cuda':16}none"]
+    out.append("room for parameters at 16 bits, with a tenth of memory left (device_map spreads a model)")
+    out += [f"  {name:16}{count / 1e9:.1f} billion" for name, count in devices["room"].items()]
     out += ["cache", f"  {'folder':16}{cache['folder']} ({_gib(cache['bytes'])})"]
     for model in cache["models"]:
         here = "here" if model["here"] else f"not here: workbench models fetch {model['name']}"

@@ -90,6 +90,10 @@ class ModelOptions:
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     ] = None
 
+    device_map: Annotated[
+        str | None, typer.Option("--device-map", help="spread the layers over devices: auto, balanced, sequential")
+    ] = None
+
     def session(self, bar: Bar, cache: CacheOptions | None = None) -> Session:
         """A session with the model, loaded under the bar."""
         from workbench.session import Session
@@ -99,6 +103,7 @@ class ModelOptions:
             self.model,
             device=self.device,
             dtype=self.dtype,
+            device_map=self.device_map,
             kv_dtype=cache.kv_dtype,
             seed=cache.seed,
             progress=bar.progress,

@@ -66,7 +66,8 @@ class Rotation:
 
     def by(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [..., n, d] rotated by another table: [n, r], or [1, r] for all, such as a mean over positions."""
-        return self.unhalved(rotate(self.halved(x), cos, sin))
+        # The table is made where the model keeps it, which need not be where the layer lies.
+        return self.unhalved(rotate(self.halved(x), cos.to(x.device), sin.to(x.device)))
 
     def latest(self, what: str, key: object, compute: Callable[[], T]) -> T:
         """`compute()`, a table made of this one, remembered as `what` until it is asked for under another key."""

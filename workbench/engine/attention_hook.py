@@ -299,12 +299,39 @@ def _switch_masks(model: PreTrainedModel, name: str) -> None:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where the model takes its token ids."""
-    return cast("torch.device", model.get_input_embeddings().weight.device)
+    return computes_on(model.get_input_embeddings()) or torch.device("cpu")
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """Where a module computes: where its first weight lies, or, where accelerate brings weights from host memory or
+    disk for each pass, where it brings them; None for a module without weights.
+    """
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            return brought_to(part) if weight.is_meta else weight.device
+    return None
 
 
 def devices_of(model: PreTrainedModel) -> set[torch.device]:
-    """Where the model's weights and buffers lie."""
-    return {x.device for x in (*model.parameters(), *model.buffers())}
+    """Where the model's weights and buffers lie; "meta" stands for weights that are elsewhere between passes."""
+    return {x.device for x in (*model.parameters(), *model.buffers())} | (
+        {device_of(model)} if rests_elsewhere(model) else set()
+    )
+
+
+def rests_elsewhere(model: nn.Module) -> bool:
+    """Whether accelerate holds some of the model's weights in host memory or on disk between passes."""
+    return any(weight.is_meta for weight in model.parameters())
+
+
+def brought_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of a module that it holds elsewhere; None where nothing brings them."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", None) or ((hook,) if hook is not None else ())
+    device = next((each.execution_device for each in hooks if getattr(each, "offload", False)), None)
+    if device is None:
+        return None
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def forward(

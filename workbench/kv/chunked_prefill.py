@@ -179,14 +179,14 @@ class ChunkedPrefill(ABC):
         scattered: for tokens that do not all follow one another from position 0 on.
         """
         widths = layer.keys_held.shape[-1], layer.values_held.shape[-1]
-        keys, values = (torch.empty(layer.kv_heads, 0, w, dtype=self.dtype, device=self.device) for w in widths)
+        keys, values = (torch.empty(layer.kv_heads, 0, w, dtype=self.dtype, device=layer.device) for w in widths)
         if layer.index in self.exact and layer.chunk is not None:
             return ChunkStore(keys, values, 0, layer.chunk)
         if layer.index in self.exact and layer.window is not None:
             return SlidingStore(keys, values, 0, layer.window)
         everything = keys.new_ones(keys.shape[:2], dtype=torch.bool)
         if scattered:
-            return DenseStore.of(keys, values, torch.empty(1, 0, device=self.device), everything, self.dtype)
+            return DenseStore.of(keys, values, torch.empty(1, 0, device=layer.device), everything, self.dtype)
         return DenseStore.where(keys, values, everything, self.dtype)
 
     def reset(self) -> None:

@@ -81,9 +81,9 @@ class _Seeing:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         self.progress.check()
         self.keys[layer] = key
-        visible = self.visible
-        begin = scoring.begin(self.positions[:, None])
+        visible, positions = self.visible.to(query.device), self.positions.to(query.device)
+        begin = scoring.begin(positions[:, None])
         if begin is not None:
-            visible = visible & (self.positions >= begin)
-        offsets = scoring.offsets(self.positions, self.positions[None])
+            visible = visible & (positions >= begin)
+        offsets = scoring.offsets(positions, positions[None])
         return attend(query, key, value, scoring, visible=visible[None], offsets=offsets)[0]

@@ -49,7 +49,7 @@ class Quality:
         return _exp(self.nll)
 
     def __str__(self) -> str:
-        where = "same tokens" if self.first_divergence is None else f"differs from token {self.first_divergence}"
+        where = "same tokens" if self.first_divergence is None else f"differs from token {self.first_divergence + 1}"
         worse = f"{self.nll_difference:+.2f} NLL"
         return f"KL {self.kl:.3f}, {self.top1_agreement:.0%} of top tokens agree, {worse}, {where}"
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from workbench.errors import BadParameter, CheckpointRefused, ModelNotFound
 from workbench.files.paths import place
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+DeviceMap: TypeAlias = "str | Mapping[str, int | str | torch.device]"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -46,6 +48,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: Progress | None = None,
+    *,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> LoadedModel:
     """Load a causal language model.
 
@@ -54,25 +59,40 @@ def load(
     `device`: "cpu", "cuda", "cuda:1", ...; default CUDA where there is one, else the CPU.
     `dtype`: float32, bfloat16 or float16; default bfloat16 on CUDA, float32 elsewhere (16 bits are slow on most CPUs).
 
+    `device_map` spreads the layers of a folder or hub id over devices, as accelerate does: "auto" (the GPUs, then host
+    memory), "balanced", "balanced_low_0", "sequential", or modules' names with their devices (0, "cuda:1", "cpu").
+    `max_memory`: the most that a device may take ({0: "20GiB", "cpu": "60GiB"}), with which it is "auto" by default.
+    What is in host memory beside a GPU comes there for each pass. There is no `device` then.
+
     Only safetensors and GGUF are read, and no code that comes with a checkpoint is ever run. Raises `ModelNotFound`,
     `CheckpointRefused`, `DownloadFailed`, or `BadParameter` for a device or dtype that is not there.
     """
     progress = progress or Progress()
     name = str(name_or_path)
     source, path = _locate(name, progress)  # before torch is imported: a wrong name fails at once
+    spread = device_map is not None or max_memory is not None
+    if spread and device is not None:
+        raise BadParameter("device_map says where the layers lie: leave device out")
+    if isinstance(device_map, str) and device_map not in _SPREADS:
+        raise BadParameter(f"device_map {device_map!r} is not one of {', '.join(_SPREADS)}, nor names with devices")
     target = device_for(device)
     precision = dtype_for(dtype, target)
     progress.update("load", 0, 1)
     weights = weights_in(path)
     processor = None
     if weights.is_dir():
-        model, tokenizer, processor = _from_folder(weights, precision)
+        model, tokenizer, processor = _from_folder(
+            weights, precision, (device_map or "auto", max_memory) if spread else None
+        )
         checkpoint_dtype = named_dtype(stored_dtype(weights))
+    elif spread:
+        raise BadParameter(f"{name}: a GGUF file is loaded onto one device; leave device_map and max_memory out")
     else:
         model, tokenizer = read_gguf(weights, precision)
         checkpoint_dtype = None  # many formats in one file
     progress.check()
-    model.to(target)  # type: ignore[arg-type]
+    if not spread:
+        model.to(target)  # type: ignore[arg-type]
     model.eval()
     model.requires_grad_(False)
     progress.update("load", 1, 1)
@@ -105,12 +125,17 @@ def _short(source: str) -> str:
 
 
 def _from_folder(
-    folder: Path, dtype: torch.dtype
+    folder: Path, dtype: torch.dtype, spread: tuple[DeviceMap, Mapping[int | str, int | str] | None] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, ProcessorMixin | None]:
     with quiet():
         from transformers import AutoConfig, AutoTokenizer
 
+        from workbench.models.devices import whole_weights
+
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        places: dict[str, Any] = {}
+        if spread is not None:
+            places.update(device_map=spread[0], max_memory=None if spread[1] is None else dict(spread[1]))
         try:
             check_size(folder)
             config = AutoConfig.from_pretrained(str(folder), **safe)
@@ -121,6 +146,7 @@ def _from_folder(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
                 **safe,
+                **places,
             )
         except (MemoryError, CheckpointRefused):
             raise
@@ -129,7 +155,7 @@ def _from_folder(
         model, report = loaded
         check_report(folder, report)
         check_ties(folder, model)
-        check_finite(str(folder), model.state_dict().items(), dtype)
+        check_finite(str(folder), model.state_dict().items() if spread is None else whole_weights(model), dtype)
         tokenizer = None
         if has_tokenizer(folder):
             try:

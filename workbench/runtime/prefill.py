@@ -43,7 +43,7 @@ class _Recorder:
     facts: Facts
     method: AttentionMethod | None
     progress: Progress
-    home: torch.device
+    keep_on: torch.device | None
     timeline: Timeline
     weights: int
     live: LiveBytes | CudaBytes
@@ -90,9 +90,10 @@ class _Recorder:
             out = self.method.attend(query, key, value, within, self.context)
         kept = {} if self.states is None else {"state": self.states.nbytes}
         # Of what is live here: the recording so far, and states.
-        before = (self.recorded_nbytes if self.home == query.device else 0) + sum(kept.values())
+        home = self.keep_on or query.device
+        before = (self.recorded_nbytes if home == query.device else 0) + sum(kept.values())
         shared = self._shared(layer, key)
-        recorded = tuple(x.to(self.home) for x in (key, value, query))
+        recorded = tuple(x.to(home) for x in (key, value, query))
         if shared is not None:
             recorded = (self.layers[shared].keys_held, self.layers[shared].values_held, recorded[2])
         rows = None if shared is not None else _held(key, value, scoring)
@@ -102,13 +103,13 @@ class _Recorder:
             values_held=recorded[1],
             queries_held=recorded[2],
             device=query.device,
-            scoring=scoring if scoring.chosen is None else replace(scoring, chosen=scoring.chosen.to(self.home)),
+            scoring=scoring if scoring.chosen is None else replace(scoring, chosen=scoring.chosen.to(home)),
             rotary=partial(self.rotations.of, self.origins[layer], width=key.shape[-1]),
             narrowed_from=min(model_window or tokens, tokens) if window != model_window else None,
             plain_widths=None if self.plain_widths is None else self.plain_widths[self.origins[layer]],
             shared=shared,
             number=self.origins[layer],
-            latents=None if rows is None else rows.to(self.home),
+            latents=None if rows is None else rows.to(home),
         )
         self.recorded_nbytes += sum(x.nbytes for x in recorded[0 if shared is None else 2 :])
         if scoring.chosen is not None:
@@ -131,8 +132,10 @@ class _Recorder:
         """The earlier layer whose keys [k, n, d] these are: what lies at the same place and is the same."""
         place = (key.data_ptr(), key.shape)
         there = self.places.get(place)
-        if there is not None and torch.equal(self.layers[there].keys_held, key.to(self.home)):
-            return there
+        if there is not None:
+            known = self.layers[there].keys_held
+            if torch.equal(known, key.to(known.device)):
+                return there
         self.places[place] = layer
         return None
 
@@ -190,7 +193,7 @@ def read(
     """Read a prompt and record it.
 
     method: how attention is computed while reading (default exact). keep_on: where the recording rests, for instance
-    host memory for a model on the GPU (default: the model's device). plain, plain_widths: the model that this one was
+    host memory for a model on the GPU (default: each layer's device). plain, plain_widths: the model that this one was
     compressed from, and the sizes (d, dv) of its heads by the layer's number; `facts` are those of the plain model.
     rotations: those of the plain model, where they are remembered for several readings. Raises PromptTooLong,
     BadPrompt, NotApplicable; BudgetTooSmall where the method cannot meet its budget on this prompt; Cancelled between
@@ -225,7 +228,7 @@ def read(
             facts,
             method,
             progress,
-            keep_on or device,
+            keep_on,
             timeline,
             weight_nbytes,
             live,

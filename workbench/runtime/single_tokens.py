@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
-from workbench.engine.attention_hook import device_of
+from workbench.engine.attention_hook import device_of, devices_of
 from workbench.errors import NotApplicable
 from workbench.models.fetch import cache_dir
 from workbench.runtime.fused_token import FusedToken
@@ -39,6 +39,8 @@ class SingleTokens:
 
     def of(self, model: PreTrainedModel) -> SingleToken:
         """Raises NotApplicable, with the reason, where the model is left to its modules."""
+        if len(devices_of(model)) > 1:
+            raise NotApplicable("the model lies on several devices, or some of its weights come for each pass")
         return self._on_gpu(model) if device_of(model).type == "cuda" else self._on_cpu(model)
 
     def _on_cpu(self, model: PreTrainedModel) -> FusedToken:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.engine.attention_hook import device_of
 from workbench.engine.images import Images
 from workbench.engine.latents import Latents, expansions
 from workbench.engine.states import attending
@@ -28,6 +27,7 @@ from workbench.measure.memory import Timeline
 from workbench.measure.quality import Quality
 from workbench.measure.timing import Timing
 from workbench.models import facts
+from workbench.models.devices import layer_devices, whole_weights
 from workbench.prompt import Prompt
 from workbench.recipe import Recipe
 from workbench.runtime.continuing import restored
@@ -338,7 +338,7 @@ def _check_model(folder: Path, saved: dict[str, Any], samples: Tensor, model: Pr
 def _samples(model: PreTrainedModel) -> Tensor:
     """A few values of every weight [s] float32, spread evenly: enough to tell two models of one shape apart."""
     rows = []
-    for weight in model.parameters():
+    for _, weight in whole_weights(model):
         flat = weight.detach().reshape(-1)
         at = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
         rows.append(flat[at.to(flat.device)].float().cpu())
@@ -347,13 +347,14 @@ def _samples(model: PreTrainedModel) -> Tensor:
 
 def _trace(saved: dict[str, Any], tensor: Callable[[str], Tensor], readings: Readings) -> Trace:
     ids = tensor("ids").long()
-    model, device = readings.model, device_of(readings.model)
-    home = readings.keep_on or device
+    model, devices = readings.model, layer_devices(readings.model)
     numbers = attending(model)
     if len(saved["layers"]) != len(numbers):
         raise ValueError(f"{len(saved['layers'])} layers instead of {len(numbers)}")
     layers, expanding = [], expansions(model)
     for index, fields in enumerate(saved["layers"]):
+        device = devices[numbers[index]]
+        home = readings.keep_on or device
         keys, values, queries = (tensor(f"layers.{index}.{name}") for name in ("keys", "values", "queries"))
         if not keys.shape[1] == values.shape[1] == queries.shape[1] == ids.numel():  # [k, n, d], [k, n, dv], [h, n, d]
             raise ValueError(f"layer {index} does not hold {ids.numel()} tokens")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from workbench.errors import BadRecipe, NotApplicable
+from workbench.models.devices import check_changeable
 from workbench.progress import Progress
 from workbench.registry import Method
 from workbench.weights.base import WeightMethod
@@ -41,6 +43,8 @@ def compressed(
     """
     progress = progress or Progress()
     chosen = ordered(weight_methods(methods))
+    if chosen:
+        check_changeable(model)
     twin = model
     for number, method in enumerate(chosen):
         before = opened(twin)
@@ -56,7 +60,22 @@ def compressed(
             noted(method.note(twin))
         known = study(before, number) if study else WeightStudy(before, calibration=SHORT)
         survey.method.apply(twin, survey.linears, known, progress)
+        _hook(twin, before)
     return closed(twin) if methods else sharing_copy(model)
+
+
+def _hook(twin: nn.Module, before: nn.Module) -> None:
+    """Let new modules take what comes from another device, where accelerate lets the old ones do so."""
+    hooks = {name: hook for name, module in before.named_modules() if (hook := getattr(module, "_hf_hook", None))}
+    for name, hook in hooks.items():
+        try:
+            module = twin.get_submodule(name)
+        except AttributeError:  # the method took the module out
+            continue
+        if not hasattr(module, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(module, copy(hook))
 
 
 def weight_methods(methods: Sequence[Method]) -> list[WeightMethod]:

@@ -76,10 +76,10 @@ def _circle(revolutions, EXACT: tl.constexpr):
         return cos, sin
 
 
-@triton.jit(do_not_specialize=["queries", "programs", "rank", "value_rank"])
+@triton.jit(do_not_specialize=["queries", "programs", "units", "value_units"])
 def _attend(
     query, keys, values, basis, low_table, high_table, frequencies, key_starts, value_starts, lengths, positions,
-    position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs, rank, value_rank,
+    position_starts, asked_at, sums, largest, weights, scale, softcap, queries, programs, units, value_units,
     K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, RKP: tl.constexpr, FULL: tl.constexpr,
     UNIT: tl.constexpr, RVP: tl.constexpr, VFULL: tl.constexpr,
     VUNIT: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr, TILE: tl.constexpr,
@@ -91,8 +91,8 @@ def _attend(
     Rotating a key to its position is rotating it from where its tile (or, PLACED, its run) begins, and the query back
     to there. So where rows are their own positions, all tiles rotate keys by the same angles, which stay in registers.
     """
-    RK = RKP if FULL else tl.multiple_of(rank, UNIT)
-    RV = RVP if VFULL else tl.multiple_of(value_rank, VUNIT)
+    RK = RKP if FULL else units * UNIT  # a product says how rows are aligned
+    RV = RVP if VFULL else value_units * VUNIT
     pid = tl.program_id(0)
     rows = tl.program_id(1) * R + tl.arange(0, R)
     heads, t, d = tl.arange(0, KP), tl.arange(0, TILE), tl.arange(0, HALFP)
@@ -201,15 +201,16 @@ def decode_rotated(
     programs = programs_for(query.device, heads * -(-keys.longest // tile), per_processor, blocks)
     # Ranks are numbers of a layer: one kernel serves all that fill no tile and whose rows are aligned alike.
     wide, value_wide = max(power(rank), 16), max(power(value_rank), 16)
+    unit, value_unit = math.gcd(rank, 8), math.gcd(value_rank, 8)
     slots = Slots.of(programs + heads, 1, rows, value_wide, query.device)
     _attend[(programs, blocks)](
         query.contiguous(), keys.data, values.data, key_basis.to(query.dtype).contiguous(), rotary.low, rotary.high,
         rotary.frequencies, keys.starts, values.starts, keys.lengths, None if positions is None else positions.data,
         None if positions is None else positions.starts, query_positions, *slots, scoring.scale * LOG2E,
-        (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, rank, value_rank, K=heads, KP=power(heads),
-        ROWS=rows, R=block, RKP=wide, FULL=wide == rank, UNIT=math.gcd(rank, 8), RVP=value_wide,
-        VFULL=value_wide == value_rank, VUNIT=math.gcd(value_rank, 8), HALF=half,
-        HALFP=max(power(half), 16), TILE=tile, COARSE=LOW, STAGES=stages, MASKED=query_positions is not None,
+        (scoring.softcap or 0.0) * LOG2E, query.shape[1], programs, rank // unit, value_rank // value_unit, K=heads,
+        KP=power(heads), ROWS=rows, R=block, RKP=wide, FULL=wide == rank, UNIT=unit, RVP=value_wide,
+        VFULL=value_wide == value_rank, VUNIT=value_unit, HALF=half, HALFP=max(power(half), 16), TILE=tile, COARSE=LOW,
+        STAGES=stages, MASKED=query_positions is not None,
         PLACED=positions is not None, SOFTCAP=scoring.softcap is not None, EXACT=interpreted(),
         num_warps=warps,
     )  # fmt: skip

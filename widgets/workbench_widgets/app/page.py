@@ -53,14 +53,14 @@ from workbench_widgets.app.parts.share_dialog import ShareDialog
 from workbench_widgets.app.parts.status_line import StatusLine
 from workbench_widgets.app.server.address import Address, choose_theme
 from workbench_widgets.app.server.connection import tell_when_gone
-from workbench_widgets.app.state.notebook import notebook
 from workbench_widgets.app.state.page_state import TEXT_LIMIT, PageState
 from workbench_widgets.app.state.recipe_slots import RECIPE_SLOTS
-from workbench_widgets.app.state.report import report
 from workbench_widgets.app.state.snippet import snippet
 from workbench_widgets.app.work.loaded_models import LoadedModels
+from workbench_widgets.app.work.notebook import notebook
 from workbench_widgets.app.work.offered_models import OfferedModels
 from workbench_widgets.app.work.records import Asked, Record, differences
+from workbench_widgets.app.work.report import report
 from workbench_widgets.app.work.saved_page import KeptPages, SavedPage
 from workbench_widgets.app.work.workspace import Workspace
 

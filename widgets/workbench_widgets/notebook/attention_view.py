@@ -12,6 +12,7 @@ from workbench.registry import find, registered
 from workbench.session import Session, Spec
 from workbench_widgets import present
 from workbench_widgets.notebook.method_controls import NONE, MethodControls
+from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.plain_text import in_markup
 from workbench_widgets.views.heatmap import Heatmap
 from workbench_widgets.views.map_grid import MapGrid
@@ -20,7 +21,7 @@ from workbench_widgets.views.token_text import TokenText
 _PIXELS = 512
 
 
-class AttentionView(ipywidgets.VBox):
+class AttentionView(Pictured):
     """What a session's prompt attends to: `AttentionView(session, layer=8, head=2)`; by default the first layer's.
 
     recipe: show what is left under it (default: all keys). minus: show the difference to this recipe instead; "full"

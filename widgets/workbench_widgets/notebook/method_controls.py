@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ipywidgets as w
 
@@ -35,14 +36,17 @@ class MethodControls(w.VBox):
         options = none + [(cls.title or cls.key, cls.key) for cls in methods]
         self.choice = w.Dropdown(options=options, value=key, layout=w.Layout(width="100%"))
         self.preset = w.Dropdown(description="values", layout=w.Layout(width="100%"))
-        self.parameters = w.VBox()
+        self.parameters = w.Box(
+            layout=w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start", grid_gap="2px 12px")
+        )
         self._about = w.HTML()
         self._following = False
         self.choice.observe(self._rebuild, names="value")
         self.preset.observe(self._preset_chosen, names="value")
         heading = w.HTML(f'<div style="font-weight:600;line-height:1.4">{in_markup(name)}</div>')
         super().__init__(
-            [heading, self.choice, self._about, self.preset, self.parameters], layout=w.Layout(width="190px")
+            [heading, self.choice, self._about, self.preset, self.parameters],
+            layout=w.Layout(flex="1 1 280px", width="auto", min_width="0"),
         )
         self._fill(values or {})
 
@@ -53,7 +57,13 @@ class MethodControls(w.VBox):
         """What is chosen, without a budget; None for "none". Raises BadParameter for values that do not fit."""
         if self.choice.value == NONE:
             return None
-        return find(self.choice.value)(**{name: control.value for name, control in self._controls.items()})
+        return find(self.choice.value)(**self._values())
+
+    def _values(self) -> dict[str, Any]:
+        cls = find(self.choice.value)
+        return {
+            parameter.name: _said(parameter, self._controls[parameter.name].value) for parameter in cls.parameters()
+        }
 
     def _rebuild(self, change: object) -> None:
         self._fill({})
@@ -65,7 +75,7 @@ class MethodControls(w.VBox):
         cls = None if self.choice.value == NONE else find(self.choice.value)
         self._controls = {} if cls is None else {p.name: control(p) for p in cls.parameters()}
         for name, widget in self._controls.items():
-            widget.value = values.get(name, widget.value)
+            widget.value = _entered(widget, values.get(name, widget.value))
             widget.observe(self._edited, names="value")
         self._about.value = "" if cls is None else _small(_about(cls))
         self._offer(cls)
@@ -85,8 +95,7 @@ class MethodControls(w.VBox):
         cls = None if self.choice.value == NONE else find(self.choice.value)
         if cls is not None:
             self._following = True
-            values = {name: control.value for name, control in self._controls.items()}
-            self.preset.value = cls.preset_of(values) or CHANGED
+            self.preset.value = cls.preset_of(self._values()) or CHANGED
             self._following = False
 
     def _edited(self, change: object) -> None:
@@ -101,7 +110,7 @@ class MethodControls(w.VBox):
         cls = find(self.choice.value)
         self._following = True
         for name, value in cls.preset_values(str(change["new"])).items():
-            self._controls[name].value = value
+            self._controls[name].value = _entered(self._controls[name], value)
         self._following = False
         self._on_change()
 
@@ -112,13 +121,26 @@ class _LabelledControl(w.VBox):
     def __init__(self, parameter: Parameter, widget: w.DOMWidget) -> None:
         name = parameter.name.replace("_", " ") + (f" ({parameter.unit})" if parameter.unit else "")
         label = w.HTML(f'<div style="line-height:1.4">{in_markup(name)}</div>')
-        super().__init__([label, widget, w.HTML(_small(parameter.help))])
+        super().__init__(
+            [label, widget, w.HTML(_small(parameter.help))],
+            layout=w.Layout(flex="1 1 130px", width="auto", min_width="0"),
+        )
 
     def close_all(self) -> None:
         """Close this and what it holds: a closed box alone would leave them in the kernel."""
         for child in self.children:
             child.close()
         self.close()
+
+
+def _said(parameter: Parameter, value: object) -> object:
+    """The value that a control says: of a parameter that may be none, an empty text."""
+    return None if value == "" and parameter.default is None else value
+
+
+def _entered(widget: w.DOMWidget, value: object) -> object:
+    """A value as a control holds it."""
+    return ("" if value is None else str(value)) if isinstance(widget, w.Text) else value
 
 
 def control(parameter: Parameter) -> w.DOMWidget:
@@ -148,4 +170,4 @@ def _about(cls: type[Method]) -> str:
 
 
 def _small(text: str) -> str:
-    return f'<div style="opacity:.7;font-size:11px;line-height:1.35;white-space:normal">{in_markup(text)}</div>'
+    return f'<div style="opacity:.7;font-size:12px;line-height:1.35;white-space:normal">{in_markup(text)}</div>'

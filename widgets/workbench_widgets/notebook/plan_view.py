@@ -6,18 +6,19 @@ import ipywidgets
 
 from workbench.kv.plan import Plan
 from workbench_widgets import present
-from workbench_widgets.notebook.html_summaries import plan_html
+from workbench_widgets.html_summaries import plan_html, plan_line
+from workbench_widgets.notebook.pictured import Pictured
 from workbench_widgets.views import KeptRaster, TokenText
 
 
-class PlanView(ipywidgets.VBox):
+class PlanView(Pictured):
     """A plan's bytes, prompt and kept positions; a clicked row of the raster shows how that head keeps the prompt, a
     clicked token is marked in the raster.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._tokens = plan_tokens(plan)
+        self._tokens = present.plan_tokens(plan)
         self.bytes = ipywidgets.HTML(plan_html(plan))
         self.text = TokenText.jupyter(**present.token_text(plan, self._tokens), rows=8)
         self.raster = KeptRaster.jupyter(**present.kept_raster(plan, self._tokens))
@@ -29,6 +30,10 @@ class PlanView(ipywidgets.VBox):
         return f"PlanView({self._plan.label!r})"
 
     @property
+    def heading(self) -> str:
+        return plan_line(self._plan)
+
+    @property
     def plan(self) -> Plan:
         """The plan shown; assign another one to show it in the same place."""
         return self._plan
@@ -36,7 +41,7 @@ class PlanView(ipywidgets.VBox):
     @plan.setter
     def plan(self, plan: Plan) -> None:
         if plan.trace is not self._plan.trace:
-            self._tokens = plan_tokens(plan)
+            self._tokens = present.plan_tokens(plan)
         self._plan = plan
         self.bytes.value = plan_html(plan)
         KeptRaster.update(self.raster, **present.kept_raster(plan, self._tokens))
@@ -49,9 +54,3 @@ class PlanView(ipywidgets.VBox):
 
     def _mark(self, position: int | None) -> None:
         self.raster.marked = position
-
-
-def plan_tokens(plan: Plan) -> list[str]:
-    """The prompt's tokens as text, decoded once."""
-    trace = plan.trace
-    return trace.once(("pieces",), lambda: present.prompt_pieces(trace.prompt))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from workbench.errors import BadParameter
+from workbench_widgets.views import pictures
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.view import View
 from workbench_widgets.views.wire import pack
 
@@ -30,6 +32,10 @@ class AnswerDiff(View):
     first_difference: int | None = None
     waiting: str = ""  # shown in place of a left answer that is still to come; nothing is compared until then
     selected: tuple[int, int] | None = None
+
+    @classmethod
+    def drawings(cls, fields: Mapping[str, Any]) -> Sequence[Drawing]:
+        return pictures.answers(fields)
 
     @classmethod
     def data(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.wire import unpack
 
 
@@ -37,7 +38,9 @@ def declared_fields(view: type) -> dict[str, Field]:
 
 @dataclass(frozen=True, eq=False)  # one for each class of views: the same only as itself
 class Definition:
-    """A view as its hosts see it: `name`, `module` and `doc` of its class, its fields, its script and style sheet."""
+    """A view as its hosts see it: `name`, `module` and `doc` of its class, its fields, its script and style sheet, and
+    `drawings`, which makes a still picture's parts of the values of its fields.
+    """
 
     name: str
     module: str
@@ -45,6 +48,11 @@ class Definition:
     fields: Mapping[str, Field]
     source: str
     style: str
+    drawings: Callable[[Mapping[str, Any]], Sequence[Drawing]]
+
+    def values(self, widget: object) -> dict[str, Any]:
+        """The values of a widget's fields by name."""
+        return {name: getattr(widget, name) for name in self.fields}
 
     def require_free_names(self, host: type) -> None:
         """Refuse a field that shadows something of the host: it would break the host in ways hard to find."""

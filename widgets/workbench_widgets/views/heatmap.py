@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from workbench.errors import BadParameter
+from workbench_widgets.views import pictures
 from workbench_widgets.views.colour_levels import Scale, quantise, scale_differences, scale_values
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.pooling import pool_map
 from workbench_widgets.views.view import View
 from workbench_widgets.views.wire import pack
@@ -44,6 +47,10 @@ class Heatmap(View):
     brush: bool = True
     selected: tuple[int, int] | None = None
     window: tuple[int, int, int, int] | None = None
+
+    @classmethod
+    def drawings(cls, fields: Mapping[str, Any]) -> Sequence[Drawing]:
+        return [pictures.heatmap(fields)]
 
     @classmethod
     def data(

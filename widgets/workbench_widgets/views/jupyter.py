@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.errors import MissingExtra
 from workbench_widgets.views.definition import Definition
+from workbench_widgets.views.pictures import PNG, Drawing, png
 
 if TYPE_CHECKING:
     from anywidget import AnyWidget
@@ -36,10 +39,31 @@ def jupyter_class(view: Definition) -> type[AnyWidget]:
     def describe(widget: object) -> str:
         return view.describe(widget)
 
+    def drawings(widget: Any) -> Sequence[Drawing]:
+        return view.drawings(view.values(widget))
+
+    def bundle(widget: Any, **_: Any) -> dict[str, Any]:
+        return with_picture(widget, png(drawings(widget)))
+
     body: dict[str, object] = {
         field.name: kinds[field.kind](default_value=field.default, allow_none=field.optional).tag(sync=True)
         for field in view.fields.values()
     }
-    body |= {"_esm": view.source, "_css": view.style, "__repr__": describe}
+    body |= {
+        "_repr_mimebundle_": bundle,
+        "drawings": drawings,
+        "_esm": view.source,
+        "_css": view.style,
+        "__repr__": describe,
+    }
     body |= {"__module__": view.module, "__doc__": view.doc}
     return type(f"{view.name}Widget", (anywidget.AnyWidget,), body)
+
+
+def with_picture(widget: object, picture: bytes) -> dict[str, Any]:
+    """The MIME bundle of a widget, with a still picture (PNG) beside it for where there is no kernel."""
+    import ipywidgets
+
+    bundle = ipywidgets.DOMWidget._repr_mimebundle_(widget)
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    return {**(data or {}), PNG: b64encode(picture).decode()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from workbench.errors import BadParameter
+from workbench_widgets.views import pictures
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.pooling import pool_tiers
 from workbench_widgets.views.view import View
 from workbench_widgets.views.wire import pack
@@ -32,6 +34,10 @@ class KeptRaster(View):
     label: str = "Kept positions"
     selected: tuple[int, int] | None = None
     marked: int | None = None
+
+    @classmethod
+    def drawings(cls, fields: Mapping[str, Any]) -> Sequence[Drawing]:
+        return [pictures.kept(fields)]
 
     @classmethod
     def data(

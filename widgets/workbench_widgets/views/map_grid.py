@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from workbench.errors import BadParameter
+from workbench_widgets.views import pictures
 from workbench_widgets.views.colour_levels import Scale, quantise, scale_differences, scale_values
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.view import View
 from workbench_widgets.views.wire import pack
 
@@ -34,6 +36,10 @@ class MapGrid(View):
     label: str = "All layers and heads"
     note: str = ""
     selected: tuple[int, int] | None = None
+
+    @classmethod
+    def drawings(cls, fields: Mapping[str, Any]) -> Sequence[Drawing]:
+        return [pictures.grid(fields)]
 
     @classmethod
     def data(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from workbench.errors import BadParameter
+from workbench_widgets.views import pictures
 from workbench_widgets.views.colour_levels import Scale, scale_values
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.view import View
 from workbench_widgets.views.wire import pack
 
@@ -31,6 +33,10 @@ class TokenText(View):
     label: str = "Prompt"
     rows: int = 14
     selected: int | None = None
+
+    @classmethod
+    def drawings(cls, fields: Mapping[str, Any]) -> Sequence[Drawing]:
+        return [pictures.tokens(fields)]
 
     @classmethod
     def data(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +22,7 @@ from workbench_widgets.colours import css_variables, js_constants
 from workbench_widgets.views.definition import Definition, Field, declared_fields
 from workbench_widgets.views.jupyter import jupyter_class
 from workbench_widgets.views.panel_component import panel_class
+from workbench_widgets.views.pictures import Drawing
 from workbench_widgets.views.standalone import standalone
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class View:
     dark: bool | None = None
 
     @classmethod
+    def drawings(cls, fields: Mapping[str, Any]) -> Sequence[Drawing]:
+        """The parts of a still picture, from the values of all fields."""
+        raise NotImplementedError
+
+    @classmethod
     @cache
     def definition(cls) -> Definition:
         """What hosts make their classes of: its script is the colours, the shared functions, then the view itself."""
@@ -72,6 +78,7 @@ class View:
             fields=declared_fields(cls),
             source=js_constants() + compact("".join(map(_asset, ("base.js", *cls.parts, cls.module)))),
             style=css_variables() + _asset("views.css"),
+            drawings=cls.drawings,
         )
 
     @classmethod

@@ -114,10 +114,10 @@ class UNCompReading(AttentionMethod):
         """The positions that take part in this layer, ascending, int64 [m]."""
         if context.layer in context.state:  # chosen before, by all heads
             there: Tensor = context.state[context.layer]
-            return there.nonzero()[:, 0]
+            return there.to(device).nonzero()[:, 0]
         if context.layer == 0 or "votes" not in context.state:
             return torch.arange(tokens, device=device)
-        alive, votes = context.state["votes"]
+        alive, votes = (x.to(device) for x in context.state["votes"])  # left by the layer before
         size = self.size(context.layer, context.layers, tokens)
         going: Tensor = alive[votes.argsort(descending=True, stable=True)[:size].sort().values]
         return going

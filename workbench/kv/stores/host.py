@@ -106,7 +106,7 @@ class HostRows:
     def _begin(self, rows: Rows) -> Tensor:
         """Where each head's rows begin, on the device, where it stays until they move."""
         if self.device.type != "cuda":
-            return rows.begins
+            return rows.begins.to(self.device)
         if id(rows) not in self._begins:
             self._begins[id(rows)] = rows.begins.to(self.device)
         return self._begins[id(rows)]

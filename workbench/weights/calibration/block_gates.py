@@ -32,7 +32,7 @@ def block_gates(
 
     def through(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         entered = args[0] if args else kwargs["hidden_states"]
-        left = entered + gates[index].to(entered.dtype) * (hidden_of(output) - entered)
+        left = entered + gates[index].to(entered) * (hidden_of(output) - entered)
         return type(output)([left, *output[1:]]) if isinstance(output, tuple | list) else left
 
     handles = [

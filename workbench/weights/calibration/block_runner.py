@@ -66,7 +66,7 @@ class BlockRunner:
         done = []
         for part in self.hidden.split(self._size):
             out = self._run(name, part, self._blocks[name])
-            yield part, out
+            yield part.to(out.device), out  # the block before may lie on another device
             done.append(out)
         self.hidden = torch.cat(done)
         self._compare(name)

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -66,13 +65,11 @@ class StatisticsCache:
             self.fail(error)
             return self.begin(name)
 
-    def read(
-        self, folder: Path, index: int, linears: Mapping[str, nn.Linear], device: torch.device
-    ) -> dict[str, InputStats] | None:
-        """What was written of the layers of one block; None, and the folder is gone, where it is not there, damaged, or
-        of other layers.
+    def read(self, folder: Path, index: int, linears: Mapping[str, nn.Linear]) -> dict[str, InputStats] | None:
+        """What was written of the layers of one block, on their devices; None, and the folder is gone, where it is not
+        there, damaged, or of other layers.
         """
-        stats = _read(_file(folder, index), linears, device)
+        stats = _read(_file(folder, index), linears)
         if stats is None:
             shutil.rmtree(folder, ignore_errors=True)
         return stats
@@ -171,11 +168,11 @@ def _write(stats: Mapping[str, InputStats], path: Path) -> None:
     save_file(tensors, path, metadata=notes)
 
 
-def _read(path: Path, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, InputStats] | None:
+def _read(path: Path, linears: Mapping[str, nn.Linear]) -> dict[str, InputStats] | None:
     """What was written of these layers; None where the file is not there, damaged, or of other layers."""
     owned: dict[str, InputStats] = {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             notes: dict[str, str] = file.metadata()
             present = set(file.keys())
             for name in linears:
@@ -185,7 +182,7 @@ def _read(path: Path, linears: Mapping[str, nn.Linear], device: torch.device) ->
                         for field, part in _PARTS.items()
                         if field != "accumulated" or f"{name}/{part}" in present
                     }
-                    owned[name] = InputStats(int(notes[f"{name} tokens"]), **fields)
+                    owned[name] = InputStats(int(notes[f"{name} tokens"]), **fields).to(linears[name].weight.device)
             return {name: owned[notes[name]] for name in linears}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

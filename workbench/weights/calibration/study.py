@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.core.memo import Memo
-from workbench.engine.attention_hook import device_of, exclusive
+from workbench.engine.attention_hook import exclusive
 from workbench.models.decoder import decoder_layers
 from workbench.models.linear import linear_of
 from workbench.progress import Progress
@@ -101,7 +101,7 @@ class WeightStudy:
             if folder is not None and similarity_in(folder, len(self.blocks)) is not None:
                 for index, (block, module) in enumerate(self.blocks.items()):
                     progress.check()
-                    stats = self._cache.read(folder, index, _linears(module, block), device_of(self.model))
+                    stats = self._cache.read(folder, index, _linears(module, block))
                     if stats is None:  # damaged, or another process is replacing it
                         yield from self._from(index, hessians, progress)
                         return

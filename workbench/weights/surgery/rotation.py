@@ -167,9 +167,8 @@ class DecoderRotation:
         in what `rotations` makes. The tables of the embedding and the head stay the original's own.
         """
         core: Any = twin.get_submodule(self.name)
-        signs = signs.to(core.embed_tokens.weight.device)
-        core.embed_tokens = RotatedEmbedding(core.embed_tokens, signs)
-        core.norm = UnrotatedNorm(core.norm.weight, core.norm.variance_epsilon, signs)
+        core.embed_tokens = RotatedEmbedding(core.embed_tokens, signs.to(core.embed_tokens.weight.device))
+        core.norm = UnrotatedNorm(core.norm.weight, core.norm.variance_epsilon, signs.to(core.norm.weight.device))
         for name in self.blocks:
             block: Any = twin.get_submodule(name)
             for norm in ("input_layernorm", "post_attention_layernorm"):

@@ -85,7 +85,7 @@ class MemoryPanel(Panel):
         self.figure.object = figures.memory_timeline(
             frame,
             dark=workspace.dark,
-            title="KV cache by layer, with what was planned" if layers else read,
+            title=f"KV cache by layer{', with what was planned' if predicted else ''}" if layers else read,
             marks=present.run_marks(timeline),
             predicted=predicted,
         )

@@ -201,7 +201,8 @@ class RunsPanel(Panel):
         dark = self.workspace.dark
         if self.table is None:
             self.table = _table(frame, hidden, dark)
-            self.table.on_click(lambda event: self._open(int(self.table.value["run"].iloc[event.row])))
+            made = self.table
+            made.on_click(lambda event: self._open(int(made.value["run"].iloc[event.row])))
             self._table_at.objects = [self.table]
             return
         if hidden != self.table.hidden_columns:
@@ -259,7 +260,7 @@ def _shown(records: Sequence[Record]) -> pd.DataFrame:
         for name in ("kv", "weight", "total", "peak", "kv_host"):
             nbytes = row[f"{name}_nbytes"]
             row["host_mib" if name == "kv_host" else f"{name}_mib"] = None if nbytes is None else nbytes / MIB
-        row["mark"] = "📌" if row["pinned"] else "↳" if row["turn"] > 1 else ""
+        row["mark"] = "◆" if row["pinned"] else "↳" if row["turn"] > 1 else ""
         row["recipe"] = record.label
         row["right"] = _verdict(row["correct"], row["full_correct"])
         row["text"] = row["text"] if row["error"] is None else row["error"]
@@ -286,6 +287,6 @@ def _hidden(records: Sequence[Record]) -> list[str]:
         "score_share": any(row["attention"] for row in rows),
         "right": any(row["correct"] is not None for row in rows),
     }
-    hidden = [name for name in _SELDOM if not said[name]]
+    hidden = [name for name in _SELDOM if not said[name]] + (["top1"] if said["right"] else [])
     titles = {"model": "model", "prompt_hash": "prompt", "question": "question"}
     return hidden + [titles[name] for name in GROUP if len({row[name] for row in rows}) == 1]

@@ -85,9 +85,11 @@ class CompareForm:
         """Recipes to be crossed with budgets, the budgets as text, and recipes as they are. Raises BadRecipe."""
         crossed = [
             Recipe.of([key for key in keys if key != PLAIN])
-            for keys in product(self.methods.value, self.weights.value or [PLAIN], self.attention.value or [PLAIN])
+            for keys in product(
+                self.methods.value or [], self.weights.value or [PLAIN], self.attention.value or [PLAIN]
+            )
         ]
-        return crossed, _split(self.budgets.value), [self._added[label] for label in self.added.value]
+        return crossed, _split(self.budgets.value), [self._added[label] for label in self.added.value or []]
 
     def _add(self, event: Event) -> None:
         recipe = self._on_screen()
@@ -96,7 +98,7 @@ class CompareForm:
         label = in_label(recipe.label)
         self._added[label] = recipe
         self.added.param.update(options={name: name for name in self._added}, visible=True)
-        self.added.value = [*dict.fromkeys([*self.added.value, label])]
+        self.added.value = [*dict.fromkeys([*(self.added.value or []), label])]
 
     def _go(self, event: Event) -> None:
         try:

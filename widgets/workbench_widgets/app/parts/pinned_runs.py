@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import panel as pn
 
-from workbench_widgets import present
+from workbench.formatting import readable_bytes
 from workbench_widgets.app.work.records import Record
 from workbench_widgets.app.work.workspace import Workspace
 from workbench_widgets.plain_text import in_markup
@@ -26,7 +26,7 @@ h3 { font: 600 14px/1.4 system-ui, sans-serif; margin: 6px 0; }
 
 
 def _bytes(value: Any) -> str:
-    return "–" if value is None else present.readable_bytes(value)
+    return "–" if value is None else readable_bytes(value)
 
 
 def _number(form: str) -> Callable[[Any], str]:

@@ -23,6 +23,11 @@ NONE = ""
 _CHOICES = MappingProxyType(
     {  # slot -> label, what none means, help
         "kv": ("KV cache: which tokens stay", "", "The method that decides which positions each head keeps."),
+        "refine": (
+            "Its scores refined by",
+            "Nothing",
+            "A method that improves on the scores of the one above: by whole chunks, or by what values write.",
+        ),
         "allocate": (
             "Share among layers and heads",
             "The method's own",

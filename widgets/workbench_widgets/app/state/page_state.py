@@ -81,6 +81,7 @@ class PageState:
     example: Annotated[_Name, AfterValidator(_example)] = "haystack"
     text: _Long = ""
     kv: Annotated[_Name, _method("kv")] = "snapkv"
+    refine: Annotated[_Name, _method("refine")] = ""
     allocate: Annotated[_Name, _method("allocate")] = ""
     store: Annotated[_Name, _method("store")] = ""
     retrieve: Annotated[_Name, _method("retrieve")] = ""
@@ -151,7 +152,8 @@ class PageState:
         """What `to_dict` wrote. Raises ValueError for what does not fit."""
         if unknown := next((name for name in data if name not in _SCHEMA), None):
             raise ValueError(f"a page has no {_shortened(unknown)}")
-        return cls(**{name: _SCHEMA[name].validate_python(value) for name, value in data.items()})
+        parts: dict[str, Any] = {name: _SCHEMA[name].validate_python(value) for name, value in data.items()}
+        return cls(**parts)
 
     def _parts(self) -> dict[str, str]:
         """What differs from a fresh page, as text."""

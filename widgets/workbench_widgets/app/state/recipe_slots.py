@@ -10,12 +10,13 @@ from workbench.kv.methods.full import Full
 from workbench.recipe import Recipe
 from workbench.registry import Method, registered
 
-CACHE_SLOTS = ("kv", "allocate", "store", "retrieve", "select", "evict")
+CACHE_SLOTS = ("kv", "refine", "allocate", "store", "retrieve", "select", "evict")
 RECIPE_SLOTS = (*CACHE_SLOTS, "weights", "attention")
 
 
 def kv_methods(slot: str) -> list[type[Method]]:
-    """The KV methods for one place: "kv" (which tokens stay), "allocate" (how many each head), "store", "retrieve",
+    """The KV methods for one place: "kv" (which tokens stay), "refine" (what becomes of their scores), "allocate" (how
+    many each head), "store", "retrieve",
     "select" (what a new token attends to), "evict" (what leaves while decoding, by the scores of the first).
     """
     methods: list[type[Method]] = []

@@ -82,7 +82,7 @@ class EvoPressKV(SnapKV):
             """Log-probabilities at the last tokens over what is kept [l, k, n] of those before."""
 
             def made(place: int, layer: LayerTrace) -> Store:
-                return DenseStore.where(layer.keys, layer.values, kept[place], layer.keys.dtype)
+                return DenseStore.where(layer.keys, layer.values, kept[place].to(layer.device), layer.keys.dtype)
 
             return study.forced(self.key, stores_before(trace, first, made), first, ids).log_softmax(-1)
 

@@ -139,7 +139,7 @@ class ILRe(KeyContext):
 
         shape = prefill.shape(retrieval)
         room_for_keys = (shape.kv_heads, shape.tokens, shape.key_width)
-        keys = KeyStore(torch.empty(room_for_keys, dtype=prefill.dtype, device=prefill.device))
+        keys = KeyStore(torch.empty(room_for_keys, dtype=prefill.dtype, device=retrieval.device))
         prefill.stores[retrieval.index] = keys
         queries: list[Tensor] = []
         for ids, of_prompt in _pieces(prefill, question, piece):
@@ -150,7 +150,7 @@ class ILRe(KeyContext):
                 keys.append(key, key, torch.arange(prefill.position - len(ids), prefill.position))
             queries = [torch.cat([*queries, query], dim=1)[:, -(question.numel() or self.query) :]]
         positions = torch.arange(prefill.position - queries[0].shape[1], prefill.position)
-        return attention_to(queries[0], keys.appended, positions.to(prefill.device), retrieval)
+        return attention_to(queries[0], keys.appended, positions.to(retrieval.device), retrieval)
 
 
 def _entry_nbytes(prefill: ChunkedPrefill, layer: LayerTrace) -> int:

@@ -37,7 +37,7 @@ class Compactor(KVMethod):
     presets = (
         Preset(
             "kvpress", "NVIDIA/kvpress, the authors': presses/compactor_press.py, leverage_press.py and "
-            "non_causal_attention_press.py, 0.5.5", first=8, last=4, chunk=256, sketch=48, blend=None,
+            "non_causal_attention_press.py, 0.5.5", first=8, last=4, chunk=256, sketch=48, blend=0.0,
         ),
     )  # fmt: skip
     default_budget = 0.5
@@ -46,7 +46,7 @@ class Compactor(KVMethod):
     last: int = param(4, ge=0, le=256, unit="tokens", help="tokens at the end that always stay")
     chunk: int = param(256, ge=2, le=8192, unit="tokens", help="length of the chunks that attend within")
     sketch: int = param(48, ge=1, le=1024, help="dimensions of the random sketch")
-    blend: float | None = param(None, ge=0, le=1, help="weight of leverage beside attention; none: the share that goes")
+    blend: float = param(0.0, ge=0, le=1, help="weight of leverage beside attention; 0: the share that goes")
 
     @property
     def scores_by_layer(self) -> bool:
@@ -56,7 +56,7 @@ class Compactor(KVMethod):
         return self._whole(self._attended(layer), layer)
 
     def scores_at(self, study: Study, scores: Tensor, share: float) -> Tensor:
-        weight = 1 - share if self.blend is None else self.blend
+        weight = self.blend or 1 - share
         return scores + weight * study.trace.once(("compactor", self.parameter_key()), lambda: self._outliers(study))
 
     def _outliers(self, study: Study) -> Tensor:

@@ -37,7 +37,11 @@ pd.DataFrame(
 
 def notebook(records: Sequence[Record], default_model: str, fallback: str) -> str:
     """The notebook's JSON. fallback: Python for a page without runs. default_model: of pages that name none."""
-    done = [record for record in records if record.row["status"] == "done"]
+    done: list[Record] = []
+    for record in records:  # what went on from a run that was deleted cannot be made again
+        there = record.row["turn"] == 1 or record.row["after"] in {other.number for other in done}
+        if record.row["status"] == "done" and there:
+            done.append(record)
     cells = [_markdown("# A page of the inference workbench\n\nEvery run of the page, made again.")]
     if not done:
         return _document([*cells, _code(fallback.strip())])

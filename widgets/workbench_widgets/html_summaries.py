@@ -22,20 +22,41 @@ _MOST = 50  # recipes in the table of results
 
 def plan_html(plan: Plan) -> str:
     """A plan's bytes as a bar, and what is kept."""
+    return _tiles(_plan_tiles(plan), plan.share)
+
+
+def plan_line(plan: Plan) -> str:
+    """The same in one line of text."""
+    return _line(_plan_tiles(plan))
+
+
+def _plan_tiles(plan: Plan) -> list[tuple[str, str]]:
     kept = float(plan.counts.float().mean())
-    return _tiles(
-        [
-            ("method", plan.label),
-            ("cache", f"{mib(plan.nbytes)} of {mib(plan.full_nbytes)}"),
-            *([("host memory", mib(plan.host_nbytes))] if plan.host_nbytes else []),
-            ("kept a head", f"{kept:,.0f} of {plan.trace.tokens:,} tokens"),
-        ],
-        plan.share,
-    )
+    return [
+        ("method", plan.label),
+        ("cache", f"{mib(plan.nbytes)} of {mib(plan.full_nbytes)}"),
+        *([("host memory", mib(plan.host_nbytes))] if plan.host_nbytes else []),
+        ("kept a head", f"{kept:,.0f} of {plan.trace.tokens:,} tokens"),
+    ]
 
 
 def run_html(run: Run) -> str:
     """A run's cache, quality and speed."""
+    tiles, share = _run_tiles(run)
+    tiles += [
+        ("first token", f"{run.timing.first_token_s:.2f} s"),
+        ("speed", f"{run.timing.tokens_per_s:.1f} tokens/s"),
+    ]
+    notes = "".join(f"<div>{in_markup(note)}</div>" for note in run.notes)
+    return _tiles(tiles, share) + notes
+
+
+def run_line(run: Run) -> str:
+    """The recipe, cache and quality in one line of text."""
+    return _line(_run_tiles(run)[0])
+
+
+def _run_tiles(run: Run) -> tuple[list[tuple[str, str]], float]:
     record = run.to_dict(quality=False)
     share = record["kv_share"]
     tiles = [("recipe", run.recipe.label), ("cache", f"{mib(record['kv_nbytes'])} of {mib(record['kv_full_nbytes'])}")]
@@ -48,16 +69,11 @@ def run_html(run: Run) -> str:
             ("same top token", f"{quality.top1_agreement:.0%}"),
             ("perplexity", f"{quality.perplexity:.2f} (full {quality.perplexity_reference:.2f})"),
         ]
-    tiles += [
-        ("first token", f"{run.timing.first_token_s:.2f} s"),
-        ("speed", f"{run.timing.tokens_per_s:.1f} tokens/s"),
-    ]
-    notes = "".join(f"<div>{in_markup(note)}</div>" for note in run.notes)
-    return _tiles(tiles, share) + notes
+    return tiles, share
 
 
-def session_html(session: Session) -> str:
-    """The model, the prompt's first words and a table of the runs."""
+def session_html(session: Session, *, runs: bool = True) -> str:
+    """The model, the prompt's first words and, with `runs`, a table of the runs."""
     trace = session.trace
     tiles = [("model", session.source), ("layers", str(session.facts.layers))]
     words = ""
@@ -66,7 +82,7 @@ def session_html(session: Session) -> str:
         tokens = present.prompt_pieces(trace.prompt, 60)
         more = " …" if trace.tokens > len(tokens) else ""
         words = f'<p style="opacity:.75;margin:4px 0">{in_markup("".join(tokens))}{more}</p>'
-    return _tiles(tiles) + words + runs_html(session.runs)
+    return _tiles(tiles) + words + (runs_html(session.runs) if runs else "")
 
 
 def runs_html(runs: Sequence[Run]) -> str:
@@ -75,13 +91,21 @@ def runs_html(runs: Sequence[Run]) -> str:
         return ""
     cell = "padding:2px 12px 2px 0;white-space:nowrap"
     number = cell + ";text-align:right"
-    heads = [("recipe", cell), ("cache", number), ("KL", number), ("same top token", number), ("tokens/s", number)]
+    heads = [
+        ("recipe", cell),
+        ("cache", number),
+        ("weights", number),
+        ("KL", number),
+        ("same top token", number),
+        ("tokens/s", number),
+    ]
     rows = []
     for run in runs:
         quality = run.quality if run.measured else None
         cells = [
             run.recipe.label,
             f"{run.to_dict(quality=False)['kv_share']:.1%}",
+            mib(run.memory.samples[-1].categories.get("weights", 0)),
             "–" if quality is None else f"{quality.kl:.3f}",
             "–" if quality is None else f"{quality.top1_agreement:.0%}",
             f"{run.timing.tokens_per_s:.1f}",
@@ -132,10 +156,16 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_ANSWER else f"{text[:_LONGEST_ANSWER]} …"
 
 
+def _line(entries: Sequence[tuple[str, str]]) -> str:
+    """Named figures in one line."""
+    (_, first), *rest = entries
+    return " · ".join([first, *(f"{name} {value}" for name, value in rest)])
+
+
 def _tiles(entries: Sequence[tuple[str, str]], share: float | None = None) -> str:
     """Named figures in a row that wraps, above a bar of the share of the uncompressed bytes."""
     tiles = "".join(
-        f'<div><div style="opacity:.7;font-size:11px">{in_markup(name)}</div>'
+        f'<div><div style="opacity:.7;font-size:12px">{in_markup(name)}</div>'
         f'<div style="font-weight:600">{in_markup(value)}</div></div>'
         for name, value in entries
     )

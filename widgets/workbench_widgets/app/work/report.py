@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from workbench.budget import Budget
 from workbench.errors import Cancelled, WorkbenchError
+from workbench.formatting import readable_bytes
 from workbench.progress import Progress
 from workbench.recipe import Recipe
 from workbench_widgets import present
 from workbench_widgets.app.work.records import Record
 from workbench_widgets.plain_text import in_markup
 from workbench_widgets.views import AnswerDiff, KeptRaster, TokenText
-from workbench_widgets.views.stepped_page import SteppedView, stepped_page
+from workbench_widgets.views.standalone import Live, Section
+from workbench_widgets.views.standalone import report as page_of
 
 if TYPE_CHECKING:
     from workbench.kv.plan import Plan
@@ -34,34 +36,46 @@ def report(
     """The report's HTML. tokens: of the prompt that was read. recipe: the page's, None where it cannot be had."""
     steps, plans = _plans(session, recipe, progress)
     said = [
-        f"{name}: {present.readable_bytes(plan.nbytes)} of {present.readable_bytes(plan.full_nbytes)}, "
+        f"{name}: {readable_bytes(plan.nbytes)} of {readable_bytes(plan.full_nbytes)}, "
         f"{float(plan.counts.float().mean()):,.0f} of {plan.trace.tokens:,} positions a head"
         for name, plan in zip(steps, plans, strict=True)
     ]
     about = f"{in_markup(model)}, {len(tokens):,} tokens read. {len(records)} runs. This file holds all that it shows."
-    parts: list[str | SteppedView] = [f"<p>{about}</p>"]
+    sections = [Section("This page", f"<p>{about}</p>")]
     if plans:
-        parts.append(f"<h2>What {in_markup(_name(recipe))} keeps</h2>")
-        texts = [TokenText.field_values((), present.token_text(plan, tokens)) for plan in plans]
-        parts.append(SteppedView(TokenText.definition(), texts))
-        if sum(plan.tiers.numel() for plan in plans) <= _CELLS:
-            rasters = [KeptRaster.field_values((), present.kept_raster(plan, tokens)) for plan in plans]
-            parts.append(SteppedView(KeptRaster.definition(), rasters))
+        sections.append(_kept(f"What {_name(recipe)} keeps", tokens, steps, plans, said))
     if records:
-        parts += ["<h2>Runs</h2>", _table(records)]
-    for record in records:
-        if record.row["status"] == "done":
-            left, right = record.answers
-            values = AnswerDiff.field_values(
-                (list(left), list(right)),
-                {"left_label": present.UNCOMPRESSED, "right_label": str(record.row["recipe"])},
-            )
-            asked = record.row["question"] or "going on from the text"
-            note = f"<p>{in_markup(record.row['note'])}</p>" if record.row["note"] else ""
-            parts.append(f"<h3>Run {record.number}: {in_markup(record.label)}</h3><p>{in_markup(asked)}</p>{note}")
-            parts.append(SteppedView(AnswerDiff.definition(), [values]))
-    start = next((i for i, name in enumerate(steps) if name == "25%"), 0)
-    return stepped_page("Inference workbench: a report", parts, said, label="Budget", start=start)
+        sections.append(Section("Runs", _table(records)))
+    sections += [_answers(record) for record in records if record.row["status"] == "done"]
+    return page_of("Inference workbench: a report", sections)
+
+
+def _kept(
+    heading: str, tokens: Sequence[str], steps: Sequence[str], plans: Sequence[Plan], said: Sequence[str]
+) -> Section:
+    """What plans keep, a place of the slider each."""
+    texts = [TokenText.field_values((), present.token_text(plan, tokens)) for plan in plans]
+    views = [Live(TokenText.definition(), texts)]
+    if sum(plan.tiers.numel() for plan in plans) <= _CELLS:
+        rasters = [KeptRaster.field_values((), present.kept_raster(plan, tokens)) for plan in plans]
+        views.append(Live(KeptRaster.definition(), rasters))
+    if len(plans) == 1:
+        return Section(heading, f"<p>{in_markup(said[0])}</p>", views)
+    start = next((place for place, name in enumerate(steps) if name == "25%"), 0)
+    captions = [in_markup(text) for text in said]
+    return Section(heading, "", views, name="Budget", labels=steps, captions=captions, start=start)
+
+
+def _answers(record: Record) -> Section:
+    """A run's question, and its answer beside the uncompressed one."""
+    left, right = record.answers
+    values = AnswerDiff.field_values(
+        (list(left), list(right)), {"left_label": present.UNCOMPRESSED, "right_label": str(record.row["recipe"])}
+    )
+    asked = in_markup(record.row["question"] or "going on from the text")
+    note = f"<p>{in_markup(record.row['note'])}</p>" if record.row["note"] else ""
+    heading = f"Run {record.number}: {record.label}"
+    return Section(heading, f"<p>{asked}</p>{note}", [Live(AnswerDiff.definition(), [values])])
 
 
 def _plans(session: Session, recipe: Recipe | None, progress: Progress) -> tuple[list[str], list[Plan]]:
@@ -104,4 +118,4 @@ def _table(records: Sequence[Record]) -> str:
 
 
 def _size(nbytes: int | None) -> str:
-    return "–" if nbytes is None else present.readable_bytes(nbytes)
+    return "–" if nbytes is None else readable_bytes(nbytes)
