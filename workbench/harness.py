@@ -22,6 +22,7 @@ from workbench.runtime.evaluate import teacher_forcing
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
     from workbench.budget import BudgetLike
     from workbench.session import Session
@@ -108,14 +109,16 @@ def harness_model(
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as error:
         raise MissingExtra(_NEEDED) from error
-    tokenizer = session.tokenizer
-    if tokenizer is None:
+    if session.tokenizer is None:
         raise BadPrompt("lm-eval's tasks are texts, and this session reads token ids only: give it a tokenizer")
+    tokenizer: PreTrainedTokenizerBase = session.tokenizer
     scorer = Scorer(session, Recipe.of(recipe, budget=budget, **parameters), progress or Progress())
     ends = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(session.facts.eos_ids), None)
-    begins = ends if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if begins is None:
+    begin = ends if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if not isinstance(begin, int):
         raise BadPrompt("this tokenizer has no first or last token for lm-eval to begin an empty context with")
+
+    begins: int = begin
 
     class RecipeModel(TemplateLM):
         """A session's model under one recipe."""
