@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.cost.literature.apex import Apex
 from workbench.cost.literature.base import Outcome, System, found
 from workbench.cost.literature.bounds import ExpertWeave, FlashFormer, FlightLLM, InstInfer, LongContext, TopLoc
-from workbench.cost.literature.choosing import Crayon, MetaAccel
+from workbench.cost.literature.choices import Crayon, MetaInf
 from workbench.cost.literature.melange import Melange
 from workbench.cost.literature.policies import AliseStudy, FastSwitchStudy, FlexLLMStudy, LayeredPrefillStudy
 from workbench.cost.literature.pools import EPD, EMoE, IdealizedRuntime, Polca, RuntimeDissection, ServingSettings
@@ -27,7 +27,7 @@ SYSTEMS: Mapping[str, type[System]] = MappingProxyType(
         for each in (
             LongContext, Apex, LayeredPrefillStudy, AliseStudy, FastSwitchStudy, Splitwise, EMoE, FlexLLMStudy,
             FlightLLM, EPD, Melange, InstInfer, FlashFormer, ExpertWeave, Polca, IdealizedRuntime, ServingSettings,
-            RuntimeDissection, TopLoc, TreeAttention, BurstAttention, MetaAccel, Crayon,
+            RuntimeDissection, TopLoc, TreeAttention, BurstAttention, MetaInf, Crayon,
         )
     }
 )  # fmt: skip

@@ -15,10 +15,6 @@ LLAMA_8B = _sizes(  # Llama 3.1 8B
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, max_position_embeddings=131072,
 )  # fmt: skip
-LLAMA_1B = _sizes(  # Llama 3.2 1B
-    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=64, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=True,
-)  # fmt: skip
 LLAMA_70B = _sizes(  # Llama 3.1 70B
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
     vocab_size=128256, max_position_embeddings=131072,
