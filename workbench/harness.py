@@ -114,10 +114,12 @@ def harness_model(
     tokenizer: PreTrainedTokenizerBase = session.tokenizer
     scorer = Scorer(session, Recipe.of(recipe, budget=budget, **parameters), progress or Progress())
     ends = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(session.facts.eos_ids), None)
-    begins = ends if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if begins is None:
+    begin = ends if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if not isinstance(begin, int):
         raise BadPrompt("this tokenizer has no first or last token for lm-eval to begin an empty context with")
     first = int(begins)
+
+    begins: int = begin
 
     class RecipeModel(TemplateLM):
         """A session's model under one recipe."""

@@ -48,6 +48,9 @@ class Continuation(Protocol):
     def evaluate(self, run: Run, progress: Progress, continuation: Question = None) -> Evaluation:
         """The run compared with the uncompressed run on its answer, or on a given continuation."""
 
+    def decoder(self) -> Decoder:
+        """The model on fresh stores that hold what was planned."""
+
 
 @dataclass(eq=False)
 class RunState:
