@@ -117,8 +117,6 @@ def harness_model(
     begin = ends if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if not isinstance(begin, int):
         raise BadPrompt("this tokenizer has no first or last token for lm-eval to begin an empty context with")
-    first = int(begins)
-
     begins: int = begin
 
     class RecipeModel(TemplateLM):
@@ -137,7 +135,7 @@ def harness_model(
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is None:
-                add_special_tokens = not has_bos_prefix(string, tokenizer.decode(first))
+                add_special_tokens = not has_bos_prefix(string, tokenizer.decode(begins))
             return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -39,9 +39,6 @@ class Token(NamedTuple):
 class Continuation(Protocol):
     """What a finished run goes on by, and is evaluated by: the conversation that it is part of."""
 
-    def decoder(self) -> Decoder:
-        """A decoder that stands behind the prompt, over stores of its own."""
-
     def go_on(self, run: Run, question: Question, max_new_tokens: int, progress: Progress) -> Stream:
         """Another question after `run`, on a copy of its stores."""
 
