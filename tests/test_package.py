@@ -57,7 +57,11 @@ def test_the_wheel_is_typed_licensed_and_holds_nothing_else(names: set[str]) -> 
     assert "workbench/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {
+    (data,) = (top for top in tops if top.endswith(".data"))
+    assert [name for name in names if name.startswith(data)] == [
+        f"{data}/data/etc/jupyter/jupyter_server_config.d/workbench.json"
+    ]
+    assert {top for top in tops if not top.endswith((".dist-info", ".data"))} == {
         "workbench",
         "workbench_kernels",
         "workbench_widgets",

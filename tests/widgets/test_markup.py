@@ -173,7 +173,9 @@ def test_plotly_shows_names_titles_ticks_and_hover_texts_as_they_are(watched: Wa
         texts = page.evaluate("[...document.querySelectorAll('#figure svg text')].map((text) => text.textContent)")
         told = " ".join(" ".join(texts).split())
         assert EVERY in told, kind
-        if kind in ("lines", "bars", "memory", "pareto"):
+        if kind == "memory":  # so many names have no room in a legend: they are told where one points
+            assert [name for name in PLANTED if " ".join(name.split()) not in told] == []
+        if kind in ("lines", "bars", "pareto"):
             assert [name for name in PLANTED if texts.count(name) == 0] == [], kind
 
 

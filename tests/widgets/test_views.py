@@ -199,9 +199,9 @@ def test_reprs_are_stable_and_short(view, host):
 
 
 def test_a_notebook_gets_a_mime_bundle():
-    data, _ = built(Heatmap, "jupyter")._repr_mimebundle_()
+    data = built(Heatmap, "jupyter")._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
-    assert data["text/plain"].startswith("Heatmap(")
+    assert data["text/plain"].startswith("Heatmap(") and data["image/png"]
 
 
 @pytest.mark.parametrize("view", VIEWS)
