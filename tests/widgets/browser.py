@@ -111,3 +111,16 @@ def watched_page(browser: Any, *, width: int = 1280, height: int = 900, dark: bo
     watched.page.on("console", lambda said: watched.errors.append(said.text) if said.type == "error" else None)
     watched.page.on("pageerror", lambda error: watched.errors.append(str(error)))
     return watched
+
+
+def shown(page: Any, part: Any) -> None:
+    """Wait until a part of the app's page is there. A page whose first plan never shows, as happens now and then for a
+    reason that is not known, is loaded once more, as a person would.
+    """
+    from playwright.sync_api import TimeoutError as TooLong
+
+    try:
+        part.wait_for(timeout=25_000)
+    except TooLong:
+        page.reload()
+        part.wait_for()

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.waiting import changed, until
-from tests.widgets.browser import Watched, answers, free_port, watched_page
+from tests.widgets.browser import Watched, answers, free_port, shown, watched_page
 from workbench.models import cached
 
 pn = pytest.importorskip("panel")
@@ -55,7 +55,7 @@ def open_tab(chromium: Any, address: str) -> Iterator[Callable[..., Watched]]:
         if load:
             press(watched.page, "Load")
         watched.page.wait_for_selector("text=tokens read")
-        figure(watched.page, "KV cache").wait_for()
+        shown(watched.page, figure(watched.page, "KV cache"))
         return watched
 
     yield tab

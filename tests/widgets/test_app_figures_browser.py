@@ -14,7 +14,7 @@ import pytest
 
 import workbench as wb
 from tests.waiting import until
-from tests.widgets.browser import Watched, answers, free_port, watched_page
+from tests.widgets.browser import Watched, answers, free_port, shown, watched_page
 
 pn = pytest.importorskip("panel")
 pytest.importorskip("panel_material_ui")
@@ -47,7 +47,7 @@ def opened(chromium: Any, address: str) -> Iterator[Callable[..., Any]]:
         watched.page.set_default_timeout(PATIENCE)
         watched.page.goto(address + query)
         watched.page.wait_for_selector("text=tokens read")
-        figure(watched.page, "KV cache").wait_for()
+        shown(watched.page, figure(watched.page, "KV cache"))
         return watched.page
 
     yield page
