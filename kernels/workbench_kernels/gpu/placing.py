@@ -23,8 +23,9 @@ def _place(
     tl.store(key_ends + head, wide * key_room + slot, mask=there)
     tl.store(value_ends + head, wide * value_room + slot, mask=there)
     tl.store(positions + wide * place_room + slot, tl.zeros([K], tl.int32) + at.to(tl.int32), mask=there)
-    for number in range(W):
-        tl.store(states + (wide * state_room + slot) * W + number, tl.zeros([K], tl.float32), mask=there)
+    if W > 0:  # else there are no states, and what is never run would be compiled
+        for number in range(W):
+            tl.store(states + (wide * state_room + slot) * W + number, tl.zeros([K], tl.float32), mask=there)
 
 
 def place(
