@@ -11,7 +11,7 @@ from workbench_kernels.fetching import fetch_rows
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.int32])
-@pytest.mark.parametrize("width", [1, 6, 33, 128])
+@pytest.mark.parametrize("width", [1, 6, 33, 128, 2501])
 def test_the_kernel_fetches_what_indexing_does(width: int, dtype: torch.dtype) -> None:
     from workbench_kernels.gpu.fetching import fetch_rows as kernel
 

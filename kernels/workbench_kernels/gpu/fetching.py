@@ -11,18 +11,19 @@ from workbench_kernels.gpu.split import power
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _NUMBERS = 2048  # words that a program moves at once
+_WIDEST = 1024  # words of a row that one program moves; the width itself is no constant, for it may grow
 
 
 @triton.jit
-def _fetch(data, at, out, count, W: tl.constexpr, WP: tl.constexpr, R: tl.constexpr):
-    """R rows of W words."""
+def _fetch(data, at, out, count, words, WP: tl.constexpr, R: tl.constexpr):
+    """WP words of R rows that have `words`."""
     row = tl.program_id(0) * R + tl.arange(0, R)
-    word = tl.arange(0, WP)
+    word = tl.program_id(1) * WP + tl.arange(0, WP)
     there = row < count
     number = tl.load(at + row, mask=there, other=-1)
-    inside = (word < W)[None, :]
-    found = tl.load(data + number[:, None] * W + word[None, :], mask=(number >= 0)[:, None] & inside, other=0)
-    tl.store(out + row.to(tl.int64)[:, None] * W + word[None, :], found, mask=there[:, None] & inside)
+    inside = (word < words)[None, :]
+    found = tl.load(data + number[:, None] * words + word[None, :], mask=(number >= 0)[:, None] & inside, other=0)
+    tl.store(out + row.to(tl.int64)[:, None] * words + word[None, :], found, mask=there[:, None] & inside)
 
 
 def fetch_rows(data: Tensor, at: Tensor) -> Tensor:
@@ -33,10 +34,9 @@ def fetch_rows(data: Tensor, at: Tensor) -> Tensor:
         return out
     size = next(size for size in _WORDS if nbytes % size == 0)
     words = nbytes // size
-    padded = power(words)
-    rows = max(_NUMBERS // padded, 1)
-    count = at.numel()
-    _fetch[(-(-count // rows),)](
-        data.view(_WORDS[size]), at.contiguous(), out.view(_WORDS[size]), count, W=words, WP=padded, R=rows, num_warps=4
-    )  # fmt: skip
+    padded = min(power(words), _WIDEST)
+    rows, count = max(_NUMBERS // padded, 1), at.numel()
+    _fetch[(-(-count // rows), -(-words // padded))](
+        data.view(_WORDS[size]), at.contiguous(), out.view(_WORDS[size]), count, words, WP=padded, R=rows, num_warps=4
+    )
     return out
