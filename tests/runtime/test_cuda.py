@@ -10,7 +10,7 @@ import torch
 import workbench as wb
 from benchmarks.model_kinds import tiny_of
 from tests.runtime.test_cuda_graph import IN_PARTS, RECIPES, in_blocks
-from workbench.errors import BudgetTooSmall
+from workbench.errors import BudgetTooSmall, NotApplicable
 from workbench.kv.stores import Store
 from workbench.models import TINY_ARCHITECTURES, tiny
 from workbench.registry import registered
@@ -121,8 +121,6 @@ LEAVING = {
     "lagkv": wb.kv.LagKV(budget=0.5, lag=16),
     "prefixkv": wb.kv.PrefixKV(budget=0.5),
     "quest": wb.kv.Quest(tokens=64, page=8, dense=1),
-    "a2ats": wb.kv.A2ATS(budget=0.4, codes=16, fetch=0.1),
-    "tailorkv": wb.kv.TailorKV(budget=0.4, threshold=1, fetch=16, channels=4),
 }
 
 
@@ -170,6 +168,13 @@ def test_captured_steps_leave_what_plain_ones_do_where_entries_come_and_go(name,
     assert decoder.position == twin.position
     more, same = (d.feed(ids(1, seed=5)).float() for d in (decoder, twin))
     assert (more - same).norm() < (1e-3 if dtype == torch.float32 else 0.06) * same.norm()
+
+
+@pytest.mark.parametrize("key", ["a2ats", "tailorkv"])
+def test_steps_that_fetch_from_host_memory_are_not_captured(key):
+    decoder, token = decoder_of(wb.method(key, budget=0.4), torch.bfloat16)
+    with pytest.raises(NotApplicable, match="OffloadStore"):
+        CapturedStep(decoder, token, 20)
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)

